@@ -1,0 +1,1 @@
+"""Experiments: each file states one run, as `get_config(arg)`."""

@@ -1,0 +1,7 @@
+"""`python -m scaling_dit VERB ...` is `scaling-dit VERB ...`."""
+
+import sys
+
+from scaling_dit.cli import main
+
+sys.exit(main())

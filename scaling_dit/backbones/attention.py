@@ -1,0 +1,100 @@
+"""Attention goes through one function; which implementation runs is decided when the program is traced.
+
+Shape suffixes: B batch, T queries, S keys, N heads, K key/value heads, H head size, D model width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from scaling_dit.backbones.layers import NORMAL_002, Dense, Initializer, constrain
+from scaling_dit.errors import UserError, nearest
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H], softmax in float32, the rest in the inputs' dtype.
+
+    Args:
+      q_BTNH: queries.
+      k_BSNH, v_BSNH: keys and values; fewer heads than queries (a divisor) make grouped-query attention.
+      key_mask: [B, S] bool, False hides a key from every query.
+      implementation: "xla", "cudnn", or "auto": cudnn where it can run, else xla. An explicit one never falls back.
+
+    Raises:
+      UserError: an unknown implementation, or an explicit one that cannot run here.
+    """
+    check_implementation(implementation)
+    obstacle = cudnn_obstacle(q_BTNH, k_BSNH, key_mask)
+    if implementation == "auto":
+        implementation = "xla" if obstacle else "cudnn"
+    mask_B11S = None if key_mask is None else key_mask[:, None, None, :]
+    if implementation == "cudnn":
+        if obstacle:
+            raise UserError(f"attention='cudnn' cannot run: {obstacle}; use attention='xla' or 'auto'")
+        if mask_B11S is not None:  # cuDNN takes a bias over all pairs of queries and keys
+            mask_B11S = jnp.broadcast_to(mask_B11S, (q_BTNH.shape[0], 1, q_BTNH.shape[1], k_BSNH.shape[1]))
+        return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_B11S, implementation="cudnn")
+    return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_B11S, implementation="xla")
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises a UserError unless `implementation` is one of IMPLEMENTATIONS."""
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"unknown attention {implementation!r}; {nearest(implementation, IMPLEMENTATIONS)}")
+
+
+def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | None) -> str | None:
+    """Why cuDNN's fused attention cannot take these inputs on the default backend; None if it can."""
+    if jax.default_backend() != "gpu":
+        return f"the backend is {jax.default_backend()}, it needs gpu"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype is {q_BTNH.dtype}, it needs bfloat16 or float16"
+    head_size = q_BTNH.shape[-1]
+    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    largest = 256 if capability >= 9.0 else 128
+    if head_size % 8 or head_size > largest:
+        return f"head size is {head_size}, it needs a multiple of 8 up to {largest} on this device"
+    if key_mask is not None and (q_BTNH.shape[1] % 2 or k_BSNH.shape[1] % 2):
+        return f"lengths {q_BTNH.shape[1]} and {k_BSNH.shape[1]} are odd, with a mask they must be even"
+    return None
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, one fused product for q, k and v: x [B, T, D], key_mask [B, T] -> [B, T, D]."""
+
+    heads: int
+    qkv_bias: bool = False
+    implementation: str = "auto"
+    kernel_init: Initializer = NORMAL_002
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
+        batch, length, width = x.shape
+        shared: dict[str, Any] = {
+            "kernel_init": self.kernel_init,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        qkv = Dense((3, width), ("embed", None, "heads"), use_bias=self.qkv_bias, name="qkv", **shared)(x)
+        q_BTNH, k_BTNH, v_BTNH = (
+            constrain(
+                qkv[:, :, i].reshape(batch, length, self.heads, width // self.heads),
+                "batch", "length", "act_heads", None,
+            )
+            for i in range(3)
+        )  # fmt: skip
+        o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, key_mask=key_mask, implementation=self.implementation)
+        return Dense(width, ("heads", "embed"), name="proj", **shared)(o_BTNH.reshape(x.shape))

@@ -1,0 +1,216 @@
+"""The contract of a backbone, and the checks every backbone and everything that drives one shares.
+
+A backbone is a `flax.linen.Module`, used only through `init` and `apply`, with this call:
+
+    __call__(latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False) -> prediction
+
+    latents     [B, H, W, C] noised latents
+    timesteps   [B] in [0, 1000), may be fractional
+    text        [B, L, D] token embeddings
+    text_mask   [B, L] bool, True = real token; None = every token is real
+    conditions  name -> (image [B, H, W, Ci], present [B] bool); a name that is absent or not present is dropped
+    extras      name -> array, only the names declared in the class attribute `EXTRAS`
+    returns     [B, H, W, C], or [B, H, W, 2C] with a learned variance (loss and samplers use the first C)
+
+Its fields are plain config values (numbers, strings, booleans, None, tuples of them), each with a default. A module
+that has the fields `in_channels` and `text_dim` gets them from the codec and the text encoder of the run. Parameters
+carry logical axis names (`nn.with_logical_partitioning`) so that they can be sharded; those without are replicated.
+`EXTRAS` maps each extra to its shape per example, in which a string stands for the value of the field of that name.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from scaling_dit.errors import UserError, nearest
+
+Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
+Extras = Mapping[str, jax.Array]
+Shape = tuple[int, ...]
+
+_TRANSFORMER_SIZE = re.compile(r"h(\d+)-d(\d+)-n(\d+)")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What the trainer, the samplers and `count` use of a backbone; see the module's docstring for the call."""
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Fresh variables, {"params": tree}, from a key and example inputs."""
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call on given variables."""
+
+
+def check_class(candidate: Any, where: str) -> type[nn.Module]:
+    """The class itself if it can be a backbone: a linen module with the contract's call.
+
+    Raises:
+      UserError: it is no such class; `where` names it in the message.
+    """
+    if not (isinstance(candidate, type) and issubclass(candidate, nn.Module)):
+        raise UserError(f"backbone {where} must be a flax.linen.Module class, it is {_describe(candidate)}")
+    signature = inspect.signature(candidate.__call__)
+    try:
+        signature.bind(*[None] * 7, train=False)  # self and the six inputs
+    except TypeError as error:
+        raise UserError(
+            f"backbone {where} has the call {signature}; it must take (latents, timesteps, text, text_mask=None, "
+            f"conditions=None, extras=None, *, train=False): {error}"
+        ) from None
+    return candidate
+
+
+def check_backbone(backbone: Any) -> nn.Module:
+    """The module itself if it is an instance of a backbone class.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise UserError(f"a backbone must be a flax.linen.Module instance, this is {_describe(backbone)}")
+    check_class(type(backbone), type(backbone).__name__)
+    return backbone
+
+
+def check_inputs(
+    backbone: nn.Module,
+    latents: Shape,
+    text: Shape,
+    *,
+    patch: int = 1,
+    conditions: Conditions | None = None,
+    extras: Extras | None = None,
+) -> None:
+    """Checks the shapes of one call, latents [B, H, W, C] and text [B, L, D], against the fields of a backbone.
+
+    Raises:
+      UserError: channels or text width differ from the fields, H or W is no multiple of `patch`, or a condition or
+        extra is given that the backbone does not read.
+    """
+    name = type(backbone).__name__
+    if len(latents) != 4 or len(text) != 3:
+        raise UserError(f"{name} takes latents [B, H, W, C] and text [B, L, D], got {latents} and {text}")
+    for field, value, what in (("in_channels", latents[3], "latents"), ("text_dim", text[2], "text")):
+        expected = getattr(backbone, field, value)
+        if expected != value:
+            raise UserError(
+                f"{name} has {field}={expected}, but the last axis of the {what} has {value} "
+                f"(latents {latents}, text {text})"
+            )
+    if latents[1] % patch or latents[2] % patch:
+        raise UserError(
+            f"{name} cuts patches of {patch}: height and width must be multiples, got {latents[1:3]}"
+        )
+    declared = extra_shapes(backbone)
+    if conditions:
+        raise UserError(f"{name} reads no conditions, got {sorted(conditions)}; leave conditions out")
+    for extra in sorted(set(extras or ()) - set(declared)):
+        hint = nearest(extra, declared) if declared else "it reads none"
+        raise UserError(f"{name} does not read the extra {extra!r}; {hint}")
+
+
+def extra_shapes(backbone: nn.Module) -> dict[str, Shape]:
+    """The shape per example of every extra the backbone declares in `EXTRAS`."""
+    declared: Mapping[str, tuple[int | str, ...]] = getattr(type(backbone), "EXTRAS", {})
+    return {
+        name: tuple(getattr(backbone, size) if isinstance(size, str) else size for size in shape)
+        for name, shape in declared.items()
+    }
+
+
+def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int = 1) -> tuple[Any, ...]:
+    """Abstract positional inputs of one call: latents (H, W, C), text (L, D), all tokens real, no conditions."""
+    f32 = jnp.float32
+    extras = {k: jax.ShapeDtypeStruct((batch, *shape), f32) for k, shape in extra_shapes(backbone).items()}
+    return (
+        jax.ShapeDtypeStruct((batch, *latents), f32),
+        jax.ShapeDtypeStruct((batch,), f32),
+        jax.ShapeDtypeStruct((batch, *text), f32),
+        jax.ShapeDtypeStruct((batch, text[0]), jnp.bool_),
+        None,
+        extras or None,
+    )
+
+
+def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Shapes and dtypes of the variables, without logical axes; nothing is allocated."""
+    return unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
+
+
+def unbox(tree: Any) -> Any:
+    """A tree of variables without flax's boxes of logical axis names.
+
+    `flax.linen.unbox` would put a sharding constraint on each leaf, which fails on abstract leaves under a mesh.
+    """
+
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
+    return jax.tree.map(lambda x: getattr(x, "value", x) if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def transformer_size(
+    size: str | None,
+    sizes: Mapping[str, Mapping[str, int]],
+    *,
+    hidden: int | None,
+    depth: int | None,
+    heads: int | None,
+) -> tuple[int, int, int]:
+    """(hidden, depth, heads) of a transformer: the row that `size` names, each replaced by the explicit field if set.
+
+    `size` is a name in `sizes` or any string of the form h<hidden>-d<depth>-n<heads>.
+
+    Raises:
+      UserError: an unknown size, a number that is missing or not positive, or heads that do not divide hidden.
+    """
+    row = dict(size_row(size, sizes)) if size is not None else {}
+    row |= {k: v for k, v in {"hidden": hidden, "depth": depth, "heads": heads}.items() if v is not None}
+    for field in ("hidden", "depth", "heads"):
+        if not isinstance(row.get(field), int) or row[field] < 1:
+            raise UserError(f"{field} must be a positive integer, got {row.get(field)!r} (size={size!r})")
+    if row["hidden"] % row["heads"]:
+        raise UserError(f"hidden={row['hidden']} must be a multiple of heads={row['heads']} (size={size!r})")
+    return row["hidden"], row["depth"], row["heads"]
+
+
+def size_row(size: str, sizes: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    """The fields a size stands for: a named row of `sizes`, or h<hidden>-d<depth>-n<heads> read as it is.
+
+    Raises:
+      UserError: neither; the message ends with the nearest name.
+    """
+    if size in sizes:
+        return sizes[size]
+    parsed = _TRANSFORMER_SIZE.fullmatch(size)
+    if parsed is None:
+        raise UserError(
+            f"unknown size {size!r}: a name or h<hidden>-d<depth>-n<heads>; {nearest(size, sizes)}"
+        )
+    return dict(zip(("hidden", "depth", "heads"), map(int, parsed.groups()), strict=True))
+
+
+def parse_dtype(name: Any, field: str) -> jnp.dtype:
+    """The dtype that a `dtype` or `param_dtype` field names.
+
+    Raises:
+      UserError: not one of float32, bfloat16, float16.
+    """
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _DTYPES:
+        raise UserError(f"{field}={name!r} is not a floating type; {nearest(str(name), _DTYPES)}")
+    return dtype
+
+
+def _describe(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"

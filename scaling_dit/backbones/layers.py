@@ -1,0 +1,237 @@
+"""Pieces that several backbones are built of. Norms, softmax and time embeddings are float32; products run in `dtype`.
+
+Logical axes: parameters "embed", "heads", "mlp", "text", "layers", "norm"; activations "batch", "length", "act_embed",
+"act_heads", "act_mlp". `parallel/rules.py` maps them to mesh axes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from scaling_dit.errors import UserError, nearest
+
+Initializer = Callable[..., jax.Array]
+Axes = tuple[str | None, ...]
+NORMAL_002 = nn.initializers.normal(0.02)
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+_REMAT_POLICIES: dict[str, Any] = {
+    "full": None,  # keep a block's inputs only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, redo attention
+}
+
+
+def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
+    """Sinusoidal embedding [B, dim] float32 of timesteps [B], which may be fractional.
+
+    half = dim // 2, frequency_i = 10000^(-i/half), features [cos, sin]; one zero is appended when dim is odd. As
+    in DiT, PixArt, U-ViT and Large-DiT.
+    """
+    half = dim // 2
+    frequencies = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
+    """Fixed 2-D positions [height * width, dim] float32, row-major, amplitude 1.
+
+    The first half of the features encodes the column, the second the row, each as [sin, cos] (DiT `models.py`).
+
+    Raises:
+      UserError: dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"2-D sin-cos positions need a width that is a multiple of 4, got {dim}")
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    halves = []
+    for coordinate in (columns, rows):
+        angles = coordinate.reshape(-1, 1) * frequencies
+        halves += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> [B, (H/p)(W/p), p*p*C], patches row-major, features in (p, p, C) order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """Inverse of `patchify`: [B, (H/p)(W/p), p*p*C] -> [B, H, W, C] for H = height, W = width."""
+    b = tokens.shape[0]
+    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """Uniform in +-1/sqrt(fan_in): what PyTorch gives convolutions (weight and bias) unless told otherwise."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Dense(nn.Module):
+    """Linear map of the last axis: [..., in] -> [..., *features], with logical axes on its kernel [in, *features].
+
+    Several feature axes keep what is split apart afterwards (q, k, v) on an axis of its own, so that the split needs no
+    communication when the last axis is sharded.
+    """
+
+    features: int | tuple[int, ...]
+    axes: Axes  # of the kernel
+    use_bias: bool = True
+    kernel_init: Initializer = NORMAL_002
+    bias_init: Initializer = nn.initializers.zeros
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.dtype(self.param_dtype))
+        dtype = jnp.dtype(self.dtype)
+        y = jax.lax.dot_general(
+            jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        )
+        if self.use_bias:
+            init = nn.with_logical_partitioning(self.bias_init, (None,) * len(features))
+            y += jnp.asarray(self.param("bias", init, features, jnp.dtype(self.param_dtype)), dtype)
+        return y
+
+
+def conv3x3(
+    name: str, in_channels: int, features: int, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+) -> nn.Conv:
+    """3x3 convolution with zero padding: [B, H, W, in_channels] -> [B, H, W, features], PyTorch's initialisation."""
+    init = torch_uniform(9 * in_channels)
+    return nn.Conv(
+        features,
+        (3, 3),
+        padding=1,
+        kernel_init=nn.with_logical_partitioning(init, (None,) * 4),
+        bias_init=nn.with_logical_partitioning(init, (None,)),
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        name=name,
+    )
+
+
+def layer_norm(
+    name: str, *, epsilon: float, affine: bool = True, param_dtype: Any = jnp.float32
+) -> nn.LayerNorm:
+    """LayerNorm over the last axis, computed and returned in float32 whatever comes in."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        param_dtype=jnp.dtype(param_dtype),
+        use_bias=affine,
+        use_scale=affine,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits where a residual stream has a large mean
+        name=name,
+    )
+
+
+class Mlp(nn.Module):
+    """Linear to `width`, activation, Linear to `features` (default: the input width): [..., in] -> [..., features]."""
+
+    width: int
+    features: int | None = None
+    activation: str = "gelu"
+    kernel_init: Initializer = NORMAL_002
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shared: dict[str, Any] = {
+            "kernel_init": self.kernel_init,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        features = self.features or x.shape[-1]
+        x = Dense(self.width, ("embed", "mlp"), name="fc1", **shared)(x)
+        if x.ndim == 3:
+            x = constrain(x, "batch", "length", "act_mlp")
+        return Dense(features, ("mlp", "embed"), name="fc2", **shared)(_ACTIVATIONS[self.activation](x))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Names the logical axes of an activation; nothing happens outside a mesh with axis rules."""
+    return nn.with_logical_constraint(x, axes)
+
+
+def check_remat(remat: bool | str) -> str:
+    """The policy name "none", "full" or "dots" of a `remat` field; False and True stand for the first two.
+
+    Raises:
+      UserError: none of these.
+    """
+    name = {False: "none", True: "full"}.get(remat, remat) if isinstance(remat, bool) else remat
+    if name != "none" and name not in _REMAT_POLICIES:
+        raise UserError(f"unknown remat policy {remat!r}; {nearest(str(remat), ['none', *_REMAT_POLICIES])}")
+    return name
+
+
+def rematerialised(block: type[nn.Module], remat: bool | str, *, scanned: bool = False) -> type[nn.Module]:
+    """The module class that recomputes its activations in the backward pass as `remat` says; same outputs."""
+    policy = check_remat(remat)
+    if policy == "none":
+        return block
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(block, policy=_REMAT_POLICIES[policy], prevent_cse=not scanned)
+
+
+def stack(
+    block: type[nn.Module],
+    count: int,
+    name: str,
+    x: jax.Array,
+    per_layer: Any,
+    *broadcast: Any,
+    remat: bool | str,
+    scan: bool,
+    **fields: Any,
+) -> tuple[jax.Array, Any]:
+    """Runs `count` blocks one after the other inside a compact method: layer i is `x, out_i = block(x, in_i, ...)`.
+
+    Args:
+      block: module class with the call (x, in_i, *broadcast) -> (x, out_i).
+      name: of the parameters: `{name}_{i}`, or `name` with a leading layer axis ("layers") when scanned.
+      per_layer: what layer i alone gets: a sequence, a stacked array when scanned, or None.
+      broadcast: what every layer gets.
+      remat: "none", "full" or "dots", see `check_remat`.
+      scan: one traced block and `jax.lax.scan`, which compiles in a time that does not grow with depth.
+
+    Returns:
+      The last x, and the out_i as a list, stacked when scanned.
+    """
+    block = rematerialised(block, remat, scanned=scan)
+    if scan and count:
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, *[nn.broadcast] * len(broadcast)),
+            length=count,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(name=name, **fields)(x, per_layer, *broadcast)
+    outputs: list[Any] = []
+    inputs: Sequence[Any] = [None] * count if per_layer is None else per_layer
+    for i in range(count):
+        x, out = block(name=f"{name}_{i}", **fields)(x, inputs[i], *broadcast)
+        outputs.append(out)
+    return x, outputs

@@ -1,0 +1,220 @@
+"""U-ViT for text to image: a transformer on one sequence of time, text and image tokens, with long skips.
+
+Architecture and initialisation of the published code, baofff/U-ViT `libs/uvit_t2i.py` (arXiv 2209.12152), with the
+sizes and the 1024-wide text of arXiv 2412.12391. Depth d makes d//2 in-blocks, one middle block and d//2 out-blocks;
+out-block i merges the output of in-block d//2-1-i by concatenation and a linear map.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from scaling_dit.backbones import contract, layers
+from scaling_dit.backbones.attention import SelfAttention, check_implementation
+from scaling_dit.backbones.layers import Dense, Mlp, layer_norm
+from scaling_dit.errors import UserError, nearest
+
+EPSILON = 1e-5  # of every LayerNorm
+POSITIONS = ("learned", "sincos_init")
+
+
+class UViT(nn.Module):
+    """U-ViT; fields are config values, `size` names a row of SIZES that `hidden`, `depth`, `heads` override.
+
+    Raises a UserError for an unknown size, dtype, policy or implementation, for shapes that fit neither the fields nor
+    the table of positions made at `init`, and for conditions and extras, of which it reads none.
+    """
+
+    in_channels: int = 4
+    out_channels: int | None = None  # None: as many as come in
+    text_dim: int = 1024
+    size: str | None = "h512-d12-n8"
+    hidden: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    patch: int = 2
+    long_skips: bool = True
+    time_mlp: bool = False
+    final_conv: bool = True
+    mask_text: bool = True  # hide padded text as attention keys; the published code attends to all of it
+    positions: str = "learned"  # initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens
+    attention: str = "auto"
+    remat: bool | str = "none"  # none | full | dots
+    scan_layers: bool = False
+    dtype: str = "float32"  # of products and the residual stream
+    param_dtype: str = "float32"
+
+    EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        _ = self.widths
+        check_implementation(self.attention)
+        layers.check_remat(self.remat)
+        contract.parse_dtype(self.dtype, "dtype")
+        contract.parse_dtype(self.param_dtype, "param_dtype")
+        if self.positions not in POSITIONS:
+            raise UserError(f"unknown positions {self.positions!r}; {nearest(self.positions, POSITIONS)}")
+        super().__post_init__()
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """(hidden, depth, heads) after `size` and explicit fields."""
+        return contract.transformer_size(
+            self.size, SIZES, hidden=self.hidden, depth=self.depth, heads=self.heads
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None = None,
+        conditions: contract.Conditions | None = None,
+        extras: contract.Extras | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """The contract's call (contract.py); returns float32 [B, H, W, out_channels]. `train` changes nothing here."""
+        contract.check_inputs(
+            self, latents.shape, text.shape, patch=self.patch, conditions=conditions, extras=extras
+        )
+        hidden, depth, _ = self.widths
+        _, height, width, channels = latents.shape
+        text_length = text.shape[1]
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        # Tokens: [time | text | image].
+        fan_in_init = layers.torch_uniform(self.patch**2 * channels)
+        image_tokens = Dense(
+            hidden,
+            (None, "embed"),
+            kernel_init=fan_in_init,
+            bias_init=fan_in_init,
+            name="patch_embed",
+            **types,
+        )(layers.patchify(latents, self.patch))
+        text_tokens = Dense(hidden, ("text", "embed"), name="context_embed", **types)(text)
+        time = layers.timestep_embedding(timesteps, hidden)
+        if self.time_mlp:
+            time = Mlp(4 * hidden, activation="silu", param_dtype=self.param_dtype, name="time_embed")(time)
+        time_token = time[:, None].astype(image_tokens.dtype)
+        x = jnp.concatenate([time_token, text_tokens, image_tokens], axis=1)
+        x += self._position_table(text_length, height // self.patch, width // self.patch).astype(x.dtype)
+        x = layers.constrain(x, "batch", "length", "act_embed")
+
+        key_mask = None
+        if self.mask_text and text_mask is not None:
+            key_mask = jnp.pad(
+                text_mask.astype(bool), ((0, 0), (1, image_tokens.shape[1])), constant_values=True
+            )
+
+        # Blocks; what a long skip carries is stacked over layers when they are scanned, else a list.
+        run = functools.partial(layers.stack, Block, depth // 2, remat=self.remat, scan=self.scan_layers)
+        fields = self._block_fields()
+        x, skips = run("in_blocks", x, None, key_mask, emits_skip=self.long_skips, **fields)
+        middle = layers.rematerialised(Block, self.remat)(name="mid_block", **fields)
+        x, _ = middle(x, None, key_mask)
+        x, _ = run(
+            "out_blocks", x, skips[::-1] if self.long_skips and depth > 1 else None, key_mask, **fields
+        )
+
+        # Head on the image tokens, in float32: it is small, and its rounding would be the prediction's.
+        x = layer_norm("norm", epsilon=EPSILON, param_dtype=self.param_dtype)(x[:, 1 + text_length :])
+        out_channels = self.out_channels or self.in_channels
+        head = Dense(
+            self.patch**2 * out_channels, ("embed", None), param_dtype=self.param_dtype, name="decoder_pred"
+        )
+        x = layers.unpatchify(head(x), self.patch, height, width)
+        if self.final_conv:
+            conv = layers.conv3x3("final_layer", out_channels, out_channels, param_dtype=self.param_dtype)
+            x = conv(x)
+        return x
+
+    @nn.nowrap
+    def _block_fields(self) -> dict[str, Any]:
+        hidden, _, heads = self.widths
+        return {
+            "hidden": hidden,
+            "heads": heads,
+            "attention": self.attention,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+
+    @nn.nowrap
+    def _position_table(self, text_length: int, rows: int, columns: int) -> jax.Array:
+        """The learned table [1 + text_length + rows * columns, hidden], sized by the shapes at `init`."""
+        hidden = self.widths[0]
+        length = 1 + text_length + rows * columns
+        if self.has_variable("params", "pos_embed"):
+            found = contract.unbox(self.get_variable("params", "pos_embed")).shape[0]
+            if found != length:
+                raise UserError(
+                    f"the position table holds {found} tokens, but these shapes need {length} "
+                    f"(1 time + {text_length} text + {rows}x{columns} image): use the shapes given at init"
+                )
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            table = layers.NORMAL_002(key, shape, dtype)
+            if self.positions == "learned":
+                return table
+            return table.at[-rows * columns :].set(layers.sincos_2d(rows, columns, hidden))
+
+        table: Any = self.param(
+            "pos_embed",
+            nn.with_logical_partitioning(init, (None, "embed")),
+            (length, hidden),
+            jnp.dtype(self.param_dtype),
+        )
+        return table
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; merges `skip` first if there is one. (x, skip, key_mask) -> (x, x if emits_skip)."""
+
+    hidden: int
+    heads: int
+    emits_skip: bool = False
+    attention: str = "auto"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, skip: jax.Array | None, key_mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if skip is not None:
+            # An axis name may stand once in a kernel: "mlp" splits the 2h-wide sum over the tensor axis.
+            merge = Dense(self.hidden, ("mlp", "embed"), name="skip_linear", **types)
+            x = merge(jnp.concatenate([x, skip], axis=-1))
+        norm1 = layer_norm("norm1", epsilon=EPSILON, param_dtype=self.param_dtype)
+        attend = SelfAttention(self.heads, implementation=self.attention, name="attn", **types)
+        x = layers.constrain(x + attend(norm1(x), key_mask), "batch", "length", "act_embed")
+        norm2 = layer_norm("norm2", epsilon=EPSILON, param_dtype=self.param_dtype)
+        x += Mlp(4 * self.hidden, name="mlp", **types)(norm2(x))
+        x = layers.constrain(x, "batch", "length", "act_embed")
+        return x, x if self.emits_skip else None
+
+
+# Rows of the two papers' scale and of the published code; any other h<hidden>-d<depth>-n<heads> can be named as well.
+SIZES: dict[str, dict[str, int]] = {
+    "h512-d12-n8": {"hidden": 512, "depth": 12, "heads": 8},  # U-ViT-S
+    "h512-d16-n8": {"hidden": 512, "depth": 16, "heads": 8},  # U-ViT-S deep
+    "h1024-d20-n16": {"hidden": 1024, "depth": 20, "heads": 16},  # U-ViT-L, 0.29B
+    "h1024-d28-n16": {"hidden": 1024, "depth": 28, "heads": 16},
+    "h1152-d28-n16": {"hidden": 1152, "depth": 28, "heads": 16},  # U-ViT-H, 0.50B
+    "h1024-d42-n16": {"hidden": 1024, "depth": 42, "heads": 16},
+    "h1024-d56-n16": {"hidden": 1024, "depth": 56, "heads": 16},
+    "h1536-d28-n16": {"hidden": 1536, "depth": 28, "heads": 16},
+    "h1536-d42-n16": {"hidden": 1536, "depth": 42, "heads": 16},
+    "h2048-d28-n16": {"hidden": 2048, "depth": 28, "heads": 16},
+    "h2048-d42-n16": {"hidden": 2048, "depth": 42, "heads": 16},  # the 2.3B of arXiv 2412.12391
+    "h2560-d42-n16": {"hidden": 2560, "depth": 42, "heads": 16},
+    "h3072-d56-n16": {"hidden": 3072, "depth": 56, "heads": 16},
+}

@@ -1,0 +1,301 @@
+"""The command line: takes the verb, reads its flags, calls the function that does the work. No logic.
+
+Every mistake of a user ends as one line on stderr and exit code 2. Heavy modules are imported only once the flags
+are right.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from scaling_dit import __version__
+from scaling_dit.errors import UserError, nearest
+
+PROGRAM = "scaling-dit"
+USER_ERROR, INTERRUPTED = 2, 130  # exit codes; a verb returns its own, see `train.main`
+_OVERRIDES_HELP = (
+    "any field of the config, for example --config.optim.learning_rate=1e-3 --config.backbone.name=uvit"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One verb: what `--help` says, its flags and what it calls.
+
+    `run(flags, arguments, overrides)` gets the parsed flags, the positional arguments and the `--config.key=value`
+    ones, and returns the exit code.
+    """
+
+    summary: str
+    example: str
+    define: Callable[[flags.FlagValues], None]
+    run: Callable[[flags.FlagValues, list[str], list[str]], int]
+    arguments: str = ""  # what positional arguments are, if the verb takes any
+    overrides: bool = False  # takes --config.key=value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; `argv` is without the program's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.path.insert(
+        0, os.getcwd()
+    )  # a console script lacks it, and a user's backbone or experiment lies there
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else USER_ERROR
+    if arguments[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in VERBS:
+        raise UserError(f"no verb {name!r}; {nearest(name, VERBS)} See {PROGRAM} --help")
+    verb = VERBS[name]
+    before_separator = rest[: rest.index("--")] if "--" in rest else rest
+    if any(argument in ("-h", "--help", "-help") for argument in before_separator):
+        print(_verb_help(name, verb))
+        return 0
+    rest, overrides = _split_overrides(rest) if verb.overrides else (rest, [])
+    values, positional = _parse(name, verb, rest)
+    return verb.run(values, positional, overrides)
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the rest, the `--config.key=value` arguments); `--config.key value` is joined with `=`."""
+    rest, overrides = [], []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if not re.match(r"--?(no)?config\.", argument):
+            rest.append(argument)
+            continue
+        if "=" not in argument and pending and not re.match(r"-[^\d.]", pending[0]):
+            argument += "=" + pending.pop(0)
+        overrides.append(argument)
+    return rest, overrides
+
+
+def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The verb's flags in a `FlagValues` of their own, so that flags of imported libraries neither show nor clash."""
+    values = flags.FlagValues()
+    verb.define(values)
+    values.set_gnu_getopt(True)  # flags may follow positional arguments
+    try:
+        positional = values([name, *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{name} has no flag --{error.flagname}; {nearest(error.flagname, values)}") from None
+    except flags.Error as error:
+        raise UserError(f"{name}: {error}; see {PROGRAM} {name} --help") from None
+    if positional and not verb.arguments:
+        raise UserError(f"{name} takes flags only, not {positional[0]!r}; see {PROGRAM} {name} --help")
+    return values, positional
+
+
+def _required(values: flags.FlagValues, verb: str, *names: str) -> None:
+    for name in names:
+        if values[name].value is None:
+            raise UserError(f"{verb} needs --{name}; for example: {VERBS[verb].example}")
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "Scaling studies of text-to-image diffusion backbones.\n\n"
+        f"usage: {PROGRAM} VERB [flags]\n\n{verbs}\n\n"
+        f"example: {VERBS['train'].example}\n\n"
+        f"{PROGRAM} VERB --help shows the flags of a verb; {PROGRAM} --version the version."
+    )
+
+
+def _verb_help(name: str, verb: Verb) -> str:
+    values = flags.FlagValues()
+    verb.define(values)
+    rows = [(f"--{flag}", _flag_help(values[flag])) for flag in values]
+    if verb.overrides:
+        rows.append(("--config.KEY=VALUE", _OVERRIDES_HELP))
+    width = max(len(flag) for flag, _ in rows)
+    table = "\n".join(f"  {flag:{width}}  {text}" for flag, text in rows)
+    usage = " ".join(filter(None, (PROGRAM, name, verb.arguments, "[flags]")))
+    return f"{verb.summary}\n\nusage: {usage}\n\n{table}\n\nexample: {verb.example}"
+
+
+def _flag_help(flag: flags.Flag) -> str:
+    text = (flag.help or "").partition("\n")[0].rstrip(";")  # absl adds lines of its own to repeatable flags
+    return f"{text}; {flag.default} by default" if flag.default not in (None, False, []) else text
+
+
+def _define_train(values: flags.FlagValues) -> None:
+    _define_config(values)
+    flags.DEFINE_string(
+        "workdir", None, "folder of the run, local or gs://; a run found there goes on", flag_values=values
+    )
+
+
+def _define_config(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "config",
+        None,
+        "experiment: a name such as shapes, or path/to/file.py; both take :ARGUMENT",
+        flag_values=values,
+    )
+
+
+def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    _required(values, "train", "config", "workdir")
+    from scaling_dit import config as config_lib
+
+    config = config_lib.load(values.config, overrides)
+    from scaling_dit import train
+
+    return train.main(config, values.workdir)
+
+
+def _define_sample(values: flags.FlagValues) -> None:
+    _define_trained(values)
+    flags.DEFINE_multi_string(
+        "prompt", [], "a caption to draw; repeat it, or give captions as arguments", flag_values=values
+    )
+    flags.DEFINE_string(
+        "prompts_file",
+        None,
+        "file of captions: one per line, or .jsonl with id and prompt",
+        flag_values=values,
+    )
+    flags.DEFINE_string("out", None, "folder to write to; WORKDIR/samples by default", flag_values=values)
+    flags.DEFINE_integer("num", 1, "pictures per caption", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "batch", None, "pictures drawn at once; the run's by default", lower_bound=1, flag_values=values
+    )
+
+
+def _define_trained(values: flags.FlagValues) -> None:
+    """The flags of every verb that samples from a trained run."""
+    flags.DEFINE_string("workdir", None, "folder of the trained run", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "checkpoint to use; the latest by default", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_string(
+        "ema",
+        None,
+        "EMA decay to use, or none for the raw weights; the run's config.sample.ema by default",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        "sampler steps; the run's by default",
+        lower_bound=1,
+        upper_bound=1000,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "guidance", None, "guidance scale; the run's by default", lower_bound=0.0, flag_values=values
+    )
+
+
+def _trained(values: flags.FlagValues) -> dict[str, Any]:
+    names = ("seed", "step", "ema", "steps", "guidance")
+    return {name: values[name].value for name in names}
+
+
+def _sample(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int:
+    _required(values, "sample", "workdir")
+    from scaling_dit.evaluation.prompts import gather_prompts
+
+    prompts = gather_prompts([*values.prompt, *arguments], values.prompts_file)
+    out = values.out or os.path.join(values.workdir, "samples")
+    from scaling_dit import generate
+
+    return generate.main(values.workdir, prompts, out, num=values.num, batch=values.batch, **_trained(values))
+
+
+def _define_evaluate(values: flags.FlagValues) -> None:
+    _define_trained(values)
+    flags.DEFINE_list("metrics", None, "comma-separated metrics; the run's by default", flag_values=values)
+    flags.DEFINE_integer("items", 500, "held-out captions", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write to; WORKDIR/evaluation by default", flag_values=values)
+    flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
+
+
+def _evaluate(values: flags.FlagValues, _: list[str], __: list[str]) -> int:
+    _required(values, "evaluate", "workdir")
+    from scaling_dit.evaluation import run
+
+    out = values.out or os.path.join(values.workdir, "evaluation")
+    metrics, items = values.metrics, values.items
+    return run.main(
+        values.workdir, out, metrics=metrics, items=items, as_json=values.json, **_trained(values)
+    )
+
+
+def _define_count(values: flags.FlagValues) -> None:
+    _define_config(values)
+    flags.DEFINE_string(
+        "backbone", None, "count this backbone alone: a name, or package.module:Class", flag_values=values
+    )
+    flags.DEFINE_list(
+        "latents", None, "height,width,channels of a latent; 32,32,4 for --backbone", flag_values=values
+    )
+    flags.DEFINE_list("text", None, "length,width of the text; 77,1024 for --backbone", flag_values=values)
+    flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
+
+
+def _count(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    from scaling_dit.scaling import count_table
+
+    return count_table.main(
+        values.config,
+        values.backbone,
+        overrides,
+        latents=values.latents,
+        text=values.text,
+        as_json=values.json,
+    )
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "Trains a run, or goes on with it where it stopped.",
+        f"{PROGRAM} train --config=shapes --workdir=runs/shapes --config.steps=2000",
+        _define_train,
+        _train,
+        overrides=True,
+    ),
+    "sample": Verb(
+        "Draws pictures for captions with a trained run.",
+        f"{PROGRAM} sample --workdir=runs/shapes 'a red circle left of a blue square'",
+        _define_sample,
+        _sample,
+        arguments="[CAPTION ...]",
+    ),
+    "evaluate": Verb(
+        "Scores a trained run on held-out captions.",
+        f"{PROGRAM} evaluate --workdir=runs/shapes --items=500",
+        _define_evaluate,
+        _evaluate,
+    ),
+    "count": Verb(
+        "Counts parameters, multiply-accumulates and training FLOPs.",
+        f"{PROGRAM} count --backbone=uvit --config.backbone.size=h2048-d42-n16 --latents=32,32,4 --text=77,1024",
+        _define_count,
+        _count,
+        overrides=True,
+    ),
+}

@@ -1,0 +1,369 @@
+"""One run as data: the defaults of every config field, and what is checked before anything starts.
+
+A config is an `ml_collections.ConfigDict`. Four of its sections (`backbone`, `text_encoder`, `codec`, `source`) name a
+component and carry that component's own fields, so each can be set from the command line and a typo is caught.
+"""
+
+import difflib
+import importlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from scaling_dit import config_files
+from scaling_dit.errors import UserError, nearest
+
+
+def _fields(module: str, function: str) -> Callable[[str], dict[str, Any]]:
+    """`function(name)` of `module`, imported when it is first asked."""
+    return lambda name: getattr(importlib.import_module(module), function)(name)
+
+
+# Section -> the fields and defaults of the component that the section names.
+COMPONENTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "backbone": _fields("scaling_dit.backbones", "backbone_fields"),
+    "text_encoder": _fields("scaling_dit.encoders", "text_encoder_fields"),
+    "codec": _fields("scaling_dit.encoders.codec", "codec_fields"),
+    "source": _fields("scaling_dit.data.sources", "source_fields"),
+}
+
+# A run may be resumed with other values here: they change how it runs and what it reports, not what it computes.
+FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "diffusion.schedule": ("scaled_linear", "linear", "cosine"),
+    "diffusion.prediction": ("eps", "x0", "v"),
+    "diffusion.weighting": ("none", "min_snr"),
+    "diffusion.time_sampling": ("uniform", "stratified"),
+    "optim.decay": ("constant", "cosine"),
+    "sample.sampler": ("ddim",),
+}
+
+Rule = tuple[str, Callable[[Any], bool]]  # what is right, and its test; comparisons are false for nan
+_COUNT: Rule = ("at least 1", lambda x: x >= 1)
+_FROM_0: Rule = ("0 or more", lambda x: 0 <= x < math.inf)
+_POSITIVE: Rule = ("more than 0", lambda x: 0 < x < math.inf)
+_SHARE: Rule = ("from 0 to 1", lambda x: 0 <= x <= 1)
+_DECAY: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+_AXIS: Rule = ("at least 1, or -1 for the remaining devices", lambda x: x >= 1 or x == -1)
+_DECAYS: Rule = (
+    "a tuple of different numbers between 0 and 1",
+    lambda xs: all(isinstance(x, float) and 0 < x < 1 for x in xs) and len(set(xs)) == len(xs),
+)
+RANGES: dict[str, Rule] = {
+    "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    "steps": _COUNT,
+    "batch": _COUNT,
+    "loader.threads": _COUNT,
+    "loader.prefetch": _COUNT,
+    "diffusion.min_snr_gamma": _POSITIVE,
+    "diffusion.caption_drop": _SHARE,
+    "optim.learning_rate": _POSITIVE,
+    "optim.warmup_steps": _FROM_0,
+    "optim.final_fraction": _SHARE,
+    "optim.b1": _DECAY,
+    "optim.b2": _DECAY,
+    "optim.eps": _POSITIVE,
+    "optim.weight_decay": _FROM_0,
+    "optim.clip_norm": _POSITIVE,
+    "optim.accumulate": _COUNT,
+    "optim.ema": _DECAYS,
+    "optim.max_nonfinite": _COUNT,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.context": _AXIS,
+    "mesh.tensor": _AXIS,
+    "sample.steps": ("from 1 to 1000", lambda x: 1 <= x <= 1000),
+    "sample.guidance": _FROM_0,
+    "sample.batch": _COUNT,
+    "eval.every": _FROM_0,
+    "eval.loss_images": _COUNT,
+    "eval.loss_bins": _COUNT,
+    "eval.grid": _COUNT,
+    "eval.prompts": _COUNT,
+    "checkpoint.every": _COUNT,
+    "checkpoint.keep_last": _COUNT,
+    "checkpoint.keep_every": _FROM_0,
+    "log.every": _COUNT,
+}
+
+
+def defaults() -> ConfigDict:
+    """Every field of a run with its default; experiments replace some of them."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000  # optimiser updates
+    config.batch = 128  # global batch, over all devices and microbatches
+
+    # Components: a name plus that component's fields (see `complete`).
+    config.backbone = ConfigDict({"name": "uvit"})
+    config.text_encoder = ConfigDict({"name": "scratch"})
+    config.codec = ConfigDict({"name": "pixels"})
+    config.source = ConfigDict({"name": "shapes"})
+
+    config.loader = ConfigDict({"threads": 4, "prefetch": 8})  # reading threads; batches read ahead
+    config.train_text_encoder = True  # in state.params and optimised, else frozen
+    config.text_mask = True  # hide padded text from the backbone; papers.md D8
+
+    config.diffusion = ConfigDict(
+        {
+            "schedule": "scaled_linear",  # scaled_linear | linear | cosine
+            "prediction": "eps",  # what the backbone predicts: eps | x0 | v
+            "weighting": "none",  # none | min_snr
+            "min_snr_gamma": 5.0,
+            "time_sampling": "uniform",  # uniform | stratified
+            "caption_drop": 0.1,  # share of captions replaced by the empty one, for guidance
+        }
+    )
+    config.optim = ConfigDict(
+        {
+            "learning_rate": 8e-5,
+            "warmup_steps": 100,
+            "decay": "constant",  # constant | cosine, after warm-up
+            "final_fraction": 0.0,  # cosine ends at this fraction of learning_rate
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "accumulate": 1,  # microbatches per step; microbatch j of n holds positions j::n
+            "groups": (),  # (regex over parameter paths, learning-rate factor, weight decay), first match wins
+            "ema": (0.999,),  # any number of decays
+            "max_nonfinite": 10,  # consecutive skipped updates before the run stops
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
+    config.sample = ConfigDict(
+        {
+            "sampler": "ddim",
+            "steps": 50,
+            "guidance": 7.5,
+            "batch": 64,  # pictures drawn at once
+            "ema": -1.0,  # the weights drawn with: a decay of optim.ema, -1 = its largest, 0 = the raw weights
+        }
+    )
+    config.eval = ConfigDict(
+        {
+            "every": 500,  # steps between evaluations, 0 = none
+            "loss_images": 256,  # fixed (image, timestep, noise) triples of the validation loss
+            "loss_bins": 5,  # timestep bins it is split into
+            "grid": 16,  # pictures of the sample grid
+            "metrics": (),  # names in evaluation.METRICS, on `prompts` held-out prompts
+            "prompts": 64,
+        }
+    )
+    config.checkpoint = ConfigDict({"every": 500, "keep_last": 2, "keep_every": 0})  # in steps; 0 = none
+    config.log = ConfigDict({"every": 20, "tensorboard": True})
+    return config
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """A full config: the defaults and each component's own fields, under the values that `config` sets.
+
+    Args:
+      config: any part of a config; it is not changed.
+
+    Raises:
+      UserError: an unknown key or component, or a value of another type than the field's.
+    """
+    full = defaults()
+    given = config.copy_and_resolve_references()
+    for section, fields_of in COMPONENTS.items():
+        chosen = given.get(section, ConfigDict())
+        if not isinstance(chosen, ConfigDict):
+            raise UserError(f"config.{section} is {chosen!r}; set config.{section}.name and its fields")
+        name = chosen.get("name", full[section].name)
+        full[section] = ConfigDict({"name": name} | {k: _settable(v) for k, v in fields_of(name).items()})
+    known = flatten(full)
+    for key, value in flatten(given).items():
+        if key not in known:
+            raise UserError(f"config.{key}: no such field; {nearest_key(key, known)}")
+        section, _, field = key.rpartition(".")
+        try:
+            (full[section] if section else full)[field] = value
+        except TypeError:
+            expected = type(known[key]).__name__
+            raise UserError(
+                f"config.{key} is {value!r}, but its default {known[key]!r} is of type {expected}"
+            ) from None
+    return full
+
+
+def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
+    """What a run starts with: `config` completed, overridden, validated and locked.
+
+    Args:
+      config: any part of a config; it is not changed. A config already resolved comes back equal.
+      overrides: arguments such as `--config.optim.learning_rate=1e-3`, typed as ml_collections.config_flags does.
+        A component's name is set first, so its fields can be set along with it. Another name than the config's
+        keeps the values of the section that the new component has a field for; the rest are its own defaults.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type or out of range.
+    """
+    config = config.copy_and_resolve_references()
+    for section, name in config_files.component_names(overrides, COMPONENTS).items():
+        _switch_component(config, section, name)
+    config = complete(config)
+    config_files.apply_overrides(config, overrides)
+    config = config.copy_and_resolve_references()
+    if config.sample.ema == -1:
+        config.sample.ema = max(config.optim.ema, default=0.0)
+    validate(config)
+    return config.lock()
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of an experiment, ready to run.
+
+    Args:
+      spec: `path/to/file.py`, the name of an installed experiment such as `shapes`, or either with `:argument`.
+      overrides: as in `resolve`.
+
+    Raises:
+      UserError: no such experiment or argument, or a config that `resolve` refuses.
+    """
+    return resolve(config_files.read_experiment(spec), overrides)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every choice and range of a complete config, before anything is built from it.
+
+    Raises:
+      UserError: names the first field at fault, its value and what would be right.
+    """
+    for key, choices in CHOICES.items():
+        if config[key] not in choices:
+            raise UserError(f"config.{key} is {config[key]!r}; {nearest(config[key], choices)}")
+    for key, (right, fits) in RANGES.items():
+        if config[key] is None or not fits(config[key]):
+            raise UserError(f"config.{key} is {config[key]!r}; it must be {right}")
+    if config.batch % config.optim.accumulate:
+        right = f"a multiple of config.optim.accumulate, which is {config.optim.accumulate}"
+        raise UserError(f"config.batch is {config.batch}; it must be {right}")
+    if list(config.mesh.values()).count(-1) > 1:
+        raise UserError("config.mesh has -1 on more than one axis; only one can take the remaining devices")
+    if config.sample.ema not in (0, -1, *config.optim.ema):
+        right = f"0 (raw weights), -1 (largest) or one of config.optim.ema, {config.optim.ema}"
+        raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
+    for group in config.optim.groups:
+        _validate_group(group)
+    if config.eval.metrics:
+        from scaling_dit.evaluation import METRICS  # metrics load the oracle, which few commands need
+
+        for name in config.eval.metrics:
+            if name not in METRICS:
+                raise UserError(f"config.eval.metrics names {name!r}; {nearest(name, METRICS)}")
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every field, in the order of the config."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def dump(config: ConfigDict) -> str:
+    """One `key = value` line per field, sorted: the same config always gives the same text."""
+    return "".join(f"{key} = {value!r}\n" for key, value in sorted(flatten(config).items()))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as sorted JSON; `from_json` gives back an equal one."""
+    return json.dumps(config.to_dict(), sort_keys=True, indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote; sequences come back as tuples, as every sequence of a config is one.
+
+    Raises:
+      UserError: `text` is not JSON.
+    """
+    try:
+        return ConfigDict(_tuples(json.loads(text)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"the saved config is not valid JSON: {error}") from None
+
+
+def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
+    """Makes sure that a run goes on with the config it was started with, except for the sections in `FREE_SECTIONS`.
+
+    Raises:
+      UserError: lists the fields that differ.
+    """
+    then, now = flatten(saved), flatten(config)
+    absent = "absent"
+    differences = [
+        f"{key} is {then.get(key, absent)!r} there and {now.get(key, absent)!r} here"
+        for key in sorted(then.keys() | now.keys())
+        if key.split(".")[0] not in FREE_SECTIONS and then.get(key, absent) != now.get(key, absent)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"the workdir was written by another experiment: {', '.join(differences[:3])}{more};"
+            " give another --workdir, or the config it was started with"
+        )
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped dotted key: a field of that name elsewhere, a near one in its section, else the section's."""
+    known = list(known)
+    section, _, field = key.rpartition(".")
+    siblings = {
+        name.rpartition(".")[2]: name for name in known if section and name.rpartition(".")[0] == section
+    }
+    elsewhere = [name for name in known if name.rpartition(".")[2] == field]
+    close = elsewhere or [
+        siblings[near] for near in difflib.get_close_matches(field, siblings, n=1, cutoff=0.5)
+    ]
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if siblings:
+        return f"{section} has {', '.join(sorted(siblings))}"
+    hint = nearest(key, known)
+    return hint if hint.startswith("did you mean") else nearest(key, {name.split(".")[0] for name in known})
+
+
+def _switch_component(config: ConfigDict, section: str, name: str) -> None:
+    """Renames a section's component in place, keeping the values that the new one has a field for."""
+    old = config.get(section, ConfigDict())
+    if old.get("name") == name:
+        return
+    fields = COMPONENTS[section](name)
+    shared = {k: v for k, v in old.items() if k in fields and isinstance(v, type(fields[k]))}
+    config[section] = ConfigDict({"name": name} | shared)
+
+
+def _settable(value: Any) -> Any:
+    """A field's default; one of None accepts a value of any type."""
+    if value is None:
+        return placeholder(object)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _validate_group(group: Any) -> None:
+    right = "each must be (regex over parameter paths, learning-rate factor >= 0, weight decay >= 0)"
+    try:
+        pattern, factor, decay = group
+        re.compile(pattern)
+        valid = factor >= 0 and decay >= 0
+    except (TypeError, ValueError, re.error):
+        valid = False
+    if not valid:
+        raise UserError(f"config.optim.groups holds {group!r}; {right}")
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

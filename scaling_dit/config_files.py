@@ -1,0 +1,178 @@
+"""Where a config comes from: experiment files found by path or name, and typed overrides from the command line.
+
+An experiment is a Python file with `get_config(arg="") -> ConfigDict`. A file that takes arguments lists them in
+`ARGUMENTS`, a tuple of strings, so that a mistyped one is caught and each has its golden dump.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
+
+from scaling_dit.errors import UserError, nearest
+
+INSTALLED = "scaling_dit.experiments"
+_EXPECTED = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple: "a tuple such as (1,2) or ('a','b')",
+}
+
+
+def read_experiment(spec: str) -> ConfigDict:
+    """Calls the `get_config` of an experiment.
+
+    Args:
+      spec: `path/to/file.py`, the name of an installed experiment such as `shapes`, or either with `:argument`.
+
+    Raises:
+      UserError: no such experiment, no `get_config` in it, an unknown argument, or a field that does not exist or is
+        of another type.
+    """
+    place, _, argument = spec.partition(":")
+    module = _load_file(pathlib.Path(place)) if _is_path(place) else _load_named(place)
+    where = getattr(module, "__file__", None) or place
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{where} has no get_config(arg='') function; an experiment file must define one")
+    _check_argument(module, get_config, argument, where)
+    try:
+        config = get_config(argument) if argument else get_config()
+    except (AttributeError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if "ml_collections" not in frames[-1].filename:  # not a mistake in a field but a fault of the code
+            raise
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == where), None)
+        raise UserError(f"{where}, line {line}: {error}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config of {where} returned {type(config).__name__}; it must return a ConfigDict"
+        )
+    return config
+
+
+def experiment_arguments(module: types.ModuleType) -> tuple[str, ...]:
+    """The arguments that an experiment names; '' is the experiment without one."""
+    return tuple(dict.fromkeys(("", *getattr(module, "ARGUMENTS", ()))))
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets fields in place from `--config.key=value` arguments, typed as ml_collections.config_flags does.
+
+    A field that holds a bool also takes `--config.key` and `--noconfig.key`; a tuple may be given whole or by
+    repeating the argument.
+
+    Raises:
+      UserError: an unknown key, or a value that the field's type cannot take.
+    """
+    from scaling_dit.config import flatten, nearest_key  # config.py builds on this file
+
+    known = flatten(config)
+    by_key: dict[str, list[str]] = {}
+    for override in overrides:
+        by_key.setdefault(override_key(override), []).append(override)
+    for key, arguments in by_key.items():
+        argument = arguments[-1]
+        if key not in known:
+            fields = [name.rpartition(".")[2] for name in known if name.startswith(key + ".")]
+            if fields:
+                raise UserError(
+                    f"{argument}: config.{key} is a section; set one of its fields, {', '.join(sorted(fields))}"
+                )
+            raise UserError(f"{argument}: no such config field; {nearest_key(key, known)}")
+        parser = flags.FlagValues()
+        try:
+            config_flags.DEFINE_config_dict(
+                "config", config, flag_values=parser, sys_argv=arguments, lock_config=False
+            )
+            parser(["", *arguments])
+        except (flags.Error, TypeError, ValueError):
+            expected = _EXPECTED.get(config_path.get_type(key, config), "a Python literal")
+            raise UserError(f"{argument}: config.{key} is {known[key]!r} and must stay {expected}") from None
+
+
+def component_names(overrides: Iterable[str], sections: Container[str]) -> dict[str, str]:
+    """The components that overrides such as `--config.backbone.name=uvit` choose, by section."""
+    chosen = {}
+    for override in overrides:
+        section, _, field = override_key(override).partition(".")
+        if section in sections and field == "name" and "=" in override:
+            chosen[section] = override.partition("=")[2]
+    return chosen
+
+
+def override_key(override: str) -> str:
+    """`optim.clip_norm` of `--config.optim.clip_norm=1`."""
+    return override.partition("=")[0].partition(".")[2]
+
+
+def _is_path(place: str) -> bool:
+    return place.endswith(".py") or os.sep in place
+
+
+def _load_file(path: pathlib.Path) -> types.ModuleType:
+    if not path.is_file():
+        beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        hint = nearest(str(path), beside) if beside else "its folder holds no experiment"
+        raise UserError(f"--config: no file {path}; {hint}")
+    name = f"scaling_dit_experiment_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    return module
+
+
+def _load_named(name: str) -> types.ModuleType:
+    """An installed experiment, else the file of that name in `experiments/` of the working directory."""
+    here = pathlib.Path("experiments") / f"{name}.py"
+    if not name.isidentifier():
+        raise UserError(
+            f"--config={name}: not an experiment; give a name such as shapes, or path/to/file.py[:argument]"
+        )
+    try:
+        return importlib.import_module(f"{INSTALLED}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in (INSTALLED, f"{INSTALLED}.{name}"):
+            raise
+    if here.is_file():
+        return _load_file(here)
+    known = _installed_names()
+    hint = nearest(name, known) if known else "none is installed or lies in experiments/"
+    raise UserError(f"--config: no experiment {name!r}; {hint} (or give path/to/file.py)")
+
+
+def _installed_names() -> list[str]:
+    """Experiments that can be given by name, installed or in the working directory."""
+    folders = [pathlib.Path("experiments")]
+    with contextlib.suppress(ModuleNotFoundError):  # a checkout that is not installed
+        folders += map(pathlib.Path, importlib.import_module(INSTALLED).__path__)
+    return [path.stem for folder in folders for path in folder.glob("[!_]*.py")]
+
+
+def _check_argument(module: types.ModuleType, get_config: Any, argument: str, where: str) -> None:
+    if not argument:
+        return
+    if not inspect.signature(get_config).parameters:
+        raise UserError(f"get_config of {where} takes no argument; leave out ':{argument}'")
+    known = [name for name in experiment_arguments(module) if name]
+    if hasattr(module, "ARGUMENTS") and argument not in known:
+        raise UserError(f"{where} has no argument {argument!r}; {nearest(argument, known)}")

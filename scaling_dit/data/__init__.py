@@ -1,0 +1,1 @@
+"""From captions and images to batches: sources, caption choice and the loader."""

@@ -1,0 +1,82 @@
+"""Where images and captions come from: one file per source, one name each.
+
+`shapes` draws scenes, `folder:PATH` reads images with a `metadata.jsonl`, and "package.module:Class" is a user's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+
+from scaling_dit import components
+from scaling_dit.errors import UserError
+
+SOURCES = {
+    "shapes": "scaling_dit.data.sources.shapes:ShapesSource",
+    "folder": "scaling_dit.data.sources.folder:FolderSource",
+}
+
+
+class Record(TypedDict):
+    """One example."""
+
+    image: np.ndarray  # uint8 [image_size, image_size, 3], RGB
+    captions: Sequence[str]  # at least one; may be lazy
+    key: str  # names the example within its source
+
+
+class Source(Protocol):
+    """Random access to records; read from several threads at once.
+
+    A source may also offer `texts() -> Iterable[str]`, every caption without reading an image: the word list of a
+    tokenizer is then built from all of them.
+    """
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of every image, in pixels."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+    def describe(self) -> str:
+        """One line for logs: what it is, how many examples, which split."""
+
+    def held_out(self) -> "Source":
+        """The evaluation split, disjoint from this one."""
+
+
+def create_source(name: str, **fields: Any) -> Source:
+    """The training split of a source.
+
+    Args:
+      name: "shapes", "folder:PATH" or "package.module:Class".
+      **fields: fields of that source, see `source_fields`.
+
+    Raises:
+      UserError: unknown name or field, or a source that cannot be opened.
+    """
+    component, fixed = _find(name)
+    return components.construct("source", name, component, fields, fixed)
+
+
+def source_fields(name: str) -> dict[str, Any]:
+    """The config-settable fields of a source with their defaults.
+
+    Raises:
+      UserError: unknown name.
+    """
+    return components.fields(_find(name)[0])
+
+
+def _find(name: str) -> tuple[type[Any], dict[str, Any]]:
+    """The class behind a name and the fields that the name itself carries."""
+    kind, _, path = name.partition(":")
+    if kind == "folder":
+        if not path:
+            raise UserError(
+                f"source {name!r} names no folder; write folder:PATH, for example folder:/data/birds"
+            )
+        return components.resolve("source", kind, SOURCES), {"path": path}
+    return components.resolve("source", name, SOURCES), {}

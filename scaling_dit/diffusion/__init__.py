@@ -1,0 +1,1 @@
+"""The diffusion process as pure functions: schedules, timesteps, objectives, samplers and guidance."""

@@ -1,0 +1,56 @@
+"""Text encoders by name; image codecs are in `codec.py`."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from scaling_dit import components
+
+TEXT_ENCODERS = {"scratch": "scaling_dit.encoders.scratch:Scratch"}
+
+
+class TextEncoder(Protocol):
+    """What a run needs of a text encoder: captions -> ids on the host, ids -> embeddings on the device."""
+
+    @property
+    def dim(self) -> int:
+        """Width D of the token embeddings."""
+
+    @property
+    def length(self) -> int:
+        """Number L of tokens of every caption, padded or cut."""
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Captions -> (ids int32 [B, L], mask bool [B, L], True = real token)."""
+
+    def init(self, rng: jax.Array) -> Any:
+        """Fresh parameters, boxed with their logical axes."""
+
+    def apply(self, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Ids, mask [B, L] -> (tokens [B, L, D], mask [B, L], pooled [B, D]), float32."""
+
+
+def create_text_encoder(name: str, *, tokenizer: Any, **fields: Any) -> TextEncoder:
+    """A text encoder without weights.
+
+    Args:
+      name: "scratch" or "package.module:Class".
+      tokenizer: what turns captions into ids for it.
+      **fields: fields of that encoder, see `text_encoder_fields`.
+
+    Raises:
+      UserError: unknown name or field.
+    """
+    component = components.resolve("text encoder", name, TEXT_ENCODERS)
+    return components.construct("text_encoder", name, component, fields, {"tokenizer": tokenizer})
+
+
+def text_encoder_fields(name: str) -> dict[str, Any]:
+    """The config-settable fields of a text encoder with their defaults.
+
+    Raises:
+      UserError: unknown name.
+    """
+    return components.fields(components.resolve("text encoder", name, TEXT_ENCODERS))

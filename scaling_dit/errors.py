@@ -1,0 +1,27 @@
+"""Errors a user can cause, told in one line: what is wrong, where, what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a command, config, file or call; `str(error)` is the one line that is shown.
+
+    The command line prints it as `scaling-dit: error: ...` and exits with code 2, without a traceback.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint that ends an error line: the nearest known name, else all of them.
+
+    >>> nearest("uvti", ["uvit", "pixart"])
+    "did you mean 'uvit'?"
+    """
+    names = sorted(str(name) for name in known)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(names)

@@ -1,0 +1,93 @@
+"""The metric `digits`: does a classifier fitted on real scans recognise the digit that a caption asked for?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from scaling_dit.data.digits import WORDS, captions, to_scans
+from scaling_dit.data.sources import Source
+from scaling_dit.errors import UserError
+from scaling_dit.evaluation import tifa
+from scaling_dit.evaluation.metric import Item
+
+CLASSIFIER = "scikit-learn SVC (RBF kernel) on the bundled digits"
+_HELD_BACK = 0.2  # share of the scans the classifier is not fitted on, to say how far it can be trusted
+
+
+class DigitAccuracy:
+    """Accuracy of an SVC on generated digits, equally many of each, scored as TIFA with one question; a `metric.Metric`."""
+
+    def items(self, source: Source, count: int) -> list[Item]:
+        """`count` prompts, digit after digit in turn.
+
+        Raises:
+          UserError: pictures of another size than those of `data.digits`.
+        """
+        if source.image_size != 16:
+            raise UserError(
+                f"metric 'digits' reads the 16x16 pictures of `python -m scaling_dit.data.digits`; got {source.image_size} px from "
+                f"{source.describe()}"
+            )
+        return [self._item(number) for number in range(count)]
+
+    def _item(self, number: int) -> Item:
+        digit = number % len(WORDS)
+        key, prompt = f"digit-{number:05d}", captions(digit)[0]
+        question = {
+            "id": key,
+            "caption": prompt,
+            "question": "which digit is this?",
+            "choices": list(WORDS),
+            "answer": WORDS[digit],
+            "element_type": WORDS[digit],
+            "element": WORDS[digit],
+        }
+        return Item(key, prompt, [question])
+
+    def score(self, images: Sequence[np.ndarray], items: Sequence[Item], seed: int) -> dict[str, Any]:
+        """TIFA's result (`tifa.score`) by digit, with `scalars` and the classifier's accuracy on real scans it has not seen.
+
+        Raises:
+          UserError: scikit-learn is not installed.
+        """
+        classify, real_accuracy = fit_classifier()
+        answers = iter(classify(np.stack(images)))
+        result = tifa.score(
+            images, [item.questions for item in items], lambda image, rows: [WORDS[next(answers)]], CLASSIFIER, seed
+        )
+        result["accuracy_on_real_scans"] = real_accuracy
+        result["scalars"] = {"digit_accuracy": result["tifa_average"]}
+        return result
+
+    def table(self, result: dict[str, Any]) -> str:
+        """`score`'s result for people."""
+        return f"{tifa.table(result)}\nthe classifier on real scans it was not fitted on: {result['accuracy_on_real_scans']:.3f}"
+
+    def write(self, folder: epath.Path, images: Sequence[np.ndarray], items: Sequence[Item], result: dict[str, Any]) -> None:
+        """TIFA's own files next to the pictures."""
+        tifa.write_questions(folder / "questions.json", [item.questions for item in items])
+        tifa.write_image_map(folder / "images.json", {item.id: f"{item.id}.png" for item in items})
+
+
+def fit_classifier() -> tuple[Any, float]:
+    """(pictures uint8 [N, 16, 16, 3] -> digits [N], accuracy on real scans held back from the fit).
+
+    Raises:
+      UserError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        from sklearn.svm import SVC
+    except ImportError:
+        raise UserError("metric 'digits' needs scikit-learn: pip install scikit-learn") from None
+    scans, labels = load_digits(return_X_y=True)
+    fit_x, test_x, fit_y, test_y = train_test_split(scans, labels, test_size=_HELD_BACK, random_state=0, stratify=labels)
+    classifier = SVC(gamma=0.001, C=10.0).fit(fit_x, fit_y)
+
+    def classify(pictures: np.ndarray) -> np.ndarray:
+        return classifier.predict(to_scans(pictures).reshape(len(pictures), -1))
+
+    return classify, float(classifier.score(test_x, test_y))

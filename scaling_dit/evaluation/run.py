@@ -1,0 +1,60 @@
+"""The `evaluate` verb: draws a metric's prompts with a trained run, scores the pictures, and writes both down."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from scaling_dit import generate, pipeline
+from scaling_dit.errors import UserError, nearest
+from scaling_dit.evaluation import METRICS
+
+RESULT = "result.json"
+
+
+def main(
+    workdir: str,
+    out: str,
+    *,
+    metrics: Sequence[str] | None = None,
+    items: int = 500,
+    as_json: bool = False,
+    seed: int = 0,
+    step: int | None = None,
+    ema: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> int:
+    """Scores a run by each metric; pictures, questions and `result.json` go to OUT/METRIC. Returns the exit code.
+
+    Raises:
+      UserError: no run, an unknown metric, or a metric that does not fit the run's data.
+    """
+    config = pipeline.read_config(workdir)
+    names = tuple(metrics or config.eval.metrics)
+    if not names:
+        raise UserError(f"the run in {workdir} names no metric in config.eval.metrics; give --metrics={','.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"--metrics names {name!r}; {nearest(name, METRICS)}")
+    source = pipeline.create_source(config)
+    wanted = {name: METRICS[name].items(source, items) for name in names}  # before loading: a misfit shows at once
+    pipe, sampler, about = generate.open_for_sampling(workdir, step=step, ema=ema, steps=steps, guidance=guidance)
+    results: dict[str, Any] = {}
+    for name, metric_items in wanted.items():
+        folder = epath.Path(out) / name
+        prompts = [(item.id, item.prompt) for item in metric_items]
+        images = generate.sample_to_folder(sampler, pipe, prompts, folder, seed=seed, about=about)
+        result = METRICS[name].score(images, metric_items, seed=seed)
+        results[name] = {"metric": name, "workdir": str(workdir), "seed": seed, "n": len(metric_items)} | about | result
+        METRICS[name].write(folder, images, metric_items, results[name])
+        (folder / RESULT).write_text(json.dumps(results[name], indent=2) + "\n")
+        if not as_json:
+            settings = ", ".join(f"{key} {value}" for key, value in about.items())
+            print(f"{name} of {workdir}: n {len(metric_items)}, seed {seed}, {settings}")
+            print(METRICS[name].table(results[name]))
+            print(f"pictures: {folder / generate.GRID}\nfigures:  {folder / RESULT}")
+    if as_json:
+        print(json.dumps(results))
+    return 0

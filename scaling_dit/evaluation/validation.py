@@ -1,0 +1,87 @@
+"""Validation loss on fixed triples of (image, timestep, noise), in eps space, so that any two runs can be compared."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling_dit import pipeline
+from scaling_dit.data.sources import Source
+from scaling_dit.diffusion import objectives
+from scaling_dit.parallel import rules
+
+_SEED = 20_000  # of the noise: the same for every run, whatever its own seed
+
+
+class ValidationLoss:
+    """Mean squared error of the implied noise on held-out images, over all timesteps and by timestep bin.
+
+    The triples depend on the data and `images` alone: the first held-out records with their first captions, timesteps spread
+    evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or backbones meet the same ones.
+
+    Args:
+      images: how many triples, at least 1; at most as many records as are held out are used, repeated if fewer.
+      bins: equal timestep bins for the split.
+      batch: triples at a time; rounded up to what the mesh divides.
+    """
+
+    def __init__(
+        self, model: pipeline.Model, source: Source, mesh: jax.sharding.Mesh, *, images: int, bins: int, batch: int
+    ) -> None:
+        self._model, self._mesh, self._bins = model, mesh, bins
+        held_out = source.held_out()
+        records = [held_out[i % len(held_out)] for i in range(images)]
+        ids, mask = model.text_encoder.tokenize([record["captions"][0] for record in records])
+        total = model.schedule.num_timesteps
+        # Evenly spread and then dealt out, so that a bin does not hold neighbouring records only.
+        times = np.floor((np.arange(images) + 0.5) * total / images).astype(np.int32)
+        self._rows = {
+            "images": np.stack([record["image"] for record in records]),
+            "ids": ids,
+            "mask": mask,
+            "timesteps": np.random.default_rng(_SEED).permutation(times),
+            "number": np.arange(images, dtype=np.int32),
+        }
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch = -(-min(batch, images) // shards) * shards
+        self._run = jax.jit(self._errors)
+
+    def __call__(self, params: pipeline.Params, frozen: pipeline.Params) -> dict[str, float]:
+        """{"loss": mean, "loss_t0000-0199": mean of that bin, ...}; every process gets the same."""
+        total = self._model.schedule.num_timesteps
+        count = len(self._rows["number"])
+        held = rules.local_positions(self._mesh, self._batch)
+        sums, counts = np.zeros(self._bins), np.zeros(self._bins)
+        for start in range(0, count, self._batch):
+            # A short last batch is filled with row 0 and its weight set to 0: one shape, one compilation.
+            index = np.arange(start, start + self._batch)
+            weight = (index < count).astype(np.float32)
+            index = np.where(index < count, index, 0)
+            host = {name: rows[index][held] for name, rows in self._rows.items()} | {"weight": weight[held]}
+            with rules.activate(self._mesh):
+                added = self._run(params, frozen, rules.to_global(host, self._mesh, self._batch))
+            sums += np.asarray(added[0])
+            counts += np.asarray(added[1])
+        edges = np.arange(self._bins + 1) * total // self._bins
+        by_bin = {
+            f"loss_t{edges[b]:04d}-{edges[b + 1] - 1:04d}": float(sums[b] / counts[b]) for b in range(self._bins) if counts[b]
+        }
+        return {"loss": float(sums.sum() / counts.sum())} | by_bin
+
+    def _errors(
+        self, params: pipeline.Params, frozen: pipeline.Params, rows: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        model: Any = self._model
+        key = jax.random.key(_SEED)
+        latents = model.encode_image(frozen, rows["images"], jax.random.fold_in(key, 0))
+        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i + 1), model.latent_shape))(rows["number"])
+        noisy = objectives.add_noise(model.schedule, latents, noise, rows["timesteps"])
+        text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
+        output = model.predict(params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask)
+        errors = objectives.eps_mse(
+            output, latents, noise, rows["timesteps"], model.schedule, prediction=model.prediction
+        )
+        bins = rows["timesteps"] * self._bins // model.schedule.num_timesteps
+        one_hot = jax.nn.one_hot(bins, self._bins) * rows["weight"][:, None]
+        return (one_hot * errors[:, None]).sum(0), one_hot.sum(0)

@@ -1,0 +1,202 @@
+"""A small engine that maps parameters to and from state dicts by a table of names.
+
+A row says which upstream entries make one of our parameters and how. `{i}` in its names stands for a layer index: our
+"in_blocks_{i}/attn/qkv/kernel" means one parameter per layer, or layer i of the stacked parameter
+"in_blocks/attn/qkv/kernel" where the backbone scans its layers. Only numpy runs here; arrays stay on the host.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from scaling_dit.errors import UserError
+
+Arrays = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """`load` makes our array of the upstream arrays; `save` is its inverse and gives as many as the row has names."""
+
+    load: Callable[..., np.ndarray]
+    save: Callable[[np.ndarray], Arrays]
+
+
+SAME = Transform(load=lambda w: w, save=lambda p: (p,))
+
+
+def transpose() -> Transform:
+    """torch Linear weight [out, in] <-> our kernel [in, out]."""
+    return Transform(load=lambda w: w.T, save=lambda p: (p.T,))
+
+
+def fused(parts: int) -> Transform:
+    """One Linear weight [parts*out, in] (such as q, k, v) <-> our kernel [in, parts, out]."""
+    return Transform(
+        load=lambda w: w.T.reshape(w.shape[1], parts, -1), save=lambda p: (p.reshape(p.shape[0], -1).T,)
+    )
+
+
+def conv() -> Transform:
+    """torch convolution weight OIHW <-> our kernel HWIO."""
+    return Transform(load=lambda w: w.transpose(2, 3, 1, 0), save=lambda p: (p.transpose(3, 2, 0, 1),))
+
+
+def patch_conv(patch: int) -> Transform:
+    """Weight [out, C, p, p] of a stride-p convolution <-> kernel [p*p*C, out] of a linear map on (p, p, C) patches."""
+    return Transform(
+        load=lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+        save=lambda p: (p.reshape(patch, patch, -1, p.shape[-1]).transpose(3, 2, 0, 1),),
+    )
+
+
+def leading_axis() -> Transform:
+    """An upstream leading axis of one, [1, ...] <-> ours without it."""
+    return Transform(load=lambda w: w[0] if w.shape[:1] == (1,) else w, save=lambda p: (p[None],))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Upstream name or names <-> our parameter.
+
+    Attributes:
+      upstream: names in the state dict, in the order the transform takes them.
+      ours: path of our parameter, parts joined by "/".
+      layers: how many layers `{i}` runs over; None for a row without it.
+      free: axes of our array whose size is taken from the state dict, such as the length of a table of positions.
+    """
+
+    upstream: str | tuple[str, ...]
+    ours: str
+    transform: Transform = SAME
+    layers: int | None = None
+    free: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The upstream names as a tuple."""
+        return (self.upstream,) if isinstance(self.upstream, str) else self.upstream
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row for one layer: `layer` is its index in a stacked parameter, None where the parameter is its own."""
+
+    names: tuple[str, ...]
+    path: str
+    layer: int | None
+    row: Row
+
+
+def expand(rows: Iterable[Row], paths: Iterable[str]) -> list[Entry]:
+    """One entry per row and layer; a row's parameter is stacked where `paths`, our parameters, hold it so."""
+    known = set(paths)
+    entries = []
+    for row in rows:
+        if row.layers is None:
+            entries.append(Entry(row.names, row.ours, None, row))
+            continue
+        stacked = row.ours.replace("_{i}", "")
+        for i in range(row.layers):
+            names = tuple(name.replace("{i}", str(i)) for name in row.names)
+            one = Entry(names, row.ours.replace("{i}", str(i)), None, row)
+            entries.append(Entry(names, stacked, i, row) if stacked in known else one)
+    return entries
+
+
+def load(
+    rows: Iterable[Row], abstract: Mapping[str, Any], state_dict: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """A state dict as our tree of parameters, numpy arrays of the dtypes of `abstract`.
+
+    Args:
+      rows: the table; it must name every parameter of `abstract`.
+      abstract: our tree of parameters as shapes and dtypes.
+      state_dict: upstream name -> array; float arrays of any width.
+      what: names the backbone in an error.
+
+    Raises:
+      UserError: unknown, missing or misshapen entries, all of them in one message.
+    """
+    expected = traverse_util.flatten_dict(abstract, sep="/")
+    entries = expand(rows, expected)
+    problems = _compare_names({name for entry in entries for name in entry.names}, set(state_dict))
+    layers: dict[str, dict[int | None, np.ndarray]] = {}
+    for entry in entries:
+        if not all(name in state_dict for name in entry.names):
+            continue
+        arrays = [np.asarray(state_dict[name]) for name in entry.names]
+        target = expected[entry.path]
+        shape = target.shape if entry.layer is None else target.shape[1:]
+        wanted = [
+            part.shape
+            for part in entry.row.transform.save(np.broadcast_to(np.zeros((), target.dtype), shape))
+        ]
+        misfits = _compare_shapes(entry, arrays, wanted)
+        problems += misfits
+        if not misfits:
+            layers.setdefault(entry.path, {})[entry.layer] = entry.row.transform.load(*arrays).astype(
+                target.dtype
+            )
+    if problems:
+        raise UserError(f"the state dict does not fit {what}: " + "; ".join(problems))
+    flat = {
+        path: parts[None] if None in parts else np.stack([parts[i] for i in range(len(parts))])
+        for path, parts in layers.items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def save(
+    rows: Iterable[Row], abstract: Mapping[str, Any], params: Mapping[str, Any], what: str
+) -> dict[str, np.ndarray]:
+    """Our tree of parameters as a state dict of upstream names, contiguous numpy arrays.
+
+    Raises:
+      UserError: unknown, missing or misshapen parameters, all of them in one message.
+    """
+    expected = traverse_util.flatten_dict(abstract, sep="/")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    problems = _compare_names(set(expected), set(flat))
+    free = {entry.path: entry.row.free for entry in expand(rows, expected)}
+    for path in sorted(set(expected) & set(flat)):
+        found, wanted = np.shape(flat[path]), expected[path].shape
+        if _fixed(found, free[path]) != _fixed(wanted, free[path]):
+            problems.append(f"{path} is {found}, it must be {wanted}")
+    if problems:
+        raise UserError(f"the parameters do not fit {what}: " + "; ".join(problems))
+    host = {path: np.asarray(value) for path, value in flat.items()}  # each stacked array is fetched once
+    state_dict: dict[str, np.ndarray] = {}
+    for entry in expand(rows, expected):
+        array = host[entry.path] if entry.layer is None else host[entry.path][entry.layer]
+        parts = entry.row.transform.save(array)
+        state_dict |= {
+            name: np.ascontiguousarray(part) for name, part in zip(entry.names, parts, strict=True)
+        }
+    return state_dict
+
+
+def _compare_names(wanted: set[str], found: set[str]) -> list[str]:
+    lists = (("missing", wanted - found), ("unknown", found - wanted))
+    return [f"{label}: {', '.join(sorted(names))}" for label, names in lists if names]
+
+
+def _compare_shapes(entry: Entry, arrays: Arrays, wanted: Sequence[tuple[int, ...]]) -> list[str]:
+    """Problems of the upstream arrays of one entry; a free axis of ours is compared after the transform."""
+    if entry.row.free:
+        loaded = entry.row.transform.load(*arrays)
+        target = entry.row.transform.load(*[np.broadcast_to(np.float32(0), shape) for shape in wanted])
+        if _fixed(loaded.shape, entry.row.free) == _fixed(target.shape, entry.row.free):
+            return []
+    return [
+        f"{name} is {array.shape}, it must be {shape}" + (" but for its length" if entry.row.free else "")
+        for name, array, shape in zip(entry.names, arrays, wanted, strict=True)
+        if array.shape != shape
+    ]
+
+
+def _fixed(shape: tuple[int, ...], free: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(None if axis in free else size for axis, size in enumerate(shape))

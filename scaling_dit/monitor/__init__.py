@@ -1,0 +1,1 @@
+"""What a run tells while it runs: metric writers and the progress line."""

@@ -1,0 +1,45 @@
+"""Pictures for people: a grid with the caption under each picture, and PNG files."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+_TILE = 128  # px, the least width of an enlarged picture, so that captions are readable
+_MARGIN = 6  # px between tiles
+_FONT_SIZE = 12  # px
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
+    """One picture of many: images uint8 [N, H, W, 3] and their N captions -> uint8 [height, width, 3].
+
+    Small pictures are enlarged by a whole factor without smoothing, so that every pixel shows. `columns` defaults to about
+    sqrt(2 N), a shape that fits a screen.
+    """
+    count, height, width, _ = images.shape
+    columns = columns or max(1, min(count, round((2 * count) ** 0.5)))
+    factor = max(1, -(-_TILE // width))
+    tile_w, tile_h = width * factor, height * factor
+    font = ImageFont.load_default(_FONT_SIZE)
+    wrapped = [textwrap.wrap(caption, max(8, int(tile_w / (0.52 * _FONT_SIZE)))) for caption in captions]
+    text_h = (_FONT_SIZE + 2) * max((len(lines) for lines in wrapped), default=0) + 4
+    rows = -(-count // columns)
+    size = (columns * (tile_w + _MARGIN) + _MARGIN, rows * (tile_h + text_h + _MARGIN) + _MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x = _MARGIN + (i % columns) * (tile_w + _MARGIN)
+        y = _MARGIN + (i // columns) * (tile_h + text_h + _MARGIN)
+        sheet.paste(Image.fromarray(image).resize((tile_w, tile_h), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x, y + tile_h + 1), "\n".join(lines), fill="black", font=font, spacing=2)
+    return np.asarray(sheet)
+
+
+def write_png(path: epath.Path, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as PNG in one piece, so that a reader of a remote path never sees half a file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    path.write_bytes(buffer.getvalue())

@@ -1,0 +1,197 @@
+"""The optimiser: AdamW with warm-up, clipping, parameter groups, a guard against NaN, and weight averages.
+
+`optim` below is the config section of that name; see `config.defaults` for its fields.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from scaling_dit.errors import UserError, nearest
+from scaling_dit.state import Params, TrainState, ema_name
+
+# (regex over parameter paths, learning-rate factor, weight decay)
+Group = tuple[str, float, float]
+
+
+def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) for `total_steps` updates; a non-finite gradient changes nothing.
+
+    Gradients are clipped to a global norm of `clip_norm` (0 = not at all); frozen parameters do not count in
+    the norm. `parameter_settings` says how `groups` set learning rate and weight decay. The learning rate
+    follows the number of calls, skipped ones included, so that it is
+    `learning_rate_schedule(...)(state.step)` always. Moments have exactly the structure of the parameters.
+    Non-finite gradients are never let through, however many follow one another: stopping after
+    `max_nonfinite` is up to the caller, who reads `nonfinite_count`.
+
+    Raises:
+      UserError: here for a bad schedule; from `init` for a group that is wrong or matches no parameter.
+    """
+    groups, weight_decay = tuple(optim.groups), optim.weight_decay
+
+    def settings(params: Params) -> tuple[Params, Params]:
+        return parameter_settings(params, groups, weight_decay)
+
+    def check_groups(params: Params) -> optax.OptState:
+        settings(params)
+        return optax.EmptyState()
+
+    def drop_frozen(
+        grads: Params, state: optax.OptState, params: Any = None
+    ) -> tuple[Params, optax.OptState]:
+        return jax.tree.map(
+            lambda g, factor: g if factor else jnp.zeros_like(g), grads, settings(params)[0]
+        ), state
+
+    def decay_weights(updates: Params, params: Any) -> Params:
+        return jax.tree.map(lambda u, p, decay: u + decay * p, updates, params, settings(params)[1])
+
+    def scale_groups(updates: Params, params: Any) -> Params:
+        return jax.tree.map(lambda u, factor: factor * u, updates, settings(params)[0])
+
+    guarded = optax.chain(
+        optax.GradientTransformation(check_groups, drop_frozen),
+        optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        optax.stateless(decay_weights),
+        optax.stateless(scale_groups),
+    )
+    return optax.chain(
+        optax.apply_if_finite(guarded, max_consecutive_errors=jnp.iinfo(jnp.int32).max),
+        optax.scale_by_learning_rate(learning_rate_schedule(optim, total_steps)),
+    )
+
+
+def learning_rate_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
+    """step -> learning rate: a line from 0 over `warmup_steps`, then constant or cosine.
+
+    The cosine ends at `final_fraction` of `learning_rate` after `total_steps`.
+
+    Raises:
+      UserError: unknown `decay`, or a cosine without steps left after warm-up.
+    """
+    peak, warmup = optim.learning_rate, optim.warmup_steps
+    if optim.decay == "constant":
+        main = optax.constant_schedule(peak)
+    elif optim.decay == "cosine":
+        if warmup >= total_steps:
+            raise UserError(
+                f"optim.warmup_steps={warmup} leaves nothing of steps={total_steps} for cosine decay"
+            )
+        main = optax.cosine_decay_schedule(peak, total_steps - warmup, optim.final_fraction)
+    else:
+        raise UserError(
+            f"optim.decay: unknown {optim.decay!r}; {nearest(optim.decay, ('constant', 'cosine'))}"
+        )
+    if warmup == 0:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def parameter_settings(params: Params, groups: Sequence[Group], weight_decay: float) -> tuple[Params, Params]:
+    """Learning-rate factor and weight decay of each parameter, as two trees of floats shaped like `params`.
+
+    A path is the tree's keys joined by "/", such as "backbone/in_blocks_0/attention/query/kernel". The first
+    group whose regex is found in it (`re.search`) sets both values for it, exactly as written; factor 0
+    freezes. A parameter in no group has factor 1, and decays by `weight_decay` if it is called "kernel" (a
+    matrix or convolution), not at all otherwise: biases, norms, embeddings and positional tables keep their
+    size. The name decides, not the number of axes, because scanned layers stack their biases into matrices.
+
+    Raises:
+      UserError: a group is malformed, or no parameter is left for it.
+    """
+    patterns = [_checked(group) for group in groups]
+    matched = [0] * len(patterns)
+    paths = jax.tree_util.tree_map_with_path(lambda key_path, _: _path(key_path), params)
+
+    def setting(path: str) -> tuple[float, float]:
+        for number, (pattern, factor, decay) in enumerate(patterns):
+            if pattern.search(path):
+                matched[number] += 1
+                return factor, decay
+        return 1.0, weight_decay if path.rpartition("/")[2] == "kernel" else 0.0
+
+    settings = {path: setting(path) for path in jax.tree.leaves(paths)}
+    for count, (pattern, _, _) in zip(matched, patterns, strict=True):
+        if not count:
+            parts = {path.partition("/")[0] for path in settings}
+            raise UserError(
+                f"optim.groups: {pattern.pattern!r} matches no parameter that an earlier group has not taken;"
+                f" {nearest(pattern.pattern, parts)}"
+            )
+    return (
+        jax.tree.map(lambda path: settings[path][0], paths),
+        jax.tree.map(lambda path: settings[path][1], paths),
+    )
+
+
+def nonfinite_count(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
+    """Updates skipped for a non-finite loss or gradient, int32 []: in a row up to now, and in total."""
+    get = optax.tree_utils.tree_get
+    return get(opt_state, "notfinite_count"), get(opt_state, "total_notfinite")
+
+
+def apply_gradients(
+    state: TrainState,
+    loss: jax.Array,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    ema_decays: Iterable[float],
+) -> TrainState:
+    """The state after one step of `optimizer`, which is of `make_optimizer`; pure.
+
+    If `loss` [] or any of `grads` is not finite, parameters, moments and averages stay as they are bit for
+    bit; the step and `nonfinite_count` advance.
+    """
+    # The loss can overflow where its gradient does not.
+    grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    emas = update_emas(state.emas, params, ema_decays, state.step)
+    applied = nonfinite_count(opt_state)[0] == 0
+    params, emas = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old), (params, emas), (state.params, state.emas)
+    )
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, emas=emas)
+
+
+def update_emas(
+    emas: dict[str, Params], params: Params, decays: Iterable[float], step: jax.Array
+) -> dict[str, Params]:
+    """Each average moved towards `params`, float32: ema <- d ema + (1 - d) params.
+
+    d = min(decay, (1 + step) / (10 + step)), `step` counting the updates before this one: early on an
+    average spans about a ninth of the run so far, so that short runs too get one that has left its starting
+    point.
+    """
+    warm = (1.0 + step) / (10.0 + step)
+
+    def moved(ema: Params, decay: float) -> Params:
+        rate = 1.0 - jnp.minimum(decay, warm)
+        return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
+
+    return {ema_name(decay): moved(emas[ema_name(decay)], decay) for decay in decays}
+
+
+def _checked(group: Group) -> tuple[re.Pattern[str], float, float]:
+    try:
+        pattern, factor, decay = group
+        compiled, factor, decay = re.compile(pattern), float(factor), float(decay)
+    except (TypeError, ValueError, re.error) as error:
+        raise UserError(
+            f"optim.groups: {group!r} is not (regex, learning-rate factor, weight decay): {error}"
+        ) from error
+    if factor < 0 or decay < 0:
+        raise UserError(f"optim.groups: {group!r} has a negative learning-rate factor or weight decay")
+    return compiled, factor, decay
+
+
+def _path(key_path: tuple[Any, ...]) -> str:
+    # Attribute keys are those of boxes that carry sharding names; they are no part of a parameter's name.
+    keys = tuple(key for key in key_path if not isinstance(key, jax.tree_util.GetAttrKey))
+    return jax.tree_util.keystr(keys, simple=True, separator="/")

@@ -1,0 +1,278 @@
+"""What one run is made of: codec, text encoder, backbone and noise schedule.
+
+`Model` holds modules and pure functions, never weights: trainer, generation, evaluation and counting all use it, so what
+is trained is what is sampled. Weights come in two trees: `params` (trained, in the train state) and `frozen` (the rest).
+`Pipeline` is a model with its weights, as `load(workdir)` returns it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from scaling_dit import backbones, checkpoints, encoders
+from scaling_dit import config as config_lib
+from scaling_dit.data import sources
+from scaling_dit.diffusion import schedules
+from scaling_dit.encoders import codec as codecs
+from scaling_dit.encoders import scratch
+from scaling_dit.errors import UserError
+from scaling_dit.parallel import mesh as mesh_lib
+from scaling_dit.parallel import rules
+
+Params = dict[str, Any]
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The modules of a run and the pure functions over their weights."""
+
+    codec: Any
+    text_encoder: Any
+    backbone: Any
+    schedule: schedules.Schedule
+    prediction: str  # what the backbone predicts: eps | x0 | v
+    image_size: int  # px
+    train_text_encoder: bool
+    text_mask: bool
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one latent."""
+        return self.codec.shape(self.image_size)
+
+    def init(self, rng: jax.Array) -> tuple[Params, Params]:
+        """Fresh weights as (params, frozen), with the logical axes of every parameter (boxed)."""
+        text_rng, backbone_rng = jax.random.split(rng)
+        text_params = self.text_encoder.init(text_rng)
+        latents = jnp.zeros((1, *self.latent_shape), jnp.float32)
+        text = jnp.zeros((1, self.text_encoder.length, self.text_encoder.dim), jnp.float32)
+        mask = jnp.ones(text.shape[:2], bool)
+        variables = self.backbone.init(backbone_rng, latents, jnp.zeros((1,), jnp.float32), text, mask)
+        params: Params = {"backbone": variables["params"]}
+        frozen: Params = {"codec": {}}
+        (params if self.train_text_encoder else frozen)["text_encoder"] = text_params
+        return params, frozen
+
+    def encode_text(
+        self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """ids, mask [B, L] -> (tokens [B, L, D], mask [B, L] or None when the run shows padding, pooled [B, P])."""
+        weights = params["text_encoder"] if self.train_text_encoder else frozen["text_encoder"]
+        tokens, mask, pooled = self.text_encoder.apply(weights, ids, mask)
+        return tokens, mask if self.text_mask else None, pooled
+
+    def encode_image(self, frozen: Params, images: jax.Array, rng: jax.Array) -> jax.Array:
+        """images uint8 [B, H, W, 3] -> latents float32 [B, h, w, c]."""
+        return self.codec.encode(frozen["codec"], images, rng)
+
+    def predict(
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Any] | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """The backbone's call (backbones/contract.py) on the weights of a run, float32 out."""
+        prediction = self.backbone.apply(
+            {"params": params["backbone"]}, latents, timesteps, text, text_mask, conditions, extras, train=train
+        )
+        return prediction.astype(jnp.float32)
+
+    def decode(self, frozen: Params, latents: jax.Array) -> jax.Array:
+        """latents [B, h, w, c] -> images uint8 [B, H, W, 3]."""
+        return self.codec.decode(frozen["codec"], latents)
+
+
+def build(config: ConfigDict, tokenizer: Any) -> Model:
+    """The model a complete config describes. `tokenizer` was built from the captions or read from the workdir."""
+    text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
+    codec = codecs.create_codec(**config.codec.to_dict())
+    backbone_fields = config.backbone.to_dict()
+    for name, value in (("in_channels", codec.channels), ("text_dim", text_encoder.dim)):
+        if name in backbone_fields:  # a user's own module may read these from its inputs instead
+            backbone_fields[name] = value
+    return Model(
+        codec=codec,
+        text_encoder=text_encoder,
+        backbone=backbones.create(**backbone_fields),
+        schedule=schedules.make_schedule(config.diffusion.schedule),
+        prediction=config.diffusion.prediction,
+        image_size=create_source(config).image_size,
+        train_text_encoder=config.train_text_encoder,
+        text_mask=config.text_mask,
+    )
+
+
+def create_source(config: ConfigDict) -> sources.Source:
+    """The training split of the run's data."""
+    return sources.create_source(**config.source.to_dict())
+
+
+def abstract_params(config: ConfigDict, tokenizer: Any = None) -> Params:
+    """Shapes and dtypes of everything a config trains or holds frozen; nothing is allocated."""
+    tokenizer = tokenizer or scratch.build_tokenizer(create_source(config))
+    model = build(config, tokenizer)
+    params, frozen = jax.eval_shape(model.init, jax.random.key(0))
+    return rules.unbox({**params, **{name: tree for name, tree in frozen.items() if tree}})
+
+
+def read_config(workdir: str | epath.Path) -> ConfigDict:
+    """The config a run was started with.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"no run in {workdir}: {CONFIG_FILE} is missing; --workdir must be a folder that `train` wrote")
+    return config_lib.from_json(path.read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A model with its weights, on a mesh of all local devices."""
+
+    config: ConfigDict
+    model: Model
+    params: Params
+    frozen: Params
+    mesh: jax.sharding.Mesh
+    step: int
+    _samplers: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def encode_text(self, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Prompts -> (tokens [B, L, D], mask [B, L] or None, pooled [B, P])."""
+        ids, mask = self.model.text_encoder.tokenize(list(prompts))
+        return self._encode_text(self.params, self.frozen, ids, mask)
+
+    def predict(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Any] | None = None,
+    ) -> jax.Array:
+        """One call of the backbone: latents [B, h, w, c], timesteps [B] in [0, 1000) -> prediction [B, h, w, c]."""
+        return self._predict(self.params, latents, timesteps, text, text_mask, conditions, extras)
+
+    def sample(
+        self, prompts: Sequence[str], seed: int = 0, *, steps: int | None = None, guidance: float | None = None
+    ) -> np.ndarray:
+        """Pictures uint8 [N, H, W, 3] of N prompts.
+
+        Picture i depends on (seed, i, prompt) alone, not on how prompts are batched. `steps` and `guidance` default to the
+        run's `config.sample`.
+        """
+        from scaling_dit import generate  # generate builds on this module
+
+        wanted = (steps, guidance)
+        if wanted not in self._samplers:  # each is compiled once
+            self._samplers[wanted] = generate.Sampler.of(
+                self.model, self.mesh, self.config.sample, steps=steps, guidance=guidance
+            )
+        return self._samplers[wanted](self.params, self.frozen, list(prompts), seed=seed)
+
+    @functools.cached_property
+    def _encode_text(self) -> Any:
+        return jax.jit(self.model.encode_text)
+
+    @functools.cached_property
+    def _predict(self) -> Any:
+        return jax.jit(self.model.predict)
+
+
+def load(workdir: str | epath.Path, step: int | None = None, ema: float | None = None) -> Pipeline:
+    """Opens a trained run.
+
+    Args:
+      workdir: folder that `train` wrote, local or gs://.
+      step: checkpoint to read; the latest by default.
+      ema: one of the run's EMA decays; the raw weights by default (or 0).
+
+    Raises:
+      UserError: no run, no checkpoint, or an EMA decay that the run did not keep.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    model = build(config, scratch.WordTokenizer.load(workdir / TOKENIZER_FILE))
+    mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+    boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
+    target = with_shardings(rules.unbox(boxed), rules.param_shardings(mesh, boxed))
+    name = ema_name(config, ema)
+    with checkpoints.Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+        step = store.latest_step() if step is None else step
+        params, saved = store.restore_params(step, target, ema=name)
+    frozen = init_frozen(model, config.seed, mesh, boxed_frozen)
+    check_frozen(frozen, saved, str(workdir))
+    return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=int(step or 0))
+
+
+def ema_name(config: ConfigDict, ema: float | str | None) -> str | None:
+    """The key in `state.emas` of a decay; None for the raw weights."""
+    if not ema or str(ema) == "none":
+        return None
+    kept = {float(decay): str(decay) for decay in config.optim.ema}
+    try:
+        return kept[float(ema)]
+    except (KeyError, ValueError):
+        raise UserError(
+            f"the run keeps no EMA of decay {ema}; it keeps {', '.join(kept.values()) or 'none'} (0 = raw weights)"
+        ) from None
+
+
+def init_frozen(model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
+    """The frozen weights, made from the run's seed straight into their shardings."""
+    make = jax.jit(
+        lambda rng: rules.unbox(model.init(rng)[1]), out_shardings=rules.param_shardings(mesh, boxed)
+    )
+    return make(jax.random.key(seed))
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `abstract` with the places of `shardings`: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def frozen_hash(frozen: Params) -> str:
+    """sha256 over paths, dtypes, shapes and bytes of the frozen weights; "" if there are none.
+
+    Checkpoints hold this instead of the weights. Every process must be able to read all of them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(frozen)
+    digest = hashlib.sha256()
+    for path, leaf in leaves:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest() if leaves else ""
+
+
+def check_frozen(frozen: Params, saved: Mapping[str, Any], where: str) -> None:
+    """Makes sure that trained weights meet the frozen ones they were trained with.
+
+    Raises:
+      UserError: their hash is not that of the checkpoint.
+    """
+    now, then = frozen_hash(frozen), saved.get("frozen_sha256", "")
+    if now != then:
+        raise UserError(
+            f"the checkpoint in {where} was trained with other frozen weights (sha256 {then[:12] or 'of none'}, now "
+            f"{now[:12] or 'none'}); put those back, or start a new run"
+        )

@@ -1,0 +1,1 @@
+"""Scaling studies: what a model costs, and how quality follows from it."""

@@ -1,0 +1,132 @@
+"""The `count` verb: what a backbone, or the backbone of an experiment, costs."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from scaling_dit import backbones
+from scaling_dit import config as config_lib
+from scaling_dit.errors import UserError
+from scaling_dit.scaling.count import Count, count
+
+LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256-pixel images through an 8x autoencoder; CLIP-H text
+
+
+def main(
+    spec: str | None,
+    backbone: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    latents: Sequence[str] | None = None,
+    text: Sequence[str] | None = None,
+    as_json: bool = False,
+) -> int:
+    """Prints the count of an experiment's backbone, or of a backbone alone, as a table or as JSON.
+
+    Args:
+      spec: the experiment, as for `config.load`; its data and text encoder give the shapes, its batch and steps the
+        training FLOPs.
+      backbone: instead of `spec`, a backbone's name.
+      overrides: `--config.key=value` arguments; with `backbone`, those of `config.backbone`.
+      latents: height, width, channels of a latent; by default the experiment's, or `LATENTS`.
+      text: tokens and their width; by default the experiment's, or `TEXT`.
+
+    Raises:
+      UserError: neither or both of `spec` and `backbone`, or shapes that are not whole numbers.
+    """
+    if (spec is None) == (backbone is None):
+        raise UserError("count needs either --config or --backbone; for example --backbone=uvit")
+    latents_HWC = _shape("--latents", latents, "height,width,channels")
+    text_LD = _shape("--text", text, "length,width")
+    if spec is not None:
+        config = config_lib.load(spec, overrides)
+        module, latents_HWC, text_LD = _of_experiment(config, latents_HWC, text_LD)
+        training = {"batch": config.batch, "steps": config.steps}
+    else:
+        for override in overrides:
+            if not override.lstrip("-").startswith(("config.backbone.", "noconfig.backbone.")):
+                raise UserError(f"{override}: with --backbone only --config.backbone.KEY=VALUE can be set")
+        config = config_lib.defaults()
+        config.backbone.name = backbone
+        fields = config_lib.resolve(config, overrides).backbone.to_dict()
+        latents_HWC, text_LD = latents_HWC or LATENTS, text_LD or TEXT
+        module = _create(fields, latents_HWC, text_LD)
+        training = {}
+    result = count(module, latents_HWC, text_LD)
+    about = {"backbone": config.backbone.name, "latents": latents_HWC, "text": text_LD}
+    rows = _figures(result, training)
+    if as_json:
+        modules = {name: dataclasses.asdict(cost) for name, cost in result.modules.items()}
+        print(json.dumps(about | training | rows | {"modules": modules}))
+    else:
+        print(_table(about | training, rows, result))
+    return 0
+
+
+def _of_experiment(
+    config: ConfigDict, latents: tuple[int, ...] | None, text: tuple[int, ...] | None
+) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...]]:
+    """The experiment's backbone and the shapes that its data and text encoder give it, where none are given."""
+    from scaling_dit import pipeline  # imports what a run needs, which counting a backbone alone does not
+    from scaling_dit.encoders import scratch
+
+    model = pipeline.build(config, scratch.build_tokenizer(pipeline.create_source(config)))
+    latents = latents or model.latent_shape
+    text = text or (model.text_encoder.length, model.text_encoder.dim)
+    return _create(config.backbone.to_dict(), latents, text), latents, text
+
+
+def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> nn.Module:
+    """The backbone for these inputs; one that reads their widths from the inputs has no fields for them."""
+    given = {"in_channels": latents[2], "text_dim": text[1]}
+    return backbones.create(**fields | {name: value for name, value in given.items() if name in fields})
+
+
+def _figures(result: Count, training: dict[str, int]) -> dict[str, int]:
+    figures = {"params": result.params, "macs_paper": result.macs_paper, "macs_total": result.macs_total}
+    if training:
+        for convention in ("paper", "total"):
+            figures[f"train_flops_{convention}"] = result.train_flops(**training, convention=convention)
+    return figures
+
+
+def _table(about: dict[str, Any], figures: dict[str, int], result: Count) -> str:
+    """The inputs, the figures, and the share of each top-level module."""
+    meaning = {
+        "params": "parameters",
+        "macs_paper": "multiply-accumulates per picture, convolutions and linear layers",
+        "macs_total": "multiply-accumulates per picture, with the products inside attention",
+        "train_flops_paper": "training FLOPs, without the products inside attention",
+        "train_flops_total": "training FLOPs",
+    }
+    lines = [", ".join(f"{name} {_plain(value)}" for name, value in about.items()), ""]
+    lines += [f"{name:18}{value:>26,}  {_short(value):>7}  {meaning[name]}" for name, value in figures.items()]
+    width = max(map(len, [*result.modules, "module"]))
+    lines += ["", f"{'module':{width}}  {'params':>16}  {'MACs paper':>20}  {'MACs total':>20}"]
+    for name, cost in result.modules.items():
+        lines.append(f"{name:{width}}  {cost.params:16,}  {cost.macs_paper:20,}  {cost.macs_total:20,}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _short(value: int) -> str:
+    """Three digits and a unit: 1.37 G."""
+    for power, unit in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {unit}"
+    return str(value)
+
+
+def _shape(flag: str, values: Sequence[str] | None, names: str) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    if len(values) != names.count(",") + 1 or not all(value.isdigit() and int(value) > 0 for value in values):
+        raise UserError(f"{flag}={','.join(values)}: must be {names} in whole numbers above 0")
+    return tuple(map(int, values))

@@ -1,0 +1,63 @@
+"""Everything a run needs to continue, as one pytree."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from scaling_dit.errors import UserError
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Step, parameters, optimiser state and averages. Frozen weights are not in it.
+
+    step: int32 [], optimiser updates done or skipped, which is also the next step's position in the data.
+    params: {"backbone": tree, "text_encoder": tree if it is trained}, float32.
+    opt_state: of `optim.make_optimizer`; the moments have the structure of `params`, so they shard like them.
+    emas: name (see `ema_name`) -> moving average with the structure of `params`, float32.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    emas: dict[str, Params]
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, ema_decays: Iterable[float] = ()
+) -> TrainState:
+    """The state before the first step; every average starts at `params`. Pure: may be jitted or traced.
+
+    Raises:
+      UserError: a decay outside [0, 1), or what `optimizer.init` raises.
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        # Copies, for a donated state must not hold one buffer twice.
+        emas={
+            ema_name(decay): jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+            for decay in ema_decays
+        },
+    )
+
+
+def ema_name(decay: float) -> str:
+    """The key of an average in `TrainState.emas`.
+
+    >>> ema_name(0.999)
+    '0.999'
+
+    Raises:
+      UserError: a decay outside [0, 1).
+    """
+    if not 0.0 <= decay < 1.0:
+        raise UserError(f"optim.ema: decay {decay} must be at least 0 and less than 1")
+    return repr(float(decay))

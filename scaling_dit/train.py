@@ -1,0 +1,281 @@
+"""Training: one pure step and one flat loop.
+
+`train` builds the run, goes on from its last checkpoint if there is one, and loops: read a batch, step, log, save, look.
+Everything random in step s is drawn from (seed, s) for the whole global batch, and the data of step s are a function of
+(seed, s); so a run that was killed anywhere and started again ends with the same parameters, bit for bit, on the same
+machine and layout.
+"""
+
+import functools
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from scaling_dit import config as config_lib
+from scaling_dit import optim, pipeline
+from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.data.loader import make_loader
+from scaling_dit.diffusion import objectives
+from scaling_dit.diffusion.time_sampling import sample_timesteps
+from scaling_dit.encoders import scratch
+from scaling_dit.errors import UserError
+from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.monitor.progress import Progress
+from scaling_dit.monitor.writers import create_writer
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.state import TrainState, create_state
+
+DONE, NONFINITE, PREEMPTED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Stopped(Exception):
+    """A run that ended early on purpose; `code` is the exit code and the message one line for the user."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(config: ConfigDict, workdir: str) -> int:
+    """The `train` verb: `train` with exit codes (0 done, 3 non-finite loss, 75 stopped by SIGTERM after saving)."""
+    try:
+        train(config, workdir)
+    except Stopped as stop:
+        print(f"scaling-dit: {stop}", file=sys.stderr)
+        return stop.code
+    return DONE
+
+
+def train(config: ConfigDict, workdir: str | epath.Path) -> TrainState:
+    """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
+
+    Args:
+      config: of an experiment; missing fields take their defaults.
+      workdir: folder of the run, local or gs://. It gets `config.json`, `tokenizer.json`, `checkpoints/`, `metrics/` and
+        TensorBoard events.
+
+    Returns:
+      The final state, sharded over the run's mesh.
+
+    Raises:
+      UserError: a mistake in the config or the data, or a workdir of another experiment.
+      Stopped: SIGTERM arrived (the state is saved), or too many updates in a row were not finite.
+    """
+    # --- what the run is made of ---
+    config = config_lib.resolve(config)
+    workdir = epath.Path(workdir)
+    mesh = make_mesh(**config.mesh.to_dict())
+    positions = rules.local_positions(mesh, config.batch)
+    rules.local_positions(mesh, config.batch // config.optim.accumulate)  # a microbatch must split as well
+    tokenizer = open_workdir(workdir, config)
+    source = pipeline.create_source(config)
+    model = pipeline.build(config, tokenizer)
+    optimizer = optim.make_optimizer(config.optim, config.steps)
+
+    # --- state: shapes first, then straight into its shardings ---
+    init = functools.partial(init_state, model, optimizer, config)
+    key = jax.random.key(config.seed)
+    boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
+    abstract = jax.eval_shape(init, key)
+    shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
+    frozen = pipeline.init_frozen(model, config.seed, mesh, boxed_frozen)
+    extra = {"frozen_sha256": pipeline.frozen_hash(frozen)}
+    step_fn = jax.jit(
+        make_train_step(model, optimizer, config),
+        in_shardings=(shardings, rules.param_shardings(mesh, boxed_frozen), rules.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    settings = config.checkpoint
+    with (
+        Checkpoints(workdir / pipeline.CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every) as store,
+        create_writer(workdir, tensorboard=config.log.tensorboard) as writer,
+        sigterm_flag() as terminated,
+    ):
+        if store.latest_step() is None:
+            state = jax.jit(init, out_shardings=shardings)(key)
+        else:
+            state = restore(store, abstract, shardings, frozen)
+        start = int(state.step)
+        if start == 0:
+            writer.hparams(config_lib.flatten(config))
+            writer.parameter_overview(state.params)
+        looks = InTraining(model, source, mesh, config)
+        loader = make_loader(
+            source, model.text_encoder.tokenize, batch=config.batch, seed=config.seed, positions=positions,
+            start_step=start, threads=config.loader.threads, prefetch=config.loader.prefetch,
+        )  # fmt: skip
+        progress = Progress(config.steps, start, config.batch, enabled=jax.process_index() == 0)
+
+        # --- the loop ---
+        for step in range(start + 1, config.steps + 1):
+            with progress.waiting():
+                batch = rules.to_global(next(loader), mesh, config.batch)
+            with rules.activate(mesh):
+                state, metrics = step_fn(state, frozen, batch)
+            last = step == config.steps
+            if step % config.log.every == 0 or last or terminated.is_set():
+                # Reading the metrics waits for the step; in between, the host runs ahead of the devices.
+                values = {name: float(value) for name, value in metrics.items()}
+                writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | progress.rates(step))
+                progress.update(step, loss=values["loss"])
+                if values["skipped_in_a_row"] >= config.optim.max_nonfinite:
+                    raise nonfinite(config, step, store)
+            saved = last or step % settings.every == 0 or terminated.is_set()
+            if saved:
+                store.save(step, state, extra, wait=last or terminated.is_set())
+            if terminated.is_set() and not last:
+                writer.flush()
+                raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command goes on from there")
+            if config.eval.every and (step % config.eval.every == 0 or last):
+                with progress.paused():
+                    looks.write(writer, step, state, frozen)
+        progress.close()
+        loader.close()
+    return state
+
+
+def init_state(model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array) -> TrainState:
+    """The state before the first step, without sharding names; pure."""
+    params, _ = model.init(key)
+    return create_state(rules.unbox(params), optimizer, config.optim.ema)
+
+
+def make_train_step(
+    model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Callable[[TrainState, pipeline.Params, Batch], tuple[TrainState, Metrics]]:
+    """The pure function (state, frozen, batch) -> (state, metrics) of one update.
+
+    `batch` holds the global batch: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]. Timesteps, noise and caption
+    drop are drawn for all B rows at once, then split into `optim.accumulate` microbatches, so the split changes nothing.
+    """
+    diffusion = config.diffusion
+    learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
+    empty_ids, empty_mask = model.text_encoder.tokenize([""])
+
+    def loss_fn(params: pipeline.Params, frozen: pipeline.Params, rows: Batch) -> jax.Array:
+        noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
+        text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
+        output = model.predict(params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask, train=True)
+        losses = objectives.diffusion_loss(
+            output, rows["latents"], rows["noise"], rows["timesteps"], model.schedule,
+            prediction=model.prediction, weighting=diffusion.weighting, gamma=diffusion.min_snr_gamma,
+        )  # fmt: skip
+        return losses.mean()
+
+    def train_step(state: TrainState, frozen: pipeline.Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        encode_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
+        latents = model.encode_image(frozen, batch["images"], encode_key)
+        ids, mask = objectives.drop_captions(
+            drop_key, batch["ids"], batch["mask"], jnp.asarray(empty_ids[0]), jnp.asarray(empty_mask[0]), diffusion.caption_drop
+        )
+        rows = {
+            "latents": latents,
+            "ids": ids,
+            "mask": mask,
+            "noise": jax.random.normal(noise_key, latents.shape),
+            "timesteps": sample_timesteps(time_key, config.batch, diffusion.time_sampling, model.schedule.num_timesteps),
+        }
+        loss, grads = accumulate(functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate)
+        new_state = optim.apply_gradients(state, loss, grads, optimizer, config.optim.ema)
+        in_a_row, total = optim.nonfinite_count(new_state.opt_state)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(new_state.params),
+            "learning_rate": learning_rate(state.step),
+            "skipped_in_a_row": in_a_row,
+            "skipped_total": total,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def accumulate(
+    loss_fn: Callable[..., jax.Array], params: pipeline.Params, rows: Batch, microbatches: int
+) -> tuple[jax.Array, pipeline.Params]:
+    """Mean loss and gradients of `loss_fn(params, rows=...)` over microbatches; number j of n holds rows j::n.
+
+    Strided, because a device holds neighbouring rows: each microbatch then takes the same share of every device.
+    """
+    grad_fn = jax.value_and_grad(lambda p, part: loss_fn(p, rows=part))
+    if microbatches == 1:
+        return grad_fn(params, rows)
+    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), rows)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, parts)
+    return jax.tree.map(lambda x: x / microbatches, total)
+
+
+def open_workdir(workdir: epath.Path, config: ConfigDict) -> scratch.WordTokenizer:
+    """Claims a new workdir for a run or checks that an old one holds this run; returns the run's tokenizer.
+
+    The config is written last: a folder with a config has everything else.
+    """
+    if (workdir / pipeline.CONFIG_FILE).exists():
+        config_lib.check_same_run(pipeline.read_config(workdir), config)
+        return scratch.WordTokenizer.load(workdir / pipeline.TOKENIZER_FILE)
+    if (workdir / pipeline.CHECKPOINTS).exists():
+        raise UserError(f"{workdir} has checkpoints but no {pipeline.CONFIG_FILE}; give another --workdir")
+    tokenizer = scratch.build_tokenizer(pipeline.create_source(config))
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
+        (workdir / pipeline.CONFIG_FILE).write_text(config_lib.to_json(config))
+    return tokenizer
+
+
+def restore(store: Checkpoints, abstract: TrainState, shardings: TrainState, frozen: pipeline.Params) -> TrainState:
+    """The newest checkpoint in this run's shardings, after checking that its frozen weights are these."""
+    state, saved = store.restore(None, pipeline.with_shardings(abstract, shardings))
+    pipeline.check_frozen(frozen, saved, str(store.directory))
+    return state
+
+
+def nonfinite(config: ConfigDict, step: int, store: Checkpoints) -> Stopped:
+    """The end of a run whose loss has left the numbers; the last checkpoint stays as it is."""
+    store.wait()
+    kept = store.latest_step()
+    return Stopped(
+        NONFINITE,
+        f"loss or gradient not finite for {config.optim.max_nonfinite} updates in a row, at step {step}; parameters were kept "
+        f"as before them; last checkpoint: {'none' if kept is None else f'step {kept}'}. Lower config.optim.learning_rate, "
+        "raise warm-up, or look at the data of these steps",
+    )
+
+
+class sigterm_flag:  # noqa: N801  (used as a function)
+    """Context: an event that SIGTERM sets, so that the loop can save before it ends. The old handler comes back after."""
+
+    def __enter__(self) -> threading.Event:
+        self._event = threading.Event()
+        self._old: Any = None
+        if threading.current_thread() is threading.main_thread():  # signals reach no other thread
+            self._old = signal.signal(signal.SIGTERM, self._on_signal)
+        return self._event
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        self._event.set()
+
+    def __exit__(self, *error: object) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

@@ -161,9 +161,9 @@ def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
     from scaling_dit import config as config_lib
 
     config = config_lib.load(values.config, overrides)
-    from scaling_dit import train
+    from scaling_dit.train import main as train
 
-    return train.main(config, values.workdir)
+    return train(config, values.workdir)
 
 
 def _define_sample(values: flags.FlagValues) -> None:

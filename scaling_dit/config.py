@@ -316,7 +316,7 @@ def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped dotted key: a field of that name elsewhere, a near one in its section, else the section's."""
+    """A hint for a mistyped dotted key: the same field elsewhere, a near one in its section, else the section's."""
     known = list(known)
     section, _, field = key.rpartition(".")
     siblings = {

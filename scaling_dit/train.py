@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,13 +59,16 @@ def main(config: ConfigDict, workdir: str) -> int:
     return DONE
 
 
-def train(config: ConfigDict, workdir: str | epath.Path) -> TrainState:
+def train(
+    config: ConfigDict, workdir: str | epath.Path, devices: Sequence[jax.Device] | None = None
+) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
     Args:
       config: of an experiment; missing fields take their defaults.
       workdir: folder of the run, local or gs://. It gets `config.json`, `tokenizer.json`, `checkpoints/`, `metrics/` and
         TensorBoard events.
+      devices: those to train on; all by default.
 
     Returns:
       The final state, sharded over the run's mesh.
@@ -77,7 +80,7 @@ def train(config: ConfigDict, workdir: str | epath.Path) -> TrainState:
     # --- what the run is made of ---
     config = config_lib.resolve(config)
     workdir = epath.Path(workdir)
-    mesh = make_mesh(**config.mesh.to_dict())
+    mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     positions = rules.local_positions(mesh, config.batch)
     rules.local_positions(mesh, config.batch // config.optim.accumulate)  # a microbatch must split as well
     tokenizer = open_workdir(workdir, config)

@@ -44,8 +44,11 @@ class ExactTifa:
         return result
 
     def table(self, result: dict[str, Any]) -> str:
-        """`score`'s result for people."""
-        return tifa.table(result)
+        """`score`'s result for people, with what perfect pictures of the wrong scenes get."""
+        baseline = result["baseline"]
+        colour = baseline["accuracy_by_type"].get("color")
+        by_colour = "" if colour is None else f", color {colour:.3f}"
+        return f"{tifa.table(result)}\nbaseline, true pictures of wrong scenes: TIFA {baseline['tifa_average']:.3f}{by_colour}"
 
     def write(self, folder: epath.Path, images: Sequence[np.ndarray], items: Sequence[Item], result: dict[str, Any]) -> None:
         """TIFA's own files next to the pictures, so that its tools can score them with another VQA model."""

@@ -137,6 +137,7 @@ def wrong_scene_baseline(
 
 def table(result: Mapping[str, Any]) -> str:
     """The result for people: accuracy by element type and the average, each with its number and 95 % interval."""
+
     def line(name: str, n: int, mean: float, interval: Sequence[float]) -> str:
         return f"{name:<14}{n:>7}{mean:>10.3f}  {interval[0]:.3f} to {interval[1]:.3f}"
 

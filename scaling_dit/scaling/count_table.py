@@ -3,15 +3,17 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax import linen as nn
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones
 from scaling_dit import config as config_lib
 from scaling_dit.errors import UserError
-from scaling_dit.scaling.count import Count, count
+
+if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
+    from flax import linen as nn
+
+    from scaling_dit.scaling.count import Count
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256-pixel images through an 8x autoencoder; CLIP-H text
 
@@ -56,7 +58,11 @@ def main(
         latents_HWC, text_LD = latents_HWC or LATENTS, text_LD or TEXT
         module = _create(fields, latents_HWC, text_LD)
         training = {}
-    result = count(module, latents_HWC, text_LD)
+    from scaling_dit.scaling.count import count
+
+    height, width, channels = latents_HWC
+    length, dim = text_LD
+    result = count(module, (height, width, channels), (length, dim))
     about = {"backbone": config.backbone.name, "latents": latents_HWC, "text": text_LD}
     rows = _figures(result, training)
     if as_json:
@@ -69,7 +75,7 @@ def main(
 
 def _of_experiment(
     config: ConfigDict, latents: tuple[int, ...] | None, text: tuple[int, ...] | None
-) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...]]:
+) -> tuple["nn.Module", tuple[int, ...], tuple[int, ...]]:
     """The experiment's backbone and the shapes that its data and text encoder give it, where none are given."""
     from scaling_dit import pipeline  # imports what a run needs, which counting a backbone alone does not
     from scaling_dit.encoders import scratch
@@ -80,13 +86,15 @@ def _of_experiment(
     return _create(config.backbone.to_dict(), latents, text), latents, text
 
 
-def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> nn.Module:
+def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> "nn.Module":
     """The backbone for these inputs; one that reads their widths from the inputs has no fields for them."""
+    from scaling_dit import backbones
+
     given = {"in_channels": latents[2], "text_dim": text[1]}
     return backbones.create(**fields | {name: value for name, value in given.items() if name in fields})
 
 
-def _figures(result: Count, training: dict[str, int]) -> dict[str, int]:
+def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:
     figures = {"params": result.params, "macs_paper": result.macs_paper, "macs_total": result.macs_total}
     if training:
         for convention in ("paper", "total"):
@@ -94,7 +102,7 @@ def _figures(result: Count, training: dict[str, int]) -> dict[str, int]:
     return figures
 
 
-def _table(about: dict[str, Any], figures: dict[str, int], result: Count) -> str:
+def _table(about: dict[str, Any], figures: dict[str, int], result: "Count") -> str:
     """The inputs, the figures, and the share of each top-level module."""
     meaning = {
         "params": "parameters",
@@ -104,7 +112,9 @@ def _table(about: dict[str, Any], figures: dict[str, int], result: Count) -> str
         "train_flops_total": "training FLOPs",
     }
     lines = [", ".join(f"{name} {_plain(value)}" for name, value in about.items()), ""]
-    lines += [f"{name:18}{value:>26,}  {_short(value):>7}  {meaning[name]}" for name, value in figures.items()]
+    lines += [
+        f"{name:18}{value:>26,}  {_short(value):>7}  {meaning[name]}" for name, value in figures.items()
+    ]
     width = max(map(len, [*result.modules, "module"]))
     lines += ["", f"{'module':{width}}  {'params':>16}  {'MACs paper':>20}  {'MACs total':>20}"]
     for name, cost in result.modules.items():

@@ -1,0 +1,69 @@
+# Every target sets itself up from a bare Python 3.11 or newer, in .venv, with what was tested (constraints.txt).
+# Set-up is done once and redone when setup.py, pyproject.toml or constraints.txt change.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+RUN ?= runs/demo
+ARGS ?=
+BIN := .venv/bin
+
+EXTRAS_demo := [tensorboard]
+EXTRAS_test := [eval,tensorboard,test]
+EXTRAS_lint := [lint]
+
+.PHONY: help demo test test-all lint format golden clean
+
+help:
+	@echo 'make demo      train on shapes for some minutes, draw pictures, score them (RUN=runs/demo)'
+	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
+	@echo 'make test-all  the slow tests, which make test leaves out'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make format    ruff, changing files'
+	@echo 'make golden    rewrite the golden files in tests/golden; read their diff'
+	@echo 'make clean     remove .venv and caches; runs/ stays'
+
+demo: .venv/.installed-demo
+	$(BIN)/scaling-dit train --config=shapes --workdir=$(RUN)
+	$(BIN)/scaling-dit sample --workdir=$(RUN) --out=$(RUN)/samples \
+		'a small red circle above a large blue square' 'a large green triangle' \
+		'a small blue square left of a small green circle' 'a large yellow circle below a small red triangle'
+	$(BIN)/scaling-dit evaluate --workdir=$(RUN) --out=$(RUN)/evaluation
+	@echo
+	@echo 'pictures: $(RUN)/samples'
+	@echo 'scores:   $(RUN)/evaluation'
+	@echo 'curves:   $(BIN)/tensorboard --logdir $(RUN), then open http://localhost:6006'
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: .venv/.installed-test
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: .venv/.installed-test
+	$(BIN)/python tests/update_golden.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.created:
+	@{ test -n '$(PYTHON)' && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; } 2>/dev/null || { \
+		echo 'make: error: Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python' >&2; \
+		exit 2; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# A stamp per target, so that each installs only what it needs.
+.venv/.installed-%: setup.py pyproject.toml constraints.txt | .venv/.created
+	@echo 'installing scaling-dit$(EXTRAS_$*) into .venv'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS_$*)'
+	@touch $@

@@ -1,0 +1,69 @@
+"""Dependencies, extras, packages and the console script; tool settings stand in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "scaling_dit/__init__.py").read_text()).group(1)
+
+CORE = [
+    "absl-py",
+    "array-record",
+    "einops",
+    "etils[epath]",
+    "flax>=0.12",
+    "grain>=0.2.18",
+    "jax>=0.10",
+    "ml_collections>=1.1",
+    "numpy>=2",
+    "optax",
+    "orbax-checkpoint>=0.12.8",
+    "pillow",
+    "safetensors",
+    "scipy",
+    "tokenizers",
+    "tqdm",
+]
+EXTRAS = {
+    # clu's writers import both, and clu declares neither.
+    "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
+    # The digits experiment: its scans, and the classifier that reads the generated ones.
+    "eval": ["scikit-learn"],
+    # torch, diffusers and transformers are references in tests only. The exact version of torch matters: an open range
+    # may resolve to a build with gigabytes of GPU libraries.
+    "test": [
+        "diffusers",
+        "hypothesis",
+        "pytest",
+        "pytest-timeout",
+        "setuptools",
+        "scikit-learn",
+        "torch==2.13.0",
+        "transformers",
+    ],
+    "lint": ["mypy", "ruff"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="scaling-dit",
+    version=VERSION,
+    description="Controlled scaling studies of text-to-image diffusion backbones in JAX",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # experiments/ stands at the root, where a reader looks for it, and installs inside the package.
+    packages=[*find_packages(include=["scaling_dit", "scaling_dit.*"]), "scaling_dit.experiments"],
+    package_dir={"scaling_dit": "scaling_dit", "scaling_dit.experiments": "experiments"},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,127 @@
+"""The one attention function: its values, its masks, and which implementation it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_dit.backbones import attention as attention_lib
+from scaling_dit.backbones.attention import SelfAttention, attention
+from scaling_dit.errors import UserError
+
+
+def qkv(batch=2, queries=6, keys=5, heads=4, kv_heads=4, size=8, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = ((batch, queries, heads, size), (batch, keys, kv_heads, size), (batch, keys, kv_heads, size))
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def reference(q, k, v, key_mask=None):
+    """Written out in float64, one head of keys per group of queries."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, repeats, axis=2) for x in (k, v))
+    logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    if key_mask is not None:
+        logits = np.where(np.asarray(key_mask)[:, None, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(
+    "implementation, kv_heads, size", [("auto", 4, 64), ("xla", 4, 72), ("xla", 2, 128), ("auto", 1, 4)]
+)
+def test_values(implementation, kv_heads, size):
+    args = qkv(kv_heads=kv_heads, size=size)
+    mask = jnp.asarray([[True, False, True, True, False], [True] * 5])
+    for key_mask in (None, mask):
+        found = attention(*args, key_mask=key_mask, implementation=implementation)
+        np.testing.assert_allclose(found, reference(*args, key_mask), atol=1e-5)
+
+
+def test_hidden_keys_change_nothing_and_get_no_gradient():
+    q, k, v = qkv()
+    mask = jnp.asarray([[True, True, False, True, False]] * 2)
+    grads = jax.grad(lambda k, v: (attention(q, k, v, key_mask=mask) ** 2).sum(), (0, 1))(k, v)
+    for grad in grads:
+        assert not np.asarray(grad)[:, [2, 4]].any()
+        assert np.asarray(grad)[:, [0, 1, 3]].all()
+
+
+def test_softmax_is_float32_for_bfloat16_inputs():
+    q, k, v = qkv(dtype=jnp.bfloat16)
+    before = str(jax.make_jaxpr(attention)(q, k, v)).split(" = exp ")
+    assert len(before) == 2
+    assert ":f32[" in before[0].rsplit("\n", 1)[-1]  # the type of what exp gives
+    assert attention(q, k, v).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("word, hint", [("xla2", "'xla'"), ("ring", "known: auto, cudnn, xla")])
+def test_unknown_implementation(word, hint):
+    with pytest.raises(UserError, match=f"unknown attention '{word}'.*{hint}"):
+        attention(*qkv(), implementation=word)
+
+
+def test_explicit_cudnn_never_falls_back():
+    with pytest.raises(UserError, match="the backend is cpu, it needs gpu"):
+        attention(*qkv(dtype=jnp.bfloat16), implementation="cudnn")
+
+
+class FakeGpu:
+    compute_capability = "8.0"
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Pretends to be a GPU and records what is asked of jax."""
+    calls = []
+
+    def record(q, k, v, *, mask, implementation):
+        calls.append((implementation, None if mask is None else mask.shape))
+        return q
+
+    monkeypatch.setattr(attention_lib.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_lib.jax, "devices", lambda: [FakeGpu()])
+    monkeypatch.setattr(attention_lib.jax.nn, "dot_product_attention", record)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "shape, implementation",
+    [
+        ({"dtype": jnp.bfloat16}, "cudnn"),
+        ({"dtype": jnp.float16}, "cudnn"),
+        ({"dtype": jnp.float32}, "xla"),
+        ({"dtype": jnp.bfloat16, "size": 12}, "xla"),
+        ({"dtype": jnp.bfloat16, "size": 160}, "xla"),  # above 128 only from compute capability 9.0
+    ],
+)
+def test_auto_on_a_gpu(chosen, shape, implementation):
+    attention(*qkv(**shape))
+    assert chosen == [(implementation, None)]
+
+
+def test_masks_on_a_gpu(chosen):
+    half = {"dtype": jnp.bfloat16}
+    attention(*qkv(keys=5, **half), key_mask=jnp.ones((2, 5), bool))
+    attention(*qkv(keys=4, **half), key_mask=jnp.ones((2, 4), bool))
+    assert chosen == [("xla", (2, 1, 1, 5)), ("cudnn", (2, 1, 6, 4))]
+    with pytest.raises(UserError, match="odd"):
+        attention(*qkv(keys=5, **half), key_mask=jnp.ones((2, 5), bool), implementation="cudnn")
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_self_attention_module(qkv_bias):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 24)), jnp.float32)
+    module = SelfAttention(heads=3, qkv_bias=qkv_bias)
+    params = jax.tree.map(lambda b: b.value + 0.1, module.init(jax.random.key(0), x)["params"], is_leaf=_boxed)
+    assert ("bias" in params["qkv"]) == qkv_bias
+    fused = np.einsum("btd,dkh->kbth", x, params["qkv"]["kernel"])
+    fused = fused + (np.asarray(params["qkv"]["bias"])[:, None, None] if qkv_bias else 0)
+    q, k, v = (part.reshape(2, 7, 3, 8) for part in fused)
+    wanted = reference(q, k, v).reshape(2, 7, 24) @ np.asarray(params["proj"]["kernel"]) + params["proj"]["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def _boxed(leaf):
+    return hasattr(leaf, "names")

@@ -1,0 +1,223 @@
+"""U-ViT against the published code's tensors, and its own modes against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import uvit_golden
+from uvit_golden import relative_error
+
+from scaling_dit import backbones, interop
+from scaling_dit.backbones import contract, layers, uvit
+from scaling_dit.errors import UserError
+
+MODES = {
+    "unrolled": {},
+    "scanned": {"scan_layers": True},
+    "remat": {"remat": "full"},
+    "scanned_remat": {"scan_layers": True, "remat": "dots"},
+}
+
+
+def small(**fields):
+    return backbones.create("uvit", **({"size": "h32-d4-n2", "text_dim": 12, "in_channels": 3} | fields))
+
+
+def inputs(height=8, width=8, length=5, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(rng.normal(size=(batch, height, width, 3)), jnp.float32),
+        jnp.asarray(rng.uniform(0, 1000, batch), jnp.float32),
+        jnp.asarray(rng.normal(size=(batch, length, 12)), jnp.float32),
+    )
+
+
+def init(backbone, args, seed=0):
+    return contract.unbox(jax.jit(backbone.init)(jax.random.key(seed), *args))
+
+
+@pytest.mark.parametrize("name", uvit_golden.NAMES)
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_and_all_gradients_equal_the_published_code(name, mode):
+    golden = uvit_golden.load(name)
+    backbone = golden.backbone(**MODES[mode])
+    variables = interop.load_state_dict(backbone, golden.params)
+    latents, timesteps, text = golden.inputs
+
+    def loss(variables, latents):
+        prediction = backbone.apply(variables, latents, timesteps, text)
+        return (prediction * golden.cotangent).sum(), prediction
+
+    (grads, grad_latents), prediction = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, latents)
+    assert relative_error(prediction, golden.prediction) < 1e-4
+    assert relative_error(grad_latents, golden.grad_latents) < 1e-3
+    upstream = interop.to_state_dict(backbone, grads)
+    assert set(upstream) == set(golden.grads)
+    errors = {key: relative_error(upstream[key], golden.grads[key]) for key in golden.grads}
+    assert max(errors.values()) < 1e-3, errors
+
+
+def test_eager_equals_jit():
+    backbone, args = small(), inputs()
+    variables = init(backbone, args)
+    eager = backbone.apply(variables, *args)
+    assert relative_error(jax.jit(backbone.apply)(variables, *args), eager) < 1e-5
+
+
+def test_padded_text_has_no_influence():
+    backbone, (latents, timesteps, text) = small(), inputs()
+    variables = init(backbone, (latents, timesteps, text))
+    mask = jnp.asarray([[True, True, False, False, False], [True] * 4 + [False]])
+    changed = jnp.where(mask[..., None], text, 100.0)
+    apply = jax.jit(backbone.apply)
+    masked = apply(variables, latents, timesteps, text, mask)
+    np.testing.assert_array_equal(masked, apply(variables, latents, timesteps, changed, mask))
+    shown = small(mask_text=False)
+    assert relative_error(shown.apply(variables, latents, timesteps, changed, mask), masked) > 1e-3
+    real = apply(variables, latents, timesteps, text.at[:, 0].add(1.0), mask)
+    assert relative_error(real, masked) > 1e-4
+
+
+def test_scanned_parameters_are_stacked_with_a_layer_axis():
+    args = inputs()
+    params = jax.eval_shape(small(scan_layers=True).init, jax.random.key(0), *args)["params"]
+    kernel = params["out_blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.names == ("layers", "embed", None, "heads")
+    assert kernel.value.shape == (2, 32, 3, 32)
+    unrolled = jax.eval_shape(small().init, jax.random.key(0), *args)["params"]
+    assert unrolled["out_blocks_1"]["mlp"]["fc2"]["kernel"].names == ("mlp", "embed")
+
+
+def test_every_parameter_names_its_axes():
+    params = jax.eval_shape(small(time_mlp=True).init, jax.random.key(0), *inputs())["params"]
+    is_box = lambda leaf: hasattr(leaf, "names")  # noqa: E731
+    for box in jax.tree.leaves(params, is_leaf=is_box):
+        assert len(box.names) == box.value.ndim
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+
+
+def test_non_square_and_fewer_output_channels():
+    args = inputs(height=4, width=12)
+    backbone = small(out_channels=2, patch=4)
+    variables = init(backbone, args)
+    assert variables["params"]["pos_embed"].shape == (1 + 5 + 3, 32)
+    assert backbone.apply(variables, *args).shape == (2, 4, 12, 2)
+
+
+def test_patches_keep_their_place():
+    """Without long-range paths (zero attention output) a change in one patch stays in it."""
+    backbone, args = small(final_conv=False), inputs(height=4, width=8)
+    variables = init(backbone, args)
+    for block in ("in_blocks_0", "in_blocks_1", "mid_block", "out_blocks_0", "out_blocks_1"):
+        variables["params"][block]["attn"]["proj"] = jax.tree.map(
+            jnp.zeros_like, variables["params"][block]["attn"]["proj"]
+        )
+    moved = args[0].at[0, 2, 5].add(1.0)
+    difference = backbone.apply(variables, moved, *args[1:]) - backbone.apply(variables, *args)
+    changed = np.abs(np.asarray(difference)).max(axis=-1) > 1e-6
+    expected = np.zeros((2, 4, 8), bool)
+    expected[0, 2:4, 4:6] = True
+    np.testing.assert_array_equal(changed, expected)
+
+
+def test_bfloat16_is_close_to_float32():
+    args = inputs()
+    variables = init(small(), args)
+    full = small().apply(variables, *args)
+    half = small(dtype="bfloat16").apply(variables, *args)
+    assert half.dtype == jnp.float32
+    error = jnp.linalg.norm(half - full) / jnp.linalg.norm(full)
+    assert 0 < error < 0.02
+
+
+def test_param_dtype():
+    variables = init(small(param_dtype="bfloat16"), inputs())
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"bfloat16"}
+
+
+def test_initial_values():
+    args = inputs(height=16, width=16)
+    params = init(small(hidden=128, time_mlp=True), args)["params"]
+    block = params["in_blocks_0"]
+    assert block["attn"]["qkv"]["kernel"].std() == pytest.approx(0.02, rel=0.05)
+    assert block["mlp"]["fc1"]["kernel"].std() == pytest.approx(0.02, rel=0.05)
+    assert params["pos_embed"].std() == pytest.approx(0.02, rel=0.05)
+    assert not block["attn"]["proj"]["bias"].any()
+    assert "bias" not in block["attn"]["qkv"]
+    bound = (2 * 2 * 3) ** -0.5
+    for leaf in jax.tree.leaves(params["patch_embed"]):
+        assert 0.9 * bound < jnp.abs(leaf).max() <= bound
+    bound = (3 * 3 * 3) ** -0.5
+    for leaf in jax.tree.leaves(params["final_layer"]):
+        assert 0.3 * bound < jnp.abs(leaf).max() <= bound
+
+
+def test_sincos_start_fills_the_image_rows_only():
+    args = inputs(height=8, width=4)
+    table = init(small(positions="sincos_init"), args)["params"]["pos_embed"]
+    np.testing.assert_array_equal(table[-8:], layers.sincos_2d(4, 2, 32))
+    assert np.abs(table[:-8]).max() < 0.2
+    assert table.shape == init(small(), args)["params"]["pos_embed"].shape
+
+
+@pytest.mark.parametrize("depth, blocks", [(1, 1), (4, 5), (5, 5)])
+def test_depth_is_rounded_to_equal_halves(depth, blocks):
+    variables = init(small(depth=depth), inputs())
+    assert sum("block" in key for key in variables["params"]) == blocks
+    stacked = small(depth=depth, scan_layers=True)
+    out = stacked.apply(init(stacked, inputs()), *inputs())
+    assert out.shape == inputs()[0].shape
+
+
+def test_sizes_and_overrides():
+    assert small(size="h2048-d42-n16").widths == (2048, 42, 16)
+    assert small(size="h96-d6-n3").widths == (96, 6, 3)
+    assert small(size="h1024-d20-n16", depth=2).widths == (1024, 2, 16)
+    assert small(size=None, hidden=8, depth=1, heads=1).widths == (8, 1, 1)
+    for name, row in uvit.SIZES.items():
+        assert name == f"h{row['hidden']}-d{row['depth']}-n{row['heads']}"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"size": "h2048-d42-n1x"}, "did you mean 'h2048-d42-n16'"),
+        ({"size": None}, "hidden must be a positive integer"),
+        ({"hidden": 33}, "multiple of heads"),
+        ({"depth": 0}, "depth must be a positive integer"),
+        ({"attention": "xle"}, "did you mean 'xla'"),
+        ({"remat": "ful"}, "did you mean 'full'"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+        ({"param_dtype": "int8"}, "param_dtype='int8'"),
+        ({"positions": "learn"}, "did you mean 'learned'"),
+    ],
+)
+def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        small(**fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"latents": (2, 8, 8, 4)}, "in_channels=3"),
+        ({"text": (2, 5, 16)}, "text_dim=12"),
+        ({"latents": (2, 7, 8, 3)}, "patches of 2"),
+        ({"latents": (2, 8, 16, 3)}, "holds 22 tokens, but these shapes need 38"),
+        ({"text": (2, 6, 12)}, "holds 22 tokens, but these shapes need 23"),
+        ({"conditions": {"mask": None}}, r"no conditions, got \['mask'\]"),
+        ({"extras": {"pooled": None}}, "the extra 'pooled'"),
+    ],
+)
+def test_wrong_inputs_are_told_in_one_line(change, message):
+    backbone, args = small(), inputs()
+    variables = init(backbone, args)
+    latents, timesteps, text = args
+    call = {"latents": latents, "text": text, "conditions": None, "extras": None}
+    call |= {key: jnp.zeros(value) if isinstance(value, tuple) else value for key, value in change.items()}
+    with pytest.raises(UserError, match=message) as error:
+        backbone.apply(
+            variables, call["latents"], timesteps, call["text"], None, call["conditions"], call["extras"]
+        )
+    assert "\n" not in str(error.value)

@@ -1,0 +1,21 @@
+"""Every test sees eight simulated CPU devices, so that sharding is tested on any machine."""
+
+import os
+
+# Read once, when jax makes its backend, so they stand before any test module imports it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_COUNT = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}".strip()
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only."""
+    from scaling_dit import config, train
+
+    workdir = tmp_path_factory.mktemp("smoke")
+    train.train(config.load("experiments/shapes.py:smoke"), workdir)
+    return workdir

@@ -1,0 +1,83 @@
+"""Classifier-free guidance: formula, number of calls, forms of the negative condition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_dit.diffusion.guidance import guided
+from scaling_dit.diffusion.samplers import sample
+from scaling_dit.diffusion.schedules import make_schedule
+
+RNG = np.random.default_rng(0)
+LATENTS = jnp.asarray(RNG.normal(size=(3, 2, 2, 4)).astype(np.float32))
+TIMES = jnp.array([1.0, 500.0, 999.0])
+
+
+def text_of(seed, batch):
+    rng = np.random.default_rng(seed)
+    tokens = rng.normal(size=(batch, 5, 6)).astype(np.float32)
+    return {"text": jnp.asarray(tokens), "text_mask": jnp.asarray(rng.random((batch, 5)) < 0.6)}
+
+
+class Backbone:
+    """Output depends on every input, row by row; remembers the batch of each call."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, latents, timesteps, condition):
+        self.batches.append((len(latents), len(timesteps), *map(len, jax.tree.leaves(condition))))
+        pooled = jnp.sum(condition["text"].mean(-1) * condition["text_mask"], axis=1)
+        return latents * jnp.sin(timesteps / 300)[:, None, None, None] + pooled[:, None, None, None]
+
+
+@pytest.mark.parametrize("negative_batch", [1, 3])
+@pytest.mark.parametrize("scale", [0.0, 1.5, 7.5])
+def test_formula_in_one_call_of_twice_the_batch(scale, negative_batch):
+    backbone = Backbone()
+    condition, negative = text_of(1, 3), text_of(2, negative_batch)
+    output = guided(backbone, scale, condition, negative)(LATENTS, TIMES)
+    assert backbone.batches == [(6, 6, 6, 6)]
+
+    everywhere = jax.tree.map(lambda x: jnp.broadcast_to(x, (3, *x.shape[1:])), negative)
+    positive_half = backbone(LATENTS, TIMES, condition)
+    negative_half = backbone(LATENTS, TIMES, everywhere)
+    expected = negative_half + scale * (positive_half - negative_half)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scale_one_runs_the_conditional_half_alone():
+    backbone = Backbone()
+    condition = text_of(1, 3)
+    output = guided(backbone, 1.0, condition, text_of(2, 1))(LATENTS, TIMES)
+    assert backbone.batches == [(3, 3, 3, 3)]
+    np.testing.assert_array_equal(output, Backbone()(LATENTS, TIMES, condition))
+
+
+def test_conditions_may_lack_a_mask_and_low_precision_is_combined_in_float32():
+    def backbone(latents, timesteps, condition):
+        assert condition["text_mask"] is None
+        return (latents + condition["text"].mean((1, 2))[:, None, None, None]).astype(jnp.bfloat16)
+
+    condition = {"text": text_of(1, 3)["text"], "text_mask": None}
+    negative = {"text": text_of(2, 1)["text"], "text_mask": None}
+    output = guided(backbone, 3.0, condition, negative)(LATENTS, TIMES)
+    assert output.dtype == jnp.float32
+    halves = [
+        backbone(LATENTS, TIMES, {"text": half, "text_mask": None}).astype(jnp.float32)
+        for half in (jnp.repeat(negative["text"], 3, axis=0), condition["text"])
+    ]
+    np.testing.assert_array_equal(output, halves[0] + 3.0 * (halves[1] - halves[0]))
+
+
+def test_guided_sampling_does_not_mix_the_rows_of_a_batch():
+    schedule = make_schedule("scaled_linear")
+    condition, negative = text_of(1, 3), text_of(2, 1)
+
+    def run(rows):
+        chosen = jax.tree.map(lambda x: x[rows], condition)
+        return sample(guided(Backbone(), 4.0, chosen, negative), LATENTS[rows], schedule, steps=4)
+
+    together = run(np.arange(3))
+    np.testing.assert_allclose(run(np.array([1]))[0], together[1], rtol=1e-5, atol=1e-5)

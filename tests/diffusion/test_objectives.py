@@ -1,0 +1,151 @@
+"""Conversions between predictions, loss weights, losses and caption drop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaling_dit.diffusion import objectives
+from scaling_dit.diffusion.objectives import PREDICTIONS, from_x0_eps, to_x0_eps
+from scaling_dit.diffusion.schedules import make_schedule
+from scaling_dit.errors import UserError
+
+SCHEDULE = make_schedule("scaled_linear")
+
+
+def make_batch(seed, batch=4):
+    rng = np.random.default_rng(seed)
+    latents, noise = rng.normal(size=(2, batch, 2, 2, 3)).astype(np.float32)
+    times = rng.integers(0, 1000, batch).astype(np.int32)
+    return jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(times)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.1, 1.47), st.sampled_from(PREDICTIONS))
+def test_conversions_are_inverse(seed, angle, prediction):
+    x0, eps, _ = make_batch(seed)
+    alpha, sigma = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    noisy = alpha * x0 + sigma * eps
+    value = from_x0_eps(prediction, x0, eps, alpha, sigma)
+    back_x0, back_eps = to_x0_eps(prediction, value, noisy, alpha, sigma)
+    np.testing.assert_allclose(back_x0, x0, atol=2e-5)
+    np.testing.assert_allclose(back_eps, eps, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_wrong_value_still_explains_the_noisy_latents(prediction):
+    x0, eps, times = make_batch(1)
+    alpha, sigma = SCHEDULE.alpha(times), SCHEDULE.sigma(times)
+    noisy = objectives.add_noise(SCHEDULE, x0, eps, times)
+    other_x0, other_eps = to_x0_eps(prediction, x0 * eps, noisy, alpha, sigma)
+    expand = (slice(None), None, None, None)
+    np.testing.assert_allclose(alpha[expand] * other_x0 + sigma[expand] * other_eps, noisy, atol=2e-5)
+
+
+def test_noised_latents_and_velocity_equal_diffusers():
+    reference = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    x0, eps, times = make_batch(2, batch=16)
+    x0_t, eps_t, times_t = (torch.tensor(np.array(a)) for a in (x0, eps, times))
+    noisy = objectives.add_noise(SCHEDULE, x0, eps, times)
+    np.testing.assert_allclose(noisy, reference.add_noise(x0_t, eps_t, times_t.long()), atol=1e-5)
+    velocity = from_x0_eps("v", x0, eps, SCHEDULE.alpha(times), SCHEDULE.sigma(times))
+    np.testing.assert_allclose(velocity, reference.get_velocity(x0_t, eps_t, times_t.long()), atol=1e-5)
+
+
+def test_min_snr_weights_equal_diffusers():
+    reference = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    times = np.arange(1000)
+    snr = compute_snr(reference, torch.tensor(times)).numpy()
+    ours = SCHEDULE.snr(jnp.asarray(times))
+    # The reference takes 1 - alpha_bar in float32, which costs it digits at small t.
+    np.testing.assert_allclose(ours, snr, rtol=3e-4)
+    clipped = np.minimum(snr, 5.0)
+    expected = {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}
+    for prediction in PREDICTIONS:
+        weight = objectives.loss_weight(ours, prediction, "min_snr", 5.0)
+        np.testing.assert_allclose(weight, expected[prediction], rtol=3e-4)
+        np.testing.assert_array_equal(objectives.loss_weight(ours, prediction, "none"), 1.0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_loss_is_a_weighted_mean_per_example_over_the_first_channels(prediction):
+    x0, eps, times = make_batch(3)
+    target = np.array(from_x0_eps(prediction, x0, eps, SCHEDULE.alpha(times), SCHEDULE.sigma(times)))
+    errors = np.random.default_rng(4).normal(size=target.shape).astype(np.float32)
+    output = jnp.concatenate([target + errors, 100.0 + errors], axis=-1)
+    loss = objectives.diffusion_loss(
+        output, x0, eps, times, SCHEDULE, prediction=prediction, weighting="min_snr", gamma=3.0
+    )
+    weight = objectives.loss_weight(SCHEDULE.snr(times), prediction, "min_snr", 3.0)
+    np.testing.assert_allclose(loss, np.asarray(weight) * np.square(errors).mean((1, 2, 3)), rtol=1e-4)
+    assert loss.shape == (4,) and loss.dtype == jnp.float32
+
+
+def test_min_snr_makes_the_three_predictions_one_loss():
+    """An error seen in any of the three spaces weighs the same: that is what the three formulas are for."""
+    x0, eps, times = make_batch(5)
+    alpha, sigma = SCHEDULE.alpha(times), SCHEDULE.sigma(times)
+    noisy = objectives.add_noise(SCHEDULE, x0, eps, times)
+    guess_x0, guess_eps = to_x0_eps("v", x0 + eps, noisy, alpha, sigma)
+    losses = [
+        objectives.diffusion_loss(
+            from_x0_eps(prediction, guess_x0, guess_eps, alpha, sigma),
+            *(x0, eps, times, SCHEDULE),
+            prediction=prediction,
+            weighting="min_snr",
+        )
+        for prediction in PREDICTIONS
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    np.testing.assert_allclose(losses[0], losses[2], rtol=1e-3)
+
+
+def test_losses_are_float32_for_a_bfloat16_backbone():
+    x0, eps, times = make_batch(6)
+    loss = objectives.diffusion_loss(eps.astype(jnp.bfloat16), x0, eps, times, SCHEDULE)
+    assert loss.dtype == jnp.float32
+    assert (loss > 0).all() and (loss < 1e-4).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_eps_mse_does_not_depend_on_the_kind_of_prediction(prediction):
+    x0, eps, times = make_batch(7)
+    alpha, sigma = SCHEDULE.alpha(times), SCHEDULE.sigma(times)
+    noisy = objectives.add_noise(SCHEDULE, x0, eps, times)
+    guess = eps + 0.3
+    output = from_x0_eps(prediction, to_x0_eps("eps", guess, noisy, alpha, sigma)[0], guess, alpha, sigma)
+    doubled = jnp.concatenate([output, output + 7], axis=-1)
+    error = objectives.eps_mse(doubled, x0, eps, times, SCHEDULE, prediction=prediction)
+    np.testing.assert_allclose(error, 0.09, rtol=1e-3)
+
+
+def test_dropped_rows_hold_the_empty_caption():
+    batch, length = 4000, 5
+    ids = jnp.arange(batch)[:, None] + jnp.arange(10, 10 + length)
+    mask = jnp.ones((batch, length), bool)
+    empty_ids, empty_mask = jnp.array([1, 2, 0, 0, 0]), jnp.array([True, True, False, False, False])
+    rng = jax.random.key(0)
+    new_ids, new_mask = objectives.drop_captions(rng, ids, mask, empty_ids, empty_mask, 0.1)
+    dropped = np.asarray((new_ids == empty_ids).all(1))
+    assert abs(dropped.mean() - 0.1) < 0.025  # five standard deviations
+    np.testing.assert_array_equal(new_ids[~dropped], ids[~dropped])
+    np.testing.assert_array_equal(new_mask[dropped], np.broadcast_to(empty_mask, (dropped.sum(), length)))
+    assert new_mask[~dropped].all()
+    for rate in (0.0, 1.0):
+        none_or_all, _ = objectives.drop_captions(rng, ids, mask, empty_ids, empty_mask, rate)
+        assert (none_or_all == (empty_ids if rate else ids)).all()
+
+
+def test_unknown_names_tell_the_nearest():
+    x0, eps, times = make_batch(8)
+    with pytest.raises(UserError, match="diffusion.prediction: unknown 'epss'; did you mean 'eps'"):
+        objectives.diffusion_loss(eps, x0, eps, times, SCHEDULE, prediction="epss")
+    with pytest.raises(UserError, match="diffusion.prediction: unknown 'w'"):
+        objectives.eps_mse(eps, x0, eps, times, SCHEDULE, prediction="w")
+    with pytest.raises(UserError, match="did you mean 'min_snr'"):
+        objectives.diffusion_loss(eps, x0, eps, times, SCHEDULE, weighting="minsnr")

@@ -1,0 +1,239 @@
+"""Metrics are written, survive kills and restarts, and are read back from TensorBoard's own event files."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from scaling_dit.monitor import writers
+from scaling_dit.monitor.writers import JsonlWriter, create_writer, read_metrics
+
+ROOT = Path(__file__).parents[2]
+PARAMS = {"dense": {"kernel": jnp.zeros((4, 250)), "bias": jnp.zeros(4)}}
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def pictures(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 6, 3), dtype=np.uint8)
+
+
+def test_scalars_of_any_kind_come_back_as_numbers(tmp_path):
+    writer = create_writer(tmp_path, tensorboard=False)
+    writer.scalars(20, {"loss": jnp.float32(0.5), "count": np.int64(3), "rate": 2.0})
+    writer.scalars(np.int64(20), {"eval/loss": np.float32("nan")})
+    writer.scalars(40, {"loss": 0.25})
+    writer.close()
+    first, second = read_metrics(tmp_path)
+    assert np.isnan(first.pop("eval/loss"))
+    assert first == {"step": 20, "loss": 0.5, "count": 3, "rate": 2.0}
+    assert second == {"step": 40, "loss": 0.25}
+
+
+def test_the_newest_start_wins_step_by_step(tmp_path):
+    with create_writer(tmp_path, tensorboard=False) as first:
+        for step in (10, 20, 30):
+            first.scalars(step, {"loss": step / 10, "eval": 1.0})
+    with create_writer(tmp_path, tensorboard=False) as second:  # resumed at step 10
+        second.scalars(20, {"loss": 99.0})
+        second.scalars(40, {"loss": 4.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 10, "loss": 1.0, "eval": 1.0},
+        {"step": 20, "loss": 99.0, "eval": 1.0},
+        {"step": 30, "loss": 3.0, "eval": 1.0},
+        {"step": 40, "loss": 4.0},
+    ]
+    assert len(list((tmp_path / "metrics").iterdir())) == 2
+
+
+def test_many_starts_keep_their_order(tmp_path):
+    for start in range(12):
+        writer = JsonlWriter(tmp_path / "metrics")
+        writer.scalars(1, {"start": start})
+        writer.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "start": 11}]
+
+
+def test_a_torn_last_line_is_left_out_and_other_damage_is_not(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics")
+    writer.scalars(1, {"loss": 1.0})
+    writer.scalars(2, {"loss": 2.0})
+    writer.close()
+    text = writer.segment.read_text()
+    for cut in range(1, 20):
+        writer.segment.write_text(text[:-cut])
+        expected = 2 if cut == 1 else 1  # only the newline is gone
+        assert len(read_metrics(tmp_path)) == expected
+    writer.segment.write_text(text.replace("{", "", 1))
+    with pytest.raises(ValueError, match=r"segment-00001.jsonl: line 1"):
+        read_metrics(tmp_path)
+
+
+def test_a_killed_writer_leaves_every_finished_row(tmp_path):
+    code = """
+        import os, signal, sys
+        from scaling_dit.monitor.writers import JsonlWriter
+        writer = JsonlWriter(sys.argv[1] + "/metrics")
+        for step in range(100):
+            writer.scalars(step, {"loss": 1.0})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], cwd=ROOT, env=env)
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(100))
+
+
+def test_without_append_the_segment_is_rewritten_whole(tmp_path, monkeypatch):
+    opened = []
+    real_open = type(tmp_path).open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *a, **k: opened.append(mode) or real_open(self, mode, *a, **k)
+    )
+    writer = JsonlWriter(tmp_path, append=False)
+    writer.scalars(1, {"loss": 1.0})
+    assert writer.segment.read_text() == ""
+    writer.flush()
+    assert [row["step"] for row in rows(writer.segment)] == [1]
+    writer.scalars(2, {"loss": 2.0})
+    writer.close()
+    assert [row["step"] for row in rows(writer.segment)] == [1, 2]
+    assert not any("a" in mode for mode in opened)
+
+
+def test_no_metrics_are_an_empty_list(tmp_path):
+    assert read_metrics(tmp_path / "new") == []
+
+
+def test_everything_else_is_in_the_segment_too(tmp_path):
+    writer = JsonlWriter(tmp_path)
+    writer.hparams(
+        ConfigDict({"seed": 1, "optim": {"ema": (0.9, 0.99), "decay": "cosine"}, "none": ConfigDict()})
+    )
+    writer.parameter_overview(PARAMS)
+    writer.texts(3, {"note": "two\nlines \u2028 and more"})
+    writer.images(5, {"samples/grid": pictures(1)[0], "many": pictures(5)})
+    writer.close()
+    hparams, overview, texts, images = rows_by_newline(writer.segment)
+    assert hparams == {"hparams": {"seed": 1, "optim.ema": "(0.9, 0.99)", "optim.decay": "cosine"}}
+    assert "1,004" in overview["texts"]["parameter_overview"]
+    assert "dense/kernel" in overview["texts"]["parameter_overview"]
+    assert texts == {"step": 3, "texts": {"note": "two\nlines \u2028 and more"}}
+    saved = {name: np.asarray(Image.open(tmp_path / file)) for name, file in images["images"].items()}
+    np.testing.assert_array_equal(saved["samples/grid"], pictures(1)[0])
+    assert saved["many"].shape == (2 * 8, 3 * 6, 3)
+    np.testing.assert_array_equal(saved["many"][8:, 6:12], pictures(5)[4])
+    assert not saved["many"][8:, 12:].any()
+
+
+def rows_by_newline(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_parameter_table_without_clu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "clu.parameter_overview", None)
+    abstract = jax.eval_shape(lambda: PARAMS)
+    assert writers.overview_text(abstract).splitlines() == [
+        "dense/bias  (4,)  4",
+        "dense/kernel  (4, 250)  1,000",
+        "Total: 1,004",
+    ]
+    assert writers.overview_text("a text") == "a text"
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "tensorboard", "clu.metric_writers"])
+def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in ("tensorflow", "tensorboard", "clu.metric_writers"):
+        if name != missing:
+            monkeypatch.setitem(sys.modules, name, sys)  # whatever can be imported
+    with create_writer(tmp_path) as writer:
+        writer.scalars(1, {"loss": 1.0})
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert missing in told and 'pip install "scaling-dit[tensorboard]"' in told
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with create_writer(tmp_path) as writer:
+        writer.scalars(1, {"loss": 1.0})
+        writer.images(1, {"grid": pictures(1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_writers_loads_no_tensorflow():
+    code = "import sys, scaling_dit.monitor.writers; assert not {'tensorflow', 'tensorboard', 'clu'} & set(sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )
+
+
+TENSORBOARD = """
+    import sys
+    import jax.numpy as jnp, numpy as np
+    from scaling_dit.monitor.writers import create_writer
+    with create_writer(sys.argv[1]) as writer:
+        writer.hparams({"seed": 1, "backbone": {"name": "uvit"}, "ema": (0.9, 0.99)})
+        writer.parameter_overview({"dense": {"kernel": jnp.zeros((4, 250))}})
+        for step in (10, 20):
+            writer.scalars(step, {"train/loss": jnp.float32(1 / step)})
+        writer.images(20, {"samples": np.full((8, 6, 3), 200, np.uint8), "many": np.zeros((5, 8, 6, 3), np.uint8)})
+        writer.texts(20, {"note": "a red circle"})
+"""
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path, monkeypatch):
+    # In a process of its own: TensorFlow is loaded, and must load without a word on either stream.
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TENSORBOARD), tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    # TensorBoard's own switch to read without TensorFlow, which this process then need not load.
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    tensors = {
+        tag: [(event.step, event.tensor_proto) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    loss = [
+        (step, np.frombuffer(proto.tensor_content, np.float32).item())
+        for step, proto in tensors["train/loss"]
+    ]
+    assert loss == [(10, np.float32(0.1)), (20, np.float32(0.05))]
+    ((step, samples),) = tensors["samples"]
+    assert step == 20
+    assert samples.string_val[:2] == [b"6", b"8"]  # width and height, then the PNG files
+    assert samples.string_val[2].startswith(b"\x89PNG")
+    assert len(tensors["many"][0][1].string_val) == 2 + 5
+    assert tensors["note"][0][1].string_val == [b"a red circle"]
+    table = tensors["parameter_overview"][0][1].string_val[0].decode()
+    assert "dense/kernel" in table and all(line.startswith("    ") for line in table.splitlines())
+    summary = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG)
+    start = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content)
+    assert start.hparams["backbone.name"].string_value == "uvit"
+    assert start.hparams["seed"].number_value == 1
+    assert start.hparams["ema"].string_value == "(0.9, 0.99)"
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]

@@ -1,0 +1,215 @@
+"""Parameters and multiply-accumulates against published tables, closed forms and XLA's own analysis."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from scaling_dit import backbones
+from scaling_dit.backbones import contract
+from scaling_dit.errors import UserError
+from scaling_dit.scaling.count import Cost, count
+
+# U-ViT with text of 77 x 1024 on latents of 32 x 32 x 4: parameters, GMACs of the paper's convention and of all products.
+ROWS = [
+    ("h1024-d20-n16", 286_865_572, 95.4, 100.1),
+    ("h1024-d28-n16", 396_003_492, 131.8, 138.4),
+    ("h1152-d28-n16", 500_947_364, 166.8, 174.2),
+    ("h1024-d42-n16", 586_994_852, 195.5, 205.3),
+    ("h1024-d56-n16", 777_986_212, 259.3, 272.3),
+    ("h1536-d28-n16", 889_703_588, 296.4, 306.4),
+    ("h1536-d42-n16", 1_319_321_252, 439.8, 454.6),
+    ("h2048-d28-n16", 1_580_535_972, 526.9, 540.2),
+    ("h2048-d42-n16", 2_344_200_356, 781.9, 801.5),
+    ("h2560-d42-n16", 3_661_632_164, 1221.6, 1246.2),
+    ("h3072-d56-n16", 6_989_635_748, 2332.8, 2371.8),
+]
+
+
+@pytest.mark.parametrize("size, params, paper, total", ROWS)
+def test_published_rows(size, params, paper, total):
+    found = count(backbones.create("uvit", size=size, scan_layers=True))
+    assert found.params == params
+    assert found.macs_paper / 1e9 == pytest.approx(paper, abs=0.1)
+    assert found.macs_total / 1e9 == pytest.approx(total, abs=0.1)
+
+
+@pytest.mark.parametrize("fields", [{"remat": "full"}, {"scan_layers": True}, {"scan_layers": True, "remat": "dots"}])
+def test_modes_count_the_same(fields):
+    plain = backbones.create("uvit", size="h64-d5-n2", text_dim=16)
+    shapes = {"latents": (8, 12, 4), "text": (7, 16)}
+    assert count(plain.clone(**fields), **shapes) == count(plain, **shapes)
+
+
+def test_closed_form():
+    """Every product of a U-ViT written out."""
+    h, d, length, tokens, text_dim = 48, 4, 9, 24, 20
+    found = count(
+        backbones.create("uvit", size=f"h{h}-d{d}-n3", text_dim=text_dim), latents=(8, 12, 4), text=(length, text_dim)
+    )
+    n = 1 + length + tokens
+    blocks = n * ((d + 1) * 12 * h * h + (d // 2) * 2 * h * h)
+    ends = tokens * 16 * h * 2 + length * text_dim * h + 8 * 12 * 9 * 4 * 4
+    assert found.macs_paper == blocks + ends
+    assert found.macs_total == blocks + ends + (d + 1) * 2 * n * n * h
+    block_params = 12 * h * h + 10 * h
+    params = (d + 1) * block_params + (d // 2) * (2 * h * h + h) + (text_dim + 1) * h + 17 * h + n * h + 2 * h
+    assert found.params == params + 16 * h + 16 + 148
+
+
+def test_modules_add_up_and_name_the_parts():
+    found = count(backbones.create("uvit", size="h32-d4-n2", text_dim=8), latents=(8, 8, 4), text=(5, 8))
+    assert sum(found.modules.values(), Cost()) == Cost(found.params, found.macs_paper, found.macs_total)
+    assert "other" not in found.modules
+    mid, ins = found.modules["mid_block"], found.modules["in_blocks"]
+    assert (ins.params, ins.macs_total) == (2 * mid.params, 2 * mid.macs_total)
+    assert found.modules["final_layer"] == Cost(148, 64 * 36 * 4, 64 * 36 * 4)
+
+
+def test_against_xla():
+    """XLA's own count of the compiled program, of which elementwise work is a small part."""
+    backbone = backbones.create("uvit", size="h128-d2-n2", text_dim=64, final_conv=False)
+    shapes = {"latents": (16, 16, 4), "text": (15, 64)}
+    inputs = contract.example_inputs(backbone, **shapes)
+    variables = contract.abstract_variables(backbone, inputs)
+    flops = jax.jit(backbone.apply).lower(variables, *inputs).cost_analysis()["flops"]
+    counted = 2 * count(backbone, **shapes).macs_total
+    assert counted < flops < 1.05 * counted
+
+
+def test_train_flops():
+    found = count(backbones.create("uvit", size="h32-d2-n2", text_dim=8), latents=(8, 8, 4), text=(5, 8))
+    assert found.train_flops(16, 100) == 6 * found.macs_total * 1600
+    assert found.train_flops(16, 100, convention="paper") == 6 * found.macs_paper * 1600
+    with pytest.raises(UserError, match="convention 'papr'; did you mean 'paper'"):
+        found.train_flops(1, 1, convention="papr")
+
+
+class Convolutions(nn.Module):
+    """Grouped, strided, dilated and transposed convolutions, returning the input's shape."""
+
+    @nn.compact
+    def __call__(self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False):
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False, name="strided")(latents)
+        x = nn.Conv(8, (3, 3), feature_group_count=4, use_bias=False, name="grouped")(x)
+        x = nn.Conv(8, (3, 3), kernel_dilation=2, use_bias=False, name="dilated")(x)
+        return nn.ConvTranspose(4, (4, 4), strides=(2, 2), use_bias=False, name="transposed")(x)
+
+
+def test_convolutions():
+    found = count(Convolutions(), latents=(8, 8, 4), text=(5, 8))
+    assert {name: part.macs_total for name, part in found.modules.items()} == {
+        "strided": 16 * 8 * 9 * 4,
+        "grouped": 16 * 8 * 9 * 2,
+        "dilated": 16 * 8 * 9 * 8,
+        "transposed": 16 * 16 * 8 * 4,  # each input reaches 16 outputs
+    }
+    assert found.macs_paper == found.macs_total
+
+
+class ControlFlow(nn.Module):
+    """Products in jit, cond, scan and custom derivatives; `kind` picks one."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False):
+        x = latents.reshape(-1, 4)
+        w = self.param("w", nn.initializers.ones, (4, 4))
+        return getattr(self, self.kind)(x, w, timesteps).reshape(latents.shape)
+
+    def jit(self, x, w, t):
+        return jax.jit(lambda a: a @ w)(x)
+
+    def cond(self, x, w, t):
+        return jax.lax.cond(t[0] > 1, lambda a: a @ w @ w, lambda a: a @ w, x)
+
+    def chosen_weight(self, x, w, t):  # the choice depends on an input, so the product is not one with a weight
+        return x @ jax.lax.cond(t[0] > 1, lambda: w, lambda: -w)
+
+    def chain(self, x, w, t):
+        return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=7)[0]
+
+    def weights_only(self, x, w, t):
+        return x @ (w @ w)
+
+    def custom(self, x, w, t):
+        f = jax.custom_vjp(lambda a: a @ w)
+        f.defvjp(lambda a: (a @ w, None), lambda _, g: (g @ w.T,))
+        return f(x)
+
+    def bounded(self, x, w, t):
+        return jax.lax.while_loop(lambda c: c.sum() < 10, lambda c: c + 1, x)
+
+    def loop(self, x, w, t):
+        return jax.lax.while_loop(lambda c: c.sum() < 10, lambda c: c @ w, x)
+
+
+N = 8 * 8 * 16  # multiply-accumulates of one product [64, 4] x [4, 4]
+
+
+@pytest.mark.parametrize(
+    "kind, paper, total",
+    [
+        ("jit", N, N),
+        ("cond", 2 * N, 2 * N),
+        ("chosen_weight", 0, N),
+        ("chain", 7 * N, 7 * N),
+        ("weights_only", N + 64, N + 64),
+        ("custom", N, N),
+        ("bounded", 0, 0),
+    ],
+)
+def test_control_flow(kind, paper, total):
+    found = count(ControlFlow(kind), latents=(8, 8, 4), text=(5, 8))
+    assert (found.macs_paper, found.macs_total) == (paper, total)
+
+
+def test_a_carry_is_followed_through_a_scan():
+    class Carried(ControlFlow):
+        kind: str = "carried"
+
+        def carried(self, x, w, t):  # the first carry is a weight until the third iteration
+            shift = lambda c, _: ((c[1], c[2], x.T @ x), None)  # noqa: E731
+            return x @ jax.lax.scan(shift, (w, w, w), None, length=3)[0][0]
+
+    found = count(Carried(), latents=(8, 8, 4), text=(5, 8))
+    assert (found.macs_paper, found.macs_total) == (0, 4 * N)
+
+
+class Broken(nn.Module):
+    returns: str = "shape"
+
+    def __call__(self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False):
+        if self.returns == "error":
+            raise ValueError("first line\nsecond line")
+        return {"shape": latents[:, :4], "tuple": (latents, None)}[self.returns]
+
+
+@pytest.mark.parametrize(
+    "backbone, shapes, message",
+    [
+        (Broken(), {}, r"Broken returns \(1, 4, 32, 4\); it must return one array \(1, 32, 32, 4\)"),
+        (Broken("tuple"), {}, "Broken returns a tuple"),
+        (Broken("error"), {}, "cannot be traced on latents .*: ValueError: first line$"),
+        (nn.Dense(3), {}, "backbone Dense has the call"),
+        (object(), {}, "must be a flax.linen.Module instance, this is a object"),
+        (backbones.BACKBONES["uvit"](in_channels=3), {}, "in_channels=3"),
+        (backbones.BACKBONES["uvit"](), {"text": (77, 768)}, "text_dim=1024"),
+        (backbones.BACKBONES["uvit"](), {"latents": (32, 32)}, r"latents=\(H, W, C\)"),
+        (ControlFlow("loop"), {"latents": (8, 8, 4)}, "products inside 'while'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(backbone, shapes, message):
+    with pytest.raises(UserError, match=message) as error:
+        count(backbone, **shapes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_learned_variance_is_in_contract():
+    class Doubled(Broken):
+        def __call__(self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False):
+            return jnp.concatenate([latents, latents], axis=-1)
+
+    assert count(Doubled()) == count(Doubled(), text=(3, 5))
+    assert count(Doubled()).params == 0

@@ -1,0 +1,396 @@
+"""Config: filling sections, typed overrides, checks, and the experiment files they come from."""
+
+import re
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from scaling_dit import config as config_lib
+from scaling_dit import config_files
+from scaling_dit.errors import UserError
+
+FIELDS = {
+    "backbone": {
+        "uvit": {"hidden": 64, "depth": 2, "long_skips": True, "size": "", "out_channels": None},
+        "mine:Net": {"hidden": 8, "depth": "deep", "ratios": (1, 2), "rate": 0.5},
+    },
+    "text_encoder": {"scratch": {"dim": 32}},
+    "codec": {"pixels": {}},
+    "source": {"shapes": {"seed": 0, "image_size": 16}, "folder:pictures": {"image_size": 32}},
+}
+
+
+@pytest.fixture(autouse=True)
+def components(monkeypatch):
+    """Known components, so that these tests do not follow the fields of the real ones."""
+
+    def fields_of(section):
+        def fields(name):
+            if name not in FIELDS[section]:
+                raise UserError(f"unknown {section} {name!r}")
+            return dict(FIELDS[section][name])
+
+        return fields
+
+    monkeypatch.setattr(config_lib, "COMPONENTS", {section: fields_of(section) for section in FIELDS})
+
+
+def resolve(*overrides, **sections):
+    config = config_lib.defaults()
+    for section, values in sections.items():
+        config[section] = ConfigDict(values)
+    return config_lib.resolve(config, [f"--config.{override}" for override in overrides])
+
+
+def fails(match, *overrides, **sections):
+    with pytest.raises(UserError, match=re.escape(match)) as caught:
+        resolve(*overrides, **sections)
+    assert "\n" not in str(caught.value)
+
+
+# Filling
+
+
+def test_sections_are_filled_under_the_values_set():
+    config = resolve(backbone={"name": "uvit", "hidden": 7})
+    assert config.backbone.to_dict() == {"name": "uvit"} | FIELDS["backbone"]["uvit"] | {"hidden": 7}
+    assert config.codec.to_dict() == {"name": "pixels"}
+
+
+def test_missing_sections_take_the_defaults():
+    config = config_lib.resolve(ConfigDict({"steps": 5, "optim": {"clip_norm": 2.0}}))
+    assert (config.steps, config.optim.clip_norm, config.optim.b1) == (5, 2.0, 0.9)
+
+
+def test_complete_leaves_its_argument_alone():
+    config = config_lib.defaults()
+    before = config_lib.dump(config)
+    config_lib.complete(config)
+    assert config_lib.dump(config) == before
+
+
+def test_resolving_twice_changes_nothing():
+    config = resolve("optim.ema=(0.9,0.99)", "backbone.out_channels=3")
+    again = config_lib.resolve(config)
+    assert config_lib.dump(again) == config_lib.dump(config)
+
+
+def test_a_resolved_config_is_locked():
+    with pytest.raises((AttributeError, KeyError)):
+        resolve().optim.new_field = 1
+
+
+def test_unknown_fields_are_named_with_the_nearest():
+    fails("config.backbone.hiden: no such field; did you mean 'backbone.hidden'?", backbone={"hiden": 3})
+    fails("config.optim.clip: no such field; did you mean 'optim.clip_norm'?", optim={"clip": 3.0})
+
+
+def test_values_of_another_type():
+    fails("config.backbone.hidden is 'wide', but its default 64 is of type int", backbone={"hidden": "wide"})
+    with pytest.raises(UserError, match=r"config\.backbone is 'uvit'; set config\.backbone\.name"):
+        config_lib.resolve(ConfigDict({"backbone": "uvit"}))
+
+
+def test_an_int_is_a_float_where_one_is_expected():
+    assert resolve(backbone={"name": "mine:Net", "rate": 2}).backbone.rate == 2.0
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("steps=12", "steps", 12),
+        ("optim.learning_rate=1e-3", "optim.learning_rate", 1e-3),
+        ("optim.learning_rate=1", "optim.learning_rate", 1.0),
+        ("log.tensorboard=false", "log.tensorboard", False),
+        ("log.tensorboard", "log.tensorboard", True),
+        ("optim.ema=(0.9,0.99)", "optim.ema", (0.9, 0.99)),
+        ("optim.ema=0.9", "optim.ema", (0.9,)),
+        ("diffusion.schedule=cosine", "diffusion.schedule", "cosine"),
+        ("backbone.size=h8-d2", "backbone.size", "h8-d2"),
+        ("backbone.out_channels=6", "backbone.out_channels", 6),
+        ("backbone.out_channels=None", "backbone.out_channels", None),
+        ("mesh.data=-1", "mesh.data", -1),
+    ],
+)
+def test_overrides_are_typed(override, key, value):
+    found = config_lib.flatten(resolve(override))[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_no_prefix_negates_a_bool():
+    config = config_lib.resolve(config_lib.defaults(), ["--noconfig.train_text_encoder"])
+    assert config.train_text_encoder is False
+
+
+def test_repeating_a_tuple_collects_and_repeating_a_number_takes_the_last():
+    config = resolve("optim.ema=0.9", "optim.ema=0.99", "steps=3", "steps=4")
+    assert config.optim.ema == (0.9, 0.99)
+    assert config.steps == 4
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("steps=1e3", "--config.steps=1e3: config.steps is 1000 and must stay an integer"),
+        ("optim.b1=high", "must stay a number"),
+        ("log.tensorboard=perhaps", "must stay true or false"),
+        ("optim.b1", "must stay a number"),
+        ("optim.ema=(0.9,", "must stay a tuple such as"),
+        ("optim.lerning_rate=1", "no such config field; did you mean 'optim.learning_rate'?"),
+        ("learning_rate=1", "did you mean 'optim.learning_rate'?"),
+        ("sample.learning_rate=1", "did you mean 'optim.learning_rate'?"),
+        ("log.qqqqqq=1", "log has every, tensorboard"),
+        ("qqqqqq=1", "known: backbone, batch, checkpoint"),
+        ("log=1", "config.log is a section; set one of its fields, every, tensorboard"),
+        ("backbone.name=uvti", "unknown backbone 'uvti'"),
+    ],
+)
+def test_wrong_overrides(override, message):
+    fails(message, override)
+
+
+def test_a_components_name_is_seen_before_its_fields():
+    config = resolve("backbone.ratios=(3,4)", "backbone.name=mine:Net", "backbone.rate=2")
+    assert config.backbone.to_dict() == {
+        "name": "mine:Net",
+        "hidden": 8,
+        "depth": "deep",
+        "ratios": (3, 4),
+        "rate": 2.0,
+    }
+
+
+def test_another_component_keeps_the_values_it_shares():
+    # depth is of another type there and long_skips does not exist: both go.
+    given = {"name": "uvit", "hidden": 7, "depth": 3, "long_skips": False}
+    config = resolve("backbone.name=mine:Net", backbone=given)
+    assert config.backbone.to_dict() == {"name": "mine:Net"} | FIELDS["backbone"]["mine:Net"] | {"hidden": 7}
+    assert resolve("backbone.name=uvit", backbone=given).backbone.depth == 3
+
+
+def test_a_folder_keeps_its_path_in_the_name():
+    config = resolve("source.name=folder:pictures", source={"name": "shapes", "seed": 3, "image_size": 8})
+    assert config.source.to_dict() == {"name": "folder:pictures", "image_size": 8}
+
+
+# Checks
+
+
+def test_every_field_is_checked():
+    config = config_lib.defaults()
+    own = {"optim.groups", "eval.metrics", "sample.ema", "train_text_encoder", "text_mask", "log.tensorboard"}
+    fields = {key for key in config_lib.flatten(config) if key.split(".")[0] not in config_lib.COMPONENTS}
+    assert fields == {*config_lib.CHOICES, *config_lib.RANGES, *own}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("diffusion.schedule=cosin", "config.diffusion.schedule is 'cosin'; did you mean 'cosine'?"),
+        ("diffusion.prediction=flow", "config.diffusion.prediction is 'flow'; known: eps, v, x0"),
+        ("sample.sampler=dddim", "did you mean 'ddim'?"),
+        ("steps=-3", "config.steps is -3; it must be at least 1"),
+        ("optim.learning_rate=nan", "config.optim.learning_rate is nan; it must be more than 0"),
+        ("optim.clip_norm=inf", "it must be more than 0"),
+        ("diffusion.caption_drop=1.5", "config.diffusion.caption_drop is 1.5; it must be from 0 to 1"),
+        ("optim.b2=1", "config.optim.b2 is 1.0; it must be at least 0 and below 1"),
+        ("optim.ema=(0.9,0.9)", "a tuple of different numbers between 0 and 1"),
+        ("optim.ema=1.5", "a tuple of different numbers between 0 and 1"),
+        (
+            "optim.accumulate=3",
+            "config.batch is 128; it must be a multiple of config.optim.accumulate, which is 3",
+        ),
+        ("mesh.fsdp=-1", "config.mesh has -1 on more than one axis"),
+        ("mesh.tensor=0", "config.mesh.tensor is 0; it must be at least 1, or -1 for the remaining devices"),
+        ("sample.steps=2000", "config.sample.steps is 2000; it must be from 1 to 1000"),
+        ("sample.ema=0.5", "config.sample.ema is 0.5; it must be 0 (raw weights)"),
+        ("optim.groups=(('(', 1, 1),)", "config.optim.groups holds ('(', 1, 1)"),
+        ("optim.groups=(('text', -1, 0),)", "config.optim.groups holds ('text', -1, 0)"),
+        ("optim.groups=('text',)", "config.optim.groups holds 'text'"),
+        ("eval.metrics=tfia", "config.eval.metrics names 'tfia'; did you mean 'tifa'?"),
+    ],
+)
+def test_values_out_of_range(override, message):
+    fails(message, override)
+
+
+def test_the_weights_drawn_with_follow_the_largest_decay():
+    assert resolve("optim.ema=(0.9,0.99,0.5)").sample.ema == 0.99
+    assert resolve("optim.ema=()").sample.ema == 0
+    assert resolve("optim.ema=(0.9,0.99)", "sample.ema=0.9").sample.ema == 0.9
+    assert resolve("sample.ema=0").sample.ema == 0
+
+
+def test_parameter_groups_pass():
+    groups = (("text_encoder/.*", 0.1, 0.0),)
+    assert resolve(f"optim.groups={groups!r}").optim.groups == groups
+
+
+@pytest.mark.parametrize("name", config_lib.CHOICES["diffusion.schedule"])
+def test_choices_are_what_the_diffusion_code_takes(name):
+    from scaling_dit.diffusion import schedules
+
+    assert len(schedules.make_schedule(name).alphas_cumprod) == 1000
+
+
+# Text and JSON
+
+
+def test_dump_is_sorted_and_complete():
+    lines = config_lib.dump(resolve("optim.ema=(0.5,)")).splitlines()
+    assert lines == sorted(lines)
+    assert "optim.ema = (0.5,)" in lines
+    assert "backbone.out_channels = None" in lines
+    assert len(lines) == len(config_lib.flatten(resolve()))
+
+
+def test_json_round_trip():
+    config = resolve("optim.groups=(('a', 1.0, 0.0),)", "optim.clip_norm=5", "backbone.out_channels=3")
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.dump(again) == config_lib.dump(config)
+    assert config_lib.to_json(again) == config_lib.to_json(config)
+    assert type(again.optim.clip_norm) is float
+
+
+def test_damaged_json():
+    with pytest.raises(UserError, match="not valid JSON"):
+        config_lib.from_json("{")
+
+
+# One workdir, one run
+
+
+def test_the_same_run_may_change_how_it_runs():
+    saved = config_lib.from_json(config_lib.to_json(resolve()))
+    free = (
+        "mesh.fsdp=2",
+        "loader.threads=1",
+        "log.every=7",
+        "eval.prompts=3",
+        "checkpoint.every=9",
+        "sample.steps=3",
+    )
+    config_lib.check_same_run(saved, resolve(*free))
+
+
+def test_another_run_is_refused_with_the_differences():
+    saved = config_lib.from_json(config_lib.to_json(resolve()))
+    with pytest.raises(
+        UserError, match=r"batch is 128 there and 64 here, steps is 1000 there and 5 here; give another"
+    ):
+        config_lib.check_same_run(saved, resolve("steps=5", "batch=64"))
+
+
+def test_many_differences_are_cut_short_and_absent_fields_are_named():
+    saved = config_lib.from_json(config_lib.to_json(resolve()))
+    with pytest.raises(UserError) as caught:
+        config_lib.check_same_run(saved, resolve("backbone.name=mine:Net", "steps=5"))
+    assert "backbone.depth is 2 there and 'deep' here" in str(caught.value)
+    assert "backbone.long_skips is True there and 'absent' here" in str(caught.value)
+    assert "and 6 more; give another --workdir" in str(caught.value)
+
+
+# Experiment files
+
+EXPERIMENT = """
+from ml_collections import ConfigDict
+from scaling_dit import config as config_lib
+ARGUMENTS = ("small", "large")
+def get_config(arg=""):
+    config = config_lib.defaults()
+    config.steps = {"": 10, "small": 20, "large": 30}[arg]
+    return config
+"""
+
+
+@pytest.fixture
+def experiments(tmp_path, monkeypatch):
+    """A working directory with an experiments/ folder; returns a function that writes a file there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+
+    def write(text, name="mine.py"):
+        (tmp_path / "experiments" / name).write_text(text)
+        return f"experiments/{name}"
+
+    return write
+
+
+def test_an_experiment_by_path_by_name_and_with_an_argument(experiments):
+    path = experiments(EXPERIMENT)
+    assert config_lib.load(path).steps == 10
+    assert config_lib.load(f"{path}:small").steps == 20
+    assert config_lib.load("mine:large", ["--config.batch=64"]).to_dict()["batch"] == 64
+    assert config_lib.load("mine").steps == 10
+
+
+def test_an_installed_experiment_comes_before_the_working_directory(experiments, tmp_path, monkeypatch):
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "mine.py").write_text(EXPERIMENT.replace("10", "77"))
+    package = type(sys)("scaling_dit.experiments")
+    package.__path__ = [str(installed)]
+    monkeypatch.setitem(sys.modules, "scaling_dit.experiments", package)
+    monkeypatch.delitem(sys.modules, "scaling_dit.experiments.mine", raising=False)
+    experiments(EXPERIMENT)
+    try:
+        assert config_lib.load("mine").steps == 77
+    finally:
+        sys.modules.pop("scaling_dit.experiments.mine", None)
+
+
+@pytest.mark.parametrize(
+    "text, spec, message",
+    [
+        (
+            EXPERIMENT,
+            "experiments/mien.py",
+            "no file experiments/mien.py; did you mean 'experiments/mine.py'?",
+        ),
+        (EXPERIMENT, "nowhere/mine.py", "no file nowhere/mine.py"),
+        (EXPERIMENT, "mien", "no experiment 'mien'; did you mean 'mine'?"),
+        (EXPERIMENT, "mine-1", "give a name such as shapes, or path/to/file.py"),
+        (EXPERIMENT, "mine:smal", "has no argument 'smal'; did you mean 'small'?"),
+        ("x = 1", "mine", "has no get_config"),
+        ("def get_config():\n    return None", "mine", "returned NoneType; it must return a ConfigDict"),
+        ("def get_config():\n    return None", "mine:small", "takes no argument; leave out ':small'"),
+        ("def get_config(:\n", "mine", "line 1: invalid syntax"),
+        (EXPERIMENT.replace("config.steps", "config.optm.steps"), "mine", "line 7: "),
+        (
+            EXPERIMENT.replace("config.steps", "config.stpes"),
+            "mine",
+            "config.stpes: no such field; did you mean 'steps'?",
+        ),
+        (
+            EXPERIMENT.replace("config.steps", "config.seed = 'a'; _"),
+            "mine",
+            "Could not override field 'seed'",
+        ),
+    ],
+)
+def test_wrong_experiments(experiments, text, spec, message):
+    experiments(text)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        config_lib.load(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_in_the_code_of_an_experiment_keeps_its_traceback(experiments):
+    path = experiments("import nosuchmodule\n")
+    with pytest.raises(ModuleNotFoundError, match="nosuchmodule"):
+        config_lib.load(path)
+    path = experiments("def get_config():\n    return len(3)\n", "other.py")
+    with pytest.raises(TypeError, match="has no len"):
+        config_lib.load(path)
+
+
+def test_arguments_of_an_experiment():
+    module = type(sys)("experiment")
+    assert config_files.experiment_arguments(module) == ("",)
+    module.ARGUMENTS = ("a", "b")
+    assert config_files.experiment_arguments(module) == ("", "a", "b")

@@ -1,0 +1,104 @@
+"""Sampling: pictures depend on (seed, number, prompt) alone; folders are resumable."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+import scaling_dit
+from scaling_dit import generate
+from scaling_dit.errors import UserError
+from scaling_dit.generate import Sampler
+from scaling_dit.parallel.mesh import make_mesh
+
+PROMPTS = ["a large red circle", "a small blue square", "a large green triangle", "a red square above a blue circle", "x"]
+
+
+@pytest.fixture(scope="module")
+def pipe(smoke_run):
+    return scaling_dit.load(smoke_run)
+
+
+def test_pictures_depend_neither_on_the_batch_nor_on_the_mesh(pipe):
+    whole = pipe.sample(PROMPTS, seed=3)
+    assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8
+    one = Sampler.of(pipe.model, make_mesh(devices=jax.devices()[:1]), pipe.config.sample, batch=2)
+    params, frozen = jax.device_put((pipe.params, pipe.frozen), jax.devices()[0])
+    by_two = one(params, frozen, PROMPTS, seed=3)
+    assert np.abs(whole.astype(int) - by_two).max() <= 1  # rounding to 8 bits
+    alone = one(params, frozen, PROMPTS[3:4], seed=3, numbers=[3])
+    assert np.abs(whole[3].astype(int) - alone[0]).max() <= 1
+
+
+def test_seed_prompt_and_number_all_matter(pipe):
+    base = pipe.sample(PROMPTS[:1] * 2, seed=0)
+    assert (base[0] != base[1]).any()
+    assert (base != pipe.sample(PROMPTS[:1] * 2, seed=1)).any()
+    assert (base[0] != pipe.sample(PROMPTS[1:2], seed=0)[0]).any()
+    np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:1] * 2, seed=0))
+
+
+def test_guidance_and_steps_are_used(pipe):
+    base = pipe.sample(PROMPTS[:2])
+    assert (base != pipe.sample(PROMPTS[:2], guidance=1.0)).any()
+    assert (base != pipe.sample(PROMPTS[:2], steps=2)).any()
+    np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:2], guidance=pipe.config.sample.guidance))
+
+
+def test_no_prompts_make_no_pictures(pipe):
+    assert pipe.sample([]).shape == (0, 16, 16, 3)
+
+
+class Counting:
+    """A sampler that notes what it was asked for, and may die."""
+
+    def __init__(self, sampler, fail_at=None):
+        self._sampler, self.batch, self.asked, self._fail_at = sampler, 2, [], fail_at
+
+    def __call__(self, params, frozen, prompts, seed, numbers):
+        if self._fail_at is not None and len(self.asked) >= self._fail_at:
+            raise KeyboardInterrupt
+        self.asked += numbers
+        return self._sampler(params, frozen, prompts, seed=seed, numbers=numbers)
+
+
+def test_a_request_goes_on_where_it_stopped(pipe, tmp_path):
+    sampler = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample)
+    items = [(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)]
+    whole = generate.sample_to_folder(sampler, pipe, items, epath.Path(tmp_path / "a"), seed=1, about={"step": 4})
+    out = epath.Path(tmp_path / "b")
+    with pytest.raises(KeyboardInterrupt):
+        generate.sample_to_folder(Counting(sampler, fail_at=2), pipe, items, out, seed=1, about={"step": 4})
+    (out / "p1.png").unlink()  # listed, but lost
+    again = Counting(sampler)
+    resumed = generate.sample_to_folder(again, pipe, items, out, seed=1, about={"step": 4})
+    assert again.asked == [1, 2, 3, 4]
+    assert np.abs(resumed.astype(int) - whole).max() <= 1
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(5)]
+    assert rows[3] == {
+        "id": "p3", "prompt": PROMPTS[3], "seed": 1, "number": 3, "path": "p3.png", "step": 4,
+    }  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "p3.png")), resumed[3])
+    assert Image.open(out / "grid.png").size[0] > 128
+
+
+def test_a_folder_of_another_request_is_refused(pipe, tmp_path):
+    sampler = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample)
+    out = epath.Path(tmp_path)
+    generate.sample_to_folder(sampler, pipe, [("a", "a red circle")], out, seed=1, about={})
+    with pytest.raises(UserError, match="another request.*seed"):
+        generate.sample_to_folder(sampler, pipe, [("a", "a red circle")], out, seed=2, about={})
+    with pytest.raises(UserError, match="same id"):
+        generate.sample_to_folder(sampler, pipe, [("a", "x"), ("a", "y")], out, seed=2, about={})
+
+
+def test_the_verb_draws_several_of_each_and_says_where(smoke_run, tmp_path, capsys):
+    code = generate.main(str(smoke_run), [("a", "a red circle"), ("b", "a blue square")], str(tmp_path), num=2)
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "4 pictures" in said and "grid.png" in said and "ema 0.995" in said
+    assert sorted(path.name for path in tmp_path.glob("*-*.png")) == ["a-0.png", "a-1.png", "b-0.png", "b-1.png"]

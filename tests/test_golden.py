@@ -1,0 +1,75 @@
+"""Golden files: see update_golden.py. If a difference is meant: `make golden`, read the diff, commit it."""
+
+import difflib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+import update_golden
+
+EXPERIMENT = """
+from scaling_dit import config as config_lib
+ARGUMENTS = ("wide",)
+def get_config(arg=""):
+    config = config_lib.defaults()
+    config.steps = 7
+    config.backbone.update({"name": "uvit", "hidden": 64 if arg else 32, "depth": 2, "heads": 2})
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return update_golden.current()
+
+
+def test_nothing_changed(texts):
+    stored = {
+        str(path.relative_to(update_golden.GOLDEN)): path.read_text()
+        for path in update_golden.GOLDEN.rglob("*.txt")
+    }
+    differences = []
+    for name in sorted(stored.keys() | texts.keys()):
+        then, now = stored.get(name, "").splitlines(), texts.get(name, "").splitlines()
+        differences += difflib.unified_diff(then, now, f"golden/{name}", "now", lineterm="", n=1)
+    assert not differences, "\n".join([*differences, "If this is meant: make golden, and commit the files."])
+
+
+def test_every_experiment_has_its_files(texts):
+    files = (update_golden.ROOT / "experiments").glob("[!_]*.py")
+    experiments = [path for path in files if "def get_config" in path.read_text()]
+    assert experiments
+    for path in experiments:
+        assert {f"configs/{path.stem}.txt", f"params/{path.stem}.txt"} <= texts.keys()
+
+
+def test_named_arguments_are_dumped_and_differ(tmp_path):
+    (tmp_path / "mine.py").write_text(EXPERIMENT)
+    (tmp_path / "recipe.py").write_text("LEARNING_RATE = 1e-4\n")  # a part of experiments, none itself
+    texts = update_golden.current(tmp_path)
+    assert set(texts) - {"public.txt"} == {
+        f"{kind}/{name}.txt" for kind in ("configs", "params") for name in ("mine", "mine-wide")
+    }
+    assert "steps = 7\n" in texts["configs/mine.txt"]
+    assert "backbone.hidden = 32\n" in texts["configs/mine.txt"]
+    assert texts["params/mine.txt"] != texts["params/mine-wide.txt"]
+    assert "backbone/" in texts["params/mine.txt"]
+    assert "text_encoder/" in texts["params/mine.txt"]
+
+
+def test_golden_configs_name_no_path_of_this_machine(texts):
+    for name, text in texts.items():
+        assert str(update_golden.ROOT) not in text, name
+        assert str(pathlib.Path.home()) not in text, name
+
+
+def test_text_of_parameters():
+    tree = {
+        "b": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)},
+        "a": [jax.ShapeDtypeStruct((1000,), jnp.bfloat16)],
+    }
+    lines = update_golden.params_text(tree).splitlines()
+    assert lines[1:] == ["b/kernel float32 [2, 3]", "total 1,006"]
+    assert lines[0].startswith("a/")
+    assert lines[0].endswith("bfloat16 [1000]")

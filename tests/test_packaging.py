@@ -1,0 +1,196 @@
+"""What an install promises: a light import, a public API that loads on demand, and consistent package files."""
+
+import importlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+import scaling_dit
+from scaling_dit import cli
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def python(code, cwd=ROOT):
+    """Runs code in a fresh interpreter in a folder and returns what it prints."""
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONPATH": str(cwd)}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=env, check=True
+    ).stdout.strip()
+
+
+def test_import_loads_nothing_heavy():
+    loaded = python("import sys, scaling_dit; print([m for m in sys.modules if '.' not in m])")
+    for heavy in ("tensorflow", "torch", "clu", "jax", "flax", "numpy"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_the_public_api_loads_neither_tensorflow_nor_torch():
+    use = "import sys, scaling_dit as s; [getattr(s, name) for name in s.__all__]"
+    assert python(f"{use}; print('tensorflow' in sys.modules, 'torch' in sys.modules)") == "False False"
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A folder with this package's `__init__.py` over modules that load at once."""
+    package = tmp_path_factory.mktemp("stand_in") / "scaling_dit"
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / "scaling_dit" / "__init__.py").read_text())
+    (package / "train.py").write_text(
+        "def train(config, workdir):\n    return config, workdir\nmain = train\n"
+    )
+    (package / "pipeline.py").write_text("import scaling_dit.train\nload = None\n")
+    return package.parent
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import scaling_dit",
+        "import scaling_dit.train",
+        "import scaling_dit; scaling_dit.train; import scaling_dit.train",
+        "from scaling_dit.train import main",
+        "from scaling_dit import train; import scaling_dit.pipeline, scaling_dit.train",
+        "from scaling_dit import load",
+        "import importlib; importlib.import_module('scaling_dit.train')",
+    ],
+)
+def test_train_is_called_whatever_was_imported_first(first, stand_in):
+    check = """
+import sys, types
+import scaling_dit
+assert scaling_dit.train("config", workdir="dir") == ("config", "dir")
+assert scaling_dit.train is sys.modules["scaling_dit.train"]
+from scaling_dit import train
+assert train("c", "d") == ("c", "d")
+assert callable(train.main) and isinstance(train, types.ModuleType)
+print("right")
+"""
+    assert python(f"{first}\n{check}", cwd=stand_in) == "right"
+
+
+def test_the_real_train_is_callable():
+    assert callable(scaling_dit.train)
+    assert scaling_dit.train is importlib.import_module("scaling_dit.train")
+
+
+def test_public_names():
+    assert sorted(scaling_dit.__all__) == ["__version__", "count", "create", "interop", "load", "train"]
+    assert set(scaling_dit.__all__) == {"__version__", *scaling_dit._LAZY}
+    assert dir(scaling_dit) == sorted(scaling_dit.__all__)
+    for name in scaling_dit.__all__:
+        assert getattr(scaling_dit, name) is not None
+
+
+def test_the_public_count_and_create_are_the_functions():
+    assert scaling_dit.count is importlib.import_module("scaling_dit.scaling.count").count
+    assert scaling_dit.create is importlib.import_module("scaling_dit.backbones").create
+    assert scaling_dit.load is importlib.import_module("scaling_dit.pipeline").load
+    assert isinstance(scaling_dit.interop, types.ModuleType)
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        scaling_dit.tarin  # noqa: B018
+
+
+def test_verbs_are_described_in_one_line():
+    for verb in cli.VERBS.values():
+        assert verb.summary.endswith(".")
+        assert len(verb.summary) < 80
+        assert "\n" not in verb.summary
+
+
+# setup.py and its companions
+
+
+@pytest.fixture(scope="module")
+def setup_arguments():
+    """What setup.py hands to setuptools."""
+    import setuptools
+
+    caught = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", caught.update)
+        patch.chdir(ROOT)
+        code = compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec")
+        exec(code, {"__file__": str(ROOT / "setup.py"), "__name__": "__main__"})
+    return caught
+
+
+def test_every_package_is_installed(setup_arguments):
+    folders = {path.parent for path in (ROOT / "scaling_dit").rglob("*.py")}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(setup_arguments["packages"]) == packages | {"scaling_dit.experiments"}
+    assert setup_arguments["package_dir"]["scaling_dit.experiments"] == "experiments"
+    assert setup_arguments["version"] == scaling_dit.__version__
+
+
+def pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name).group()).lower()
+
+
+def test_every_requirement_is_pinned(setup_arguments):
+    wanted = {*setup_arguments["install_requires"], *setup_arguments["extras_require"]["all"]}
+    assert {normal(requirement) for requirement in wanted} <= {normal(line) for line in pinned()}
+
+
+def test_pins_are_exact_and_unique_for_each_python():
+    for line in pinned():
+        assert re.fullmatch(r'[\w.-]+==[\w.]+(; python_version (<|>=) "3\.12")?', line), line
+    names = [normal(line) + line.partition(";")[2] for line in pinned()]
+    assert len(set(names)) == len(names)
+    for line in pinned():
+        if ";" in line:
+            assert sum(normal(other) == normal(line) for other in pinned()) == 2
+
+
+def test_core_needs_neither_tensorflow_nor_torch(setup_arguments):
+    core = {normal(requirement) for requirement in setup_arguments["install_requires"]}
+    assert not core & {"tensorflow", "tensorflow-cpu", "torch", "clu", "tensorboard"}
+
+
+def test_torch_is_always_the_exact_version(setup_arguments):
+    lists = [setup_arguments["install_requires"], *setup_arguments["extras_require"].values()]
+    torch = {
+        requirement
+        for requirements in lists
+        for requirement in requirements
+        if normal(requirement) == "torch"
+    }
+    assert torch == {"torch==2.13.0"}
+
+
+def test_modules_outside_the_writer_import_no_tensorflow_torch_or_clu():
+    forbidden = re.compile(r"^\s*(import|from) (tensorflow|torch|clu|tensorboard)\b", re.MULTILINE)
+    found = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "scaling_dit").rglob("*.py")
+        if forbidden.search(p.read_text())
+    }
+    assert found <= {"scaling_dit/monitor/writers.py"}
+
+
+def test_make_targets_are_all_explained():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
+    for target in set(phony.split()) - {"help"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        assert f"@echo 'make {target} " in makefile, target
+
+
+def test_the_ci_script_is_executable_and_valid():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(script)], check=True)

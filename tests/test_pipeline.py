@@ -1,0 +1,72 @@
+"""A run's model and its weights: load, encode_text, predict; and what a workdir must hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scaling_dit
+from scaling_dit import config as config_lib
+from scaling_dit import pipeline
+from scaling_dit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pipe(smoke_run):
+    return scaling_dit.load(smoke_run)
+
+
+def test_text_and_prediction_have_their_shapes(pipe):
+    tokens, mask, pooled = pipe.encode_text(["a red circle", "a large blue square above a red circle"])
+    length = pipe.config.text_encoder.length
+    assert tokens.shape == (2, length, 32) and mask.shape == (2, length) and pooled.shape == (2, 32)
+    assert mask.sum(1).tolist() == [5, 10]  # words and both ends
+    latents = jnp.zeros((2, 16, 16, 3))
+    prediction = pipe.predict(latents, jnp.array([10.0, 500.0]), tokens, mask)
+    assert prediction.shape == latents.shape and prediction.dtype == jnp.float32
+    assert np.isfinite(prediction).all()
+
+
+def test_padding_is_hidden_from_the_backbone_only_while_text_mask_is_on(pipe):
+    tokens, mask, _ = pipe.encode_text(["a red circle"])
+    noise = jax.random.normal(jax.random.key(0), (1, 16, 16, 3))
+    garbage = jnp.where(mask[..., None], tokens, 100.0)
+    times = jnp.array([500.0])
+    masked = [pipe.predict(noise, times, text, mask) for text in (tokens, garbage)]
+    np.testing.assert_array_equal(*masked)
+    shown = [pipe.predict(noise, times, text) for text in (tokens, garbage)]
+    assert np.abs(shown[0] - shown[1]).max() > 1e-6
+
+
+def test_steps_and_averages_of_a_run_can_be_chosen(smoke_run, pipe):
+    assert pipe.step == 4
+    early, average = scaling_dit.load(smoke_run, step=2), scaling_dit.load(smoke_run, ema=0.995)
+    assert early.step == 2
+    for other in (early, average):
+        differs = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), pipe.params, other.params)
+        assert any(jax.tree.leaves(differs))
+    same = scaling_dit.load(smoke_run, ema=0)
+    jax.tree.map(np.testing.assert_array_equal, pipe.params, same.params)
+
+
+def test_mistakes_are_told_in_one_line(smoke_run, tmp_path):
+    with pytest.raises(UserError, match="keeps no EMA of decay 0.5; it keeps 0.995"):
+        scaling_dit.load(smoke_run, ema=0.5)
+    with pytest.raises(UserError, match="no run in"):
+        scaling_dit.load(tmp_path)
+    with pytest.raises(UserError, match="3"):
+        scaling_dit.load(smoke_run, step=3)
+
+
+def test_widths_come_from_codec_and_text_encoder():
+    config = config_lib.load("experiments/shapes.py:smoke", ["--config.text_encoder.dim=16"])
+    params = pipeline.abstract_params(config)
+    assert params["backbone"]["context_embed"]["kernel"].shape == (16, 32)
+    assert params["backbone"]["patch_embed"]["kernel"].shape == (4 * 4 * 3, 32)
+
+
+def test_frozen_hash_sees_values_names_and_types():
+    base = {"a": jnp.ones(3)}
+    others = [{"a": jnp.zeros(3)}, {"b": jnp.ones(3)}, {"a": jnp.ones(3, jnp.bfloat16)}, {"a": jnp.ones((3, 1))}]
+    hashes = [pipeline.frozen_hash(tree) for tree in [base, *others]]
+    assert len(set(hashes)) == 5 and pipeline.frozen_hash({}) == ""

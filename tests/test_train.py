@@ -1,0 +1,197 @@
+"""The training loop: resuming, stopping, layouts, microbatches, frozen weights, and what it refuses."""
+
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from scaling_dit import config as config_lib
+from scaling_dit import pipeline, train
+from scaling_dit.errors import UserError
+from scaling_dit.monitor.writers import read_metrics
+
+STEPS = 20
+
+
+def tiny(steps: int = STEPS, **changes) -> ConfigDict:
+    """A run of seconds; `changes` are dotted keys with __ for the dot."""
+    config = config_lib.load("experiments/shapes.py:smoke")
+    overrides = {"steps": steps, "eval.every": 0, "checkpoint.every": 1000, "log.every": 1, "log.tensorboard": False}
+    overrides |= {key.replace("__", "."): value for key, value in changes.items()}
+    with config.unlocked():
+        for key, value in overrides.items():
+            config[key] = value
+    return config_lib.resolve(config)
+
+
+def leaves(state):
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+
+
+def assert_same_bits(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """An uninterrupted run on one device: (workdir, final state)."""
+    workdir = tmp_path_factory.mktemp("one")
+    return workdir, train.train(tiny(), workdir, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "devices, mesh",
+    [
+        (8, {"data": 8}),
+        (8, {"data": 1, "fsdp": 8}),
+        (8, {"data": 2, "fsdp": 4}),
+        pytest.param(2, {"data": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"data": 1, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"data": 4}, marks=pytest.mark.slow),
+        pytest.param(4, {"data": 1, "fsdp": 4}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+)
+def test_every_layout_has_the_losses_of_one_device(one_device, tmp_path, devices, mesh):
+    config = tiny(**{f"mesh__{axis}": size for axis, size in mesh.items()})
+    train.train(config, tmp_path, devices=jax.devices()[:devices])
+    np.testing.assert_allclose(losses(tmp_path), losses(one_device[0]), rtol=1e-5)
+    assert len(losses(tmp_path)) == STEPS
+
+
+def test_parameters_moments_and_averages_are_sharded_alike(tmp_path):
+    state = train.train(tiny(steps=1, mesh__data=1, mesh__fsdp=8), tmp_path)
+    kernel = state.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    name, ema = next(iter(state.emas.items()))
+    assert ema["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"].sharding == kernel.sharding, name
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert len(moments) >= 2 and all(x.sharding == kernel.sharding for x in moments)
+
+
+def stop_after(workdir: pathlib.Path, step: int) -> threading.Thread:
+    """Sends this process SIGTERM once the run has logged `step`."""
+
+    def watch():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if any(row["step"] >= step for row in read_metrics(workdir)):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path):
+    stop_after(tmp_path, 5)
+    with pytest.raises(train.Stopped) as stopped:
+        train.train(tiny(), tmp_path, devices=jax.devices()[:1])
+    assert stopped.value.code == train.PREEMPTED
+    first = len(losses(tmp_path))
+    assert 5 <= first < STEPS
+    assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == [first]
+    state = train.train(tiny(), tmp_path, devices=jax.devices()[:1])
+    assert_same_bits(state, one_device[1])
+    assert losses(tmp_path) == losses(one_device[0])
+
+
+def test_a_checkpoint_of_8_devices_goes_on_on_1_and_2(one_device, tmp_path):
+    stop_after(tmp_path, 5)
+    with pytest.raises(train.Stopped):
+        train.train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path, devices=jax.devices()[:8])
+    for devices, mesh in ((1, {}), (2, {"mesh__data": 1, "mesh__fsdp": 2})):
+        copy = tmp_path.parent / f"{tmp_path.name}-{devices}"
+        __import__("shutil").copytree(tmp_path, copy)
+        state = train.train(tiny(**mesh), copy, devices=jax.devices()[:devices])
+        assert int(state.step) == STEPS
+        np.testing.assert_allclose(losses(copy), losses(one_device[0]), rtol=1e-5)
+
+
+def test_microbatches_change_nothing_but_rounding(one_device, tmp_path):
+    train.train(tiny(optim__accumulate=4), tmp_path, devices=jax.devices()[:1])
+    np.testing.assert_allclose(losses(tmp_path), losses(one_device[0]), rtol=1e-5)
+
+
+def test_a_microbatch_holds_every_nth_row():
+    rows = {"x": np.arange(8.0)}
+    params = {"w": np.float32(1.0)}
+    seen = []
+
+    def loss(p, rows):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), rows["x"])
+        return (p["w"] * rows["x"]).mean()
+
+    value, grads = train.accumulate(loss, params, jax.tree.map(jax.numpy.asarray, rows), 2)
+    jax.effects_barrier()
+    assert sorted(seen) == [[0.0, 2.0, 4.0, 6.0], [1.0, 3.0, 5.0, 7.0]]
+    assert float(value) == 3.5 and float(grads["w"]) == 3.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    config = tiny(
+        optim__learning_rate=1e30, optim__warmup_steps=0, optim__decay="constant", optim__clip_norm=1e30,
+        optim__max_nonfinite=3, checkpoint__every=1,
+    )  # fmt: skip
+    assert train.main(config, str(tmp_path)) == train.NONFINITE
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite for 3 updates" in message and "learning_rate" in message
+    pipe = pipeline.load(tmp_path)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
+
+
+def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path):
+    config = tiny(steps=2, train_text_encoder=False, checkpoint__every=1)
+    state = train.train(config, tmp_path, devices=jax.devices()[:1])
+    assert set(state.params) == {"backbone"}
+    pipe = pipeline.load(tmp_path)
+    assert set(pipe.frozen) >= {"text_encoder"}
+    other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
+    with pytest.raises(UserError, match="other frozen weights"):
+        pipeline.check_frozen(other, {"frozen_sha256": pipeline.frozen_hash(pipe.frozen)}, "here")
+
+
+def test_a_workdir_of_another_experiment_is_refused(one_device):
+    with pytest.raises(UserError, match="another experiment.*optim.learning_rate"):
+        train.train(tiny(optim__learning_rate=1.0), one_device[0])
+
+
+def test_checkpoints_without_a_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="config.json"):
+        train.train(tiny(), tmp_path)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="batch 6"):
+        train.train(tiny(batch=6), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_keep_last_and_keep_every(tmp_path):
+    config = tiny(steps=8, checkpoint__every=1, checkpoint__keep_last=2, checkpoint__keep_every=4)
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 7, 8]
+
+
+def test_the_handler_of_sigterm_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with train.sigterm_flag() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.wait(5)
+    assert signal.getsignal(signal.SIGTERM) == before

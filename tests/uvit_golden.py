@@ -1,0 +1,55 @@
+"""Reference tensors made by the published U-ViT code: parameters, inputs, outputs and gradients of two small models."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from scaling_dit import backbones
+
+NAMES = ("uvit_tiny", "uvit_tiny_noskip_timemlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    fields: dict  # of our backbone
+    params: dict  # upstream name -> array
+    grads: dict
+    inputs: tuple  # latents [B, H, W, C], timesteps, text
+    prediction: np.ndarray  # [B, H, W, C]
+    cotangent: np.ndarray
+    grad_latents: np.ndarray
+
+    def backbone(self, **fields):
+        return backbones.create("uvit", **(self.fields | {"mask_text": False} | fields))
+
+
+def load(name: str) -> Golden:
+    with np.load(pathlib.Path(__file__).parent / "golden" / f"{name}.npz") as file:
+        data = {key: file[key] for key in file.files}
+    config = json.loads(str(data["config"]))
+    kept = ("in_channels", "hidden", "depth", "heads", "text_dim", "long_skips", "time_mlp", "final_conv")
+
+    def nhwc(key):
+        return data[key].transpose(0, 2, 3, 1)
+
+    def part(prefix):
+        return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+    return Golden(
+        fields={key: config[key] for key in kept} | {"patch": config["patch_size"]},
+        params=part("param/"),
+        grads=part("grad/"),
+        inputs=(nhwc("input/latents_nchw"), data["input/timesteps"], data["input/text"]),
+        prediction=nhwc("output/prediction_nchw"),
+        cotangent=nhwc("output/cotangent_nchw"),
+        grad_latents=nhwc("output/grad_latents_nchw"),
+    )
+
+
+def relative_error(found, wanted) -> float:
+    """Largest difference over the largest value of the reference."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())

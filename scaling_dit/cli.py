@@ -5,6 +5,7 @@ are right.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -141,19 +142,14 @@ def _flag_help(flag: flags.Flag) -> str:
 
 
 def _define_train(values: flags.FlagValues) -> None:
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
     _define_config(values)
-    flags.DEFINE_string(
-        "workdir", None, "folder of the run, local or gs://; a run found there goes on", flag_values=values
-    )
+    string("workdir", None, "folder of the run, local or gs://; a run found there goes on")
 
 
 def _define_config(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "config",
-        None,
-        "experiment: a name such as shapes, or path/to/file.py; both take :ARGUMENT",
-        flag_values=values,
-    )
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    string("config", None, "experiment: a name such as shapes, or path/to/file.py; both take :ARGUMENT")
 
 
 def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
@@ -167,47 +163,31 @@ def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
 
 
 def _define_sample(values: flags.FlagValues) -> None:
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     _define_trained(values)
     flags.DEFINE_multi_string(
         "prompt", [], "a caption to draw; repeat it, or give captions as arguments", flag_values=values
     )
-    flags.DEFINE_string(
-        "prompts_file",
-        None,
-        "file of captions: one per line, or .jsonl with id and prompt",
-        flag_values=values,
-    )
-    flags.DEFINE_string("out", None, "folder to write to; WORKDIR/samples by default", flag_values=values)
-    flags.DEFINE_integer("num", 1, "pictures per caption", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer(
-        "batch", None, "pictures drawn at once; the run's by default", lower_bound=1, flag_values=values
-    )
+    string("prompts_file", None, "file of captions: one per line, or .jsonl with id and prompt")
+    string("out", None, "folder to write to; WORKDIR/samples by default")
+    integer("num", 1, "pictures per caption", lower_bound=1)
+    integer("batch", None, "pictures drawn at once; the run's by default", lower_bound=1)
 
 
 def _define_trained(values: flags.FlagValues) -> None:
     """The flags of every verb that samples from a trained run."""
-    flags.DEFINE_string("workdir", None, "folder of the trained run", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer(
-        "step", None, "checkpoint to use; the latest by default", lower_bound=0, flag_values=values
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    string("workdir", None, "folder of the trained run")
+    integer("seed", 0, "seed of the initial noise", lower_bound=0)
+    integer("step", None, "checkpoint to use; the latest by default", lower_bound=0)
+    string(
+        "ema", None, "EMA decay to use, or none for the raw weights; the run's config.sample.ema by default"
     )
-    flags.DEFINE_string(
-        "ema",
-        None,
-        "EMA decay to use, or none for the raw weights; the run's config.sample.ema by default",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "steps",
-        None,
-        "sampler steps; the run's by default",
-        lower_bound=1,
-        upper_bound=1000,
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        "guidance", None, "guidance scale; the run's by default", lower_bound=0.0, flag_values=values
-    )
+    integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=1000)
+    number("guidance", None, "guidance scale; the run's by default", lower_bound=0.0)
 
 
 def _trained(values: flags.FlagValues) -> dict[str, Any]:
@@ -250,10 +230,9 @@ def _define_count(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "backbone", None, "count this backbone alone: a name, or package.module:Class", flag_values=values
     )
-    flags.DEFINE_list(
-        "latents", None, "height,width,channels of a latent; 32,32,4 for --backbone", flag_values=values
-    )
-    flags.DEFINE_list("text", None, "length,width of the text; 77,1024 for --backbone", flag_values=values)
+    numbers = functools.partial(flags.DEFINE_list, flag_values=values)
+    numbers("latents", None, "height,width,channels of a latent; 32,32,4 for --backbone")
+    numbers("text", None, "length,width of the text; 77,1024 for --backbone")
     flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
 
 

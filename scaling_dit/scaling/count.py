@@ -2,8 +2,8 @@
 
 Nothing is allocated: the call is traced on shapes, so a model of billions of parameters counts in seconds. Every
 matrix product and convolution of the program is counted as output size x summed terms, a scanned body times its length.
-Two conventions (arXiv 2404.02883 prints the first): "paper" counts products with at least one operand that no input reaches, that is
-convolutions and linear layers; "total" counts all, so the products inside attention as well.
+Two conventions, of which arXiv 2404.02883 prints the first: "paper" counts products with at least one operand that no
+input reaches, that is convolutions and linear layers; "total" counts all, so the products inside attention as well.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from uvit_golden import run
 
 from scaling_dit.backbones import attention as attention_lib
 from scaling_dit.backbones.attention import SelfAttention, attention
@@ -35,14 +36,14 @@ def test_values(implementation, kv_heads, size):
     args = qkv(kv_heads=kv_heads, size=size)
     mask = jnp.asarray([[True, False, True, True, False], [True] * 5])
     for key_mask in (None, mask):
-        found = attention(*args, key_mask=key_mask, implementation=implementation)
+        found = run(lambda *a, m=key_mask: attention(*a, key_mask=m, implementation=implementation), *args)
         np.testing.assert_allclose(found, reference(*args, key_mask), atol=1e-5)
 
 
 def test_hidden_keys_change_nothing_and_get_no_gradient():
     q, k, v = qkv()
     mask = jnp.asarray([[True, True, False, True, False]] * 2)
-    grads = jax.grad(lambda k, v: (attention(q, k, v, key_mask=mask) ** 2).sum(), (0, 1))(k, v)
+    grads = run(jax.grad(lambda k, v: (attention(q, k, v, key_mask=mask) ** 2).sum(), (0, 1)), k, v)
     for grad in grads:
         assert not np.asarray(grad)[:, [2, 4]].any()
         assert np.asarray(grad)[:, [0, 1, 3]].all()
@@ -114,12 +115,16 @@ def test_masks_on_a_gpu(chosen):
 def test_self_attention_module(qkv_bias):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 24)), jnp.float32)
     module = SelfAttention(heads=3, qkv_bias=qkv_bias)
-    params = jax.tree.map(lambda b: b.value + 0.1, module.init(jax.random.key(0), x)["params"], is_leaf=_boxed)
+    params = jax.tree.map(
+        lambda b: b.value + 0.1, module.init(jax.random.key(0), x)["params"], is_leaf=_boxed
+    )
     assert ("bias" in params["qkv"]) == qkv_bias
     fused = np.einsum("btd,dkh->kbth", x, params["qkv"]["kernel"])
     fused = fused + (np.asarray(params["qkv"]["bias"])[:, None, None] if qkv_bias else 0)
     q, k, v = (part.reshape(2, 7, 3, 8) for part in fused)
-    wanted = reference(q, k, v).reshape(2, 7, 24) @ np.asarray(params["proj"]["kernel"]) + params["proj"]["bias"]
+    wanted = (
+        reference(q, k, v).reshape(2, 7, 24) @ np.asarray(params["proj"]["kernel"]) + params["proj"]["bias"]
+    )
     np.testing.assert_allclose(module.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-4)
 
 

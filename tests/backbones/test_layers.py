@@ -110,7 +110,9 @@ def test_conv3x3_equals_torch():
     weight = torch.tensor(np.asarray(params["kernel"]).transpose(3, 2, 0, 1))
     image = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
     wanted = torch.nn.functional.conv2d(image, weight, torch.tensor(np.asarray(params["bias"])), padding=1)
-    np.testing.assert_allclose(module.apply({"params": params}, x), wanted.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply({"params": params}, x), wanted.numpy().transpose(0, 2, 3, 1), atol=1e-5
+    )
 
 
 def test_remat_names():
@@ -143,8 +145,12 @@ def test_stack_scanned_equals_unrolled(remat, has_input):
     x, given = normal(2, 4), normal(3, 2, 4) if has_input else None
     plain, other = Stack("none", False), Stack(remat, True)
     params = unbox(plain.init(jax.random.key(0), x, given, 1.5))["params"]
-    stacked = {"steps": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"steps_{i}"] for i in range(3)))}
-    (x1, outs1), (x2, outs2) = (m.apply({"params": p}, x, given, 1.5) for m, p in ((plain, params), (other, stacked)))
+    stacked = {
+        "steps": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"steps_{i}"] for i in range(3)))
+    }
+    (x1, outs1), (x2, outs2) = (
+        m.apply({"params": p}, x, given, 1.5) for m, p in ((plain, params), (other, stacked))
+    )
     np.testing.assert_allclose(x1, x2, atol=1e-6)
     np.testing.assert_allclose(np.stack(outs1), outs2, atol=1e-6)
     unrolled = jax.grad(lambda p: Stack(remat, False).apply({"params": p}, x, given, 1.5)[0].sum())(params)

@@ -41,7 +41,7 @@ def test_scanned_and_unrolled_exchange_weights():
 def test_fresh_weights_boxed_or_not():
     golden = uvit_golden.load("uvit_tiny")
     backbone = golden.backbone(positions="sincos_init")
-    boxed = backbone.init(jax.random.key(0), *golden.inputs)
+    boxed = uvit_golden.fill(jax.eval_shape(backbone.init, jax.random.key(0), *golden.inputs))
     written = interop.to_state_dict(backbone, boxed)
     plain = interop.to_state_dict(backbone, contract.unbox(boxed))
     assert set(written) == set(golden.params)
@@ -132,7 +132,10 @@ def test_several_upstream_names_make_one_parameter():
         f"b.{i}.{n}": np.random.default_rng(i).normal(size=(3, 4)).astype("f4") for i in (0, 1) for n in "qk"
     }
     shape = jax.ShapeDtypeStruct
-    for abstract in ({"b": {"qk": shape((2, 4, 2, 3), "f4")}}, {f"b_{i}": {"qk": shape((4, 2, 3), "f4")} for i in (0, 1)}):
+    for abstract in (
+        {"b": {"qk": shape((2, 4, 2, 3), "f4")}},
+        {f"b_{i}": {"qk": shape((4, 2, 3), "f4")} for i in (0, 1)},
+    ):
         params = table.load(rows, abstract, source, "it")
         assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, abstract)
         written = table.save(rows, abstract, params, "it")

@@ -32,6 +32,9 @@ COMPONENTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "source": _fields("scaling_dit.data.sources", "source_fields"),
 }
 
+# Fields of a component that follow from others of the run (codec and text encoder), so a config does not have them.
+DERIVED: dict[str, tuple[str, ...]] = {"backbone": ("in_channels", "text_dim")}
+
 # A run may be resumed with other values here: they change how it runs and what it reports, not what it computes.
 FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample")
 
@@ -178,7 +181,9 @@ def complete(config: ConfigDict) -> ConfigDict:
         if not isinstance(chosen, ConfigDict):
             raise UserError(f"config.{section} is {chosen!r}; set config.{section}.name and its fields")
         name = chosen.get("name", full[section].name)
-        full[section] = ConfigDict({"name": name} | {k: _settable(v) for k, v in fields_of(name).items()})
+        derived = DERIVED.get(section, ())
+        fields = {k: _settable(v) for k, v in fields_of(name).items() if k not in derived}
+        full[section] = ConfigDict({"name": name} | fields)
     known = flatten(full)
     for key, value in flatten(given).items():
         if key not in known:

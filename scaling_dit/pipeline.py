@@ -103,15 +103,10 @@ def build(config: ConfigDict, tokenizer: Any) -> Model:
     """The model a complete config describes. `tokenizer` was built from the captions or read from the workdir."""
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
-    backbone_fields = config.backbone.to_dict()
-    backbone_name = backbone_fields.pop("name")
-    for name, value in (("in_channels", codec.channels), ("text_dim", text_encoder.dim)):
-        if name in backbone_fields:  # a user's own module may read these from its inputs instead
-            backbone_fields[name] = value
     return Model(
         codec=codec,
         text_encoder=text_encoder,
-        backbone=backbones.create(backbone_name, **backbone_fields),
+        backbone=backbones.create_for(channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()),
         schedule=schedules.make_schedule(config.diffusion.schedule),
         prediction=config.diffusion.prediction,
         image_size=create_source(config).image_size,

@@ -6,12 +6,12 @@ Everything random in step s is drawn from (seed, s) for the whole global batch, 
 machine and layout.
 """
 
+import contextlib
 import functools
 import signal
 import sys
 import threading
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.monitor.progress import Progress
-from scaling_dit.monitor.writers import create_writer
+from scaling_dit.monitor.writers import create_writer, read_metrics
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.state import TrainState, create_state
@@ -124,26 +124,27 @@ def train(
         progress = Progress(config.steps, start, config.batch, enabled=jax.process_index() == 0)
 
         # --- the loop ---
+        if start and looks.due(start) and not evaluated(workdir, start):  # killed between saving and looking
+            looks.write(writer, start, state, frozen)
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch = rules.to_global(next(loader), mesh, config.batch)
             with rules.activate(mesh):
                 state, metrics = step_fn(state, frozen, batch)
-            last = step == config.steps
-            if step % config.log.every == 0 or last or terminated.is_set():
+            last, stop = step == config.steps, terminated.is_set()  # read once: a signal later waits for the next step
+            if step % config.log.every == 0 or last or stop:
                 # Reading the metrics waits for the step; in between, the host runs ahead of the devices.
                 values = {name: float(value) for name, value in metrics.items()}
-                writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | progress.rates(step))
+                rates = progress.rates(step)
+                writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
                 progress.update(step, loss=values["loss"])
                 if values["skipped_in_a_row"] >= config.optim.max_nonfinite:
                     raise nonfinite(config, step, store)
-            saved = last or step % settings.every == 0 or terminated.is_set()
-            if saved:
-                store.save(step, state, extra, wait=last or terminated.is_set())
-            if terminated.is_set() and not last:
-                writer.flush()
+            if last or stop or step % settings.every == 0:
+                store.save(step, state, extra, wait=last or stop)
+            if stop and not last:
                 raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command goes on from there")
-            if config.eval.every and (step % config.eval.every == 0 or last):
+            if looks.due(step):
                 with progress.paused():
                     looks.write(writer, step, state, frozen)
         progress.close()
@@ -254,6 +255,11 @@ def restore(store: Checkpoints, abstract: TrainState, shardings: TrainState, fro
     return state
 
 
+def evaluated(workdir: epath.Path, step: int) -> bool:
+    """Whether the evaluation of a step is in the run's metrics."""
+    return any(row["step"] == step and "validation/loss" in row for row in read_metrics(workdir))
+
+
 def nonfinite(config: ConfigDict, step: int, store: Checkpoints) -> Stopped:
     """The end of a run whose loss has left the numbers; the last checkpoint stays as it is."""
     store.wait()
@@ -266,19 +272,15 @@ def nonfinite(config: ConfigDict, step: int, store: Checkpoints) -> Stopped:
     )
 
 
-class sigterm_flag:  # noqa: N801  (used as a function)
-    """Context: an event that SIGTERM sets, so that the loop can save before it ends. The old handler comes back after."""
-
-    def __enter__(self) -> threading.Event:
-        self._event = threading.Event()
-        self._old: Any = None
-        if threading.current_thread() is threading.main_thread():  # signals reach no other thread
-            self._old = signal.signal(signal.SIGTERM, self._on_signal)
-        return self._event
-
-    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self._event.set()
-
-    def __exit__(self, *error: object) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+@contextlib.contextmanager
+def sigterm_flag() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the loop can save before it ends. The old handler comes back after."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield event
+        return
+    old = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, old)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -117,7 +118,7 @@ def test_a_checkpoint_of_8_devices_goes_on_on_1_and_2(one_device, tmp_path):
         train.train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path, devices=jax.devices()[:8])
     for devices, mesh in ((1, {}), (2, {"mesh__data": 1, "mesh__fsdp": 2})):
         copy = tmp_path.parent / f"{tmp_path.name}-{devices}"
-        __import__("shutil").copytree(tmp_path, copy)
+        shutil.copytree(tmp_path, copy)
         state = train.train(tiny(**mesh), copy, devices=jax.devices()[:devices])
         assert int(state.step) == STEPS
         np.testing.assert_allclose(losses(copy), losses(one_device[0]), rtol=1e-5)
@@ -187,6 +188,19 @@ def test_keep_last_and_keep_every(tmp_path):
     config = tiny(steps=8, checkpoint__every=1, checkpoint__keep_last=2, checkpoint__keep_every=4)
     train.train(config, tmp_path, devices=jax.devices()[:1])
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 7, 8]
+
+
+def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
+    config = tiny(steps=2, eval__every=2, sample__steps=2)
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    before = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
+    for segment in (tmp_path / "metrics").glob("*.jsonl"):  # as if killed after the save, before the evaluation
+        lines = [line for line in segment.read_text().splitlines(keepends=True) if "validation/loss" not in line]
+        segment.write_text("".join(lines))
+    assert not train.evaluated(tmp_path, 2)
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    after = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
+    assert len(after) == 1 and after[0]["validation/loss"] == before[0]["validation/loss"]
 
 
 def test_the_handler_of_sigterm_comes_back():

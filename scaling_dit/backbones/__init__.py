@@ -12,7 +12,7 @@ from scaling_dit.errors import UserError, nearest
 
 BACKBONES: dict[str, type[nn.Module]] = {"uvit": UViT}
 
-__all__ = ["BACKBONES", "backbone_class", "backbone_fields", "create"]
+__all__ = ["BACKBONES", "backbone_class", "backbone_fields", "create", "create_for"]
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
@@ -36,6 +36,13 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     if missing:
         raise UserError(f"backbone {name!r} needs a value for {', '.join(missing)}")
     return module(**{field: _tuples(value) for field, value in kwargs.items()})
+
+
+def create_for(name: str, *, channels: int, text_dim: int, **kwargs: Any) -> nn.Module:
+    """`create` for latents of so many channels and text of such a width; a class may read either from its inputs instead."""
+    known = _fields(backbone_class(name))
+    widths = {"in_channels": channels, "text_dim": text_dim}
+    return create(name, **kwargs, **{field: value for field, value in widths.items() if field in known})
 
 
 def backbone_fields(name: str) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class InTraining:
         self._items = {name: METRICS[name].items(source, config.eval.prompts) for name in config.eval.metrics}
         self._ema = pipeline.ema_name(config, config.sample.ema)
 
+    def due(self, step: int) -> bool:
+        """Whether the config asks for an evaluation at this step: every so many, and at the end."""
+        every = self._config.eval.every
+        return bool(every) and (step % every == 0 or step == self._config.steps)
+
     def write(self, writer: Any, step: int, state: TrainState, frozen: pipeline.Params) -> None:
         """Runs every evaluation on `state` and hands the results to the run's writer."""
         scalars = {f"validation/{name}": value for name, value in self._loss(state.params, frozen).items()}

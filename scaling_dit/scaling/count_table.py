@@ -56,7 +56,9 @@ def main(
         config.backbone.name = backbone
         fields = config_lib.resolve(config, overrides).backbone.to_dict()
         latents_HWC, text_LD = latents_HWC or LATENTS, text_LD or TEXT
-        module = _create(fields, latents_HWC, text_LD)
+        from scaling_dit import backbones
+
+        module = backbones.create_for(channels=latents_HWC[2], text_dim=text_LD[1], **fields)
         training = {}
     from scaling_dit.scaling.count import count
 
@@ -83,15 +85,10 @@ def _of_experiment(
     model = pipeline.build(config, scratch.build_tokenizer(pipeline.create_source(config)))
     latents = latents or model.latent_shape
     text = text or (model.text_encoder.length, model.text_encoder.dim)
-    return _create(config.backbone.to_dict(), latents, text), latents, text
-
-
-def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> "nn.Module":
-    """The backbone for these inputs; one that reads their widths from the inputs has no fields for them."""
     from scaling_dit import backbones
 
-    given = {"in_channels": latents[2], "text_dim": text[1]}
-    return backbones.create(**fields | {name: value for name, value in given.items() if name in fields})
+    module = backbones.create_for(channels=latents[2], text_dim=text[1], **config.backbone.to_dict())
+    return module, latents, text
 
 
 def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:

@@ -24,14 +24,11 @@ help:
 
 demo: .venv/.installed-demo
 	$(BIN)/scaling-dit train --config=shapes --workdir=$(RUN)
-	$(BIN)/scaling-dit sample --workdir=$(RUN) --out=$(RUN)/samples \
-		'a small red circle above a large blue square' 'a large green triangle' \
-		'a small blue square left of a small green circle' 'a large yellow circle below a small red triangle'
-	$(BIN)/scaling-dit evaluate --workdir=$(RUN) --out=$(RUN)/evaluation
+	$(BIN)/scaling-dit evaluate --workdir=$(RUN)
 	@echo
-	@echo 'pictures: $(RUN)/samples'
-	@echo 'scores:   $(RUN)/evaluation'
-	@echo 'curves:   $(BIN)/tensorboard --logdir $(RUN), then open http://localhost:6006'
+	@echo 'Look at the pictures file named above, and draw your own:'
+	@echo "  $(BIN)/scaling-dit sample --workdir=$(RUN) 'a small red circle above a large blue square'"
+	@echo 'Curves and sample grids over time: $(BIN)/tensorboard --logdir=$(RUN), then open http://localhost:6006'
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)

@@ -2,7 +2,7 @@
 
     python benchmarks/note.py runs/demo --note=benchmarks/demo_cpu.md --picture=docs/images/demo.png
 
-Every figure comes from the run's own files (`evaluation/*/result.json`, `metrics/`, `config.json`).
+Every figure comes from the run's own files (`evaluation/**/result.json`, `metrics/`, `config.json`).
 """
 
 import argparse
@@ -32,15 +32,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=18)
     parser.add_argument("--command", default="make demo", help="what was run")
     args = parser.parse_args()
-    results = {path.parent.name: json.loads(path.read_text()) for path in sorted(args.run.glob("evaluation/*/result.json"))}
-    if not results:
-        parser.error(f"{args.run} has no evaluation/*/result.json; run `scaling-dit evaluate --workdir={args.run}` first")
-    args.note.write_text(note(args.run, args.command, results))
+    found = sorted(args.run.glob("evaluation/**/result.json"))
+    if not found:
+        parser.error(f"{args.run}/evaluation has no result.json; run `scaling-dit evaluate --workdir={args.run}` first")
+    args.note.write_text(note(args.run, args.command, [json.loads(path.read_text()) for path in found]))
     if args.picture:
-        write_png(epath.Path(args.picture), picture(args.run / "evaluation" / next(iter(results)), args.pictures))
+        write_png(epath.Path(args.picture), picture(found[0].parent, args.pictures))
 
 
-def note(run: pathlib.Path, command: str, results: dict) -> str:
+def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
     """The markdown of all results of a run."""
     config = json.loads((run / "config.json").read_text())
     rows = read_metrics(run)
@@ -57,9 +57,9 @@ def note(run: pathlib.Path, command: str, results: dict) -> str:
         f"Training: {config['steps']} steps of {config['batch']} pictures in {seconds / 60:.1f} minutes "
         f"({rate:.0f} pictures/s without compilation and evaluation; waiting for data {wait:.1%}).",
     ]
-    for name, result in results.items():
+    for result in results:
         settings = ", ".join(f"{key} {result[key]}" for key in ("n", "seed", "step", "ema", "sampler", "steps", "guidance"))
-        lines += ["", f"## Metric `{name}`", "", settings, "", "```", METRICS[name].table(result), "```"]
+        lines += ["", f"## Metric `{result['metric']}`", "", settings, "", "```", METRICS[result['metric']].table(result), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -170,7 +170,7 @@ def _define_sample(values: flags.FlagValues) -> None:
         "prompt", [], "a caption to draw; repeat it, or give captions as arguments", flag_values=values
     )
     string("prompts_file", None, "file of captions: one per line, or .jsonl with id and prompt")
-    string("out", None, "folder to write to; WORKDIR/samples by default")
+    string("out", None, "folder to write to; by default one of this request under WORKDIR/samples")
     integer("num", 1, "pictures per caption", lower_bound=1)
     integer("batch", None, "pictures drawn at once; the run's by default", lower_bound=1)
 
@@ -200,17 +200,16 @@ def _sample(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int
     from scaling_dit.evaluation.prompts import gather_prompts
 
     prompts = gather_prompts([*values.prompt, *arguments], values.prompts_file)
-    out = values.out or os.path.join(values.workdir, "samples")
     from scaling_dit import generate
 
-    return generate.main(values.workdir, prompts, out, num=values.num, batch=values.batch, **_trained(values))
+    return generate.main(values.workdir, prompts, values.out, num=values.num, batch=values.batch, **_trained(values))
 
 
 def _define_evaluate(values: flags.FlagValues) -> None:
     _define_trained(values)
     flags.DEFINE_list("metrics", None, "comma-separated metrics; the run's by default", flag_values=values)
     flags.DEFINE_integer("items", 500, "held-out captions", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("out", None, "folder to write to; WORKDIR/evaluation by default", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write to; by default one of these settings under WORKDIR/evaluation", flag_values=values)
     flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
 
 
@@ -218,7 +217,6 @@ def _evaluate(values: flags.FlagValues, _: list[str], __: list[str]) -> int:
     _required(values, "evaluate", "workdir")
     from scaling_dit.evaluation import run
 
-    out = values.out or os.path.join(values.workdir, "evaluation")
     metrics, items = values.metrics, values.items
     return run.main(
         values.workdir, out, metrics=metrics, items=items, as_json=values.json, **_trained(values)

@@ -6,6 +6,7 @@ One `Sampler` serves the pictures shown during training, the `sample` verb and e
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -217,10 +218,15 @@ def open_for_sampling(
     return pipe, sampler, about
 
 
+def tag(about: dict[str, Any], seed: int) -> str:
+    """A folder name for pictures made with these settings."""
+    return f"step{about['step']}-ema{about['ema']}-{about['sampler']}{about['steps']}-guidance{about['guidance']}-seed{seed}"
+
+
 def main(
     workdir: str,
     prompts: Sequence[tuple[str, str]],
-    out: str,
+    out: str | None = None,
     *,
     num: int = 1,
     seed: int = 0,
@@ -230,10 +236,15 @@ def main(
     guidance: float | None = None,
     batch: int | None = None,
 ) -> int:
-    """The `sample` verb: pictures, grid and manifest of (id, prompt) pairs in `out`; returns the exit code."""
+    """The `sample` verb: pictures, grid and manifest of (id, prompt) pairs; returns the exit code.
+
+    Without `out` they go to a folder of this request under `samples/` in the workdir: the same request again adds what
+    is missing there, another one gets its own.
+    """
     pipe, sampler, about = open_for_sampling(workdir, step=step, ema=ema, steps=steps, guidance=guidance, batch=batch)
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
-    folder = epath.Path(out)
+    asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
+    folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"
     sample_to_folder(sampler, pipe, items, folder, seed=seed, about=about)
     settings = ", ".join(f"{name} {value}" for name, value in about.items())
     print(f"{len(items)} pictures in {folder} ({settings}); all on one page: {folder / GRID}")

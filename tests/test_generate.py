@@ -1,6 +1,7 @@
 """Sampling: pictures depend on (seed, number, prompt) alone; folders are resumable."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -102,3 +103,12 @@ def test_the_verb_draws_several_of_each_and_says_where(smoke_run, tmp_path, caps
     said = capsys.readouterr().out
     assert "4 pictures" in said and "grid.png" in said and "ema 0.995" in said
     assert sorted(path.name for path in tmp_path.glob("*-*.png")) == ["a-0.png", "a-1.png", "b-0.png", "b-1.png"]
+
+
+def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_found_again(smoke_run, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(smoke_run, workdir)
+    for prompt, seed in (("a red circle", 0), ("a blue square", 0), ("a red circle", 1), ("a red circle", 0)):
+        assert generate.main(str(workdir), [("a", prompt)], seed=seed) == 0
+    assert len(list((workdir / "samples").iterdir())) == 3
+    assert all(path.name.startswith("step4-ema0.995-ddim4-guidance") for path in (workdir / "samples").iterdir())

@@ -15,7 +15,7 @@ RESULT = "result.json"
 
 def main(
     workdir: str,
-    out: str,
+    out: str | None = None,
     *,
     metrics: Sequence[str] | None = None,
     items: int = 500,
@@ -27,6 +27,9 @@ def main(
     guidance: float | None = None,
 ) -> int:
     """Scores a run by each metric; pictures, questions and `result.json` go to OUT/METRIC. Returns the exit code.
+
+    Without `out` they go to a folder of these settings under `evaluation/` in the workdir: the same command again only
+    adds what is missing there.
 
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
@@ -41,9 +44,10 @@ def main(
     source = pipeline.create_source(config)
     wanted = {name: METRICS[name].items(source, items) for name in names}  # before loading: a misfit shows at once
     pipe, sampler, about = generate.open_for_sampling(workdir, step=step, ema=ema, steps=steps, guidance=guidance)
+    root = epath.Path(out) if out else epath.Path(workdir) / "evaluation" / f"{generate.tag(about, seed)}-n{items}"
     results: dict[str, Any] = {}
     for name, metric_items in wanted.items():
-        folder = epath.Path(out) / name
+        folder = root / name
         prompts = [(item.id, item.prompt) for item in metric_items]
         images = generate.sample_to_folder(sampler, pipe, prompts, folder, seed=seed, about=about)
         result = METRICS[name].score(images, metric_items, seed=seed)

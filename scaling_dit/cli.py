@@ -219,7 +219,7 @@ def _evaluate(values: flags.FlagValues, _: list[str], __: list[str]) -> int:
 
     metrics, items = values.metrics, values.items
     return run.main(
-        values.workdir, out, metrics=metrics, items=items, as_json=values.json, **_trained(values)
+        values.workdir, values.out, metrics=metrics, items=items, as_json=values.json, **_trained(values)
     )
 
 

@@ -1,11 +1,14 @@
 """Can a text-to-image diffusion transformer learn colours, shapes, sizes and places from nothing, on a laptop?
 
-U-ViT on the built-in compositional shapes (data/shapes.py), with a small text encoder trained along. What `make demo` runs:
+U-ViT on the built-in compositional shapes (data/shapes.py), with a small text encoder trained along. What `make demo`
+runs, in some six minutes on 2 CPU cores:
 
     scaling-dit train --config=shapes --workdir=runs/demo
     scaling-dit evaluate --workdir=runs/demo
 
-Slice: none; 2 CPU cores. `shapes:smoke` is the same run in miniature, for tests.
+Expect exact TIFA near 0.8 on 500 held-out scenes (0.36 for true pictures of wrong scenes): colours first, then sizes and
+numbers, then which shape has which colour; relations come last and are only beginning. `shapes:smoke` is the same run in
+miniature, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -16,36 +19,48 @@ ARGUMENTS = ("smoke",)
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """The demo's run, or its miniature for `arg` "smoke"."""
     config = config_lib.defaults()
-    config.steps = 2000
-    config.batch = 64
+    config.steps = 1400
+    config.batch = 128
     config.source = ConfigDict(
         {
             "name": "shapes",
             "preset": "grid16",
             "shapes": ("circle", "square", "triangle"),
             "colours": ("red", "green", "blue", "yellow"),
+            "paraphrases": 1,
         }
     )
+    # One token a grid cell: with smaller patches an object is put together from tokens that must first learn to agree.
     config.backbone = ConfigDict(
-        {"name": "uvit", "hidden": 128, "depth": 4, "heads": 4, "patch": 4, "positions": "sincos_init"}
+        {"name": "uvit", "hidden": 128, "depth": 4, "heads": 4, "patch": 8, "positions": "sincos_init"}
     )
-    config.text_encoder = ConfigDict({"name": "scratch", "dim": 128, "depth": 1, "heads": 4, "length": 24})
-    # x0-prediction, because a patch of 48 noisy numbers is wide for a hidden size of 128: the model need not carry noise.
-    config.diffusion.update({"schedule": "cosine", "prediction": "x0", "weighting": "min_snr", "time_sampling": "stratified"})
+    config.text_encoder = ConfigDict({"name": "scratch", "dim": 128, "depth": 1, "heads": 4, "length": 16})
+    # x0, because a patch of 192 noisy numbers is wider than the model, which then need not carry the noise. Unweighted,
+    # because what the caption decides is decided at high noise, where min-SNR weights vanish.
+    config.diffusion.update({"prediction": "x0", "time_sampling": "stratified"})
     config.optim.update(
-        {"learning_rate": 2e-3, "decay": "cosine", "final_fraction": 0.02, "b2": 0.99, "ema": (0.995,)}
+        {
+            "learning_rate": 1.5e-3,
+            "warmup_steps": 50,
+            "decay": "cosine",
+            "final_fraction": 0.02,
+            "b2": 0.99,
+            "ema": (0.995,),
+        }
     )
-    config.sample.update({"guidance": 2.0, "ema": 0.995})
-    config.eval.update({"every": 500, "metrics": ("tifa",), "prompts": 64})
+    config.sample.update({"guidance": 1.5, "ema": 0.995})
+    config.eval.update({"every": 350, "metrics": ("tifa",), "prompts": 64})
+    config.checkpoint.every = 350
     if arg == "smoke":
         config.steps = 4
         config.batch = 8
         config.optim.warmup_steps = 1
         config.backbone.update({"hidden": 32, "depth": 2, "heads": 2})
-        config.text_encoder.update({"dim": 32, "depth": 1, "heads": 2})
+        config.text_encoder.update({"dim": 32, "heads": 2})
         config.sample.steps = 4
         config.eval.update({"every": 4, "prompts": 4, "loss_images": 8, "grid": 4})
         config.checkpoint.every = 2
-        config.log.update({"every": 1})
+        config.log.every = 1
     return config

@@ -21,7 +21,7 @@ ARGUMENTS = ("smoke",)
 def get_config(arg: str = "") -> ConfigDict:
     """The demo's run, or its miniature for `arg` "smoke"."""
     config = config_lib.defaults()
-    config.steps = 1400
+    config.steps = 1200
     config.batch = 128
     config.source = ConfigDict(
         {
@@ -51,8 +51,8 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.sample.update({"guidance": 1.5, "ema": 0.995})
-    config.eval.update({"every": 350, "metrics": ("tifa",), "prompts": 64})
-    config.checkpoint.every = 350
+    config.eval.update({"every": 400, "metrics": ("tifa",), "prompts": 64})
+    config.checkpoint.every = 400
     if arg == "smoke":
         config.steps = 4
         config.batch = 8

@@ -10,7 +10,6 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "scaling_dit/__init__.py").
 
 CORE = [
     "absl-py",
-    "array-record",
     "einops",
     "etils[epath]",
     "flax>=0.12",
@@ -21,9 +20,7 @@ CORE = [
     "optax",
     "orbax-checkpoint>=0.12.8",
     "pillow",
-    "safetensors",
     "scipy",
-    "tokenizers",
     "tqdm",
 ]
 EXTRAS = {

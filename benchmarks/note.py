@@ -15,26 +15,31 @@ import platform
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from scaling_dit.evaluation import METRICS
-from scaling_dit.monitor.grid import captioned_grid, write_png
+from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
 from scaling_dit.monitor.writers import read_metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SETTINGS = ("n", "seed", "step", "ema", "sampler", "steps", "guidance")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=pathlib.Path, help="workdir of a run that `scaling-dit evaluate` has scored")
+    """Writes the note, and the picture if one is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=pathlib.Path, help="workdir of a run that `scaling-dit evaluate` has scored"
+    )
     parser.add_argument("--note", type=pathlib.Path, required=True, help="markdown file to write")
-    parser.add_argument("--picture", type=pathlib.Path, help="PNG file to write: the first pictures with their captions")
+    parser.add_argument("--picture", type=pathlib.Path, help="PNG file to write: the first pictures")
     parser.add_argument("--pictures", type=int, default=18)
     parser.add_argument("--command", default="make demo", help="what was run")
     args = parser.parse_args()
     found = sorted(args.run.glob("evaluation/**/result.json"))
     if not found:
-        parser.error(f"{args.run}/evaluation has no result.json; run `scaling-dit evaluate --workdir={args.run}` first")
+        parser.error(f"{args.run}/evaluation has no result.json: `scaling-dit evaluate --workdir={args.run}`")
     args.note.write_text(note(args.run, args.command, [json.loads(path.read_text()) for path in found]))
     if args.picture:
         write_png(epath.Path(args.picture), picture(found[0].parent, args.pictures))
@@ -44,36 +49,40 @@ def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
     """The markdown of all results of a run."""
     config = json.loads((run / "config.json").read_text())
     rows = read_metrics(run)
-    rate = next(row["speed/mean_images_per_second"] for row in reversed(rows) if "speed/mean_images_per_second" in row)
+    rate = next(
+        row["speed/mean_images_per_second"] for row in reversed(rows) if "speed/mean_images_per_second" in row
+    )
     wait = next(row["speed/mean_data_wait"] for row in reversed(rows) if "speed/mean_data_wait" in row)
     seconds = config["steps"] * config["batch"] / rate
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     lines = [
         f"# {command}",
         "",
-        f"{datetime.date.today()}; {processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}.",
+        f"{datetime.date.today()}; {processor()}, {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, {versions}.",
         "Written by `benchmarks/note.py` from the run's own files.",
         "",
         f"Training: {config['steps']} steps of {config['batch']} pictures in {seconds / 60:.1f} minutes "
         f"({rate:.0f} pictures/s without compilation and evaluation; waiting for data {wait:.1%}).",
     ]
     for result in results:
-        settings = ", ".join(f"{key} {result[key]}" for key in ("n", "seed", "step", "ema", "sampler", "steps", "guidance"))
-        lines += ["", f"## Metric `{result['metric']}`", "", settings, "", "```", METRICS[result['metric']].table(result), "```"]
+        name, settings = result["metric"], ", ".join(f"{key} {result[key]}" for key in SETTINGS)
+        lines += ["", f"## Metric `{name}`", "", settings, "", "```", METRICS[name].table(result), "```"]
     return "\n".join(lines) + "\n"
 
 
 def processor() -> str:
     """The CPU's name as the kernel gives it."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def picture(folder: pathlib.Path, count: int) -> np.ndarray:
     """The first pictures of a folder that `evaluate` wrote, not chosen in any way."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()][:count]
-    images = np.stack([np.asarray(Image.open(folder / row["path"]).convert("RGB")) for row in rows])
+    images = np.stack([read_png(epath.Path(folder / row["path"])) for row in rows])
     return captioned_grid(images, [row["prompt"] for row in rows], columns=6)
 
 

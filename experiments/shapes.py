@@ -6,9 +6,9 @@ runs, in some six minutes on 2 CPU cores:
     scaling-dit train --config=shapes --workdir=runs/demo
     scaling-dit evaluate --workdir=runs/demo
 
-Expect exact TIFA near 0.8 on 500 held-out scenes (0.36 for true pictures of wrong scenes): colours first, then sizes and
-numbers, then which shape has which colour; relations come last and are only beginning. `shapes:smoke` is the same run in
-miniature, for tests.
+Expect exact TIFA near 0.8 on 500 held-out scenes (true pictures of wrong scenes: 0.36). Colours come first, then sizes
+and numbers, then which shape has which colour; relations come last and only begin to show. `shapes:smoke` is the same
+run in miniature, for tests.
 """
 
 from ml_collections import ConfigDict

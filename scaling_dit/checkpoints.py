@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from scaling_dit import trees
 from scaling_dit.errors import UserError, nearest
 
 _SHOWN = 3  # differing paths told in an error
@@ -124,7 +125,7 @@ class Checkpoints:
         new = step not in self._manager.all_steps()
         if new:
             items = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_nested(_by_path(state))),
+                state=ocp.args.PyTreeSave(_nested(trees.by_path(state))),
                 extra=ocp.args.JsonSave(dict(extra or {})),
             )
             self._manager.save(step, args=items, force=True)
@@ -146,7 +147,7 @@ class Checkpoints:
           UserError: if there is no such checkpoint, it is damaged, or its paths, shapes or dtypes differ.
         """
         step = self._existing(step)
-        wanted, saved = _by_path(target), _by_path(self._metadata(step))
+        wanted, saved = trees.by_path(target), trees.by_path(self._metadata(step))
         self._check_same(step, wanted, saved)
         return self._read(step, wanted, target)
 
@@ -172,8 +173,8 @@ class Checkpoints:
             known = nearest(ema, names) if names else "it has none"
             raise UserError(f"no EMA {ema!r} in checkpoint {self._folder(step)}; {known}")
         prefix = ("params",) if ema is None else ("emas", ema)
-        wanted = {(*prefix, *path): leaf for path, leaf in _by_path(target).items()}
-        saved = _by_path(self._metadata(step))
+        wanted = {(*prefix, *path): leaf for path, leaf in trees.by_path(target).items()}
+        saved = trees.by_path(self._metadata(step))
         self._check_same(step, wanted, {p: leaf for p, leaf in saved.items() if p[: len(prefix)] == prefix})
         return self._read(step, wanted, target)
 
@@ -184,7 +185,7 @@ class Checkpoints:
           UserError: if there is no such checkpoint or it is damaged.
         """
         return sorted(
-            {path[1] for path in _by_path(self._metadata(self._existing(step))) if path[0] == "emas"}
+            {path[1] for path in trees.by_path(self._metadata(self._existing(step))) if path[0] == "emas"}
         )
 
     def _folder(self, step: int) -> epath.Path:
@@ -249,15 +250,9 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._damaged(step, error) from error
-        arrays = _by_path(read["state"])
+        arrays = trees.by_path(read["state"])
         leaves = [arrays[path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(target), leaves), dict(read["extra"])
-
-
-def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Leaves by their path as strings, in the order of `jax.tree.leaves`."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
 
 
 def _nested(by_path: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

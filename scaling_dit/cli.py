@@ -202,14 +202,17 @@ def _sample(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int
     prompts = gather_prompts([*values.prompt, *arguments], values.prompts_file)
     from scaling_dit import generate
 
-    return generate.main(values.workdir, prompts, values.out, num=values.num, batch=values.batch, **_trained(values))
+    return generate.main(
+        values.workdir, prompts, values.out, num=values.num, batch=values.batch, **_trained(values)
+    )
 
 
 def _define_evaluate(values: flags.FlagValues) -> None:
     _define_trained(values)
     flags.DEFINE_list("metrics", None, "comma-separated metrics; the run's by default", flag_values=values)
     flags.DEFINE_integer("items", 500, "held-out captions", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("out", None, "folder to write to; by default one of these settings under WORKDIR/evaluation", flag_values=values)
+    out = "folder to write to; by default one of these settings under WORKDIR/evaluation"
+    flags.DEFINE_string("out", None, out, flag_values=values)
     flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
 
 

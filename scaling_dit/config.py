@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from scaling_dit import config_files
+from scaling_dit.components import tuples
 from scaling_dit.errors import UserError, nearest
 
 
@@ -32,8 +33,11 @@ COMPONENTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "source": _fields("scaling_dit.data.sources", "source_fields"),
 }
 
-# Fields of a component that follow from others of the run (codec and text encoder), so a config does not have them.
-DERIVED: dict[str, tuple[str, ...]] = {"backbone": ("in_channels", "text_dim")}
+# Fields of a component that follow from another one of the run, so that a config does not have them, and what to set.
+DERIVED: dict[str, str] = {
+    "backbone.in_channels": "follows from the codec; set config.codec.name",
+    "backbone.text_dim": "follows from the text encoder; set config.text_encoder.dim",
+}
 
 # A run may be resumed with other values here: they change how it runs and what it reports, not what it computes.
 FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample")
@@ -181,13 +185,12 @@ def complete(config: ConfigDict) -> ConfigDict:
         if not isinstance(chosen, ConfigDict):
             raise UserError(f"config.{section} is {chosen!r}; set config.{section}.name and its fields")
         name = chosen.get("name", full[section].name)
-        derived = DERIVED.get(section, ())
-        fields = {k: _settable(v) for k, v in fields_of(name).items() if k not in derived}
+        fields = {k: _settable(v) for k, v in fields_of(name).items() if f"{section}.{k}" not in DERIVED}
         full[section] = ConfigDict({"name": name} | fields)
     known = flatten(full)
     for key, value in flatten(given).items():
         if key not in known:
-            raise UserError(f"config.{key}: no such field; {nearest_key(key, known)}")
+            raise UserError(f"config.{key}: {why_unknown(key, known)}")
         section, _, field = key.rpartition(".")
         try:
             (full[section] if section else full)[field] = value
@@ -257,13 +260,30 @@ def validate(config: ConfigDict) -> None:
         right = f"0 (raw weights), -1 (largest) or one of config.optim.ema, {config.optim.ema}"
         raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
     for group in config.optim.groups:
-        _validate_group(group)
+        parse_group(group)
     if config.eval.metrics:
         from scaling_dit.evaluation import METRICS  # metrics load the oracle, which few commands need
 
         for name in config.eval.metrics:
             if name not in METRICS:
                 raise UserError(f"config.eval.metrics names {name!r}; {nearest(name, METRICS)}")
+
+
+def parse_group(group: Any) -> tuple[re.Pattern[str], float, float]:
+    """One of `config.optim.groups`: compiled regex over parameter paths, learning-rate factor and weight decay.
+
+    Raises:
+      UserError: it is not made of these, or one of the numbers is negative.
+    """
+    try:
+        pattern, factor, decay = group
+        compiled, factor, decay = re.compile(pattern), float(factor), float(decay)
+        if not (factor >= 0 and decay >= 0):
+            raise ValueError("the numbers must be 0 or more")
+    except (TypeError, ValueError, re.error) as error:
+        right = "a group is (regex over parameter paths, learning-rate factor, weight decay)"
+        raise UserError(f"config.optim.groups holds {group!r}; {right}: {error}") from None
+    return compiled, factor, decay
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -294,7 +314,7 @@ def from_json(text: str) -> ConfigDict:
       UserError: `text` is not JSON.
     """
     try:
-        return ConfigDict(_tuples(json.loads(text)))
+        return ConfigDict(tuples(json.loads(text)))
     except json.JSONDecodeError as error:
         raise UserError(f"the saved config is not valid JSON: {error}") from None
 
@@ -320,8 +340,10 @@ def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
         )
 
 
-def nearest_key(key: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped dotted key: the same field elsewhere, a near one in its section, else the section's."""
+def why_unknown(key: str, known: Iterable[str]) -> str:
+    """Why a dotted key is none of `known`, and what would be right: the same field elsewhere, a near one, or all."""
+    if key in DERIVED:
+        return f"it {DERIVED[key]}"
     known = list(known)
     section, _, field = key.rpartition(".")
     siblings = {
@@ -332,11 +354,14 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
         siblings[near] for near in difflib.get_close_matches(field, siblings, n=1, cutoff=0.5)
     ]
     if close:
-        return f"did you mean {close[0]!r}?"
-    if siblings:
-        return f"{section} has {', '.join(sorted(siblings))}"
-    hint = nearest(key, known)
-    return hint if hint.startswith("did you mean") else nearest(key, {name.split(".")[0] for name in known})
+        hint = f"did you mean {close[0]!r}?"
+    elif siblings:
+        hint = f"{section} has {', '.join(sorted(siblings))}"
+    else:
+        hint = nearest(key, known)
+        if not hint.startswith("did you mean"):
+            hint = nearest(key, {name.split(".")[0] for name in known})
+    return f"no such field; {hint}"
 
 
 def _switch_component(config: ConfigDict, section: str, name: str) -> None:
@@ -353,22 +378,4 @@ def _settable(value: Any) -> Any:
     """A field's default; one of None accepts a value of any type."""
     if value is None:
         return placeholder(object)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _validate_group(group: Any) -> None:
-    right = "each must be (regex over parameter paths, learning-rate factor >= 0, weight decay >= 0)"
-    try:
-        pattern, factor, decay = group
-        re.compile(pattern)
-        valid = factor >= 0 and decay >= 0
-    except (TypeError, ValueError, re.error):
-        valid = False
-    if not valid:
-        raise UserError(f"config.optim.groups holds {group!r}; {right}")
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return tuples(value)

@@ -78,7 +78,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     Raises:
       UserError: an unknown key, or a value that the field's type cannot take.
     """
-    from scaling_dit.config import flatten, nearest_key  # config.py builds on this file
+    from scaling_dit.config import flatten, why_unknown  # config.py builds on this file
 
     known = flatten(config)
     by_key: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
                 raise UserError(
                     f"{argument}: config.{key} is a section; set one of its fields, {', '.join(sorted(fields))}"
                 )
-            raise UserError(f"{argument}: no such config field; {nearest_key(key, known)}")
+            raise UserError(f"{argument}: {why_unknown(key, known)}")
         parser = flags.FlagValues()
         try:
             config_flags.DEFINE_config_dict(

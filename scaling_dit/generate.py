@@ -1,7 +1,7 @@
 """Sampling: prompts to pictures, sharded over the mesh and resumable.
 
-One `Sampler` serves the pictures shown during training, the `sample` verb and evaluation. Picture i of a request depends on
-(seed, i, its prompt) alone: not on the batch, the mesh, or where an interrupted request was taken up again.
+One `Sampler` serves the pictures shown during training, the `sample` verb and evaluation. Picture i of a request
+depends on (seed, i, its prompt) alone: not on the batch, the mesh, or where an interrupted request was taken up again.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from scaling_dit import pipeline
 from scaling_dit.diffusion import guidance as guidance_lib
 from scaling_dit.diffusion import samplers
 from scaling_dit.errors import UserError
-from scaling_dit.monitor.grid import captioned_grid, write_png
+from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
 from scaling_dit.parallel import rules
 
 MANIFEST = "manifest.jsonl"
@@ -36,16 +36,20 @@ class Sampler:
 
     model: pipeline.Model
     mesh: jax.sharding.Mesh
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 7.5
-    batch: int = 64
+    sampler: str
+    steps: int
+    guidance: float
+    batch: int  # pictures at once; rounded up to what the mesh divides
 
     @classmethod
-    def of(cls, model: pipeline.Model, mesh: jax.sharding.Mesh, settings: ConfigDict, **changes: Any) -> "Sampler":
+    def of(
+        cls, model: pipeline.Model, mesh: jax.sharding.Mesh, settings: ConfigDict, **changes: Any
+    ) -> "Sampler":
         """From `config.sample`; `changes` that are not None replace fields."""
         fields = {name: settings[name] for name in ("sampler", "steps", "guidance", "batch")}
-        return cls(model, mesh, **fields | {name: value for name, value in changes.items() if value is not None})
+        return cls(
+            model, mesh, **fields | {name: value for name, value in changes.items() if value is not None}
+        )
 
     def __call__(
         self,
@@ -57,11 +61,10 @@ class Sampler:
     ) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3] of N prompts, on every process.
 
-        `numbers` [N] are the prompts' places in a larger request (0..N-1 by default); noise is drawn from (seed, number).
+        `numbers` [N] are the prompts' places in a larger request (0..N-1 by default); noise depends on (seed, number).
         """
         numbers = list(range(len(prompts)) if numbers is None else numbers)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        batch = -(-min(self.batch, max(1, len(prompts))) // shards) * shards
+        batch = rules.round_batch(self.mesh, min(self.batch, max(1, len(prompts))))
         pictures = []
         for start in range(0, len(prompts), batch):
             chunk = list(prompts[start : start + batch])
@@ -74,7 +77,11 @@ class Sampler:
             with rules.activate(self.mesh):
                 images = self._run(params, frozen, inputs, jnp.asarray(seed, jnp.uint32))
             pictures.append(np.asarray(multihost_utils.process_allgather(images, tiled=True))[: len(chunk)])
-        return np.concatenate(pictures) if pictures else np.zeros((0, *([self.model.image_size] * 2), 3), np.uint8)
+        return (
+            np.concatenate(pictures)
+            if pictures
+            else np.zeros((0, *([self.model.image_size] * 2), 3), np.uint8)
+        )
 
     @functools.cached_property
     def _run(self) -> Any:
@@ -84,15 +91,12 @@ class Sampler:
         self, params: pipeline.Params, frozen: pipeline.Params, inputs: dict[str, jax.Array], seed: jax.Array
     ) -> jax.Array:
         model = self.model
-        key = jax.random.key(seed)
-        noise = jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(key, number), model.latent_shape))(
-            inputs["numbers"]
-        )
+        noise = model.noise(jax.random.key(seed), inputs["numbers"])
         empty_ids, empty_mask = model.text_encoder.tokenize([""])
 
         def condition(ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-            tokens, mask, _ = model.encode_text(params, frozen, ids, mask)
-            return {"text": tokens} if mask is None else {"text": tokens, "text_mask": mask}
+            tokens, shown, _ = model.encode_text(params, frozen, ids, mask)
+            return {"text": tokens} if shown is None else {"text": tokens, "text_mask": shown}
 
         def predict(latents: jax.Array, timesteps: jax.Array, condition: dict[str, jax.Array]) -> jax.Array:
             return model.predict(params, latents, timesteps, condition["text"], condition.get("text_mask"))
@@ -124,7 +128,7 @@ def sample_to_folder(
     seed: int,
     about: dict[str, Any],
 ) -> np.ndarray:
-    """Pictures of (id, prompt) items as PNG files with a manifest and a captioned grid; finished pictures are not redone.
+    """Pictures of (id, prompt) items as PNG files with a manifest and a captioned grid; finished ones are not redone.
 
     Writes `ID.png`, `manifest.jsonl` (one line a picture: id, prompt, seed, number, path and `about`) and `grid.png`.
 
@@ -145,7 +149,9 @@ def sample_to_folder(
         raise UserError("two prompts have the same id; ids name the picture files and must differ")
     out.mkdir(parents=True, exist_ok=True)
     done = _read_finished(out, rows)
-    images: list[np.ndarray | None] = [_read_png(out / row["path"]) if i in done else None for i, row in enumerate(rows)]
+    images: list[np.ndarray | None] = [
+        read_png(out / row["path"]) if i in done else None for i, row in enumerate(rows)
+    ]
     todo = [i for i, image in enumerate(images) if image is None]
     writes = jax.process_index() == 0
     for start in range(0, len(todo), sampler.batch):
@@ -157,7 +163,9 @@ def sample_to_folder(
                 write_png(out / rows[i]["path"], image)
         if writes:  # listed only once written: a line of the manifest is a promise that the file is whole
             finished = [row for row, image in zip(rows, images, strict=True) if image is not None]
-            (out / MANIFEST).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished))
+            (out / MANIFEST).write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished)
+            )
     pictures = np.stack([image for image in images if image is not None])
     if writes:
         shown = pictures[:_GRID_MOST]
@@ -189,20 +197,13 @@ def _read_finished(out: epath.Path, rows: list[dict[str, Any]]) -> set[int]:
     return finished
 
 
-def _read_png(path: epath.Path) -> np.ndarray:
-    from PIL import Image
-
-    with path.open("rb") as file:
-        return np.asarray(Image.open(file).convert("RGB"))
-
-
 def open_for_sampling(
     workdir: str, *, step: int | None, ema: str | None, **changes: Any
 ) -> tuple["pipeline.Pipeline", Sampler, dict[str, Any]]:
     """A run with its sampler for the verbs that sample, and what to note in manifests.
 
-    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` (steps, guidance, batch) replace
-    fields of `config.sample` where they are not None.
+    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` (steps, guidance,
+    batch) replace fields of `config.sample` where they are not None.
     """
     config = pipeline.read_config(workdir)
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
@@ -220,7 +221,8 @@ def open_for_sampling(
 
 def tag(about: dict[str, Any], seed: int) -> str:
     """A folder name for pictures made with these settings."""
-    return f"step{about['step']}-ema{about['ema']}-{about['sampler']}{about['steps']}-guidance{about['guidance']}-seed{seed}"
+    how = f"{about['sampler']}{about['steps']}-guidance{about['guidance']}"
+    return f"step{about['step']}-ema{about['ema']}-{how}-seed{seed}"
 
 
 def main(
@@ -241,7 +243,9 @@ def main(
     Without `out` they go to a folder of this request under `samples/` in the workdir: the same request again adds what
     is missing there, another one gets its own.
     """
-    pipe, sampler, about = open_for_sampling(workdir, step=step, ema=ema, steps=steps, guidance=guidance, batch=batch)
+    pipe, sampler, about = open_for_sampling(
+        workdir, step=step, ema=ema, steps=steps, guidance=guidance, batch=batch
+    )
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
     asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"

@@ -3,7 +3,6 @@
 `optim` below is the config section of that name; see `config.defaults` for its fields.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from scaling_dit import trees
+from scaling_dit.config import parse_group
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.state import Params, TrainState, ema_name
 
@@ -105,9 +106,9 @@ def parameter_settings(params: Params, groups: Sequence[Group], weight_decay: fl
     Raises:
       UserError: a group is malformed, or no parameter is left for it.
     """
-    patterns = [_checked(group) for group in groups]
+    patterns = [parse_group(group) for group in groups]
     matched = [0] * len(patterns)
-    paths = jax.tree_util.tree_map_with_path(lambda key_path, _: _path(key_path), params)
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(trees.names(path)), params)
 
     def setting(path: str) -> tuple[float, float]:
         for number, (pattern, factor, decay) in enumerate(patterns):
@@ -176,22 +177,3 @@ def update_emas(
         return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
 
     return {ema_name(decay): moved(emas[ema_name(decay)], decay) for decay in decays}
-
-
-def _checked(group: Group) -> tuple[re.Pattern[str], float, float]:
-    try:
-        pattern, factor, decay = group
-        compiled, factor, decay = re.compile(pattern), float(factor), float(decay)
-    except (TypeError, ValueError, re.error) as error:
-        raise UserError(
-            f"optim.groups: {group!r} is not (regex, learning-rate factor, weight decay): {error}"
-        ) from error
-    if factor < 0 or decay < 0:
-        raise UserError(f"optim.groups: {group!r} has a negative learning-rate factor or weight decay")
-    return compiled, factor, decay
-
-
-def _path(key_path: tuple[Any, ...]) -> str:
-    # Attribute keys are those of boxes that carry sharding names; they are no part of a parameter's name.
-    keys = tuple(key for key in key_path if not isinstance(key, jax.tree_util.GetAttrKey))
-    return jax.tree_util.keystr(keys, simple=True, separator="/")

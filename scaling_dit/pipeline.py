@@ -1,8 +1,8 @@
 """What one run is made of: codec, text encoder, backbone and noise schedule.
 
-`Model` holds modules and pure functions, never weights: trainer, generation, evaluation and counting all use it, so what
-is trained is what is sampled. Weights come in two trees: `params` (trained, in the train state) and `frozen` (the rest).
-`Pipeline` is a model with its weights, as `load(workdir)` returns it.
+`Model` holds modules and pure functions, never weights: trainer, generation, evaluation and counting all use it, so
+what is trained is what is sampled. Weights come in two trees: `params` (trained, in the train state) and `frozen` (the
+rest). `Pipeline` is a model with its weights, as `load(workdir)` returns it.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, checkpoints, encoders
+from scaling_dit import backbones, checkpoints, encoders, trees
 from scaling_dit import config as config_lib
+from scaling_dit.backbones.contract import Backbone
 from scaling_dit.data import sources
 from scaling_dit.diffusion import schedules
 from scaling_dit.encoders import codec as codecs
@@ -37,9 +38,9 @@ CHECKPOINTS = "checkpoints"
 class Model:
     """The modules of a run and the pure functions over their weights."""
 
-    codec: Any
-    text_encoder: Any
-    backbone: Any
+    codec: codecs.Codec
+    text_encoder: encoders.TextEncoder
+    backbone: Backbone
     schedule: schedules.Schedule
     prediction: str  # what the backbone predicts: eps | x0 | v
     image_size: int  # px
@@ -76,6 +77,11 @@ class Model:
         """images uint8 [B, H, W, 3] -> latents float32 [B, h, w, c]."""
         return self.codec.encode(frozen["codec"], images, rng)
 
+    def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
+        """Normal noise float32 [N, h, w, c]; each row depends on `key` and its number of `numbers` [N] alone."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        return jax.vmap(lambda row_key: jax.random.normal(row_key, self.latent_shape))(keys)
+
     def predict(
         self,
         params: Params,
@@ -90,7 +96,14 @@ class Model:
     ) -> jax.Array:
         """The backbone's call (backbones/contract.py) on the weights of a run, float32 out."""
         prediction = self.backbone.apply(
-            {"params": params["backbone"]}, latents, timesteps, text, text_mask, conditions, extras, train=train
+            {"params": params["backbone"]},
+            latents,
+            timesteps,
+            text,
+            text_mask,
+            conditions,
+            extras,
+            train=train,
         )
         return prediction.astype(jnp.float32)
 
@@ -106,7 +119,9 @@ def build(config: ConfigDict, tokenizer: Any) -> Model:
     return Model(
         codec=codec,
         text_encoder=text_encoder,
-        backbone=backbones.create_for(channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()),
+        backbone=backbones.create_for(
+            channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
+        ),
         schedule=schedules.make_schedule(config.diffusion.schedule),
         prediction=config.diffusion.prediction,
         image_size=create_source(config).image_size,
@@ -120,12 +135,11 @@ def create_source(config: ConfigDict) -> sources.Source:
     return sources.create_source(**config.source.to_dict())
 
 
-def abstract_params(config: ConfigDict, tokenizer: Any = None) -> Params:
+def abstract_params(config: ConfigDict) -> Params:
     """Shapes and dtypes of everything a config trains or holds frozen; nothing is allocated."""
-    tokenizer = tokenizer or scratch.build_tokenizer(create_source(config))
-    model = build(config, tokenizer)
+    model = build(config, scratch.build_tokenizer(create_source(config)))
     params, frozen = jax.eval_shape(model.init, jax.random.key(0))
-    return rules.unbox({**params, **{name: tree for name, tree in frozen.items() if tree}})
+    return trees.unbox({**params, **{name: tree for name, tree in frozen.items() if tree}})
 
 
 def read_config(workdir: str | epath.Path) -> ConfigDict:
@@ -136,7 +150,9 @@ def read_config(workdir: str | epath.Path) -> ConfigDict:
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
-        raise UserError(f"no run in {workdir}: {CONFIG_FILE} is missing; --workdir must be a folder that `train` wrote")
+        raise UserError(
+            f"no run in {workdir}: {CONFIG_FILE} is missing; --workdir must be a folder that `train` wrote"
+        )
     return config_lib.from_json(path.read_text())
 
 
@@ -170,12 +186,17 @@ class Pipeline:
         return self._predict(self.params, latents, timesteps, text, text_mask, conditions, extras)
 
     def sample(
-        self, prompts: Sequence[str], seed: int = 0, *, steps: int | None = None, guidance: float | None = None
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
     ) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3] of N prompts.
 
-        Picture i depends on (seed, i, prompt) alone, not on how prompts are batched. `steps` and `guidance` default to the
-        run's `config.sample`.
+        Picture i depends on (seed, i, prompt) alone, not on how prompts are batched. `steps` and `guidance` default to
+        the run's `config.sample`.
         """
         from scaling_dit import generate  # generate builds on this module
 
@@ -211,7 +232,7 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | None =
     model = build(config, scratch.WordTokenizer.load(workdir / TOKENIZER_FILE))
     mesh = mesh_lib.make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
-    target = with_shardings(rules.unbox(boxed), rules.param_shardings(mesh, boxed))
+    target = with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))
     name = ema_name(config, ema)
     with checkpoints.Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
         step = store.latest_step() if step is None else step
@@ -237,7 +258,7 @@ def ema_name(config: ConfigDict, ema: float | str | None) -> str | None:
 def init_frozen(model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
     """The frozen weights, made from the run's seed straight into their shardings."""
     make = jax.jit(
-        lambda rng: rules.unbox(model.init(rng)[1]), out_shardings=rules.param_shardings(mesh, boxed)
+        lambda rng: trees.unbox(model.init(rng)[1]), out_shardings=rules.param_shardings(mesh, boxed)
     )
     return make(jax.random.key(seed))
 
@@ -252,10 +273,10 @@ def frozen_hash(frozen: Params) -> str:
 
     Checkpoints hold this instead of the weights. Every process must be able to read all of them.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(frozen)
+    leaves = trees.by_path(frozen)
     digest = hashlib.sha256()
-    for path, leaf in leaves:
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+    for path, leaf in leaves.items():
+        digest.update(f"{'/'.join(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest() if leaves else ""
 

@@ -1,9 +1,9 @@
 """Training: one pure step and one flat loop.
 
-`train` builds the run, goes on from its last checkpoint if there is one, and loops: read a batch, step, log, save, look.
-Everything random in step s is drawn from (seed, s) for the whole global batch, and the data of step s are a function of
-(seed, s); so a run that was killed anywhere and started again ends with the same parameters, bit for bit, on the same
-machine and layout.
+`train` builds the run, goes on from its last checkpoint if there is one, and loops: read a batch, step, log, save,
+look. Everything random in step s is drawn from (seed, s) for the whole global batch, and the data of step s are a
+function of (seed, s); so a run that was killed anywhere and started again ends with the same parameters, bit for bit,
+on the same machine and layout.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import optim, pipeline
+from scaling_dit import optim, pipeline, trees
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.loader import make_loader
 from scaling_dit.diffusion import objectives
@@ -66,8 +66,8 @@ def train(
 
     Args:
       config: of an experiment; missing fields take their defaults.
-      workdir: folder of the run, local or gs://. It gets `config.json`, `tokenizer.json`, `checkpoints/`, `metrics/` and
-        TensorBoard events.
+      workdir: folder of the run, local or gs://. It gets `config.json`, `tokenizer.json`, `checkpoints/`, `metrics/`
+        and TensorBoard events.
       devices: those to train on; all by default.
 
     Returns:
@@ -104,7 +104,9 @@ def train(
     )
     settings = config.checkpoint
     with (
-        Checkpoints(workdir / pipeline.CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every) as store,
+        Checkpoints(
+            workdir / pipeline.CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every
+        ) as store,
         create_writer(workdir, tensorboard=config.log.tensorboard) as writer,
         sigterm_flag() as terminated,
     ):
@@ -131,7 +133,7 @@ def train(
                 batch = rules.to_global(next(loader), mesh, config.batch)
             with rules.activate(mesh):
                 state, metrics = step_fn(state, frozen, batch)
-            last, stop = step == config.steps, terminated.is_set()  # read once: a signal later waits for the next step
+            last, stop = step == config.steps, terminated.is_set()  # read once: a later signal waits
             if step % config.log.every == 0 or last or stop:
                 # Reading the metrics waits for the step; in between, the host runs ahead of the devices.
                 values = {name: float(value) for name, value in metrics.items()}
@@ -152,10 +154,12 @@ def train(
     return state
 
 
-def init_state(model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array) -> TrainState:
+def init_state(
+    model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
+) -> TrainState:
     """The state before the first step, without sharding names; pure."""
     params, _ = model.init(key)
-    return create_state(rules.unbox(params), optimizer, config.optim.ema)
+    return create_state(trees.unbox(params), optimizer, config.optim.ema)
 
 
 def make_train_step(
@@ -163,8 +167,9 @@ def make_train_step(
 ) -> Callable[[TrainState, pipeline.Params, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
-    `batch` holds the global batch: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]. Timesteps, noise and caption
-    drop are drawn for all B rows at once, then split into `optim.accumulate` microbatches, so the split changes nothing.
+    `batch` holds the global batch: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]. Timesteps, noise and
+    caption drop are drawn for all B rows at once, then split into `optim.accumulate` microbatches, so the split changes
+    nothing.
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
@@ -173,7 +178,9 @@ def make_train_step(
     def loss_fn(params: pipeline.Params, frozen: pipeline.Params, rows: Batch) -> jax.Array:
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
         text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
-        output = model.predict(params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask, train=True)
+        output = model.predict(
+            params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask, train=True
+        )
         losses = objectives.diffusion_loss(
             output, rows["latents"], rows["noise"], rows["timesteps"], model.schedule,
             prediction=model.prediction, weighting=diffusion.weighting, gamma=diffusion.min_snr_gamma,
@@ -185,16 +192,25 @@ def make_train_step(
         encode_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
         latents = model.encode_image(frozen, batch["images"], encode_key)
         ids, mask = objectives.drop_captions(
-            drop_key, batch["ids"], batch["mask"], jnp.asarray(empty_ids[0]), jnp.asarray(empty_mask[0]), diffusion.caption_drop
+            drop_key,
+            batch["ids"],
+            batch["mask"],
+            jnp.asarray(empty_ids[0]),
+            jnp.asarray(empty_mask[0]),
+            diffusion.caption_drop,
         )
         rows = {
             "latents": latents,
             "ids": ids,
             "mask": mask,
             "noise": jax.random.normal(noise_key, latents.shape),
-            "timesteps": sample_timesteps(time_key, config.batch, diffusion.time_sampling, model.schedule.num_timesteps),
+            "timesteps": sample_timesteps(
+                time_key, config.batch, diffusion.time_sampling, model.schedule.num_timesteps
+            ),
         }
-        loss, grads = accumulate(functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate)
+        loss, grads = accumulate(
+            functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate
+        )
         new_state = optim.apply_gradients(state, loss, grads, optimizer, config.optim.ema)
         in_a_row, total = optim.nonfinite_count(new_state.opt_state)
         metrics = {
@@ -248,7 +264,9 @@ def open_workdir(workdir: epath.Path, config: ConfigDict) -> scratch.WordTokeniz
     return tokenizer
 
 
-def restore(store: Checkpoints, abstract: TrainState, shardings: TrainState, frozen: pipeline.Params) -> TrainState:
+def restore(
+    store: Checkpoints, abstract: TrainState, shardings: TrainState, frozen: pipeline.Params
+) -> TrainState:
     """The newest checkpoint in this run's shardings, after checking that its frozen weights are these."""
     state, saved = store.restore(None, pipeline.with_shardings(abstract, shardings))
     pipeline.check_frozen(frozen, saved, str(store.directory))
@@ -266,9 +284,9 @@ def nonfinite(config: ConfigDict, step: int, store: Checkpoints) -> Stopped:
     kept = store.latest_step()
     return Stopped(
         NONFINITE,
-        f"loss or gradient not finite for {config.optim.max_nonfinite} updates in a row, at step {step}; parameters were kept "
-        f"as before them; last checkpoint: {'none' if kept is None else f'step {kept}'}. Lower config.optim.learning_rate, "
-        "raise warm-up, or look at the data of these steps",
+        f"loss or gradient not finite for {config.optim.max_nonfinite} updates in a row, at step {step}; "
+        f"parameters were kept as before them; last checkpoint: {'none' if kept is None else f'step {kept}'}. "
+        "Lower config.optim.learning_rate, raise warm-up, or look at the data of these steps",
     )
 
 

@@ -12,7 +12,15 @@ from scaling_dit.errors import UserError
 
 FIELDS = {
     "backbone": {
-        "uvit": {"hidden": 64, "depth": 2, "long_skips": True, "size": "", "out_channels": None},
+        "uvit": {
+            "text_dim": 8,
+            "in_channels": 4,
+            "hidden": 64,
+            "depth": 2,
+            "long_skips": True,
+            "size": "",
+            "out_channels": None,
+        },
         "mine:Net": {"hidden": 8, "depth": "deep", "ratios": (1, 2), "rate": 0.5},
     },
     "text_encoder": {"scratch": {"dim": 32}},
@@ -54,7 +62,8 @@ def fails(match, *overrides, **sections):
 
 def test_sections_are_filled_under_the_values_set():
     config = resolve(backbone={"name": "uvit", "hidden": 7})
-    assert config.backbone.to_dict() == {"name": "uvit"} | FIELDS["backbone"]["uvit"] | {"hidden": 7}
+    own = {k: v for k, v in FIELDS["backbone"]["uvit"].items() if f"backbone.{k}" not in config_lib.DERIVED}
+    assert config.backbone.to_dict() == {"name": "uvit"} | own | {"hidden": 7}
     assert config.codec.to_dict() == {"name": "pixels"}
 
 
@@ -84,6 +93,11 @@ def test_a_resolved_config_is_locked():
 def test_unknown_fields_are_named_with_the_nearest():
     fails("config.backbone.hiden: no such field; did you mean 'backbone.hidden'?", backbone={"hiden": 3})
     fails("config.optim.clip: no such field; did you mean 'optim.clip_norm'?", optim={"clip": 3.0})
+
+
+def test_fields_that_follow_from_others_are_no_fields():
+    assert "text_dim" not in resolve().backbone
+    fails("config.backbone.text_dim: it follows from the text encoder", backbone={"text_dim": 3})
 
 
 def test_values_of_another_type():
@@ -141,13 +155,18 @@ def test_repeating_a_tuple_collects_and_repeating_a_number_takes_the_last():
         ("log.tensorboard=perhaps", "must stay true or false"),
         ("optim.b1", "must stay a number"),
         ("optim.ema=(0.9,", "must stay a tuple such as"),
-        ("optim.lerning_rate=1", "no such config field; did you mean 'optim.learning_rate'?"),
+        ("optim.lerning_rate=1", "no such field; did you mean 'optim.learning_rate'?"),
         ("learning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("sample.learning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("log.qqqqqq=1", "log has every, tensorboard"),
         ("qqqqqq=1", "known: backbone, batch, checkpoint"),
         ("log=1", "config.log is a section; set one of its fields, every, tensorboard"),
         ("backbone.name=uvti", "unknown backbone 'uvti'"),
+        (
+            "backbone.text_dim=5",
+            "--config.backbone.text_dim=5: it follows from the text encoder; set config.text_encoder.dim",
+        ),
+        ("backbone.in_channels=5", "it follows from the codec; set config.codec.name"),
     ],
 )
 def test_wrong_overrides(override, message):
@@ -209,9 +228,10 @@ def test_every_field_is_checked():
         ("mesh.tensor=0", "config.mesh.tensor is 0; it must be at least 1, or -1 for the remaining devices"),
         ("sample.steps=2000", "config.sample.steps is 2000; it must be from 1 to 1000"),
         ("sample.ema=0.5", "config.sample.ema is 0.5; it must be 0 (raw weights)"),
-        ("optim.groups=(('(', 1, 1),)", "config.optim.groups holds ('(', 1, 1)"),
+        ("optim.groups=(('(', 1, 1),)", "config.optim.groups holds ('(', 1, 1); a group is (regex"),
         ("optim.groups=(('text', -1, 0),)", "config.optim.groups holds ('text', -1, 0)"),
         ("optim.groups=('text',)", "config.optim.groups holds 'text'"),
+        ("optim.groups=(('text', 1),)", "config.optim.groups holds ('text', 1)"),
         ("eval.metrics=tfia", "config.eval.metrics names 'tfia'; did you mean 'tifa'?"),
     ],
 )
@@ -224,6 +244,11 @@ def test_the_weights_drawn_with_follow_the_largest_decay():
     assert resolve("optim.ema=()").sample.ema == 0
     assert resolve("optim.ema=(0.9,0.99)", "sample.ema=0.9").sample.ema == 0.9
     assert resolve("sample.ema=0").sample.ema == 0
+
+
+def test_a_group_of_nan_is_refused():
+    with pytest.raises(UserError, match="the numbers must be 0 or more"):
+        config_lib.parse_group(("text", float("nan"), 0.0))
 
 
 def test_parameter_groups_pass():

@@ -15,7 +15,13 @@ from scaling_dit.errors import UserError
 from scaling_dit.generate import Sampler
 from scaling_dit.parallel.mesh import make_mesh
 
-PROMPTS = ["a large red circle", "a small blue square", "a large green triangle", "a red square above a blue circle", "x"]
+PROMPTS = [
+    "a large red circle",
+    "a small blue square",
+    "a large green triangle",
+    "a red square above a blue circle",
+    "x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,9 @@ class Counting:
 def test_a_request_goes_on_where_it_stopped(pipe, tmp_path):
     sampler = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample)
     items = [(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)]
-    whole = generate.sample_to_folder(sampler, pipe, items, epath.Path(tmp_path / "a"), seed=1, about={"step": 4})
+    whole = generate.sample_to_folder(
+        sampler, pipe, items, epath.Path(tmp_path / "a"), seed=1, about={"step": 4}
+    )
     out = epath.Path(tmp_path / "b")
     with pytest.raises(KeyboardInterrupt):
         generate.sample_to_folder(Counting(sampler, fail_at=2), pipe, items, out, seed=1, about={"step": 4})
@@ -98,17 +106,28 @@ def test_a_folder_of_another_request_is_refused(pipe, tmp_path):
 
 
 def test_the_verb_draws_several_of_each_and_says_where(smoke_run, tmp_path, capsys):
-    code = generate.main(str(smoke_run), [("a", "a red circle"), ("b", "a blue square")], str(tmp_path), num=2)
+    code = generate.main(
+        str(smoke_run), [("a", "a red circle"), ("b", "a blue square")], str(tmp_path), num=2
+    )
     assert code == 0
     said = capsys.readouterr().out
     assert "4 pictures" in said and "grid.png" in said and "ema 0.995" in said
-    assert sorted(path.name for path in tmp_path.glob("*-*.png")) == ["a-0.png", "a-1.png", "b-0.png", "b-1.png"]
+    assert sorted(path.name for path in tmp_path.glob("*-*.png")) == [
+        "a-0.png",
+        "a-1.png",
+        "b-0.png",
+        "b-1.png",
+    ]
 
 
-def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_found_again(smoke_run, tmp_path, capsys):
+def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_found_again(
+    smoke_run, tmp_path, capsys
+):
     workdir = tmp_path / "run"
     shutil.copytree(smoke_run, workdir)
     for prompt, seed in (("a red circle", 0), ("a blue square", 0), ("a red circle", 1), ("a red circle", 0)):
         assert generate.main(str(workdir), [("a", prompt)], seed=seed) == 0
     assert len(list((workdir / "samples").iterdir())) == 3
-    assert all(path.name.startswith("step4-ema0.995-ddim4-guidance") for path in (workdir / "samples").iterdir())
+    assert all(
+        path.name.startswith("step4-ema0.995-ddim4-guidance") for path in (workdir / "samples").iterdir()
+    )

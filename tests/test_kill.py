@@ -23,7 +23,9 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}  # one device: the quickest layout
 
 
 def run(workdir: pathlib.Path) -> subprocess.Popen:
-    return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(workdir: pathlib.Path) -> None:
@@ -46,7 +48,11 @@ def kill_when(workdir: pathlib.Path, moment) -> None:
 
 
 def steps_logged(workdir: pathlib.Path) -> int:
-    return max((row["step"] for row in read_metrics(workdir)), default=0) if (workdir / "metrics").exists() else 0
+    return (
+        max((row["step"] for row in read_metrics(workdir)), default=0)
+        if (workdir / "metrics").exists()
+        else 0
+    )
 
 
 def saving(workdir: pathlib.Path) -> bool:

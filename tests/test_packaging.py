@@ -1,5 +1,6 @@
 """What an install promises: a light import, a public API that loads on demand, and consistent package files."""
 
+import ast
 import importlib
 import os
 import pathlib
@@ -159,6 +160,26 @@ def test_pins_are_exact_and_unique_for_each_python():
 def test_core_needs_neither_tensorflow_nor_torch(setup_arguments):
     core = {normal(requirement) for requirement in setup_arguments["install_requires"]}
     assert not core & {"tensorflow", "tensorflow-cpu", "torch", "clu", "tensorboard"}
+
+
+def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
+    distributions = {
+        "PIL": "pillow",
+        "absl": "absl-py",
+        "orbax": "orbax-checkpoint",
+        "sklearn": "scikit-learn",
+    }
+    imported = set()
+    for path in [*(ROOT / "scaling_dit").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    third_party = imported - sys.stdlib_module_names - {"scaling_dit"}
+    needed = {normal(distributions.get(name, name)) for name in third_party}
+    optional = {normal(requirement) for requirement in setup_arguments["extras_require"]["eval"]}
+    assert {normal(requirement) for requirement in setup_arguments["install_requires"]} == needed - optional
 
 
 def test_torch_is_always_the_exact_version(setup_arguments):

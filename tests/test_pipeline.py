@@ -43,7 +43,9 @@ def test_steps_and_averages_of_a_run_can_be_chosen(smoke_run, pipe):
     early, average = scaling_dit.load(smoke_run, step=2), scaling_dit.load(smoke_run, ema=0.995)
     assert early.step == 2
     for other in (early, average):
-        differs = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), pipe.params, other.params)
+        differs = jax.tree.map(
+            lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), pipe.params, other.params
+        )
         assert any(jax.tree.leaves(differs))
     same = scaling_dit.load(smoke_run, ema=0)
     jax.tree.map(np.testing.assert_array_equal, pipe.params, same.params)
@@ -67,6 +69,11 @@ def test_widths_come_from_codec_and_text_encoder():
 
 def test_frozen_hash_sees_values_names_and_types():
     base = {"a": jnp.ones(3)}
-    others = [{"a": jnp.zeros(3)}, {"b": jnp.ones(3)}, {"a": jnp.ones(3, jnp.bfloat16)}, {"a": jnp.ones((3, 1))}]
+    others = [
+        {"a": jnp.zeros(3)},
+        {"b": jnp.ones(3)},
+        {"a": jnp.ones(3, jnp.bfloat16)},
+        {"a": jnp.ones((3, 1))},
+    ]
     hashes = [pipeline.frozen_hash(tree) for tree in [base, *others]]
     assert len(set(hashes)) == 5 and pipeline.frozen_hash({}) == ""

@@ -23,16 +23,23 @@ STEPS = 20
 def tiny(steps: int = STEPS, **changes) -> ConfigDict:
     """A run of seconds; `changes` are dotted keys with __ for the dot."""
     config = config_lib.load("experiments/shapes.py:smoke")
-    overrides = {"steps": steps, "eval.every": 0, "checkpoint.every": 1000, "log.every": 1, "log.tensorboard": False}
+    overrides = {
+        "steps": steps,
+        "eval.every": 0,
+        "checkpoint.every": 1000,
+        "log.every": 1,
+        "log.tensorboard": False,
+    }
     overrides |= {key.replace("__", "."): value for key, value in changes.items()}
     with config.unlocked():
-        for key, value in overrides.items():
-            config[key] = value
+        config.update_from_flattened_dict(overrides)
     return config_lib.resolve(config)
 
 
 def leaves(state):
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def losses(workdir: pathlib.Path) -> list[float]:
@@ -64,7 +71,9 @@ def one_device(tmp_path_factory):
         pytest.param(4, {"data": 4}, marks=pytest.mark.slow),
         pytest.param(4, {"data": 1, "fsdp": 4}, marks=pytest.mark.slow),
     ],
-    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+    ids=lambda value: (
+        "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    ),
 )
 def test_every_layout_has_the_losses_of_one_device(one_device, tmp_path, devices, mesh):
     config = tiny(**{f"mesh__{axis}": size for axis, size in mesh.items()})
@@ -194,8 +203,12 @@ def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
     config = tiny(steps=2, eval__every=2, sample__steps=2)
     train.train(config, tmp_path, devices=jax.devices()[:1])
     before = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
-    for segment in (tmp_path / "metrics").glob("*.jsonl"):  # as if killed after the save, before the evaluation
-        lines = [line for line in segment.read_text().splitlines(keepends=True) if "validation/loss" not in line]
+    for segment in (tmp_path / "metrics").glob(
+        "*.jsonl"
+    ):  # as if killed after the save, before the evaluation
+        lines = [
+            line for line in segment.read_text().splitlines(keepends=True) if "validation/loss" not in line
+        ]
         segment.write_text("".join(lines))
     assert not train.evaluated(tmp_path, 2)
     train.train(config, tmp_path, devices=jax.devices()[:1])

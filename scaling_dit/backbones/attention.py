@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.backbones.layers import NORMAL_002, Dense, Initializer, constrain
@@ -77,24 +78,30 @@ class SelfAttention(nn.Module):
     qkv_bias: bool = False
     implementation: str = "auto"
     kernel_init: Initializer = NORMAL_002
+    out_init: Initializer | None = None  # of the last kernel; None: kernel_init
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
-        batch, length, width = x.shape
-        shared: dict[str, Any] = {
-            "kernel_init": self.kernel_init,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        qkv = Dense((3, width), ("embed", None, "heads"), use_bias=self.qkv_bias, name="qkv", **shared)(x)
+        width = x.shape[-1]
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        fused = Dense(
+            (3, width),
+            ("embed", None, "heads"),
+            use_bias=self.qkv_bias,
+            kernel_init=self.kernel_init,
+            name="qkv",
+            **types,
+        )(x)
         q_BTNH, k_BTNH, v_BTNH = (
             constrain(
-                qkv[:, :, i].reshape(batch, length, self.heads, width // self.heads),
+                rearrange(fused[:, :, i], "b t (n h) -> b t n h", n=self.heads),
                 "batch", "length", "act_heads", None,
             )
             for i in range(3)
         )  # fmt: skip
         o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, key_mask=key_mask, implementation=self.implementation)
-        return Dense(width, ("heads", "embed"), name="proj", **shared)(o_BTNH.reshape(x.shape))
+        out_init = self.out_init or self.kernel_init
+        proj = Dense(width, ("heads", "embed"), kernel_init=out_init, name="proj", **types)
+        return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))

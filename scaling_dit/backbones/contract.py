@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scaling_dit import trees
 from scaling_dit.errors import UserError, nearest
 
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -48,8 +49,8 @@ class Backbone(Protocol):
         """The call on given variables."""
 
 
-def check_class(candidate: Any, where: str) -> type[nn.Module]:
-    """The class itself if it can be a backbone: a linen module with the contract's call.
+def check_class(candidate: Any, where: str) -> None:
+    """Makes sure that a class can be a backbone: a linen module with the contract's call.
 
     Raises:
       UserError: it is no such class; `where` names it in the message.
@@ -64,11 +65,10 @@ def check_class(candidate: Any, where: str) -> type[nn.Module]:
             f"backbone {where} has the call {signature}; it must take (latents, timesteps, text, text_mask=None, "
             f"conditions=None, extras=None, *, train=False): {error}"
         ) from None
-    return candidate
 
 
-def check_backbone(backbone: Any) -> nn.Module:
-    """The module itself if it is an instance of a backbone class.
+def check_backbone(backbone: Any) -> None:
+    """Makes sure that this is an instance of a backbone class.
 
     Raises:
       UserError: it is not.
@@ -76,7 +76,6 @@ def check_backbone(backbone: Any) -> nn.Module:
     if not isinstance(backbone, nn.Module):
         raise UserError(f"a backbone must be a flax.linen.Module instance, this is {_describe(backbone)}")
     check_class(type(backbone), type(backbone).__name__)
-    return backbone
 
 
 def check_inputs(
@@ -141,19 +140,7 @@ def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int 
 
 def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Shapes and dtypes of the variables, without logical axes; nothing is allocated."""
-    return unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
-
-
-def unbox(tree: Any) -> Any:
-    """A tree of variables without flax's boxes of logical axis names.
-
-    `flax.linen.unbox` would put a sharding constraint on each leaf, which fails on abstract leaves under a mesh.
-    """
-
-    def is_box(leaf: Any) -> bool:
-        return isinstance(leaf, nn.meta.AxisMetadata)
-
-    return jax.tree.map(lambda x: getattr(x, "value", x) if is_box(x) else x, tree, is_leaf=is_box)
+    return trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
 
 
 def transformer_size(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.errors import UserError, nearest
@@ -62,16 +63,13 @@ def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
     """[B, H, W, C] -> [B, (H/p)(W/p), p*p*C], patches row-major, features in (p, p, C) order."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+    return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
 
 
 def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Array:
     """Inverse of `patchify`: [B, (H/p)(W/p), p*p*C] -> [B, H, W, C] for H = height, W = width."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, height // patch, width // patch, patch, patch, -1)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+    grid = {"h": height // patch, "w": width // patch}
+    return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", **grid, p=patch, q=patch)
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -110,10 +108,8 @@ class Dense(nn.Module):
         return y
 
 
-def conv3x3(
-    name: str, in_channels: int, features: int, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
-) -> nn.Conv:
-    """3x3 convolution with zero padding: [B, H, W, in_channels] -> [B, H, W, features], PyTorch's initialisation."""
+def conv3x3(name: str, in_channels: int, features: int, *, param_dtype: Any = jnp.float32) -> nn.Conv:
+    """3x3 convolution with zero padding, float32: [B, H, W, in_channels] -> [B, H, W, features]; PyTorch's init."""
     init = torch_uniform(9 * in_channels)
     return nn.Conv(
         features,
@@ -121,22 +117,18 @@ def conv3x3(
         padding=1,
         kernel_init=nn.with_logical_partitioning(init, (None,) * 4),
         bias_init=nn.with_logical_partitioning(init, (None,)),
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.float32,
         param_dtype=jnp.dtype(param_dtype),
         name=name,
     )
 
 
-def layer_norm(
-    name: str, *, epsilon: float, affine: bool = True, param_dtype: Any = jnp.float32
-) -> nn.LayerNorm:
+def layer_norm(name: str, *, epsilon: float, param_dtype: Any = jnp.float32) -> nn.LayerNorm:
     """LayerNorm over the last axis, computed and returned in float32 whatever comes in."""
     return nn.LayerNorm(
         epsilon=epsilon,
         dtype=jnp.float32,
         param_dtype=jnp.dtype(param_dtype),
-        use_bias=affine,
-        use_scale=affine,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits where a residual stream has a large mean
@@ -145,27 +137,25 @@ def layer_norm(
 
 
 class Mlp(nn.Module):
-    """Linear to `width`, activation, Linear to `features` (default: the input width): [..., in] -> [..., features]."""
+    """Linear to `width`, activation, Linear back to the input's width: [..., D] -> [..., D]."""
 
     width: int
-    features: int | None = None
     activation: str = "gelu"
     kernel_init: Initializer = NORMAL_002
+    out_init: Initializer | None = None  # of the second kernel; None: kernel_init
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shared: dict[str, Any] = {
-            "kernel_init": self.kernel_init,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        features = self.features or x.shape[-1]
-        x = Dense(self.width, ("embed", "mlp"), name="fc1", **shared)(x)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        features = x.shape[-1]
+        x = Dense(self.width, ("embed", "mlp"), kernel_init=self.kernel_init, name="fc1", **types)(x)
         if x.ndim == 3:
             x = constrain(x, "batch", "length", "act_mlp")
-        return Dense(features, ("mlp", "embed"), name="fc2", **shared)(_ACTIVATIONS[self.activation](x))
+        x = _ACTIVATIONS[self.activation](x)
+        out_init = self.out_init or self.kernel_init
+        return Dense(features, ("mlp", "embed"), kernel_init=out_init, name="fc2", **types)(x)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scaling_dit import trees
 from scaling_dit.backbones import contract, layers
 from scaling_dit.backbones.attention import SelfAttention, check_implementation
 from scaling_dit.backbones.layers import Dense, Mlp, layer_norm
@@ -152,7 +153,7 @@ class UViT(nn.Module):
         hidden = self.widths[0]
         length = 1 + text_length + rows * columns
         if self.has_variable("params", "pos_embed"):
-            found = contract.unbox(self.get_variable("params", "pos_embed")).shape[0]
+            found = trees.unbox(self.get_variable("params", "pos_embed")).shape[0]
             if found != length:
                 raise UserError(
                     f"the position table holds {found} tokens, but these shapes need {length} "

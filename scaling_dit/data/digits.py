@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
+from einops import reduce
 from etils import epath
 from PIL import Image
 
@@ -47,9 +48,8 @@ def to_scans(pictures: np.ndarray) -> np.ndarray:
 
     The inverse of `to_pictures`, up to the rounding to 8 bits: within 0.04 of the scan's integer.
     """
-    count, height, width, channels = pictures.shape
-    blocks = pictures.reshape(count, height // BLOCK, BLOCK, width // BLOCK, BLOCK, channels)
-    return blocks.astype(np.float64).mean(axis=(2, 4, 5)) * (LEVELS / 255)
+    blocks = reduce(pictures.astype(np.float64), "n (h b) (w d) c -> n h w", "mean", b=BLOCK, d=BLOCK)
+    return blocks * (LEVELS / 255)
 
 
 def write(out_dir: str | epath.Path) -> epath.Path:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -53,15 +53,6 @@ class Scene:
 
     preset: str
     objects: tuple[Object, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The scene as plain lists, numbers and strings."""
-        return {"preset": self.preset, "objects": [dataclasses.asdict(item) for item in self.objects]}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Scene":
-        """The scene that `to_json` wrote."""
-        return Scene(data["preset"], tuple(Object(**item) for item in data["objects"]))
 
     def canonical(self) -> str:
         """A text that is equal for equal pictures: the objects in sorted order."""

@@ -121,11 +121,11 @@ def caption(scene: Scene, level: int, mention_probability: float, draws: Draws, 
     return describe(scene, told, order, words, OPENINGS[draws.below(len(OPENINGS))])
 
 
-def _choices(answer: str, present: Iterable[str], known: Sequence[str], count: int = 4) -> list[str]:
-    """The answer among up to `count` sorted choices: first what else the scene shows, then the next known ones."""
+def _choices(answer: str, present: Iterable[str], known: Sequence[str]) -> list[str]:
+    """The answer among up to four sorted choices: first what else the scene shows, then the next known ones."""
     start = known.index(answer)
     picked = dict.fromkeys([answer, *present, *known[start:], *known[:start]])
-    return sorted(list(picked)[:count])
+    return sorted(list(picked)[:4])
 
 
 def _attribute(scene: Scene, i: int, kind: str) -> tuple[str, list[str], str, str]:

@@ -25,7 +25,6 @@ class Schedule:
     value.
     """
 
-    name: str
     alphas_cumprod: np.ndarray
 
     @property
@@ -51,7 +50,7 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
     Raises:
       UserError: unknown name.
     """
-    return Schedule(name, np.cumprod(1.0 - make_betas(name, num_timesteps)))
+    return Schedule(np.cumprod(1.0 - make_betas(name, num_timesteps)))
 
 
 def make_betas(name: str, num_timesteps: int = 1000) -> np.ndarray:

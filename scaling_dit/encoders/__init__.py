@@ -6,9 +6,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from scaling_dit import components
+from scaling_dit.components import Registry
 
-TEXT_ENCODERS = {"scratch": "scaling_dit.encoders.scratch:Scratch"}
+_REGISTRY = Registry(
+    "text encoder", {"scratch": "scaling_dit.encoders.scratch:Scratch"}, filled=("tokenizer",)
+)
 
 
 class TextEncoder(Protocol):
@@ -43,8 +45,7 @@ def create_text_encoder(name: str, *, tokenizer: Any, **fields: Any) -> TextEnco
     Raises:
       UserError: unknown name or field.
     """
-    component = components.resolve("text encoder", name, TEXT_ENCODERS)
-    return components.construct("text_encoder", name, component, fields, {"tokenizer": tokenizer})
+    return _REGISTRY.create(name, fields, tokenizer=tokenizer)
 
 
 def text_encoder_fields(name: str) -> dict[str, Any]:
@@ -53,4 +54,4 @@ def text_encoder_fields(name: str) -> dict[str, Any]:
     Raises:
       UserError: unknown name.
     """
-    return components.fields(components.resolve("text encoder", name, TEXT_ENCODERS))
+    return _REGISTRY.fields(name)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from scaling_dit import components
+from scaling_dit.components import Registry
 
-CODECS = {"pixels": "scaling_dit.encoders.codec:Pixels"}
+_REGISTRY = Registry("codec", {"pixels": "scaling_dit.encoders.codec:Pixels"})
 
 
 class Codec(Protocol):
@@ -68,7 +68,7 @@ def create_codec(name: str, **fields: Any) -> Codec:
     Raises:
       UserError: unknown name or field.
     """
-    return components.construct("codec", name, components.resolve("codec", name, CODECS), fields)
+    return _REGISTRY.create(name, fields)
 
 
 def codec_fields(name: str) -> dict[str, Any]:
@@ -77,4 +77,4 @@ def codec_fields(name: str) -> dict[str, Any]:
     Raises:
       UserError: unknown name.
     """
-    return components.fields(components.resolve("codec", name, CODECS))
+    return _REGISTRY.fields(name)

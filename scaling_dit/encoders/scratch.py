@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from scaling_dit.backbones.attention import SelfAttention
+from scaling_dit.backbones.layers import Initializer, Mlp, constrain, layer_norm
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 MAX_WORDS = 16_384  # beyond, the rarest words become <unk>
+EPSILON = 1e-6  # of every LayerNorm
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -73,11 +76,6 @@ class WordTokenizer:
             row[: len(found) + 2] = [BOS, *found, EOS]
         return ids, ids != PAD
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The words of one row of ids, without pad, bos and eos."""
-        names = (*SPECIAL, *self.words)
-        return " ".join(names[int(i)] for i in ids if i not in (PAD, BOS, EOS))
-
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
         return {word: i for i, word in enumerate(self.words, start=len(SPECIAL))}
@@ -92,12 +90,12 @@ def split_words(caption: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", caption).lower())
 
 
-def build_tokenizer(source: Source, samples: int = 4096, max_words: int = MAX_WORDS) -> WordTokenizer:
+def build_tokenizer(source: Source, samples: int = 4096) -> WordTokenizer:
     """The words of a source: of all its captions if it lists them (`texts()`), else of `samples` records.
 
     The same source gives the same tokenizer; every paraphrase of a record counts.
     """
-    return WordTokenizer.build(_captions(source, samples), max_words)
+    return WordTokenizer.build(_captions(source, samples))
 
 
 def _captions(source: Source, samples: int) -> Iterator[str]:
@@ -138,59 +136,48 @@ class ScratchTextEncoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.5**0.5), ("vocab", "embed"))
         embedding: Any = self.param("embedding", init, (self.vocab, self.dim))
         x_BLD = embedding[ids] + sincos_positions(ids.shape[1], self.dim)
+        x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
         for i in range(self.depth):
-            x_BLD = _constrain(x_BLD, "act_embed")
-            x_BLD += self._attend(self._norm(f"attention_norm_{i}")(x_BLD), mask, i)
-            x_BLD += self._mlp(self._norm(f"mlp_norm_{i}")(x_BLD), i)
-        tokens_BLD = _constrain(self._norm("final_norm")(x_BLD), "act_embed")
+            # Each branch adds a variance of 1 / (2 depth), so that all of them together add about 1.
+            x_BLD = Block(self.heads, 1 / (2 * self.depth), self.dtype, name=f"blocks_{i}")(x_BLD, mask)
+        tokens_BLD = layer_norm("norm", epsilon=EPSILON)(x_BLD)
         weights_BL1 = mask[..., None].astype(jnp.float32)
         pooled_BD = (tokens_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1.0)
         return tokens_BLD, mask, pooled_BD
 
-    def _attend(self, x_BLD: jax.Array, mask_BL: jax.Array, layer: int) -> jax.Array:
-        batch, length, _ = x_BLD.shape
 
-        def project(name: str) -> jax.Array:
-            x_BLF = _constrain(
-                self._dense(self.dim, f"{name}_{layer}", ("embed", "heads"))(x_BLD), "act_heads"
-            )
-            return x_BLF.reshape(batch, length, self.heads, self.dim // self.heads)
+class Block(nn.Module):
+    """Attention and an MLP, each after a layer norm and on a residual branch: x [B, L, D], mask [B, L] -> [B, L, D]."""
 
-        q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
-        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_BL[:, None, None, :])
-        out_BTF = out_BTNH.reshape(batch, length, self.dim)
-        return self._dense(self.dim, f"out_{layer}", ("heads", "embed"), self._branch_scale)(out_BTF)
+    heads: int
+    branch_variance: float  # of what a branch adds at the start, about
+    dtype: str
 
-    def _mlp(self, x_BLD: jax.Array, layer: int) -> jax.Array:
-        x_BLF = nn.gelu(self._dense(4 * self.dim, f"mlp_in_{layer}", ("embed", "mlp"))(x_BLD))
-        x_BLF = _constrain(x_BLF, "act_mlp")
-        return self._dense(self.dim, f"mlp_out_{layer}", ("mlp", "embed"), self._branch_scale)(x_BLF)
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        def fan_in(features: int, variance: float = 1.0) -> Initializer:
+            return nn.initializers.normal((variance / features) ** 0.5)
 
-    @property
-    def _branch_scale(self) -> float:
-        return 1.0 / (2 * self.depth)  # variance of each branch, so that all of them together add about 1
-
-    def _dense(self, features: int, name: str, axes: tuple[str, str], scale: float = 1.0) -> nn.Dense:
-        kernel_init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
-        return nn.Dense(
-            features,
-            name=name,
+        dim = x_BLD.shape[-1]
+        attend = SelfAttention(
+            self.heads,
+            qkv_bias=True,
+            kernel_init=fan_in(dim),
+            out_init=fan_in(dim, self.branch_variance),
             dtype=self.dtype,
-            kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+            name="attn",
         )
-
-    def _norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(
-            name=name,
-            dtype=jnp.float32,
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        mlp = Mlp(
+            4 * dim,
+            activation="gelu_tanh",
+            kernel_init=fan_in(dim),
+            out_init=fan_in(4 * dim, self.branch_variance),
+            dtype=self.dtype,
+            name="mlp",
         )
-
-
-def _constrain(x_BLF: jax.Array, last: str) -> jax.Array:
-    return nn.with_logical_constraint(x_BLF, ("batch", None, last))
+        x_BLD += attend(layer_norm("norm1", epsilon=EPSILON)(x_BLD), mask_BL)
+        x_BLD += mlp(layer_norm("norm2", epsilon=EPSILON)(x_BLD))
+        return constrain(x_BLD, "batch", "length", "act_embed")
 
 
 def sincos_positions(length: int, dim: int) -> np.ndarray:

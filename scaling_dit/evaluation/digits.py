@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from scaling_dit.data.digits import WORDS, captions, to_scans
 from scaling_dit.data.sources import Source
@@ -17,7 +16,7 @@ _HELD_BACK = 0.2  # share of the scans the classifier is not fitted on, to say h
 
 
 class DigitAccuracy:
-    """Accuracy of an SVC on generated digits, equally many of each, scored as TIFA with one question; a `metric.Metric`."""
+    """Accuracy of an SVC on generated digits, equally many of each; a `metric.Metric`, scored as TIFA."""
 
     def items(self, source: Source, count: int) -> list[Item]:
         """`count` prompts, digit after digit in turn.
@@ -27,8 +26,8 @@ class DigitAccuracy:
         """
         if source.image_size != 16:
             raise UserError(
-                f"metric 'digits' reads the 16x16 pictures of `python -m scaling_dit.data.digits`; got {source.image_size} px from "
-                f"{source.describe()}"
+                f"metric 'digits' reads the 16x16 pictures of `python -m scaling_dit.data.digits`; "
+                f"got {source.image_size} px from {source.describe()}"
             )
         return [self._item(number) for number in range(count)]
 
@@ -47,7 +46,7 @@ class DigitAccuracy:
         return Item(key, prompt, [question])
 
     def score(self, images: Sequence[np.ndarray], items: Sequence[Item], seed: int) -> dict[str, Any]:
-        """TIFA's result (`tifa.score`) by digit, with `scalars` and the classifier's accuracy on real scans it has not seen.
+        """TIFA's result (`tifa.score`) by digit, `scalars`, and the classifier's accuracy on real scans new to it.
 
         Raises:
           UserError: scikit-learn is not installed.
@@ -55,7 +54,11 @@ class DigitAccuracy:
         classify, real_accuracy = fit_classifier()
         answers = iter(classify(np.stack(images)))
         result = tifa.score(
-            images, [item.questions for item in items], lambda image, rows: [WORDS[next(answers)]], CLASSIFIER, seed
+            images,
+            [item.questions for item in items],
+            lambda image, rows: [WORDS[next(answers)]],
+            CLASSIFIER,
+            seed,
         )
         result["accuracy_on_real_scans"] = real_accuracy
         result["scalars"] = {"digit_accuracy": result["tifa_average"]}
@@ -63,12 +66,8 @@ class DigitAccuracy:
 
     def table(self, result: dict[str, Any]) -> str:
         """`score`'s result for people."""
-        return f"{tifa.table(result)}\nthe classifier on real scans it was not fitted on: {result['accuracy_on_real_scans']:.3f}"
-
-    def write(self, folder: epath.Path, images: Sequence[np.ndarray], items: Sequence[Item], result: dict[str, Any]) -> None:
-        """TIFA's own files next to the pictures."""
-        tifa.write_questions(folder / "questions.json", [item.questions for item in items])
-        tifa.write_image_map(folder / "images.json", {item.id: f"{item.id}.png" for item in items})
+        real = f"the classifier on real scans it was not fitted on: {result['accuracy_on_real_scans']:.3f}"
+        return f"{tifa.table(result)}\n{real}"
 
 
 def fit_classifier() -> tuple[Any, float]:
@@ -84,7 +83,9 @@ def fit_classifier() -> tuple[Any, float]:
     except ImportError:
         raise UserError("metric 'digits' needs scikit-learn: pip install scikit-learn") from None
     scans, labels = load_digits(return_X_y=True)
-    fit_x, test_x, fit_y, test_y = train_test_split(scans, labels, test_size=_HELD_BACK, random_state=0, stratify=labels)
+    fit_x, test_x, fit_y, test_y = train_test_split(
+        scans, labels, test_size=_HELD_BACK, random_state=0, stratify=labels
+    )
     classifier = SVC(gamma=0.001, C=10.0).fit(fit_x, fit_y)
 
     def classify(pictures: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from scaling_dit.data.sources import Source
 from scaling_dit.data.sources.shapes import ShapesSource
@@ -23,7 +22,9 @@ class ExactTifa:
           UserError: the source is not `shapes`, or holds fewer scenes out.
         """
         if not isinstance(source, ShapesSource):
-            raise UserError(f"metric 'tifa' needs scenes whose pixels can be read: source shapes, not {source.describe()}")
+            raise UserError(
+                f"metric 'tifa' needs scenes whose pixels can be read: source shapes, not {source.describe()}"
+            )
         held_out = source.held_out()
         items = []
         for index in source.distinct(count):
@@ -38,7 +39,10 @@ class ExactTifa:
         result = tifa.score(images, questions, oracle.answer, oracle.VQA_MODEL, seed)
         truths = [item.truth for item in items if item.truth is not None]
         baseline = tifa.wrong_scene_baseline(truths, questions, oracle.answer, oracle.VQA_MODEL, seed)
-        result["baseline"] = {"tifa_average": baseline["tifa_average"], "accuracy_by_type": baseline["accuracy_by_type"]}
+        result["baseline"] = {
+            "tifa_average": baseline["tifa_average"],
+            "accuracy_by_type": baseline["accuracy_by_type"],
+        }
         by_type = {f"tifa_{kind}": value for kind, value in result["accuracy_by_type"].items()}
         result["scalars"] = {"tifa": result["tifa_average"]} | by_type
         return result
@@ -48,9 +52,5 @@ class ExactTifa:
         baseline = result["baseline"]
         colour = baseline["accuracy_by_type"].get("color")
         by_colour = "" if colour is None else f", color {colour:.3f}"
-        return f"{tifa.table(result)}\nbaseline, true pictures of wrong scenes: TIFA {baseline['tifa_average']:.3f}{by_colour}"
-
-    def write(self, folder: epath.Path, images: Sequence[np.ndarray], items: Sequence[Item], result: dict[str, Any]) -> None:
-        """TIFA's own files next to the pictures, so that its tools can score them with another VQA model."""
-        tifa.write_questions(folder / "questions.json", [item.questions for item in items])
-        tifa.write_image_map(folder / "images.json", {item.id: f"{item.id}.png" for item in items})
+        low = f"baseline, true pictures of wrong scenes: TIFA {baseline['tifa_average']:.3f}{by_colour}"
+        return f"{tifa.table(result)}\n{low}"

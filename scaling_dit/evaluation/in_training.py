@@ -20,12 +20,19 @@ class InTraining:
     Pictures and metrics use the weights that `config.sample.ema` names, the validation loss the raw ones.
     """
 
-    def __init__(self, model: pipeline.Model, source: Source, mesh: jax.sharding.Mesh, config: ConfigDict) -> None:
+    def __init__(
+        self, model: pipeline.Model, source: Source, mesh: jax.sharding.Mesh, config: ConfigDict
+    ) -> None:
         self._config = config
         if not config.eval.every:
             return
         self._loss = ValidationLoss(
-            model, source, mesh, images=config.eval.loss_images, bins=config.eval.loss_bins, batch=config.batch
+            model,
+            source,
+            mesh,
+            images=config.eval.loss_images,
+            bins=config.eval.loss_bins,
+            batch=config.batch,
         )
         self._sampler = Sampler.of(model, mesh, config.sample)
         held_out = source.held_out()
@@ -44,7 +51,7 @@ class InTraining:
         params = state.params if self._ema is None else state.emas[self._ema]
         for name, items in self._items.items():
             images = self._sampler(params, frozen, [item.prompt for item in items], seed=self._config.seed)
-            result = METRICS[name].score(images, items, seed=self._config.seed)
+            result = METRICS[name].score(list(images), items, seed=self._config.seed)
             scalars |= {f"evaluation/{key}": value for key, value in result["scalars"].items()}
         grid = self._sampler(params, frozen, self._captions, seed=self._config.seed)
         writer.scalars(step, scalars)

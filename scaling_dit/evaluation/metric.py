@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from etils import epath
 
 from scaling_dit.data.sources import Source
 
@@ -42,6 +41,3 @@ class Metric(Protocol):
 
     def table(self, result: dict[str, Any]) -> str:
         """The result of `score` for people."""
-
-    def write(self, folder: epath.Path, images: Sequence[np.ndarray], items: Sequence[Item], result: dict[str, Any]) -> None:
-        """Files of the metric's own next to the pictures, such as questions."""

@@ -8,7 +8,7 @@ from etils import epath
 
 from scaling_dit import generate, pipeline
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.evaluation import METRICS
+from scaling_dit.evaluation import METRICS, tifa
 
 RESULT = "result.json"
 
@@ -37,22 +37,33 @@ def main(
     config = pipeline.read_config(workdir)
     names = tuple(metrics or config.eval.metrics)
     if not names:
-        raise UserError(f"the run in {workdir} names no metric in config.eval.metrics; give --metrics={','.join(METRICS)}")
+        raise UserError(
+            f"the run in {workdir} names no metric in config.eval.metrics; give --metrics={','.join(METRICS)}"
+        )
     for name in names:
         if name not in METRICS:
             raise UserError(f"--metrics names {name!r}; {nearest(name, METRICS)}")
     source = pipeline.create_source(config)
-    wanted = {name: METRICS[name].items(source, items) for name in names}  # before loading: a misfit shows at once
-    pipe, sampler, about = generate.open_for_sampling(workdir, step=step, ema=ema, steps=steps, guidance=guidance)
-    root = epath.Path(out) if out else epath.Path(workdir) / "evaluation" / f"{generate.tag(about, seed)}-n{items}"
+    # Before loading, so that a metric that does not fit the data shows at once.
+    wanted = {name: METRICS[name].items(source, items) for name in names}
+    pipe, sampler, about = generate.open_for_sampling(
+        workdir, step=step, ema=ema, steps=steps, guidance=guidance
+    )
+    root = (
+        epath.Path(out)
+        if out
+        else epath.Path(workdir) / "evaluation" / f"{generate.tag(about, seed)}-n{items}"
+    )
     results: dict[str, Any] = {}
     for name, metric_items in wanted.items():
         folder = root / name
         prompts = [(item.id, item.prompt) for item in metric_items]
         images = generate.sample_to_folder(sampler, pipe, prompts, folder, seed=seed, about=about)
-        result = METRICS[name].score(images, metric_items, seed=seed)
-        results[name] = {"metric": name, "workdir": str(workdir), "seed": seed, "n": len(metric_items)} | about | result
-        METRICS[name].write(folder, images, metric_items, results[name])
+        result = METRICS[name].score(list(images), metric_items, seed=seed)
+        head = {"metric": name, "workdir": str(workdir), "seed": seed, "n": len(metric_items)}
+        results[name] = head | about | result
+        tifa.write_questions(folder / "questions.json", [item.questions for item in metric_items])
+        tifa.write_image_map(folder / "images.json", {item.id: f"{item.id}.png" for item in metric_items})
         (folder / RESULT).write_text(json.dumps(results[name], indent=2) + "\n")
         if not as_json:
             settings = ", ".join(f"{key} {value}" for key, value in about.items())

@@ -1,7 +1,7 @@
 """TIFA: the share of questions about a caption that a VQA model answers rightly from the picture (arXiv 2303.11897).
 
-Scores and files follow the reference implementation (TIFA v1.0): questions, image map and result are JSON files that
-either side can read. Scores of different VQA models do not compare, so a result carries the model's name.
+Scores and files follow the reference implementation (TIFA v1.0), whose tools can read the questions and the image map
+that are written here. Scores of different VQA models do not compare, so a result carries the model's name.
 """
 
 import json
@@ -18,7 +18,6 @@ from scaling_dit.errors import UserError
 Row = dict[str, Any]
 VQA = Callable[[np.ndarray, Sequence[Row]], list[str]]
 
-KEYS = ("id", "caption", "question", "choices", "answer", "element_type", "element")
 RESAMPLES = 2000
 
 
@@ -154,53 +153,6 @@ def write_questions(path: epath.PathLike, questions_per_caption: Sequence[Sequen
     epath.Path(path).write_text(json.dumps([row for rows in questions_per_caption for row in rows], indent=1))
 
 
-def read_questions(path: epath.PathLike) -> list[list[Row]]:
-    """Reads a question file; rows of one id are grouped, in the order in which ids first occur.
-
-    Raises:
-      UserError: no such file, no JSON list, or a row that lacks one of TIFA's keys.
-    """
-    rows = _read(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a TIFA question file is a JSON list of questions")
-    grouped: dict[str, list[Row]] = {}
-    for number, row in enumerate(rows):
-        missing = [key for key in KEYS if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise UserError(
-                f"{path}: question {number} lacks {', '.join(missing)}; a row has {', '.join(KEYS)}"
-            )
-        grouped.setdefault(str(row["id"]), []).append(row)
-    return list(grouped.values())
-
-
 def write_image_map(path: epath.PathLike, files: Mapping[str, str]) -> None:
     """Writes TIFA's image map: caption id -> image file, relative to the map's folder or absolute."""
     epath.Path(path).write_text(json.dumps(dict(files), indent=1))
-
-
-def read_image_map(path: epath.PathLike) -> dict[str, epath.Path]:
-    """Reads an image map into full paths.
-
-    Raises:
-      UserError: no such file, or not a JSON object of strings.
-    """
-    files = _read(path)
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise UserError(f"{path}: a TIFA image map is a JSON object of caption id and image file")
-    folder = epath.Path(path).parent
-    return {key: folder / name for key, name in files.items()}
-
-
-def write_result(path: epath.PathLike, result: Mapping[str, Any]) -> None:
-    """Writes what `score` returned as JSON."""
-    epath.Path(path).write_text(json.dumps(dict(result), indent=1))
-
-
-def _read(path: epath.PathLike) -> Any:
-    try:
-        return json.loads(epath.Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None

@@ -1,7 +1,5 @@
 """Validation loss on fixed triples of (image, timestep, noise), in eps space, so that any two runs can be compared."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,9 @@ _SEED = 20_000  # of the noise: the same for every run, whatever its own seed
 class ValidationLoss:
     """Mean squared error of the implied noise on held-out images, over all timesteps and by timestep bin.
 
-    The triples depend on the data and `images` alone: the first held-out records with their first captions, timesteps spread
-    evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or backbones meet the same ones.
+    The triples depend on the data and `images` alone: the first held-out records with their first captions, timesteps
+    spread evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or backbones meet the
+    same ones.
 
     Args:
       images: how many triples, at least 1; at most as many records as are held out are used, repeated if fewer.
@@ -27,7 +26,14 @@ class ValidationLoss:
     """
 
     def __init__(
-        self, model: pipeline.Model, source: Source, mesh: jax.sharding.Mesh, *, images: int, bins: int, batch: int
+        self,
+        model: pipeline.Model,
+        source: Source,
+        mesh: jax.sharding.Mesh,
+        *,
+        images: int,
+        bins: int,
+        batch: int,
     ) -> None:
         self._model, self._mesh, self._bins = model, mesh, bins
         held_out = source.held_out()
@@ -41,10 +47,9 @@ class ValidationLoss:
             "ids": ids,
             "mask": mask,
             "timesteps": np.random.default_rng(_SEED).permutation(times),
-            "number": np.arange(images, dtype=np.int32),
+            "number": np.arange(1, images + 1, dtype=np.int32),  # of the noise; 0 is the codec's
         }
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch = -(-min(batch, images) // shards) * shards
+        self._batch = rules.round_batch(mesh, min(batch, images))
         self._run = jax.jit(self._errors)
 
     def __call__(self, params: pipeline.Params, frozen: pipeline.Params) -> dict[str, float]:
@@ -65,17 +70,19 @@ class ValidationLoss:
             counts += np.asarray(added[1])
         edges = np.arange(self._bins + 1) * total // self._bins
         by_bin = {
-            f"loss_t{edges[b]:04d}-{edges[b + 1] - 1:04d}": float(sums[b] / counts[b]) for b in range(self._bins) if counts[b]
+            f"loss_t{edges[b]:04d}-{edges[b + 1] - 1:04d}": float(sums[b] / counts[b])
+            for b in range(self._bins)
+            if counts[b]
         }
         return {"loss": float(sums.sum() / counts.sum())} | by_bin
 
     def _errors(
         self, params: pipeline.Params, frozen: pipeline.Params, rows: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        model: Any = self._model
+        model = self._model
         key = jax.random.key(_SEED)
         latents = model.encode_image(frozen, rows["images"], jax.random.fold_in(key, 0))
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i + 1), model.latent_shape))(rows["number"])
+        noise = model.noise(key, rows["number"])
         noisy = objectives.add_noise(model.schedule, latents, noise, rows["timesteps"])
         text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
         output = model.predict(params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask)

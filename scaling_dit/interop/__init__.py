@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from scaling_dit import trees
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.errors import UserError
@@ -44,7 +45,7 @@ def to_state_dict(backbone: nn.Module, variables: Mapping[str, Any]) -> dict[str
     rows, abstract, what = _mapping(backbone)
     if "params" not in variables:
         raise UserError(f"variables of {what} must be {{'params': ...}}, got {sorted(variables)}")
-    return table.save(rows, abstract, contract.unbox(variables["params"]), what)
+    return table.save(rows, abstract, trees.unbox(variables["params"]), what)
 
 
 def _mapping(backbone: nn.Module) -> tuple[list[table.Row], dict[str, Any], str]:

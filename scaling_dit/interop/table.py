@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from flax import traverse_util
 
 from scaling_dit.errors import UserError
@@ -36,7 +37,8 @@ def transpose() -> Transform:
 def fused(parts: int) -> Transform:
     """One Linear weight [parts*out, in] (such as q, k, v) <-> our kernel [in, parts, out]."""
     return Transform(
-        load=lambda w: w.T.reshape(w.shape[1], parts, -1), save=lambda p: (p.reshape(p.shape[0], -1).T,)
+        load=lambda w: rearrange(w, "(n e) d -> d n e", n=parts),
+        save=lambda p: (rearrange(p, "d n e -> (n e) d"),),
     )
 
 
@@ -48,8 +50,8 @@ def conv() -> Transform:
 def patch_conv(patch: int) -> Transform:
     """Weight [out, C, p, p] of a stride-p convolution <-> kernel [p*p*C, out] of a linear map on (p, p, C) patches."""
     return Transform(
-        load=lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
-        save=lambda p: (p.reshape(patch, patch, -1, p.shape[-1]).transpose(3, 2, 0, 1),),
+        load=lambda w: rearrange(w, "e c p q -> (p q c) e"),
+        save=lambda p: (rearrange(p, "(p q c) e -> e c p q", p=patch, q=patch),),
     )
 
 

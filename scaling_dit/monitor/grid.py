@@ -16,8 +16,8 @@ _FONT_SIZE = 12  # px
 def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
     """One picture of many: images uint8 [N, H, W, 3] and their N captions -> uint8 [height, width, 3].
 
-    Small pictures are enlarged by a whole factor without smoothing, so that every pixel shows. `columns` defaults to about
-    sqrt(2 N), a shape that fits a screen.
+    Small pictures are enlarged by a whole factor without smoothing, so that every pixel shows. `columns` defaults
+    to about sqrt(2 N), a shape that fits a screen.
     """
     count, height, width, _ = images.shape
     columns = columns or max(1, min(count, round((2 * count) ** 0.5)))
@@ -43,3 +43,9 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     path.write_bytes(buffer.getvalue())
+
+
+def read_png(path: epath.Path) -> np.ndarray:
+    """The picture that `write_png` wrote."""
+    with path.open("rb") as file:
+        return np.asarray(Image.open(file).convert("RGB"))

@@ -188,13 +188,6 @@ class Progress:
         self._told, self._told_step = self._clock(), self._step
         print(self.line(), file=self._stream, flush=True)
 
-    def write(self, message: str) -> None:
-        """A line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(message, file=self._stream)
-        elif self._enabled:
-            print(message, file=self._stream, flush=True)
-
     def close(self) -> None:
         """The last state stays on the screen."""
         if self._bar is not None:

@@ -8,6 +8,7 @@ those of the start that was killed.
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from scaling_dit import trees
 from scaling_dit.monitor.grid import write_png
 
 _SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
@@ -31,16 +33,13 @@ class Writer(Protocol):
         """Numbers by name: Python, numpy or jax scalars."""
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Pictures by name: uint8 [H, W, 3] or [N, H, W, 3]."""
-
-    def texts(self, step: int, values: Mapping[str, str]) -> None:
-        """Markdown by name."""
+        """Pictures by name: uint8 [H, W, 3]."""
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """The resolved config, possibly nested."""
+        """The resolved config: dotted key -> value."""
 
     def parameter_overview(self, params: Any) -> None:
-        """A table of parameters: a finished text, or the (abstract) parameters themselves."""
+        """A table of the (abstract) parameters."""
 
     def flush(self) -> None:
         """Make all that was written readable by others."""
@@ -87,10 +86,6 @@ class MultiWriter:
         for writer in self.writers:
             writer.images(step, values)
 
-    def texts(self, step: int, values: Mapping[str, str]) -> None:
-        for writer in self.writers:
-            writer.texts(step, values)
-
     def hparams(self, values: Mapping[str, Any]) -> None:
         for writer in self.writers:
             writer.hparams(values)
@@ -111,7 +106,7 @@ class MultiWriter:
 class JsonlWriter:
     """JSON lines in `segment-NNNNN.jsonl`, one file for each start, and pictures as PNG files next to it.
 
-    A row is {"step", "scalars"}, {"step", "texts"}, {"step", "images"} (file names) or {"hparams"}. A local
+    A row is {"step", "scalars"}, {"step", "images"} (file names), {"hparams"} or {"parameter_overview"}. A local
     segment grows line by line; a remote one (no append on object stores) is rewritten whole by `flush`.
 
     Args:
@@ -145,18 +140,15 @@ class JsonlWriter:
         names = {}
         for name, pixels in values.items():
             file = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{step:08d}.png"
-            write_png(self.directory / file, _side_by_side(pixels))
+            write_png(self.directory / file, pixels)
             names[name] = file
         self._write({"step": int(step), "images": names})
 
-    def texts(self, step: int, values: Mapping[str, str]) -> None:
-        self._write({"step": int(step), "texts": dict(values)})
-
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._write({"hparams": flatten(values)})
+        self._write({"hparams": _plain(values)})
 
     def parameter_overview(self, params: Any) -> None:
-        self.texts(0, {"parameter_overview": overview_text(params)})
+        self._write({"parameter_overview": overview_text(params)})
 
     def flush(self) -> None:
         if self._file is None:
@@ -192,18 +184,15 @@ class TensorBoardWriter:
         self._writer.write_scalars(int(step), {name: _number(value) for name, value in values.items()})
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        self._writer.write_images(int(step), {name: np.asarray(pixels) for name, pixels in values.items()})
-
-    def texts(self, step: int, values: Mapping[str, str]) -> None:
-        self._writer.write_texts(int(step), dict(values))
+        self._writer.write_images(int(step), values)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._writer.write_hparams(flatten(values))
+        self._writer.write_hparams(_plain(values))
 
     def parameter_overview(self, params: Any) -> None:
         # TensorBoard renders texts as Markdown, where an indented block keeps a table's columns.
         indented = "\n".join("    " + line for line in overview_text(params).splitlines())
-        self.texts(0, {"parameter_overview": indented})
+        self._writer.write_texts(0, {"parameter_overview": indented})
 
     def flush(self) -> None:
         self._writer.flush()
@@ -247,54 +236,30 @@ def _rows(directory: epath.Path) -> Iterable[dict[str, Any]]:
 
 
 def overview_text(params: Any) -> str:
-    """A table of names, shapes and sizes; a text is handed through.
+    """A table of names, shapes and sizes.
 
     With clu installed it is `clu.parameter_overview`'s table (which needs no TensorFlow).
     """
-    if isinstance(params, str):
-        return params
     try:
         overview = importlib.import_module("clu.parameter_overview")
     except ModuleNotFoundError:
         rows = [
-            (
-                jax.tree_util.keystr(path, simple=True, separator="/"),
-                tuple(leaf.shape),
-                int(np.prod(leaf.shape)),
-            )
-            for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+            ("/".join(path), tuple(leaf.shape), math.prod(leaf.shape))
+            for path, leaf in trees.by_path(params).items()
         ]
         lines = [f"{name}  {shape}  {size:,}" for name, shape, size in rows]
         return "\n".join([*lines, f"Total: {sum(size for *_, size in rows):,}"])
     return str(overview.get_parameter_overview(params, include_stats=False))
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as "section.field" -> bool, number or text (anything else by its repr)."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if hasattr(value, "items"):  # ConfigDict is not a Mapping
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value if isinstance(value, bool | int | float | str) else repr(value)
-    return flat
+def _plain(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Values that the formats know: bool, number or text, anything else by its repr."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else repr(value)
+        for name, value in values.items()
+    }
 
 
 def _number(value: Any) -> int | float:
     array = np.asarray(value)
     return int(array) if np.issubdtype(array.dtype, np.integer) else float(array)
-
-
-def _side_by_side(pixels: np.ndarray) -> np.ndarray:
-    """[H, W, 3] from [H, W, 3] or [N, H, W, 3], in a square as nearly as N allows, the rest black."""
-    pixels = np.asarray(pixels)
-    if pixels.ndim == 3:
-        return pixels
-    count, height, width, channels = pixels.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    grid = np.zeros((rows * columns, height, width, channels), pixels.dtype)
-    grid[:count] = pixels
-    grid = grid.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * height, columns * width, channels)

@@ -16,15 +16,16 @@ Backbones name logical axes only. This table is the one place that turns names i
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from scaling_dit import trees
 from scaling_dit.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -63,18 +64,6 @@ def activate(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, meta.AxisMetadata)
-
-
-def unbox(tree: Any) -> Any:
-    """The tree with flax's axis metadata taken off.
-
-    Unlike `nn.unbox` it applies no sharding constraint, so it works on abstract values under a mesh.
-    """
-    return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
-
-
 def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
     """Shardings of parameters, from their logical axis names.
 
@@ -91,11 +80,11 @@ def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
     """
 
     def shard(leaf: Any) -> NamedSharding:
-        if not _is_box(leaf):
+        if not trees.is_box(leaf):
             return NamedSharding(mesh, _largest_axis(mesh, np.shape(leaf)))
         return NamedSharding(mesh, _spec(mesh, tuple(leaf.names), np.shape(leaf.value)))
 
-    return jax.tree.map(shard, abstract_variables, is_leaf=_is_box)
+    return jax.tree.map(shard, abstract_variables, is_leaf=trees.is_box)
 
 
 def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
@@ -141,14 +130,11 @@ def state_shardings(mesh: Mesh, abstract_state: Any, params_shardings: Any) -> A
       abstract_state: state of arrays or shapes whose field or key `params` holds the parameters.
       params_shardings: what `param_shardings` gave for those parameters.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_state)[0]
-    shapes = {_path(path): np.shape(leaf) for path, leaf in leaves}
-    by_path = {
-        _path(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(params_shardings)[0]
-    }
+    shapes = {path: np.shape(leaf) for path, leaf in trees.by_path(abstract_state).items()}
+    by_path = trees.by_path(params_shardings)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = _path(path)
+        names = trees.names(path)
         for start in range(len(names)):
             owner = names[start:]
             if owner in by_path and shapes.get(("params", *owner)) == np.shape(leaf):
@@ -158,17 +144,23 @@ def state_shardings(mesh: Mesh, abstract_state: Any, params_shardings: Any) -> A
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
-def _path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every batch array: the leading axis over data and fsdp, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def round_batch(mesh: Mesh, batch: int) -> int:
+    """The least number of rows, at least `batch`, that splits evenly over the mesh."""
+    parts = _batch_parts(mesh)
+    return -(-batch // parts) * parts
+
+
+def _batch_parts(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def _check_batch(mesh: Mesh, batch: int) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = _batch_parts(mesh)
     if batch < 1 or batch % parts:
         raise UserError(
             f"batch {batch} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} = {parts}"

@@ -145,7 +145,11 @@ class _Walker:
         return [any(operands)] * len(eqn.outvars)
 
     def _scan(self, eqn: Any, operands: list[bool], scope: str, times: int) -> list[bool]:
-        body, consts, carries = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+        # Operands are constants, carries, then what is read step by step; results are carries, then what is stacked.
+        # Versions of jax count them under different names, but only what goes step by step has an axis less inside.
+        body = eqn.params["jaxpr"].jaxpr
+        carries = sum(map(_same_rank, eqn.outvars, body.outvars))
+        consts = sum(map(_same_rank, eqn.invars, body.invars)) - carries
         state = operands[consts : consts + carries]
         while True:  # a carry is reached if any iteration's is
             inputs = operands[:consts] + state + operands[consts + carries :]
@@ -202,6 +206,10 @@ def _conv_macs(eqn: Any) -> int:
     kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
     terms = math.prod(kernel[axis] for axis in spec[1:])
     return math.prod(eqn.outvars[0].aval.shape) * terms // math.prod(eqn.params["lhs_dilation"])
+
+
+def _same_rank(a: Any, b: Any) -> bool:
+    return len(a.aval.shape) == len(b.aval.shape)
 
 
 def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
+from scaling_dit import config_files
 from scaling_dit.errors import UserError
 
 if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
@@ -50,15 +51,17 @@ def main(
         training = {"batch": config.batch, "steps": config.steps}
     else:
         for override in overrides:
+            if config_files.override_key(override) in config_lib.DERIVED:
+                raise UserError(
+                    f"{override}: with --backbone it follows from --latents and --text; set those"
+                )
             if not override.lstrip("-").startswith(("config.backbone.", "noconfig.backbone.")):
                 raise UserError(f"{override}: with --backbone only --config.backbone.KEY=VALUE can be set")
         config = config_lib.defaults()
         config.backbone.name = backbone
         fields = config_lib.resolve(config, overrides).backbone.to_dict()
         latents_HWC, text_LD = latents_HWC or LATENTS, text_LD or TEXT
-        from scaling_dit import backbones
-
-        module = backbones.create_for(channels=latents_HWC[2], text_dim=text_LD[1], **fields)
+        module = _create(fields, latents_HWC, text_LD)
         training = {}
     from scaling_dit.scaling.count import count
 
@@ -85,10 +88,13 @@ def _of_experiment(
     model = pipeline.build(config, scratch.build_tokenizer(pipeline.create_source(config)))
     latents = latents or model.latent_shape
     text = text or (model.text_encoder.length, model.text_encoder.dim)
+    return _create(config.backbone.to_dict(), latents, text), latents, text
+
+
+def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> "nn.Module":
     from scaling_dit import backbones
 
-    module = backbones.create_for(channels=latents[2], text_dim=text[1], **config.backbone.to_dict())
-    return module, latents, text
+    return backbones.create_for(channels=latents[2], text_dim=text[1], **fields)
 
 
 def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """The shared pieces of backbones against closed forms and torch."""
 
-import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import pytest
 import torch
 
 from scaling_dit.backbones import layers
-from scaling_dit.backbones.contract import unbox
+from scaling_dit.backbones.attention import SelfAttention
 from scaling_dit.errors import UserError
+from scaling_dit.trees import unbox
 
 
 def normal(*shape):
@@ -48,9 +48,9 @@ def test_sincos_2d():
 def test_patchify(height, width, patch):
     x = normal(2, height, width, 3)
     tokens = layers.patchify(x, patch)
-    np.testing.assert_array_equal(
-        tokens, einops.rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
-    )
+    corners = [(i, j) for i in range(0, height, patch) for j in range(0, width, patch)]
+    wanted = [x[:, i : i + patch, j : j + patch].reshape(2, -1) for i, j in corners]
+    np.testing.assert_array_equal(tokens, np.stack(wanted, axis=1))
     np.testing.assert_array_equal(layers.unpatchify(tokens, patch, height, width), x)
 
 
@@ -83,22 +83,28 @@ def test_dense_dtypes():
 )
 def test_mlp(activation, wanted):
     x = normal(2, 5, 6) * 3
-    module = layers.Mlp(8, features=4, activation=activation, kernel_init=nn.initializers.normal(1.0))
+    module = layers.Mlp(8, activation=activation, kernel_init=nn.initializers.normal(1.0))
     params = unbox(module.init(jax.random.key(0), x))["params"]
     hidden = wanted(torch.tensor(np.asarray(x @ params["fc1"]["kernel"]))).numpy()
     np.testing.assert_allclose(
         module.apply({"params": params}, x), hidden @ params["fc2"]["kernel"], rtol=1e-4, atol=1e-5
     )
-    assert layers.Mlp(8).init_with_output(jax.random.key(0), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("module", [layers.Mlp, lambda _, **inits: SelfAttention(2, **inits)])
+def test_the_last_map_of_a_branch_may_start_otherwise(module):
+    x = normal(2, 5, 6)
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    assert not module(8, kernel_init=ones, out_init=zeros).init_with_output(jax.random.key(0), x)[0].any()
+    assert module(8, kernel_init=ones).init_with_output(jax.random.key(0), x)[0].any()
 
 
 def test_layer_norm_is_float32_and_exact_far_from_zero():
     x = (1000.0 + normal(4, 64)).astype(jnp.float32)
-    module = layers.layer_norm("norm", epsilon=1e-6, affine=False)
+    module = layers.layer_norm("norm", epsilon=1e-6)
     wanted = torch.nn.functional.layer_norm(torch.tensor(np.asarray(x)).double(), (64,), eps=1e-6).numpy()
-    np.testing.assert_allclose(module.apply({}, x), wanted, atol=1e-3)
-    affine = layers.layer_norm("norm", epsilon=1e-5)
-    out, variables = affine.init_with_output(jax.random.key(0), x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(module.init_with_output(jax.random.key(0), x)[0], wanted, atol=1e-3)
+    out, variables = module.init_with_output(jax.random.key(0), x.astype(jnp.bfloat16))
     assert out.dtype == jnp.float32
     assert variables["params"]["scale"].names == ("norm",)
 

@@ -7,7 +7,7 @@ import pytest
 import uvit_golden
 from uvit_golden import fill, relative_error, run
 
-from scaling_dit import backbones, interop
+from scaling_dit import backbones, interop, trees
 from scaling_dit.backbones import contract, layers, uvit
 from scaling_dit.errors import UserError
 
@@ -38,7 +38,7 @@ def variables_of(backbone, args):
 
 
 def init(backbone, args):
-    return contract.unbox(run(backbone.init, jax.random.key(0), *args))
+    return trees.unbox(run(backbone.init, jax.random.key(0), *args))
 
 
 QUICK_CASES = [("uvit_tiny", mode) for mode in ("unrolled", "scanned", "remat")]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import time
 
 import numpy as np
@@ -160,12 +159,10 @@ def test_distinct_test_scenes():
         distinct_test_scenes(tiny, 20)
 
 
-def test_scenes_go_through_json():
-    scene = draw_scene(ShapesSpec(preset="free64", max_objects=3), "train", 5)
-    again = Scene.from_json(json.loads(json.dumps(scene.to_json())))
-    assert again == scene and (render(again) == render(scene)).all()
+def test_the_order_of_objects_makes_no_other_picture():
+    scene = draw_scene(ShapesSpec(preset="free64", min_objects=3, max_objects=3), "train", 5)
     turned = Scene(scene.preset, scene.objects[::-1])
-    assert turned.canonical() == scene.canonical()
+    assert turned.canonical() == scene.canonical() and (render(turned) == render(scene)).all()
 
 
 def test_draws_are_uniform_and_keyed():

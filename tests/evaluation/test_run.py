@@ -65,7 +65,9 @@ def test_the_verb_writes_figures_pictures_and_tifa_files(smoke_run, tmp_path, ca
     assert result["n"] == 5 and result["step"] == 4 and len(result["interval"]) == 2
     images = json.loads((tmp_path / "tifa" / "images.json").read_text())
     assert all((tmp_path / "tifa" / name).exists() for name in images.values())
-    assert {row["id"] for row in json.loads((tmp_path / "tifa" / "questions.json").read_text())} == set(images)
+    assert {row["id"] for row in json.loads((tmp_path / "tifa" / "questions.json").read_text())} == set(
+        images
+    )
 
 
 def test_the_verb_refuses_what_it_does_not_know(smoke_run, tmp_path):
@@ -92,7 +94,9 @@ def test_validation_loss_does_not_depend_on_batches_layout_or_the_prediction_kin
     source = pipeline.create_source(config)
 
     def measure(batch, mesh=pipe.mesh):
-        return ValidationLoss(pipe.model, source, mesh, images=20, bins=4, batch=batch)(pipe.params, pipe.frozen)
+        return ValidationLoss(pipe.model, source, mesh, images=20, bins=4, batch=batch)(
+            pipe.params, pipe.frozen
+        )
 
     whole, parts = measure(24), measure(8)
     assert whole.keys() == parts.keys() and len(whole) == 5

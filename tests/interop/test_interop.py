@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import uvit_golden
 
-from scaling_dit import backbones, interop
-from scaling_dit.backbones import contract
+from scaling_dit import backbones, interop, trees
 from scaling_dit.errors import UserError
 from scaling_dit.interop import table
 
@@ -43,13 +42,13 @@ def test_fresh_weights_boxed_or_not():
     backbone = golden.backbone(positions="sincos_init")
     boxed = uvit_golden.fill(jax.eval_shape(backbone.init, jax.random.key(0), *golden.inputs))
     written = interop.to_state_dict(backbone, boxed)
-    plain = interop.to_state_dict(backbone, contract.unbox(boxed))
+    plain = interop.to_state_dict(backbone, trees.unbox(boxed))
     assert set(written) == set(golden.params)
     for key in written:
         assert written[key].shape == golden.params[key].shape
         np.testing.assert_array_equal(written[key], plain[key])
     loaded = interop.load_state_dict(backbone, written)
-    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, contract.unbox(boxed)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, trees.unbox(boxed)))
 
 
 def test_positions_may_have_any_length_but_not_width():

@@ -11,6 +11,7 @@ import pytest
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from scaling_dit import trees
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import AXES, make_mesh
@@ -75,7 +76,7 @@ def abstract_params():
 
 
 def init(rng):
-    return rules.unbox(Model().init(rng, jnp.zeros((1, 4, 6))))["params"]
+    return trees.unbox(Model().init(rng, jnp.zeros((1, 4, 6))))["params"]
 
 
 def box(shape, *names):
@@ -122,14 +123,6 @@ def test_every_rule_maps_to_mesh_axes():
         assert axis is None or set(axis if isinstance(axis, tuple) else (axis,)) <= set(AXES)
 
 
-def test_unbox_works_on_abstract_values_under_a_mesh():
-    boxed = abstract_params()
-    with rules.activate(make_mesh(fsdp=8)):
-        plain = rules.unbox(boxed)
-    assert plain["head"]["kernel"].shape == (16, 6)
-    assert rules.unbox(plain) == plain
-
-
 @pytest.fixture(scope="module")
 def one_device():
     """Parameters, and their loss and gradients on one device."""
@@ -156,13 +149,15 @@ def test_sharded_loss_and_gradients_equal_one_device(sizes, one_device):
 def test_parameters_are_born_sharded_with_the_values_of_one_device(one_device):
     shardings = rules.param_shardings(make_mesh(data=2, fsdp=4), abstract_params())
     sharded = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, sharded, one_device[0])
+    # The random bits are the same. What log and erf_inv make of them may differ by some last bits (3 were seen): XLA
+    # vectorises for the shape a device holds, on one device too, and with that chooses where products are fused.
+    jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=8), sharded, one_device[0])
     assert len(sharded["user"]["kernel"].addressable_shards) == 8
 
 
 def test_activate_keeps_the_constraints():
     mesh = make_mesh(data=2, fsdp=4)
-    plain = rules.unbox(abstract_params())
+    plain = trees.unbox(abstract_params())
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch_of())
 
     def constraints():
@@ -183,7 +178,7 @@ class State(struct.PyTreeNode):
 def test_moments_and_emas_lie_where_their_parameter_lies():
     mesh = make_mesh(data=1, fsdp=8)
     boxed = {"backbone": abstract_params()}
-    params = rules.unbox(boxed)
+    params = trees.unbox(boxed)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.masked(
@@ -242,6 +237,13 @@ def test_to_global_puts_each_row_on_its_device():
         assert shard.data.shape == (2, 3)
         np.testing.assert_array_equal(shard.data, rows[shard.index])
     assert batch["ids"].sharding.is_equivalent_to(rules.batch_sharding(mesh), 2)
+
+
+@pytest.mark.parametrize("batch, rounded", [(1, 8), (8, 8), (9, 16)])
+def test_a_batch_is_rounded_up_to_what_the_mesh_splits(batch, rounded):
+    mesh = make_mesh(data=2, fsdp=4)
+    assert rules.round_batch(mesh, batch) == rounded == len(rules.local_positions(mesh, rounded))
+    assert rules.round_batch(make_mesh(data=1, tensor=8), batch) == batch
 
 
 def test_a_batch_that_does_not_divide_is_told_in_one_line():

@@ -61,6 +61,8 @@ def test_short_figures(value, text):
         ((None, "uvti"), {}, "did you mean 'uvit'"),
         ((None, "uvit", ["--config.batch=3"]), {}, "only --config.backbone.KEY=VALUE can be set"),
         ((None, "uvit", ["--config.backbone.hiden=3"]), {}, "did you mean 'backbone.hidden'"),
+        ((None, "uvit", ["--config.backbone.text_dim=3"]), {}, "it follows from --latents and --text"),
+        (("shapes:smoke", None, ["--config.backbone.text_dim=3"]), {}, "set config.text_encoder.dim"),
         ((None, "uvit"), {"latents": ["8", "0", "3"]}, "--latents=8,0,3: must be height,width,channels"),
         ((None, "uvit"), {"text": ["8"]}, "--text=8: must be length,width"),
         ((None, "uvit"), {"text": ["8", "wide"]}, "--text=8,wide: must be length,width"),

@@ -8,13 +8,16 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
-from scaling_dit import components
+from scaling_dit.components import Registry
 from scaling_dit.errors import UserError
 
-SOURCES = {
-    "shapes": "scaling_dit.data.sources.shapes:ShapesSource",
-    "folder": "scaling_dit.data.sources.folder:FolderSource",
-}
+_REGISTRY = Registry(
+    "source",
+    {
+        "shapes": "scaling_dit.data.sources.shapes:ShapesSource",
+        "folder": "scaling_dit.data.sources.folder:FolderSource",
+    },
+)
 
 
 class Record(TypedDict):
@@ -57,8 +60,8 @@ def create_source(name: str, **fields: Any) -> Source:
     Raises:
       UserError: unknown name or field, or a source that cannot be opened.
     """
-    component, fixed = _find(name)
-    return components.construct("source", name, component, fields, fixed)
+    name, filled = _split(name)
+    return _REGISTRY.create(name, fields, **filled)
 
 
 def source_fields(name: str) -> dict[str, Any]:
@@ -67,16 +70,14 @@ def source_fields(name: str) -> dict[str, Any]:
     Raises:
       UserError: unknown name.
     """
-    return components.fields(_find(name)[0])
+    return _REGISTRY.fields(_split(name)[0])
 
 
-def _find(name: str) -> tuple[type[Any], dict[str, Any]]:
-    """The class behind a name and the fields that the name itself carries."""
+def _split(name: str) -> tuple[str, dict[str, str]]:
+    """A source's name without what is part of it: "folder:PATH" -> "folder" and its `path`."""
     kind, _, path = name.partition(":")
-    if kind == "folder":
-        if not path:
-            raise UserError(
-                f"source {name!r} names no folder; write folder:PATH, for example folder:/data/birds"
-            )
-        return components.resolve("source", kind, SOURCES), {"path": path}
-    return components.resolve("source", name, SOURCES), {}
+    if kind != "folder":
+        return name, {}
+    if not path:
+        raise UserError(f"source {name!r} names no folder; write folder:PATH, for example folder:/data/birds")
+    return kind, {"path": path}

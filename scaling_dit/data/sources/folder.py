@@ -43,7 +43,7 @@ class FolderSource:
       UserError: no such folder, no or damaged `metadata.jsonl`, or no image left to train on.
     """
 
-    path: str
+    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
     image_size: int = 64
     held_out_fraction: float = 0.05
     split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out

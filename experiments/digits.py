@@ -17,7 +17,7 @@ from scaling_dit import config as config_lib
 def get_config(arg: str = "data/digits") -> ConfigDict:
     """`arg` is the image folder: --config=digits:PATH."""
     config = config_lib.defaults()
-    config.steps = 1000
+    config.steps = 800
     config.batch = 64
     config.source = ConfigDict({"name": f"folder:{arg}", "image_size": 16})
     config.backbone = ConfigDict(
@@ -38,5 +38,6 @@ def get_config(arg: str = "data/digits") -> ConfigDict:
         }
     )
     config.sample.update({"guidance": 2.0, "ema": 0.995})
-    config.eval.update({"every": 500, "metrics": ("digits",), "prompts": 50, "loss_images": 64})
+    config.checkpoint.every = 400
+    config.eval.update({"every": 400, "metrics": ("digits",), "prompts": 50, "loss_images": 64})
     return config

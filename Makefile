@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 RUN ?= runs/demo
 ARGS ?=
+PYTEST := -n 2 --dist loadfile  # two workers; tests of one file share what they set up
 BIN := .venv/bin
 
 EXTRAS_demo := [tensorboard]
@@ -31,10 +32,10 @@ demo: .venv/.installed-demo
 	@echo 'Curves and sample grids over time: $(BIN)/tensorboard --logdir=$(RUN), then open http://localhost:6006'
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) -m slow $(ARGS)
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ EXTRAS = {
         "hypothesis",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "scikit-learn",
         "setuptools",
         "torch==2.13.0",

@@ -225,7 +225,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
         cli.main(["sample", "b", "--workdir=w", "--prompt=a", f"--prompts_file={file}", *flags, "b2"]) == 75
     )
     ((args, kwargs),) = calls
-    assert args == ("w", [("00000", "a"), ("00001", "b"), ("00002", "b2"), ("00003", "c")], "w/samples")
+    assert args == ("w", [("00000", "a"), ("00001", "b"), ("00002", "b2"), ("00003", "c")], None)
     assert kwargs == {
         "guidance": 2.0,
         "step": 100,

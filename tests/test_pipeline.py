@@ -64,7 +64,7 @@ def test_widths_come_from_codec_and_text_encoder():
     config = config_lib.load("experiments/shapes.py:smoke", ["--config.text_encoder.dim=16"])
     params = pipeline.abstract_params(config)
     assert params["backbone"]["context_embed"]["kernel"].shape == (16, 32)
-    assert params["backbone"]["patch_embed"]["kernel"].shape == (4 * 4 * 3, 32)
+    assert params["backbone"]["patch_embed"]["kernel"].shape == (config.backbone.patch**2 * 3, 32)
 
 
 def test_frozen_hash_sees_values_names_and_types():

@@ -83,7 +83,7 @@ def test_every_layout_has_the_losses_of_one_device(one_device, tmp_path, devices
 
 
 def test_parameters_moments_and_averages_are_sharded_alike(tmp_path):
-    state = train.train(tiny(steps=1, mesh__data=1, mesh__fsdp=8), tmp_path)
+    state = train.train(tiny(steps=2, mesh__data=1, mesh__fsdp=8), tmp_path)
     kernel = state.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
     assert not kernel.sharding.is_fully_replicated
     name, ema = next(iter(state.emas.items()))

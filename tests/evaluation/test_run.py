@@ -60,14 +60,17 @@ def test_a_metric_that_does_not_fit_the_data_says_so(tmp_path):
 def test_the_verb_writes_figures_pictures_and_tifa_files(smoke_run, tmp_path, capsys):
     assert run.main(str(smoke_run), str(tmp_path), items=5) == 0
     said = capsys.readouterr().out
-    assert "guidance 2.0" in said and "n 5" in said and "95 % interval" in said
+    assert (
+        f"guidance {pipeline.read_config(smoke_run).sample.guidance}" in said
+        and "n 5" in said
+        and "95 % interval" in said
+    )
     result = json.loads((tmp_path / "tifa" / "result.json").read_text())
     assert result["n"] == 5 and result["step"] == 4 and len(result["interval"]) == 2
     images = json.loads((tmp_path / "tifa" / "images.json").read_text())
     assert all((tmp_path / "tifa" / name).exists() for name in images.values())
-    assert {row["id"] for row in json.loads((tmp_path / "tifa" / "questions.json").read_text())} == set(
-        images
-    )
+    rows = json.loads((tmp_path / "tifa" / "questions.json").read_text())
+    assert {row["id"] for row in rows} == set(images)
 
 
 def test_the_verb_refuses_what_it_does_not_know(smoke_run, tmp_path):

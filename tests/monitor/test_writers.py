@@ -187,6 +187,16 @@ TENSORBOARD = """
 """
 
 
+@pytest.fixture
+def tensorboard_apart():
+    """What a test imports of TensorBoard is forgotten after it, so that a later one may import it with TensorFlow."""
+    before = set(sys.modules)
+    yield
+    for name in [name for name in set(sys.modules) - before if name.split(".")[0] == "tensorboard"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("tensorboard_apart")
 def test_tensorboard_reads_back_what_was_written(tmp_path, monkeypatch):
     # In a process of its own: TensorFlow is loaded, and must load without a word on either stream.
     done = subprocess.run(

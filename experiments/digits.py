@@ -37,7 +37,7 @@ def get_config(arg: str = "data/digits") -> ConfigDict:
             "ema": (0.995,),
         }
     )
-    config.sample.update({"guidance": 2.0, "ema": 0.995})
+    config.sample.guidance = 2.0
     config.checkpoint.every = 400
     config.eval.update({"every": 400, "metrics": ("digits",), "prompts": 50, "loss_images": 64})
     return config

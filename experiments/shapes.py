@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "ema": (0.995,),
         }
     )
-    config.sample.update({"guidance": 1.5, "ema": 0.995})
+    config.sample.guidance = 1.5
     config.eval.update({"every": 400, "metrics": ("tifa",), "prompts": 64})
     config.checkpoint.every = 400
     if arg == "smoke":

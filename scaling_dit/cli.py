@@ -6,6 +6,7 @@ are right.
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import sys
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:  # a path that cannot be read or written
+        print(f"{PROGRAM}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -109,7 +113,7 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[flags.FlagValue
 
 def _required(values: flags.FlagValues, verb: str, *names: str) -> None:
     for name in names:
-        if values[name].value is None:
+        if not values[name].value:
             raise UserError(f"{verb} needs --{name}; for example: {VERBS[verb].example}")
 
 
@@ -181,16 +185,18 @@ def _define_trained(values: flags.FlagValues) -> None:
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
     string("workdir", None, "folder of the trained run")
-    integer("seed", 0, "seed of the initial noise", lower_bound=0)
+    integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
     integer("step", None, "checkpoint to use; the latest by default", lower_bound=0)
     string(
         "ema", None, "EMA decay to use, or none for the raw weights; the run's config.sample.ema by default"
     )
-    integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=1000)
-    number("guidance", None, "guidance scale; the run's by default", lower_bound=0.0)
+    integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=999)
+    number("guidance", None, "guidance scale; the run's by default", lower_bound=0.0, upper_bound=1e6)
 
 
 def _trained(values: flags.FlagValues) -> dict[str, Any]:
+    if values.guidance is not None and math.isnan(values.guidance):
+        raise UserError("--guidance is nan; give a number from 0 on")
     names = ("seed", "step", "ema", "steps", "guidance")
     return {name: values[name].value for name in names}
 

@@ -77,7 +77,7 @@ RANGES: dict[str, Rule] = {
     "optim.b2": _DECAY,
     "optim.eps": _POSITIVE,
     "optim.weight_decay": _FROM_0,
-    "optim.clip_norm": _POSITIVE,
+    "optim.clip_norm": _FROM_0,
     "optim.accumulate": _COUNT,
     "optim.ema": _DECAYS,
     "optim.max_nonfinite": _COUNT,
@@ -85,7 +85,7 @@ RANGES: dict[str, Rule] = {
     "mesh.fsdp": _AXIS,
     "mesh.context": _AXIS,
     "mesh.tensor": _AXIS,
-    "sample.steps": ("from 1 to 1000", lambda x: 1 <= x <= 1000),
+    "sample.steps": ("from 1 to 999", lambda x: 1 <= x <= 999),
     "sample.guidance": _FROM_0,
     "sample.batch": _COUNT,
     "eval.every": _FROM_0,
@@ -220,6 +220,11 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
     config = complete(config)
     config_files.apply_overrides(config, overrides)
     config = config.copy_and_resolve_references()
+    for key, value in flatten(config).items():
+        if isinstance(value, list | tuple):
+            section, _, field = key.rpartition(".")
+            # As a saved config comes back, so that a run finds itself again.
+            (config[section] if section else config)[field] = tuples(value)
     if config.sample.ema == -1:
         config.sample.ema = max(config.optim.ema, default=0.0)
     validate(config)

@@ -1,7 +1,8 @@
 """Sampling: prompts to pictures, sharded over the mesh and resumable.
 
 One `Sampler` serves the pictures shown during training, the `sample` verb and evaluation. Picture i of a request
-depends on (seed, i, its prompt) alone: not on the batch, the mesh, or where an interrupted request was taken up again.
+depends on (seed, i, its prompt) alone, up to rounding: not on the batch, the mesh, or where an interrupted request was
+taken up again.
 """
 
 import dataclasses
@@ -147,6 +148,10 @@ def sample_to_folder(
     ]
     if len({row["id"] for row in rows}) < len(rows):
         raise UserError("two prompts have the same id; ids name the picture files and must differ")
+    if any(row["path"] == GRID for row in rows):
+        raise UserError(
+            f"a prompt has the id {GRID.removesuffix('.png')!r}, the name of the overview page; give another id"
+        )
     out.mkdir(parents=True, exist_ok=True)
     done = _read_finished(out, rows)
     images: list[np.ndarray | None] = [
@@ -179,7 +184,7 @@ def _read_finished(out: epath.Path, rows: list[dict[str, Any]]) -> set[int]:
     if not manifest.exists():
         return set()
     finished = set()
-    for line in manifest.read_text().splitlines():
+    for line in manifest.read_text().split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -8,6 +8,7 @@ rest). `Pipeline` is a model with its weights, as `load(workdir)` returns it.
 import dataclasses
 import functools
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ Params = dict[str, Any]
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+FROZEN_FILE = "frozen.npz"
+_SEPARATOR = "/"  # between the keys of a weight's path in that file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Model:
         text = jnp.zeros((1, self.text_encoder.length, self.text_encoder.dim), jnp.float32)
         mask = jnp.ones(text.shape[:2], bool)
         variables = self.backbone.init(backbone_rng, latents, jnp.zeros((1,), jnp.float32), text, mask)
+        if set(variables) != {"params"}:
+            others = ", ".join(sorted(set(variables) - {"params"}))
+            raise UserError(f"{type(self.backbone).__name__} keeps {others}; a run can train 'params' only")
         params: Params = {"backbone": variables["params"]}
         frozen: Params = {"codec": {}}
         (params if self.train_text_encoder else frozen)["text_encoder"] = text_params
@@ -93,8 +99,13 @@ class Model:
         extras: Mapping[str, Any] | None = None,
         *,
         train: bool = False,
+        rng: jax.Array | None = None,
     ) -> jax.Array:
-        """The backbone's call (backbones/contract.py) on the weights of a run, float32 out."""
+        """The backbone's call (backbones/contract.py) on the weights of a run, float32 out; `rng` is for its dropout.
+
+        Raises:
+          UserError: a backbone that returns another shape than the contract's.
+        """
         prediction = self.backbone.apply(
             {"params": params["backbone"]},
             latents,
@@ -104,7 +115,15 @@ class Model:
             conditions,
             extras,
             train=train,
+            rngs=None if rng is None else {"dropout": rng},
         )
+        *sides, channels = latents.shape
+        right = (*sides, channels), (*sides, 2 * channels)
+        if prediction.shape not in right:
+            raise UserError(
+                f"{type(self.backbone).__name__} returned {prediction.shape} for latents {latents.shape}; "
+                f"it must return {right[0]}, or {right[1]} with learned sigma"
+            )
         return prediction.astype(jnp.float32)
 
     def decode(self, frozen: Params, latents: jax.Array) -> jax.Array:
@@ -116,12 +135,18 @@ def build(config: ConfigDict, tokenizer: Any) -> Model:
     """The model a complete config describes. `tokenizer` was built from the captions or read from the workdir."""
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
+    backbone = backbones.create_for(
+        channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
+    )
+    extras = getattr(backbone, "EXTRAS", {})
+    if extras:
+        raise UserError(
+            f"backbone {config.backbone.name!r} needs the extras {', '.join(extras)}, which no source here supplies"
+        )
     return Model(
         codec=codec,
         text_encoder=text_encoder,
-        backbone=backbones.create_for(
-            channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
-        ),
+        backbone=backbone,
         schedule=schedules.make_schedule(config.diffusion.schedule),
         prediction=config.diffusion.prediction,
         image_size=create_source(config).image_size,
@@ -195,8 +220,8 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3] of N prompts.
 
-        Picture i depends on (seed, i, prompt) alone, not on how prompts are batched. `steps` and `guidance` default to
-        the run's `config.sample`.
+        Picture i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched. `steps` and
+        `guidance` default to the run's `config.sample`.
         """
         from scaling_dit import generate  # generate builds on this module
 
@@ -237,18 +262,18 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | None =
     with checkpoints.Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
         step = store.latest_step() if step is None else step
         params, saved = store.restore_params(step, target, ema=name)
-    frozen = init_frozen(model, config.seed, mesh, boxed_frozen)
+    frozen = frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
     check_frozen(frozen, saved, str(workdir))
     return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=int(step or 0))
 
 
 def ema_name(config: ConfigDict, ema: float | str | None) -> str | None:
     """The key in `state.emas` of a decay; None for the raw weights."""
-    if not ema or str(ema) == "none":
+    if ema is None or str(ema) == "none":
         return None
     kept = {float(decay): str(decay) for decay in config.optim.ema}
     try:
-        return kept[float(ema)]
+        return kept[float(ema)] if float(ema) else None
     except (KeyError, ValueError):
         raise UserError(
             f"the run keeps no EMA of decay {ema}; it keeps {', '.join(kept.values()) or 'none'} (0 = raw weights)"
@@ -261,6 +286,47 @@ def init_frozen(model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params)
         lambda rng: trees.unbox(model.init(rng)[1]), out_shardings=rules.param_shardings(mesh, boxed)
     )
     return make(jax.random.key(seed))
+
+
+def frozen_weights(
+    workdir: epath.Path, model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params
+) -> Params:
+    """The run's frozen weights: those in its workdir, or for a new run fresh ones.
+
+    They are kept, not drawn again, because processors of another kind draw other last bits.
+    """
+    path = workdir / FROZEN_FILE
+    if not path.exists():
+        return init_frozen(model, seed, mesh, boxed)
+    with path.open("rb") as file, np.load(file) as saved:
+        values = dict(saved)
+    abstract = trees.unbox(boxed)
+    paths = [_SEPARATOR.join(names) for names in trees.by_path(abstract)]
+    if set(paths) != set(values):
+        raise UserError(f"{path} does not hold the frozen weights of this run; put the run's own file back")
+    tree = jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in paths])
+    return jax.tree.map(jax.device_put, tree, rules.param_shardings(mesh, boxed))
+
+
+def save_frozen(workdir: epath.Path, frozen: Params) -> None:
+    """Writes frozen weights once; nothing if there are none or the file is there."""
+    leaves = trees.by_path(frozen)
+    if not leaves or (workdir / FROZEN_FILE).exists():
+        return
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {_SEPARATOR.join(names): np.asarray(leaf) for names, leaf in leaves.items()}
+    np.savez(buffer, **arrays)
+    write_whole(workdir / FROZEN_FILE, buffer.getvalue())
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that no reader ever sees half of it; remote stores do so by themselves and cannot rename."""
+    if "://" in str(path):
+        path.write_bytes(data)
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

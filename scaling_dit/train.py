@@ -94,7 +94,7 @@ def train(
     boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
     abstract = jax.eval_shape(init, key)
     shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
-    frozen = pipeline.init_frozen(model, config.seed, mesh, boxed_frozen)
+    frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
     extra = {"frozen_sha256": pipeline.frozen_hash(frozen)}
     step_fn = jax.jit(
         make_train_step(model, optimizer, config),
@@ -102,6 +102,8 @@ def train(
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
+    looks = InTraining(model, source, mesh, config)
+    claim_workdir(workdir, config, tokenizer, frozen)  # only now: a start that failed above leaves no trace
     settings = config.checkpoint
     with (
         Checkpoints(
@@ -118,7 +120,6 @@ def train(
         if start == 0:
             writer.hparams(config_lib.flatten(config))
             writer.parameter_overview(state.params)
-        looks = InTraining(model, source, mesh, config)
         loader = make_loader(
             source, model.text_encoder.tokenize, batch=config.batch, seed=config.seed, positions=positions,
             start_step=start, threads=config.loader.threads, prefetch=config.loader.prefetch,
@@ -178,9 +179,8 @@ def make_train_step(
     def loss_fn(params: pipeline.Params, frozen: pipeline.Params, rows: Batch) -> jax.Array:
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
         text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
-        output = model.predict(
-            params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask, train=True
-        )
+        times = rows["timesteps"].astype(jnp.float32)
+        output = model.predict(params, noisy, times, text, text_mask, train=True, rng=rows["rngs"][0])
         losses = objectives.diffusion_loss(
             output, rows["latents"], rows["noise"], rows["timesteps"], model.schedule,
             prediction=model.prediction, weighting=diffusion.weighting, gamma=diffusion.min_snr_gamma,
@@ -189,7 +189,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: pipeline.Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        encode_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
+        encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
         latents = model.encode_image(frozen, batch["images"], encode_key)
         ids, mask = objectives.drop_captions(
             drop_key,
@@ -204,6 +204,7 @@ def make_train_step(
             "ids": ids,
             "mask": mask,
             "noise": jax.random.normal(noise_key, latents.shape),
+            "rngs": jax.random.split(model_key, config.batch),  # of a microbatch the first is used
             "timesteps": sample_timesteps(
                 time_key, config.batch, diffusion.time_sampling, model.schedule.num_timesteps
             ),
@@ -247,21 +248,30 @@ def accumulate(
 
 
 def open_workdir(workdir: epath.Path, config: ConfigDict) -> scratch.WordTokenizer:
-    """Claims a new workdir for a run or checks that an old one holds this run; returns the run's tokenizer.
-
-    The config is written last: a folder with a config has everything else.
-    """
+    """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing."""
     if (workdir / pipeline.CONFIG_FILE).exists():
         config_lib.check_same_run(pipeline.read_config(workdir), config)
         return scratch.WordTokenizer.load(workdir / pipeline.TOKENIZER_FILE)
     if (workdir / pipeline.CHECKPOINTS).exists():
         raise UserError(f"{workdir} has checkpoints but no {pipeline.CONFIG_FILE}; give another --workdir")
-    tokenizer = scratch.build_tokenizer(pipeline.create_source(config))
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    return scratch.build_tokenizer(pipeline.create_source(config))
+
+
+def claim_workdir(
+    workdir: epath.Path, config: ConfigDict, tokenizer: scratch.WordTokenizer, frozen: pipeline.Params
+) -> None:
+    """Makes a workdir this run's: tokenizer, frozen weights and config; what is there stays, but for the config.
+
+    The config is written last, so a folder with a config has everything else, and anew at each start, for some of its
+    sections may change between starts.
+    """
+    if jax.process_index() != 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / pipeline.TOKENIZER_FILE).exists():
         tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
-        (workdir / pipeline.CONFIG_FILE).write_text(config_lib.to_json(config))
-    return tokenizer
+    pipeline.save_frozen(workdir, frozen)
+    pipeline.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())
 
 
 def restore(

@@ -132,7 +132,7 @@ def test_version(capsys):
         (["train", "--config=nowhere", "--workdir=x"], "no experiment 'nowhere'"),
         (["sample"], "sample needs --workdir"),
         (["sample", "--workdir=x"], "no prompts: give captions as arguments"),
-        (["sample", "--workdir=x", "--steps=0", "a"], "0 is not an integer in the range [1, 1000]"),
+        (["sample", "--workdir=x", "--steps=0", "a"], "0 is not an integer in the range [1, 999]"),
         (["sample", "--workdir=x", "--seed=one", "a"], "sample: flag --seed=one"),
         (["evaluate", "--items=0", "--workdir=x"], "--items=0"),
         (["evaluate", "--config.steps=3"], "evaluate has no flag --config.steps"),

@@ -101,6 +101,8 @@ def test_a_folder_of_another_request_is_refused(pipe, tmp_path):
     generate.sample_to_folder(sampler, pipe, [("a", "a red circle")], out, seed=1, about={})
     with pytest.raises(UserError, match="another request.*seed"):
         generate.sample_to_folder(sampler, pipe, [("a", "a red circle")], out, seed=2, about={})
+    with pytest.raises(UserError, match="the id 'grid'"):
+        generate.sample_to_folder(sampler, pipe, [("grid", "a red circle")], out, seed=1, about={})
     with pytest.raises(UserError, match="same id"):
         generate.sample_to_folder(sampler, pipe, [("a", "x"), ("a", "y")], out, seed=2, about={})
 

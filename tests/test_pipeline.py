@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline
+from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 
 
@@ -65,6 +67,58 @@ def test_widths_come_from_codec_and_text_encoder():
     params = pipeline.abstract_params(config)
     assert params["backbone"]["context_embed"]["kernel"].shape == (16, 32)
     assert params["backbone"]["patch_embed"]["kernel"].shape == (config.backbone.patch**2 * 3, 32)
+
+
+class Returning(nn.Module):
+    """A backbone that returns `out` channels, after dropout."""
+
+    in_channels: int = 3
+    out: int = 3
+    EXTRAS = {}  # noqa: RUF012
+
+    @nn.compact
+    def __call__(
+        self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False
+    ):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Conv(8, (3, 3))(latents) + text.mean())
+        return nn.Conv(self.out, (3, 3))(x)
+
+
+class Demanding(Returning):
+    EXTRAS = {"pooled": (8,)}  # noqa: RUF012
+
+
+def build(**fields):
+    overrides = [f"--config.backbone.{name}={value}" for name, value in fields.items()]
+    config = config_lib.load("experiments/shapes.py:smoke", overrides)
+    return pipeline.build(config, scratch.build_tokenizer(pipeline.create_source(config)))
+
+
+@pytest.mark.parametrize("out, fits", [(1, False), (3, True), (5, False), (6, True)])
+def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
+    model = build(name="test_pipeline:Returning", out=out)
+    latents, text = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 4, 32))
+    params, _ = model.init(jax.random.key(0))
+    if fits:
+        assert model.predict(params, latents, jnp.zeros(2), text).shape == (2, 16, 16, out)
+        trained = [
+            model.predict(params, latents + 1, jnp.zeros(2), text, train=True, rng=jax.random.key(k))
+            for k in (0, 1)
+        ]
+        assert (trained[0] != trained[1]).any()  # dropout has its key
+    else:
+        with pytest.raises(UserError, match=r"Returning returned .* it must return"):
+            model.predict(params, latents, jnp.zeros(2), text)
+
+
+def test_extras_that_nothing_supplies_are_refused():
+    with pytest.raises(UserError, match="needs the extras pooled"):
+        build(name="test_pipeline:Demanding")
+
+
+def test_zero_asks_for_the_raw_weights_as_a_number_or_a_word(pipe):
+    assert all(pipeline.ema_name(pipe.config, ema) is None for ema in (None, 0, 0.0, "0", "none"))
+    assert pipeline.ema_name(pipe.config, "0.995") == pipeline.ema_name(pipe.config, 0.995) == "0.995"
 
 
 def test_frozen_hash_sees_values_names_and_types():

@@ -4,6 +4,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -174,6 +176,39 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path
     other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
     with pytest.raises(UserError, match="other frozen weights"):
         pipeline.check_frozen(other, {"frozen_sha256": pipeline.frozen_hash(pipe.frozen)}, "here")
+
+
+def test_frozen_weights_are_those_of_the_workdir_not_of_the_processor(tmp_path):
+    config = tiny(steps=1, optim__warmup_steps=0, train_text_encoder=False)
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    before = pipeline.load(tmp_path).frozen["text_encoder"]["embedding"]
+    code = (
+        "import scaling_dit, numpy, sys; pipe = scaling_dit.load(sys.argv[1]);"
+        "numpy.save(sys.argv[2], pipe.frozen['text_encoder']['embedding'])"
+    )
+    older = {**os.environ, "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "JAX_COMPILATION_CACHE_DIR": ""}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "e.npy")], env=older, check=True
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "e.npy"), np.asarray(before))
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(tmp_path):
+    with pytest.raises(UserError, match="nothing"):
+        train.train(tiny(optim__groups=(("nothing", 0.1, 0.0),)), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_may_change_between_starts_reaches_the_saved_config(tmp_path):
+    train.train(tiny(steps=2), tmp_path, devices=jax.devices()[:1])
+    train.train(tiny(steps=2, sample__guidance=4.0), tmp_path, devices=jax.devices()[:1])
+    assert pipeline.read_config(tmp_path).sample.guidance == 4.0
+
+
+def test_lists_in_a_config_find_their_run_again(tmp_path):
+    config = tiny(steps=2, optim__groups=(["backbone", 0.1, 0.0],))
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    assert int(train.train(config, tmp_path, devices=jax.devices()[:1]).step) == 2
 
 
 def test_a_workdir_of_another_experiment_is_refused(one_device):

@@ -14,7 +14,8 @@ A backbone is a `flax.linen.Module`, used only through `init` and `apply`, with 
 
 Its fields are plain config values (numbers, strings, booleans, None, tuples of them), each with a default. A module
 that has the fields `in_channels` and `text_dim` gets them from the codec and the text encoder of the run. Parameters
-carry logical axis names (`nn.with_logical_partitioning`) so that they can be sharded; those without are replicated.
+carry logical axis names (`nn.with_logical_partitioning`) so that they can be sharded; those without are split over
+fsdp by size.
 `EXTRAS` maps each extra to its shape per example, in which a string stands for the value of the field of that name.
 """
 

@@ -53,6 +53,8 @@ class UViT(nn.Module):
 
     def __post_init__(self) -> None:
         _ = self.widths
+        if self.patch < 1 or (self.out_channels is not None and self.out_channels < 1):
+            raise UserError(f"patch {self.patch} and out_channels {self.out_channels} must be at least 1")
         check_implementation(self.attention)
         layers.check_remat(self.remat)
         contract.parse_dtype(self.dtype, "dtype")

@@ -7,6 +7,7 @@ import numpy as np
 
 from scaling_dit.data.digits import WORDS, captions, to_scans
 from scaling_dit.data.sources import Source
+from scaling_dit.data.sources.folder import FolderSource
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import tifa
 from scaling_dit.evaluation.metric import Item
@@ -24,7 +25,7 @@ class DigitAccuracy:
         Raises:
           UserError: pictures of another size than those of `data.digits`.
         """
-        if source.image_size != 16:
+        if source.image_size != 16 or not isinstance(source, FolderSource):
             raise UserError(
                 f"metric 'digits' reads the 16x16 pictures of `python -m scaling_dit.data.digits`; "
                 f"got {source.image_size} px from {source.describe()}"

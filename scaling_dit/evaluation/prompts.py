@@ -39,7 +39,14 @@ def _read(path: str) -> list[tuple[str | None, str]]:
     file = epath.Path(path)
     if not file.is_file():
         raise UserError(f"--prompts_file: no file {path}")
-    lines = [(number, line.strip()) for number, line in enumerate(file.read_text().splitlines(), start=1)]
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompts_file: {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
+    # Not splitlines(), which also splits at characters that a caption may hold.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line]
     if not path.endswith(".jsonl"):
         return [(None, line) for _, line in lines]

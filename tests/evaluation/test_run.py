@@ -33,17 +33,15 @@ def test_held_out_prompts_never_occur_in_training():
     assert not asked & trained
 
 
-def test_real_digits_are_recognised_and_wrong_ones_are_not():
+def test_real_digits_are_recognised_and_wrong_ones_are_not(tmp_path):
     from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
     by_digit = [digits.to_pictures(scans[labels == d][:5].reshape(-1, 8, 8)) for d in range(10)]
     pictures = [np.repeat(by_digit[i % 10][i // 10][..., None], 3, axis=-1) for i in range(50)]
 
-    class Source:
-        image_size = 16
-
-    items = METRICS["digits"].items(Source(), 50)
+    source = create_source(f"folder:{digits.write(tmp_path)}", image_size=16)
+    items = METRICS["digits"].items(source, 50)
     assert items[7].prompt == "a handwritten seven"
     result = METRICS["digits"].score(pictures, items, seed=0)
     assert result["tifa_average"] > 0.95 and result["accuracy_on_real_scans"] > 0.95
@@ -53,8 +51,9 @@ def test_real_digits_are_recognised_and_wrong_ones_are_not():
 def test_a_metric_that_does_not_fit_the_data_says_so(tmp_path):
     with pytest.raises(UserError, match="needs scenes"):
         METRICS["tifa"].items(create_source(f"folder:{digits.write(tmp_path / 'd')}", image_size=16), 4)
-    with pytest.raises(UserError, match="16x16"):
-        METRICS["digits"].items(create_source("shapes", preset="free32"), 4)
+    for preset in ("free32", "grid16"):
+        with pytest.raises(UserError, match="16x16"):
+            METRICS["digits"].items(create_source("shapes", preset=preset), 4)
 
 
 def test_the_verb_writes_figures_pictures_and_tifa_files(smoke_run, tmp_path, capsys):

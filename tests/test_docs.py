@@ -57,3 +57,12 @@ def test_the_papers_example_counts_what_the_paper_prints(capsys):
 def test_the_listing_of_the_api_is_the_api():
     listed = re.findall(r"^scaling_dit\.(\w+)", blocks("python")[0], re.MULTILINE)
     assert sorted(listed) == sorted(name for name in scaling_dit.__all__ if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "CONTRIBUTING.md"])
+def test_every_link_into_the_repository_leads_somewhere(page):
+    path = DOCS.parent / page
+    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+    assert links or page != "README.md"

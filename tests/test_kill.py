@@ -90,7 +90,7 @@ def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_three_random_moments(uninterrupted, tmp_path):
-    moments = np.sort(np.random.default_rng().choice(np.arange(1, STEPS), 3, replace=False))
+    moments = np.sort(np.random.default_rng().choice(np.arange(1, STEPS - 4), 3, replace=False))
     print("killed after steps", moments)
     for moment in moments:
         kill_when(tmp_path, lambda moment=moment: steps_logged(tmp_path) >= moment)

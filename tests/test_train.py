@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import jax
 import numpy as np
@@ -94,24 +92,21 @@ def test_parameters_moments_and_averages_are_sharded_alike(tmp_path):
     assert len(moments) >= 2 and all(x.sharding == kernel.sharding for x in moments)
 
 
-def stop_after(workdir: pathlib.Path, step: int) -> threading.Thread:
-    """Sends this process SIGTERM once the run has logged `step`."""
+@pytest.fixture
+def sigterm_at_5(monkeypatch):
+    """The process gets SIGTERM once, while the run is at step 5; the step after it is the last one made."""
+    shown = train.Progress.update
+    sent = []
 
-    def watch():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if any(row["step"] >= step for row in read_metrics(workdir)):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            time.sleep(0.005)
+    def update(self, step, loss=None):
+        shown(self, step, loss)
+        if step == 5 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    monkeypatch.setattr(train.Progress, "update", update)
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path):
-    stop_after(tmp_path, 5)
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path, sigterm_at_5):
     with pytest.raises(train.Stopped) as stopped:
         train.train(tiny(), tmp_path, devices=jax.devices()[:1])
     assert stopped.value.code == train.PREEMPTED
@@ -123,8 +118,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path):
     assert losses(tmp_path) == losses(one_device[0])
 
 
-def test_a_checkpoint_of_8_devices_goes_on_on_1_and_2(one_device, tmp_path):
-    stop_after(tmp_path, 5)
+def test_a_checkpoint_of_8_devices_goes_on_on_1_and_2(one_device, tmp_path, sigterm_at_5):
     with pytest.raises(train.Stopped):
         train.train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path, devices=jax.devices()[:8])
     for devices, mesh in ((1, {}), (2, {"mesh__data": 1, "mesh__fsdp": 2})):

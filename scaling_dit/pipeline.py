@@ -168,17 +168,17 @@ def abstract_params(config: ConfigDict) -> Params:
 
 
 def read_config(workdir: str | epath.Path) -> ConfigDict:
-    """The config a run was started with.
+    """The config a run was started with; fields that came with a later version have their defaults.
 
     Raises:
-      UserError: the folder holds no run.
+      UserError: the folder holds no run, or one with fields this version does not know.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise UserError(
             f"no run in {workdir}: {CONFIG_FILE} is missing; --workdir must be a folder that `train` wrote"
         )
-    return config_lib.from_json(path.read_text())
+    return config_lib.resolve(config_lib.from_json(path.read_text()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """A run's model and its weights: load, encode_text, predict; and what a workdir must hold."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +133,10 @@ def test_frozen_hash_sees_values_names_and_types():
     ]
     hashes = [pipeline.frozen_hash(tree) for tree in [base, *others]]
     assert len(set(hashes)) == 5 and pipeline.frozen_hash({}) == ""
+
+
+def test_a_run_of_an_older_version_opens_with_the_defaults_of_newer_fields(tmp_path):
+    saved = config_lib.load("shapes:smoke").to_dict()
+    del saved["sample"]["sampler"], saved["diffusion"]["min_snr_gamma"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert pipeline.read_config(tmp_path) == config_lib.load("shapes:smoke")

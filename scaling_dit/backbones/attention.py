@@ -105,3 +105,36 @@ class SelfAttention(nn.Module):
         out_init = self.out_init or self.kernel_init
         proj = Dense(width, ("heads", "embed"), kernel_init=out_init, name="proj", **types)
         return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x to a context: x [B, T, D], context [B, S, E], key_mask [B, S] -> [B, T, D].
+
+    One fused product makes k and v.
+    """
+
+    heads: int
+    qkv_bias: bool = False
+    implementation: str = "auto"
+    kernel_init: Initializer = NORMAL_002
+    out_init: Initializer | None = None  # of the last kernel; None: kernel_init
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
+        width = x.shape[-1]
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        inputs: dict[str, Any] = {"use_bias": self.qkv_bias, "kernel_init": self.kernel_init, **types}
+        q_BTD = Dense(width, ("embed", "heads"), name="q", **inputs)(x)
+        kv_BS2D = Dense((2, width), ("text", None, "heads"), name="kv", **inputs)(context)
+        q_BTNH, k_BSNH, v_BSNH = (
+            constrain(
+                rearrange(part, "b t (n h) -> b t n h", n=self.heads), "batch", "length", "act_heads", None
+            )
+            for part in (q_BTD, kv_BS2D[:, :, 0], kv_BS2D[:, :, 1])
+        )
+        o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=self.implementation)
+        out_init = self.out_init or self.kernel_init
+        proj = Dense(width, ("heads", "embed"), kernel_init=out_init, name="proj", **types)
+        return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))

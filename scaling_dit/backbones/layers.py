@@ -123,12 +123,16 @@ def conv3x3(name: str, in_channels: int, features: int, *, param_dtype: Any = jn
     )
 
 
-def layer_norm(name: str, *, epsilon: float, param_dtype: Any = jnp.float32) -> nn.LayerNorm:
-    """LayerNorm over the last axis, computed and returned in float32 whatever comes in."""
+def layer_norm(
+    name: str, *, epsilon: float, affine: bool = True, param_dtype: Any = jnp.float32
+) -> nn.LayerNorm:
+    """LayerNorm over the last axis, computed and returned in float32 whatever comes in; `affine`: scale and bias."""
     return nn.LayerNorm(
         epsilon=epsilon,
         dtype=jnp.float32,
         param_dtype=jnp.dtype(param_dtype),
+        use_scale=affine,
+        use_bias=affine,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits where a residual stream has a large mean

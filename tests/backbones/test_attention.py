@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from uvit_golden import run
 
+from scaling_dit import trees
 from scaling_dit.backbones import attention as attention_lib
-from scaling_dit.backbones.attention import SelfAttention, attention
+from scaling_dit.backbones.attention import CrossAttention, SelfAttention, attention
 from scaling_dit.errors import UserError
 
 
@@ -130,3 +132,19 @@ def test_self_attention_module(qkv_bias):
 
 def _boxed(leaf):
     return hasattr(leaf, "names")
+
+
+def test_cross_attention_is_each_head_alone():
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(2, 5, 8)), rng.normal(size=(2, 3, 6))
+    mask = np.array([[True, True, False], [True, True, True]])
+    module = CrossAttention(2, qkv_bias=True, kernel_init=nn.initializers.normal(0.5))
+    params = trees.unbox(module.init(jax.random.key(0), x, context, mask))["params"]
+    q = x @ params["q"]["kernel"]
+    k, v = (context @ params["kv"]["kernel"][:, i] for i in range(2))
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        scores = jnp.where(mask[:, None], q[..., head] @ k[..., head].swapaxes(1, 2) / 2, -jnp.inf)
+        heads.append(jax.nn.softmax(scores) @ v[..., head])
+    expected = jnp.concatenate(heads, axis=-1) @ params["proj"]["kernel"]
+    np.testing.assert_allclose(module.apply({"params": params}, x, context, mask), expected, atol=1e-5)

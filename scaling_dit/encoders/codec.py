@@ -12,7 +12,10 @@ import jax.numpy as jnp
 
 from scaling_dit.components import Registry
 
-_REGISTRY = Registry("codec", {"pixels": "scaling_dit.encoders.codec:Pixels"})
+_REGISTRY = Registry(
+    "codec",
+    {"pixels": "scaling_dit.encoders.codec:Pixels", "dct": "scaling_dit.encoders.dct:BlockDct"},
+)
 
 
 class Codec(Protocol):
@@ -62,7 +65,7 @@ def create_codec(name: str, **fields: Any) -> Codec:
     """A codec without weights.
 
     Args:
-      name: "pixels" or "package.module:Class".
+      name: "pixels", "dct" or "package.module:Class".
       **fields: fields of that codec, see `codec_fields`.
 
     Raises:

@@ -20,6 +20,7 @@ CORE = [
     "optax",
     "orbax-checkpoint>=0.12.8",
     "pillow",
+    "safetensors",
     "scipy",
     "tqdm",
 ]

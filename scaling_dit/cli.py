@@ -190,6 +190,7 @@ def _define_trained(values: flags.FlagValues) -> None:
     string(
         "ema", None, "EMA decay to use, or none for the raw weights; the run's config.sample.ema by default"
     )
+    string("sampler", None, "ddim, dpmpp_2m, euler or heun; the run's by default")
     integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=999)
     number("guidance", None, "guidance scale; the run's by default", lower_bound=0.0, upper_bound=1e6)
 
@@ -197,7 +198,7 @@ def _define_trained(values: flags.FlagValues) -> None:
 def _trained(values: flags.FlagValues) -> dict[str, Any]:
     if values.guidance is not None and math.isnan(values.guidance):
         raise UserError("--guidance is nan; give a number from 0 on")
-    names = ("seed", "step", "ema", "steps", "guidance")
+    names = ("seed", "step", "ema", "sampler", "steps", "guidance")
     return {name: values[name].value for name in names}
 
 
@@ -240,6 +241,9 @@ def _define_count(values: flags.FlagValues) -> None:
     numbers = functools.partial(flags.DEFINE_list, flag_values=values)
     numbers("latents", None, "height,width,channels of a latent; 32,32,4 for --backbone")
     numbers("text", None, "length,width of the text; 77,1024 for --backbone")
+    flags.DEFINE_integer(
+        "depth", 1, "levels of modules told apart in the breakdown", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
 
 
@@ -252,8 +256,43 @@ def _count(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
         overrides,
         latents=values.latents,
         text=values.text,
+        depth=values.depth,
         as_json=values.json,
     )
+
+
+def _define_import(values: flags.FlagValues) -> None:
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    string("from", None, "safetensors file, index of shards, or folder that diffusers' save_pretrained wrote")
+    string("workdir", None, "folder of the new run, local or gs://")
+    _define_config(values)
+
+
+def _import(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    _required(values, "import", "from", "workdir", "config")
+    from scaling_dit.interop import importing
+
+    return importing.main(values["from"].value, values.workdir, values.config, overrides)
+
+
+def _define_export(values: flags.FlagValues) -> None:
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    string("workdir", None, "folder of the trained run")
+    string("out", None, "folder to write; it must not exist or be empty")
+    formats = ("diffusers", "safetensors")
+    to = "a folder that diffusers loads, or weights alone in the names of the published code"
+    flags.DEFINE_enum("to", None, formats, f"{' or '.join(formats)}: {to}", flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "checkpoint to write; the latest by default", lower_bound=0, flag_values=values
+    )
+    string("ema", None, "EMA decay to write, or none for raw weights; the run's config.sample.ema by default")
+
+
+def _export(values: flags.FlagValues, _: list[str], __: list[str]) -> int:
+    _required(values, "export", "workdir", "out", "to")
+    from scaling_dit.interop import exporting
+
+    return exporting.main(values.workdir, values.out, to=values.to, step=values.step, ema=values.ema)
 
 
 VERBS: dict[str, Verb] = {
@@ -278,10 +317,23 @@ VERBS: dict[str, Verb] = {
         _evaluate,
     ),
     "count": Verb(
-        "Counts parameters, multiply-accumulates and training FLOPs.",
+        "Counts parameters, multiply-accumulates, training FLOPs and activation memory.",
         f"{PROGRAM} count --backbone=uvit --config.backbone.size=h2048-d42-n16 --latents=32,32,4 --text=77,1024",
         _define_count,
         _count,
         overrides=True,
+    ),
+    "import": Verb(
+        "Starts a run from published weights.",
+        f"{PROGRAM} import --from=model.safetensors --config=shapes --workdir=runs/imported",
+        _define_import,
+        _import,
+        overrides=True,
+    ),
+    "export": Verb(
+        "Writes a run's weights for other code to read.",
+        f"{PROGRAM} export --workdir=runs/shapes --out=shapes-weights --to=safetensors",
+        _define_export,
+        _export,
     ),
 }

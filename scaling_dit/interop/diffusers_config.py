@@ -1,0 +1,127 @@
+"""The `config.json` of diffusers' models and the fields of our backbones, each from the other.
+
+A family is described by the constructor arguments of its diffusers class with their defaults, and by two functions.
+What one of our backbones computes fixes every argument but a few; an imported file is checked by writing it again, so
+that an option which our backbone does not have is an error and never a silent difference.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scaling_dit.errors import UserError, nearest
+
+DIFFUSERS_VERSION = "0.42.1"  # whose classes and files these are
+Arguments = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One diffusers class and the backbone that computes the same.
+
+    Attributes:
+      name: of our backbone.
+      class_name: of diffusers' model.
+      aliases: older names of that class in published files.
+      defaults: every constructor argument with its default.
+      free: arguments that change nothing that is computed.
+      to_arguments: (backbone, height and width of the latents) -> the arguments that differ from `defaults`.
+      to_fields: all arguments -> fields of our backbone, `in_channels` and `text_dim` among them.
+    """
+
+    name: str
+    class_name: str
+    defaults: Mapping[str, Any]
+    to_arguments: Callable[[Any, tuple[int, int]], Arguments]
+    to_fields: Callable[[Arguments], dict[str, Any]]
+    free: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {}  # by the name of our backbone
+
+
+def write_config(backbone_name: str, backbone: Any, latents: tuple[int, int]) -> dict[str, Any]:
+    """The `config.json` of a backbone for latents of a height and width.
+
+    Raises:
+      UserError: diffusers has no class that computes what this backbone does.
+    """
+    if backbone_name not in FAMILIES:
+        raise UserError(
+            f"diffusers has no model that computes what backbone {backbone_name!r} does; it has one for "
+            f"{', '.join(FAMILIES)}; --to=safetensors writes the names of the published code"
+        )
+    family = FAMILIES[backbone_name]
+    head = {"_class_name": family.class_name, "_diffusers_version": DIFFUSERS_VERSION}
+    return head | dict(family.defaults) | family.to_arguments(backbone, latents)
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that a `config.json` belongs to.
+
+    Raises:
+      UserError: it names a class that none of our backbones computes.
+    """
+    named = config.get("_class_name")
+    for family in FAMILIES.values():
+        if named in (family.class_name, *family.aliases):
+            return family
+    known = [family.class_name for family in FAMILIES.values()]
+    raise UserError(f"{where} is of a {named}, which no backbone here computes; {nearest(str(named), known)}")
+
+
+def read_fields(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Our backbone's fields from a `config.json`; arguments that it leaves out have their defaults.
+
+    Raises:
+      UserError: an argument that diffusers does not have and that is switched on.
+    """
+    for name, value in config.items():
+        # Files of older versions carry switches that later ones dropped; off, they mean nothing.
+        if name not in family.defaults and not name.startswith("_") and value:
+            raise UserError(f"{where} sets {name}, which {family.class_name} does not have")
+    return family.to_fields(_arguments(family, config))
+
+
+def check_same(
+    family: Family, config: Mapping[str, Any], backbone: Any, latents: tuple[int, int], where: str
+) -> None:
+    """Makes sure that a backbone computes what a `config.json` describes.
+
+    Raises:
+      UserError: names the first argument that differs.
+    """
+    ours = _arguments(family, write_config(family.name, backbone, latents))
+    for name, value in _arguments(family, config).items():
+        if name not in family.free and not same_value(value, ours[name]):
+            raise UserError(
+                f"{where} has {name} {value!r}; backbone {family.name!r} computes with {ours[name]!r} here"
+            )
+
+
+def keep_spelling(written: Mapping[str, Any], imported: Mapping[str, Any], free: frozenset[str]) -> Arguments:
+    """`written` with the values of the file it was imported from where both mean the same: 8 and [8, 8, 8] do."""
+    return {
+        name: imported[name]
+        if name in imported and (name in free or same_value(value, imported[name]))
+        else value
+        for name, value in written.items()
+    }
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of an argument mean the same; one number stands for any number of equal ones."""
+    one, other = _tuple(one), _tuple(other)
+    if isinstance(one, tuple) != isinstance(other, tuple):
+        many, single = (one, other) if isinstance(one, tuple) else (other, one)
+        return bool(many) and all(same_value(value, single) for value in many)
+    return one == other
+
+
+def _arguments(family: Family, config: Mapping[str, Any]) -> Arguments:
+    return {name: _tuple(config.get(name, default)) for name, default in family.defaults.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value

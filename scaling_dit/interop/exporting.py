@@ -1,0 +1,90 @@
+"""Weights of a run to a folder that other code reads: the `export` verb."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from scaling_dit import interop, pipeline
+from scaling_dit.errors import UserError
+from scaling_dit.interop import diffusers_config, weight_files
+
+IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
+_CONFIG = "config.json"
+
+
+def main(
+    workdir: str,
+    out: str,
+    *,
+    to: str,
+    step: int | None = None,
+    ema: str | None = None,
+    shard_bytes: int = weight_files.SHARD_BYTES,
+) -> int:
+    """The `export` verb: writes the backbone of a run and says where; returns the exit code.
+
+    Args:
+      workdir: folder of the run.
+      out: folder to write; it must not exist or be empty.
+      to: "diffusers" (config.json and diffusion_pytorch_model.safetensors, for `from_pretrained`) or "safetensors"
+        (model.safetensors, in the names of the published code).
+      step: checkpoint; the latest by default.
+      ema: decay of the average to write, "none" for the raw weights; `config.sample.ema` by default.
+      shard_bytes: weights beyond this are split over several files.
+
+    Raises:
+      UserError: no such run, checkpoint or average; a folder that holds something; or a backbone without names
+        elsewhere.
+    """
+    folder = epath.Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
+    config = pipeline.read_config(workdir)
+    decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
+    pipe = pipeline.load(workdir, step=step, ema=None if decay is None else float(decay))
+    described = describe(pipe, epath.Path(workdir)) if to == "diffusers" else None
+    weights = interop.to_state_dict(pipe.model.backbone, {"params": pipe.params["backbone"]})
+    if jax.process_index() == 0:
+        files = write_folder(folder, weights, described, shard_bytes)
+        total = sum(array.nbytes for array in weights.values())
+        about = f"step {pipe.step}, ema {decay or 'none'}, {total / 1e6:,.1f} MB"
+        print(f"{config.backbone.name} in {folder}: {', '.join(files)} ({about})")
+    return 0
+
+
+def describe(pipe: pipeline.Pipeline, workdir: epath.Path) -> dict[str, Any]:
+    """The `config.json` of a run's backbone; one that was imported keeps the spelling of the file it came with."""
+    name = pipe.config.backbone.name
+    described = diffusers_config.write_config(name, pipe.model.backbone, pipe.model.latent_shape[:2])
+    imported = workdir / IMPORTED_CONFIG
+    if not imported.exists():
+        return described
+    free = diffusers_config.FAMILIES[name].free
+    return diffusers_config.keep_spelling(described, weight_files.read_json(imported), free)
+
+
+def write_folder(
+    folder: epath.Path, weights: dict[str, np.ndarray], described: dict[str, Any] | None, shard_bytes: int
+) -> list[str]:
+    """Writes weights and, if there is one, config.json; the folder appears under its name only when it is whole.
+
+    A remote store cannot rename: there config.json, which every reader opens first, is written last.
+    """
+    remote = "://" in str(folder)
+    partial = folder if remote else folder.with_name(folder.name + ".partial")
+    if not remote and partial.exists():
+        partial.rmtree()  # of an export that was killed
+    partial.mkdir(parents=True, exist_ok=True)
+    stem = weight_files.STEMS[1 if described is None else 0]
+    files = weight_files.write(partial, stem, weights, shard_bytes)
+    if described is not None:
+        (partial / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        files.append(_CONFIG)
+    if not remote:
+        if folder.exists():
+            folder.rmdir()  # empty, as was checked
+        partial.rename(folder)
+    return files

@@ -1,0 +1,182 @@
+"""A new run from published weights: the `import` verb.
+
+The run is as `train` would start it, at step 0 with a fresh optimiser, but that the backbone's parameters and all
+averages are the imported ones. `train` with the same config goes on from there, and every verb opens it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from scaling_dit import config as config_lib
+from scaling_dit import config_files, interop, optim, pipeline, state, train, trees
+from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.errors import UserError
+from scaling_dit.interop import diffusers_config, weight_files
+from scaling_dit.interop.exporting import IMPORTED_CONFIG
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
+
+# Fields that the codec and the text encoder of the run decide, and what to set.
+_FROM_RUN = {"in_channels": "config.codec.name", "text_dim": "config.text_encoder.dim"}
+
+
+def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) -> int:
+    """The `import` verb: reads weights, writes a run at step 0 and says where; returns the exit code.
+
+    Args:
+      source: a safetensors file, an index of shards, or a folder with one of these. A `config.json` of diffusers in
+        the folder decides the fields of the backbone.
+      workdir: folder of the new run; it must hold none.
+      spec: experiment that the run belongs to, as in `config.load`.
+      overrides: arguments such as `--config.batch=8`.
+
+    Raises:
+      UserError: a workdir that holds a run, files that are no safetensors, weights that do not fit the backbone, or a
+        config that contradicts the folder's.
+    """
+    path, folder = epath.Path(source), epath.Path(workdir)
+    for name in (pipeline.CONFIG_FILE, pipeline.CHECKPOINTS):
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds a run already; give another --workdir")
+    described = read_described(path)
+    config = run_config(spec, overrides, described, source)
+    weights = weight_files.read(path)
+    start_run(config, folder, weights, described, source)
+    print(
+        f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; go on with train"
+    )
+    return 0
+
+
+def read_described(path: epath.Path) -> dict[str, Any] | None:
+    """The `config.json` of a diffusers folder; None for a file, or for a folder that holds none."""
+    file = path / "config.json"
+    return weight_files.read_json(file) if path.is_dir() and file.exists() else None
+
+
+def run_config(
+    spec: str, overrides: Sequence[str], described: Mapping[str, Any] | None, source: str
+) -> ConfigDict:
+    """The config of the new run: the experiment's, its backbone filled from a diffusers folder if there is one.
+
+    Raises:
+      UserError: a backbone, or a field of it, that the experiment or an override sets to something else than the
+        folder.
+    """
+    if described is None:
+        return config_lib.load(spec, overrides)
+    family = diffusers_config.family_of(described, source)
+    config = config_files.read_experiment(spec).copy_and_resolve_references()
+    there = config.get("backbone", ConfigDict()).get("name", config_lib.defaults().backbone.name)
+    name = config_files.component_names(overrides, ("backbone",)).get("backbone", there)
+    if name != family.name:
+        raise UserError(
+            f"config.backbone.name is {name!r}, but {source} holds a {family.class_name}; add "
+            f"--config.backbone.name={family.name}"
+        )
+    if there != name:
+        config.backbone = ConfigDict({"name": name})  # another backbone's sizes are not this one's
+    explicit = {f"backbone.{key}" for key in config.get("backbone", ConfigDict())}
+    explicit |= {config_files.override_key(override) for override in overrides}
+    fields = diffusers_config.read_fields(family, described, source)
+    resolved = config_lib.resolve(config, overrides).copy_and_resolve_references()
+    with resolved.unlocked():
+        _fill(resolved.backbone, fields, explicit, source)
+    return config_lib.resolve(resolved)
+
+
+def _fill(section: ConfigDict, fields: Mapping[str, Any], explicit: set[str], source: str) -> None:
+    """Sets the backbone's fields in place; those that were set by hand must agree.
+
+    What a size set by hand stands for is compared once the backbone is built.
+    """
+    by_size = section.get("size") is not None and "backbone.size" in explicit
+    for field, value in fields.items():
+        if field in _FROM_RUN:
+            continue
+        now = section[field]
+        if now is not None and f"backbone.{field}" in explicit:
+            if now != value:
+                raise UserError(
+                    f"config.backbone.{field} is {now!r}, but {source} has {value!r}; leave it out, for it follows "
+                    "from there"
+                )
+        elif not (by_size and now is None):
+            section[field] = value
+    if "size" in section and not by_size:
+        section.size = None  # a default, which the fields replace
+
+
+def start_run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    weights: Mapping[str, np.ndarray],
+    described: Mapping[str, Any] | None,
+    source: str,
+) -> None:
+    """Writes a run at step 0 whose backbone has these weights, in upstream names.
+
+    The config is written last: a folder with a config has everything else.
+    """
+    mesh = make_mesh(**config.mesh.to_dict())
+    tokenizer = train.open_workdir(workdir, config)
+    model = pipeline.build(config, tokenizer)
+    if described is not None:
+        _check_described(config, model, described, source)
+    backbone: Any = model.backbone
+    loaded = interop.load_state_dict(backbone, weights)["params"]
+    key = jax.random.key(config.seed)
+    boxed, boxed_frozen = jax.eval_shape(model.init, key)
+    _check_shapes(trees.by_path(loaded), trees.by_path(trees.unbox(boxed["backbone"])), model)
+
+    frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
+    placed = rules.param_shardings(mesh, boxed)
+    optimizer = optim.make_optimizer(config.optim, config.steps)
+
+    def make(imported: Any) -> state.TrainState:
+        params, _ = model.init(key)
+        params = trees.unbox(params) | {"backbone": imported}  # the drawn ones are never computed
+        return state.create_state(params, optimizer, config.optim.ema)
+
+    host = jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
+        loaded,
+        placed["backbone"],
+    )
+    shardings = rules.state_shardings(mesh, jax.eval_shape(make, host), placed)
+    start = jax.jit(make, out_shardings=shardings)(host)
+    with Checkpoints(workdir / pipeline.CHECKPOINTS) as store:
+        store.save(0, start, {"frozen_sha256": pipeline.frozen_hash(frozen)}, wait=True)
+    if described is not None and jax.process_index() == 0:
+        pipeline.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+    train.claim_workdir(workdir, config, tokenizer, frozen)
+
+
+def _check_described(
+    config: ConfigDict, model: pipeline.Model, described: Mapping[str, Any], source: str
+) -> None:
+    family = diffusers_config.family_of(described, source)
+    backbone: Any = model.backbone
+    fields = diffusers_config.read_fields(family, described, source)
+    for field, setting in _FROM_RUN.items():
+        if getattr(backbone, field) != fields[field]:
+            raise UserError(
+                f"{source} has {field} {fields[field]}, but this run gives {getattr(backbone, field)}; set {setting}"
+            )
+    diffusers_config.check_same(family, described, backbone, model.latent_shape[:2], source)
+
+
+def _check_shapes(found: Mapping[Any, Any], wanted: Mapping[Any, Any], model: pipeline.Model) -> None:
+    """A table of positions may have any length in a state dict, but it must fit this run's inputs."""
+    for path, target in wanted.items():
+        if found[path].shape != target.shape:
+            raise UserError(
+                f"{'/'.join(path)} of the weights is {found[path].shape}, but latents of {model.latent_shape} and "
+                f"{model.text_encoder.length} tokens of text need {target.shape}: import at the size it was made for"
+            )

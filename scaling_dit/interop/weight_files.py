@@ -1,0 +1,156 @@
+"""Weights in safetensors files, whole or split into shards with an index, in the layout of the Hugging Face libraries.
+
+Shards are named `STEM-00001-of-00003.safetensors`; `STEM.safetensors.index.json` says which holds which entry. Nothing
+is ever unpickled: a pickle can run any code, so such files are refused.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors import numpy as safetensors_numpy
+
+from scaling_dit.errors import UserError
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' folders, and of ours in upstream names
+SHARD_BYTES = 5 * 10**9
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def write(folder: epath.Path, stem: str, weights: Mapping[str, np.ndarray], shard_bytes: int) -> list[str]:
+    """Writes contiguous arrays to a folder and returns the names of the files.
+
+    Entries fill the shards in order; one that is larger than `shard_bytes` gets a shard of its own. All that fits one
+    shard is one file without an index.
+    """
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, array in weights.items():
+        if shards[-1] and size + array.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    many = len(shards) > 1
+    files = [
+        f"{stem}-{i:05d}-of-{len(shards):05d}{SUFFIX}" if many else f"{stem}{SUFFIX}"
+        for i in range(1, len(shards) + 1)
+    ]
+    for file, shard in zip(files, shards, strict=True):
+        # "pt" says that axes are in torch's order; readers of these libraries refuse files that do not say it.
+        (folder / file).write_bytes(safetensors_numpy.save(shard, metadata={"format": "pt"}))
+    if not many:
+        return files
+    places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    total = sum(array.nbytes for array in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [*files, f"{stem}{INDEX_SUFFIX}"]
+
+
+def read(path: epath.Path) -> dict[str, np.ndarray]:
+    """Every array of a safetensors file, an index of shards, or a folder that holds one of these.
+
+    Half precision keeps its type: float16, or bfloat16 of ml_dtypes.
+
+    Raises:
+      UserError: no such file, a pickle, a damaged file, several candidates, or an index that its shards do not match.
+    """
+    path = _find(path)
+    return _read_shards(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: it holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
+    return value
+
+
+def _find(path: epath.Path) -> epath.Path:
+    """The file or index that a path means."""
+    if not path.exists():
+        raise UserError(f"no file or folder {path} to import from")
+    if not path.is_dir():
+        if path.suffix in _PICKLES:
+            raise _pickle(path)
+        if not path.name.endswith((SUFFIX, INDEX_SUFFIX)):
+            raise UserError(f"{path} is neither {SUFFIX}, {INDEX_SUFFIX} nor a folder that holds one")
+        return path
+    names = sorted(file.name for file in path.iterdir())
+    usual = [stem + suffix for stem in STEMS for suffix in (SUFFIX, INDEX_SUFFIX)]
+    found = [name for name in usual if name in names]
+    found = found or [name for name in names if name.endswith(INDEX_SUFFIX)]
+    found = found or [name for name in names if name.endswith(SUFFIX)]
+    if len(found) == 1:
+        return path / found[0]
+    if found:
+        raise UserError(f"{path} holds several sets of weights: {', '.join(found)}; give one of these files")
+    if "model_index.json" in names:
+        parts = [name for name in ("transformer", "unet") if name in names]
+        raise UserError(f"{path} is a whole pipeline; give the folder of its backbone, {' or '.join(parts)}")
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise _pickle(path / pickles[0])
+    raise UserError(f"{path} holds no {SUFFIX} file")
+
+
+def _pickle(path: epath.Path) -> UserError:
+    return UserError(
+        f"{path} is a pickle, which can run any code when it is read; weights are read from {SUFFIX} files only"
+    )
+
+
+def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index} has no weight_map that says which file holds which entry")
+    weights: dict[str, np.ndarray] = {}
+    for file in sorted(set(map(str, places.values()))):
+        shard = index.parent / file
+        if epath.Path(file).name != file or not shard.exists():
+            raise UserError(f"{index} names the shard {file!r}, which is not beside it")
+        held = _read_file(shard)
+        wanted = {name for name, place in places.items() if place == file}
+        if set(held) != wanted:
+            some = ", ".join(sorted(set(held) ^ wanted)[:3])
+            raise UserError(f"{shard} does not hold what {index.name} says it holds: {some}")
+        weights |= held
+    return weights
+
+
+def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
+    with _local(path) as local:
+        try:
+            with safetensors.safe_open(local, framework="np") as file:
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[str]:
+    """A path that the safetensors library can map: that of a local file, or of a copy that is deleted after use."""
+    if "://" not in str(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = epath.Path(folder) / path.name
+        path.copy(copy)
+        yield str(copy)

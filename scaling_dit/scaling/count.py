@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates and training FLOPs of any backbone, from its traced program.
+"""Parameters, multiply-accumulates, training FLOPs and activation memory of any backbone, from its traced program.
 
 Nothing is allocated: the call is traced on shapes, so a model of billions of parameters counts in seconds. Every
 matrix product and convolution of the program is counted as output size x summed terms, a scanned body times its length.
@@ -9,37 +9,70 @@ input reaches, that is convolutions and linear layers; "total" counts all, so th
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 from flax import linen as nn
-from jax.extend import core as jex
 
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.attention import IMPLEMENTATIONS
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.scaling.trace import Walker
+
+Path = tuple[str, ...]  # names of modules from the outside in
+_ATTENTION = re.compile(r"attn|attention|transformer", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Parameters, and multiply-accumulates of one forward pass on one example, of a model or one of its parts."""
+    """Parameters, and multiply-accumulates of one forward pass on one example, of a model or one of its parts.
+
+    `macs_attention` is the share of `macs_paper` inside modules that are called attention or transformer (or "attn"):
+    projections of attention in a transformer, whole transformer modules in a UNet, as in the column of arXiv
+    2404.02883, Table 1.
+    """
 
     params: int = 0
     macs_paper: int = 0
+    macs_attention: int = 0
     macs_total: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
-        )
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in _FIGURES))
+
+
+_FIGURES = tuple(field.name for field in dataclasses.fields(Cost))
 
 
 @dataclasses.dataclass(frozen=True)
 class Count(Cost):
-    """The cost of a backbone; `modules` splits it by top-level module, layers of one stack (`name_0`, ...) together."""
+    """The cost of a backbone.
 
-    modules: dict[str, Cost] = dataclasses.field(default_factory=dict)
+    Attributes:
+      activation_bytes: what the backward pass keeps of one example's forward pass, an estimate: the arrays that
+        differentiation by the parameters stores and that depend on the example, in their own dtypes and under the
+        backbone's `remat`. Attention counts as computed by XLA, which keeps its weights; a fused kernel does not. XLA
+        may keep less, where it recomputes cheap steps. Inputs of the run and parameters are not in it.
+      tree: cost of every module by its path, what lies in submodules not included. Equal numbered siblings (`name_0`,
+        `name_1`, ...), the layers of a stack, are one entry, so that scanned and unrolled models give the same.
+    """
+
+    activation_bytes: int = 0
+    tree: Mapping[Path, Cost] = dataclasses.field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, Cost]:
+        """The cost of each top-level module, in the order in which they run."""
+        return self.by_module(1)
+
+    def by_module(self, depth: int) -> dict[str, Cost]:
+        """The cost of the modules `depth` levels down, or less where there are fewer: "down_1/attention" -> cost."""
+        parts: dict[str, Cost] = {}
+        for path, cost in self.tree.items():
+            key = "/".join(path[:depth])
+            parts[key] = parts.get(key, Cost()) + cost
+        return parts
 
     def train_flops(self, batch: int, steps: int, convention: Literal["paper", "total"] = "total") -> int:
         """FLOPs of a training run: 3 (forward and backward) x 2 (per multiply-accumulate) x MACs x batch x steps.
@@ -61,8 +94,8 @@ def count(
     """Counts a backbone on latents (H, W, C) and text (L, D), batch 1, no conditions.
 
     Raises:
-      UserError: not a backbone, shapes that its fields exclude, a call that fails or returns another shape, or products
-        that cannot be counted (in a loop of unknown length or a hand-written kernel).
+      UserError: not a backbone, shapes that its fields exclude, a call that fails, returns another shape or cannot be
+        differentiated, or products that cannot be counted (in a loop of unknown length or a hand-written kernel).
     """
     contract.check_backbone(backbone)
     if len(latents) != 3 or len(text) != 2:
@@ -74,164 +107,95 @@ def count(
     name = type(backbone).__name__
     try:
         variables = contract.abstract_variables(backbone, inputs)
-        closed, out = jax.make_jaxpr(backbone.apply, return_shape=True)(variables, *inputs)
+        forward, out = jax.make_jaxpr(backbone.apply, return_shape=True)(variables, *inputs)
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).split("\n", 1)[0]
-        raise UserError(
-            f"{name} cannot be traced on latents {latents} and text {text}: {type(error).__name__}: {reason}"
-        ) from error
+        raise _untraceable(f"{name} cannot be traced", latents, text, error) from error
     shapes = [(1, *latents[:2], n * (getattr(backbone, "out_channels", None) or latents[2])) for n in (1, 2)]
     if getattr(out, "shape", None) not in shapes:
         raise UserError(
             f"{name} returns {_describe(out)}; it must return one array {shapes[0]} or {shapes[1]}"
         )
 
+    walker = Walker(name)
+    walker.run(forward.jaxpr, _reached(forward.jaxpr, variables))
     params = variables.get("params", {})
-    parts: dict[str, Cost] = {}
-    for key, tree in params.items():
-        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-        parts[_stack_name(key)] = parts.get(_stack_name(key), Cost()) + Cost(params=size)
-    walker = _Walker(name, tuple(params))
-    reached = [False] * len(jax.tree.leaves(variables))
-    reached += [True] * (len(closed.jaxpr.invars) - len(reached))
-    walker.run(closed.jaxpr, reached, "", 1)
-    for key, cost in walker.costs.items():
-        parts[key] = parts.get(key, Cost()) + cost
-    total = sum(parts.values(), Cost())
-    return Count(total.params, total.macs_paper, total.macs_total, modules=parts)
+    tree: dict[Path, Cost] = {}
+    for scope, macs in walker.macs.items():
+        path = _module_path(scope, params)
+        attention = macs.linear if any(map(_ATTENTION.search, path)) else 0
+        tree[path] = tree.get(path, Cost()) + Cost(0, macs.linear, attention, macs.all)
+    for path, size in _sizes(params).items():
+        tree[path] = tree.get(path, Cost()) + Cost(size)
+    try:
+        kept = _activation_bytes(backbone, variables, inputs)
+    except Exception as error:
+        raise _untraceable(f"{name} cannot be differentiated", latents, text, error) from error
+    total = sum(tree.values(), Cost())
+    return Count(*(getattr(total, figure) for figure in _FIGURES), activation_bytes=kept, tree=tree)
 
 
-class _Walker:
-    """Walks a program and adds up its products by module. `reached` says of a value whether an input reaches it."""
+def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ...]) -> int:
+    """Bytes of what `jax.vjp` stores and an input reaches; what none reaches is a parameter or a cast of one."""
 
-    def __init__(self, backbone: str, modules: Sequence[str]) -> None:
-        self.backbone = backbone
-        self.modules = set(modules)
-        self.costs: dict[str, Cost] = {}
+    def stored(variables: Any, *inputs: Any) -> list[Any]:
+        rngs = {"dropout": jax.random.key(0)}
+        call = lambda weights: backbone.apply(weights, *inputs, train=True, rngs=rngs)  # noqa: E731
+        return jax.tree.leaves(jax.vjp(call, variables)[1])
 
-    def run(self, jaxpr: Any, reached: Sequence[bool], scope: str, times: int) -> list[bool]:
-        """Counts `times` runs of the program on inputs that are `reached`; returns it for its outputs."""
-        env: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
-        env |= dict(zip(jaxpr.invars, reached, strict=True))
-
-        def read(atom: Any) -> bool:
-            return False if isinstance(atom, jex.Literal) else env[atom]
-
-        for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            here = f"{scope}/{eqn.source_info.name_stack}"
-            env |= dict(zip(eqn.outvars, self._equation(eqn, operands, here, times), strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _equation(self, eqn: Any, operands: list[bool], scope: str, times: int) -> list[bool]:
-        name, params = eqn.primitive.name, eqn.params
-        if name in ("dot_general", "conv_general_dilated"):
-            macs = times * (_dot_macs(eqn) if name == "dot_general" else _conv_macs(eqn))
-            self._add(scope, Cost(0, 0 if all(operands) else macs, macs))
-        elif name == "scan":
-            return self._scan(eqn, operands, scope, times)
-        elif name == "cond":
-            return self._cond(eqn, operands, scope, times)
-        elif bodies := _sub_jaxprs(params):
-            if len(bodies) == 1 and name in _CALLS and len(bodies[0].invars) == len(operands):
-                return self.run(bodies[0], operands, scope, times)
-            if any(_has_products(body) for body in bodies):
-                raise UserError(
-                    f"{self.backbone}: the products inside {name!r} (at {scope.strip('/') or 'the top'}) cannot be "
-                    f"counted; use jax.lax.scan for loops and attention='xla' for kernels"
-                )
-        return [any(operands)] * len(eqn.outvars)
-
-    def _scan(self, eqn: Any, operands: list[bool], scope: str, times: int) -> list[bool]:
-        # Operands are constants, carries, then what is read step by step; results are carries, then what is stacked.
-        # Versions of jax count them under different names, but only what goes step by step has an axis less inside.
-        body = eqn.params["jaxpr"].jaxpr
-        carries = sum(map(_same_rank, eqn.outvars, body.outvars))
-        consts = sum(map(_same_rank, eqn.invars, body.invars)) - carries
-        state = operands[consts : consts + carries]
-        while True:  # a carry is reached if any iteration's is
-            inputs = operands[:consts] + state + operands[consts + carries :]
-            outputs = _Walker(self.backbone, ()).run(body, inputs, scope, 0)
-            merged = [a or b for a, b in zip(state, outputs[:carries], strict=True)]
-            if merged == state:
-                break
-            state = merged
-        return self.run(body, inputs, scope, times * eqn.params["length"])
-
-    def _cond(self, eqn: Any, operands: list[bool], scope: str, times: int) -> list[bool]:
-        """The branch with the most products counts; an output is reached if the choice or any branch's output is."""
-        choice, *inputs = operands
-        walkers, outputs = [], []
-        for branch in eqn.params["branches"]:
-            walkers.append(_Walker(self.backbone, tuple(self.modules)))
-            outputs.append(walkers[-1].run(branch.jaxpr, inputs, scope, times))
-        heaviest = max(walkers, key=lambda walker: sum(cost.macs_total for cost in walker.costs.values()))
-        for key, cost in heaviest.costs.items():
-            self.costs[key] = self.costs.get(key, Cost()) + cost
-        return [choice or any(branch) for branch in zip(*outputs, strict=True)]
-
-    def _add(self, scope: str, cost: Cost) -> None:
-        module = next((part for part in scope.split("/") if part in self.modules), "other")
-        key = _stack_name(module)
-        self.costs[key] = self.costs.get(key, Cost()) + cost
+    jaxpr = jax.make_jaxpr(stored)(variables, *inputs).jaxpr
+    depends = Walker(type(backbone).__name__).run(jaxpr, _reached(jaxpr, variables))
+    arrays = {id(var): var.aval for var, on_input in zip(jaxpr.outvars, depends, strict=True) if on_input}
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
 
 
-# Primitives that run their one inner program once on exactly their operands.
-_CALLS = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-}
+def _reached(jaxpr: Any, variables: Any) -> list[bool]:
+    """Of the operands of a program (variables, then inputs) the inputs alone."""
+    weights = len(jax.tree.leaves(variables))
+    return [False] * weights + [True] * (len(jaxpr.invars) - weights)
 
 
-def _dot_macs(eqn: Any) -> int:
-    (contracting, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracting)
+def _module_path(scope: str, params: Mapping[str, Any]) -> Path:
+    """The modules with parameters that a scope passes through, under the names of `_stacks`; ("other",) if none."""
+    path: Path = ()
+    for part in scope.split("/"):
+        if part in params:
+            path += (_stacks(params)[part],)
+            params = params[part] if isinstance(params[part], Mapping) else {}
+    return path or ("other",)
 
 
-def _conv_macs(eqn: Any) -> int:
-    """Output size x terms per output; the kernel's input axis is already that of one group.
-
-    Of a transposed convolution only the terms that do not hit the zeros between inputs count.
-    """
-    kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-    terms = math.prod(kernel[axis] for axis in spec[1:])
-    return math.prod(eqn.outvars[0].aval.shape) * terms // math.prod(eqn.params["lhs_dilation"])
-
-
-def _same_rank(a: Any, b: Any) -> bool:
-    return len(a.aval.shape) == len(b.aval.shape)
-
-
-def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)  # of a closed one
-            if hasattr(item, "eqns"):
-                found.append(item)
-    return found
+def _sizes(params: Mapping[str, Any], path: Path = ()) -> dict[Path, int]:
+    """Parameters of each module by its path; one at the top, in no module, goes by its own name."""
+    sizes: dict[Path, int] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            found = _sizes(value, (*path, _stacks(params)[key]))
+        else:
+            found = {path or (key,): math.prod(value.shape)}
+        for at, size in found.items():
+            sizes[at] = sizes.get(at, 0) + size
+    return sizes
 
 
-def _has_products(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        or any(_has_products(body) for body in _sub_jaxprs(eqn.params))
-        for eqn in jaxpr.eqns
-    )
+def _stacks(params: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each entry as shown: numbered siblings of equal shapes lose their numbers."""
+    numbered: dict[str, list[str]] = {}
+    for key in params:
+        if re.search(r"_\d+$", key):
+            numbered.setdefault(re.sub(r"_\d+$", "", key), []).append(key)
+    names = {key: key for key in params}
+    for stack, keys in numbered.items():
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, params[key]) for key in keys]
+        if stack not in params and all(shape == shapes[0] for shape in shapes):
+            names |= dict.fromkeys(keys, stack)
+    return names
 
 
-def _stack_name(module: str) -> str:
-    return re.sub(r"_\d+$", "", module)
+def _untraceable(what: str, latents: Any, text: Any, error: Exception) -> UserError:
+    reason = str(error).split("\n", 1)[0]
+    return UserError(f"{what} on latents {latents} and text {text}: {type(error).__name__}: {reason}")
 
 
 def _describe(out: Any) -> str:

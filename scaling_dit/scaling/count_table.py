@@ -14,7 +14,7 @@ from scaling_dit.errors import UserError
 if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
     from flax import linen as nn
 
-    from scaling_dit.scaling.count import Count
+    from scaling_dit.scaling.count import Cost, Count
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256-pixel images through an 8x autoencoder; CLIP-H text
 
@@ -26,6 +26,7 @@ def main(
     *,
     latents: Sequence[str] | None = None,
     text: Sequence[str] | None = None,
+    depth: int = 1,
     as_json: bool = False,
 ) -> int:
     """Prints the count of an experiment's backbone, or of a backbone alone, as a table or as JSON.
@@ -37,6 +38,8 @@ def main(
       overrides: `--config.key=value` arguments; with `backbone`, those of `config.backbone`.
       latents: height, width, channels of a latent; by default the experiment's, or `LATENTS`.
       text: tokens and their width; by default the experiment's, or `TEXT`.
+      depth: levels of modules that are told apart.
+      as_json: one JSON object instead of a table.
 
     Raises:
       UserError: neither or both of `spec` and `backbone`, or shapes that are not whole numbers.
@@ -70,11 +73,12 @@ def main(
     result = count(module, (height, width, channels), (length, dim))
     about = {"backbone": config.backbone.name, "latents": latents_HWC, "text": text_LD}
     rows = _figures(result, training)
+    modules = result.by_module(depth)
     if as_json:
-        modules = {name: dataclasses.asdict(cost) for name, cost in result.modules.items()}
-        print(json.dumps(about | training | rows | {"modules": modules}))
+        costs = {name: dataclasses.asdict(cost) for name, cost in modules.items()}
+        print(json.dumps(about | training | rows | {"modules": costs}))
     else:
-        print(_table(about | training, rows, result))
+        print(_table(about | training, rows, modules))
     return 0
 
 
@@ -98,30 +102,41 @@ def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, .
 
 
 def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:
-    figures = {"params": result.params, "macs_paper": result.macs_paper, "macs_total": result.macs_total}
+    names = ("params", "macs_paper", "macs_attention", "macs_total", "activation_bytes")
+    figures = {name: getattr(result, name) for name in names}
     if training:
         for convention in ("paper", "total"):
             figures[f"train_flops_{convention}"] = result.train_flops(**training, convention=convention)
     return figures
 
 
-def _table(about: dict[str, Any], figures: dict[str, int], result: "Count") -> str:
-    """The inputs, the figures, and the share of each top-level module."""
-    meaning = {
-        "params": "parameters",
-        "macs_paper": "multiply-accumulates per picture, convolutions and linear layers",
-        "macs_total": "multiply-accumulates per picture, with the products inside attention",
-        "train_flops_paper": "training FLOPs, without the products inside attention",
-        "train_flops_total": "training FLOPs",
-    }
+_MEANING = {
+    "params": "parameters",
+    "macs_paper": "multiply-accumulates per picture, convolutions and linear layers",
+    "macs_attention": "those of them inside attention and transformer modules",
+    "macs_total": "multiply-accumulates per picture, with the products inside attention",
+    "activation_bytes": "bytes per picture kept for the backward pass, about",
+    "train_flops_paper": "training FLOPs, without the products inside attention",
+    "train_flops_total": "training FLOPs",
+}
+
+
+def _table(about: dict[str, Any], figures: dict[str, int], modules: dict[str, "Cost"]) -> str:
+    """The inputs, the figures, and the cost of each module."""
     lines = [", ".join(f"{name} {_plain(value)}" for name, value in about.items()), ""]
     lines += [
-        f"{name:18}{value:>26,}  {_short(value):>7}  {meaning[name]}" for name, value in figures.items()
+        f"{name:18}{value:>26,}  {_short(value):>7}  {_MEANING[name]}" for name, value in figures.items()
     ]
-    width = max(map(len, [*result.modules, "module"]))
-    lines += ["", f"{'module':{width}}  {'params':>16}  {'MACs paper':>20}  {'MACs total':>20}"]
-    for name, cost in result.modules.items():
-        lines.append(f"{name:{width}}  {cost.params:16,}  {cost.macs_paper:20,}  {cost.macs_total:20,}")
+    width = max(map(len, [*modules, "module"]))
+    columns = {
+        "params": "params",
+        "macs_paper": "MACs paper",
+        "macs_attention": "in attention",
+        "macs_total": "MACs total",
+    }
+    lines += ["", f"{'module':{width}}" + "".join(f"  {title:>18}" for title in columns.values())]
+    for name, cost in modules.items():
+        lines.append(f"{name:{width}}" + "".join(f"  {getattr(cost, figure):18,}" for figure in columns))
     return "\n".join(lines)
 
 

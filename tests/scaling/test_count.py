@@ -37,10 +37,12 @@ def test_published_rows(size, params, paper, total):
 @pytest.mark.parametrize(
     "fields", [{"remat": "full"}, {"scan_layers": True}, {"scan_layers": True, "remat": "dots"}]
 )
-def test_modes_count_the_same(fields):
+def test_modes_cost_the_same(fields):
     plain = backbones.create("uvit", size="h64-d5-n2", text_dim=16)
     shapes = {"latents": (8, 12, 4), "text": (7, 16)}
-    assert count(plain.clone(**fields), **shapes) == count(plain, **shapes)
+    found, expected = count(plain.clone(**fields), **shapes), count(plain, **shapes)
+    assert found.tree == expected.tree
+    assert (found.params, found.macs_total) == (expected.params, expected.macs_total)
 
 
 def test_closed_form():
@@ -63,11 +65,104 @@ def test_closed_form():
 
 def test_modules_add_up_and_name_the_parts():
     found = count(backbones.create("uvit", size="h32-d4-n2", text_dim=8), latents=(8, 8, 4), text=(5, 8))
-    assert sum(found.modules.values(), Cost()) == Cost(found.params, found.macs_paper, found.macs_total)
+    assert sum(found.modules.values(), Cost()) == Cost(
+        found.params, found.macs_paper, found.macs_attention, found.macs_total
+    )
     assert "other" not in found.modules
     mid, ins = found.modules["mid_block"], found.modules["in_blocks"]
     assert (ins.params, ins.macs_total) == (2 * mid.params, 2 * mid.macs_total)
-    assert found.modules["final_layer"] == Cost(148, 64 * 36 * 4, 64 * 36 * 4)
+    assert found.modules["final_layer"] == Cost(148, 64 * 36 * 4, 0, 64 * 36 * 4)
+
+
+class Nested(nn.Module):
+    """Blocks of two kinds and a stack of equal ones, named as in UNets."""
+
+    @nn.compact
+    def __call__(
+        self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False
+    ):
+        x = latents
+        for i, width in enumerate((8, 16)):
+            x = nn.Dense(width, use_bias=False, name=f"down_{i}")(x)
+        for i in range(3):
+            x = Layer(name=f"up_{i}")(x)
+        return nn.Dense(4, name="out_1")(x)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(16, name="transformer_0")(x) + nn.Dense(16, use_bias=False, name="res")(x)
+
+
+def test_equal_layers_are_one_stack_and_others_keep_their_numbers():
+    found = count(Nested(), latents=(2, 2, 4), text=(5, 8))
+    layer = 3 * 4 * 256  # 3 layers, 4 pixels
+    assert found.modules == {
+        "down_0": Cost(32, 4 * 32, 0, 4 * 32),
+        "down_1": Cost(128, 4 * 128, 0, 4 * 128),
+        "up": Cost(3 * (272 + 256), 2 * layer, layer, 2 * layer),
+        "out": Cost(68, 4 * 64, 0, 4 * 64),
+    }
+    assert found.by_module(2)["up/transformer"] == Cost(3 * 272, layer, layer, layer)
+    assert found.by_module(2)["down_1"] == found.modules["down_1"]
+    assert found.macs_attention == layer
+
+
+class Squares(nn.Module):
+    """Two products with a square in between."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, latents, timesteps, text, text_mask=None, conditions=None, extras=None, *, train=False
+    ):
+        x = nn.Dense(32, dtype=self.dtype, name="one")(latents)
+        x = nn.Dense(4, dtype=self.dtype, name="two")(nn.Dropout(0.5, deterministic=not train)(x) ** 2)
+        return x
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
+def test_activations_of_a_chain(dtype, size):
+    """What is multiplied by a weight and what is squared, in its dtype; weights are not in it."""
+    found = count(Squares(dtype), latents=(8, 8, 4), text=(5, 8))
+    assert found.activation_bytes == 64 * size * (4 + 32 + 32)
+
+
+def test_activations_of_rematerialised_blocks():
+    """Of a whole block only the inputs are kept: x, and for out-blocks the skip, which are the same few arrays."""
+    h, d, shapes = 64, 8, {"latents": (8, 8, 4), "text": (15, 16)}
+    tokens = 1 + 15 + 16
+    plain = backbones.create("uvit", size=f"h{h}-d{d}-n2", text_dim=16, dtype="bfloat16", final_conv=False)
+    found = {
+        policy: count(plain.clone(remat=policy), **shapes).activation_bytes
+        for policy in ("full", "dots", "none")
+    }
+    blocks = (d + 1) * tokens * h * 2
+    ends = found["full"] - blocks
+    heads = 16 * 4 * (h * 2 + 2)  # the last norm, in float32: its input, its output and two numbers a token
+    inputs = 2 * (16 * 16 + 15 * 16)
+    assert 0 < ends < 1.5 * (heads + inputs) + tokens * h * 2
+    deeper = count(plain.clone(remat="full", size=f"h{h}-d{d + 2}-n2"), **shapes).activation_bytes
+    assert deeper - found["full"] == 2 * tokens * h * 2
+    assert found["full"] < found["dots"] < found["none"]
+
+
+def test_activations_grow_as_xla_says():
+    """The memory that XLA takes for one more example's gradient: what is kept, and some that is passing."""
+    backbone = backbones.create("uvit", size="h128-d4-n4", text_dim=64, attention="xla")
+    shapes = {"latents": (16, 16, 4), "text": (15, 64)}
+
+    def temporary(batch):
+        inputs = contract.example_inputs(backbone, **shapes, batch=batch)
+        variables = contract.abstract_variables(backbone, inputs)
+        grad = jax.grad(lambda variables, *inputs: (backbone.apply(variables, *inputs) ** 2).mean())
+        return jax.jit(grad).lower(variables, *inputs).compile().memory_analysis().temp_size_in_bytes
+
+    per_example = (temporary(24) - temporary(8)) / 16
+    kept = count(backbone, **shapes).activation_bytes
+    assert per_example == pytest.approx(kept, rel=0.2)
 
 
 def test_against_xla():

@@ -41,9 +41,20 @@ def test_the_table_shows_the_figures(capsys):
     count_table.main(None, "uvit", OVERRIDES, latents=["8", "8", "3"], text=["5", "16"])
     text = capsys.readouterr().out
     assert "backbone uvit, latents 8x8x3, text 5x16" in text
-    for name in ("params", "macs_paper", "macs_total"):
+    for name in ("params", "macs_paper", "macs_attention", "macs_total", "activation_bytes"):
         assert f"{found[name]:,}" in text
     assert all(name in text for name in found["modules"])
+
+
+def test_depth_splits_modules(capsys):
+    shapes = {"latents": ["8", "8", "3"], "text": ["5", "16"]}
+    whole = figures(capsys, None, "uvit", OVERRIDES, **shapes)["modules"]
+    parts = figures(capsys, None, "uvit", OVERRIDES, depth=2, **shapes)["modules"]
+    names = [name for name in parts if name.startswith("mid_block/")]
+    assert {"mid_block/attn", "mid_block/mlp"} <= set(names)
+    for figure in ("params", "macs_paper", "macs_attention", "macs_total"):
+        assert sum(parts[name][figure] for name in names) == whole["mid_block"][figure]
+    assert parts["mid_block/attn"]["macs_attention"] == whole["mid_block"]["macs_attention"] > 0
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,20 @@ from typing import Any
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.large_dit import LargeDiT
+from scaling_dit.backbones.next_dit import NextDiT
+from scaling_dit.backbones.unet import UNet
+from scaling_dit.backbones.unet_if import UNetIF
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.components import Registry
 
-BACKBONES: dict[str, type[nn.Module]] = {"uvit": UViT}
+BACKBONES: dict[str, type[nn.Module]] = {
+    "uvit": UViT,
+    "large_dit": LargeDiT,
+    "next_dit": NextDiT,
+    "unet": UNet,
+    "unet_if": UNetIF,
+}
 # `parent` and `name` are linen's own.
 _REGISTRY = Registry("backbone", BACKBONES, filled=("parent", "name"), check=contract.check_class)
 

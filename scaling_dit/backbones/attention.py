@@ -46,7 +46,26 @@ def attention(
         if mask_B11S is not None:  # cuDNN takes a bias over all pairs of queries and keys
             mask_B11S = jnp.broadcast_to(mask_B11S, (q_BTNH.shape[0], 1, q_BTNH.shape[1], k_BSNH.shape[1]))
         return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_B11S, implementation="cudnn")
-    return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_B11S, implementation="xla")
+    return _attend_xla(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
+
+
+def _attend_xla(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B11S: jax.Array | None
+) -> jax.Array:
+    """Written out for XLA, with heads moved before lengths, so that each product is a plain batch of matrices.
+
+    On CPUs this takes two thirds of the time of `jax.nn.dot_product_attention`, which contracts in place. Queries that
+    share a key head are stacked along the length.
+    """
+    kv_heads, head_size = k_BSKH.shape[2:]
+    q = rearrange(q_BTNH, "b t (k g) h -> b k (g t) h", k=kv_heads)
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k_BSKH, v_BSKH))
+    logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * head_size**-0.5
+    if mask_B11S is not None:  # a large number, not -inf: a row without any real key must not become NaN
+        logits = jnp.where(mask_B11S, logits, jnp.finfo(jnp.float32).min / 2)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkts,bksh->bkth", weights, v)
+    return rearrange(out, "b k (g t) h -> b t (k g) h", t=q_BTNH.shape[1])
 
 
 def check_implementation(implementation: str) -> None:
@@ -79,6 +98,8 @@ class SelfAttention(nn.Module):
     implementation: str = "auto"
     kernel_init: Initializer = NORMAL_002
     out_init: Initializer | None = None  # of the last kernel; None: kernel_init
+    bias_init: Initializer = nn.initializers.zeros
+    length_axis: str | None = "length"  # logical axis of tokens; None keeps images whole
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -91,19 +112,21 @@ class SelfAttention(nn.Module):
             ("embed", None, "heads"),
             use_bias=self.qkv_bias,
             kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
             name="qkv",
             **types,
         )(x)
         q_BTNH, k_BTNH, v_BTNH = (
             constrain(
                 rearrange(fused[:, :, i], "b t (n h) -> b t n h", n=self.heads),
-                "batch", "length", "act_heads", None,
+                "batch", self.length_axis, "act_heads", None,
             )
             for i in range(3)
         )  # fmt: skip
         o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, key_mask=key_mask, implementation=self.implementation)
         out_init = self.out_init or self.kernel_init
-        proj = Dense(width, ("heads", "embed"), kernel_init=out_init, name="proj", **types)
+        inits: dict[str, Any] = {"kernel_init": out_init, "bias_init": self.bias_init}
+        proj = Dense(width, ("heads", "embed"), name="proj", **inits, **types)
         return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
 
 
@@ -118,6 +141,8 @@ class CrossAttention(nn.Module):
     implementation: str = "auto"
     kernel_init: Initializer = NORMAL_002
     out_init: Initializer | None = None  # of the last kernel; None: kernel_init
+    bias_init: Initializer = nn.initializers.zeros
+    length_axis: str | None = "length"  # logical axis of tokens; None keeps images whole
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -126,15 +151,16 @@ class CrossAttention(nn.Module):
         width = x.shape[-1]
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         inputs: dict[str, Any] = {"use_bias": self.qkv_bias, "kernel_init": self.kernel_init, **types}
+        inputs["bias_init"] = self.bias_init
         q_BTD = Dense(width, ("embed", "heads"), name="q", **inputs)(x)
         kv_BS2D = Dense((2, width), ("text", None, "heads"), name="kv", **inputs)(context)
+        axes = ("batch", self.length_axis, "act_heads", None)
         q_BTNH, k_BSNH, v_BSNH = (
-            constrain(
-                rearrange(part, "b t (n h) -> b t n h", n=self.heads), "batch", "length", "act_heads", None
-            )
+            constrain(rearrange(part, "b t (n h) -> b t n h", n=self.heads), *axes)
             for part in (q_BTD, kv_BS2D[:, :, 0], kv_BS2D[:, :, 1])
         )
         o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=self.implementation)
         out_init = self.out_init or self.kernel_init
-        proj = Dense(width, ("heads", "embed"), kernel_init=out_init, name="proj", **types)
+        inits: dict[str, Any] = {"kernel_init": out_init, "bias_init": self.bias_init}
+        proj = Dense(width, ("heads", "embed"), name="proj", **inits, **types)
         return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))

@@ -9,7 +9,8 @@ A backbone is a `flax.linen.Module`, used only through `init` and `apply`, with 
     text        [B, L, D] token embeddings
     text_mask   [B, L] bool, True = real token; None = every token is real
     conditions  name -> (image [B, H, W, Ci], present [B] bool); a name that is absent or not present is dropped
-    extras      name -> array, only the names declared in the class attribute `EXTRAS`
+    extras      name -> array, only the names declared in the attribute `EXTRAS` of the class, or of the instance where
+                a field decides (a property)
     returns     [B, H, W, C], or [B, H, W, 2C] with a learned variance (loss and samplers use the first C)
 
 Its fields are plain config values (numbers, strings, booleans, None, tuples of them), each with a default. A module
@@ -118,7 +119,7 @@ def check_inputs(
 
 def extra_shapes(backbone: nn.Module) -> dict[str, Shape]:
     """The shape per example of every extra the backbone declares in `EXTRAS`."""
-    declared: Mapping[str, tuple[int | str, ...]] = getattr(type(backbone), "EXTRAS", {})
+    declared: Mapping[str, tuple[int | str, ...]] = getattr(backbone, "EXTRAS", {})
     return {
         name: tuple(getattr(backbone, size) if isinstance(size, str) else size for size in shape)
         for name, shape in declared.items()

@@ -19,7 +19,7 @@ Initializer = Callable[..., jax.Array]
 Axes = tuple[str | None, ...]
 NORMAL_002 = nn.initializers.normal(0.02)
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
@@ -108,16 +108,36 @@ class Dense(nn.Module):
         return y
 
 
-def conv3x3(name: str, in_channels: int, features: int, *, param_dtype: Any = jnp.float32) -> nn.Conv:
-    """3x3 convolution with zero padding, float32: [B, H, W, in_channels] -> [B, H, W, features]; PyTorch's init."""
+def conv3x3(
+    name: str,
+    in_channels: int,
+    features: int,
+    *,
+    axes: Axes = (None, None, None, None),
+    stride: int = 1,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+) -> nn.Conv:
+    """3x3 convolution with zero padding 1: [B, H, W, in_channels] -> [B, H/stride, W/stride, features]; PyTorch's init.
+
+    Args:
+      name: of its parameters.
+      in_channels: of the input.
+      features: of the output.
+      axes: logical axes of the kernel [3, 3, in, out].
+      stride: 2 halves height and width.
+      dtype: of the products and the output.
+      param_dtype: of kernel and bias.
+    """
     init = torch_uniform(9 * in_channels)
     return nn.Conv(
         features,
         (3, 3),
+        strides=stride,
         padding=1,
-        kernel_init=nn.with_logical_partitioning(init, (None,) * 4),
+        kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(init, (None,)),
-        dtype=jnp.float32,
+        dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         name=name,
     )
@@ -157,7 +177,7 @@ class Mlp(nn.Module):
         x = Dense(self.width, ("embed", "mlp"), kernel_init=self.kernel_init, name="fc1", **types)(x)
         if x.ndim == 3:
             x = constrain(x, "batch", "length", "act_mlp")
-        x = _ACTIVATIONS[self.activation](x)
+        x = ACTIVATIONS[self.activation](x)
         out_init = self.out_init or self.kernel_init
         return Dense(features, ("mlp", "embed"), kernel_init=out_init, name="fc2", **types)(x)
 

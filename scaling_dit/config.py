@@ -43,12 +43,12 @@ DERIVED: dict[str, str] = {
 FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample")
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "diffusion.schedule": ("scaled_linear", "linear", "cosine"),
-    "diffusion.prediction": ("eps", "x0", "v"),
+    "diffusion.schedule": ("scaled_linear", "linear", "cosine", "flow"),
+    "diffusion.prediction": ("eps", "x0", "v", "flow"),
     "diffusion.weighting": ("none", "min_snr"),
-    "diffusion.time_sampling": ("uniform", "stratified"),
+    "diffusion.time_sampling": ("uniform", "stratified", "logit_normal"),
     "optim.decay": ("constant", "cosine"),
-    "sample.sampler": ("ddim",),
+    "sample.sampler": ("ddim", "dpmpp_2m", "euler", "heun"),
 }
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is right, and its test; comparisons are false for nan
@@ -69,6 +69,9 @@ RANGES: dict[str, Rule] = {
     "loader.threads": _COUNT,
     "loader.prefetch": _COUNT,
     "diffusion.min_snr_gamma": _POSITIVE,
+    "diffusion.time_location": ("a finite number", math.isfinite),
+    "diffusion.time_scale": _POSITIVE,
+    "diffusion.time_shift": _POSITIVE,
     "diffusion.caption_drop": _SHARE,
     "optim.learning_rate": _POSITIVE,
     "optim.warmup_steps": _FROM_0,
@@ -87,6 +90,13 @@ RANGES: dict[str, Rule] = {
     "mesh.tensor": _AXIS,
     "sample.steps": ("from 1 to 999", lambda x: 1 <= x <= 999),
     "sample.guidance": _FROM_0,
+    "sample.guidance_rescale": _SHARE,
+    "sample.guidance_interval": (
+        "two timesteps (low, high) from 0 to 1000",
+        lambda xs: (
+            len(xs) == 2 and all(isinstance(x, int | float) for x in xs) and 0 <= xs[0] <= xs[1] <= 1000
+        ),
+    ),
     "sample.batch": _COUNT,
     "eval.every": _FROM_0,
     "eval.loss_images": _COUNT,
@@ -119,11 +129,15 @@ def defaults() -> ConfigDict:
 
     config.diffusion = ConfigDict(
         {
-            "schedule": "scaled_linear",  # scaled_linear | linear | cosine
-            "prediction": "eps",  # what the backbone predicts: eps | x0 | v
+            "schedule": "scaled_linear",  # scaled_linear | linear | cosine | flow
+            "zero_snr": False,  # rescale the schedule so that its last timestep holds no signal
+            "prediction": "eps",  # what the backbone predicts: eps | x0 | v | flow
             "weighting": "none",  # none | min_snr
             "min_snr_gamma": 5.0,
-            "time_sampling": "uniform",  # uniform | stratified
+            "time_sampling": "uniform",  # uniform | stratified | logit_normal
+            "time_location": 0.0,  # of logit_normal: mean and standard deviation before the sigmoid
+            "time_scale": 1.0,
+            "time_shift": 1.0,  # of schedule flow, in training and sampling: more than 1 = more noise
             "caption_drop": 0.1,  # share of captions replaced by the empty one, for guidance
         }
     )
@@ -147,9 +161,11 @@ def defaults() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     config.sample = ConfigDict(
         {
-            "sampler": "ddim",
+            "sampler": "ddim",  # ddim | dpmpp_2m | euler | heun
             "steps": 50,
             "guidance": 7.5,
+            "guidance_rescale": 0.0,  # how far guided predictions go back to the spread of unguided ones
+            "guidance_interval": (0.0, 1000.0),  # timesteps with guidance; outside it is 1
             "batch": 64,  # pictures drawn at once
             "ema": -1.0,  # the weights drawn with: a decay of optim.ema, -1 = its largest, 0 = the raw weights
         }

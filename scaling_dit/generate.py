@@ -40,17 +40,34 @@ class Sampler:
     sampler: str
     steps: int
     guidance: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
     batch: int  # pictures at once; rounded up to what the mesh divides
 
     @classmethod
     def of(
         cls, model: pipeline.Model, mesh: jax.sharding.Mesh, settings: ConfigDict, **changes: Any
     ) -> "Sampler":
-        """From `config.sample`; `changes` that are not None replace fields."""
-        fields = {name: settings[name] for name in ("sampler", "steps", "guidance", "batch")}
-        return cls(
-            model, mesh, **fields | {name: value for name, value in changes.items() if value is not None}
-        )
+        """From `config.sample`; `changes` that are not None replace fields.
+
+        Raises:
+          UserError: no such sampler.
+        """
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("model", "mesh")]
+        fields = {name: settings[name] for name in names}
+        fields |= {name: value for name, value in changes.items() if value is not None}
+        samplers.find_sampler(fields["sampler"])
+        return cls(model, mesh, **fields)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The settings that change pictures; those of guidance's variants only where they are in use."""
+        about: dict[str, Any] = {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
+        if self.guidance_rescale:
+            about["guidance_rescale"] = self.guidance_rescale
+        if tuple(self.guidance_interval) != guidance_lib.EVERYWHERE:
+            about["guidance_interval"] = list(self.guidance_interval)  # as JSON reads it back
+        return about
 
     def __call__(
         self,
@@ -107,6 +124,8 @@ class Sampler:
             self.guidance,
             condition(inputs["ids"], inputs["mask"]),
             condition(jnp.asarray(empty_ids), jnp.asarray(empty_mask)),
+            rescale=self.guidance_rescale,
+            interval=self.guidance_interval,
         )
         latents = samplers.sample(
             guided,
@@ -207,26 +226,23 @@ def open_for_sampling(
 ) -> tuple["pipeline.Pipeline", Sampler, dict[str, Any]]:
     """A run with its sampler for the verbs that sample, and what to note in manifests.
 
-    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` (steps, guidance,
-    batch) replace fields of `config.sample` where they are not None.
+    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` (sampler, steps,
+    guidance, batch) replace fields of `config.sample` where they are not None.
     """
     config = pipeline.read_config(workdir)
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
     pipe = pipeline.load(workdir, step=step, ema=None if decay is None else float(decay))
     sampler = Sampler.of(pipe.model, pipe.mesh, config.sample, **changes)
-    about = {
-        "step": pipe.step,
-        "ema": decay or "none",
-        "sampler": sampler.sampler,
-        "steps": sampler.steps,
-        "guidance": sampler.guidance,
-    }
-    return pipe, sampler, about
+    return pipe, sampler, {"step": pipe.step, "ema": decay or "none", **sampler.about}
 
 
 def tag(about: dict[str, Any], seed: int) -> str:
     """A folder name for pictures made with these settings."""
     how = f"{about['sampler']}{about['steps']}-guidance{about['guidance']}"
+    if "guidance_rescale" in about:
+        how += f"-rescale{about['guidance_rescale']}"
+    if "guidance_interval" in about:
+        how += "-interval{}-{}".format(*about["guidance_interval"])
     return f"step{about['step']}-ema{about['ema']}-{how}-seed{seed}"
 
 
@@ -239,6 +255,7 @@ def main(
     seed: int = 0,
     step: int | None = None,
     ema: str | None = None,
+    sampler: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch: int | None = None,
@@ -248,13 +265,13 @@ def main(
     Without `out` they go to a folder of this request under `samples/` in the workdir: the same request again adds what
     is missing there, another one gets its own.
     """
-    pipe, sampler, about = open_for_sampling(
-        workdir, step=step, ema=ema, steps=steps, guidance=guidance, batch=batch
+    pipe, chosen, about = open_for_sampling(
+        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance, batch=batch
     )
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
     asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"
-    sample_to_folder(sampler, pipe, items, folder, seed=seed, about=about)
+    sample_to_folder(chosen, pipe, items, folder, seed=seed, about=about)
     settings = ", ".join(f"{name} {value}" for name, value in about.items())
     print(f"{len(items)} pictures in {folder} ({settings}); all on one page: {folder / GRID}")
     return 0

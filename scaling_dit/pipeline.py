@@ -22,7 +22,7 @@ from scaling_dit import backbones, checkpoints, encoders, trees
 from scaling_dit import config as config_lib
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.data import sources
-from scaling_dit.diffusion import schedules
+from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
@@ -45,7 +45,7 @@ class Model:
     text_encoder: encoders.TextEncoder
     backbone: Backbone
     schedule: schedules.Schedule
-    prediction: str  # what the backbone predicts: eps | x0 | v
+    prediction: str  # what the backbone predicts: eps | x0 | v | flow
     image_size: int  # px
     train_text_encoder: bool
     text_mask: bool
@@ -143,12 +143,17 @@ def build(config: ConfigDict, tokenizer: Any) -> Model:
         raise UserError(
             f"backbone {config.backbone.name!r} needs the extras {', '.join(extras)}, which no source here supplies"
         )
+    diffusion = config.diffusion
+    schedule = schedules.make_schedule(
+        diffusion.schedule, zero_snr=diffusion.zero_snr, time_shift=diffusion.time_shift
+    )
+    objectives.check_prediction(diffusion.prediction, schedule)
     return Model(
         codec=codec,
         text_encoder=text_encoder,
         backbone=backbone,
-        schedule=schedules.make_schedule(config.diffusion.schedule),
-        prediction=config.diffusion.prediction,
+        schedule=schedule,
+        prediction=diffusion.prediction,
         image_size=create_source(config).image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,
@@ -215,20 +220,21 @@ class Pipeline:
         prompts: Sequence[str],
         seed: int = 0,
         *,
+        sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
     ) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3] of N prompts.
 
-        Picture i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched. `steps` and
-        `guidance` default to the run's `config.sample`.
+        Picture i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched. `sampler`,
+        `steps` and `guidance` default to the run's `config.sample`.
         """
         from scaling_dit import generate  # generate builds on this module
 
-        wanted = (steps, guidance)
+        wanted = (sampler, steps, guidance)
         if wanted not in self._samplers:  # each is compiled once
             self._samplers[wanted] = generate.Sampler.of(
-                self.model, self.mesh, self.config.sample, steps=steps, guidance=guidance
+                self.model, self.mesh, self.config.sample, sampler=sampler, steps=steps, guidance=guidance
             )
         return self._samplers[wanted](self.params, self.frozen, list(prompts), seed=seed)
 

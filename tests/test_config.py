@@ -202,7 +202,8 @@ def test_a_folder_keeps_its_path_in_the_name():
 
 def test_every_field_is_checked():
     config = config_lib.defaults()
-    own = {"optim.groups", "eval.metrics", "sample.ema", "train_text_encoder", "text_mask", "log.tensorboard"}
+    own = {"optim.groups", "eval.metrics", "sample.ema"}
+    own |= {"train_text_encoder", "text_mask", "log.tensorboard", "diffusion.zero_snr"}  # any bool
     fields = {key for key in config_lib.flatten(config) if key.split(".")[0] not in config_lib.COMPONENTS}
     assert fields == {*config_lib.CHOICES, *config_lib.RANGES, *own}
 

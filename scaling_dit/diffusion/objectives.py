@@ -1,8 +1,8 @@
 """What a backbone predicts and how its prediction is scored.
 
-A prediction is of one kind: "eps" (the noise), "x0" (the clean latents) or "v" = alpha eps - sigma x0
-(Salimans & Ho 2022, section 4). Given the noised latents all three say the same; `to_x0_eps` and
-`from_x0_eps` translate.
+A prediction is of one kind: "eps" (the noise), "x0" (the clean latents), "v" = alpha eps - sigma x0
+(Salimans & Ho 2022, section 4) or "flow" = eps - x0 (Liu et al. 2023). Given the noised latents all say the
+same, on any schedule; `to_x0_eps` and `from_x0_eps` translate. Only "eps" says nothing where no signal is left.
 
 Everything here computes in float32, whatever type the backbone returns.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from scaling_dit.diffusion.schedules import Schedule
 from scaling_dit.errors import UserError, nearest
 
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v", "flow")
 WEIGHTINGS = ("none", "min_snr")
 
 
@@ -21,6 +21,21 @@ def add_noise(schedule: Schedule, latents: jax.Array, noise: jax.Array, timestep
     """Latents [B, ...] noised to timesteps [B]: alpha(t) latents + sigma(t) noise."""
     alpha, sigma = schedule.alpha(timesteps), schedule.sigma(timesteps)
     return _expand(alpha, latents) * latents + _expand(sigma, latents) * noise
+
+
+def check_prediction(prediction: str, schedule: Schedule) -> None:
+    """Makes sure that `prediction` is known and says what the latents are at every timestep of `schedule`.
+
+    Raises:
+      UserError: it does not.
+    """
+    if prediction not in PREDICTIONS:
+        raise _unknown_prediction(prediction)
+    if prediction == "eps" and schedule.zero_terminal_snr:
+        raise UserError(
+            "diffusion.prediction 'eps' does not tell the latents where no signal is left, as with "
+            "diffusion.zero_snr and schedule 'flow'; predict 'v', 'x0' or 'flow'"
+        )
 
 
 def to_x0_eps(
@@ -40,7 +55,11 @@ def to_x0_eps(
     if prediction == "x0":
         return value, (noisy - alpha * value) / sigma
     if prediction == "v":
-        return alpha * noisy - sigma * value, alpha * value + sigma * noisy
+        power = alpha**2 + sigma**2  # 1 if the schedule preserves variance
+        return (alpha * noisy - sigma * value) / power, (alpha * value + sigma * noisy) / power
+    if prediction == "flow":
+        total = alpha + sigma  # 1 on the flow schedule
+        return (noisy - sigma * value) / total, (noisy + alpha * value) / total
     raise _unknown_prediction(prediction)
 
 
@@ -60,28 +79,37 @@ def from_x0_eps(
         return x0
     if prediction == "v":
         return _expand(alpha, eps) * eps - _expand(sigma, x0) * x0
+    if prediction == "flow":
+        return eps - x0
     raise _unknown_prediction(prediction)
 
 
-def loss_weight(snr: jax.Array, prediction: str, weighting: str, gamma: float = 5.0) -> jax.Array:
-    """Factor [B] of a squared error in the space of `prediction`.
+def loss_weight(
+    alpha: jax.Array, sigma: jax.Array, prediction: str, weighting: str, gamma: float = 5.0
+) -> jax.Array:
+    """Factor [B] of a squared error in the space of `prediction`, at alpha and sigma [B].
 
-    none: 1. min_snr: min(snr, gamma) in x0 space, which is min(snr, gamma) / snr for eps and / (snr + 1) for
-    v (Hang et al. 2023, section 3.4).
+    none: 1. min_snr: min(snr, gamma) in x0 space, where snr = (alpha / sigma)^2 (Hang et al. 2023, section 3.4).
+    In the other spaces it is that times the squared ratio of the errors: min(snr, gamma) / snr for eps,
+    min(snr, gamma) / (snr + 1) for v on a variance-preserving schedule. For v and flow it is finite at every snr.
 
     Raises:
       UserError: unknown weighting or kind of prediction.
     """
     if weighting == "none":
-        return jnp.ones_like(snr)
+        return jnp.ones_like(alpha)
     if weighting != "min_snr":
         raise UserError(f"diffusion.weighting: unknown {weighting!r}; {nearest(weighting, WEIGHTINGS)}")
+    signal, noise = jnp.square(alpha), jnp.square(sigma)
     if prediction == "eps":
-        return jnp.minimum(1.0, gamma / snr)
+        return jnp.minimum(1.0, gamma * noise / signal)
     if prediction == "x0":
-        return jnp.minimum(snr, gamma)
+        return jnp.minimum(signal / noise, gamma)
+    clipped = jnp.minimum(signal, gamma * noise)  # min(snr, gamma) sigma^2
     if prediction == "v":
-        return jnp.minimum(snr, gamma) / (snr + 1.0)
+        return clipped / jnp.square(signal + noise)
+    if prediction == "flow":
+        return clipped / jnp.square(alpha + sigma)
     raise _unknown_prediction(prediction)
 
 
@@ -104,9 +132,10 @@ def diffusion_loss(
     Raises:
       UserError: unknown kind of prediction or weighting.
     """
-    target = from_x0_eps(prediction, latents, noise, schedule.alpha(timesteps), schedule.sigma(timesteps))
+    alpha, sigma = schedule.alpha(timesteps), schedule.sigma(timesteps)
+    target = from_x0_eps(prediction, latents, noise, alpha, sigma)
     errors = _mean_square(_first_channels(output, latents) - target)
-    return loss_weight(schedule.snr(timesteps), prediction, weighting, gamma) * errors
+    return loss_weight(alpha, sigma, prediction, weighting, gamma) * errors
 
 
 def eps_mse(
@@ -120,7 +149,8 @@ def eps_mse(
 ) -> jax.Array:
     """Squared error of the implied noise, float32 [B], averaged over H, W and C.
 
-    Comparable between models whatever each was trained to predict. Shapes and errors as in `diffusion_loss`.
+    Comparable between models whatever each was trained to predict, at equal sigma / alpha whatever the schedule: the
+    noise in a latent does not change when it is scaled. Shapes and errors as in `diffusion_loss`.
     """
     noisy = add_noise(schedule, latents, noise, timesteps)
     alpha, sigma = schedule.alpha(timesteps), schedule.sigma(timesteps)

@@ -1,13 +1,15 @@
 """From noise to latents: a sampler is a table of coefficients and a step that `sample` scans over it."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_dit.diffusion.objectives import to_x0_eps
+from scaling_dit.diffusion import sampler_tables
+from scaling_dit.diffusion.objectives import check_prediction, to_x0_eps
+from scaling_dit.diffusion.sampler_tables import Table
 from scaling_dit.diffusion.schedules import Schedule
 from scaling_dit.errors import UserError, nearest
 
@@ -15,58 +17,75 @@ from scaling_dit.errors import UserError, nearest
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 # (latents [B, H, W, C], timestep [], alpha [], sigma []) -> clean latents and noise, both [B, H, W, C]
 Denoise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-Column = TypeVar("Column", np.ndarray, jax.Array)
+Carry = Any  # what a step hands to the next one, besides the latents: a pytree of arrays
 
 
 class Sampler(NamedTuple):
-    """`table(schedule, steps)` is a tuple of float64 [S]; `step(denoise, latents, row)` the next latents."""
+    """`table(schedule, steps)` has the rows, `init(noise)` makes the first carry.
 
-    table: Callable[[Schedule, int], Any]
-    step: Callable[[Denoise, jax.Array, Any], jax.Array]
+    `step(denoise, latents, carry, row)` gives the next latents and carry.
+    """
 
-
-class DdimTable(NamedTuple, Generic[Column]):
-    """Coefficients of a DDIM trajectory, noisiest step first: each [S], or [] in one row."""
-
-    timesteps: Column
-    alpha: Column
-    sigma: Column
-    alpha_next: Column
-    sigma_next: Column
+    table: Callable[[Schedule, int], Table[np.ndarray]]
+    init: Callable[[jax.Array], Carry]
+    step: Callable[[Denoise, jax.Array, Carry, Table[jax.Array]], tuple[jax.Array, Carry]]
 
 
-def ddim_table(schedule: Schedule, steps: int) -> DdimTable[np.ndarray]:
-    """Leading spacing with offset 1: 981, 961, ..., 1 for 50 of 1000 steps, as Stable Diffusion samples.
+def first_order_step(
+    denoise: Denoise, latents: jax.Array, carry: Carry, row: Table[jax.Array]
+) -> tuple[jax.Array, Carry]:
+    """DDIM without noise (Song et al. 2021, eq. 12 with eta = 0), which is Euler's step too; one model call."""
+    x0, eps = denoise(latents, row.timesteps, row.alpha, row.sigma)
+    return row.alpha_next * x0 + row.sigma_next * eps, carry
 
-    The step length is num_timesteps // steps, so counts that do not divide start lower than the noisiest
-    timestep. Each step goes to the timestep one step length lower, the last one to timestep 0 (not to alpha
-    = 1). This is diffusers' DDIMScheduler with timestep_spacing="leading", steps_offset=1,
-    set_alpha_to_one=False.
+
+def multistep(
+    denoise: Denoise, latents: jax.Array, previous_x0: jax.Array, row: Table[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """DPM-Solver++(2M): x0 is extrapolated from the step before; one model call."""
+    x0, eps = denoise(latents, row.timesteps, row.alpha, row.sigma)
+    first = row.alpha_next * x0 + row.sigma_next * eps
+    return first + row.correction * (x0 - previous_x0), x0
+
+
+def heun_step(
+    denoise: Denoise, latents: jax.Array, carry: Carry, row: Table[jax.Array]
+) -> tuple[jax.Array, Carry]:
+    """Heun's step; two model calls, or one where the row is of first order: 2 steps - 1 in all.
+
+    With zero terminal SNR the first row is of first order too: 2 steps - 2.
+    """
+    x0, eps = denoise(latents, row.timesteps, row.alpha, row.sigma)
+    first = row.alpha_next * x0 + row.sigma_next * eps
+
+    def refined() -> jax.Array:
+        x0_next, _ = denoise(first, row.timesteps_next, row.alpha_next, row.sigma_next)
+        return first + row.correction * (x0_next - x0)
+
+    return jax.lax.cond(row.correction != 0, refined, lambda: first), carry
+
+
+def _nothing(noise: jax.Array) -> Carry:
+    return ()
+
+
+SAMPLERS = {
+    "ddim": Sampler(sampler_tables.ddim_table, _nothing, first_order_step),
+    "dpmpp_2m": Sampler(sampler_tables.dpmpp_2m_table, jnp.zeros_like, multistep),
+    "euler": Sampler(sampler_tables.euler_table, _nothing, first_order_step),
+    "heun": Sampler(sampler_tables.heun_table, _nothing, heun_step),
+}
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler called `name`.
 
     Raises:
-      UserError: steps is not in 1..num_timesteps-1.
+      UserError: there is none.
     """
-    total = schedule.num_timesteps
-    if not 1 <= steps < total:
-        raise UserError(f"sample.steps={steps}: ddim needs 1 to {total - 1} steps")
-    stride = total // steps
-    timesteps = np.arange(steps)[::-1] * stride + 1
-    here = schedule.alphas_cumprod[timesteps]
-    there = schedule.alphas_cumprod[np.maximum(timesteps - stride, 0)]
-    return DdimTable(
-        timesteps.astype(np.float64), np.sqrt(here), np.sqrt(1 - here), np.sqrt(there), np.sqrt(1 - there)
-    )
-
-
-def ddim_step(denoise: Denoise, latents: jax.Array, row: DdimTable[jax.Array]) -> jax.Array:
-    """One deterministic step (Song et al. 2021, eq. 12 with eta = 0)."""
-    x0, eps = denoise(latents, row.timesteps, row.alpha, row.sigma)
-    return row.alpha_next * x0 + row.sigma_next * eps
-
-
-SAMPLERS = {"ddim": Sampler(ddim_table, ddim_step)}
+    if name not in SAMPLERS:
+        raise UserError(f"sample.sampler: unknown {name!r}; {nearest(name, SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 def sample(
@@ -83,18 +102,19 @@ def sample(
 
     `predict` is the backbone with everything but latents and timesteps bound (see `guidance.guided`),
     `prediction` what it predicts. `clip` keeps the clean latents of every step within [-1, 1], which suits
-    pixels, not VAE latents.
+    pixels, not VAE latents. Whatever the sampler, latents stay in the scale of the schedule, alpha x0 + sigma eps.
 
     Raises:
-      UserError: unknown sampler or kind of prediction, or a number of steps the sampler cannot take.
+      UserError: unknown sampler or kind of prediction, one that the schedule does not allow, or a number of steps the
+        sampler cannot take.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"sample.sampler: unknown {sampler!r}; {nearest(sampler, SAMPLERS)}")
-    chosen = SAMPLERS[sampler]
+    chosen = find_sampler(sampler)
+    check_prediction(prediction, schedule)
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), chosen.table(schedule, steps))
     denoise = make_denoise(predict, prediction=prediction, clip=clip)
-    latents, _ = jax.lax.scan(
-        lambda latents, row: (chosen.step(denoise, latents, row), None), noise.astype(jnp.float32), rows
+    noise = noise.astype(jnp.float32)
+    (latents, _), _ = jax.lax.scan(
+        lambda held, row: (chosen.step(denoise, *held, row), None), (noise, chosen.init(noise)), rows
     )
     return latents
 

@@ -1,10 +1,13 @@
 """Noise schedules: how much signal and noise a latent holds at each timestep.
 
-Tables are float64 numpy, made once; they become float32 where they meet an array.
+Every schedule noises as x_t = alpha(t) x_0 + sigma(t) eps. Tables are float64 numpy, made once; they become float32
+where they meet an array.
 """
 
+import abc
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,49 +15,151 @@ import numpy as np
 
 from scaling_dit.errors import UserError, nearest
 
-SCHEDULES = ("scaled_linear", "linear", "cosine")
+VP_SCHEDULES = ("scaled_linear", "linear", "cosine")
+SCHEDULES = (*VP_SCHEDULES, "flow")
+
+
+class Schedule(abc.ABC):
+    """What training, validation and samplers need of a schedule.
+
+    The methods take timesteps of any shape, integer or fractional, in [0, num_timesteps].
+    """
+
+    continuous: ClassVar[bool]  # timesteps of training and samplers are real numbers, not integers
+
+    @property
+    @abc.abstractmethod
+    def num_timesteps(self) -> int:
+        """T: backbones see timesteps in [0, T)."""
+
+    @property
+    @abc.abstractmethod
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noisiest latents hold no signal at all."""
+
+    @abc.abstractmethod
+    def coefficients(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """alpha and sigma in float64, for tables made on the host."""
+
+    @abc.abstractmethod
+    def alpha(self, timesteps: jax.Array) -> jax.Array:
+        """Factor of the clean latents, float32 in [0, 1]."""
+
+    @abc.abstractmethod
+    def sigma(self, timesteps: jax.Array) -> jax.Array:
+        """Factor of the noise, float32 in [0, 1]."""
+
+    @abc.abstractmethod
+    def timesteps_of(self, noise_to_signal: np.ndarray) -> np.ndarray:
+        """Timesteps, float64, at which sigma / alpha has these values: the inverse of `coefficients`."""
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
-    """A variance-preserving process x_t = alpha(t) x_0 + sigma(t) eps (Ho et al. 2020, eq. 4).
+class VariancePreserving(Schedule):
+    """alpha^2 + sigma^2 = 1 (Ho et al. 2020, eq. 4).
 
-    `alphas_cumprod` is float64 [T], alpha(t)^2 at the integer timesteps 0..T-1. The methods take timesteps
-    of any shape, integer or fractional, and return float32 of that shape. Between integers alpha and sigma
-    are interpolated linearly (alpha^2 + sigma^2 stays within 1e-4 of 1); past T-1 they keep their last
-    value.
+    `alphas_cumprod` is float64 [T], alpha(t)^2 at the integer timesteps 0..T-1. Between integers alpha and sigma are
+    interpolated linearly (alpha^2 + sigma^2 stays within 1e-4 of 1, or 2e-4 with zero terminal SNR); past T-1 they keep
+    their last value.
     """
 
     alphas_cumprod: np.ndarray
+    continuous: ClassVar[bool] = False
 
     @property
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def zero_terminal_snr(self) -> bool:
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    def coefficients(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nodes = np.arange(self.num_timesteps)
+        tables = np.sqrt(self.alphas_cumprod), np.sqrt(1.0 - self.alphas_cumprod)
+        return np.interp(timesteps, nodes, tables[0]), np.interp(timesteps, nodes, tables[1])
+
     def alpha(self, timesteps: jax.Array) -> jax.Array:
-        """Factor of the clean latents, in [0, 1]."""
         return _interpolate(np.sqrt(self.alphas_cumprod), timesteps)
 
     def sigma(self, timesteps: jax.Array) -> jax.Array:
-        """Factor of the noise, in [0, 1]."""
         return _interpolate(np.sqrt(1.0 - self.alphas_cumprod), timesteps)
 
-    def snr(self, timesteps: jax.Array) -> jax.Array:
-        """Signal-to-noise ratio (alpha / sigma)^2."""
-        return jnp.square(self.alpha(timesteps) / self.sigma(timesteps))
+    def timesteps_of(self, noise_to_signal: np.ndarray) -> np.ndarray:
+        # As angles, because sigma / alpha is infinite where no signal is left.
+        angles = np.arctan2(np.sqrt(1.0 - self.alphas_cumprod), np.sqrt(self.alphas_cumprod))
+        return np.interp(np.arctan(noise_to_signal), angles, np.arange(self.num_timesteps))
 
 
-def make_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """x_t = (1 - s) x_0 + s eps with s = t / T, for any real t (Liu et al. 2023; Esser et al. 2024, eq. 13).
+
+    `time_shift` says where training and samplers place timesteps (`shift_time`); what a timestep means stays the same.
+    """
+
+    time_shift: float = 1.0
+    num_timesteps: int = 1000
+    continuous: ClassVar[bool] = True
+    zero_terminal_snr: ClassVar[bool] = True
+
+    def coefficients(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        share = np.asarray(timesteps, np.float64) / self.num_timesteps
+        return 1.0 - share, share
+
+    def alpha(self, timesteps: jax.Array) -> jax.Array:
+        return 1.0 - self.sigma(timesteps)
+
+    def sigma(self, timesteps: jax.Array) -> jax.Array:
+        return jnp.asarray(timesteps, jnp.float32) / self.num_timesteps
+
+    def timesteps_of(self, noise_to_signal: np.ndarray) -> np.ndarray:
+        return self.num_timesteps * noise_to_signal / (1.0 + noise_to_signal)
+
+
+def make_schedule(
+    name: str, num_timesteps: int = 1000, *, zero_snr: bool = False, time_shift: float = 1.0
+) -> Schedule:
     """The schedule called `name`, one of `SCHEDULES`.
 
+    Args:
+      zero_snr: rescale it so that its last timestep holds no signal (`zero_terminal_snr`); not for "flow".
+      time_shift: shift of the timesteps of training and samplers towards noise; for "flow" only.
+
     Raises:
-      UserError: unknown name.
+      UserError: unknown name, or an option the schedule does not take.
     """
-    return Schedule(np.cumprod(1.0 - make_betas(name, num_timesteps)))
+    if name == "flow":
+        if zero_snr:
+            raise UserError(
+                "diffusion.zero_snr rescales a variance-preserving schedule; 'flow' ends without signal by itself: "
+                "leave zero_snr False"
+            )
+        return RectifiedFlow(time_shift, num_timesteps)
+    if time_shift != 1.0:
+        raise UserError(
+            f"diffusion.time_shift={time_shift} is for diffusion.schedule 'flow', not {name!r}; leave it 1.0"
+        )
+    alphas_cumprod = np.cumprod(1.0 - make_betas(name, num_timesteps))
+    return VariancePreserving(zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod)
+
+
+def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """`alphas_cumprod` [T] with its root shifted and scaled: the last is 0, the first stays.
+
+    Lin et al. 2024 (arXiv 2305.08891), algorithm 1.
+    """
+    root = np.sqrt(alphas_cumprod)
+    return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+
+
+def shift_time(share: np.ndarray | jax.Array, shift: float) -> np.ndarray | jax.Array:
+    """Times in [0, 1] moved towards 1 for shift > 1: shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23)."""
+    return shift * share / (1.0 + (shift - 1.0) * share)
 
 
 def make_betas(name: str, num_timesteps: int = 1000) -> np.ndarray:
-    """Variance added at each step, float64 [T].
+    """Variance added at each step of a variance-preserving schedule, float64 [T].
 
     scaled_linear: square of a line from sqrt(0.00085) to sqrt(0.012) (latent diffusion, Rombach et al. 2022).
     linear: from 1e-4 to 0.02 (Ho et al. 2020, section 4).

@@ -2,31 +2,53 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from scaling_dit.diffusion.schedules import RectifiedFlow, Schedule, shift_time
 from scaling_dit.errors import UserError, nearest
 
-TIME_SAMPLINGS = ("uniform", "stratified")
+TIME_SAMPLINGS = ("uniform", "stratified", "logit_normal")
 
 
-def sample_timesteps(rng: jax.Array, batch: int, name: str, num_timesteps: int = 1000) -> jax.Array:
-    """Timesteps of one global batch, int32 [batch] in 0..num_timesteps-1; each row alone is uniform.
+def sample_timesteps(
+    rng: jax.Array, batch: int, name: str, schedule: Schedule, *, location: float = 0.0, scale: float = 1.0
+) -> jax.Array:
+    """Timesteps of one global batch, [batch] in [0, T): int32, or float32 for a continuous schedule.
 
     uniform: independent draws.
-    stratified: [0, num_timesteps) is cut into `batch` equal strata and each gets one draw, which lowers the
-    variance of the loss (Kingma et al. 2021, appendix I.1, with independent offsets). Strata are dealt to
-    rows at random, so that any shard or microbatch is unbiased too. Draw for the whole global batch, then
-    split.
+    stratified: [0, T) is cut into `batch` equal strata and each gets one draw, which lowers the variance of the loss
+    (Kingma et al. 2021, appendix I.1, with independent offsets). Strata are dealt to rows at random, so that any shard
+    or microbatch is unbiased too. Draw for the whole global batch, then split.
+    logit_normal: T sigmoid(z), z normal with mean `location` and standard deviation `scale` (Esser et al. 2024,
+    section 3.1), more of the middle.
+
+    The schedule's time shift, if it has one, is applied last.
 
     Raises:
       UserError: unknown name.
     """
+    total = schedule.num_timesteps
+    if name == "uniform" and not schedule.continuous:
+        return jax.random.randint(rng, (batch,), 0, total, jnp.int32)
     if name == "uniform":
-        return jax.random.randint(rng, (batch,), 0, num_timesteps, jnp.int32)
-    if name == "stratified":
+        times = jax.random.uniform(rng, (batch,)) * total
+    elif name == "stratified":
         order_rng, offset_rng = jax.random.split(rng)
         strata = jax.random.permutation(order_rng, batch)
         offsets = jax.random.uniform(offset_rng, (batch,))
-        times = jnp.floor((strata + offsets) * (num_timesteps / batch)).astype(jnp.int32)
-        # In float32 the last stratum's upper end can round to num_timesteps.
-        return jnp.minimum(times, num_timesteps - 1)
-    raise UserError(f"diffusion.time_sampling: unknown {name!r}; {nearest(name, TIME_SAMPLINGS)}")
+        times = (strata + offsets) * (total / batch)
+    elif name == "logit_normal":
+        times = jax.nn.sigmoid(location + scale * jax.random.normal(rng, (batch,))) * total
+    else:
+        raise UserError(f"diffusion.time_sampling: unknown {name!r}; {nearest(name, TIME_SAMPLINGS)}")
+    if isinstance(schedule, RectifiedFlow):
+        times = shift_time(times / total, schedule.time_shift) * total
+    # In float32 the upper end can round to T.
+    if schedule.continuous:
+        return jnp.minimum(times, largest_timestep(total))
+    return jnp.minimum(jnp.floor(times).astype(jnp.int32), total - 1)
+
+
+def largest_timestep(num_timesteps: int) -> float:
+    """The float32 just below T: backbones see timesteps in [0, T)."""
+    return float(np.nextafter(np.float32(num_timesteps), np.float32(0)))

@@ -23,6 +23,7 @@ def main(
     seed: int = 0,
     step: int | None = None,
     ema: str | None = None,
+    sampler: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
 ) -> int:
@@ -46,8 +47,8 @@ def main(
     source = pipeline.create_source(config)
     # Before loading, so that a metric that does not fit the data shows at once.
     wanted = {name: METRICS[name].items(source, items) for name in names}
-    pipe, sampler, about = generate.open_for_sampling(
-        workdir, step=step, ema=ema, steps=steps, guidance=guidance
+    pipe, chosen, about = generate.open_for_sampling(
+        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance
     )
     root = (
         epath.Path(out)
@@ -58,7 +59,7 @@ def main(
     for name, metric_items in wanted.items():
         folder = root / name
         prompts = [(item.id, item.prompt) for item in metric_items]
-        images = generate.sample_to_folder(sampler, pipe, prompts, folder, seed=seed, about=about)
+        images = generate.sample_to_folder(chosen, pipe, prompts, folder, seed=seed, about=about)
         result = METRICS[name].score(list(images), metric_items, seed=seed)
         head = {"metric": name, "workdir": str(workdir), "seed": seed, "n": len(metric_items)}
         results[name] = head | about | result

@@ -1,12 +1,11 @@
 """Validation loss on fixed triples of (image, timestep, noise), in eps space, so that any two runs can be compared."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from scaling_dit import pipeline
 from scaling_dit.data.sources import Source
-from scaling_dit.diffusion import objectives
+from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.parallel import rules
 
 _SEED = 20_000  # of the noise: the same for every run, whatever its own seed
@@ -16,8 +15,9 @@ class ValidationLoss:
     """Mean squared error of the implied noise on held-out images, over all timesteps and by timestep bin.
 
     The triples depend on the data and `images` alone: the first held-out records with their first captions, timesteps
-    spread evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or backbones meet the
-    same ones.
+    of scaled_linear spread evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or
+    backbones meet the same ones; runs with other schedules meet them at the timesteps of their own with as much noise
+    to signal, so that the errors compare.
 
     Args:
       images: how many triples, at least 1; at most as many records as are held out are used, repeated if fewer.
@@ -39,14 +39,18 @@ class ValidationLoss:
         held_out = source.held_out()
         records = [held_out[i % len(held_out)] for i in range(images)]
         ids, mask = model.text_encoder.tokenize([record["captions"][0] for record in records])
-        total = model.schedule.num_timesteps
+        reference = schedules.make_schedule("scaled_linear")
+        self._total = total = reference.num_timesteps
         # Evenly spread and then dealt out, so that a bin does not hold neighbouring records only.
         times = np.floor((np.arange(images) + 0.5) * total / images).astype(np.int32)
+        times = np.random.default_rng(_SEED).permutation(times)
+        alpha, sigma = reference.coefficients(times)
         self._rows = {
             "images": np.stack([record["image"] for record in records]),
             "ids": ids,
             "mask": mask,
-            "timesteps": np.random.default_rng(_SEED).permutation(times),
+            "reference_timesteps": times,  # for the bins
+            "timesteps": model.schedule.timesteps_of(sigma / alpha).astype(np.float32),
             "number": np.arange(1, images + 1, dtype=np.int32),  # of the noise; 0 is the codec's
         }
         self._batch = rules.round_batch(mesh, min(batch, images))
@@ -54,7 +58,6 @@ class ValidationLoss:
 
     def __call__(self, params: pipeline.Params, frozen: pipeline.Params) -> dict[str, float]:
         """{"loss": mean, "loss_t0000-0199": mean of that bin, ...}; every process gets the same."""
-        total = self._model.schedule.num_timesteps
         count = len(self._rows["number"])
         held = rules.local_positions(self._mesh, self._batch)
         sums, counts = np.zeros(self._bins), np.zeros(self._bins)
@@ -68,7 +71,7 @@ class ValidationLoss:
                 added = self._run(params, frozen, rules.to_global(host, self._mesh, self._batch))
             sums += np.asarray(added[0])
             counts += np.asarray(added[1])
-        edges = np.arange(self._bins + 1) * total // self._bins
+        edges = np.arange(self._bins + 1) * self._total // self._bins
         by_bin = {
             f"loss_t{edges[b]:04d}-{edges[b + 1] - 1:04d}": float(sums[b] / counts[b])
             for b in range(self._bins)
@@ -85,10 +88,10 @@ class ValidationLoss:
         noise = model.noise(key, rows["number"])
         noisy = objectives.add_noise(model.schedule, latents, noise, rows["timesteps"])
         text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
-        output = model.predict(params, noisy, rows["timesteps"].astype(jnp.float32), text, text_mask)
+        output = model.predict(params, noisy, rows["timesteps"], text, text_mask)
         errors = objectives.eps_mse(
             output, latents, noise, rows["timesteps"], model.schedule, prediction=model.prediction
         )
-        bins = rows["timesteps"] * self._bins // model.schedule.num_timesteps
+        bins = rows["reference_timesteps"] * self._bins // self._total
         one_hot = jax.nn.one_hot(bins, self._bins) * rows["weight"][:, None]
         return (one_hot * errors[:, None]).sum(0), one_hot.sum(0)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from scaling_dit.diffusion.guidance import guided
+from scaling_dit.diffusion.guidance import guided, rescaled
 from scaling_dit.diffusion.samplers import sample
 from scaling_dit.diffusion.schedules import make_schedule
 
@@ -69,6 +71,59 @@ def test_conditions_may_lack_a_mask_and_low_precision_is_combined_in_float32():
         for half in (jnp.repeat(negative["text"], 3, axis=0), condition["text"])
     ]
     np.testing.assert_array_equal(output, halves[0] + 3.0 * (halves[1] - halves[0]))
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescaling_equals_diffusers(phi):
+    backbone, condition, negative = Backbone(), text_of(1, 3), text_of(2, 3)
+    output = guided(backbone, 6.0, condition, negative, rescale=phi)(LATENTS, TIMES)
+    positive = backbone(LATENTS, TIMES, condition)
+    plain = guided(backbone, 6.0, condition, negative)(LATENTS, TIMES)
+    expected = rescale_noise_cfg(torch.tensor(np.array(plain)), torch.tensor(np.array(positive)), phi)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    if phi == 1.0:
+        np.testing.assert_allclose(
+            np.std(output, axis=(1, 2, 3)), np.std(positive, axis=(1, 2, 3)), rtol=1e-5
+        )
+
+
+def test_rescaling_is_finite_without_spread_and_heeds_the_first_channels_alone():
+    assert (rescaled(jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1)), 0.7) == 0).all()
+
+    def learns_sigma(latents, timesteps, condition):
+        output = Backbone()(latents, timesteps, condition)
+        return jnp.concatenate([output, 100 * latents], axis=-1)
+
+    condition, negative = text_of(1, 3), text_of(2, 1)
+    outputs = [
+        guided(backbone, 6.0, condition, negative, rescale=0.7)(LATENTS, TIMES)
+        for backbone in (learns_sigma, Backbone())
+    ]
+    np.testing.assert_allclose(*outputs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_keeps_to_its_interval(rescale):
+    backbone, condition, negative = Backbone(), text_of(1, 3), text_of(2, 1)
+    options = {"rescale": rescale}
+    everywhere = guided(backbone, 5.0, condition, negative, **options)(LATENTS, TIMES)
+    nowhere = guided(backbone, 1.0, condition, negative)(LATENTS, TIMES)
+    for interval, inside in {
+        (0.0, 1000.0): [True, True, True],
+        (1.0, 500.0): [True, True, False],  # both ends belong to it
+        (500.5, 1000.0): [False, False, True],
+        (2.0, 400.0): [False, False, False],
+    }.items():
+        output = guided(backbone, 5.0, condition, negative, interval=interval, **options)(LATENTS, TIMES)
+        expected = np.where(np.array(inside)[:, None, None, None], everywhere, nowhere)
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_program_serves_inside_and_outside_the_interval():
+    backbone = Backbone()
+    predict = guided(backbone, 5.0, text_of(1, 3), text_of(2, 1), interval=(300.0, 700.0))
+    sample(predict, LATENTS, make_schedule("scaled_linear"), sampler="dpmpp_2m", steps=8)
+    assert backbone.batches == [(6, 6, 6, 6)]  # traced once
 
 
 def test_guided_sampling_does_not_mix_the_rows_of_a_batch():

@@ -3,9 +3,18 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from scaling_dit.diffusion.schedules import SCHEDULES, make_betas, make_schedule
+from scaling_dit.diffusion.schedules import (
+    VP_SCHEDULES,
+    RectifiedFlow,
+    make_betas,
+    make_schedule,
+    shift_time,
+    zero_terminal_snr,
+)
 from scaling_dit.errors import UserError
 
 REFERENCE = {
@@ -15,7 +24,7 @@ REFERENCE = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", VP_SCHEDULES)
 def test_equals_diffusers(name):
     reference = DDIMScheduler(**REFERENCE[name])
     schedule = make_schedule(name)
@@ -44,18 +53,22 @@ def test_cosine_follows_its_closed_form_and_clips():
     np.testing.assert_allclose(schedule.alphas_cumprod[:-1], expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", VP_SCHEDULES)
 def test_table_is_exact_at_integers(name):
     schedule = make_schedule(name)
     times = jnp.arange(1000)
     alphas_cumprod = schedule.alphas_cumprod
     np.testing.assert_array_equal(schedule.alpha(times), np.sqrt(alphas_cumprod).astype(np.float32))
     np.testing.assert_array_equal(schedule.sigma(times), np.sqrt(1 - alphas_cumprod).astype(np.float32))
-    np.testing.assert_allclose(schedule.snr(times), alphas_cumprod / (1 - alphas_cumprod), rtol=1e-5)
-    assert schedule.snr(times).dtype == jnp.float32
+    assert schedule.alpha(times).dtype == schedule.sigma(times).dtype == jnp.float32
+    for ours, on_device in zip(
+        schedule.coefficients(np.arange(1000)), (schedule.alpha(times), schedule.sigma(times)), strict=True
+    ):
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, on_device, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", VP_SCHEDULES)
 def test_fractional_times_lie_between_and_keep_the_variance(name):
     schedule = make_schedule(name)
     times = np.random.default_rng(0).uniform(0, 999, 500).astype(np.float32)
@@ -72,6 +85,68 @@ def test_times_past_the_last_keep_its_value_and_shapes_are_kept():
     schedule = make_schedule("cosine")
     assert schedule.alpha(jnp.float32(999.9)) == schedule.alpha(jnp.int32(999))
     assert schedule.sigma(jnp.zeros((2, 3))).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", VP_SCHEDULES)
+def test_zero_terminal_snr_equals_diffusers(name):
+    schedule = make_schedule(name, zero_snr=True)
+    expected = rescale_zero_terminal_snr(torch.tensor(make_betas(name)))  # in float64
+    np.testing.assert_allclose(1 - expected, ratios(schedule.alphas_cumprod), rtol=1e-9, atol=1e-12)
+    assert schedule.alphas_cumprod[-1] == 0 and schedule.zero_terminal_snr
+    assert schedule.alpha(jnp.int32(999)) == 0 and schedule.sigma(jnp.int32(999)) == 1
+    plain = make_schedule(name)
+    assert not plain.zero_terminal_snr
+    np.testing.assert_allclose(schedule.alphas_cumprod[0], plain.alphas_cumprod[0], rtol=1e-12)
+    np.testing.assert_array_equal(zero_terminal_snr(plain.alphas_cumprod), schedule.alphas_cumprod)
+    times = np.random.default_rng(1).uniform(0, 999, 500).astype(np.float32)
+    power = jnp.square(schedule.alpha(times)) + jnp.square(schedule.sigma(times))
+    np.testing.assert_allclose(power, 1.0, atol=2e-4)
+
+
+def ratios(alphas_cumprod):
+    return np.append(alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1])
+
+
+def test_flow_is_a_straight_line_at_any_time():
+    schedule = make_schedule("flow")
+    assert schedule == RectifiedFlow() and schedule.continuous and schedule.zero_terminal_snr
+    times = np.array([0.0, 0.25, 300.0, 999.5, 1000.0])
+    np.testing.assert_allclose(schedule.sigma(times), times / 1000, rtol=1e-6)
+    np.testing.assert_allclose(schedule.alpha(times), 1 - times / 1000, atol=1e-7)
+    alpha, sigma = schedule.coefficients(times)
+    np.testing.assert_array_equal((alpha, sigma), (1 - times / 1000, times / 1000))
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_time_shift_equals_diffusers_and_its_inverse(shift):
+    reference = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.numpy()  # of 1, 0.999, ..., 0.001
+    shares = np.arange(1000, 0, -1) / 1000
+    np.testing.assert_allclose(shift_time(shares, shift), reference, rtol=1e-5)
+    np.testing.assert_allclose(shift_time(shift_time(shares, shift), 1 / shift), shares, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "zero_snr"),
+    [*((name, zero) for name in VP_SCHEDULES for zero in (False, True)), ("flow", False)],
+)
+def test_times_of_equal_noise(name, zero_snr):
+    schedule = make_schedule(name, zero_snr=zero_snr)
+    times = np.arange(999.0)
+    alpha, sigma = schedule.coefficients(times)
+    np.testing.assert_allclose(schedule.timesteps_of(sigma / alpha), times, rtol=0, atol=1e-6)
+    # Whatever the schedule, the latents found differ from the reference's by their scale alone.
+    alpha, sigma = make_schedule("scaled_linear").coefficients(np.arange(5, 1000.0))
+    found = schedule.timesteps_of(sigma / alpha)
+    assert (found >= 0).all() and (found < 1000).all()
+    ours = schedule.sigma(found) / schedule.alpha(found)
+    np.testing.assert_allclose(ours, sigma / alpha, rtol=2e-3)
+
+
+def test_options_of_another_schedule_are_refused():
+    with pytest.raises(UserError, match="'flow' ends without signal by itself"):
+        make_schedule("flow", zero_snr=True)
+    with pytest.raises(UserError, match="time_shift=3.0 is for diffusion.schedule 'flow', not 'linear'"):
+        make_schedule("linear", time_shift=3.0)
 
 
 def test_unknown_name_tells_the_nearest():

@@ -48,19 +48,10 @@ def main() -> None:
 def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
     """The markdown of all results of a run."""
     config = json.loads((run / "config.json").read_text())
-    rows = read_metrics(run)
-    rate = next(
-        row["speed/mean_images_per_second"] for row in reversed(rows) if "speed/mean_images_per_second" in row
-    )
-    wait = next(row["speed/mean_data_wait"] for row in reversed(rows) if "speed/mean_data_wait" in row)
+    rate, wait = training_rate(run)
     seconds = config["steps"] * config["batch"] / rate
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     lines = [
-        f"# {command}",
-        "",
-        f"{datetime.date.today()}; {processor()}, {os.cpu_count()} cores; "
-        f"Python {platform.python_version()}, {versions}.",
-        "Written by `benchmarks/note.py` from the run's own files.",
+        *header(command, "benchmarks/note.py", "from the run's own files"),
         "",
         f"Training: {config['steps']} steps of {config['batch']} pictures in {seconds / 60:.1f} minutes "
         f"({rate:.0f} pictures/s without compilation and evaluation; waiting for data {wait:.1%}).",
@@ -69,6 +60,26 @@ def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
         name, settings = result["metric"], ", ".join(f"{key} {result[key]}" for key in SETTINGS)
         lines += ["", f"## Metric `{name}`", "", settings, "", "```", METRICS[name].table(result), "```"]
     return "\n".join(lines) + "\n"
+
+
+def header(title: str, script: str, how: str = "") -> list[str]:
+    """The first lines of a note: title, date, hardware, versions, and the script that wrote it."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return [
+        f"# {title}",
+        "",
+        f"{datetime.date.today()}; {processor()}, {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, {versions}.",
+        f"Written by `{script}`{' ' if how else ''}{how}.",
+    ]
+
+
+def training_rate(run: pathlib.Path) -> tuple[float, float]:
+    """Pictures per second of a run, without compilation and evaluation, and the share of time waiting for data."""
+    rows = read_metrics(run)
+    names = ("speed/mean_images_per_second", "speed/mean_data_wait")
+    rate, wait = (next(row[name] for row in reversed(rows) if name in row) for name in names)
+    return rate, wait
 
 
 def processor() -> str:

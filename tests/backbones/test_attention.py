@@ -76,16 +76,20 @@ class FakeGpu:
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Pretends to be a GPU and records what is asked of jax."""
+    """Pretends to be a GPU and records which implementation gets which mask."""
     calls = []
 
     def record(q, k, v, *, mask, implementation):
         calls.append((implementation, None if mask is None else mask.shape))
         return q
 
+    def record_xla(q, k, v, mask):
+        return record(q, k, v, mask=mask, implementation="xla")
+
     monkeypatch.setattr(attention_lib.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention_lib.jax, "devices", lambda: [FakeGpu()])
     monkeypatch.setattr(attention_lib.jax.nn, "dot_product_attention", record)
+    monkeypatch.setattr(attention_lib, "_attend_xla", record_xla)
     return calls
 
 

@@ -8,14 +8,20 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.large_dit import LargeDiT
+from scaling_dit.backbones.next_dit import NextDiT
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.errors import UserError
-from scaling_dit.interop import table, uvit
+from scaling_dit.interop import large_dit, next_dit, table, uvit
 
 __all__ = ["TABLES", "load_state_dict", "to_state_dict"]
 
 # Backbone class -> the rows of one backbone of that class.
-TABLES: dict[type[nn.Module], Callable[[Any], list[table.Row]]] = {UViT: uvit.rows}
+TABLES: dict[type[nn.Module], Callable[[Any], table.Table]] = {
+    UViT: uvit.rows,
+    LargeDiT: large_dit.rows,
+    NextDiT: next_dit.rows,
+}
 
 
 def load_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def to_state_dict(backbone: nn.Module, variables: Mapping[str, Any]) -> dict[str
     return table.save(rows, abstract, trees.unbox(variables["params"]), what)
 
 
-def _mapping(backbone: nn.Module) -> tuple[list[table.Row], dict[str, Any], str]:
+def _mapping(backbone: nn.Module) -> tuple[table.Table, dict[str, Any], str]:
     """Rows, abstract parameters and a name for errors."""
     what = type(backbone).__name__
     for family, rows in TABLES.items():

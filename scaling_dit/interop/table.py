@@ -42,6 +42,27 @@ def fused(parts: int) -> Transform:
     )
 
 
+def joined(parts: int) -> Transform:
+    """Linear weights [out, in] of several layers (such as q, k, v) <-> our kernel [in, parts, out]."""
+    return Transform(
+        load=lambda *w: np.stack([part.T for part in w], axis=1),
+        save=lambda p: tuple(p[:, i].T for i in range(parts)),
+    )
+
+
+def split(parts: int) -> Transform:
+    """A bias [parts*out] <-> ours [parts, out]."""
+    return Transform(load=lambda b: b.reshape(parts, -1), save=lambda p: (p.reshape(-1),))
+
+
+def patch_linear(patch: int) -> Transform:
+    """Linear weight [out, C*p*p] on (C, p, p) patches <-> kernel [p*p*C, out] of a linear map on (p, p, C) patches."""
+    return Transform(
+        load=lambda w: rearrange(w, "e (c p q) -> (p q c) e", p=patch, q=patch),
+        save=lambda p: (rearrange(p, "(p q c) e -> e (c p q)", p=patch, q=patch),),
+    )
+
+
 def conv() -> Transform:
     """torch convolution weight OIHW <-> our kernel HWIO."""
     return Transform(load=lambda w: w.transpose(2, 3, 1, 0), save=lambda p: (p.transpose(3, 2, 0, 1),))
@@ -83,6 +104,65 @@ class Row:
         return (self.upstream,) if isinstance(self.upstream, str) else self.upstream
 
 
+def linear(
+    upstream: str | tuple[str, ...],
+    ours: str,
+    layers: int | None = None,
+    *,
+    bias: bool = True,
+    parts: int | None = None,
+) -> list[Row]:
+    """The rows of a torch Linear: `upstream`.weight and .bias <-> `ours`/kernel and /bias.
+
+    Several names, all without bias, or one Linear of several `parts`, make one kernel [in, parts, out].
+    """
+    if isinstance(upstream, tuple):
+        names = tuple(f"{name}.weight" for name in upstream)
+        return [Row(names, f"{ours}/kernel", joined(len(names)), layers)]
+    weights, biases = (transpose(), SAME) if parts is None else (fused(parts), split(parts))
+    rows = [Row(f"{upstream}.weight", f"{ours}/kernel", weights, layers)]
+    return rows + ([Row(f"{upstream}.bias", f"{ours}/bias", biases, layers)] if bias else [])
+
+
+def norm(upstream: str, ours: str, layers: int | None = None, *, bias: bool = True) -> list[Row]:
+    """The rows of a torch norm: `upstream`.weight and .bias <-> `ours`/scale and /bias."""
+    rows = [Row(f"{upstream}.weight", f"{ours}/scale", layers=layers)]
+    return rows + ([Row(f"{upstream}.bias", f"{ours}/bias", layers=layers)] if bias else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """An upstream entry that must equal another one; written again when saving. `layers` as in a Row."""
+
+    upstream: str
+    of: str
+    layers: int | None = None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(the copy's name, the original's) for every layer."""
+        if self.layers is None:
+            return [(self.upstream, self.of)]
+        return [
+            (self.upstream.replace("{i}", str(i)), self.of.replace("{i}", str(i))) for i in range(self.layers)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """An upstream entry that its code declares and never reads: may be missing, is dropped when loading.
+
+    `written`: whether saving writes zeros for it, for upstream code that insists on the name.
+    """
+
+    upstream: str
+    shape: tuple[int, ...]
+    written: bool = False
+
+
+Table = Sequence[Row | Copy | Unread]
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A row for one layer: `layer` is its index in a stacked parameter, None where the parameter is its own."""
@@ -93,11 +173,13 @@ class Entry:
     row: Row
 
 
-def expand(rows: Iterable[Row], paths: Iterable[str]) -> list[Entry]:
-    """One entry per row and layer; a row's parameter is stacked where `paths`, our parameters, hold it so."""
+def expand(rows: Table, paths: Iterable[str]) -> list[Entry]:
+    """One entry per Row and layer; a row's parameter is stacked where `paths`, our parameters, hold it so."""
     known = set(paths)
     entries = []
     for row in rows:
+        if not isinstance(row, Row):
+            continue
         if row.layers is None:
             entries.append(Entry(row.names, row.ours, None, row))
             continue
@@ -110,7 +192,7 @@ def expand(rows: Iterable[Row], paths: Iterable[str]) -> list[Entry]:
 
 
 def load(
-    rows: Iterable[Row], abstract: Mapping[str, Any], state_dict: Mapping[str, Any], what: str
+    rows: Table, abstract: Mapping[str, Any], state_dict: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
     """A state dict as our tree of parameters, numpy arrays of the dtypes of `abstract`.
 
@@ -125,7 +207,16 @@ def load(
     """
     expected = traverse_util.flatten_dict(abstract, sep="/")
     entries = expand(rows, expected)
-    problems = _compare_names({name for entry in entries for name in entry.names}, set(state_dict))
+    copies = dict(pair for row in rows if isinstance(row, Copy) for pair in row.pairs)
+    unread = {row.upstream: row.shape for row in rows if isinstance(row, Unread)}
+    known = {name for entry in entries for name in entry.names} | set(copies)
+    problems = _compare_names(known, set(state_dict) - set(unread))
+    problems += [
+        f"{name} is {np.shape(state_dict[name])}, it must be {shape}"
+        for name, shape in unread.items()
+        if name in state_dict and np.shape(state_dict[name]) != shape
+    ]
+    problems += _compare_copies(copies, state_dict)
     layers: dict[str, dict[int | None, np.ndarray]] = {}
     for entry in entries:
         if not all(name in state_dict for name in entry.names):
@@ -153,7 +244,7 @@ def load(
 
 
 def save(
-    rows: Iterable[Row], abstract: Mapping[str, Any], params: Mapping[str, Any], what: str
+    rows: Table, abstract: Mapping[str, Any], params: Mapping[str, Any], what: str
 ) -> dict[str, np.ndarray]:
     """Our tree of parameters as a state dict of upstream names, contiguous numpy arrays.
 
@@ -178,12 +269,28 @@ def save(
         state_dict |= {
             name: np.ascontiguousarray(part) for name, part in zip(entry.names, parts, strict=True)
         }
+    for row in rows:
+        if isinstance(row, Copy):
+            state_dict |= {name: state_dict[original].copy() for name, original in row.pairs}
+        elif isinstance(row, Unread) and row.written:
+            state_dict[row.upstream] = np.zeros(row.shape, next(iter(state_dict.values())).dtype)
     return state_dict
 
 
 def _compare_names(wanted: set[str], found: set[str]) -> list[str]:
     lists = (("missing", wanted - found), ("unknown", found - wanted))
     return [f"{label}: {', '.join(sorted(names))}" for label, names in lists if names]
+
+
+def _compare_copies(copies: Mapping[str, str], state_dict: Mapping[str, Any]) -> list[str]:
+    differ = [
+        f"{name} differs from {original}"
+        for name, original in copies.items()
+        if name in state_dict
+        and original in state_dict
+        and not np.array_equal(state_dict[name], state_dict[original])
+    ]
+    return [f"equal in the original, and one parameter here: {', '.join(differ)}"] if differ else []
 
 
 def _compare_shapes(entry: Entry, arrays: Arrays, wanted: Sequence[tuple[int, ...]]) -> list[str]:

@@ -1,0 +1,152 @@
+"""What Large-DiT (large_dit.py) and Next-DiT (next_dit.py) share: fields, checks, and the steps of the call.
+
+Both run image tokens through blocks that are conditioned on time and the mean of the caption, and that read the
+caption's tokens by gated attention (lumina_layers.py). They differ in their blocks, in the sequence that the image
+tokens make with its rotary positions, and in the modulation of the head.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+from scaling_dit.backbones import contract, layers
+from scaling_dit.backbones.attention import check_implementation
+from scaling_dit.backbones.layers import Dense
+from scaling_dit.backbones.lumina_layers import Conditioning, Head, Rotary, xavier_uniform
+from scaling_dit.errors import UserError
+
+CONDITIONING_WIDTH = 1024  # at most; hidden where that is less
+
+
+class Lumina(nn.Module):
+    """Base of the two backbones; fields are config values, `size` names a row of SIZES that explicit fields override.
+
+    Raises a UserError for an unknown size, dtype, policy or implementation, for head counts that do not fit, for
+    shapes that do not fit the fields, and for conditions and extras, of which it reads none.
+    """
+
+    in_channels: int = 4
+    out_channels: int | None = None  # None: as many as come in
+    text_dim: int = 1024
+    size: str | None = None
+    hidden: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None  # of keys and values, a divisor of heads; None: heads
+    patch: int = 2
+    qk_norm: bool = True
+    learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
+    attention: str = "auto"
+    remat: bool | str = "none"  # none | full | dots
+    scan_layers: bool = False
+    dtype: str = "float32"  # of products and the residual stream
+    param_dtype: str = "float32"
+
+    EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+    # Set by the subclasses.
+    SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    HEAD_SIZE_MULTIPLE: ClassVar[int] = 1  # what the rotary positions need
+
+    def __post_init__(self) -> None:
+        hidden, _, heads = self.widths
+        if self.patch < 1 or (self.out_channels is not None and self.out_channels < 1):
+            raise UserError(f"patch {self.patch} and out_channels {self.out_channels} must be at least 1")
+        if self.kv_heads is not None and (self.kv_heads < 1 or heads % self.kv_heads):
+            raise UserError(f"kv_heads={self.kv_heads} must be a divisor of heads={heads}")
+        if hidden // heads % self.HEAD_SIZE_MULTIPLE:
+            raise UserError(
+                f"hidden={hidden} and heads={heads} give heads of size {hidden // heads}; the rotary positions of "
+                f"{type(self).__name__} need a multiple of {self.HEAD_SIZE_MULTIPLE}"
+            )
+        check_implementation(self.attention)
+        layers.check_remat(self.remat)
+        contract.parse_dtype(self.dtype, "dtype")
+        contract.parse_dtype(self.param_dtype, "param_dtype")
+        super().__post_init__()
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """(hidden, depth, heads) after `size` and explicit fields."""
+        return contract.transformer_size(
+            self.size, self.SIZES, hidden=self.hidden, depth=self.depth, heads=self.heads
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        hidden, _, heads = self.widths
+        return hidden // heads
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share a head of keys and values."""
+        return self.kv_heads not in (None, self.widths[2])
+
+    @nn.nowrap
+    def embed_patches(self, latents: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> image tokens [B, H/p * W/p, D], row-major."""
+        embed = Dense(
+            self.widths[0],
+            (None, "embed"),
+            kernel_init=xavier_uniform,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="patch_embed",
+        )
+        return embed(layers.patchify(latents, self.patch))
+
+    @nn.nowrap
+    def embed_conditioning(
+        self, timesteps: jax.Array, text: jax.Array, text_mask: jax.Array | None
+    ) -> jax.Array:
+        """The vector [B, A] float32 that modulates every block and the head, A = min(hidden, 1024)."""
+        width = min(self.widths[0], CONDITIONING_WIDTH)
+        return Conditioning(width, param_dtype=self.param_dtype, name="conditioning")(
+            timesteps, text, text_mask
+        )
+
+    @nn.nowrap
+    def run_blocks(
+        self,
+        block: type[nn.Module],
+        x: jax.Array,
+        c: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None,
+        rotary: Rotary,
+    ) -> jax.Array:
+        """The stack of blocks [B, T, D] -> [B, T, D]; each maps (x, None, c, text, text_mask, rotary) to (x, None)."""
+        _, depth, heads = self.widths
+        fields: dict[str, Any] = {
+            "heads": heads,
+            "kv_heads": self.kv_heads or heads,
+            "qk_norm": self.qk_norm,
+            "attention": self.attention,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        x = layers.constrain(x, "batch", "length", "act_embed")
+        x, _ = layers.stack(
+            block,
+            depth,
+            "layers",
+            x,
+            None,
+            c,
+            text,
+            text_mask,
+            rotary,
+            remat=self.remat,
+            scan=self.scan_layers,
+            **fields,
+        )
+        return x
+
+    @nn.nowrap
+    def predict(self, x: jax.Array, c: jax.Array, height: int, width: int, *, shift: bool) -> jax.Array:
+        """Image tokens [B, H/p * W/p, D] -> prediction [B, H, W, out_channels], or twice the channels; float32."""
+        channels = (self.out_channels or self.in_channels) * (1 + self.learn_sigma)
+        head = Head(self.patch**2 * channels, shift=shift, param_dtype=self.param_dtype, name="head")
+        return layers.unpatchify(head(x, c), self.patch, height, width)

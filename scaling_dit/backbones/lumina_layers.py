@@ -1,0 +1,242 @@
+"""Pieces of Large-DiT and Next-DiT: RMSNorm, rotary positions, SwiGLU, text-gated attention, conditioning, head.
+
+Architecture and initialisation of the published code (LLaMA2-Accessory `Large-DiT-T2I/models/model.py`, Lumina-T2X
+`lumina_next_t2i/models/model.py`, arXiv 2405.05945 and 2406.18583). Shape suffixes as in attention.py; A is the
+width of the conditioning vector, E that of the text.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from scaling_dit.backbones import layers
+from scaling_dit.backbones.attention import attention
+from scaling_dit.backbones.layers import NORMAL_002, Dense, layer_norm
+
+EPSILON = 1e-5  # of every norm but the last
+TIME_FEATURES = 256  # width of the sinusoidal time embedding
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
+
+
+def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)) for a kernel [in, out] or, part by part, [in, parts, out]."""
+    bound = math.sqrt(6 / (shape[0] + shape[-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def rms_norm(name: str, *, param_dtype: Any = jnp.float32) -> nn.RMSNorm:
+    """x / sqrt(mean(x^2) + 1e-5) * scale over the last axis, computed and returned in float32 whatever comes in."""
+    return nn.RMSNorm(
+        epsilon=EPSILON,
+        dtype=jnp.float32,
+        param_dtype=jnp.dtype(param_dtype),
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        name=name,
+    )
+
+
+def rotary_1d(length: int, head_size: int) -> Rotary:
+    """Tables [length, head_size/2] of rotary positions (RoPE, arXiv 2104.09864) for the indices of a sequence.
+
+    angle[t, i] = t * 10000^(-2i/head_size).
+    """
+    return _tables(np.outer(np.arange(length), _frequencies(head_size)))
+
+
+def rotary_2d(rows: int, columns: int, head_size: int) -> Rotary:
+    """Tables [rows * columns, head_size/2] for a grid of tokens, row-major.
+
+    Half of the pairs turns with the row, half with the column, taking turns: pair 2i has angle row * f_i, pair 2i + 1
+    column * f_i, with f_i = 10000^(-4i/head_size).
+    """
+    frequencies = _frequencies(head_size // 2)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = np.stack([np.outer(row, frequencies), np.outer(column, frequencies)], axis=-1)
+    return _tables(angles.reshape(rows * columns, head_size // 2))
+
+
+def _frequencies(size: int) -> np.ndarray:
+    return 10000.0 ** (-np.arange(0, size, 2) / size)
+
+
+def _tables(angles: np.ndarray) -> Rotary:
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:
+    """Turns each pair (x[2i], x[2i+1]) of a head by its angle: [B, T, N, H] -> [B, T, N, H] float32."""
+    cos, sin = (table[:, None] for table in rotary)
+    even, odd = x_BTNH[..., ::2].astype(jnp.float32), x_BTNH[..., 1::2].astype(jnp.float32)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_BTNH.shape)
+
+
+class SwiGLU(nn.Module):
+    """W2(silu(W1 x) * W3 x) without biases, of width 256 * ceil(floor(8D/3) / 256): [B, T, D] -> [B, T, D].
+
+    One fused product makes W1 x and W3 x.
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+        width = 256 * math.ceil(8 * features // 3 / 256)
+        dense = functools.partial(
+            Dense,
+            use_bias=False,
+            kernel_init=xavier_uniform,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        fused = dense((2, width), ("embed", None, "mlp"), name="w13")(x)
+        x = layers.constrain(jax.nn.silu(fused[:, :, 0]) * fused[:, :, 1], "batch", "length", "act_mlp")
+        return dense(features, ("mlp", "embed"), name="w2")(x)
+
+
+class TextGatedAttention(nn.Module):
+    """Attention of image tokens to each other and, by the same queries, to the text; one output projection for both.
+
+    o = softmax(q k^T / sqrt(H)) v + tanh(gate) softmax(q k_text^T / sqrt(H)) v_text, a gate per head that starts at 0.
+    q and k carry rotary positions, k_text none. `qk_norm`: LayerNorm over all heads jointly, before they are split.
+    Fewer key and value heads than heads make grouped-query attention, for image and text.
+
+    A row whose text is all masked reads no text.
+    """
+
+    heads: int
+    kv_heads: int
+    qk_norm: bool
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, text: jax.Array, text_mask: jax.Array | None, rotary: Rotary
+    ) -> jax.Array:
+        """x [B, T, D], text [B, S, E], text_mask [B, S] bool -> [B, T, D]."""
+        width = x.shape[-1]
+        dense = functools.partial(
+            Dense,
+            use_bias=False,
+            kernel_init=xavier_uniform,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        kv_shape = (2, width // self.heads * self.kv_heads)
+        if self.kv_heads == self.heads:
+            qkv = dense((3, width), ("embed", None, "heads"), name="qkv")(x)
+            q, k, v = (qkv[:, :, i] for i in range(3))
+        else:
+            q = dense(width, ("embed", "heads"), name="q")(x)
+            kv = dense(kv_shape, ("embed", None, "heads"), name="kv")(x)
+            k, v = kv[:, :, 0], kv[:, :, 1]
+        text_kv = dense(kv_shape, ("text", None, "heads"), name="text_kv")(text)
+        text_k, text_v = text_kv[:, :, 0], text_kv[:, :, 1]
+        if self.qk_norm:
+            norm = functools.partial(layer_norm, epsilon=EPSILON, param_dtype=self.param_dtype)
+            q, k, text_k = norm("q_norm")(q), norm("k_norm")(k), norm("text_k_norm")(text_k)
+
+        q_BTNH, k_BTKH, v_BTKH, text_k_BSKH, text_v_BSKH = (
+            rearrange(part, "b t (n h) -> b t n h", h=width // self.heads)
+            for part in (q, k, v, text_k, text_v)
+        )
+        q_BTNH, k_BTKH, v_BTKH, text_k_BSKH, text_v_BSKH = (
+            layers.constrain(part.astype(self.dtype), "batch", "length", "act_heads", None)
+            for part in (rotate(q_BTNH, rotary), rotate(k_BTKH, rotary), v_BTKH, text_k_BSKH, text_v_BSKH)
+        )
+        attend = functools.partial(attention, implementation=self.implementation)
+        o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+        gate_N = self.param(
+            "gate",
+            nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)),
+            (self.heads,),
+            jnp.dtype(self.param_dtype),
+        )
+        share_BTNH = jnp.tanh(gate_N.astype(jnp.float32))[:, None]
+        if text_mask is not None:
+            readable_B1 = text_mask.any(axis=-1, keepdims=True)
+            text_mask |= ~readable_B1  # a softmax over nothing is no number; the share of such a row is 0
+            share_BTNH = share_BTNH * readable_B1[:, :, None, None]
+        from_text_BTNH = attend(q_BTNH, text_k_BSKH, text_v_BSKH, key_mask=text_mask)
+        o_BTNH += share_BTNH.astype(o_BTNH.dtype) * from_text_BTNH
+        return dense(width, ("heads", "embed"), name="out")(rearrange(o_BTNH, "b t n h -> b t (n h)"))
+
+
+class Conditioning(nn.Module):
+    """Time and the mean of the caption's tokens as one vector: timesteps [B], text [B, S, E] -> [B, A] float32.
+
+    Of a row whose text is all masked the mean is 0.
+    """
+
+    width: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, timesteps: jax.Array, text: jax.Array, text_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """text_mask [B, S] bool."""
+        dense = functools.partial(Dense, self.width, param_dtype=self.param_dtype)
+        time = layers.timestep_embedding(timesteps, TIME_FEATURES)
+        time = jax.nn.silu(dense((None, "mlp"), kernel_init=NORMAL_002, name="time_fc1")(time))
+        time = dense(("mlp", "embed"), kernel_init=NORMAL_002, name="time_fc2")(time)
+        shown = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask
+        weights = shown / jnp.maximum(shown.sum(axis=-1, keepdims=True), 1)
+        pooled = (text.astype(jnp.float32) * weights[..., None]).sum(axis=1)
+        pooled = layer_norm("text_norm", epsilon=EPSILON, param_dtype=self.param_dtype)(pooled)
+        zeros = nn.initializers.zeros
+        return time + dense(("text", "embed"), kernel_init=zeros, name="text_embed")(pooled)
+
+
+class Modulation(nn.Module):
+    """Linear(silu(c)), zero at first: c [B, A] -> `parts` arrays [B, 1, width] float32."""
+
+    parts: int
+    width: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, c: jax.Array) -> list[jax.Array]:
+        # "mlp" splits the output over the tensor axis, which holds these large kernels in parts.
+        out = Dense(
+            (self.parts, self.width),
+            ("embed", None, "mlp"),
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="linear",
+        )(jax.nn.silu(c))
+        return [out[:, None, i].astype(jnp.float32) for i in range(self.parts)]
+
+
+class Head(nn.Module):
+    """LayerNorm without parameters, scaled (and shifted) by c, then a linear map that starts at zero; in float32.
+
+    x [B, T, D], c [B, A] -> [B, T, features]. With `shift` the modulation has the parts (shift, scale), else (scale).
+    """
+
+    features: int
+    shift: bool
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        parts = Modulation(1 + self.shift, x.shape[-1], param_dtype=self.param_dtype, name="modulation")(c)
+        x = layer_norm("norm", epsilon=1e-6, affine=False)(x) * (1 + parts[-1])
+        if self.shift:
+            x += parts[0]
+        zeros = nn.initializers.zeros
+        return Dense(
+            self.features, ("embed", None), kernel_init=zeros, param_dtype=self.param_dtype, name="linear"
+        )(x)

@@ -1,0 +1,106 @@
+"""Next-DiT for text to image: Large-DiT with 2-D rotary positions, sandwich norms and gates bounded by tanh.
+
+Architecture and initialisation of the published code, Lumina-T2X `lumina_next_t2i/models/model.py` (Lumina-Next, arXiv
+2406.18583). Image and text are read by the same queries, as there; diffusers' `LuminaNextDiT2DModel` gives the text
+queries of its own. With `learn_sigma` both halves of the channels are returned, of which that code keeps the first.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from scaling_dit.backbones import contract, layers
+from scaling_dit.backbones.lumina import Lumina
+from scaling_dit.backbones.lumina_layers import (
+    Modulation,
+    Rotary,
+    SwiGLU,
+    TextGatedAttention,
+    rms_norm,
+    rotary_2d,
+)
+
+SIZES: dict[str, dict[str, int]] = {
+    "h2304-d24-n32": {
+        "hidden": 2304,
+        "depth": 24,
+        "heads": 32,
+    },  # the published code's 2B; kv_heads=8 in a variant
+}
+
+
+class NextDiT(Lumina):
+    """Next-DiT; fields and errors as in `Lumina`, `size` names a row of SIZES."""
+
+    size: str | None = "h2304-d24-n32"
+
+    SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = SIZES
+    HEAD_SIZE_MULTIPLE: ClassVar[int] = 4
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None = None,
+        conditions: contract.Conditions | None = None,
+        extras: contract.Extras | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """The contract's call (contract.py), float32; twice the channels with learn_sigma. `train` changes nothing."""
+        contract.check_inputs(
+            self, latents.shape, text.shape, patch=self.patch, conditions=conditions, extras=extras
+        )
+        _, height, width, _ = latents.shape
+        x = self.embed_patches(latents)
+        rotary = rotary_2d(height // self.patch, width // self.patch, self.head_size)
+        c = self.embed_conditioning(timesteps, text, text_mask)
+        x = self.run_blocks(Block, x, c, text, text_mask, rotary)
+        return self.predict(x, c, height, width, shift=False)
+
+
+class Block(nn.Module):
+    """x += tanh(g1) RMS(Attention(RMS(x) (1 + s1))), x += tanh(g2) RMS(SwiGLU(RMS(x) (1 + s2))).
+
+    (s1, g1, s2, g2) are linear in silu(c), zero at first.
+    (x [B, T, D], None, c [B, A], text [B, S, E], text_mask [B, S] bool, rotary) -> (x, None).
+    """
+
+    heads: int
+    kv_heads: int
+    qk_norm: bool
+    attention: str = "auto"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        _: None,
+        c: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None,
+        rotary: Rotary,
+    ) -> tuple[jax.Array, None]:
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        scale1, gate1, scale2, gate2 = Modulation(4, x.shape[-1], name="modulation", **types)(c)
+
+        def norm(name: str) -> nn.RMSNorm:
+            return rms_norm(name, param_dtype=self.param_dtype)
+
+        attend = TextGatedAttention(
+            self.heads, self.kv_heads, self.qk_norm, implementation=self.attention, name="attention", **types
+        )
+        a = norm("attention_norm")(x) * (1 + scale1)
+        a = norm("attention_out_norm")(attend(a, norm("text_norm")(text), text_mask, rotary))
+        x = layers.constrain(x + (jnp.tanh(gate1) * a).astype(x.dtype), "batch", "length", "act_embed")
+        f = norm("ffn_norm")(x) * (1 + scale2)
+        f = norm("ffn_out_norm")(SwiGLU(name="feed_forward", **types)(f))
+        x = layers.constrain(x + (jnp.tanh(gate2) * f).astype(x.dtype), "batch", "length", "act_embed")
+        return x, None

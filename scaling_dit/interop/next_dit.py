@@ -1,0 +1,56 @@
+"""Next-DiT's parameters in the names of diffusers' `LuminaNextDiT2DModel`.
+
+Two things of that class are not parameters here. In the published model the text is read by the queries that the image
+is read by; diffusers has them twice, in attn1 and attn2: a file where they differ is refused, and both are written. And
+its `pad_token`, which nothing reads, is dropped and written as zeros, since diffusers misses the name otherwise.
+"""
+
+from scaling_dit.backbones.next_dit import NextDiT
+from scaling_dit.interop.table import Copy, Row, Table, Unread, linear, norm, patch_linear
+
+
+def rows(backbone: NextDiT) -> Table:
+    """The table of one backbone; its fields decide which entries there are."""
+    hidden, depth, _ = backbone.widths
+    time_and_text, block, ffn = "time_caption_embed", "layers.{i}", "layers.{i}.feed_forward"
+    return [
+        Unread("pad_token", (hidden,), written=True),
+        Row("patch_embedder.proj.weight", "patch_embed/kernel", patch_linear(backbone.patch)),
+        Row("patch_embedder.proj.bias", "patch_embed/bias"),
+        *linear(f"{time_and_text}.timestep_embedder.linear_1", "conditioning/time_fc1"),
+        *linear(f"{time_and_text}.timestep_embedder.linear_2", "conditioning/time_fc2"),
+        *norm(f"{time_and_text}.caption_embedder.0", "conditioning/text_norm"),
+        *linear(f"{time_and_text}.caption_embedder.1", "conditioning/text_embed"),
+        *linear(f"{block}.norm1.linear", "layers_{i}/modulation/linear", depth, parts=4),
+        *norm(f"{block}.norm1.norm", "layers_{i}/attention_norm", depth, bias=False),
+        *norm(f"{block}.norm1_context", "layers_{i}/text_norm", depth, bias=False),
+        *_attention(block, "layers_{i}/attention", depth, backbone),
+        *norm(f"{block}.norm2", "layers_{i}/attention_out_norm", depth, bias=False),
+        *norm(f"{block}.ffn_norm1", "layers_{i}/ffn_norm", depth, bias=False),
+        *linear((f"{ffn}.linear_1", f"{ffn}.linear_3"), "layers_{i}/feed_forward/w13", depth),
+        *linear(f"{ffn}.linear_2", "layers_{i}/feed_forward/w2", depth, bias=False),
+        *norm(f"{block}.ffn_norm2", "layers_{i}/ffn_out_norm", depth, bias=False),
+        *linear("norm_out.linear_1", "head/modulation/linear", parts=1),
+        *linear("norm_out.linear_2", "head/linear"),
+    ]
+
+
+def _attention(block: str, ours: str, layers: int, backbone: NextDiT) -> Table:
+    image, text = f"{block}.attn1", f"{block}.attn2"
+    q, k, v = (f"{image}.to_{name}" for name in "qkv")
+    shared = [f"{name}.weight" for name in (("to_q", "norm_q") if backbone.qk_norm else ("to_q",))]
+    table: list[Row | Copy | Unread] = [
+        Row(f"{block}.gate", f"{ours}/gate", layers=layers),
+        *linear((f"{text}.to_k", f"{text}.to_v"), f"{ours}/text_kv", layers),
+        *linear(f"{text}.to_out.0", f"{ours}/out", layers, bias=False),
+    ]
+    if backbone.grouped:
+        table += linear(q, f"{ours}/q", layers, bias=False) + linear((k, v), f"{ours}/kv", layers)
+    else:
+        table += linear((q, k, v), f"{ours}/qkv", layers)
+    if backbone.qk_norm:
+        table += norm(f"{image}.norm_q", f"{ours}/q_norm", layers)
+        table += norm(f"{image}.norm_k", f"{ours}/k_norm", layers)
+        table += norm(f"{text}.norm_k", f"{ours}/text_k_norm", layers)
+        shared.append("norm_q.bias")
+    return [*table, *(Copy(f"{text}.{name}", f"{image}.{name}", layers) for name in shared)]

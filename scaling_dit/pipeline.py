@@ -136,7 +136,7 @@ def build(config: ConfigDict, tokenizer: Any) -> Model:
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
     backbone = backbones.create_for(
-        channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
+        in_channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
     )
     extras = getattr(backbone, "EXTRAS", {})
     if extras:

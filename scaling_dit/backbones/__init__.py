@@ -38,13 +38,13 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     return _REGISTRY.create(name, kwargs)
 
 
-def create_for(name: str, *, channels: int, text_dim: int, **kwargs: Any) -> nn.Module:
+def create_for(name: str, *, in_channels: int, text_dim: int, **kwargs: Any) -> nn.Module:
     """`create` for latents of so many channels and text of such a width.
 
     A class that has no field `in_channels` or `text_dim` reads that width from its inputs.
     """
     known = _REGISTRY.arguments(name)
-    widths = {"in_channels": channels, "text_dim": text_dim}
+    widths = {"in_channels": in_channels, "text_dim": text_dim}
     return create(name, **kwargs, **{field: value for field, value in widths.items() if field in known})
 
 

@@ -98,7 +98,7 @@ def _of_experiment(
 def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> "nn.Module":
     from scaling_dit import backbones
 
-    return backbones.create_for(channels=latents[2], text_dim=text[1], **fields)
+    return backbones.create_for(in_channels=latents[2], text_dim=text[1], **fields)
 
 
 def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:
@@ -125,7 +125,7 @@ def _table(about: dict[str, Any], figures: dict[str, int], modules: dict[str, "C
     """The inputs, the figures, and the cost of each module."""
     lines = [", ".join(f"{name} {_plain(value)}" for name, value in about.items()), ""]
     lines += [
-        f"{name:18}{value:>26,}  {_short(value):>7}  {_MEANING[name]}" for name, value in figures.items()
+        f"{name:17}  {value:>29,}  {_short(value):>7}  {_MEANING[name]}" for name, value in figures.items()
     ]
     width = max(map(len, [*modules, "module"]))
     columns = {
@@ -146,7 +146,7 @@ def _plain(value: Any) -> str:
 
 def _short(value: int) -> str:
     """Three digits and a unit: 1.37 G."""
-    for power, unit in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, unit in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {unit}"
     return str(value)

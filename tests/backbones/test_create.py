@@ -126,8 +126,8 @@ def test_check_backbone_wants_an_instance():
 
 @pytest.mark.usefixtures("user_module")
 def test_widths_of_a_run_go_where_there_are_fields_for_them():
-    backbone = backbones.create_for("uvit", channels=3, text_dim=16, size="h32-d2-n2")
+    backbone = backbones.create_for("uvit", in_channels=3, text_dim=16, size="h32-d2-n2")
     assert (backbone.in_channels, backbone.text_dim, backbone.widths) == (3, 16, (32, 2, 2))
-    assert backbones.create_for("user_backbones:Mine", channels=3, text_dim=16, width=4).width == 4
+    assert backbones.create_for("user_backbones:Mine", in_channels=3, text_dim=16, width=4).width == 4
     with pytest.raises(UserError, match="has no field 'hiden'; did you mean 'hidden'"):
-        backbones.create_for("uvit", channels=3, text_dim=16, hiden=8)
+        backbones.create_for("uvit", in_channels=3, text_dim=16, hiden=8)

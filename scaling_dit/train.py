@@ -1,4 +1,4 @@
-"""Training: one pure step and one flat loop.
+"""Training: one flat loop around the pure step of `train_step.py`.
 
 `train` builds the run, goes on from its last checkpoint if there is one, and loops: read a batch, step, log, save,
 look. Everything random in step s is drawn from (seed, s) for the whole global batch, and the data of step s are a
@@ -29,7 +29,7 @@ from scaling_dit.monitor.writers import create_writer, read_metrics
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.state import TrainState
-from scaling_dit.train_step import accumulate, init_state, make_train_step
+from scaling_dit.train_step import init_state, make_train_step
 
 DONE, NONFINITE, PREEMPTED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on
 

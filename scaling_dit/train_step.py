@@ -1,0 +1,115 @@
+"""One update of a run as a pure function: noise, forward, loss, gradients, optimiser, averages."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from scaling_dit import optim, pipeline, trees
+from scaling_dit.diffusion import objectives
+from scaling_dit.diffusion.time_sampling import sample_timesteps
+from scaling_dit.state import TrainState, create_state
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def init_state(
+    model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
+) -> TrainState:
+    """The state before the first step, without sharding names; pure."""
+    params, _ = model.init(key)
+    return create_state(trees.unbox(params), optimizer, config.optim.ema)
+
+
+def make_train_step(
+    model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Callable[[TrainState, pipeline.Params, Batch], tuple[TrainState, Metrics]]:
+    """The pure function (state, frozen, batch) -> (state, metrics) of one update.
+
+    `batch` holds the global batch: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]. Timesteps, noise and
+    caption drop are drawn for all B rows at once, then split into `optim.accumulate` microbatches, so the split changes
+    nothing.
+    """
+    diffusion = config.diffusion
+    learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
+    empty_ids, empty_mask = model.text_encoder.tokenize([""])
+
+    def loss_fn(params: pipeline.Params, frozen: pipeline.Params, rows: Batch) -> jax.Array:
+        noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
+        text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
+        times = rows["timesteps"].astype(jnp.float32)
+        output = model.predict(params, noisy, times, text, text_mask, train=True, rng=rows["rngs"][0])
+        losses = objectives.diffusion_loss(
+            output, rows["latents"], rows["noise"], rows["timesteps"], model.schedule,
+            prediction=model.prediction, weighting=diffusion.weighting, gamma=diffusion.min_snr_gamma,
+        )  # fmt: skip
+        return losses.mean()
+
+    def train_step(state: TrainState, frozen: pipeline.Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
+        latents = model.encode_image(frozen, batch["images"], encode_key)
+        ids, mask = objectives.drop_captions(
+            drop_key,
+            batch["ids"],
+            batch["mask"],
+            jnp.asarray(empty_ids[0]),
+            jnp.asarray(empty_mask[0]),
+            diffusion.caption_drop,
+        )
+        rows = {
+            "latents": latents,
+            "ids": ids,
+            "mask": mask,
+            "noise": jax.random.normal(noise_key, latents.shape),
+            "rngs": jax.random.split(model_key, config.batch),  # of a microbatch the first is used
+            "timesteps": sample_timesteps(
+                time_key,
+                config.batch,
+                diffusion.time_sampling,
+                model.schedule,
+                location=diffusion.time_location,
+                scale=diffusion.time_scale,
+            ),
+        }
+        loss, grads = accumulate(
+            functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate
+        )
+        new_state = optim.apply_gradients(state, loss, grads, optimizer, config.optim.ema)
+        in_a_row, total = optim.nonfinite_count(new_state.opt_state)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(new_state.params),
+            "learning_rate": learning_rate(state.step),
+            "skipped_in_a_row": in_a_row,
+            "skipped_total": total,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def accumulate(
+    loss_fn: Callable[..., jax.Array], params: pipeline.Params, rows: Batch, microbatches: int
+) -> tuple[jax.Array, pipeline.Params]:
+    """Mean loss and gradients of `loss_fn(params, rows=...)` over microbatches; number j of n holds rows j::n.
+
+    Strided, because a device holds neighbouring rows: each microbatch then takes the same share of every device.
+    """
+    grad_fn = jax.value_and_grad(lambda p, part: loss_fn(p, rows=part))
+    if microbatches == 1:
+        return grad_fn(params, rows)
+    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), rows)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, parts)
+    return jax.tree.map(lambda x: x / microbatches, total)

@@ -20,12 +20,14 @@ from scaling_dit.experiments import shapes
 BACKBONES: dict[str, dict[str, Any]] = {
     "uvit": {"hidden": 128, "depth": 4, "heads": 4, "patch": 8, "positions": "sincos_init"},
     "pixart": {"hidden": 128, "depth": 4, "heads": 4, "patch": 8},
-    "large_dit": {"hidden": 128, "depth": 3, "heads": 4, "patch": 8},
+    "large_dit": {"hidden": 112, "depth": 3, "heads": 4, "patch": 8},
     "next_dit": {"hidden": 128, "depth": 3, "heads": 4, "patch": 8},
     "unet": {
-        "channels": 32, "channel_mult": (1, 2, 3), "res_blocks": 1, "transformer_depth": (0, 1, 1), "head_dim": 32
+        "channels": 32, "channel_mult": (1, 1, 2), "res_blocks": 1, "transformer_depth": (0, 1, 1), "head_dim": 32
     },
-    "unet_if": {"channels": 32, "channel_mult": (1, 2, 3), "res_blocks": 1, "head_dim": 32},
+    "unet_if": {
+        "channels": 32, "channel_mult": (1, 1, 2), "res_blocks": 1, "attention_levels": (1, 2), "head_dim": 32
+    },
 }  # fmt: skip
 ARGUMENTS = tuple(BACKBONES)
 

@@ -1,0 +1,70 @@
+"""Large-DiT against the published code's tensors; what it shares with Next-DiT is in test_lumina.py."""
+
+import jax
+import numpy as np
+import pytest
+import uvit_golden
+from uvit_golden import relative_error, run
+
+from scaling_dit import backbones, interop
+from scaling_dit.backbones import large_dit
+from scaling_dit.scaling.count import count
+
+MODES = {
+    "unrolled": {},
+    "scanned": {"scan_layers": True},
+    "remat": {"remat": "full"},
+    "scanned_remat": {"scan_layers": True, "remat": "dots"},
+}
+QUICK_CASES = [("large_dit_tiny", "unrolled"), ("large_dit_tiny_gqa", "scanned_remat")]
+SLOW_CASES = [
+    (name, mode) for name in uvit_golden.LARGE_DIT_NAMES for mode in MODES if (name, mode) not in QUICK_CASES
+]
+
+# The candidate table for arXiv 2412.12391: parameters of the published code with learn_sigma, and GMACs of its
+# linear layers at 256 pixels, with 77 tokens of text.
+SIZES = {
+    "h1024-d16-n16": (344_500_512, 58.6),
+    "h1024-d28-n16": (599_488_992, 102.5),
+    "h1536-d16-n32": (660_263_968, 127.3),
+    "h2048-d28-n16": (1_915_907_552, 400.7),
+    "h3072-d32-n32": (4_439_413_792, 1001.8),
+    "h4096-d32-n32": (7_562_586_144, 1783.0),
+}
+
+
+@pytest.mark.parametrize(
+    "name, mode", QUICK_CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
+)
+def test_outputs_and_all_gradients_equal_the_published_code(name, mode):
+    golden = uvit_golden.load(name)
+    backbone = golden.backbone(**MODES[mode])
+    variables = interop.load_state_dict(backbone, golden.params)
+    latents, *rest = golden.inputs
+
+    def loss(variables, latents):
+        prediction = backbone.apply(variables, latents, *rest)
+        return (prediction * golden.cotangent).sum(), prediction
+
+    (grads, grad_latents), prediction = run(jax.grad(loss, (0, 1), has_aux=True), variables, latents)
+    assert relative_error(prediction, golden.prediction) < 1e-4
+    assert relative_error(grad_latents, golden.grad_latents) < 1e-3
+    upstream = interop.to_state_dict(backbone, grads)
+    assert set(upstream) == set(golden.grads)
+    # One shift of all keys of the text is nothing to their softmax: the gradient of this bias is rounding.
+    silent = {key for key in golden.grads if key.endswith("ky_norm.bias")}
+    assert all(np.abs(upstream[key]).max() < 1e-5 for key in silent)
+    errors = {key: relative_error(upstream[key], golden.grads[key]) for key in set(golden.grads) - silent}
+    assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_macs_of_the_named_sizes(size):
+    assert set(large_dit.SIZES) == set(SIZES)
+    params, gmacs = SIZES[size]
+    backbone = backbones.create("large_dit", size=size, learn_sigma=True, scan_layers=True)
+    hidden = backbone.widths[0]
+    found = count(backbone)
+    assert found.params == params - hidden  # the padding token, which nothing reads
+    assert found.macs_paper / 1e9 == pytest.approx(gmacs, abs=0.1)
+    assert count(backbone.clone(learn_sigma=False)).params == found.params - 16 * (hidden + 1)

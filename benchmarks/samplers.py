@@ -1,0 +1,100 @@
+"""Exact TIFA and time of every sampler on one trained run, against DDIM with 50 steps.
+
+    python benchmarks/samplers.py runs/demo --note=benchmarks/samplers_cpu.md
+
+Every row draws the same held-out scenes from the same noise with the same weights; only sampler and steps change. The
+difference to DDIM with 50 steps is paired by scene, with a bootstrap interval. Seconds are of drawing all pictures,
+after one batch that compiles.
+"""
+
+import argparse
+import pathlib
+import statistics
+import time
+from typing import Any
+
+from note import header
+
+from scaling_dit import generate, pipeline
+from scaling_dit.evaluation import METRICS, tifa
+from scaling_dit.evaluation.metric import Item
+
+BAR = ("ddim", 50)
+# Each at the numbers of steps it is used with; of Heun a step costs two calls of the model.
+ROWS = (
+    BAR,
+    ("ddim", 20),
+    ("dpmpp_2m", 20),
+    ("dpmpp_2m", 10),
+    ("euler", 30),
+    ("heun", 15),
+    ("heun", 25),
+)
+
+
+def main() -> None:
+    """Measures every row and writes the note."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=pathlib.Path, help="workdir of a trained run on the built-in shapes")
+    parser.add_argument("--note", type=pathlib.Path, required=True, help="markdown file to write")
+    parser.add_argument("--items", type=int, default=500, help="held-out scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise and of the bootstrap")
+    args = parser.parse_args()
+    source = pipeline.create_source(pipeline.read_config(args.run))
+    items = METRICS["tifa"].items(source, args.items)
+    rows = []
+    for sampler, steps in ROWS:
+        rows.append(measure(str(args.run), items, sampler, steps, args.seed))
+        print({name: value for name, value in rows[-1].items() if name != "scores"})
+    args.note.write_text(note(args.run, rows, args.seed))
+
+
+def measure(workdir: str, items: list[Item], sampler: str, steps: int, seed: int) -> dict[str, Any]:
+    """One row: settings, seconds, TIFA and the scores by scene."""
+    pipe, chosen, about = generate.open_for_sampling(
+        workdir, step=None, ema=None, sampler=sampler, steps=steps
+    )
+    prompts = [item.prompt for item in items]
+    chosen(pipe.params, pipe.frozen, prompts[: chosen.batch], seed=seed)  # compiles
+    start = time.perf_counter()
+    images = chosen(pipe.params, pipe.frozen, prompts, seed=seed)
+    seconds = time.perf_counter() - start
+    result = METRICS["tifa"].score(list(images), items, seed)
+    return about | {
+        "seconds": seconds,
+        "tifa": result["tifa_average"],
+        "interval": result["interval"],
+        "scores": list(result["caption_scores"].values()),
+    }
+
+
+def note(run: pathlib.Path, rows: list[dict[str, Any]], seed: int) -> str:
+    """The markdown of all rows; the first is the bar."""
+    config, bar = pipeline.read_config(run), rows[0]
+    settings = f"{len(bar['scores'])} held-out scenes, seed {seed}, step {bar['step']}, ema {bar['ema']}"
+    lines = [
+        *header("Samplers", "benchmarks/samplers.py"),
+        "",
+        f"Source {config.source.name}, backbone {config.backbone.name}, schedule {config.diffusion.schedule}, "
+        f"prediction {config.diffusion.prediction}, guidance {bar['guidance']}; {settings}.",
+        f"Difference: TIFA less that of {bar['sampler']} with {bar['steps']} steps, paired by scene. "
+        "Intervals are 95 % bootstrap intervals over scenes.",
+        "",
+        "| sampler | steps | TIFA | interval | difference | interval | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        paired = [ours - theirs for ours, theirs in zip(row["scores"], bar["scores"], strict=True)]
+        low, high = tifa.bootstrap(paired, {}, seed)[0]
+        lines.append(
+            f"| {row['sampler']} | {row['steps']} | {row['tifa']:.3f} | "
+            f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f} | {statistics.fmean(paired):+.3f} | "
+            f"{low:+.3f} to {high:+.3f} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,11 @@ def split(parts: int) -> Transform:
     return Transform(load=lambda b: b.reshape(parts, -1), save=lambda p: (p.reshape(-1),))
 
 
+def stacked(parts: int) -> Transform:
+    """Biases [out] of several layers (such as q, k, v) <-> ours [parts, out]."""
+    return Transform(load=lambda *b: np.stack(b), save=lambda p: tuple(p[i] for i in range(parts)))
+
+
 def patch_linear(patch: int) -> Transform:
     """Linear weight [out, C*p*p] on (C, p, p) patches <-> kernel [p*p*C, out] of a linear map on (p, p, C) patches."""
     return Transform(
@@ -109,19 +114,25 @@ def linear(
     ours: str,
     layers: int | None = None,
     *,
-    bias: bool = True,
+    bias: bool | None = None,
     parts: int | None = None,
 ) -> list[Row]:
     """The rows of a torch Linear: `upstream`.weight and .bias <-> `ours`/kernel and /bias.
 
-    Several names, all without bias, or one Linear of several `parts`, make one kernel [in, parts, out].
+    Several names, or one Linear of several `parts`, make one kernel [in, parts, out] and one bias [parts, out].
+    `bias`: whether there is one; None: where `upstream` is one name.
     """
+    weights: str | tuple[str, ...]
+    biases: str | tuple[str, ...]
     if isinstance(upstream, tuple):
-        names = tuple(f"{name}.weight" for name in upstream)
-        return [Row(names, f"{ours}/kernel", joined(len(names)), layers)]
-    weights, biases = (transpose(), SAME) if parts is None else (fused(parts), split(parts))
-    rows = [Row(f"{upstream}.weight", f"{ours}/kernel", weights, layers)]
-    return rows + ([Row(f"{upstream}.bias", f"{ours}/bias", biases, layers)] if bias else [])
+        weights, biases = (tuple(f"{name}.{end}" for name in upstream) for end in ("weight", "bias"))
+        transforms = joined(len(upstream)), stacked(len(upstream))
+    else:
+        weights, biases = f"{upstream}.weight", f"{upstream}.bias"
+        transforms = (transpose(), SAME) if parts is None else (fused(parts), split(parts))
+    rows = [Row(weights, f"{ours}/kernel", transforms[0], layers)]
+    has_bias = isinstance(upstream, str) if bias is None else bias
+    return rows + ([Row(biases, f"{ours}/bias", transforms[1], layers)] if has_bias else [])
 
 
 def norm(upstream: str, ours: str, layers: int | None = None, *, bias: bool = True) -> list[Row]:
@@ -199,29 +210,30 @@ def load(
     Args:
       rows: the table; it must name every parameter of `abstract`.
       abstract: our tree of parameters as shapes and dtypes.
-      state_dict: upstream name -> array; float arrays of any width.
+      state_dict: upstream name -> array; float arrays of any width, torch's tensors and parameters too.
       what: names the backbone in an error.
 
     Raises:
-      UserError: unknown, missing or misshapen entries, all of them in one message.
+      UserError: an entry that is no array of numbers; unknown, missing or misshapen entries, all in one message.
     """
     expected = traverse_util.flatten_dict(abstract, sep="/")
     entries = expand(rows, expected)
+    host = {name: _on_host(name, value) for name, value in state_dict.items()}
     copies = dict(pair for row in rows if isinstance(row, Copy) for pair in row.pairs)
     unread = {row.upstream: row.shape for row in rows if isinstance(row, Unread)}
     known = {name for entry in entries for name in entry.names} | set(copies)
     problems = _compare_names(known, set(state_dict) - set(unread))
     problems += [
-        f"{name} is {np.shape(state_dict[name])}, it must be {shape}"
+        f"{name} is {host[name].shape}, it must be {shape}"
         for name, shape in unread.items()
-        if name in state_dict and np.shape(state_dict[name]) != shape
+        if name in host and host[name].shape != shape
     ]
-    problems += _compare_copies(copies, state_dict)
+    problems += _compare_copies(copies, host)
     layers: dict[str, dict[int | None, np.ndarray]] = {}
     for entry in entries:
         if not all(name in state_dict for name in entry.names):
             continue
-        arrays = [np.asarray(state_dict[name]) for name in entry.names]
+        arrays = [host[name] for name in entry.names]
         target = expected[entry.path]
         shape = target.shape if entry.layer is None else target.shape[1:]
         wanted = [
@@ -277,6 +289,19 @@ def save(
     return state_dict
 
 
+def _on_host(name: str, value: Any) -> np.ndarray:
+    """An entry as a numpy array; torch's tensors are known by `detach`, so that torch need not be there."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if value.is_floating_point():
+            value = value.float()  # numpy has no bfloat16 of torch's
+        value = value.numpy()
+    array = np.asarray(value)
+    if array.dtype == object or array.dtype.kind in "SUM":
+        raise UserError(f"the entry {name} of the state dict is a {type(value).__name__}, not an array of numbers")
+    return array
+
+
 def _compare_names(wanted: set[str], found: set[str]) -> list[str]:
     lists = (("missing", wanted - found), ("unknown", found - wanted))
     return [f"{label}: {', '.join(sorted(names))}" for label, names in lists if names]
@@ -290,7 +315,7 @@ def _compare_copies(copies: Mapping[str, str], state_dict: Mapping[str, Any]) ->
         and original in state_dict
         and not np.array_equal(state_dict[name], state_dict[original])
     ]
-    return [f"equal in the original, and one parameter here: {', '.join(differ)}"] if differ else []
+    return [f"one parameter here, so they must be equal: {', '.join(differ)}"] if differ else []
 
 
 def _compare_shapes(entry: Entry, arrays: Arrays, wanted: Sequence[tuple[int, ...]]) -> list[str]:

@@ -1,44 +1,17 @@
 """The `config.json` of diffusers' models and the fields of our backbones, each from the other.
 
-A family is described by the constructor arguments of its diffusers class with their defaults, and by two functions.
-What one of our backbones computes fixes every argument but a few; an imported file is checked by writing it again, so
-that an option which our backbone does not have is an error and never a silent difference.
+What one of our backbones computes fixes every argument of its diffusers class but a few (diffusers_families.py). An
+imported file is checked by writing it again, so that an option which our backbone does not have is an error and never a
+silent difference.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.interop.diffusers_families import FAMILIES, Family
 
 DIFFUSERS_VERSION = "0.42.1"  # whose classes and files these are
-Arguments = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One diffusers class and the backbone that computes the same.
-
-    Attributes:
-      name: of our backbone.
-      class_name: of diffusers' model.
-      aliases: older names of that class in published files.
-      defaults: every constructor argument with its default.
-      free: arguments that change nothing that is computed.
-      to_arguments: (backbone, height and width of the latents) -> the arguments that differ from `defaults`.
-      to_fields: all arguments -> fields of our backbone, `in_channels` and `text_dim` among them.
-    """
-
-    name: str
-    class_name: str
-    defaults: Mapping[str, Any]
-    to_arguments: Callable[[Any, tuple[int, int]], Arguments]
-    to_fields: Callable[[Arguments], dict[str, Any]]
-    free: frozenset[str] = frozenset()
-    aliases: tuple[str, ...] = ()
-
-
-FAMILIES: dict[str, Family] = {}  # by the name of our backbone
 
 
 def write_config(backbone_name: str, backbone: Any, latents: tuple[int, int]) -> dict[str, Any]:
@@ -65,9 +38,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     named = config.get("_class_name")
     for family in FAMILIES.values():
-        if named in (family.class_name, *family.aliases):
+        if named in (family.class_name, *family.aliases) and family.matches(_arguments(family, config)):
             return family
-    known = [family.class_name for family in FAMILIES.values()]
+    known = {family.class_name for family in FAMILIES.values()}
     raise UserError(f"{where} is of a {named}, which no backbone here computes; {nearest(str(named), known)}")
 
 
@@ -75,13 +48,16 @@ def read_fields(family: Family, config: Mapping[str, Any], where: str) -> dict[s
     """Our backbone's fields from a `config.json`; arguments that it leaves out have their defaults.
 
     Raises:
-      UserError: an argument that diffusers does not have and that is switched on.
+      UserError: an argument that diffusers does not have and that is switched on, or a value of the wrong type.
     """
     for name, value in config.items():
         # Files of older versions carry switches that later ones dropped; off, they mean nothing.
         if name not in family.defaults and not name.startswith("_") and value:
             raise UserError(f"{where} sets {name}, which {family.class_name} does not have")
-    return family.to_fields(_arguments(family, config))
+    try:
+        return family.to_fields(_arguments(family, config))
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"the config.json of {where} makes no {family.class_name}: {error}") from None
 
 
 def check_same(
@@ -100,11 +76,11 @@ def check_same(
             )
 
 
-def keep_spelling(written: Mapping[str, Any], imported: Mapping[str, Any], free: frozenset[str]) -> Arguments:
+def keep_spelling(family: Family, written: Mapping[str, Any], imported: Mapping[str, Any]) -> dict[str, Any]:
     """`written` with the values of the file it was imported from where both mean the same: 8 and [8, 8, 8] do."""
     return {
         name: imported[name]
-        if name in imported and (name in free or same_value(value, imported[name]))
+        if name in imported and (name in family.free or same_value(value, imported[name]))
         else value
         for name, value in written.items()
     }
@@ -119,7 +95,7 @@ def same_value(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _arguments(family: Family, config: Mapping[str, Any]) -> Arguments:
+def _arguments(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _tuple(config.get(name, default)) for name, default in family.defaults.items()}
 
 

@@ -10,6 +10,7 @@ from etils import epath
 from scaling_dit import interop, pipeline
 from scaling_dit.errors import UserError
 from scaling_dit.interop import diffusers_config, weight_files
+from scaling_dit.interop.diffusers_families import FAMILIES
 
 IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
 _CONFIG = "config.json"
@@ -62,8 +63,7 @@ def describe(pipe: pipeline.Pipeline, workdir: epath.Path) -> dict[str, Any]:
     imported = workdir / IMPORTED_CONFIG
     if not imported.exists():
         return described
-    free = diffusers_config.FAMILIES[name].free
-    return diffusers_config.keep_spelling(described, weight_files.read_json(imported), free)
+    return diffusers_config.keep_spelling(FAMILIES[name], described, weight_files.read_json(imported))
 
 
 def write_folder(

@@ -7,9 +7,10 @@ input reaches, that is convolutions and linear layers; "total" counts all, so th
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -50,16 +51,25 @@ class Count(Cost):
     """The cost of a backbone.
 
     Attributes:
-      activation_bytes: what the backward pass keeps of one example's forward pass, an estimate: the arrays that
-        differentiation by the parameters stores and that depend on the example, in their own dtypes and under the
-        backbone's `remat`. Attention counts as computed by XLA, which keeps its weights; a fused kernel does not. XLA
-        may keep less, where it recomputes cheap steps. Inputs of the run and parameters are not in it.
       tree: cost of every module by its path, what lies in submodules not included. Equal numbered siblings (`name_0`,
         `name_1`, ...), the layers of a stack, are one entry, so that scanned and unrolled models give the same.
     """
 
-    activation_bytes: int = 0
     tree: Mapping[Path, Cost] = dataclasses.field(default_factory=dict)
+    measure_activations: Callable[[], int] = dataclasses.field(default=int, repr=False, compare=False)
+
+    @functools.cached_property
+    def activation_bytes(self) -> int:
+        """What the backward pass keeps of one example's forward pass, in bytes; an estimate, traced when first asked.
+
+        The arrays that differentiation by the parameters stores and that depend on the example, in their own dtypes and
+        under the backbone's `remat`. Parameters, casts of them, gradients and what is passing are not in it. Attention
+        counts as computed by XLA, which stores its weights; a fused kernel does not.
+
+        Raises:
+          UserError: the call cannot be differentiated.
+        """
+        return self.measure_activations()
 
     @property
     def modules(self) -> dict[str, Cost]:
@@ -67,11 +77,14 @@ class Count(Cost):
         return self.by_module(1)
 
     def by_module(self, depth: int) -> dict[str, Cost]:
-        """The cost of the modules `depth` levels down, or less where there are fewer: "down_1/attention" -> cost."""
+        """The cost of the modules `depth` levels down, or less where there are fewer: "down_1_attn/blocks" -> cost."""
+        first: dict[str, int] = {}
+        for place, path in enumerate(self.tree):
+            first.setdefault(path[0], place)
         parts: dict[str, Cost] = {}
-        for path, cost in self.tree.items():
+        for path in sorted(self.tree, key=lambda path: first[path[0]]):
             key = "/".join(path[:depth])
-            parts[key] = parts.get(key, Cost()) + cost
+            parts[key] = parts.get(key, Cost()) + self.tree[path]
         return parts
 
     def train_flops(self, batch: int, steps: int, convention: Literal["paper", "total"] = "total") -> int:
@@ -94,8 +107,8 @@ def count(
     """Counts a backbone on latents (H, W, C) and text (L, D), batch 1, no conditions.
 
     Raises:
-      UserError: not a backbone, shapes that its fields exclude, a call that fails, returns another shape or cannot be
-        differentiated, or products that cannot be counted (in a loop of unknown length or a hand-written kernel).
+      UserError: not a backbone, shapes that its fields exclude, a call that fails, or returns another shape, or
+        products that cannot be counted (in a loop of unknown length or a hand-written kernel).
     """
     contract.check_backbone(backbone)
     if len(latents) != 3 or len(text) != 2:
@@ -111,7 +124,9 @@ def count(
     except UserError:
         raise
     except Exception as error:
-        raise _untraceable(f"{name} cannot be traced", latents, text, error) from error
+        raise UserError(
+            f"{name} cannot be traced on latents {latents} and text {text}: {_reason(error)}"
+        ) from error
     shapes = [(1, *latents[:2], n * (getattr(backbone, "out_channels", None) or latents[2])) for n in (1, 2)]
     if getattr(out, "shape", None) not in shapes:
         raise UserError(
@@ -128,12 +143,12 @@ def count(
         tree[path] = tree.get(path, Cost()) + Cost(0, macs.linear, attention, macs.all)
     for path, size in _sizes(params).items():
         tree[path] = tree.get(path, Cost()) + Cost(size)
-    try:
-        kept = _activation_bytes(backbone, variables, inputs)
-    except Exception as error:
-        raise _untraceable(f"{name} cannot be differentiated", latents, text, error) from error
     total = sum(tree.values(), Cost())
-    return Count(*(getattr(total, figure) for figure in _FIGURES), activation_bytes=kept, tree=tree)
+    return Count(
+        *(getattr(total, figure) for figure in _FIGURES),
+        tree=tree,
+        measure_activations=functools.partial(_activation_bytes, backbone, variables, inputs),
+    )
 
 
 def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ...]) -> int:
@@ -144,7 +159,10 @@ def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ..
         call = lambda weights: backbone.apply(weights, *inputs, train=True, rngs=rngs)  # noqa: E731
         return jax.tree.leaves(jax.vjp(call, variables)[1])
 
-    jaxpr = jax.make_jaxpr(stored)(variables, *inputs).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(stored)(variables, *inputs).jaxpr
+    except Exception as error:
+        raise UserError(f"{type(backbone).__name__} cannot be differentiated: {_reason(error)}") from error
     depends = Walker(type(backbone).__name__).run(jaxpr, _reached(jaxpr, variables))
     arrays = {id(var): var.aval for var, on_input in zip(jaxpr.outvars, depends, strict=True) if on_input}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays.values())
@@ -193,9 +211,8 @@ def _stacks(params: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _untraceable(what: str, latents: Any, text: Any, error: Exception) -> UserError:
-    reason = str(error).split("\n", 1)[0]
-    return UserError(f"{what} on latents {latents} and text {text}: {type(error).__name__}: {reason}")
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _describe(out: Any) -> str:

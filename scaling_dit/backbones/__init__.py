@@ -7,6 +7,7 @@ from flax import linen as nn
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.large_dit import LargeDiT
 from scaling_dit.backbones.next_dit import NextDiT
+from scaling_dit.backbones.pixart import PixArt
 from scaling_dit.backbones.unet import UNet
 from scaling_dit.backbones.unet_if import UNetIF
 from scaling_dit.backbones.uvit import UViT
@@ -14,6 +15,7 @@ from scaling_dit.components import Registry
 
 BACKBONES: dict[str, type[nn.Module]] = {
     "uvit": UViT,
+    "pixart": PixArt,
     "large_dit": LargeDiT,
     "next_dit": NextDiT,
     "unet": UNet,

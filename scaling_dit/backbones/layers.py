@@ -42,10 +42,11 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1), ((0, 0), (0, dim % 2)))
 
 
-def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
+def sincos_2d(height: int, width: int, dim: int, *, base: int | None = None) -> np.ndarray:
     """Fixed 2-D positions [height * width, dim] float32, row-major, amplitude 1.
 
-    The first half of the features encodes the column, the second the row, each as [sin, cos] (DiT `models.py`).
+    The first half of the features encodes the column, the second the row, each as [sin, cos] (DiT `models.py`). With
+    `base` both run over [0, base) whatever the sides are: row i stands at i * base / height (PixArt-alpha).
 
     Raises:
       UserError: dim is no multiple of 4.
@@ -55,8 +56,9 @@ def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     halves = []
-    for coordinate in (columns, rows):
-        angles = coordinate.reshape(-1, 1) * frequencies
+    for coordinate, side in ((columns, width), (rows, height)):
+        scale = 1 if base is None else base / side
+        angles = coordinate.reshape(-1, 1) * scale * frequencies
         halves += [np.sin(angles), np.cos(angles)]
     return np.concatenate(halves, axis=1).astype(np.float32)
 

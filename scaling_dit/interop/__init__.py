@@ -10,15 +10,17 @@ from scaling_dit import trees
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.large_dit import LargeDiT
 from scaling_dit.backbones.next_dit import NextDiT
+from scaling_dit.backbones.pixart import PixArt
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.errors import UserError
-from scaling_dit.interop import large_dit, next_dit, table, uvit
+from scaling_dit.interop import large_dit, next_dit, pixart, table, uvit
 
 __all__ = ["TABLES", "load_state_dict", "to_state_dict"]
 
 # Backbone class -> the rows of one backbone of that class.
 TABLES: dict[type[nn.Module], Callable[[Any], table.Table]] = {
     UViT: uvit.rows,
+    PixArt: pixart.rows,
     LargeDiT: large_dit.rows,
     NextDiT: next_dit.rows,
 }

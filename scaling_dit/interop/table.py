@@ -298,7 +298,9 @@ def _on_host(name: str, value: Any) -> np.ndarray:
         value = value.numpy()
     array = np.asarray(value)
     if array.dtype == object or array.dtype.kind in "SUM":
-        raise UserError(f"the entry {name} of the state dict is a {type(value).__name__}, not an array of numbers")
+        raise UserError(
+            f"the entry {name} of the state dict is a {type(value).__name__}, not an array of numbers"
+        )
     return array
 
 

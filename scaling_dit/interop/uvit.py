@@ -1,7 +1,7 @@
 """U-ViT's parameters in the names of its published code (baofff/U-ViT `libs/uvit_t2i.py`)."""
 
 from scaling_dit.backbones.uvit import UViT
-from scaling_dit.interop.table import Row, conv, fused, leading_axis, patch_conv, transpose
+from scaling_dit.interop.table import Row, conv, fused, leading_axis, linear, norm, patch_conv
 
 
 def rows(backbone: UViT) -> list[Row]:
@@ -11,13 +11,13 @@ def rows(backbone: UViT) -> list[Row]:
         Row("pos_embed", "pos_embed", leading_axis(), free=(0,)),
         Row("patch_embed.proj.weight", "patch_embed/kernel", patch_conv(backbone.patch)),
         Row("patch_embed.proj.bias", "patch_embed/bias"),
-        *_linear("context_embed", "context_embed"),
-        *_norm("norm", "norm"),
-        *_linear("decoder_pred", "decoder_pred"),
+        *linear("context_embed", "context_embed"),
+        *norm("norm", "norm"),
+        *linear("decoder_pred", "decoder_pred"),
         *_block("mid_block", "mid_block", None),
     ]
     if backbone.time_mlp:
-        table += _linear("time_embed.0", "time_embed/fc1") + _linear("time_embed.2", "time_embed/fc2")
+        table += linear("time_embed.0", "time_embed/fc1") + linear("time_embed.2", "time_embed/fc2")
     if backbone.final_conv:
         table += [
             Row("final_layer.weight", "final_layer/kernel", conv()),
@@ -26,30 +26,16 @@ def rows(backbone: UViT) -> list[Row]:
     for stack in ("in_blocks", "out_blocks"):
         table += _block(f"{stack}.{{i}}", f"{stack}_{{i}}", depth // 2)
     if backbone.long_skips:
-        table += _linear("out_blocks.{i}.skip_linear", "out_blocks_{i}/skip_linear", depth // 2)
+        table += linear("out_blocks.{i}.skip_linear", "out_blocks_{i}/skip_linear", depth // 2)
     return table
 
 
 def _block(upstream: str, ours: str, layers: int | None) -> list[Row]:
     return [
-        *_norm(f"{upstream}.norm1", f"{ours}/norm1", layers),
+        *norm(f"{upstream}.norm1", f"{ours}/norm1", layers),
         Row(f"{upstream}.attn.qkv.weight", f"{ours}/attn/qkv/kernel", fused(3), layers),
-        *_linear(f"{upstream}.attn.proj", f"{ours}/attn/proj", layers),
-        *_norm(f"{upstream}.norm2", f"{ours}/norm2", layers),
-        *_linear(f"{upstream}.mlp.fc1", f"{ours}/mlp/fc1", layers),
-        *_linear(f"{upstream}.mlp.fc2", f"{ours}/mlp/fc2", layers),
-    ]
-
-
-def _linear(upstream: str, ours: str, layers: int | None = None) -> list[Row]:
-    return [
-        Row(f"{upstream}.weight", f"{ours}/kernel", transpose(), layers),
-        Row(f"{upstream}.bias", f"{ours}/bias", layers=layers),
-    ]
-
-
-def _norm(upstream: str, ours: str, layers: int | None = None) -> list[Row]:
-    return [
-        Row(f"{upstream}.weight", f"{ours}/scale", layers=layers),
-        Row(f"{upstream}.bias", f"{ours}/bias", layers=layers),
+        *linear(f"{upstream}.attn.proj", f"{ours}/attn/proj", layers),
+        *norm(f"{upstream}.norm2", f"{ours}/norm2", layers),
+        *linear(f"{upstream}.mlp.fc1", f"{ours}/mlp/fc1", layers),
+        *linear(f"{upstream}.mlp.fc2", f"{ours}/mlp/fc2", layers),
     ]

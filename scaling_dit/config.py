@@ -40,7 +40,10 @@ DERIVED: dict[str, str] = {
 }
 
 # A run may be resumed with other values here: they change how it runs and what it reports, not what it computes.
-FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample")
+# That of `rewind` acts only when a loss spikes, and what it did is on disk.
+FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample", "rewind")
+# The same for single fields of other sections.
+FREE_FIELDS = ("source.max_damaged",)  # when to stop, not what to read
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.schedule": ("scaled_linear", "linear", "cosine", "flow"),
@@ -53,6 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is right, and its test; comparisons are false for nan
 _COUNT: Rule = ("at least 1", lambda x: x >= 1)
+_BATCH: Rule = ("from 1 to 2**20 = 1,048,576", lambda x: 1 <= x <= 2**20)
 _FROM_0: Rule = ("0 or more", lambda x: 0 <= x < math.inf)
 _POSITIVE: Rule = ("more than 0", lambda x: 0 < x < math.inf)
 _SHARE: Rule = ("from 0 to 1", lambda x: 0 <= x <= 1)
@@ -65,7 +69,7 @@ _DECAYS: Rule = (
 RANGES: dict[str, Rule] = {
     "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "steps": _COUNT,
-    "batch": _COUNT,
+    "batch": _BATCH,
     "loader.threads": _COUNT,
     "loader.prefetch": _COUNT,
     "diffusion.min_snr_gamma": _POSITIVE,
@@ -97,7 +101,7 @@ RANGES: dict[str, Rule] = {
             len(xs) == 2 and all(isinstance(x, int | float) for x in xs) and 0 <= xs[0] <= xs[1] <= 1000
         ),
     ),
-    "sample.batch": _COUNT,
+    "sample.batch": _BATCH,
     "eval.every": _FROM_0,
     "eval.loss_images": _COUNT,
     "eval.loss_bins": _COUNT,
@@ -107,6 +111,15 @@ RANGES: dict[str, Rule] = {
     "checkpoint.keep_last": _COUNT,
     "checkpoint.keep_every": _FROM_0,
     "log.every": _COUNT,
+    "log.profile": (
+        "() for none, or (first, last) step, from 1 on",
+        lambda xs: not xs or (len(xs) == 2 and all(isinstance(x, int) for x in xs) and 1 <= xs[0] <= xs[1]),
+    ),
+    "rewind.factor": ("0 for never, or more than 1", lambda x: x == 0 or 1 < x < math.inf),
+    "rewind.window": _COUNT,
+    "rewind.back": _COUNT,
+    "rewind.ahead": _FROM_0,
+    "rewind.limit": _COUNT,
 }
 
 
@@ -181,7 +194,22 @@ def defaults() -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"every": 500, "keep_last": 2, "keep_every": 0})  # in steps; 0 = none
-    config.log = ConfigDict({"every": 20, "tensorboard": True})
+    config.log = ConfigDict(
+        {
+            "every": 20,
+            "tensorboard": True,
+            "profile": (),  # (first, last) step of a profiler trace
+        }
+    )
+    config.rewind = ConfigDict(
+        {
+            "factor": 0.0,  # a loss above factor x the median of the last ones is a spike; 0 = never
+            "window": 100,  # losses the median is over
+            "back": 100,  # go back to a checkpoint at least so many steps before the spike
+            "ahead": 100,  # and skip the data up to so many steps after it
+            "limit": 3,  # rewinds before the run stops instead
+        }
+    )
     return config
 
 
@@ -277,6 +305,10 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.batch is {config.batch}; it must be {right}")
     if list(config.mesh.values()).count(-1) > 1:
         raise UserError("config.mesh has -1 on more than one axis; only one can take the remaining devices")
+    reach = config.checkpoint.every * (config.checkpoint.keep_last - 1)
+    if config.rewind.factor and config.rewind.back > reach:
+        right = "at most config.checkpoint.every x (keep_last - 1), so that a checkpoint so old is there"
+        raise UserError(f"config.rewind.back is {config.rewind.back}; it must be {right}, here {reach}")
     if config.sample.ema not in (0, -1, *config.optim.ema):
         right = f"0 (raw weights), -1 (largest) or one of config.optim.ema, {config.optim.ema}"
         raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
@@ -341,7 +373,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
-    """Makes sure that a run goes on with the config it was started with, except for the sections in `FREE_SECTIONS`.
+    """Makes sure that a run goes on with the config it was started with, except for `FREE_SECTIONS` and `FREE_FIELDS`.
 
     Raises:
       UserError: lists the fields that differ.
@@ -351,7 +383,9 @@ def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
     differences = [
         f"{key} is {then.get(key, absent)!r} there and {now.get(key, absent)!r} here"
         for key in sorted(then.keys() | now.keys())
-        if key.split(".")[0] not in FREE_SECTIONS and then.get(key, absent) != now.get(key, absent)
+        if key.split(".")[0] not in FREE_SECTIONS
+        and key not in FREE_FIELDS
+        and then.get(key, absent) != now.get(key, absent)
     ]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""

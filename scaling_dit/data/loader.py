@@ -3,7 +3,8 @@
 `sample(step, position) = dataset[step * batch + position]` on the globally shuffled, repeated index: a process reads
 the positions of the global batch that its devices hold, whichever they are. So the data of a step do not depend on
 the number of processes, and any step can be read without reading those before it. Shuffling is a permutation that
-Grain computes per index, so the length of a source costs no memory.
+Grain computes per index, so the length of a source costs no memory. What stands in for a damaged record is the
+source's business (`data/damage.py`): it depends on the index alone.
 """
 
 import sys
@@ -14,8 +15,11 @@ import grain
 import numpy as np
 
 from scaling_dit.data.captions import choose_caption
+from scaling_dit.data.damage import damage_of
 from scaling_dit.data.sources import Record, Source
 from scaling_dit.errors import UserError
+
+TINY = 16  # records; Grain's permutations of fewer are far from uniform
 
 Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
@@ -36,6 +40,7 @@ def make_loader(
     seed: int,
     positions: Sequence[int] | np.ndarray,
     start_step: int = 0,
+    data_step: Callable[[int], int] = int,
     threads: int = 4,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[HostBatch]:
@@ -52,6 +57,7 @@ def make_loader(
       seed: decides order and captions; in [0, 2**32).
       positions: the rows of the global batch that this process holds, each in [0, batch), in any order.
       start_step: the step to begin at.
+      data_step: step -> the step whose place in the data it takes; its own by default (see `rewind.data_step`).
       threads: reading threads; 0 reads in the calling thread.
       prefetch: batches read ahead.
 
@@ -63,7 +69,11 @@ def make_loader(
         raise UserError(f"the source has no examples: {source.describe()}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be in [0, 2**32)")
-    shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    damage_of(source).announce()
+    records = grain.MapDataset.source(source)
+    shuffled = (
+        TinyShuffle(records, seed) if len(source) < TINY else records.seed(seed).shuffle().repeat()
+    )
     batches = HostBatches(
         shuffled,
         tokenize,
@@ -71,6 +81,7 @@ def make_loader(
         seed=seed,
         positions=np.asarray(positions, np.int64),
         start_step=start_step,
+        data_step=data_step,
         image_size=source.image_size,
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -89,6 +100,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         seed: int,
         positions: np.ndarray,
         start_step: int,
+        data_step: Callable[[int], int],
         image_size: int,
     ) -> None:
         super().__init__(parent)
@@ -99,6 +111,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         self._seed = seed
         self._positions = [int(position) for position in positions]
         self._start_step = start_step
+        self._data_step = data_step
         self._image_shape = (image_size, image_size, 3)
 
     def __len__(self) -> int:
@@ -107,7 +120,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        step = self._start_step + index
+        step = self._data_step(self._start_step + index)
         keyed = KeyedGenerator(self._seed)
         images, captions = [], []
         for position in self._positions:
@@ -126,6 +139,25 @@ class HostBatches(grain.MapDataset[HostBatch]):
                 f"image {record['key']!r} is {found} {image.dtype}; the source promises {expected} uint8"
             )
         return image
+
+
+class TinyShuffle(grain.MapDataset[Record]):
+    """A few records, repeated, every epoch in a permutation drawn uniformly from (seed, epoch)."""
+
+    def __init__(self, parent: grain.MapDataset[Record], seed: int) -> None:
+        super().__init__(parent)
+        self._key = seed
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, len(self._parent))
+        # A word of the counter that no stream of `KeyedGenerator` has set.
+        philox = np.random.Philox(key=self._key, counter=[0, 1, 0, epoch])
+        return self._parent[int(np.random.Generator(philox).permutation(len(self._parent))[place])]
 
 
 class KeyedGenerator:

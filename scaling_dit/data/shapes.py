@@ -103,11 +103,15 @@ class ShapesSpec:
                 if name not in names:
                     hint = f"known: {', '.join(names)}"
                     raise UserError(f"source.{field}: preset {self.preset!r} has no {name!r}; {hint}")
-        everything = {f"{colour} {shape}" for colour in PALETTE for shape in preset.shapes}
+        everything = {
+            f"{colour} {shape}"
+            for colour in self.colours or PALETTE
+            for shape in self.shapes or preset.shapes
+        }
         for name in self.held_out_combinations:
             if name not in everything:
                 hint = nearest(name, everything)
-                raise UserError(f"source.held_out_combinations: no such colour and shape {name!r}; {hint}")
+                raise UserError(f"source.held_out_combinations: {name!r} is no colour and shape of this source; {hint}")
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
             given = f"{self.min_objects} and {self.max_objects}"
             raise UserError(

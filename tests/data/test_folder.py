@@ -129,6 +129,14 @@ GOOD = '{"file_name": "a.png", "text": "a"}'
         ('{"file_name": "a.png", "texts": "a"}', "line 2: 'text' must be a string, 'texts' a list"),
         ('{"file_name": "a.png", "texts": []}', "line 2: .* at least one string"),
         (b'{"file_name": "\xff"}', "line 2: not JSON"),
+        ('{"file_name": "b.png", "text": "\\ud800"}', "line 2: not JSON.*surrogates"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ('{"file_name": "b\\u0000.png", "text": "a"}', "line 2: no 'file_name'"),
+        ('{"file_name": "b.png", "text": " \\n"}', "line 2: the caption of 'b.png' is empty"),
+        ('{"file_name": "/etc/b.png", "text": "a"}', "line 2: file_name '/etc/b.png' leaves the folder"),
+        ('{"file_name": "c/../../b.png", "text": "a"}', "line 2: .* must be relative to it"),
+        ('{"file_name": "gs://b/b.png", "text": "a"}', "line 2: .* leaves the folder"),
+        ('{"file_name": "./a.png", "text": "b"}', "line 2: 'a.png' is on line 1 already"),
     ],
 )
 def test_damaged_metadata_is_one_line_with_its_number(tmp_path, line, message):
@@ -137,6 +145,8 @@ def test_damaged_metadata_is_one_line_with_its_number(tmp_path, line, message):
     with pytest.raises(UserError, match=f"metadata.jsonl {message}") as error:
         create_source(f"folder:{tmp_path}")
     assert "\n" not in str(error.value)
+    assert "set config.source.max_damaged=N" in str(error.value)
+    assert len(create_source(f"folder:{tmp_path}", max_damaged=1)) == 1
 
 
 def test_line_separators_inside_a_caption_are_no_line_ends(tmp_path):
@@ -162,12 +172,17 @@ def test_missing_folder_metadata_and_images(tmp_path):
 
 def test_fields_are_checked(tmp_path):
     write_folder(tmp_path, count=2)
-    assert source_fields(f"folder:{tmp_path}") == {"image_size": 64, "held_out_fraction": 0.05}
+    assert source_fields(f"folder:{tmp_path}") == {
+        "image_size": 64, "held_out_fraction": 0.05, "max_pixels": 2**26, "max_damaged": 0,
+    }  # fmt: skip
     for fields, message in (
         ({"image_siz": 8}, "no field 'image_siz'; did you mean 'image_size'"),
         ({"split": "held_out"}, "no field 'split'"),
         ({"image_size": 0}, "image_size is 0"),
         ({"held_out_fraction": 1.0}, "held_out_fraction is 1.0"),
+        ({"max_pixels": 0}, "max_pixels is 0; it must be from 1"),
+        ({"max_pixels": 10**9}, "max_pixels is 1000000000; it must be from 1 to 178956970"),
+        ({"max_damaged": -1}, "max_damaged is -1; it must be 0 or more"),
     ):
         with pytest.raises(UserError, match=message):
             create_source(f"folder:{tmp_path}", **fields)

@@ -278,3 +278,13 @@ def test_a_distributed_job_reads_what_one_process_reads(tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     assert_processes_read_the_same(tmp_path, 2, f"localhost:{port}")
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_orders_of_few_records_are_uniform(length):
+    epochs = 1200
+    order = np.concatenate([indices(b) for b in load(Numbers(length), length, batch=epochs, threads=0)])
+    _, counts = np.unique(order.reshape(epochs, length), axis=0, return_counts=True)
+    assert len(counts) == [2, 6][length - 2]
+    expected = epochs / len(counts)
+    assert (np.abs(counts - expected) < 3.5 * expected**0.5).all()

@@ -1,0 +1,148 @@
+"""Damaged records: counted by kind, told, and stood in for, up to a limit.
+
+A source reads its records through `Damage.read` and raises `DamagedRecord` for one it cannot give. What stands in for
+it is a function of its index and the source's contents alone, so `source[index]` stays a pure function: it depends
+neither on the number of processes or threads nor on what was read before.
+"""
+
+import collections
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from scaling_dit.errors import UserError
+
+LIST = "damaged.jsonl"  # in a run's workdir
+_TOLD = 10  # records that get a line of their own in the log
+_TRIES = 100  # records tried in place of one
+
+
+class DamagedRecord(UserError):
+    """One record that cannot be used.
+
+    Attributes:
+      kind: a short name with underscores, counted by: "missing_file".
+      where: file and line or offset; names one record only.
+      what: what is wrong with it.
+    """
+
+    def __init__(self, kind: str, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.kind, self.where, self.what = kind, where, what
+
+
+class Damage:
+    """What was met of damaged records since the start, each counted once; safe to use from several threads.
+
+    Args:
+      limit: damaged records to go on without; the first beyond it raises. 0 stops at the first, None has no limit.
+      field: the config field that holds the limit, for the error line.
+    """
+
+    def __init__(self, limit: int | None = None, field: str = "") -> None:
+        self.limit, self._field = limit, field
+        self._met: dict[str, DamagedRecord] = {}  # by place
+        self._saved = 0
+        self._lock = threading.Lock()
+
+    def meet(self, fault: DamagedRecord, *, tell: bool = True) -> None:
+        """Counts a damaged record, unless it was met before, and logs it if it is among the first.
+
+        Raises:
+          UserError: more records than the limit are damaged.
+        """
+        with self._lock:
+            new = fault.where not in self._met
+            self._met.setdefault(fault.where, fault)
+            number = len(self._met)
+        if self.limit is not None and number > self.limit:
+            raise UserError(f"{fault}; {self._stopped()}") from fault
+        if new and tell and number <= _TOLD:
+            more = f"; further ones are counted, and listed in {LIST}" if number == _TOLD else ""
+            logging.warning("damaged record left out (%s): %s%s", fault.kind, fault, more)
+
+    def meet_all(self, faults: Iterable[DamagedRecord]) -> None:
+        """Counts what was found when a source was opened, without a line for each; raises as `meet`."""
+        for fault in faults:
+            self.meet(fault, tell=False)
+
+    def announce(self) -> None:
+        """One log line of what was met so far; none if that is nothing."""
+        if self._met:
+            first = next(iter(self._met.values()))
+            logging.warning(
+                "%d damaged records left out (%s); the first: %s", len(self._met), self._by_kind(), first
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Records met, by kind, in the order of the names."""
+        with self._lock:
+            return dict(sorted(collections.Counter(fault.kind for fault in self._met.values()).items()))
+
+    def scalars(self) -> dict[str, float]:
+        """`counts` as a run's metrics: {"data/damaged_missing_file": 2.0, ...}."""
+        return {f"data/damaged_{kind}": float(count) for kind, count in self.counts().items()}
+
+    def examples(self, kind: str) -> list[DamagedRecord]:
+        """The records of a kind, in the order in which they were met."""
+        with self._lock:
+            return [fault for fault in self._met.values() if fault.kind == kind]
+
+    def save(self, workdir: epath.Path, process: int = 0) -> None:
+        """Lists every record met as `damaged.jsonl` (`damaged-1.jsonl` by process 1), whole, if there are new ones."""
+        with self._lock:
+            faults = list(self._met.values())
+        if len(faults) > self._saved:
+            lines = [json.dumps({"kind": f.kind, "where": f.where, "what": f.what}) + "\n" for f in faults]
+            name = epath.Path(LIST)
+            (workdir / (f"{name.stem}-{process}{name.suffix}" if process else LIST)).write_text(
+                "".join(lines)
+            )
+            self._saved = len(faults)
+
+    def read(self, index: int, length: int, read: Callable[[int], Any]) -> Any:
+        """`read(index)`, or if that record is damaged, of the first sound one of its own fixed random sequence.
+
+        Random, so that neighbouring damaged records do not all fall to the same sound one.
+
+        Args:
+          index: in [0, length).
+          length: of the source.
+          read: gives a record or raises DamagedRecord.
+
+        Raises:
+          UserError: too many damaged records, in all or in that sequence.
+        """
+        for tried in _sequence(index, length):
+            try:
+                return read(tried)
+            except DamagedRecord as fault:
+                self.meet(fault)
+                last = fault
+        raise UserError(f"{last}; {_TRIES} records tried in place of one are all damaged") from last
+
+    def _by_kind(self) -> str:
+        return ", ".join(f"{kind} {count}" for kind, count in self.counts().items())
+
+    def _stopped(self) -> str:
+        if not self.limit:
+            return f"to go on without up to N damaged records, set {self._field}=N"
+        return f"more than {self._field}={self.limit} records are damaged ({self._by_kind()})"
+
+
+def damage_of(source: Any) -> Damage:
+    """The counter of a source; one that stays empty if the source has none."""
+    return getattr(source, "damage", None) or Damage()
+
+
+def _sequence(index: int, length: int) -> Iterator[int]:
+    """The record itself, then `_TRIES` drawn from a generator of its own."""
+    yield index
+    generator = np.random.Generator(np.random.Philox(key=index))
+    for _ in range(_TRIES):
+        yield int(generator.integers(length))

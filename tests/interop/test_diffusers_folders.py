@@ -41,6 +41,13 @@ UNET = {
     "layers_per_block": 1,
     "cross_attention_dim": TEXT,
 }
+
+
+def pixart(model, latents, timesteps, text):
+    conditions = {"resolution": None, "aspect_ratio": None}
+    return model(latents, text, timesteps, added_cond_kwargs=conditions).sample
+
+
 # name of our backbone -> (arguments of diffusers' class, how it is called)
 MODELS = {
     "next_dit": (
@@ -49,6 +56,13 @@ MODELS = {
             "cross_attention_dim": TEXT, "learn_sigma": True, "sample_size": 7,
         },
         lumina,
+    ),
+    "pixart": (
+        {
+            "num_attention_heads": 4, "attention_head_dim": 8, "in_channels": CHANNELS, "out_channels": 2 * CHANNELS,
+            "num_layers": 2, "cross_attention_dim": 32, "caption_channels": TEXT, "sample_size": 12,
+        },
+        pixart,
     ),
     "unet": (
         UNET
@@ -175,6 +189,11 @@ def test_defaults_are_those_of_the_class(name):
 
 
 SIZES = {
+    "pixart": [
+        {"size": "h1024-d28", "text_dim": 1024},
+        {"size": "h2304-d28", "base_size": 32, "learn_sigma": True},
+        {"out_channels": 3, "in_channels": 1},
+    ],
     "next_dit": [{}, {"kv_heads": 8, "learn_sigma": True, "qk_norm": False}],
     "unet": [{"size": size} for size in ("sd2", "sdxl-td4_4", "sdxl-c384-td4_12")]
     + [{"size": "sdxl-official", "text_dim": 2048}, {"out_channels": 8}],
@@ -216,6 +235,27 @@ def test_a_halved_sharded_folder_is_read(tmp_path, capsys):
     back = diffusers.LuminaNextDiT2DModel.from_pretrained(tmp_path / "out", **EAGER)
     for key, value in back.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), found[key], err_msg=key)
+
+
+def test_positions_of_pixart_are_those_of_the_folder():
+    family = FAMILIES["pixart"]
+
+    def base_size(**arguments):
+        return diffusers_config.read_fields(family, arguments, "it")["base_size"]
+
+    assert base_size(sample_size=32) == 16 and base_size(sample_size=64) == 32
+    assert (
+        base_size(sample_size=128, use_additional_conditions=False) == 32
+    )  # scaled by two unless it says otherwise
+    assert base_size(sample_size=64, interpolation_scale=2) == 16
+    with pytest.raises(UserError, match="no whole number of tokens"):
+        base_size(sample_size=64, interpolation_scale=3)
+    with pytest.raises(UserError, match="reads sizes, which pixart does not"):
+        base_size(sample_size=128)
+    older = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}
+    assert diffusers_config.family_of(older, "it") is family
+    with pytest.raises(UserError, match="is of a Transformer2DModel, which no backbone here computes"):
+        diffusers_config.family_of(older | {"norm_type": "ada_norm_zero"}, "it")
 
 
 def refuses(capsys, match, folder, *overrides):

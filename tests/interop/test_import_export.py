@@ -10,9 +10,10 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
-from scaling_dit import cli, config, interop, pipeline, train
+from scaling_dit import cli, config, interop, optim, pipeline, train
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.interop import exporting
+from scaling_dit.train_step import init_state
 
 SMOKE = "experiments/shapes.py:smoke"
 
@@ -115,8 +116,8 @@ def test_train_goes_on_from_it_as_from_its_own_start(imported, weights, tmp_path
     shutil.copytree(imported, workdir)
     tokenizer = train.open_workdir(epath.Path(workdir), resolved)
     model = pipeline.build(resolved, tokenizer)
-    optimizer = train.optim.make_optimizer(resolved.optim, resolved.steps)
-    fresh = jax.jit(lambda key: train.init_state(model, optimizer, resolved, key))(jax.random.key(5))
+    optimizer = optim.make_optimizer(resolved.optim, resolved.steps)
+    fresh = jax.jit(lambda key: init_state(model, optimizer, resolved, key))(jax.random.key(5))
     with Checkpoints(workdir / "checkpoints", read_only=True) as store:
         state, _ = store.restore(0, fresh)
     jax.tree.map(np.testing.assert_array_equal, state.params["text_encoder"], fresh.params["text_encoder"])

@@ -109,7 +109,7 @@ def test_activations_of_a_chain(dtype, size):
 
 def test_activations_of_rematerialised_blocks():
     """Of a whole block only the inputs are kept: x, and for out-blocks the skip, which are the same few arrays."""
-    h, d, shapes = 64, 8, {"latents": (8, 8, 4), "text": (15, 16)}
+    h, d, shapes = 64, 4, {"latents": (8, 8, 4), "text": (15, 16)}
     tokens = 1 + 15 + 16
     plain = backbones.create("uvit", size=f"h{h}-d{d}-n2", text_dim=16, dtype="bfloat16", final_conv=False)
     found = {
@@ -128,8 +128,8 @@ def test_activations_of_rematerialised_blocks():
 
 def test_activations_grow_as_xla_says():
     """The memory that XLA takes for one more example's gradient: what is kept, and some that is passing."""
-    backbone = backbones.create("uvit", size="h128-d4-n4", text_dim=64, attention="xla")
-    shapes = {"latents": (16, 16, 4), "text": (15, 64)}
+    backbone = backbones.create("uvit", size="h64-d2-n2", text_dim=32, attention="xla")
+    shapes = {"latents": (16, 16, 4), "text": (15, 32)}
 
     def temporary(batch):
         inputs = contract.example_inputs(backbone, **shapes, batch=batch)
@@ -140,17 +140,6 @@ def test_activations_grow_as_xla_says():
     per_example = (temporary(24) - temporary(8)) / 16
     kept = count(backbone, **shapes).activation_bytes
     assert per_example == pytest.approx(kept, rel=0.2)
-
-
-def test_against_xla():
-    """XLA's own count of the compiled program, of which elementwise work is a small part."""
-    backbone = backbones.create("uvit", size="h256-d1-n4", text_dim=64, final_conv=False)
-    shapes = {"latents": (16, 16, 4), "text": (15, 64)}
-    inputs = contract.example_inputs(backbone, **shapes)
-    variables = contract.abstract_variables(backbone, inputs)
-    flops = jax.jit(backbone.apply).lower(variables, *inputs).cost_analysis()["flops"]
-    counted = 2 * count(backbone, **shapes).macs_total
-    assert counted < flops < 1.1 * counted
 
 
 def test_train_flops():

@@ -94,6 +94,12 @@ def test_transformers(row, params, paper, total):
     assert_as_printed(row)
 
 
+@pytest.mark.slow
+def test_the_official_sdxl():
+    """Its text is 2048 wide, and it reads pooled text and sizes."""
+    assert model_table.counted(Row("unet", "sdxl-official", (77, 2048))).params == 2_567_463_684
+
+
 def assert_as_printed(row):
     """Every printed digit, but for the cells of REASONS, which do differ."""
     wrong = [name for (label, name) in REASONS if label == row.label]

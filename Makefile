@@ -9,10 +9,11 @@ PYTEST := -n 2 --dist loadfile  # two workers; tests of one file share what they
 BIN := .venv/bin
 
 EXTRAS_demo := [tensorboard]
-EXTRAS_test := [eval,tensorboard,test]
+EXTRAS_test := [docs,eval,tensorboard,test]
 EXTRAS_lint := [lint]
+EXTRAS_docs := [docs]
 
-.PHONY: help demo test test-all lint format golden clean
+.PHONY: help demo test test-all lint format golden docs clean
 
 help:
 	@echo 'make demo      train on shapes for some minutes, draw pictures, score them (RUN=runs/demo)'
@@ -21,6 +22,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    ruff, changing files'
 	@echo 'make golden    rewrite the golden files in tests/golden; read their diff'
+	@echo 'make docs      the documentation site, into site/; stops at a dead link'
 	@echo 'make clean     remove .venv and caches; runs/ stays'
 
 demo: .venv/.installed-demo
@@ -49,8 +51,11 @@ format: .venv/.installed-lint
 golden: .venv/.installed-test
 	$(BIN)/python tests/update_golden.py
 
+docs: .venv/.installed-docs
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.created:

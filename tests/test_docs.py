@@ -1,25 +1,46 @@
-"""The examples of the docs run as they stand."""
+"""The examples of the docs run as they stand, what they list is what the code has, and the site builds."""
 
+import json
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
 import scaling_dit
-from scaling_dit import cli
+from scaling_dit import cli, train
+from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
+from scaling_dit.monitor.writers import read_metrics
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)
+def blocks(language: str, page: str = "api.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of every `scaling-dit` command of a page's `sh` blocks."""
+    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
+    assert all(line.startswith("scaling-dit ") for line in lines)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def first_column(page: str, heading: str) -> list[str]:
+    """The first cells of the table under a heading, without the table's own."""
+    section = (DOCS / page).read_text().split(f"## {heading}\n", 1)[1].split("\n## ")[0]
+    return re.findall(r"^\| (.+?) \|", section, re.MULTILINE)[1:]
 
 
 @pytest.fixture
 def beside_my_file(tmp_path, monkeypatch):
     """A working directory with the page's `my_file.py`."""
-    (source,) = [block for block in blocks("python") if "class MyBackbone" in block]
+    (source,) = [block for block in blocks("python", "own_backbone.md") if "class MyBackbone" in block]
     assert len([line for line in source.splitlines() if line.strip()]) <= 45
     (tmp_path / "my_file.py").write_text(source)
     monkeypatch.chdir(tmp_path)
@@ -28,7 +49,7 @@ def beside_my_file(tmp_path, monkeypatch):
 
 
 def test_a_backbone_of_a_users_own_trains_and_draws_from_python(beside_my_file, capsys):
-    (example,) = [block for block in blocks("python") if "scaling_dit.train(run" in block]
+    (example,) = [block for block in blocks("python", "own_backbone.md") if "scaling_dit.train(run" in block]
     names: dict = {}
     exec(example, names)
     assert names["pictures"].shape == (1, 16, 16, 3) and names["pictures"].dtype == np.uint8
@@ -36,16 +57,102 @@ def test_a_backbone_of_a_users_own_trains_and_draws_from_python(beside_my_file, 
     kernel = names["state"].params["backbone"]["Conv_0"]["kernel"]
     assert kernel.shape == (3, 3, 3, 16)
     params = int(capsys.readouterr().out.split()[0])
-    assert params == sum(x.size for x in __import__("jax").tree.leaves(names["state"].params["backbone"]))
+    assert params == sum(x.size for x in jax.tree.leaves(names["state"].params["backbone"]))
 
 
 def test_the_commands_for_it_run(beside_my_file, capsys):
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
-    train, count = commands
+    training, count = commands("own_backbone.md")
     small = ["--config.steps=2", "--config.batch=8", "--config.eval.every=0", "--config.optim.warmup_steps=1"]
-    assert cli.main(train.split()[1:] + small) == 0
-    assert cli.main(count.split()[1:]) == 0
+    assert cli.main(training + small) == 0
+    assert cli.main(count) == 0
     assert "parameters" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.slow
+def test_first_run_drawing_and_weights_one_after_the_other(tmp_path, monkeypatch, capsys):
+    """Every command a reader meets on these pages, in the order of the pages."""
+    monkeypatch.chdir(tmp_path)
+    for page in ("first_run.md", "sampling_and_guidance.md", "weights.md"):
+        for command in commands(page):
+            assert cli.main(command) == 0, (page, command, capsys.readouterr().err)
+    assert "TIFA" in capsys.readouterr().out
+    made = json.loads((tmp_path / "runs/imported/config.json").read_text())
+    assert made["steps"] == 4 and (tmp_path / "runs/imported/checkpoints/4").is_dir()
+
+
+@pytest.mark.parametrize(
+    "page, first", [("api.md", "scaling_dit.train(run"), ("weights.md", "to_state_dict(")]
+)
+def test_the_python_of_a_page_runs(page, first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks("python", page) if first in block]
+    names: dict = {}
+    exec(example, names)
+    if page == "api.md":
+        assert names["pictures"].shape == (1, 16, 16, 3)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, names["again"], scaling_dit.interop.load_state_dict(
+            names["backbone"], names["state_dict"]))  # fmt: skip
+        assert "pos_embed" in names["state_dict"]
+
+
+def test_every_tag_of_a_run_is_explained_and_no_other(smoke_run):
+    """All that a run writes is in the tables; what only other runs write is named here."""
+    rows = [json.loads(line) for path in sorted((smoke_run / "metrics").glob("segment-*.jsonl"))
+            for line in path.read_text().splitlines()]  # fmt: skip
+    written = {name for row in read_metrics(smoke_run) for name in row} - {"step"}
+    written |= {name for row in rows for name in row.get("images", ())} | {"parameter_overview"}
+    assert any("parameter_overview" in row for row in rows) and any("hparams" in row for row in rows)
+    text = (DOCS / "tensorboard.md").read_text()
+    explained = set(
+        re.findall(r"`((?:train|speed|validation|evaluation|data)/[\w-]+|samples|parameter_overview)`", text)
+    )
+    bins = {name for name in written if name.startswith("validation/loss_t")}
+    assert "validation/loss_t0000-0199" in bins and len(bins) == 5
+    elsewhere = {"evaluation/digit_accuracy", "data/damaged_KIND"}
+    assert written - bins == explained - bins - elsewhere - {name for name in TIFA - written}
+
+
+TIFA = {f"evaluation/tifa_{kind}" for kind in ("color", "counting", "object", "shape", "size", "spatial")}
+
+
+def test_exit_codes_are_those_of_the_program():
+    codes = {int(code) for code in first_column("errors_and_exit_codes.md", "Exit codes")}
+    assert codes == {
+        train.DONE,
+        train.NONFINITE,
+        train.SPIKE,
+        train.PREEMPTED,
+        cli.USER_ERROR,
+        cli.INTERRUPTED,
+    }
+
+
+def test_the_error_lines_are_in_the_code():
+    """Each line's beginning, up to a name or number that is filled in, is a text of the program."""
+    package = pathlib.Path(scaling_dit.__file__).parent
+    code = " ".join(path.read_text() for path in package.rglob("*.py"))
+    code = re.sub(r'"\s+f?"', "", re.sub(r"\{[^{}]*\}", "...", code))
+    for cell in first_column("errors_and_exit_codes.md", "Frequent lines"):
+        for line in re.findall(r"`(.+?)`", cell):
+            for part in re.split(r"\.\.\. ?|config\.json|'clu'|'optim.*", line):
+                assert part.strip() in code, line
+
+
+def test_the_sections_that_may_change_are_listed():
+    section = (DOCS / "resume_and_determinism.md").read_text().split("## What may change on resume\n")[1]
+    listed = re.findall(r"`([\w.]+)`", section.split("\n\n")[1])
+    assert sorted(listed) == sorted((*FREE_SECTIONS, *FREE_FIELDS))
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    for page in PAGES:
+        html = (tmp_path / "site" / page).with_suffix(".html").read_text()
+        assert 'src="http' not in html and 'stylesheet" href="http' not in html, page
 
 
 def test_the_papers_example_counts_what_the_paper_prints(capsys):
@@ -59,7 +166,7 @@ def test_the_listing_of_the_api_is_the_api():
     assert sorted(listed) == sorted(name for name in scaling_dit.__all__ if not name.startswith("_"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
 def test_every_link_into_the_repository_leads_somewhere(page):
     path = DOCS.parent / page
     links = re.findall(r"\]\(([^)#:]+)\)", path.read_text())

@@ -220,7 +220,8 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     calls = behind(monkeypatch, "scaling_dit.generate")
     (tmp_path / "more.txt").write_text("c\n")
     file = tmp_path / "more.txt"
-    flags = ["--guidance=2", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7", "--seed=4"]
+    flags = ["--guidance=2", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7"]
+    flags += ["--seed=4", "--sampler=dpmpp_2m"]
     assert (
         cli.main(["sample", "b", "--workdir=w", "--prompt=a", f"--prompts_file={file}", *flags, "b2"]) == 75
     )
@@ -232,6 +233,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
         "ema": "none",
         "num": 3,
         "batch": 8,
+        "sampler": "dpmpp_2m",
         "steps": 7,
         "seed": 4,
     }
@@ -252,7 +254,7 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     assert args == ("w", "o")
     assert kwargs == {
         "metrics": ["tifa", "other"], "items": 500, "as_json": True,
-        "seed": 0, "step": None, "ema": "0.99", "steps": None, "guidance": None,
+        "seed": 0, "step": None, "ema": "0.99", "sampler": None, "steps": None, "guidance": None,
     }  # fmt: skip
 
 
@@ -263,7 +265,7 @@ def test_the_functions_behind_the_verbs_take_the_flags(verb):
     import inspect
 
     main = importlib.import_module(f"scaling_dit.{verb}").main
-    trained = dict.fromkeys(("seed", "step", "ema", "steps", "guidance"))
+    trained = dict.fromkeys(("seed", "step", "ema", "sampler", "steps", "guidance"))
     arguments = {
         "generate": (("w", [], "o"), trained | {"num": 1, "batch": None}),
         "evaluation.run": (("w", "o"), trained | {"metrics": None, "items": 1, "as_json": False}),

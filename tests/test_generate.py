@@ -48,11 +48,36 @@ def test_seed_prompt_and_number_all_matter(pipe):
     np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:1] * 2, seed=0))
 
 
-def test_guidance_and_steps_are_used(pipe):
+def test_guidance_steps_and_sampler_are_used(pipe):
     base = pipe.sample(PROMPTS[:2])
+    assert (base != pipe.sample(PROMPTS[:2], sampler="dpmpp_2m")).any()
     assert (base != pipe.sample(PROMPTS[:2], guidance=1.0)).any()
     assert (base != pipe.sample(PROMPTS[:2], steps=2)).any()
     np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:2], guidance=pipe.config.sample.guidance))
+
+
+def test_guidances_variants_are_used_and_told(pipe):
+    def of(**changes):
+        chosen = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample, steps=2, guidance=40.0, **changes)
+        return chosen, chosen(pipe.params, pipe.frozen, PROMPTS[:2])
+
+    plain, base = of()
+    assert set(plain.about) == {"sampler", "steps", "guidance"}
+    tags = {generate.tag({"step": 4, "ema": "none"} | plain.about, 0)}
+    # Of the timesteps 501 and 1 the interval holds the second.
+    for changes in ({"guidance_rescale": 0.7}, {"guidance_interval": (0.0, 400.0)}):
+        chosen, pictures = of(**changes)
+        assert (pictures != base).any()
+        # As a manifest's line gives it back.
+        assert json.loads(json.dumps(chosen.about)) == chosen.about != plain.about
+        tags.add(generate.tag({"step": 4, "ema": "none"} | chosen.about, 0))
+    start = "step4-emanone-ddim2-guidance40.0"
+    assert tags == {f"{start}{more}-seed0" for more in ("", "-rescale0.7", "-interval0.0-400.0")}
+
+
+def test_an_unknown_sampler_is_told(pipe):
+    with pytest.raises(UserError, match="unknown 'dpmpp2m'; did you mean 'dpmpp_2m'"):
+        pipe.sample(PROMPTS[:1], sampler="dpmpp2m")
 
 
 def test_no_prompts_make_no_pictures(pipe):

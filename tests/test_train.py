@@ -169,7 +169,9 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path
     assert set(pipe.frozen) >= {"text_encoder"}
     other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
     with pytest.raises(UserError, match="other frozen weights"):
-        pipeline.check_frozen(other, {"frozen_sha256": pipeline.frozen_hash(pipe.frozen)}, "here")
+        pipeline.check_frozen(
+            pipeline.frozen_hash(other), {"frozen_sha256": pipeline.frozen_hash(pipe.frozen)}, "here"
+        )
 
 
 def test_frozen_weights_are_those_of_the_workdir_not_of_the_processor(tmp_path):
@@ -251,3 +253,34 @@ def test_the_handler_of_sigterm_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert flag.wait(5)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_rectified_flow_trains_and_draws(tmp_path):
+    flow = {"schedule": "flow", "prediction": "flow", "time_sampling": "logit_normal", "time_shift": 2.0}
+    config = tiny(
+        **{f"diffusion__{name}": value for name, value in flow.items()},
+        optim__learning_rate=5e-3, optim__decay="constant",
+        eval__every=STEPS, eval__metrics=(), eval__grid=1, sample__sampler="heun", sample__steps=3,
+    )  # fmt: skip
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    curve = losses(tmp_path)
+    assert np.mean(curve[3:]) < 0.98 * np.mean(curve[:3])
+    validation = [row["validation/loss"] for row in read_metrics(tmp_path) if "validation/loss" in row]
+    assert len(validation) == 1 and np.isfinite(validation[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_snr": True, "prediction": "eps"}, "'eps' does not tell the latents where no signal is left"),
+        ({"schedule": "flow", "prediction": "eps"}, "predict 'v', 'x0' or 'flow'"),
+        ({"schedule": "flow", "zero_snr": True}, "'flow' ends without signal by itself"),
+        ({"time_shift": 2.0}, "time_shift=2.0 is for diffusion.schedule 'flow', not 'scaled_linear'"),
+    ],
+)
+def test_settings_of_diffusion_that_do_not_go_together(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train.train(
+            tiny(**{f"diffusion__{name}": value for name, value in changes.items()}), tmp_path / "new"
+        )
+    assert not (tmp_path / "new").exists()

@@ -146,7 +146,7 @@ def _euler_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def _shifted(schedule: RectifiedFlow, share: np.ndarray) -> np.ndarray:
-    return np.asarray(shift_time(share, schedule.time_shift)) * schedule.num_timesteps
+    return shift_time(share, schedule.time_shift) * schedule.num_timesteps
 
 
 def _rows(schedule: Schedule, timesteps: np.ndarray, end: tuple[float, float]) -> Table[np.ndarray]:

@@ -7,13 +7,15 @@ where they meet an array.
 import abc
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from scaling_dit.errors import UserError, nearest
+
+Times = TypeVar("Times", np.ndarray, jax.Array)
 
 VP_SCHEDULES = ("scaled_linear", "linear", "cosine")
 SCHEDULES = (*VP_SCHEDULES, "flow")
@@ -153,7 +155,7 @@ def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
     return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
 
 
-def shift_time(share: np.ndarray | jax.Array, shift: float) -> np.ndarray | jax.Array:
+def shift_time(share: Times, shift: float) -> Times:
     """Times in [0, 1] moved towards 1 for shift > 1: shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23)."""
     return shift * share / (1.0 + (shift - 1.0) * share)
 

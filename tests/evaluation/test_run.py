@@ -1,5 +1,6 @@
 """The `evaluate` verb, the metrics behind it, and the evaluations during training."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from scaling_dit import config as config_lib
 from scaling_dit import pipeline
 from scaling_dit.data import digits
 from scaling_dit.data.sources import create_source
+from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, run
 from scaling_dit.evaluation.validation import ValidationLoss
@@ -106,6 +108,35 @@ def test_validation_loss_does_not_depend_on_batches_layout_or_the_prediction_kin
         assert whole[name] == pytest.approx(parts[name], rel=1e-5)
     fsdp = measure(24, make_mesh(data=2, fsdp=4))
     assert fsdp["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class WhiteLatents(pipeline.Model):
+    """Predicts the best x0 for latents that are white noise, which depends on noise to signal alone."""
+
+    def predict(self, params, latents, timesteps, *text, **options):
+        alpha, sigma = (f(timesteps)[:, None, None, None] for f in (self.schedule.alpha, self.schedule.sigma))
+        return latents * alpha / (alpha**2 + sigma**2)
+
+
+def test_validation_loss_compares_models_of_other_schedules(smoke_run):
+    pipe = pipeline.load(smoke_run)
+    source = pipeline.create_source(pipeline.read_config(smoke_run))
+    scores = {}
+    for name, zero_snr in (
+        ("scaled_linear", False),
+        ("scaled_linear", True),
+        ("cosine", False),
+        ("flow", False),
+    ):
+        schedule = make_schedule(name, zero_snr=zero_snr)
+        fields = {f.name: getattr(pipe.model, f.name) for f in dataclasses.fields(pipe.model)}
+        model = WhiteLatents(**fields | {"schedule": schedule, "prediction": "x0"})
+        loss = ValidationLoss(model, source, pipe.mesh, images=20, bins=4, batch=24)
+        scores[name, zero_snr] = loss(pipe.params, pipe.frozen)
+    reference = scores.pop(("scaled_linear", False))
+    for score in scores.values():
+        assert score == pytest.approx(reference, rel=2e-3)
 
 
 def test_evaluation_can_be_turned_off():

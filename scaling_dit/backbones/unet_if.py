@@ -2,9 +2,9 @@
 
 Architecture of diffusers' UNet2DConditionModel with SimpleCrossAttn blocks: an attention's keys and values are those of
 the text followed by those of the image, no feed-forward follows, time scales and shifts, residual blocks change the
-resolution, GELU is the activation. Table 1's rows need attention at 1/1, 1/2 and 1/4 of the resolution (the published IF
-has 1/2, 1/4, 1/8 of its own) and no projection of the text encoder's tokens. Initial values are PyTorch's
-(unet_layers.py).
+resolution, GELU is the activation. Table 1's rows need attention at full, half and quarter resolution (the published
+IF has it at half, quarter and eighth of its own) and no projection of the text encoder's tokens. Initial values are
+PyTorch's (unet_layers.py).
 """
 
 from collections.abc import Mapping

@@ -11,9 +11,11 @@ from scaling_dit.backbones import contract
 from scaling_dit.backbones.large_dit import LargeDiT
 from scaling_dit.backbones.next_dit import NextDiT
 from scaling_dit.backbones.pixart import PixArt
+from scaling_dit.backbones.unet import UNet
+from scaling_dit.backbones.unet_if import UNetIF
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.errors import UserError
-from scaling_dit.interop import large_dit, next_dit, pixart, table, uvit
+from scaling_dit.interop import large_dit, next_dit, pixart, table, unet, unet_if, uvit
 
 __all__ = ["TABLES", "load_state_dict", "to_state_dict"]
 
@@ -23,6 +25,8 @@ TABLES: dict[type[nn.Module], Callable[[Any], table.Table]] = {
     PixArt: pixart.rows,
     LargeDiT: large_dit.rows,
     NextDiT: next_dit.rows,
+    UNet: unet.rows,
+    UNetIF: unet_if.rows,
 }
 
 
@@ -32,7 +36,7 @@ def load_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any]) -> dict[
     Args:
       backbone: module whose class is in TABLES, layers scanned or not.
       state_dict: upstream name -> array (numpy or anything `np.asarray` takes). The table of positions may have any
-        length; it then fits inputs of that many tokens.
+        length; it then fits inputs of that many tokens, or is resized for them.
 
     Returns:
       {"params": tree} of numpy arrays in `param_dtype`, without logical axes.

@@ -1,0 +1,261 @@
+"""The UNets of SD2 and SDXL against diffusers, against the paper's table, and their own modes against each other."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import unet_reference
+from backbones import parity
+from unet_reference import (
+    ONE_LEVEL,
+    SCANNED,
+    SCANNED_DOTS,
+    SD2,
+    SD2_CUT,
+    SDXL,
+    SDXL_CUT,
+    TD,
+    TEXT_TIME,
+    inputs,
+    small,
+)
+from uvit_golden import fill, relative_error, run
+
+from scaling_dit import backbones, interop, trees
+from scaling_dit.backbones import contract, unet
+from scaling_dit.errors import UserError
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.scaling.count import count
+
+# arXiv 2404.02883, Table 1: parameters, and billions of multiply-accumulates at 32x32 latents and 77x1024 text, without
+# and with the products inside attention, and of the transformers. diffusers' models give these to every digit, counted
+# by torch.utils.flop_counter; the official SDXL has 2048-wide text.
+TABLE = {
+    "sd2": (865_910_724, 86.3, 90.5, 34.0),
+    "sd2-c512": (2_191_746_564, 218.9, 225.8, 85.0),
+    "sdxl-c128": (423_971_332, 34.9, 35.9, 22.9),
+    "sdxl-c192": (902_336_260, 74.5, 76.0, 48.2),
+    "sdxl": (2_391_824_644, 198.3, 200.8, 126.4),
+    "sdxl-c384": (3_402_948_100, 282.4, 285.4, 179.4),
+    "sdxl-td2": (849_373_444, 98.0, 99.4, 42.9),
+    "sdxl-td4": (1_234_986_244, 123.1, 124.7, 63.8),
+    "sdxl-td12": (2_777_437_444, 223.4, 226.1, 147.3),
+    "sdxl-td14": (3_163_050_244, 248.4, 251.5, 168.2),
+    "sdxl-td4_4": (1_321_930_244, 143.0, 145.7, 83.7),
+    "sdxl-td4_8": (2_093_155_844, 193.1, 196.4, 125.4),
+    "sdxl-td4_12": (2_864_381_444, 243.2, 247.1, 167.2),
+    "sdxl-c384-td4_12": (4_072_645_636, 346.3, 350.9, 237.4),
+}
+OFFICIAL_PARAMS = 2_567_463_684
+QUICK_ROWS = ("sd2", "sdxl-c128", "sdxl-td4_4")
+CASES = [
+    pytest.param(SD2_CUT | {"remat": "full"}, (4, 8), id="sd2_cut"),
+    pytest.param(SDXL_CUT | TEXT_TIME | SCANNED, (8, 8), id="official_cut"),
+    pytest.param(SD2 | SCANNED, (8, 16), id="sd2", marks=pytest.mark.slow),
+    pytest.param(TD | SCANNED_DOTS | {"out_channels": 3}, (12, 4), id="td", marks=pytest.mark.slow),
+    pytest.param(SDXL | TEXT_TIME, (8, 8), id="official", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fields, size", CASES)
+def test_outputs_and_all_gradients_equal_diffusers(fields, size):
+    unet_reference.check(small(**fields), *size)
+
+
+def test_bfloat16_is_close_to_float32():
+    backbone, half = (small(**ONE_LEVEL, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    unet_reference.check_bfloat16(backbone, half)
+
+
+@pytest.mark.slow
+def test_modes_equal_each_other():
+    args = inputs(small(**ONE_LEVEL), 4, 4)
+    parity.check_scan_remat_jit(lambda **fields: small(**ONE_LEVEL, **fields), args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]
+)
+def test_sharded_equals_diffusers(axes):
+    """Parameters and channels split, height and width never: what XLA gets wrong is not asked of it."""
+    backbone = small(**SDXL_CUT)
+    reference = unet_reference.model(backbone)
+    args = inputs(backbone, 4, 4, batch=4)
+    wanted = unet_reference.forward(reference, args)[0]
+    variables = interop.load_state_dict(backbone, unet_reference.state_dict(reference))
+    mesh = make_mesh(**axes)
+    shardings = rules.param_shardings(mesh, jax.eval_shape(backbone.init, jax.random.key(0), *args))
+    variables = jax.device_put(variables, shardings)
+    kernel = variables["params"]["down_1_res_0"]["conv2"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, "fsdp", "tensor")
+    args = jax.device_put(args, rules.batch_sharding(mesh))
+    with rules.activate(mesh):
+        found = run(backbone.apply, variables, *args)
+    assert relative_error(found, wanted) < 1e-4
+
+
+def params_of(backbone):
+    args = contract.example_inputs(backbone, (32, 32, 4), (77, backbone.text_dim))
+    leaves = jax.tree.leaves(contract.abstract_variables(backbone, args))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def test_parameters_of_every_row_are_the_papers():
+    assert set(TABLE) | {"sdxl-official"} == set(unet.SIZES)
+    found = {name: params_of(backbones.create("unet", size=name, scan_layers=True)) for name in TABLE}
+    assert found == {name: row[0] for name, row in TABLE.items()}
+    official = backbones.create("unet", size="sdxl-official", text_dim=2048, scan_layers=True)
+    assert params_of(official) == OFFICIAL_PARAMS
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_ROWS else [pytest.mark.slow]) for name in TABLE]
+)
+def test_multiply_accumulates_of_every_row_are_the_papers(name):
+    found = count(backbones.create("unet", size=name, scan_layers=True))
+    _, paper, total, attention = TABLE[name]
+    assert found.macs_paper / 1e9 == pytest.approx(paper, abs=0.1)
+    assert found.macs_total / 1e9 == pytest.approx(total, abs=0.1)
+    # The paper's column has the middle in for SD2 and left out for SDXL.
+    left_out = 0 if name.startswith("sd2") else found.modules["mid_attn"].macs_attention
+    assert (found.macs_attention - left_out) / 1e9 == pytest.approx(attention, abs=0.1)
+
+
+def test_td4_4_saves_what_the_paper_says():
+    (params, macs, *_), (sdxl_params, sdxl_macs, *_) = TABLE["sdxl-td4_4"], TABLE["sdxl"]
+    assert round(100 * (1 - params / sdxl_params)) == 45
+    assert round(100 * (1 - macs / sdxl_macs)) == 28
+
+
+def test_scanned_parameters_are_stacked_and_every_parameter_names_its_axes():
+    backbone = small(**SDXL_CUT, **TEXT_TIME, scan_layers=True)
+    params = jax.eval_shape(backbone.init, jax.random.key(0), *inputs(backbone, 4, 4))["params"]
+    kernel = params["mid_attn_0"]["blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.names == ("layers", "embed", None, "heads")
+    assert kernel.value.shape == (2, 64, 3, 64)
+    assert params["up_1_res_0"]["conv1"]["kernel"].names == (None, None, "embed", "mlp")
+    for box in jax.tree.leaves(params, is_leaf=trees.is_box):
+        assert len(box.names) == box.value.ndim
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+
+
+def test_initial_values_are_pytorchs():
+    backbone = small(channels=64, channel_mult=(1,), transformer_depth=(1,))
+    params = trees.unbox(run(backbone.init, jax.random.key(0), *inputs(backbone, 4, 4)))["params"]
+    transformer, res = params["mid_attn_0"], params["mid_res_0"]
+    block = transformer["blocks_0"]
+    for module, fan_in in (
+        (res["conv1"], 9 * 64),
+        (res["time_proj"], 256),
+        (params["conv_out"], 9 * 64),
+        (params["time_embed"]["fc1"], 64),
+        (block["attn"]["qkv"], 64),
+        (block["attn"]["proj"], 64),
+        (block["cross_attn"]["q"], 64),
+        (block["cross_attn"]["kv"], 12),
+        (block["fc1"], 64),
+        (block["fc2"], 256),
+    ):
+        for leaf in jax.tree.leaves(module):
+            assert 0.3 * fan_in**-0.5 < np.abs(leaf).max() <= fan_in**-0.5
+    assert set(block["attn"]["qkv"]) == {"kernel"}
+    for norm in (res["norm1"], transformer["norm"], block["norm3"]):
+        assert (norm["scale"] == 1).all() and not norm["bias"].any()
+
+
+def test_param_dtype():
+    backbone = small(**SDXL_CUT, **TEXT_TIME, param_dtype="bfloat16")
+    variables = contract.abstract_variables(backbone, inputs(backbone, 4, 4))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"bfloat16"}
+
+
+def test_sizes_and_overrides():
+    shape = backbones.create("unet", size="sd2").shape
+    assert shape == unet.Shape((320, 640, 1280, 1280), 2, (1, 1, 1, 0), 1, 64, False)
+    shape = backbones.create(
+        "unet", size="sdxl", channels=192, transformer_depth=[0, 1, 3], head_dim=32
+    ).shape
+    assert shape == unet.Shape((192, 384, 768), 2, (0, 1, 3), 3, 32, False)
+    explicit = backbones.create(
+        "unet",
+        size=None,
+        channels=32,
+        channel_mult=(1,),
+        res_blocks=3,
+        transformer_depth=(2,),
+        head_dim=8,
+        text_time=True,
+    )
+    assert explicit.shape == unet.Shape((32,), 3, (2,), 2, 8, True)
+
+
+def test_extras_are_declared_with_text_time_only():
+    assert contract.extra_shapes(small()) == {}
+    assert contract.extra_shapes(small(**TEXT_TIME)) == {"pooled": (10,), "sizes": (6,)}
+    assert contract.extra_shapes(backbones.create("unet", size="sdxl-official"))["pooled"] == (1280,)
+    assert contract.extra_shapes(backbones.create("unet", size="sdxl-official", text_time=False)) == {}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"size": "sdxl-td44"}, "did you mean 'sdxl-td4_4'"),
+        ({"size": None}, "text_time must be given"),
+        ({"channels": 33}, "level 0 has 33 channels; GroupNorm needs a multiple of 32"),
+        ({"head_dim": 24}, "level 1 has 64 channels, no multiple of head_dim=24"),
+        ({"channels": 32.0}, "channels must be integers of at least 1, got 32.0"),
+        ({"res_blocks": 0}, "res_blocks must be integers of at least 1, got 0"),
+        ({"channel_mult": ()}, "channel_mult must be integers of at least 1"),
+        ({"transformer_depth": (0, -1)}, r"transformer_depth must be integers of at least 0, got \(0, -1\)"),
+        ({"transformer_depth": (1, 1, 0)}, "end in at least 1"),
+        ({"transformer_depth": (1, 1, 1, 1)}, "at most 3 entries"),
+        ({"out_channels": 0}, "out_channels must be integers of at least 1"),
+        ({"attention": "xle"}, "did you mean 'xla'"),
+        ({"remat": "ful"}, "did you mean 'full'"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+        ({"param_dtype": "int8"}, "param_dtype='int8'"),
+    ],
+)
+def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        small(**fields)
+    assert "\n" not in str(error.value)
+
+
+POOLED, SIZES = ("pooled", (2, 10)), ("sizes", (2, 6))
+
+
+@pytest.mark.parametrize(
+    "fields, change, message",
+    [
+        ({}, {"latents": (2, 8, 8, 4)}, "in_channels=3"),
+        ({}, {"text": (2, 5, 16)}, "text_dim=12"),
+        ({}, {"latents": (2, 8, 10, 3)}, r"UNet of 3 levels needs .* multiples of 4, got \(8, 10\)"),
+        ({}, {"conditions": {"mask": None}}, r"no conditions, got \['mask'\]"),
+        ({}, {"extras": [POOLED]}, "the extra 'pooled'; it reads none"),
+        (TEXT_TIME, {"extras": [POOLED, ("size", (2, 6))]}, "the extra 'size'; did you mean 'sizes'"),
+        (TEXT_TIME, {}, r"needs the extra 'pooled' of shape \(2, 10\), got none"),
+        (TEXT_TIME, {"extras": [POOLED, ("sizes", (2, 4))]}, r"'sizes' of shape \(2, 6\), got \(2, 4\)"),
+        (TEXT_TIME, {"extras": [("pooled", (1, 10)), SIZES]}, r"'pooled' of shape \(2, 10\), got \(1, 10\)"),
+    ],
+)
+def test_wrong_inputs_are_told_in_one_line(fields, change, message):
+    backbone = small(**fields)
+    variables = fill(contract.abstract_variables(backbone, inputs(backbone, 8, 8)))
+    call = {"latents": (2, 8, 8, 3), "text": (2, 5, 12), "conditions": None, "extras": []} | change
+    extras = {name: jnp.zeros(shape) for name, shape in call["extras"]}
+    with pytest.raises(UserError, match=message) as error:
+        backbone.apply(
+            variables,
+            jnp.zeros(call["latents"]),
+            jnp.zeros(2),
+            jnp.zeros(call["text"]),
+            None,
+            call["conditions"],
+            extras or None,
+        )
+    assert "\n" not in str(error.value)

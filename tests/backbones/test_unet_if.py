@@ -1,0 +1,107 @@
+"""IF's UNet against diffusers and the paper's table, and its own modes against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import unet_reference
+from backbones import parity
+from unet_reference import IF, IF_CUT, IF_ONE_LEVEL, inputs, small_if
+from uvit_golden import fill, relative_error, run
+
+from scaling_dit import backbones, interop, trees
+from scaling_dit.backbones import contract, unet_if
+from scaling_dit.errors import UserError
+from scaling_dit.scaling.count import count
+
+# arXiv 2404.02883, Table 1, as in test_unet.py.
+TABLE = {
+    "if-xl-c512": (2_035_698_692, 193.4, 202.9, 23.2),
+    "if-xl": (3_823_523_972, 363.6, 376.7, 42.0),
+}
+
+
+@pytest.mark.parametrize(
+    "fields, size",
+    [
+        pytest.param(IF_CUT | {"remat": "full"}, (4, 8), id="cut"),
+        pytest.param(IF | {"res_blocks": 2}, (12, 4), id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_outputs_and_all_gradients_equal_diffusers(fields, size):
+    unet_reference.check(small_if(**fields), *size)
+
+
+def test_bfloat16_is_close_to_float32():
+    backbone, half = (small_if(**IF_ONE_LEVEL, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    unet_reference.check_bfloat16(backbone, half)
+
+
+@pytest.mark.slow
+def test_modes_equal_each_other():
+    modes = {f"remat {policy}": {"remat": policy} for policy in ("full", "dots")}
+    args = inputs(small_if(**IF_ONE_LEVEL), 4, 4)
+    parity.check_scan_remat_jit(lambda **fields: small_if(**IF_ONE_LEVEL, **fields), args, modes)
+
+
+@pytest.mark.parametrize("name", ["if-xl-c512", pytest.param("if-xl", marks=pytest.mark.slow)])
+def test_every_row_counts_as_in_the_paper(name):
+    assert set(TABLE) == set(unet_if.SIZES)
+    found = count(backbones.create("unet_if", size=name))
+    params, paper, total, attention = TABLE[name]
+    assert found.params == params
+    assert found.macs_paper / 1e9 == pytest.approx(paper, abs=0.1)
+    assert found.macs_total / 1e9 == pytest.approx(total, abs=0.1)
+    assert found.macs_attention / 1e9 == pytest.approx(attention, abs=0.1)
+
+
+def test_every_parameter_names_its_axes():
+    backbone = small_if()
+    params = jax.eval_shape(backbone.init, jax.random.key(0), *inputs(backbone, 4, 4))["params"]
+    assert params["mid_attn_0"]["text_kv"]["kernel"].names == ("text", None, "heads")
+    assert params["down_1_res_0"]["time_proj"]["kernel"].value.shape == (128, 2, 64)
+    for box in jax.tree.leaves(params, is_leaf=trees.is_box):
+        assert len(box.names) == box.value.ndim
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+
+
+def test_sizes_and_overrides():
+    assert backbones.create("unet_if", size="if-xl").shape == unet_if.Shape(
+        (704, 1408, 2112, 2816), 3, (0, 1, 2), 64
+    )
+    shape = backbones.create("unet_if", channels=64, attention_levels=[], res_blocks=1).shape
+    assert shape == unet_if.Shape((64, 128, 192, 256), 1, (), 64)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"size": "if-xxl"}, "did you mean 'if-xl'"),
+        ({"attention_levels": (0, 3)}, r"attention_levels=\(0, 3\) must lie in 0 to 2"),
+        ({"head_dim": 24}, "level 0 has 32 channels, no multiple of head_dim=24"),
+        ({"out_channels": 0}, "out_channels must be integers of at least 1"),
+        ({"attention": "xle"}, "did you mean 'xla'"),
+        ({"remat": "ful"}, "did you mean 'full'"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+    ],
+)
+def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        small_if(**fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "latents, extras, message",
+    [
+        ((2, 6, 8, 3), None, r"UNetIF of 3 levels needs .* multiples of 4, got \(6, 8\)"),
+        ((2, 8, 8, 4), None, "in_channels=3"),
+        ((2, 8, 8, 3), {"pooled": None}, "the extra 'pooled'; it reads none"),
+    ],
+)
+def test_wrong_inputs_are_told_in_one_line(latents, extras, message):
+    backbone = small_if()
+    variables = fill(contract.abstract_variables(backbone, inputs(backbone, 4, 4)))
+    with pytest.raises(UserError, match=message) as error:
+        backbone.apply(variables, jnp.zeros(latents), jnp.zeros(2), jnp.zeros((2, 5, 12)), None, None, extras)
+    assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ out-block i merges the output of in-block d//2-1-i by concatenation and a linear
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,8 +27,12 @@ POSITIONS = ("learned", "sincos_init")
 class UViT(nn.Module):
     """U-ViT; fields are config values, `size` names a row of SIZES that `hidden`, `depth`, `heads` override.
 
+    The table of positions is made for the shapes given to `init`, and used as it is for as many tokens. For other
+    heights and widths its image part is resized if it is a square. It cannot say that of itself: a table for wide
+    images of as many tokens as a square would be read as one, and so would what a text of another length leaves.
+
     Raises a UserError for an unknown size, dtype, policy or implementation, for shapes that fit neither the fields nor
-    the table of positions made at `init`, and for conditions and extras, of which it reads none.
+    the table of positions, and for conditions and extras, of which it reads none.
     """
 
     in_channels: int = 4
@@ -151,16 +156,22 @@ class UViT(nn.Module):
 
     @nn.nowrap
     def _position_table(self, text_length: int, rows: int, columns: int) -> jax.Array:
-        """The learned table [1 + text_length + rows * columns, hidden], sized by the shapes at `init`."""
+        """The learned table for these shapes, [1 + text_length + rows * columns, hidden], time and text first.
+
+        Sized by the shapes at `init`. For another grid than it was made for the image part is resized (`resize_grid`).
+        """
         hidden = self.widths[0]
-        length = 1 + text_length + rows * columns
+        length = found = 1 + text_length + rows * columns
         if self.has_variable("params", "pos_embed"):
             found = trees.unbox(self.get_variable("params", "pos_embed")).shape[0]
-            if found != length:
-                raise UserError(
-                    f"the position table holds {found} tokens, but these shapes need {length} "
-                    f"(1 time + {text_length} text + {rows}x{columns} image): use the shapes given at init"
-                )
+        image = found - 1 - text_length  # tokens of an image at init
+        side = math.isqrt(max(image, 0))
+        if found != length and (image < 1 or side**2 != image):
+            raise UserError(
+                f"the position table holds {found} tokens, but these shapes need {length} "
+                f"(1 time + {text_length} text + {rows}x{columns} image), and it can be resized only from a square of "
+                f"image tokens, not from {image}: use the text length and the sides given at init"
+            )
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             table = layers.NORMAL_002(key, shape, dtype)
@@ -171,10 +182,25 @@ class UViT(nn.Module):
         table: Any = self.param(
             "pos_embed",
             nn.with_logical_partitioning(init, (None, "embed")),
-            (length, hidden),
+            (found, hidden),
             jnp.dtype(self.param_dtype),
         )
-        return table
+        if found == length:
+            return table
+        start = 1 + text_length
+        grid = table[start:].reshape(side, side, hidden)
+        return jnp.concatenate([table[:start], resize_grid(grid, rows, columns).reshape(-1, hidden)])
+
+
+def resize_grid(grid: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Learned positions of a grid of tokens for another grid: [h, w, D] -> [rows, columns, D].
+
+    Bicubic (Keys, a = -1/2) between the centres of the tokens, weights renormalised at the borders, no antialiasing. In
+    float32, then in the dtype of `grid`.
+    """
+    shape = (rows, columns, grid.shape[-1])
+    resized = jax.image.resize(grid.astype(jnp.float32), shape, "bicubic", antialias=False)
+    return resized.astype(grid.dtype)
 
 
 class Block(nn.Module):

@@ -108,6 +108,49 @@ def test_every_parameter_names_its_axes():
         assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
 
 
+def keys_cubic(size, wanted):
+    """Matrix [wanted, size] of cubic interpolation (Keys 1981, a = -1/2) between the centres of cells."""
+    distance = np.abs((np.arange(wanted)[:, None] + 0.5) * size / wanted - 0.5 - np.arange(size))
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 12), (12, 4)])
+def test_positions_are_resized_for_other_images(height, width):
+    """The table of 4 x 4 tokens, resized here by hand, is that of a model made for the other images."""
+    backbone, trained, other = small(depth=1), inputs(), inputs(height=height, width=width)
+    variables = variables_of(backbone, trained)
+    table = variables["params"]["pos_embed"]
+    rows, columns = height // 2, width // 2
+    image = np.einsum(
+        "ri,cj,ijd->rcd", keys_cubic(4, rows), keys_cubic(4, columns), table[6:].reshape(4, 4, 32)
+    )
+    resized = np.concatenate([table[:6], image.reshape(rows * columns, 32)]).astype("f4")
+    by_hand = {"params": variables["params"] | {"pos_embed": resized}}
+    found = run(backbone.apply, variables, *other)
+    assert relative_error(found, run(backbone.apply, by_hand, *other)) < 1e-5
+    grads = jax.grad(lambda table: uvit.resize_grid(table, rows, columns).sum())(jnp.ones((4, 4, 1)))
+    assert jnp.sum(grads) == pytest.approx(
+        rows * columns, rel=1e-5
+    )  # every new position is a mean of old ones
+
+
+def test_a_table_is_resized_only_from_a_square():
+    backbone, made = small(depth=1), inputs(height=4, width=12)
+    variables = variables_of(backbone, made)
+    assert jax.eval_shape(backbone.apply, variables, *made).shape == (2, 4, 12, 3)
+    with pytest.raises(
+        UserError, match="holds 18 tokens, but these shapes need 22 .*a square .*not from 12"
+    ) as error:
+        jax.eval_shape(backbone.apply, variables, *inputs())
+    assert "\n" not in str(error.value)
+    halves = variables_of(small(depth=1, param_dtype="bfloat16"), inputs())
+    out = jax.eval_shape(small(depth=1, param_dtype="bfloat16").apply, halves, *inputs(height=16))
+    assert out.shape == (2, 16, 8, 3)
+
+
 def test_non_square_and_fewer_output_channels():
     args = inputs(height=4, width=12)
     backbone = small(out_channels=2, patch=4, depth=1)
@@ -216,8 +259,11 @@ def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
         ({"latents": (2, 8, 8, 4)}, "in_channels=3"),
         ({"text": (2, 5, 16)}, "text_dim=12"),
         ({"latents": (2, 7, 8, 3)}, "patches of 2"),
-        ({"latents": (2, 8, 16, 3)}, "holds 22 tokens, but these shapes need 38"),
-        ({"text": (2, 6, 12)}, "holds 22 tokens, but these shapes need 23"),
+        (
+            {"text": (2, 6, 12)},
+            "holds 22 tokens, but these shapes need 23 .*a square of image tokens, not from 15",
+        ),
+        ({"text": (2, 30, 12)}, "holds 22 tokens, but these shapes need 47 .*not from -9"),
         ({"conditions": {"mask": None}}, r"no conditions, got \['mask'\]"),
         ({"extras": {"pooled": None}}, "the extra 'pooled'"),
     ],

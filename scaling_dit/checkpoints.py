@@ -151,6 +151,30 @@ class Checkpoints:
         self._check_same(step, wanted, saved)
         return self._read(step, wanted, target)
 
+    def extra(self, step: int) -> dict[str, Any]:
+        """The `extra` of a checkpoint; no array is read.
+
+        Raises:
+          UserError: if there is no such checkpoint or it is damaged.
+        """
+        step = self._existing(step)
+        try:
+            return dict(
+                self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+            )
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint for good; waits for saves in progress."""
+        self.wait()
+        self._manager.delete(step)
+
+    def is_gone(self, step: int) -> bool:
+        """Whether a checkpoint that was there is no longer, after looking at the folder anew."""
+        self._manager.reload()
+        return step not in self.all_steps()
+
     def restore_params(
         self, step: int | None, target: Any, *, ema: str | None = None
     ) -> tuple[Any, dict[str, Any]]:

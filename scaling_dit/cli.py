@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,13 +158,14 @@ def _define_config(values: flags.FlagValues) -> None:
 
 
 def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    began = time.time()  # before the slow imports, for goodput
     _required(values, "train", "config", "workdir")
     from scaling_dit import config as config_lib
 
     config = config_lib.load(values.config, overrides)
     from scaling_dit.train import main as train
 
-    return train(config, values.workdir)
+    return train(config, values.workdir, began)
 
 
 def _define_sample(values: flags.FlagValues) -> None:
@@ -188,7 +190,9 @@ def _define_trained(values: flags.FlagValues) -> None:
     integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
     integer("step", None, "checkpoint to use; the latest by default", lower_bound=0)
     string(
-        "ema", None, "EMA decay to use, or none for the raw weights; the run's config.sample.ema by default"
+        "ema",
+        None,
+        "EMA decay to use (kept, or rebuilt with optim.ema_power), power-WIDTH, or none for the raw weights; the run's config.sample.ema by default",
     )
     string("sampler", None, "ddim, dpmpp_2m, euler or heun; the run's by default")
     integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=999)

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, checkpoints, encoders, trees
+from scaling_dit import backbones, checkpoints, encoders, posthoc_ema, state, trees
 from scaling_dit import config as config_lib
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.data import sources
@@ -28,6 +28,7 @@ from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
+from scaling_dit.state import POWER, power_name
 
 Params = dict[str, Any]
 TOKENIZER_FILE = "tokenizer.json"
@@ -131,8 +132,13 @@ class Model:
         return self.codec.decode(frozen["codec"], latents)
 
 
-def build(config: ConfigDict, tokenizer: Any) -> Model:
-    """The model a complete config describes. `tokenizer` was built from the captions or read from the workdir."""
+def build(config: ConfigDict, tokenizer: Any, source: sources.Source | None = None) -> Model:
+    """The model a complete config describes.
+
+    Args:
+      tokenizer: built from the captions or read from the workdir.
+      source: the run's, if it is open already.
+    """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
     backbone = backbones.create_for(
@@ -154,7 +160,7 @@ def build(config: ConfigDict, tokenizer: Any) -> Model:
         backbone=backbone,
         schedule=schedule,
         prediction=diffusion.prediction,
-        image_size=create_source(config).image_size,
+        image_size=(create_source(config) if source is None else source).image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,
     )
@@ -247,16 +253,17 @@ class Pipeline:
         return jax.jit(self.model.predict)
 
 
-def load(workdir: str | epath.Path, step: int | None = None, ema: float | None = None) -> Pipeline:
+def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | None = None) -> Pipeline:
     """Opens a trained run.
 
     Args:
       workdir: folder that `train` wrote, local or gs://.
       step: checkpoint to read; the latest by default.
-      ema: one of the run's EMA decays; the raw weights by default (or 0).
+      ema: an EMA decay, or "power-0.08" for a power-function profile of that relative width: one that the run keeps,
+        else, if it has `optim.ema_power`, rebuilt from snapshots (`posthoc_ema`). The raw weights by default (or 0).
 
     Raises:
-      UserError: no run, no checkpoint, or an EMA decay that the run did not keep.
+      UserError: no run, no checkpoint, or an average that the run did not keep and that cannot be rebuilt.
     """
     workdir = epath.Path(workdir)
     config = read_config(workdir)
@@ -264,26 +271,61 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | None =
     mesh = mesh_lib.make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
     target = with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))
-    name = ema_name(config, ema)
+    name, kept = ema_name(config, ema), kept_emas(config)
+    rebuilt = name is not None and name not in kept
     with checkpoints.Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
-        step = store.latest_step() if step is None else step
-        params, saved = store.restore_params(step, target, ema=name)
+        params, saved, step = _read_params(store, step, target, None if rebuilt else name)
+        if rebuilt:
+            tracks = [power_name(width) for width in config.optim.ema_power]
+            params = posthoc_ema.rebuild(workdir, store, step, params, str(name), tracks)
     frozen = frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
-    check_frozen(frozen, saved, str(workdir))
-    return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=int(step or 0))
+    check_frozen(frozen_hash(frozen), saved, str(workdir))
+    return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step)
+
+
+def _read_params(
+    store: checkpoints.Checkpoints, step: int | None, target: Any, ema: str | None
+) -> tuple[Params, dict[str, Any], int]:
+    """(parameters, `extra`, step) of a checkpoint; of the newest one again if training removes it meanwhile."""
+    while True:
+        newest = store.latest_step() if step is None else step
+        try:
+            return *store.restore_params(newest, target, ema=ema), int(newest or 0)
+        except UserError:
+            if step is not None or newest is None or not store.is_gone(newest):
+                raise
+
+
+def kept_emas(config: ConfigDict) -> list[str]:
+    """The keys of `state.emas`."""
+    return [*map(state.ema_name, config.optim.ema), *map(power_name, config.optim.ema_power)]
 
 
 def ema_name(config: ConfigDict, ema: float | str | None) -> str | None:
-    """The key in `state.emas` of a decay; None for the raw weights."""
+    """The name of an average that a run keeps or can rebuild: "0.999", "power-0.05"; None for the raw weights.
+
+    Raises:
+      UserError: no such average, or one that the run can neither read nor rebuild.
+    """
     if ema is None or str(ema) == "none":
         return None
-    kept = {float(decay): str(decay) for decay in config.optim.ema}
+    kept, text = kept_emas(config), str(ema)
     try:
-        return kept[float(ema)] if float(ema) else None
-    except (KeyError, ValueError):
+        number = float(text.removeprefix(POWER))
+        if text.startswith(POWER):
+            name, right = power_name(number), 0 < number < 12**-0.5
+        elif number == 0:
+            return None
+        else:
+            name, right = repr(number), 0 < number < 1
+    except ValueError:
+        name, right = text, False
+    if not right or (name not in kept and not config.optim.ema_power):
+        also = "; with config.optim.ema_power it could rebuild others" if right else ""
         raise UserError(
-            f"the run keeps no EMA of decay {ema}; it keeps {', '.join(kept.values()) or 'none'} (0 = raw weights)"
-        ) from None
+            f"the run keeps no EMA of decay {ema}; it keeps {', '.join(kept) or 'none'} (0 = raw weights){also}"
+        )
+    return name
 
 
 def init_frozen(model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
@@ -353,13 +395,18 @@ def frozen_hash(frozen: Params) -> str:
     return digest.hexdigest() if leaves else ""
 
 
-def check_frozen(frozen: Params, saved: Mapping[str, Any], where: str) -> None:
+def check_frozen(now: str, saved: Mapping[str, Any], where: str) -> None:
     """Makes sure that trained weights meet the frozen ones they were trained with.
+
+    Args:
+      now: `frozen_hash` of the frozen weights at hand.
+      saved: the checkpoint's `extra`.
+      where: the folder told in the error.
 
     Raises:
       UserError: their hash is not that of the checkpoint.
     """
-    now, then = frozen_hash(frozen), saved.get("frozen_sha256", "")
+    then = saved.get("frozen_sha256", "")
     if now != then:
         raise UserError(
             f"the checkpoint in {where} was trained with other frozen weights (sha256 {then[:12] or 'of none'}, now "

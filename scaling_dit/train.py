@@ -2,12 +2,11 @@
 
 `train` builds the run, goes on from its last checkpoint if there is one, and loops: read a batch, step, log, save,
 look. Everything random in step s is drawn from (seed, s) for the whole global batch, and the data of step s are a
-function of (seed, s); so a run that was killed anywhere and started again ends with the same parameters, bit for bit,
-on the same machine and layout.
+function of (seed, s, rewinds on record); so a run that was killed anywhere and started again ends with the same
+parameters, bit for bit, on the same machine and layout.
 """
 
 import contextlib
-import functools
 import signal
 import sys
 import threading
@@ -18,20 +17,23 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import optim, pipeline
+from scaling_dit import pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
-from scaling_dit.data.loader import make_loader
-from scaling_dit.encoders import scratch
-from scaling_dit.errors import UserError
-from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.monitor import goodput
+from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
+from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import create_writer, read_metrics
 from scaling_dit.parallel import rules
-from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.rewind import Rewind, Spike
+from scaling_dit.run import Run, claim_workdir, open_workdir
 from scaling_dit.state import TrainState
-from scaling_dit.train_step import init_state, make_train_step
+from scaling_dit.train_step import make_train_step
 
-DONE, NONFINITE, PREEMPTED = 0, 3, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on
+# Used elsewhere under these names.
+__all__ = ["Stopped", "claim_workdir", "main", "make_train_step", "open_workdir", "train"]
+
+DONE, NONFINITE, SPIKE, PREEMPTED = 0, 3, 4, 75  # exit codes; 75 is EX_TEMPFAIL: the same command goes on
 
 
 class Stopped(Exception):
@@ -42,10 +44,13 @@ class Stopped(Exception):
         self.code = code
 
 
-def main(config: ConfigDict, workdir: str) -> int:
-    """The `train` verb: `train` with exit codes (0 done, 3 non-finite loss, 75 stopped by SIGTERM after saving)."""
+def main(config: ConfigDict, workdir: str, began: float | None = None) -> int:
+    """The `train` verb: `train` with exit codes.
+
+    0 done, 3 non-finite loss, 4 loss spikes beyond `config.rewind.limit`, 75 stopped by SIGTERM after saving.
+    """
     try:
-        train(config, workdir)
+        train(config, workdir, began=began)
     except Stopped as stop:
         print(f"scaling-dit: {stop}", file=sys.stderr)
         return stop.code
@@ -53,135 +58,141 @@ def main(config: ConfigDict, workdir: str) -> int:
 
 
 def train(
-    config: ConfigDict, workdir: str | epath.Path, devices: Sequence[jax.Device] | None = None
+    config: ConfigDict,
+    workdir: str | epath.Path,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    began: float | None = None,
 ) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
     Args:
       config: of an experiment; missing fields take their defaults.
-      workdir: folder of the run, local or gs://. It gets `config.json`, `tokenizer.json`, `checkpoints/`, `metrics/`
-        and TensorBoard events.
+      workdir: folder of the run, local or gs://. It gets `config.json`, `tokenizer.json`, `checkpoints/`, `metrics/`,
+        `goodput/`, and TensorBoard events and profiles.
       devices: those to train on; all by default.
+      began: when the command was given, in seconds since 1970, for goodput; now by default.
 
     Returns:
       The final state, sharded over the run's mesh.
 
     Raises:
       UserError: a mistake in the config or the data, or a workdir of another experiment.
-      Stopped: SIGTERM arrived (the state is saved), or too many updates in a row were not finite.
+      Stopped: SIGTERM arrived (the state is saved), too many updates in a row were not finite, or too many spikes.
     """
-    # --- what the run is made of ---
-    config = config_lib.resolve(config)
-    workdir = epath.Path(workdir)
-    mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
-    positions = rules.local_positions(mesh, config.batch)
-    rules.local_positions(mesh, config.batch // config.optim.accumulate)  # a microbatch must split as well
-    tokenizer = open_workdir(workdir, config)
-    source = pipeline.create_source(config)
-    model = pipeline.build(config, tokenizer)
-    optimizer = optim.make_optimizer(config.optim, config.steps)
-
-    # --- state: shapes first, then straight into its shardings ---
-    init = functools.partial(init_state, model, optimizer, config)
-    key = jax.random.key(config.seed)
-    boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
-    abstract = jax.eval_shape(init, key)
-    shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
-    frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
-    extra = {"frozen_sha256": pipeline.frozen_hash(frozen)}
-    step_fn = jax.jit(
-        make_train_step(model, optimizer, config),
-        in_shardings=(shardings, rules.param_shardings(mesh, boxed_frozen), rules.batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
-    looks = InTraining(model, source, mesh, config)
-    claim_workdir(workdir, config, tokenizer, frozen)  # only now: a start that failed above leaves no trace
-    settings = config.checkpoint
+    watch = goodput.Stopwatch(began)
+    run = Run.open(config, epath.Path(workdir), devices)
+    config, workdir = run.config, run.workdir
+    rewinds = rewind.read(workdir)
     with (
-        Checkpoints(
-            workdir / pipeline.CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every
-        ) as store,
+        goodput.Recorder(workdir, watch) as recorder,
+        open_checkpoints(run) as store,
         create_writer(workdir, tensorboard=config.log.tensorboard) as writer,
+        Profiler(workdir / "tensorboard", config.log.profile) as profiler,
         sigterm_flag() as terminated,
     ):
-        if store.latest_step() is None:
-            state = jax.jit(init, out_shardings=shardings)(key)
-        else:
-            state = restore(store, abstract, shardings, frozen)
-        start = int(state.step)
-        if start == 0:
+        state, spikes, loader = run.begin(store, rewinds)
+        step = int(state.step)
+        recorder.tell("resumed", step)
+        progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
+        if step == 0:
             writer.hparams(config_lib.flatten(config))
             writer.parameter_overview(state.params)
-        loader = make_loader(
-            source, model.text_encoder.tokenize, batch=config.batch, seed=config.seed, positions=positions,
-            start_step=start, threads=config.loader.threads, prefetch=config.loader.prefetch,
-        )  # fmt: skip
-        progress = Progress(config.steps, start, config.batch, enabled=jax.process_index() == 0)
+            if config.rewind.factor:  # so that the first spikes have something to go back to
+                store.save(step, state, run.extra(rewinds, spikes))
+        if rewinds:
+            writer.back_to(step)  # in case a kill came before it
+        if step and run.looks.due(step) and not evaluated(workdir, step):  # killed between saving and looking
+            with watch.part(EVALUATION):
+                run.looks.write(writer, step, state, run.frozen)
 
-        # --- the loop ---
-        if start and looks.due(start) and not evaluated(workdir, start):  # killed between saving and looking
-            looks.write(writer, start, state, frozen)
-        for step in range(start + 1, config.steps + 1):
-            with progress.waiting():
-                batch = rules.to_global(next(loader), mesh, config.batch)
-            with rules.activate(mesh):
-                state, metrics = step_fn(state, frozen, batch)
+        watch.switch(STEP)
+        while step < config.steps:
+            step += 1
+            with watch.part(DATA_WAIT):
+                batch = rules.to_global(next(loader), run.mesh, config.batch)
+            with rules.activate(run.mesh), profiler.step(step):
+                state, metrics = run.step_fn(state, run.frozen, batch)
+            profiler.after(step, metrics)
+            spikes.add(step, metrics["loss"])
             last, stop = step == config.steps, terminated.is_set()  # read once: a later signal waits
-            if step % config.log.every == 0 or last or stop:
-                # Reading the metrics waits for the step; in between, the host runs ahead of the devices.
+            log = step % config.log.every == 0 or last or stop
+            save = step % config.checkpoint.every == 0 or last or stop
+            if not (log or save or run.looks.due(step)):
+                continue  # the host runs ahead of the devices
+            jax.block_until_ready(metrics)
+            recorder.tell("step", step)
+            if log:
                 values = {name: float(value) for name, value in metrics.items()}
                 rates = progress.rates(step)
-                writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
-                progress.update(step, loss=values["loss"])
+                with watch.part(OTHER):
+                    writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
+                    progress.update(step, loss=values["loss"])
                 if values["skipped_in_a_row"] >= config.optim.max_nonfinite:
                     raise nonfinite(config, step, store)
-            if last or stop or step % settings.every == 0:
-                store.save(step, state, extra, wait=last or stop)
+            if (log or save) and (spike := spikes.first()) is not None:
+                with watch.part(OTHER):
+                    recorder.tell("spike", step)
+                    rewinds.append(record_rewind(run, store, spike, rewinds))
+                    loader.close()
+                    del state, metrics  # the memory is needed for the one restored
+                    state, spikes, loader = run.begin(store, rewinds)
+                    step = int(state.step)
+                    writer.back_to(step)
+                    progress.back_to(step)
+                    recorder.tell("back", step)
+                continue
+            if save:
+                with watch.part(CHECKPOINT):
+                    store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
+                recorder.tell("saved", step)
             if stop and not last:
                 raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command goes on from there")
-            if looks.due(step):
-                with progress.paused():
-                    looks.write(writer, step, state, frozen)
+            if run.looks.due(step):
+                with watch.part(EVALUATION):
+                    run.looks.write(writer, step, state, run.frozen)
+        watch.switch(OTHER)
         progress.close()
         loader.close()
+    goodput.show(workdir)
     return state
 
 
-def open_workdir(workdir: epath.Path, config: ConfigDict) -> scratch.WordTokenizer:
-    """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing."""
-    if (workdir / pipeline.CONFIG_FILE).exists():
-        config_lib.check_same_run(pipeline.read_config(workdir), config)
-        return scratch.WordTokenizer.load(workdir / pipeline.TOKENIZER_FILE)
-    if (workdir / pipeline.CHECKPOINTS).exists():
-        raise UserError(f"{workdir} has checkpoints but no {pipeline.CONFIG_FILE}; give another --workdir")
-    return scratch.build_tokenizer(pipeline.create_source(config))
+def open_checkpoints(run: Run) -> Checkpoints:
+    """The run's checkpoints, kept as its config says."""
+    keep = run.config.checkpoint
+    folder = run.workdir / pipeline.CHECKPOINTS
+    return Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every)
 
 
-def claim_workdir(
-    workdir: epath.Path, config: ConfigDict, tokenizer: scratch.WordTokenizer, frozen: pipeline.Params
-) -> None:
-    """Makes a workdir this run's: tokenizer, frozen weights and config; what is there stays, but for the config.
+def record_rewind(run: Run, store: Checkpoints, spike: Spike, rewinds: Sequence[Rewind]) -> Rewind:
+    """Decides where to go back to from a spike and writes that down, before anything follows from it.
 
-    The config is written last, so a folder with a config has everything else, and anew at each start, for some of its
-    sections may change between starts.
+    Raises:
+      Stopped: too many rewinds already, or no checkpoint is old enough.
     """
-    if jax.process_index() != 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / pipeline.TOKENIZER_FILE).exists():
-        tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
-    pipeline.save_frozen(workdir, frozen)
-    pipeline.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())
-
-
-def restore(
-    store: Checkpoints, abstract: TrainState, shardings: TrainState, frozen: pipeline.Params
-) -> TrainState:
-    """The newest checkpoint in this run's shardings, after checking that its frozen weights are these."""
-    state, saved = store.restore(None, pipeline.with_shardings(abstract, shardings))
-    pipeline.check_frozen(frozen, saved, str(store.directory))
-    return state
+    settings, every = run.config.rewind, run.config.checkpoint.every
+    told = f"loss {spike.loss:.4g} at step {spike.step} is over {settings.factor:g} x the median {spike.median:.4g}"
+    store.wait()
+    if len(rewinds) >= settings.limit:
+        kept = store.latest_step()
+        raise Stopped(
+            SPIKE,
+            f"{told}, after {len(rewinds)} rewinds, as many as config.rewind.limit allows; last checkpoint: "
+            f"{'none' if kept is None else f'step {kept}'}. Lower config.optim.learning_rate, or raise the limit",
+        )
+    new = rewind.plan(spike.step, rewinds, store.all_steps(), settings, every)
+    if new is None:
+        raise Stopped(
+            SPIKE, f"{told}, and no checkpoint is {settings.back} steps older; lower config.rewind.back"
+        )
+    if jax.process_index() == 0:
+        pipeline.write_whole(run.workdir / rewind.FILE, rewind.text([*rewinds, new]).encode())
+        print(
+            f"scaling-dit: {told}: back to step {new.to}, without data steps {new.data_from} to {new.data_to - 1}",
+            file=sys.stderr,
+        )
+    return new
 
 
 def evaluated(workdir: epath.Path, step: int) -> bool:

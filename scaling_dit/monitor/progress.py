@@ -1,13 +1,12 @@
 """How fast a run goes and when it will end: a meter, and a line that shows it."""
 
-import contextlib
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
+
+from scaling_dit.monitor.goodput import DATA_WAIT, STEP, Stopwatch
 
 _RECENT = 30.0  # seconds the current rate is taken over: smooths jitter, follows a change soon
 
@@ -19,54 +18,42 @@ class _Mark(NamedTuple):
 
 
 class Meter:
-    """Steps and time of this start only, split into training, waits for data within it, and pauses.
+    """Steps and time of this start only: training and the waits for data within it, as a stopwatch has them.
 
     Steps are dispatched asynchronously, so a rate is right between two moments at which the host has read a result;
-    those are the moments to call `mark`. What lies before the first mark compiles the program and is left out of all
-    rates as soon as there is a second one.
+    those are the moments to call `mark`. What lies before the first mark warms up and is left out of all rates as
+    soon as there is a second one; compilation is in no rate.
 
     Args:
       start: the step this start begins at.
       batch: images in a step, over all devices.
-      clock: seconds since any fixed moment.
+      watch: the start's stopwatch.
     """
 
-    def __init__(self, start: int, batch: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, start: int, batch: int, watch: Stopwatch) -> None:
         self.batch = batch
-        self._clock = clock
-        self._began = clock()
-        self._paused = 0.0
-        self._waited = 0.0
-        self._first = _Mark(start, 0.0, 0.0)
+        self._watch = watch
+        self.back_to(start)
+
+    def back_to(self, step: int) -> None:
+        """Rates start anew from this step."""
+        self._first = self._now(step)
         self._recent: deque[_Mark] = deque([self._first])
-        self._compiling = True
+        self._warming = True
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the call that takes the next batch."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._waited += self._clock() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around evaluations and whatever else is not training; counted in no rate."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - start
+    def _now(self, step: int) -> _Mark:
+        seconds = self._watch.seconds()
+        waited = seconds[DATA_WAIT]
+        return _Mark(step, seconds[STEP] + waited, waited)
 
     def mark(self, step: int) -> None:
         """At a step whose result is known; a second call for the same step changes nothing."""
         if step <= self._recent[-1].step:
             return
-        now = _Mark(step, self._clock() - self._began - self._paused, self._waited)
-        if self._compiling and len(self._recent) == 2:
+        now = self._now(step)
+        if self._warming and len(self._recent) == 2:
             self._recent.popleft()
-            self._first, self._compiling = self._recent[0], False
+            self._first, self._warming = self._recent[0], False
         self._recent.append(now)
         while len(self._recent) > 2 and now.active - self._recent[1].active >= _RECENT:
             self._recent.popleft()
@@ -113,10 +100,10 @@ class Progress:
       total: the step the run ends at.
       start: the step this start begins at; after a resume, the checkpoint's.
       batch: images in a step, over all devices.
+      watch: the start's stopwatch, which rates are taken from.
       stream: where it is shown; stderr by default.
       every: seconds between plain lines.
       enabled: false shows nothing, for all processes but the first; rates are kept all the same.
-      clock: seconds since any fixed moment.
     """
 
     def __init__(
@@ -124,17 +111,17 @@ class Progress:
         total: int,
         start: int,
         batch: int,
+        watch: Stopwatch,
         *,
         stream: TextIO | None = None,
         every: float = 10.0,
         enabled: bool = True,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.meter = Meter(start, batch, clock)
+        self.meter = Meter(start, batch, watch)
         self._total, self._step = total, start
         self._stream = stream or sys.stderr
-        self._every, self._enabled, self._clock = every, enabled, clock
-        self._told, self._told_step = clock(), start
+        self._every, self._enabled, self._clock = every, enabled, watch.clock
+        self._told, self._told_step = watch.clock(), start
         self._loss: float | None = None
         self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
@@ -146,14 +133,6 @@ class Progress:
                 bar_format="{percentage:3.0f}% |{bar}| {desc}",
                 desc=self.line(),
             )
-
-    def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Around the call that takes the next batch."""
-        return self.meter.waiting()
-
-    def paused(self) -> contextlib.AbstractContextManager[None]:
-        """Around evaluations and whatever else is not training."""
-        return self.meter.paused()
 
     def rates(self, step: int) -> dict[str, float]:
         """Figures for the metric writers at a step whose result is known; see `Meter.rates`."""
@@ -170,6 +149,10 @@ class Progress:
             self._bar.update(advance)
         elif self._enabled and self._clock() - self._told >= self._every:
             self._tell()
+
+    def back_to(self, step: int) -> None:
+        """The run goes back to an earlier step; what is shown follows with the next update."""
+        self.meter.back_to(step)
 
     def line(self) -> str:
         """What is shown, in one line."""

@@ -6,7 +6,6 @@ those of the start that was killed.
 """
 
 import importlib
-import json
 import logging
 import math
 import os
@@ -21,8 +20,8 @@ from etils import epath
 
 from scaling_dit import trees
 from scaling_dit.monitor.grid import write_png
+from scaling_dit.monitor.jsonl import JsonLines, read_rows
 
-_SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
 _INSTALL = 'TensorBoard is off: no module {missing!r}; for it: pip install "scaling-dit[tensorboard]"'
 
 
@@ -40,6 +39,9 @@ class Writer(Protocol):
 
     def parameter_overview(self, params: Any) -> None:
         """A table of the (abstract) parameters."""
+
+    def back_to(self, step: int) -> None:
+        """The run went back to this step: what was written of later ones is of updates that were undone."""
 
     def flush(self) -> None:
         """Make all that was written readable by others."""
@@ -94,6 +96,10 @@ class MultiWriter:
         for writer in self.writers:
             writer.parameter_overview(params)
 
+    def back_to(self, step: int) -> None:
+        for writer in self.writers:
+            writer.back_to(step)
+
     def flush(self) -> None:
         for writer in self.writers:
             writer.flush()
@@ -104,37 +110,20 @@ class MultiWriter:
 
 
 class JsonlWriter:
-    """JSON lines in `segment-NNNNN.jsonl`, one file for each start, and pictures as PNG files next to it.
+    """Metrics as JSON lines (see `JsonLines`), and pictures as PNG files next to them.
 
-    A row is {"step", "scalars"}, {"step", "images"} (file names), {"hparams"} or {"parameter_overview"}. A local
-    segment grows line by line; a remote one (no append on object stores) is rewritten whole by `flush`.
-
-    Args:
-      directory: made if it does not exist.
-      append: whether files can be appended to; by default if the directory is local.
+    A row is {"step", "scalars"}, {"step", "images"} (file names), {"hparams"}, {"parameter_overview"} or
+    {"back_to": step}.
     """
 
     def __init__(self, directory: epath.PathLike, *, append: bool | None = None) -> None:
-        self.directory = epath.Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        taken = [int(m[1]) for p in self.directory.iterdir() if (m := _SEGMENT.fullmatch(p.name))]
-        self.segment = self.directory / f"segment-{max(taken, default=0) + 1:05d}.jsonl"
-        if append is None:
-            append = "://" not in os.fspath(directory)
-        self._lines: list[str] = []
-        self._file = self.segment.open("a") if append else None
-        self.flush()  # the file exists from the start, so that the number is taken
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row)
-        if self._file is None:
-            self._lines.append(line)
-        else:
-            self._file.write(line + "\n")
-            self._file.flush()
+        self._rows = JsonLines(directory, append=append)
+        self.directory, self.segment = self._rows.directory, self._rows.segment
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        self._write({"step": int(step), "scalars": {name: _number(value) for name, value in values.items()}})
+        self._rows.write(
+            {"step": int(step), "scalars": {name: _number(value) for name, value in values.items()}}
+        )
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         names = {}
@@ -142,24 +131,22 @@ class JsonlWriter:
             file = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{step:08d}.png"
             write_png(self.directory / file, pixels)
             names[name] = file
-        self._write({"step": int(step), "images": names})
+        self._rows.write({"step": int(step), "images": names})
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._write({"hparams": _plain(values)})
+        self._rows.write({"hparams": _plain(values)})
 
     def parameter_overview(self, params: Any) -> None:
-        self._write({"parameter_overview": overview_text(params)})
+        self._rows.write({"parameter_overview": overview_text(params)})
+
+    def back_to(self, step: int) -> None:
+        self._rows.write({"back_to": int(step)})
 
     def flush(self) -> None:
-        if self._file is None:
-            self.segment.write_text("".join(line + "\n" for line in self._lines))
-        else:
-            self._file.flush()
+        self._rows.flush()
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        self._rows.close()
 
 
 class TensorBoardWriter:
@@ -194,6 +181,9 @@ class TensorBoardWriter:
         indented = "\n".join("    " + line for line in overview_text(params).splitlines())
         self._writer.write_texts(0, {"parameter_overview": indented})
 
+    def back_to(self, step: int) -> None:
+        self._writer.write_texts(int(step), {"rewind": f"went back to step {int(step)}"})
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -205,34 +195,20 @@ class TensorBoardWriter:
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """All scalars a run wrote over all its starts.
 
-    Where several starts wrote the same figure of the same step, the newest start's stands. A last line that a
-    kill cut short is left out.
+    Where several starts wrote the same figure of the same step, the newest start's stands; figures of updates that
+    a rewind undid are left out. A last line that a kill cut short is too.
 
     Returns:
       One dict for each step, ascending: "step" and each scalar by name.
     """
     by_step: dict[int, dict[str, Any]] = {}
-    for row in _rows(epath.Path(workdir) / "metrics"):
-        if "scalars" in row:
-            by_step.setdefault(row["step"], {"step": row["step"]}).update(row["scalars"])
+    for segment in read_rows(epath.Path(workdir) / "metrics"):
+        for row in segment:
+            if "scalars" in row:
+                by_step.setdefault(row["step"], {"step": row["step"]}).update(row["scalars"])
+            elif "back_to" in row:
+                by_step = {step: figures for step, figures in by_step.items() if step <= row["back_to"]}
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _rows(directory: epath.Path) -> Iterable[dict[str, Any]]:
-    """Rows of all segments, in the order they were written."""
-    if not directory.exists():
-        return
-    for path in sorted((p for p in directory.iterdir() if _SEGMENT.fullmatch(p.name)), key=lambda p: p.name):
-        # Split on newlines only: splitlines would also cut inside a text at other separators.
-        lines = path.read_bytes().split(b"\n")
-        for i, line in enumerate(lines):
-            if not line:
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError:
-                if i != len(lines) - 1:  # only the last line can be torn; anything else is damage
-                    raise ValueError(f"{path}: line {i + 1} is not JSON") from None
 
 
 def overview_text(params: Any) -> str:

@@ -1,0 +1,79 @@
+"""JSON rows of a run on disk: one file for each start, so that nothing is renamed or appended to by another process."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+_SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
+
+
+class JsonLines:
+    """JSON rows in `segment-NNNNN.jsonl`, one file for each start of a run; `read_rows` reads all of them.
+
+    A local segment grows line by line; a remote one (no append on object stores) is rewritten whole by `flush`.
+
+    Args:
+      directory: made if it does not exist.
+      append: whether files can be appended to; by default if the directory is local.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, append: bool | None = None) -> None:
+        self.directory = epath.Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        taken = [int(m[1]) for p in self.directory.iterdir() if (m := _SEGMENT.fullmatch(p.name))]
+        self.segment = self.directory / f"segment-{max(taken, default=0) + 1:05d}.jsonl"
+        if append is None:
+            append = "://" not in os.fspath(directory)
+        self._lines: list[str] = []
+        self._file = self.segment.open("a") if append else None
+        self.flush()  # the file exists from the start, so that the number is taken
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row)
+        if self._file is None:
+            self._lines.append(line)
+        else:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        if self._file is None:
+            self.segment.write_text("".join(line + "\n" for line in self._lines))
+        else:
+            self._file.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_rows(directory: epath.Path) -> list[list[dict[str, Any]]]:
+    """The rows of each segment that `JsonLines` wrote, in the order of the starts.
+
+    Raises:
+      ValueError: a line that is not JSON, but for a last one that a kill cut short.
+    """
+    if not directory.exists():
+        return []
+    paths = [path for path in directory.iterdir() if _SEGMENT.fullmatch(path.name)]
+    return [_segment_rows(path) for path in sorted(paths, key=lambda path: path.name)]
+
+
+def _segment_rows(path: epath.Path) -> list[dict[str, Any]]:
+    rows = []
+    # Split on newlines only: splitlines would also cut inside a text at other separators.
+    lines = path.read_bytes().split(b"\n")
+    for i, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if i != len(lines) - 1:  # only the last line can be torn; anything else is damage
+                raise ValueError(f"{path}: line {i + 1} is not JSON") from None
+    return rows

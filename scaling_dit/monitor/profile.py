@@ -1,0 +1,75 @@
+"""Profiler traces of a window of training steps, for TensorBoard's profile tab and Perfetto."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from etils import epath
+
+
+class Profiler:
+    """Traces the steps of `config.log.profile` with `jax.profiler`, as a context around the loop.
+
+    Files go to `directory/plugins/profile/TIME/`, one set for each process and start, so nothing is overwritten. A
+    start that begins inside the window traces the rest of it; one that begins after it traces nothing.
+
+    Args:
+      directory: where TensorBoard looks, local or gs://; made when the window begins.
+      window: (first, last) step, both traced; () for none.
+    """
+
+    def __init__(self, directory: epath.Path, window: Sequence[int]) -> None:
+        self._directory = directory
+        self._first, self._last = window or (1, 0)
+        # The profiler writes local files only; those for a remote store are copied when the trace ends.
+        self._copied = tempfile.TemporaryDirectory() if "://" in os.fspath(directory) else None
+        self._tracing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        if self._copied is not None:
+            self._copied.cleanup()
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the dispatch of a step, so that traces name it."""
+        if not self._first <= number <= self._last:
+            yield
+            return
+        if not self._tracing:
+            jax.profiler.start_trace(self._copied.name if self._copied else os.fspath(self._directory))
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def after(self, number: int, result: Any) -> None:
+        """Ends the trace after its last step, whose `result` it waits for; no other step is waited for."""
+        if self._tracing and number >= self._last:
+            jax.block_until_ready(result)
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._tracing:
+            return
+        self._tracing = False
+        jax.profiler.stop_trace()
+        if self._copied is not None:
+            copy_files(epath.Path(self._copied.name), self._directory)
+
+
+def copy_files(source: epath.Path, target: epath.Path) -> None:
+    """Copies a folder's files with their relative paths; `target` may be remote."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())

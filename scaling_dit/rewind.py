@@ -1,0 +1,142 @@
+"""Going back after a loss spike: when, where to, and which data are skipped.
+
+A spike is a loss above `factor` times the median of the `window` losses before it. The run then goes back to the last
+checkpoint at least `back` steps before the spike and skips the data from there to `ahead` steps after it, as PaLM's
+training did (arXiv 2204.02311, 5.1). Noise and timesteps stay those of (seed, step); other data make another pass.
+
+Every decision follows from the losses, the settings and the checkpoints of `checkpoint.every`, so that a run killed
+anywhere decides the same again. A rewind is on disk (`rewinds.json`, written whole) before anything follows from it:
+
+- killed before: the spike is met again, and the same rewind follows;
+- killed after: the next start finds the record, removes the checkpoints that it made void, and goes on from its step.
+
+Checkpoints say in their `extra` how many rewinds they have seen and the losses the next median needs. One is void if a
+rewind it has not seen went back to before it; void ones are removed only after the record stands, and never the one
+gone back to.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from scaling_dit.errors import UserError
+
+FILE = "rewinds.json"
+
+
+class Rewind(NamedTuple):
+    """One rewind: at `spike` the run went back to step `to`; data steps `data_from` to `data_to` - 1 are skipped."""
+
+    spike: int
+    to: int
+    data_from: int
+    data_to: int
+
+
+class Spike(NamedTuple):
+    """The loss of an update (from 1) and the median it was compared with."""
+
+    step: int
+    loss: float
+    median: float
+
+
+def data_step(step: int, rewinds: Sequence[Rewind]) -> int:
+    """The position in the data of the update after `step` updates; the identity for a run that never went back."""
+    for rewind in reversed(rewinds):
+        if step >= rewind.to:
+            return rewind.data_to + step - rewind.to
+    return step
+
+
+def plan(
+    spike: int, rewinds: Sequence[Rewind], saved: Iterable[int], settings: ConfigDict, every: int
+) -> Rewind | None:
+    """Where to go back to from a spike in update number `spike` (from 1); None if no checkpoint is old enough.
+
+    Checkpoints at multiples of `every` come first: others, saved on SIGTERM, are not in every run.
+    """
+    old = [step for step in saved if step <= max(spike - settings.back, 0)]
+    if not old:
+        return None
+    to = max([step for step in old if step % every == 0] or old)
+    end = data_step(spike - 1, rewinds) + 1 + settings.ahead
+    return Rewind(spike, to, data_step(to, rewinds), end)
+
+
+def is_void(step: int, seen: int, rewinds: Sequence[Rewind]) -> bool:
+    """Whether a checkpoint of `step` that has seen so many rewinds holds updates that a later one undid."""
+    return any(step > rewind.to for rewind in rewinds[seen:])
+
+
+def read(workdir: epath.Path) -> list[Rewind]:
+    """The rewinds of a run, in the order they happened.
+
+    Raises:
+      UserError: the file is not what `text` makes.
+    """
+    path = workdir / FILE
+    if not path.exists():
+        return []
+    try:
+        return [Rewind(**row) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} is damaged: it must hold a list of {', '.join(Rewind._fields)}; "
+            "without it the run cannot know which data it skipped"
+        ) from None
+
+
+def text(rewinds: Iterable[Rewind]) -> str:
+    """What `read` reads."""
+    return json.dumps([rewind._asdict() for rewind in rewinds], indent=1) + "\n"
+
+
+class SpikeDetector:
+    """Finds the first spike among losses that stay on the devices until they are looked at.
+
+    Args:
+      settings: `config.rewind`.
+      losses: those before the first one added, as `losses` of a checkpoint's `extra`.
+    """
+
+    def __init__(self, settings: ConfigDict, losses: Iterable[float] = ()) -> None:
+        self._factor = settings.factor
+        self._window = settings.window
+        self._recent = deque(losses, maxlen=settings.window)
+        self._unread: list[tuple[int, Any]] = []
+
+    @property
+    def recent(self) -> list[float]:
+        """The last losses, at most `window`, for the checkpoint's `extra`."""
+        return list(self._recent)
+
+    def add(self, step: int, loss: jax.Array) -> None:
+        """The loss [] of an update; nothing is read, so the host need not wait for it."""
+        if self._factor:
+            self._unread.append((step, loss))
+
+    def first(self) -> Spike | None:
+        """The first spike among the losses added, or None; waits for them.
+
+        A loss that is not finite is none: its update was skipped, and `optim.max_nonfinite` watches over those.
+        """
+        unread, self._unread = self._unread, []
+        values = np.asarray(jax.device_get([loss for _, loss in unread]), float)
+        for (step, _), loss in zip(unread, values.tolist(), strict=True):
+            if not math.isfinite(loss):
+                continue
+            if len(self._recent) == self._window:
+                median = statistics.median(self._recent)
+                if loss > self._factor * median:
+                    return Spike(step, loss, median)
+            self._recent.append(loss)
+        return None

@@ -1,0 +1,155 @@
+"""What a start of a run builds before its first step, and the folder it is kept in."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from scaling_dit import config as config_lib
+from scaling_dit import optim, pipeline, rewind
+from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.data.loader import make_loader
+from scaling_dit.data.sources import Source
+from scaling_dit.encoders import scratch
+from scaling_dit.errors import UserError
+from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.rewind import Rewind, SpikeDetector
+from scaling_dit.state import TrainState
+from scaling_dit.train_step import init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run ready to begin: everything but the state."""
+
+    config: ConfigDict  # resolved
+    workdir: epath.Path
+    mesh: jax.sharding.Mesh
+    source: Source
+    model: pipeline.Model
+    positions: np.ndarray  # of the global batch, which this process reads
+    init: Callable[[jax.Array], TrainState]  # key -> the state of step 0, in its shardings
+    target: TrainState  # shapes, dtypes and shardings of the state
+    frozen: pipeline.Params
+    frozen_hash: str
+    step_fn: Callable[..., Any]  # the jitted `make_train_step`; the state given to it is donated
+    looks: InTraining
+
+    @classmethod
+    def open(
+        cls, config: ConfigDict, workdir: epath.Path, devices: Sequence[jax.Device] | None = None
+    ) -> Self:
+        """Builds a run and makes the workdir its own, last of all: a start that fails here leaves no trace.
+
+        Raises:
+          UserError: a mistake in the config or the data, or a workdir of another experiment.
+        """
+        config = config_lib.resolve(config)
+        mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
+        positions = rules.local_positions(mesh, config.batch)
+        rules.local_positions(
+            mesh, config.batch // config.optim.accumulate
+        )  # a microbatch must split as well
+        source = pipeline.create_source(config)
+        tokenizer = open_workdir(workdir, config, source)
+        model = pipeline.build(config, tokenizer, source)
+        optimizer = optim.make_optimizer(config.optim, config.steps)
+
+        # State: shapes first, then straight into its shardings.
+        init = functools.partial(init_state, model, optimizer, config)
+        key = jax.random.key(config.seed)
+        boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
+        abstract = jax.eval_shape(init, key)
+        shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
+        frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
+        step_fn = jax.jit(
+            make_train_step(model, optimizer, config),
+            in_shardings=(shardings, rules.param_shardings(mesh, boxed_frozen), rules.batch_sharding(mesh)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        looks = InTraining(model, source, mesh, config)
+        claim_workdir(workdir, config, tokenizer, frozen)
+        return cls(
+            config=config,
+            workdir=workdir,
+            mesh=mesh,
+            source=source,
+            model=model,
+            positions=positions,
+            init=jax.jit(init, out_shardings=shardings),
+            target=pipeline.with_shardings(abstract, shardings),
+            frozen=frozen,
+            frozen_hash=pipeline.frozen_hash(frozen),
+            step_fn=step_fn,
+            looks=looks,
+        )
+
+    def begin(self, store: Checkpoints, rewinds: Sequence[Rewind]) -> tuple[TrainState, SpikeDetector, Any]:
+        """(state, spike detector, loader) from the newest checkpoint that `rewinds` leave, else from step 0.
+
+        Raises:
+          UserError: a checkpoint that is damaged, of another run, or trained with other frozen weights.
+        """
+        for step in store.all_steps() if rewinds else ():
+            if rewind.is_void(step, store.extra(step).get("rewinds", 0), rewinds):
+                store.remove(step)
+        config, extra = self.config, dict[str, Any]()
+        if store.latest_step() is None:
+            state = self.init(jax.random.key(config.seed))
+        else:
+            state, extra = store.restore(None, self.target)
+            pipeline.check_frozen(self.frozen_hash, extra, str(store.directory))
+        loader = make_loader(
+            self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
+            positions=self.positions, start_step=int(state.step),
+            data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
+            threads=config.loader.threads, prefetch=config.loader.prefetch,
+        )  # fmt: skip
+        return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
+
+    def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
+        """What a checkpoint says next to the state."""
+        return {"frozen_sha256": self.frozen_hash, "rewinds": len(rewinds), "losses": spikes.recent}
+
+
+def open_workdir(
+    workdir: epath.Path, config: ConfigDict, source: Source | None = None
+) -> scratch.WordTokenizer:
+    """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
+
+    A new run's tokenizer is built from `source`, which is opened here unless it is given.
+
+    Raises:
+      UserError: a workdir of another run, or checkpoints without a config.
+    """
+    if (workdir / pipeline.CONFIG_FILE).exists():
+        config_lib.check_same_run(pipeline.read_config(workdir), config)
+        return scratch.WordTokenizer.load(workdir / pipeline.TOKENIZER_FILE)
+    if (workdir / pipeline.CHECKPOINTS).exists():
+        raise UserError(f"{workdir} has checkpoints but no {pipeline.CONFIG_FILE}; give another --workdir")
+    return scratch.build_tokenizer(pipeline.create_source(config) if source is None else source)
+
+
+def claim_workdir(
+    workdir: epath.Path, config: ConfigDict, tokenizer: scratch.WordTokenizer, frozen: pipeline.Params
+) -> None:
+    """Makes a workdir this run's: tokenizer, frozen weights and config; what is there stays, but for the config.
+
+    The config is written last, so a folder with a config has everything else, and anew at each start, for some of its
+    sections may change between starts.
+    """
+    if jax.process_index() != 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / pipeline.TOKENIZER_FILE).exists():
+        tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
+    pipeline.save_frozen(workdir, frozen)
+    pipeline.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())

@@ -18,6 +18,11 @@ from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+# Rows of a ladder differ in the backbone's size alone, and the page of all sizes has their figures: one of a kind will do.
+ROWS = {
+    "unet_scaling": ("", "sd2", "if-xl-c512"),
+    "dit_scaling": ("", "pixart-h1536-d28", "large_dit-h2048-d28-n16", "next_dit-h2304-d24-n32"),
+}
 
 
 def current(experiments: pathlib.Path = ROOT / "experiments") -> dict[str, str]:
@@ -85,13 +90,14 @@ def _dump(spec: str) -> tuple[str, str]:
 
 
 def _arguments(path: pathlib.Path) -> tuple[str, ...]:
-    """The named arguments of an experiment file; none if the file is no experiment but a part of some."""
+    """The arguments of an experiment file that are dumped; none if the file is no experiment but a part of some."""
     from scaling_dit import config_files
 
     spec = importlib.util.spec_from_file_location(f"golden_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return config_files.experiment_arguments(module) if hasattr(module, "get_config") else ()
+    arguments = config_files.experiment_arguments(module) if hasattr(module, "get_config") else ()
+    return ROWS.get(path.stem, arguments)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,9 @@ def _tables(angles: np.ndarray) -> Rotary:
 def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:
     """Turns each pair (x[2i], x[2i+1]) of a head by its angle: [B, T, N, H] -> [B, T, N, H] float32."""
     cos, sin = (table[:, None] for table in rotary)
-    even, odd = x_BTNH[..., ::2].astype(jnp.float32), x_BTNH[..., 1::2].astype(jnp.float32)
+    # Cut into pairs rather than sliced with a stride, whose gradient is a slow scatter.
+    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x_BTNH.shape)
 

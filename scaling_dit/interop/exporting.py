@@ -33,7 +33,7 @@ def main(
       to: "diffusers" (config.json and diffusion_pytorch_model.safetensors, for `from_pretrained`) or "safetensors"
         (model.safetensors, in the names of the published code).
       step: checkpoint; the latest by default.
-      ema: decay of the average to write, "none" for the raw weights; `config.sample.ema` by default.
+      ema: average to write, as in `pipeline.load`, "none" for the raw weights; `config.sample.ema` by default.
       shard_bytes: weights beyond this are split over several files.
 
     Raises:
@@ -45,7 +45,7 @@ def main(
         raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
     config = pipeline.read_config(workdir)
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
-    pipe = pipeline.load(workdir, step=step, ema=None if decay is None else float(decay))
+    pipe = pipeline.load(workdir, step=step, ema=decay)
     described = describe(pipe, epath.Path(workdir)) if to == "diffusers" else None
     weights = interop.to_state_dict(pipe.model.backbone, {"params": pipe.params["backbone"]})
     if jax.process_index() == 0:

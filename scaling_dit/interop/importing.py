@@ -9,18 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files, interop, optim, pipeline, state, train, trees
+from scaling_dit import config_files, interop, optim, pipeline, trees
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.interop import diffusers_config, weight_files
 from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.run import claim_workdir, open_workdir
+from scaling_dit.state import TrainState
+from scaling_dit.train_step import init_state
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
 _FROM_RUN = {"in_channels": "config.codec.name", "text_dim": "config.text_encoder.dim"}
@@ -118,17 +122,18 @@ def start_run(
     workdir: epath.Path,
     weights: Mapping[str, np.ndarray],
     described: Mapping[str, Any] | None,
-    source: str,
+    origin: str,
 ) -> None:
     """Writes a run at step 0 whose backbone has these weights, in upstream names.
 
     The config is written last: a folder with a config has everything else.
     """
     mesh = make_mesh(**config.mesh.to_dict())
-    tokenizer = train.open_workdir(workdir, config)
-    model = pipeline.build(config, tokenizer)
+    source = pipeline.create_source(config)
+    tokenizer = open_workdir(workdir, config, source)
+    model = pipeline.build(config, tokenizer, source)
     if described is not None:
-        _check_described(config, model, described, source)
+        _check_described(config, model, described, origin)
     backbone: Any = model.backbone
     loaded = interop.load_state_dict(backbone, weights)["params"]
     key = jax.random.key(config.seed)
@@ -139,10 +144,14 @@ def start_run(
     placed = rules.param_shardings(mesh, boxed)
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
-    def make(imported: Any) -> state.TrainState:
-        params, _ = model.init(key)
-        params = trees.unbox(params) | {"backbone": imported}  # the drawn ones are never computed
-        return state.create_state(params, optimizer, config.optim.ema)
+    def make(imported: Any) -> TrainState:
+        fresh = init_state(model, optimizer, config, key)  # of which the backbone is never computed
+        params = fresh.params | {"backbone": imported}
+
+        def average() -> Any:
+            return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+
+        return fresh.replace(params=params, emas={name: average() for name in fresh.emas})
 
     host = jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
@@ -155,7 +164,7 @@ def start_run(
         store.save(0, start, {"frozen_sha256": pipeline.frozen_hash(frozen)}, wait=True)
     if described is not None and jax.process_index() == 0:
         pipeline.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
-    train.claim_workdir(workdir, config, tokenizer, frozen)
+    claim_workdir(workdir, config, tokenizer, frozen)
 
 
 def _check_described(

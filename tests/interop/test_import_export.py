@@ -13,6 +13,7 @@ import scaling_dit
 from scaling_dit import cli, config, interop, optim, pipeline, train
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.interop import exporting
+from scaling_dit.run import open_workdir
 from scaling_dit.train_step import init_state
 
 SMOKE = "experiments/shapes.py:smoke"
@@ -114,7 +115,7 @@ def test_train_goes_on_from_it_as_from_its_own_start(imported, weights, tmp_path
     resolved = config.load(SMOKE, ["--config.seed=5", "--config.eval.every=0"])
     workdir = tmp_path / "run"
     shutil.copytree(imported, workdir)
-    tokenizer = train.open_workdir(epath.Path(workdir), resolved)
+    tokenizer = open_workdir(epath.Path(workdir), resolved)
     model = pipeline.build(resolved, tokenizer)
     optimizer = optim.make_optimizer(resolved.optim, resolved.steps)
     fresh = jax.jit(lambda key: init_state(model, optimizer, resolved, key))(jax.random.key(5))

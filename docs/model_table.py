@@ -93,6 +93,9 @@ multiply-accumulates (MACs).
 - **P1 prints**: 10^9 parameters, GMACs, attention and its share of the GMACs. Bold: ours rounds to another digit, see
   below.
 
+The tables of arXiv 2412.12391 are not public. Of its sizes U-ViT's `h2048-d42-n16` (its "2.3B") and `h2560-d42-n16` are
+known; the other transformers are candidates for its "0.3B to 8B".
+
 `create("unet", size="sdxl-td4_4")` makes one; any other `h<hidden>-d<depth>-n<heads>` works for transformers.
 """
 

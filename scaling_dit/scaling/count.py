@@ -145,7 +145,7 @@ def count(
         tree[path] = tree.get(path, Cost()) + Cost(size)
     total = sum(tree.values(), Cost())
     return Count(
-        *(getattr(total, figure) for figure in _FIGURES),
+        **dataclasses.asdict(total),
         tree=tree,
         measure_activations=functools.partial(_activation_bytes, backbone, variables, inputs),
     )

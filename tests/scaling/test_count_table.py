@@ -27,6 +27,21 @@ def test_a_backbone_alone(capsys):
     assert "train_flops_total" not in found  # no batch and no steps to multiply with
 
 
+def test_a_unet_has_channels_of_its_own(capsys):
+    """Its field of that name is no clash with the channels of latents."""
+    fields = {
+        "channels": 32,
+        "channel_mult": "(1,2)",
+        "res_blocks": 1,
+        "transformer_depth": "(0,1)",
+        "head_dim": 32,
+    }
+    overrides = [f"--config.backbone.{name}={value}" for name, value in fields.items()]
+    found = figures(capsys, None, "unet", overrides, latents=["8", "8", "3"], text=["5", "16"])
+    assert found["modules"]["conv_in"]["params"] == 3 * 9 * 32 + 32
+    assert 0 < found["macs_attention"] < found["macs_paper"]
+
+
 def test_an_experiment_gives_shapes_batch_and_steps(capsys):
     found = figures(capsys, "shapes:smoke", None, ["--config.steps=10", "--config.batch=6"])
     assert found["latents"] == [16, 16, 3]

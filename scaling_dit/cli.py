@@ -192,7 +192,7 @@ def _define_trained(values: flags.FlagValues) -> None:
     string(
         "ema",
         None,
-        "EMA decay to use (kept, or rebuilt with optim.ema_power), power-WIDTH, or none for the raw weights; the run's config.sample.ema by default",
+        "EMA decay or power-WIDTH, kept or rebuilt; none for the raw weights; config.sample.ema by default",
     )
     string("sampler", None, "ddim, dpmpp_2m, euler or heun; the run's by default")
     integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=999)
@@ -299,6 +299,20 @@ def _export(values: flags.FlagValues, _: list[str], __: list[str]) -> int:
     return exporting.main(values.workdir, values.out, to=values.to, step=values.step, ema=values.ema)
 
 
+def _define_report(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the run, instead of an argument", flag_values=values)
+    flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
+
+
+def _report(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int:
+    runs = [*arguments, *([values.workdir] if values.workdir else [])]
+    if len(runs) != 1:
+        raise UserError(f"report takes one run, not {len(runs)}; for example: {VERBS['report'].example}")
+    from scaling_dit.monitor import report
+
+    return report.main(runs[0], as_json=values.json)
+
+
 VERBS: dict[str, Verb] = {
     "train": Verb(
         "Trains a run, or goes on with it where it stopped.",
@@ -319,6 +333,13 @@ VERBS: dict[str, Verb] = {
         f"{PROGRAM} evaluate --workdir=runs/shapes --items=500",
         _define_evaluate,
         _evaluate,
+    ),
+    "report": Verb(
+        "Tells where the time of a run went, its losses, speed, evaluations and checkpoints.",
+        f"{PROGRAM} report runs/shapes",
+        _define_report,
+        _report,
+        arguments="[RUN]",
     ),
     "count": Verb(
         "Counts parameters, multiply-accumulates, training FLOPs and activation memory.",

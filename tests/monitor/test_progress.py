@@ -3,18 +3,10 @@
 import io
 
 import pytest
+from fake_clock import Clock
 
+from scaling_dit.monitor.goodput import COMPILE, DATA_WAIT, EVALUATION, STEP
 from scaling_dit.monitor.progress import Meter, Progress
-
-
-class Clock:
-    """Seconds that pass only when told to."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 class Terminal(io.StringIO):
@@ -24,15 +16,16 @@ class Terminal(io.StringIO):
 
 def run(target, clock, steps, seconds=1.0, wait=0.0, mark=None):
     """Steps of so many seconds, some of them waiting; the result of each is known."""
+    clock.watch.switch(STEP)
     for step in steps:
-        with target.waiting():
+        with clock.watch.part(DATA_WAIT):
             clock.now += wait
         clock.now += seconds - wait
         (mark or target.mark)(step)
 
 
 def test_nothing_is_known_before_the_first_mark():
-    meter = Meter(0, 8, Clock())
+    meter = Meter(0, 8, Clock().watch)
     assert meter.steps_per_second == 0.0
     assert meter.data_wait == 0.0
     assert meter.eta(10) is None
@@ -40,7 +33,9 @@ def test_nothing_is_known_before_the_first_mark():
 
 def test_rates_leave_compilation_out():
     clock = Clock()
-    meter = Meter(0, 64, clock)
+    meter = Meter(0, 64, clock.watch)
+    with clock.watch.part(COMPILE):
+        clock.now += 500.0
     run(meter, clock, [1], seconds=50.0)
     assert meter.steps_per_second == pytest.approx(1 / 50)  # all there is yet
     run(meter, clock, range(2, 12), seconds=0.5, wait=0.1)
@@ -54,7 +49,7 @@ def test_rates_leave_compilation_out():
 
 def test_a_resumed_run_counts_only_its_own_steps():
     clock = Clock()
-    meter = Meter(5000, 8, clock)
+    meter = Meter(5000, 8, clock.watch)
     run(meter, clock, [5020, 5040, 5060], seconds=10.0)
     assert meter.steps_per_second == pytest.approx(2.0)
     assert meter.rates()["speed/mean_images_per_second"] == pytest.approx(16.0)
@@ -62,7 +57,7 @@ def test_a_resumed_run_counts_only_its_own_steps():
 
 def test_the_current_rate_follows_and_the_mean_does_not():
     clock = Clock()
-    meter = Meter(0, 1, clock)
+    meter = Meter(0, 1, clock.watch)
     run(meter, clock, range(1, 102), seconds=1.0, wait=0.5)
     run(meter, clock, range(102, 142), seconds=4.0)
     rates = meter.rates()
@@ -75,10 +70,10 @@ def test_the_current_rate_follows_and_the_mean_does_not():
 
 def test_pauses_count_in_no_rate():
     clock = Clock()
-    meter = Meter(0, 1, clock)
+    meter = Meter(0, 1, clock.watch)
     for step in range(1, 11):
         run(meter, clock, [step], seconds=1.0, wait=0.25)
-        with meter.paused():
+        with clock.watch.part(EVALUATION):
             clock.now += 100.0
     assert meter.steps_per_second == pytest.approx(1.0)
     assert meter.data_wait == pytest.approx(0.25)
@@ -86,9 +81,9 @@ def test_pauses_count_in_no_rate():
 
 def test_an_error_while_waiting_still_ends_the_wait():
     clock = Clock()
-    meter = Meter(0, 1, clock)
+    meter = Meter(0, 1, clock.watch)
     run(meter, clock, [1])
-    with pytest.raises(StopIteration), meter.waiting():
+    with pytest.raises(StopIteration), clock.watch.part(DATA_WAIT):
         clock.now += 1.0
         raise StopIteration
     clock.now += 1.0
@@ -99,7 +94,7 @@ def test_an_error_while_waiting_still_ends_the_wait():
 
 def test_a_step_marked_twice_counts_once():
     clock = Clock()
-    meter = Meter(0, 1, clock)
+    meter = Meter(0, 1, clock.watch)
     run(meter, clock, [1, 2])
     clock.now += 7.0
     meter.mark(2)
@@ -107,7 +102,7 @@ def test_a_step_marked_twice_counts_once():
 
 
 def progress_on(stream, clock, **options):
-    return Progress(total=100, start=20, batch=8, stream=stream, clock=clock, **options)
+    return Progress(total=100, start=20, batch=8, watch=clock.watch, stream=stream, **options)
 
 
 def test_plain_lines_now_and_then_when_not_a_terminal():
@@ -130,6 +125,16 @@ def test_the_last_step_is_told_at_the_end():
     assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == ["step 25/100"]
 
 
+def test_rates_start_anew_where_a_run_goes_back():
+    clock = Clock()
+    progress = progress_on(io.StringIO(), clock)
+    run(progress, clock, range(21, 41), mark=progress.update)
+    progress.back_to(30)
+    run(progress, clock, range(31, 36), seconds=2.0, mark=progress.update)
+    assert progress.rates(35)["speed/mean_images_per_second"] == pytest.approx(4.0)
+    assert progress.line().startswith("step 35/100")
+
+
 def test_the_loss_stays_shown():
     clock = Clock()
     progress = progress_on(io.StringIO(), clock)
@@ -141,11 +146,12 @@ def test_the_loss_stays_shown():
 def test_rates_are_those_of_the_line():
     clock = Clock()
     progress = progress_on(io.StringIO(), clock)
+    clock.watch.switch(STEP)
     for step in (40, 60, 80):
         clock.now += 5.0
         rates = progress.rates(step)
         progress.update(step, loss=1.0)
-    with progress.paused():
+    with clock.watch.part(EVALUATION):
         clock.now += 50.0
     assert rates["speed/steps_per_second"] == pytest.approx(4.0)
     assert "4 steps/s, 32 images/s, 00:05 to go" in progress.line()

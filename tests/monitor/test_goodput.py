@@ -1,0 +1,174 @@
+"""Parts of a run's time: each second in exactly one, over kills, rewinds and pauses."""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from fake_clock import Clock
+
+from scaling_dit.monitor import goodput
+from scaling_dit.monitor.goodput import (
+    CHECKPOINT,
+    COMPILE,
+    DATA_WAIT,
+    DOWNTIME,
+    EVALUATION,
+    LOST,
+    OTHER,
+    PARTS,
+    START_UP,
+    STEP,
+    Recorder,
+    Stopwatch,
+    summarise,
+)
+
+
+def test_every_second_is_in_exactly_one_part():
+    clock = Clock()
+    watch = clock.watch
+    clock.now += 3
+    watch.switch(STEP)
+    clock.now += 10
+    with watch.part(EVALUATION):
+        clock.now += 4
+        with watch.part(DATA_WAIT):
+            clock.now += 1
+    with pytest.raises(ZeroDivisionError), watch.part(CHECKPOINT):
+        clock.now += 2
+        1 / 0  # noqa: B018
+    clock.now += 5
+    seconds = {part: value for part, value in watch.seconds().items() if value}
+    assert seconds == {START_UP: 3, STEP: 15, EVALUATION: 4, DATA_WAIT: 1, CHECKPOINT: 2}
+
+
+def test_time_before_the_stopwatch_is_start_up():
+    watch = Stopwatch(began=990.0, clock=lambda: 5.0, now=lambda: 1000.0)
+    assert watch.seconds()[START_UP] == 10.0 and watch.began == 990.0
+
+
+def test_nested_compilations_count_once():
+    clock = Clock()
+    clock.watch.switch(STEP)
+    clock.now += 2
+    clock.watch.compiled(1.0)  # from 1001 to 1002, within the next one
+    clock.now += 3
+    clock.watch.compiled(4.5)  # from 1000.5 to 1005
+    clock.now += 1
+    clock.watch.compiled(0.5)
+    seconds = clock.watch.seconds()
+    assert seconds[COMPILE] == pytest.approx(5.0) and seconds[STEP] == pytest.approx(1.0)
+
+
+def test_jax_tells_the_recorder_what_it_compiles(tmp_path):
+    watch = Stopwatch()
+    with Recorder(tmp_path, watch):
+        watch.switch(STEP)
+        jax.jit(lambda x: jnp.sin(x) * 17.25)(jnp.ones(3)).block_until_ready()
+        first = watch.seconds()[COMPILE]
+        jax.jit(lambda x: jnp.sin(x) * 17.25).lower(jnp.ones(3))
+    assert 0 < first <= watch.seconds()[COMPILE] < sum(watch.seconds().values())
+    jax.jit(lambda x: jnp.sin(x) * 18.25)(jnp.ones(3))
+    assert watch.seconds()[COMPILE] == pytest.approx(goodput.summary(tmp_path)["seconds"][COMPILE], abs=1e-3)
+
+
+def row(time, step, event="step", began=0.0, /, **seconds):
+    return {
+        "time": time, "began": began, "step": step, "event": event,
+        "seconds": dict.fromkeys(PARTS[:-2], 0.0) | seconds,
+    }  # fmt: skip
+
+
+def test_a_run_killed_twice():
+    first = [
+        row(10, None, "start", start_up=10),
+        row(10, 0, "resumed", start_up=10),
+        row(31, 4, "saved", start_up=10, step=15, data_wait=4, checkpoint=2),
+        row(46, 7, start_up=10, step=27, data_wait=7, checkpoint=2),
+        row(48, 7, start_up=10, step=29, data_wait=7, checkpoint=2),  # on the way to 8 when it was killed
+    ]
+    second = [  # killed before it had restored anything
+        row(65, None, "start", 60, start_up=5),
+    ]
+    third = [
+        row(110, None, "start", 100, start_up=10),
+        row(110, 4, "resumed", 100, start_up=10),
+        row(150, 12, "saved", 100, start_up=10, step=40),
+        row(151, 12, "done", 100, start_up=10, step=40, other=1),
+    ]
+    figures = summarise([first, second, third])
+    seconds = figures["seconds"]
+    assert seconds[LOST] == 12 + 3 + 2  # steps 5 to 7 with their data, and the one that was not finished
+    assert seconds[STEP] == 15 + 40 and seconds[DATA_WAIT] == 4 and seconds[CHECKPOINT] == 2
+    assert seconds[START_UP] == 25 and seconds[OTHER] == 1
+    assert seconds[DOWNTIME] == (60 - 48) + (100 - 65)
+    assert figures["wall"] == sum(seconds.values()) == 151
+    assert figures["goodput"] == pytest.approx(55 / 151)
+    assert (figures["starts"], figures["step"], figures["lost_steps"]) == (3, 12, 3)
+
+
+def test_steps_gone_back_to_between_two_rows_split_the_time():
+    rows = [
+        row(0, 0, "resumed"),
+        row(10, 10, step=10),
+        row(12, 10, "spike", step=12),
+        row(12, 4, "back", step=12),
+    ]
+    figures = summarise([[*rows, row(20, 12, "done", step=20)]])
+    assert figures["lost_steps"] == 6
+    assert figures["seconds"][LOST] == pytest.approx(6 + 2)
+    assert figures["seconds"][STEP] == pytest.approx(4 + 8)
+
+
+def test_a_finished_run_has_no_downtime_after_it():
+    done = [row(0, 0, "resumed"), row(5, 5, "done", step=5)]
+    again = [row(1001, 5, "resumed", 1000, start_up=1), row(1003, 7, "done", 1000, start_up=1, step=2)]
+    figures = summarise([done, again])
+    assert figures["seconds"][DOWNTIME] == 0 and figures["wall"] == 8 and figures["lost_steps"] == 0
+
+
+def test_a_checkpoint_newer_than_the_last_row_loses_nothing():
+    killed = [row(0, 0, "resumed"), row(4, 4, step=4), row(8, 4, step=8)]
+    figures = summarise([killed, [row(20, 8, "resumed", 10, start_up=10)]])
+    assert figures["seconds"][LOST] == 0 and figures["seconds"][STEP] == 8 and figures["step"] == 8
+
+
+def test_nothing_recorded():
+    figures = summarise([])
+    assert figures["wall"] == 0 and figures["goodput"] == 0 and figures["starts"] == 0
+    assert goodput.lines(figures)[-1] == "goodput 0.0% over 0 starts, step 0, 0 steps lost"
+
+
+def test_rows_grow_slowly_with_the_length_of_a_start(tmp_path):
+    clock = Clock()
+    with Recorder(tmp_path, clock.watch) as recorder:
+        for step in range(1, 20_001):
+            clock.now += 1
+            recorder.tell("step", step)
+    rows = (tmp_path / "goodput" / "segment-00001.jsonl").read_text().splitlines()
+    assert 200 < len(rows) < 1500
+    assert json.loads(rows[-1])["step"] == 20_000 and json.loads(rows[-1])["event"] == "done"
+
+
+def test_a_loop_that_is_held_up_still_tells_its_time(tmp_path):
+    with Recorder(tmp_path, Stopwatch()) as recorder:
+        recorder.tell("resumed", 3)
+        time.sleep(1.3)
+        told = goodput.summary(tmp_path)  # as a kill at this moment would leave it
+    assert told["wall"] > 0.9 and told["step"] == 3
+
+
+def test_only_the_first_process_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Recorder(tmp_path, Stopwatch()) as recorder:
+        recorder.tell("saved", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_show_seconds_and_shares():
+    told = goodput.lines(summarise([[row(0, 0, "resumed"), row(100, 50, "done", step=75, evaluation=25)]]))
+    assert ["step", "75.0", "75.0%"] in [line.split() for line in told]
+    assert ["wall", "time", "100.0", "100.0%"] in [line.split() for line in told]
+    assert told[-1] == "goodput 75.0% over 1 start, step 50, 0 steps lost"

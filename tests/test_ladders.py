@@ -16,7 +16,7 @@ from scaling_dit.scaling import count_table
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
 ROWS = [f"{name}:{row}" for name, file in FILES.items() for row in file.ARGUMENTS]
-QUICK = ("unet_scaling:sdxl-td4_4", "dit_scaling:large_dit-h4096-d32-n32", "dit_scaling:uvit-h2048-d42-n16")
+QUICK = ("dit_scaling:large_dit-h4096-d32-n32", "dit_scaling:uvit-h2048-d42-n16")
 
 
 def load(row, overrides=()):

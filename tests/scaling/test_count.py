@@ -126,6 +126,7 @@ def test_activations_of_rematerialised_blocks():
     assert found["full"] < found["dots"] < found["none"]
 
 
+@pytest.mark.slow
 def test_activations_grow_as_xla_says():
     """The memory that XLA takes for one more example's gradient: what is kept, and some that is passing."""
     backbone = backbones.create("uvit", size="h64-d2-n2", text_dim=32, attention="xla")

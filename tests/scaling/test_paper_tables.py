@@ -11,7 +11,7 @@ from docs.model_table import PRINTED, REASONS, T5, Row
 from scaling_dit import backbones
 from scaling_dit.scaling.count import count
 
-FAST = {"sd2", "if-xl-c512", "sdxl", "sdxl-td4_4"}  # UNets take seconds to trace
+FAST = {"sdxl", "sdxl-td4_4"}  # UNets take seconds to trace
 
 # Parameters, GMACs of convolutions and linear layers, with the products inside attention, of attention by P1's rule.
 UNETS = [
@@ -132,8 +132,7 @@ def test_the_efficient_unet_is_as_much_smaller_as_the_paper_says():
 @pytest.mark.parametrize("size", sorted(FAST))
 def test_the_page_has_the_rows(size):
     """A row that changes is seen at once; the whole page is compared by the slow test below."""
-    backbone = "unet_if" if size.startswith("if") else "unet"
-    assert model_table.line(Row(backbone, size)) in model_table.PAGE.read_text().splitlines()
+    assert model_table.line(Row("unet", size)) in model_table.PAGE.read_text().splitlines()
 
 
 @pytest.mark.slow

@@ -87,6 +87,10 @@ RANGES: dict[str, Rule] = {
     "optim.clip_norm": _FROM_0,
     "optim.accumulate": _COUNT,
     "optim.ema": _DECAYS,
+    "optim.ema_power": (
+        "a tuple of different numbers above 0 and below 0.2887",
+        lambda xs: all(isinstance(x, float) and 0 < x < 12**-0.5 for x in xs) and len(set(xs)) == len(xs),
+    ),
     "optim.max_nonfinite": _COUNT,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
@@ -108,6 +112,7 @@ RANGES: dict[str, Rule] = {
     "eval.grid": _COUNT,
     "eval.prompts": _COUNT,
     "checkpoint.every": _COUNT,
+    "checkpoint.ema_every": _COUNT,
     "checkpoint.keep_last": _COUNT,
     "checkpoint.keep_every": _FROM_0,
     "log.every": _COUNT,
@@ -168,6 +173,7 @@ def defaults() -> ConfigDict:
             "accumulate": 1,  # microbatches per step; microbatch j of n holds positions j::n
             "groups": (),  # (regex over parameter paths, learning-rate factor, weight decay), first match wins
             "ema": (0.999,),  # any number of decays
+            "ema_power": (),  # relative widths, such as (0.05, 0.1): any decay can then be rebuilt afterwards
             "max_nonfinite": 10,  # consecutive skipped updates before the run stops
         }
     )
@@ -193,7 +199,14 @@ def defaults() -> ConfigDict:
             "prompts": 64,
         }
     )
-    config.checkpoint = ConfigDict({"every": 500, "keep_last": 2, "keep_every": 0})  # in steps; 0 = none
+    config.checkpoint = ConfigDict(
+        {
+            "every": 500,  # steps
+            "keep_last": 2,
+            "keep_every": 0,  # steps; 0 = none
+            "ema_every": 100,  # steps between snapshots of the averages of optim.ema_power, all of them kept
+        }
+    )
     config.log = ConfigDict(
         {
             "every": 20,

@@ -231,7 +231,7 @@ def open_for_sampling(
     """
     config = pipeline.read_config(workdir)
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
-    pipe = pipeline.load(workdir, step=step, ema=None if decay is None else float(decay))
+    pipe = pipeline.load(workdir, step=step, ema=decay)
     sampler = Sampler.of(pipe.model, pipe.mesh, config.sample, **changes)
     return pipe, sampler, {"step": pipe.step, "ema": decay or "none", **sampler.about}
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
 from scaling_dit.config import parse_group
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.state import Params, TrainState, ema_name
+from scaling_dit.state import Params, TrainState, ema_name, power_name
 
 # (regex over parameter paths, learning-rate factor, weight decay)
 Group = tuple[str, float, float]
@@ -143,11 +144,13 @@ def apply_gradients(
     grads: Params,
     optimizer: optax.GradientTransformation,
     ema_decays: Iterable[float],
+    ema_power: Iterable[float] = (),
 ) -> TrainState:
     """The state after one step of `optimizer`, which is of `make_optimizer`; pure.
 
-    If `loss` [] or any of `grads` is not finite, parameters, moments and averages stay as they are bit for
-    bit; the step and `nonfinite_count` advance.
+    If `loss` [] or any of `grads` is not finite, parameters, moments and averages by decay stay as they are bit for
+    bit; the step and `nonfinite_count` advance. Power averages take the parameters in once more: their weights
+    then depend on the number of steps alone, so that `posthoc_ema` knows them.
     """
     # The loss can overflow where its gradient does not.
     grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads)
@@ -156,8 +159,11 @@ def apply_gradients(
     emas = update_emas(state.emas, params, ema_decays, state.step)
     applied = nonfinite_count(opt_state)[0] == 0
     params, emas = jax.tree.map(
-        lambda new, old: jnp.where(applied, new, old), (params, emas), (state.params, state.emas)
+        lambda new, old: jnp.where(applied, new, old),
+        (params, emas),
+        (state.params, {name: state.emas[name] for name in emas}),
     )
+    emas |= update_power_emas(state.emas, params, ema_power, state.step)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, emas=emas)
 
 
@@ -170,10 +176,49 @@ def update_emas(
     average spans about a ninth of the run so far, so that short runs too get one that has left its starting
     point.
     """
-    warm = (1.0 + step) / (10.0 + step)
+    warm = warm_limit(step)
 
     def moved(ema: Params, decay: float) -> Params:
         rate = 1.0 - jnp.minimum(decay, warm)
         return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
 
     return {ema_name(decay): moved(emas[ema_name(decay)], decay) for decay in decays}
+
+
+def warm_limit(step: Any) -> Any:
+    """What no decay of `update_emas` exceeds after `step` updates: (1 + step) / (10 + step), elementwise."""
+    return (1.0 + step) / (10.0 + step)
+
+
+def update_power_emas(
+    emas: dict[str, Params], params: Params, widths: Iterable[float], step: jax.Array
+) -> dict[str, Params]:
+    """Each power average moved towards `params`, float32 (arXiv 2312.02696, equation 127).
+
+    ema <- b ema + (1 - b) params, b = (1 - 1 / t)^exponent, t = step + 1: after t updates, parameters before update
+    j have the weight ((j - 1) / t)^exponent together. The first update replaces the starting point.
+    """
+    log_ratio = jnp.log1p(-1.0 / (1.0 + step))  # -inf at step 0, where b is 0
+
+    def moved(ema: Params, width: float) -> Params:
+        rate = -jnp.expm1(power_exponent(width) * log_ratio)
+        return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
+
+    return {power_name(width): moved(emas[power_name(width)], width) for width in widths}
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """gamma + 1 of the power profile t^gamma on [0, 1] whose standard deviation is `sigma_rel`.
+
+    sigma^2 = (gamma + 1) (gamma + 2)^-2 (gamma + 3)^-1 (arXiv 2312.02696, equation 126 and algorithm 2).
+
+    Raises:
+      UserError: not between 0 and 12^-1/2 = 0.2887, that of the plain mean.
+    """
+    if not 0.0 < sigma_rel < 12**-0.5:
+        raise UserError(
+            f"optim.ema_power: width {sigma_rel} must be above 0 and below 0.2887, that of the plain mean"
+        )
+    inverse = sigma_rel**-2.0
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return float(roots[np.isreal(roots)].real.max()) + 1.0

@@ -11,6 +11,7 @@ import optax
 from scaling_dit.errors import UserError
 
 Params = dict[str, Any]
+POWER = "power-"  # begins the names of averages with power-function profiles
 
 
 @flax.struct.dataclass
@@ -20,7 +21,7 @@ class TrainState:
     step: int32 [], optimiser updates done or skipped, which is also the next step's position in the data.
     params: {"backbone": tree, "text_encoder": tree if it is trained}, float32.
     opt_state: of `optim.make_optimizer`; the moments have the structure of `params`, so they shard like them.
-    emas: name (see `ema_name`) -> moving average with the structure of `params`, float32.
+    emas: name (see `ema_name` and `power_name`) -> moving average with the structure of `params`, float32.
     """
 
     step: jax.Array
@@ -30,7 +31,10 @@ class TrainState:
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, ema_decays: Iterable[float] = ()
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    ema_decays: Iterable[float] = (),
+    ema_power: Iterable[float] = (),
 ) -> TrainState:
     """The state before the first step; every average starts at `params`. Pure: may be jitted or traced.
 
@@ -43,8 +47,8 @@ def create_state(
         opt_state=optimizer.init(params),
         # Copies, for a donated state must not hold one buffer twice.
         emas={
-            ema_name(decay): jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-            for decay in ema_decays
+            name: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+            for name in (*map(ema_name, ema_decays), *map(power_name, ema_power))
         },
     )
 
@@ -61,3 +65,12 @@ def ema_name(decay: float) -> str:
     if not 0.0 <= decay < 1.0:
         raise UserError(f"optim.ema: decay {decay} must be at least 0 and less than 1")
     return repr(float(decay))
+
+
+def power_name(sigma_rel: float) -> str:
+    """The key in `TrainState.emas` of an average with a power-function profile of that relative width.
+
+    >>> power_name(0.05)
+    'power-0.05'
+    """
+    return f"{POWER}{float(sigma_rel)!r}"

@@ -19,12 +19,14 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.data.damage import damage_of
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
 from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import create_writer, read_metrics
 from scaling_dit.parallel import rules
+from scaling_dit.posthoc_ema import Snapshots
 from scaling_dit.rewind import Rewind, Spike
 from scaling_dit.run import Run, claim_workdir, open_workdir
 from scaling_dit.state import TrainState
@@ -84,15 +86,18 @@ def train(
     run = Run.open(config, epath.Path(workdir), devices)
     config, workdir = run.config, run.workdir
     rewinds = rewind.read(workdir)
+    damage = damage_of(run.source)
     with (
         goodput.Recorder(workdir, watch) as recorder,
         open_checkpoints(run) as store,
+        Snapshots(workdir, config) as snapshots,
         create_writer(workdir, tensorboard=config.log.tensorboard) as writer,
         Profiler(workdir / "tensorboard", config.log.profile) as profiler,
         sigterm_flag() as terminated,
     ):
         state, spikes, loader = run.begin(store, rewinds)
         step = int(state.step)
+        snapshots.back_to(step)
         recorder.tell("resumed", step)
         progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
         if step == 0:
@@ -108,6 +113,7 @@ def train(
 
         watch.switch(STEP)
         while step < config.steps:
+            snapshots.save(step, state)
             step += 1
             with watch.part(DATA_WAIT):
                 batch = rules.to_global(next(loader), run.mesh, config.batch)
@@ -127,6 +133,9 @@ def train(
                 rates = progress.rates(step)
                 with watch.part(OTHER):
                     writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
+                    if damage.counts():
+                        writer.scalars(step, damage.scalars())
+                        damage.save(workdir, jax.process_index())
                     progress.update(step, loss=values["loss"])
                 if values["skipped_in_a_row"] >= config.optim.max_nonfinite:
                     raise nonfinite(config, step, store)
@@ -138,12 +147,14 @@ def train(
                     del state, metrics  # the memory is needed for the one restored
                     state, spikes, loader = run.begin(store, rewinds)
                     step = int(state.step)
+                    snapshots.back_to(step)
                     writer.back_to(step)
                     progress.back_to(step)
                     recorder.tell("back", step)
                 continue
             if save:
                 with watch.part(CHECKPOINT):
+                    snapshots.wait()  # so that no checkpoint is ahead of them
                     store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
                 recorder.tell("saved", step)
             if stop and not last:

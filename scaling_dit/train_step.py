@@ -23,7 +23,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, without sharding names; pure."""
     params, _ = model.init(key)
-    return create_state(trees.unbox(params), optimizer, config.optim.ema)
+    return create_state(trees.unbox(params), optimizer, config.optim.ema, config.optim.ema_power)
 
 
 def make_train_step(
@@ -80,7 +80,9 @@ def make_train_step(
         loss, grads = accumulate(
             functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate
         )
-        new_state = optim.apply_gradients(state, loss, grads, optimizer, config.optim.ema)
+        new_state = optim.apply_gradients(
+            state, loss, grads, optimizer, config.optim.ema, config.optim.ema_power
+        )
         in_a_row, total = optim.nonfinite_count(new_state.opt_state)
         metrics = {
             "loss": loss,

@@ -140,12 +140,15 @@ def forward(reference, args):
     return prediction.detach().numpy().transpose(0, 2, 3, 1), by_input, by_parameter
 
 
-def check(backbone, height, width):
+def check(backbone, height, width, *, gradients=True):
     """Holds outputs and gradients, by inputs and all parameters, against diffusers; mask and extras included."""
     reference = model(backbone)
     args = inputs(backbone, height, width)
     wanted, by_input, by_parameter = forward(reference, args)
     variables = interop.load_state_dict(backbone, state_dict(reference))
+    if not gradients:  # compiles in a third of the time
+        assert relative_error(run(backbone.apply, variables, *args), wanted) < 1e-4
+        return
 
     def loss(variables, latents, text):
         prediction = backbone.apply(variables, latents, args[1], text, *args[3:])
@@ -171,7 +174,7 @@ def check(backbone, height, width):
 
 
 def check_bfloat16(full, half):
-    """Products in bfloat16 change the prediction by less than 2 %; float32 is held against diffusers, without a mask."""
+    """Products in bfloat16 change the prediction by less than 2 %; without a mask float32 equals diffusers, too."""
     reference = model(full)
     args = list(inputs(full, 4, 4))
     args[3] = np.ones_like(args[3])

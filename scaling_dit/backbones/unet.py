@@ -84,8 +84,8 @@ class UNet(nn.Module):
             head_dim=self.head_dim,
             text_time=self.text_time,
         )
+        unet_layers.check_integers("transformer_depth", row["transformer_depth"], least=0)
         depths, levels = tuple(row["transformer_depth"]), len(row["channel_mult"])
-        unet_layers.check_integers("transformer_depth", depths, least=0)
         if len(depths) > levels or depths[-1] == 0:
             raise UserError(
                 f"transformer_depth={depths} must have at most {levels} entries, one for each of channel_mult, "
@@ -95,7 +95,6 @@ class UNet(nn.Module):
         widths = unet_layers.level_widths(
             row["channels"],
             row["channel_mult"],
-            res_blocks=row["res_blocks"],
             head_dim=row["head_dim"],
             attended=[level for level in range(levels) if depths[level] or level == levels - 1],
         )

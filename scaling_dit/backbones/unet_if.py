@@ -80,15 +80,14 @@ class UNetIF(nn.Module):
             attention_levels=self.attention_levels,
             head_dim=self.head_dim,
         )
-        attended, levels = tuple(row["attention_levels"]), len(row["channel_mult"])
-        if any(level not in range(levels) for level in attended):
+        attended, levels = row["attention_levels"], len(row["channel_mult"])
+        if not isinstance(attended, tuple) or any(level not in range(levels) for level in attended):
             raise UserError(
-                f"attention_levels={attended} must lie in 0 to {levels - 1}, as channel_mult has levels"
+                f"attention_levels={attended} must lie in 0 to {levels - 1}, the levels of channel_mult"
             )
         widths = unet_layers.level_widths(
             row["channels"],
             row["channel_mult"],
-            res_blocks=row["res_blocks"],
             head_dim=row["head_dim"],
             attended=[*attended, levels - 1],
         )

@@ -257,7 +257,7 @@ def size_fields(size: str | None, sizes: Mapping[str, Mapping[str, Any]], **fiel
     """The fields of a UNet: the row of `sizes` that `size` names, each replaced by the explicit field if it is set.
 
     Raises:
-      UserError: an unknown size, or a field that neither gives.
+      UserError: an unknown size, a field that neither gives, or a number that is no integer or too small.
     """
     if size is not None and size not in sizes:
         raise UserError(f"unknown size {size!r}; {nearest(size, sizes)}")
@@ -266,20 +266,20 @@ def size_fields(size: str | None, sizes: Mapping[str, Mapping[str, Any]], **fiel
     missing = [name for name in fields if name not in row]
     if missing:
         raise UserError(f"{missing[0]} must be given where size is None")
+    for name in ("channels", "res_blocks", "head_dim"):
+        check_integers(name, (row[name],), least=1)
+    check_integers("channel_mult", row["channel_mult"], least=1)
     return row
 
 
 def level_widths(
-    channels: int, channel_mult: Sequence[int], *, res_blocks: int, head_dim: int, attended: Sequence[int]
+    channels: int, channel_mult: Sequence[int], *, head_dim: int, attended: Sequence[int]
 ) -> tuple[int, ...]:
     """Channels of each level, after checking that they, and the heads of the `attended` levels, come out even.
 
     Raises:
-      UserError: a number that is no positive integer, or a width that GroupNorm or the heads do not divide.
+      UserError: GroupNorm or the heads do not divide a width.
     """
-    numbers = {"channels": (channels,), "res_blocks": (res_blocks,), "head_dim": (head_dim,)}
-    for name, values in (numbers | {"channel_mult": channel_mult}).items():
-        check_integers(name, values, least=1)
     widths = tuple(channels * factor for factor in channel_mult)
     for level, width in enumerate(widths):
         if width % GROUPS:
@@ -289,11 +289,13 @@ def level_widths(
     return widths
 
 
-def check_integers(name: str, values: Sequence[int], least: int) -> None:
-    """Raises a UserError unless `values` are one or more integers from `least` on."""
-    if not values or any(not isinstance(value, int) or value < least for value in values):
-        found = values[0] if len(values) == 1 else values
-        raise UserError(f"{name} must be integers of at least {least}, got {found!r}")
+def check_integers(name: str, values: Any, least: int) -> None:
+    """Raises a UserError unless `values` is a tuple or list of one or more integers from `least` on."""
+    if isinstance(values, tuple | list) and values:
+        if all(isinstance(value, int) and value >= least for value in values):
+            return
+        values = values[0] if len(values) == 1 else values
+    raise UserError(f"{name} must be integers of at least {least}, got {values!r}")
 
 
 def check_halvings(backbone: str, latents: Sequence[int], levels: int) -> None:

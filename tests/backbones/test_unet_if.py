@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import unet_reference
 from backbones import parity
 from unet_reference import IF, IF_CUT, IF_ONE_LEVEL, inputs, small_if
-from uvit_golden import fill, relative_error, run
+from uvit_golden import fill
 
-from scaling_dit import backbones, interop, trees
+from scaling_dit import backbones, trees
 from scaling_dit.backbones import contract, unet_if
 from scaling_dit.errors import UserError
 from scaling_dit.scaling.count import count

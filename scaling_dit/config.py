@@ -388,11 +388,15 @@ def from_json(text: str) -> ConfigDict:
 def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
     """Makes sure that a run goes on with the config it was started with, except for `FREE_SECTIONS` and `FREE_FIELDS`.
 
+    `steps` may be raised where the learning rate stays constant after warm-up: nothing computed so far would be other.
+
     Raises:
       UserError: lists the fields that differ.
     """
     then, now = flatten(saved), flatten(config)
     absent = "absent"
+    if saved.optim.decay == config.optim.decay == "constant" and saved.steps < config.steps:
+        then["steps"] = config.steps
     differences = [
         f"{key} is {then.get(key, absent)!r} there and {now.get(key, absent)!r} here"
         for key in sorted(then.keys() | now.keys())

@@ -39,8 +39,8 @@ def read_experiment(spec: str) -> ConfigDict:
       spec: `path/to/file.py`, the name of an installed experiment such as `shapes`, or either with `:argument`.
 
     Raises:
-      UserError: no such experiment, no `get_config` in it, an unknown argument, or a field that does not exist or is
-        of another type.
+      UserError: no such experiment, no `get_config` in it, an unknown argument, or whatever the file raises, such as
+        for a field that does not exist or is of another type; the original error is its cause.
     """
     place, _, argument = spec.partition(":")
     module = _load_file(pathlib.Path(place)) if _is_path(place) else _load_named(place)
@@ -51,12 +51,10 @@ def read_experiment(spec: str) -> ConfigDict:
     _check_argument(module, get_config, argument, where)
     try:
         config = get_config(argument) if argument else get_config()
-    except (AttributeError, TypeError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if "ml_collections" not in frames[-1].filename:  # not a mistake in a field but a fault of the code
-            raise
-        line = next((frame.lineno for frame in reversed(frames) if frame.filename == where), None)
-        raise UserError(f"{where}, line {line}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise _fault(where, error) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config of {where} returned {type(config).__name__}; it must return a ConfigDict"
@@ -138,7 +136,19 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise _fault(str(path), error) from error
     return module
+
+
+def _fault(where: str, error: Exception) -> UserError:
+    """What an experiment file raised, with the line of that file; ml_collections' messages say it all themselves."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == where), None)
+    known = frames and "ml_collections" in frames[-1].filename
+    return UserError(f"{where}, line {line}: {error if known else f'{type(error).__name__}: {error}'}")
 
 
 def _load_named(name: str) -> types.ModuleType:

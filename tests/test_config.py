@@ -159,7 +159,7 @@ def test_repeating_a_tuple_collects_and_repeating_a_number_takes_the_last():
         ("optim.lerning_rate=1", "no such field; did you mean 'optim.learning_rate'?"),
         ("learning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("sample.learning_rate=1", "did you mean 'optim.learning_rate'?"),
-        ("log.qqqqqq=1", "log has every, tensorboard"),
+        ("log.qqqqqq=1", "log has every, profile, tensorboard"),
         ("qqqqqq=1", "known: backbone, batch, checkpoint"),
         ("log=1", "config.log is a section; set one of its fields, every, tensorboard"),
         ("backbone.name=uvti", "unknown backbone 'uvti'"),
@@ -308,8 +308,19 @@ def test_the_same_run_may_change_how_it_runs():
         "eval.prompts=3",
         "checkpoint.every=9",
         "sample.steps=3",
+        "log.profile=(3,4)",
+        "rewind.factor=3.0",
     )
     config_lib.check_same_run(saved, resolve(*free))
+
+
+def test_a_run_of_constant_learning_rate_may_go_on_for_longer():
+    saved = resolve("optim.decay=constant")
+    config_lib.check_same_run(saved, resolve("optim.decay=constant", "steps=2000"))
+    with pytest.raises(UserError, match="steps is 1000 there and 500 here"):
+        config_lib.check_same_run(saved, resolve("optim.decay=constant", "steps=500"))
+    with pytest.raises(UserError, match="steps is 1000 there and 2000 here"):
+        config_lib.check_same_run(resolve("optim.decay=cosine"), resolve("optim.decay=cosine", "steps=2000"))
 
 
 def test_another_run_is_refused_with_the_differences():
@@ -414,13 +425,19 @@ def test_wrong_experiments(experiments, text, spec, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_fault_in_the_code_of_an_experiment_keeps_its_traceback(experiments):
-    path = experiments("import nosuchmodule\n")
-    with pytest.raises(ModuleNotFoundError, match="nosuchmodule"):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("\nimport nosuchmodule\n", "line 2: ModuleNotFoundError: No module named 'nosuchmodule'"),
+        ("def get_config():\n    return len(3)\n", "line 2: TypeError: object of type 'int' has no len()"),
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_fault_in_the_code_of_an_experiment_is_told_with_its_line(experiments, text, message):
+    path = experiments(text)
+    with pytest.raises(UserError, match=re.escape(f"{path}, {message}")) as caught:
         config_lib.load(path)
-    path = experiments("def get_config():\n    return len(3)\n", "other.py")
-    with pytest.raises(TypeError, match="has no len"):
-        config_lib.load(path)
+    assert caught.value.__cause__ is not None
 
 
 def test_arguments_of_an_experiment():

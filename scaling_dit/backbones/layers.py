@@ -195,7 +195,7 @@ def check_remat(remat: bool | str) -> str:
     Raises:
       UserError: none of these.
     """
-    name = {False: "none", True: "full"}.get(remat, remat) if isinstance(remat, bool) else remat
+    name = {"false": "none", "true": "full"}.get(str(remat).lower(), str(remat))  # "true" as flags have it
     if name != "none" and name not in _REMAT_POLICIES:
         raise UserError(f"unknown remat policy {remat!r}; {nearest(str(remat), ['none', *_REMAT_POLICIES])}")
     return name

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.backbones.attention import SelfAttention
+from scaling_dit.backbones.contract import parse_dtype
 from scaling_dit.backbones.layers import Initializer, Mlp, constrain, layer_norm
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
@@ -215,6 +216,7 @@ class Scratch:
             raise UserError(
                 f"text_encoder.dim is {self.dim}, heads {self.heads}; dim must be even, a multiple of heads"
             )
+        parse_dtype(self.dtype, "text_encoder.dtype")
         if self.length < 2:
             raise UserError(f"text_encoder.length is {self.length}; at least 2 are needed, for bos and eos")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -63,11 +64,11 @@ class Profiler:
         self._tracing = False
         jax.profiler.stop_trace()
         if self._copied is not None:
-            copy_files(epath.Path(self._copied.name), self._directory)
+            copy_files(pathlib.Path(self._copied.name), self._directory)
 
 
-def copy_files(source: epath.Path, target: epath.Path) -> None:
-    """Copies a folder's files with their relative paths; `target` may be remote."""
+def copy_files(source: pathlib.Path, target: epath.Path) -> None:
+    """Copies a local folder's files with their relative paths; `target` may be remote."""
     for path in source.rglob("*"):
         if path.is_file():
             copy = target / path.relative_to(source)

@@ -180,7 +180,7 @@ def local_positions(mesh: Mesh, batch: int) -> np.ndarray:
     _check_batch(mesh, batch)
     held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
     # An index is None only for a device that holds nothing, which a NamedSharding never has.
-    return np.unique([position for index in held if index for position in range(*index[0].indices(batch))])
+    return np.unique(np.concatenate([np.arange(*index[0].indices(batch)) for index in held if index]))
 
 
 def to_global(host_batch: Mapping[str, Any], mesh: Mesh, batch: int) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""`scaling-dit report`: what it tells of a finished run, of one killed twice, and of a folder that is none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scaling_dit import cli
+from scaling_dit.monitor import report
+from scaling_dit.monitor.writers import read_metrics
+
+
+def test_a_finished_run(smoke_run, capsys):
+    assert cli.main(["report", str(smoke_run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    metrics = read_metrics(smoke_run)
+    last = [row for row in metrics if "train/loss" in row][-1]
+    assert facts["steps"] == facts["of"] == last["step"] and facts["checkpoints"][-1] == last["step"]
+    assert facts["losses"][str(last["step"])] == last["train/loss"]
+    assert (
+        facts["evaluation"]["validation/loss"]["value"]
+        == [row["validation/loss"] for row in metrics if "validation/loss" in row][-1]
+    )
+    goodput = facts["goodput"]
+    assert goodput["starts"] == 1 and goodput["lost_steps"] == 0 and goodput["step"] == last["step"]
+    assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall"], rel=1e-6)
+    assert all(
+        goodput["seconds"][part] > 0 for part in ("compile", "start_up", "step", "evaluation", "checkpoint")
+    )
+    assert goodput["seconds"]["lost"] == goodput["seconds"]["downtime"] == 0
+
+
+def test_the_table_and_the_flag(smoke_run, capsys):
+    assert cli.main(["report", f"--workdir={smoke_run}"]) == 0
+    out = capsys.readouterr().out
+    assert "uvit, batch" in out and "validation/loss" in out and "wall time" in out and "goodput" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [([], "takes one run, not 0"), (["a", "b"], "not 2"), (["nowhere"], "no run in nowhere")],
+)
+def test_mistakes_take_one_line(arguments, message, capsys):
+    assert cli.main(["report", *arguments]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and "\n" not in told
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_run_killed_twice_are_its_wall_time(tmp_path):
+    """Against a clock of our own, which knows nothing of the run's."""
+    steps = 60
+    command = [
+        sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke", f"--workdir={tmp_path}",
+        f"--config.steps={steps}", "--config.eval.every=20", "--config.checkpoint.every=7", "--config.log.every=1",
+        "--config.log.tensorboard=false",
+    ]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": ""}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def kill_after(step: int) -> None:
+        process = start()
+        while max((row["step"] for row in read_metrics(tmp_path)), default=0) < step:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+    began = time.monotonic()
+    kill_after(11)
+    time.sleep(2.0)
+    kill_after(25)
+    last = start()
+    _, told = last.communicate(timeout=600)
+    wall = time.monotonic() - began
+    assert last.returncode == 0, told
+
+    figures = report.report(tmp_path)["goodput"]
+    assert sum(figures["seconds"].values()) == pytest.approx(figures["wall"], rel=1e-6)
+    # The interpreter's own start and end, which no process can see, are not the run's.
+    assert figures["wall"] == pytest.approx(wall, rel=0.01, abs=1.5)
+    assert figures["starts"] == 3 and figures["step"] == steps
+    assert 1 <= figures["lost_steps"] <= 4 + 4 + 14  # at most to the last complete checkpoint, each time
+    assert figures["seconds"]["downtime"] >= 2.0 and figures["seconds"]["lost"] > 0
+    assert "goodput" in told.strip().splitlines()[-1]

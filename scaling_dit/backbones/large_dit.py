@@ -66,7 +66,7 @@ class LargeDiT(Lumina):
 
         # Each row of image tokens, then the end-of-line token; positions count through both.
         x = self.embed_patches(latents).reshape(batch, rows, columns, hidden)
-        end_of_line = self.param(
+        end_of_line: Any = self.param(
             "eol_token",
             nn.with_logical_partitioning(NORMAL_002, ("embed",)),
             (hidden,),

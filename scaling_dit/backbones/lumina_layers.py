@@ -158,7 +158,7 @@ class TextGatedAttention(nn.Module):
         )
         attend = functools.partial(attention, implementation=self.implementation)
         o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
-        gate_N = self.param(
+        gate_N: Any = self.param(
             "gate",
             nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)),
             (self.heads,),
@@ -166,8 +166,9 @@ class TextGatedAttention(nn.Module):
         )
         share_BTNH = jnp.tanh(gate_N.astype(jnp.float32))[:, None]
         if text_mask is not None:
+            text_mask = jnp.asarray(text_mask, bool)
             readable_B1 = text_mask.any(axis=-1, keepdims=True)
-            text_mask |= ~readable_B1  # a softmax over nothing is no number; the share of such a row is 0
+            text_mask = text_mask | ~readable_B1  # a softmax over nothing is no number; its share is 0
             share_BTNH = share_BTNH * readable_B1[:, :, None, None]
         from_text_BTNH = attend(q_BTNH, text_k_BSKH, text_v_BSKH, key_mask=text_mask)
         o_BTNH += share_BTNH.astype(o_BTNH.dtype) * from_text_BTNH
@@ -192,7 +193,7 @@ class Conditioning(nn.Module):
         time = layers.timestep_embedding(timesteps, TIME_FEATURES)
         time = jax.nn.silu(dense((None, "mlp"), kernel_init=NORMAL_002, name="time_fc1")(time))
         time = dense(("mlp", "embed"), kernel_init=NORMAL_002, name="time_fc2")(time)
-        shown = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask
+        shown = jnp.ones(text.shape[:2], bool) if text_mask is None else jnp.asarray(text_mask, bool)
         weights = shown / jnp.maximum(shown.sum(axis=-1, keepdims=True), 1)
         pooled = (text.astype(jnp.float32) * weights[..., None]).sum(axis=1)
         pooled = layer_norm("text_norm", epsilon=EPSILON, param_dtype=self.param_dtype)(pooled)

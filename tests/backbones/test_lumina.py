@@ -76,6 +76,18 @@ def test_padded_text_has_no_influence_and_a_row_may_be_all_padding(name):
     assert relative_error(everything[1], prediction[1]) > 1e-3
 
 
+def test_a_mask_of_numpy_stays_as_it_was_and_may_be_of_integers():
+    attend = lumina_layers.TextGatedAttention(heads=1, kv_heads=1, qk_norm=False)
+    x, text = np.ones((2, 1, 4), "f4"), inputs()[2][..., :4]
+    rotary = lumina_layers.rotary_1d(1, 4)
+    mask = np.array([[True, True, False, False, False], [False] * 5])
+    kept = mask.copy()
+    variables = variables_of(attend, (x, text, mask, rotary))
+    out = [attend.apply(variables, x, text, m, rotary) for m in (mask, mask.astype("i4"))]
+    np.testing.assert_array_equal(*out)
+    np.testing.assert_array_equal(mask, kept)
+
+
 @BOTH
 def test_initial_values(name):
     backbone = small(name, hidden=128, kv_heads=None, depth=2, scan_layers=True)

@@ -247,8 +247,8 @@ def _unet_arguments(backbone: UNet, latents: tuple[int, int]) -> dict[str, Any]:
 def _unet_fields(arguments: Arguments) -> dict[str, Any]:
     widths = arguments["block_out_channels"]
     attended = [name == "CrossAttnDownBlock2D" for name in arguments["down_block_types"]]
-    depths = _per_level(arguments, "transformer_layers_per_block", len(widths))
-    depths = [depth if has else 0 for depth, has in zip(depths, attended, strict=True)]
+    layers = _per_level(arguments, "transformer_layers_per_block", len(widths))
+    depths = [depth if has else 0 for depth, has in zip(layers, attended, strict=True)]
     while depths and not depths[-1]:
         depths.pop()
     heads = _per_level(arguments, "attention_head_dim", len(widths))

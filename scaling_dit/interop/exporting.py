@@ -47,7 +47,8 @@ def main(
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
     pipe = pipeline.load(workdir, step=step, ema=decay)
     described = describe(pipe, epath.Path(workdir)) if to == "diffusers" else None
-    weights = interop.to_state_dict(pipe.model.backbone, {"params": pipe.params["backbone"]})
+    backbone: Any = pipe.model.backbone
+    weights = interop.to_state_dict(backbone, {"params": pipe.params["backbone"]})
     if jax.process_index() == 0:
         files = write_folder(folder, weights, described, shard_bytes)
         total = sum(array.nbytes for array in weights.values())

@@ -145,7 +145,7 @@ def start_run(
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
     def make(imported: Any) -> TrainState:
-        fresh = init_state(model, optimizer, config, key)  # of which the backbone is never computed
+        fresh: Any = init_state(model, optimizer, config, key)  # of which the backbone is never computed
         params = fresh.params | {"backbone": imported}
 
         def average() -> Any:

@@ -17,6 +17,7 @@ at which the parameters stay: so it does for power averages, while those by deca
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ SNAPSHOTS = "ema_snapshots"  # folder in the workdir
 LARGEST_RESIDUAL = 0.2
 _KEEP_ALL = 2**31 - 1
 _CHUNK = 2**14  # steps at a time
+_LEAST = 1e-6  # coefficients below are left out
 _RCOND = 1e-7  # below, combinations would only add up rounding errors
 
 
@@ -119,7 +121,7 @@ def fit(wanted: str, step: int, basis: Sequence[tuple[str, int]]) -> Fit:
     grow with them.
     """
     columns = len(basis) + 1
-    triangle = np.zeros((0, columns))
+    triangle: Any = np.zeros((0, columns))
     for first in range(1, step + 1, _CHUNK):
         last = min(first + _CHUNK - 1, step)
         shares = [missing_shares(name, saved, first, last) for name, saved in [*basis, (wanted, step)]]
@@ -161,7 +163,7 @@ def rebuild(
         average = params
         add = jax.jit(_add)
         for (name, at), coefficient in zip(places, found.coefficients, strict=True):
-            if coefficient:
+            if abs(coefficient) > _LEAST:  # each costs a read
                 source = store if at == step else snapshots
                 average = add(average, source.restore_params(at, params, ema=name)[0], params, coefficient)
     return average

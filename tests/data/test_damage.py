@@ -272,6 +272,27 @@ def test_captions_of_any_script_and_length(tmp_path):
     assert ids[1, 15] == ids[0, 6]  # eos
 
 
+@pytest.mark.slow
+def test_a_run_tells_its_damage(folders, tmp_path):
+    from scaling_dit import config as config_lib
+    from scaling_dit import train
+    from scaling_dit.monitor.writers import read_metrics
+
+    config = config_lib.load(
+        "shapes:smoke",
+        [
+            f"--config.source.name=folder:{folders[0]}", "--config.source.image_size=8", "--config.eval.every=0",
+            "--config.source.max_pixels=10000", "--config.source.max_damaged=100", "--config.log.tensorboard=false",
+            "--config.batch=64", "--config.steps=2",
+        ],
+    )  # fmt: skip
+    train.train(config, tmp_path)
+    row = {name: value for row in read_metrics(tmp_path) for name, value in row.items()}
+    assert row["data/damaged_bad_json"] == PLANNED["bad_json"]
+    listed = [json.loads(text)["kind"] for text in (tmp_path / "damaged.jsonl").read_text().splitlines()]
+    assert listed.count("bad_line") == PLANNED["bad_line"]
+
+
 def test_log_lines_are_few_and_the_list_is_whole(tmp_path, caplog):
     damage = Damage(limit=40)
     with caplog.at_level(logging.WARNING, logger="absl"):

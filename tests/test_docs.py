@@ -10,10 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import scaling_dit
 from scaling_dit import cli, train
 from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
+from scaling_dit.data.sources import folder
 from scaling_dit.monitor.writers import read_metrics
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -66,6 +68,30 @@ def test_the_commands_for_it_run(beside_my_file, capsys):
     assert cli.main(training + small) == 0
     assert cli.main(count) == 0
     assert "parameters" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (lines,) = blocks("json", "own_images.md")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    for number in range(12):
+        rows.append({"file_name": f"images/{number}.png", "text": f"number {number}"})
+    (tmp_path / "data/mine/images").mkdir(parents=True)
+    for number, row in enumerate(rows):
+        Image.new("RGB", (40, 30), (20 * number, 0, 90)).save(tmp_path / "data/mine" / row["file_name"])
+    (tmp_path / "data/mine/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (command,) = commands("own_images.md")
+    tiny = {"steps": 2, "batch": 8, "optim.warmup_steps": 1, "backbone.hidden": 32, "backbone.depth": 2,
+            "backbone.patch": 8, "eval.every": 0}  # fmt: skip
+    assert cli.main(command + [f"--config.{key}={value}" for key, value in tiny.items()]) == 0
+    assert int(scaling_dit.load("runs/mine").step) == 2
+
+
+def test_the_kinds_of_damage_are_those_of_the_source():
+    kinds = re.findall(r"^    (\w+) {2,}\S", folder.__doc__ or "", re.MULTILINE)
+    assert len(kinds) == 8
+    assert [cell.strip("`") for cell in first_column("own_images.md", "Damaged files")] == kinds
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_repeating_a_tuple_collects_and_repeating_a_number_takes_the_last():
         ("sample.learning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("log.qqqqqq=1", "log has every, profile, tensorboard"),
         ("qqqqqq=1", "known: backbone, batch, checkpoint"),
-        ("log=1", "config.log is a section; set one of its fields, every, tensorboard"),
+        ("log=1", "config.log is a section; set one of its fields, every, profile, tensorboard"),
         ("backbone.name=uvti", "unknown backbone 'uvti'"),
         (
             "backbone.text_dim=5",

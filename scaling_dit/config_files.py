@@ -146,7 +146,8 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
 def _fault(where: str, error: Exception) -> UserError:
     """What an experiment file raised, with the line of that file; ml_collections' messages say it all themselves."""
     frames = traceback.extract_tb(error.__traceback__)
-    line = next((frame.lineno for frame in reversed(frames) if frame.filename == where), None)
+    path = os.path.abspath(where)
+    line = next((frame.lineno for frame in reversed(frames) if os.path.abspath(frame.filename) == path), 1)
     known = frames and "ml_collections" in frames[-1].filename
     return UserError(f"{where}, line {line}: {error if known else f'{type(error).__name__}: {error}'}")
 

@@ -310,6 +310,7 @@ def test_the_same_run_may_change_how_it_runs():
         "sample.steps=3",
         "log.profile=(3,4)",
         "rewind.factor=3.0",
+        "rewind.back=9",
     )
     config_lib.check_same_run(saved, resolve(*free))
 

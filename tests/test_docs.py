@@ -107,7 +107,11 @@ def test_first_run_drawing_and_weights_one_after_the_other(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "page, first", [("api.md", "scaling_dit.train(run"), ("weights.md", "to_state_dict(")]
+    "page, first",
+    [
+        pytest.param("api.md", "scaling_dit.train(run", marks=pytest.mark.slow),
+        ("weights.md", "to_state_dict("),
+    ],
 )
 def test_the_python_of_a_page_runs(page, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers
+from scaling_dit.backbones.layers import NORMAL_002
 from scaling_dit.backbones.lumina import Lumina
 from scaling_dit.backbones.lumina_layers import (
     Modulation,
@@ -58,6 +59,12 @@ class NextDiT(Lumina):
         )
         _, height, width, _ = latents.shape
         x = self.embed_patches(latents)
+        self.param(  # the published code's filler of batches of mixed sizes; kept with its weights and counts, unread
+            "pad_token",
+            nn.with_logical_partitioning(NORMAL_002, ("embed",)),
+            (self.widths[0],),
+            jnp.dtype(self.param_dtype),
+        )
         rotary = rotary_2d(height // self.patch, width // self.patch, self.head_size)
         c = self.embed_conditioning(timesteps, text, text_mask)
         x = self.run_blocks(Block, x, c, text, text_mask, rotary)

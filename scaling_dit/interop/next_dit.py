@@ -1,20 +1,19 @@
 """Next-DiT's parameters in the names of diffusers' `LuminaNextDiT2DModel`.
 
-Two things of that class are not parameters here. In the published model the text is read by the queries that the image
-is read by; diffusers has them twice, in attn1 and attn2: a file where they differ is refused, and both are written. And
-its `pad_token`, which nothing reads, is dropped and written as zeros, since diffusers misses the name otherwise.
+In the published model the text is read by the queries that the image is read by. diffusers has them twice, in attn1 and
+attn2: a file where they differ is refused, and both are written.
 """
 
 from scaling_dit.backbones.next_dit import NextDiT
-from scaling_dit.interop.table import Copy, Row, Table, Unread, linear, norm, patch_linear
+from scaling_dit.interop.table import Copy, Row, Table, linear, norm, patch_linear
 
 
 def rows(backbone: NextDiT) -> Table:
     """The table of one backbone; its fields decide which entries there are."""
-    hidden, depth, _ = backbone.widths
+    depth = backbone.widths[1]
     time_and_text, block, ffn = "time_caption_embed", "layers.{i}", "layers.{i}.feed_forward"
     return [
-        Unread("pad_token", (hidden,), written=True),
+        Row("pad_token", "pad_token"),
         Row("patch_embedder.proj.weight", "patch_embed/kernel", patch_linear(backbone.patch)),
         Row("patch_embedder.proj.bias", "patch_embed/bias"),
         *linear(f"{time_and_text}.timestep_embedder.linear_1", "conditioning/time_fc1"),
@@ -39,7 +38,7 @@ def _attention(block: str, ours: str, layers: int, backbone: NextDiT) -> Table:
     image, text = f"{block}.attn1", f"{block}.attn2"
     q, k, v = (f"{image}.to_{name}" for name in "qkv")
     shared = [f"{name}.weight" for name in (("to_q", "norm_q") if backbone.qk_norm else ("to_q",))]
-    table: list[Row | Copy | Unread] = [
+    table: list[Row | Copy] = [
         Row(f"{block}.gate", f"{ours}/gate", layers=layers),
         *linear((f"{text}.to_k", f"{text}.to_v"), f"{ours}/text_kv", layers),
         *linear(f"{text}.to_out.0", f"{ours}/out", layers, bias=False),

@@ -161,14 +161,10 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """An upstream entry that its code declares and never reads: may be missing, is dropped when loading.
-
-    `written`: whether saving writes zeros for it, for upstream code that insists on the name.
-    """
+    """An upstream entry that its code declares and never reads: may be missing, is dropped."""
 
     upstream: str
     shape: tuple[int, ...]
-    written: bool = False
 
 
 Table = Sequence[Row | Copy | Unread]
@@ -284,8 +280,6 @@ def save(
     for row in rows:
         if isinstance(row, Copy):
             state_dict |= {name: state_dict[original].copy() for name, original in row.pairs}
-        elif isinstance(row, Unread) and row.written:
-            state_dict[row.upstream] = np.zeros(row.shape, next(iter(state_dict.values())).dtype)
     return state_dict
 
 

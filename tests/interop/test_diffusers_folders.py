@@ -119,14 +119,9 @@ def published(name, folder, dtype=torch.float32, **changes):
         for parameter in model.parameters():  # gates and heads too, which start at zero
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         own = dict(model.named_parameters())
-        for (
-            key,
-            value,
-        ) in own.items():  # one projection of the queries; the pad token, which nothing reads, is zeros
+        for key, value in own.items():  # one projection of the queries
             if "attn1.to_q" in key or "attn1.norm_q" in key:
                 own.get(key.replace("attn1", "attn2"), value).copy_(value)
-            if key == "pad_token":
-                value.zero_()
     model.to(dtype).save_pretrained(folder)
     return model
 

@@ -161,7 +161,7 @@ def rebuild(
             )
         logging.info("rebuilt %s", told)
         average = params
-        add = jax.jit(_add)
+        add = jax.jit(_add, out_shardings=jax.tree.map(lambda p: p.sharding, params))
         for (name, at), coefficient in zip(places, found.coefficients, strict=True):
             if abs(coefficient) > _LEAST:  # each costs a read
                 source = store if at == step else snapshots

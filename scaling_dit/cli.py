@@ -276,7 +276,7 @@ def _import(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int
     _required(values, "import", "from", "workdir", "config")
     from scaling_dit.interop import importing
 
-    return importing.main(values["from"].value, values.workdir, values.config, overrides)
+    return importing.main(str(values["from"].value), values.workdir, values.config, overrides)
 
 
 def _define_export(values: flags.FlagValues) -> None:

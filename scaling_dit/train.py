@@ -10,7 +10,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -24,7 +24,7 @@ from scaling_dit.monitor import goodput
 from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
 from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
-from scaling_dit.monitor.writers import create_writer, read_metrics
+from scaling_dit.monitor.writers import MultiWriter, create_writer, read_metrics
 from scaling_dit.parallel import rules
 from scaling_dit.posthoc_ema import Snapshots
 from scaling_dit.rewind import Rewind, Spike
@@ -86,7 +86,6 @@ def train(
     run = Run.open(config, epath.Path(workdir), devices)
     config, workdir = run.config, run.workdir
     rewinds = rewind.read(workdir)
-    damage = damage_of(run.source)
     with (
         goodput.Recorder(workdir, watch) as recorder,
         open_checkpoints(run) as store,
@@ -100,13 +99,9 @@ def train(
         snapshots.back_to(step)
         recorder.tell("resumed", step)
         progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
-        if step == 0:
-            writer.hparams(config_lib.flatten(config))
-            writer.parameter_overview(state.params)
-            if config.rewind.factor:  # so that the first spikes have something to go back to
-                store.save(step, state, run.extra(rewinds, spikes))
-        if rewinds:
-            writer.back_to(step)  # in case a kill came before it
+        if step == 0 and config.rewind.factor:  # so that the first spikes have something to go back to
+            store.save(step, state, run.extra(rewinds, spikes))
+        open_metrics(run, writer, state, rewinds)
         if step and run.looks.due(step) and not evaluated(workdir, step):  # killed between saving and looking
             with watch.part(EVALUATION):
                 run.looks.write(writer, step, state, run.frozen)
@@ -129,15 +124,9 @@ def train(
             jax.block_until_ready(metrics)
             recorder.tell("step", step)
             if log:
-                values = {name: float(value) for name, value in metrics.items()}
-                rates = progress.rates(step)
                 with watch.part(OTHER):
-                    writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
-                    if damage.counts():
-                        writer.scalars(step, damage.scalars())
-                        damage.save(workdir, jax.process_index())
-                    progress.update(step, loss=values["loss"])
-                if values["skipped_in_a_row"] >= config.optim.max_nonfinite:
+                    write_log(run, writer, progress, step, metrics)
+                if metrics["skipped_in_a_row"] >= config.optim.max_nonfinite:
                     raise nonfinite(config, step, store)
             if (log or save) and (spike := spikes.first()) is not None:
                 with watch.part(OTHER):
@@ -147,9 +136,8 @@ def train(
                     del state, metrics  # the memory is needed for the one restored
                     state, spikes, loader = run.begin(store, rewinds)
                     step = int(state.step)
-                    snapshots.back_to(step)
-                    writer.back_to(step)
-                    progress.back_to(step)
+                    for record in (snapshots, writer, progress):
+                        record.back_to(step)
                     recorder.tell("back", step)
                 continue
             if save:
@@ -174,6 +162,30 @@ def open_checkpoints(run: Run) -> Checkpoints:
     keep = run.config.checkpoint
     folder = run.workdir / pipeline.CHECKPOINTS
     return Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every)
+
+
+def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequence[Rewind]) -> None:
+    """Writes what the metrics of a start begin with: a new run's config and parameters, or where it goes on."""
+    step = int(state.step)
+    if step == 0:
+        writer.hparams(config_lib.flatten(run.config))
+        writer.parameter_overview(state.params)
+    if rewinds:
+        writer.back_to(step)  # in case a kill came before it
+
+
+def write_log(
+    run: Run, writer: MultiWriter, progress: Progress, step: int, metrics: Mapping[str, jax.Array]
+) -> None:
+    """Writes the metrics of a step, its speed and the damaged records so far, and shows the loss."""
+    values = {name: float(value) for name, value in metrics.items()}
+    rates = progress.rates(step)
+    writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
+    damage = damage_of(run.source)
+    if damage.counts():
+        writer.scalars(step, damage.scalars())
+        damage.save(run.workdir, jax.process_index())
+    progress.update(step, loss=values["loss"])
 
 
 def record_rewind(run: Run, store: Checkpoints, spike: Spike, rewinds: Sequence[Rewind]) -> Rewind:

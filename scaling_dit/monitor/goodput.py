@@ -40,10 +40,9 @@ _LOSABLE = (STEP, DATA_WAIT)
 
 FOLDER = "goodput"
 _COMPILE_EVENTS = "/jax/core/compile/"
-_BEAT = (
-    1 / 200
-)  # a row is due after this share of the start's length so far, so that rows grow with its logarithm,
-_SHORTEST, _LONGEST = 1.0, 60.0  # and between so many seconds
+# A row is due after this share of the start's length so far, so that rows grow with its logarithm.
+_BEAT = 1 / 200
+_SHORTEST, _LONGEST = 1.0, 60.0  # but not sooner and not later than so many seconds
 
 
 class Stopwatch:
@@ -175,9 +174,9 @@ class Recorder:
             self._rows.write(row | {"step": self._step, "event": event, "seconds": _rounded(seconds)})
             self._rows.flush()
 
-    def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(_COMPILE_EVENTS) and event.endswith("_duration"):
-            self._watch.compiled(seconds)
+            self._watch.compiled(duration_secs)
 
 
 def summary(workdir: epath.PathLike) -> dict[str, Any]:

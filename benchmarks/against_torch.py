@@ -164,7 +164,8 @@ def torch_model(name: str, backbone: Any, variables: Any, dtype: torch.dtype) ->
         config = diffusers_config.write_config(name, backbone, LATENTS[:2])
         net = getattr(diffusers, config["_class_name"]).from_config(config)
     net.load_state_dict(state, strict=True)
-    return net.to(dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    return net.to(place) if dtype == torch.float32 else net.to(place, dtype)
 
 
 def torch_forward(name: str, net: Any, backbone: Any) -> Callable[..., torch.Tensor]:

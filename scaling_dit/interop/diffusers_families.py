@@ -142,7 +142,7 @@ def _next_dit_arguments(backbone: NextDiT, latents: tuple[int, int]) -> dict[str
         "hidden_size": hidden,
         "num_layers": depth,
         "num_attention_heads": heads,
-        "num_kv_heads": backbone.kv_heads,
+        "num_kv_heads": backbone.kv_heads or heads,  # None, its default, makes the class fail with qk_norm
         "learn_sigma": backbone.learn_sigma,
         "qk_norm": backbone.qk_norm,
         "cross_attention_dim": backbone.text_dim,
@@ -365,7 +365,7 @@ FAMILIES: dict[str, Family] = {
             NEXT_DIT_DEFAULTS,
             _next_dit_arguments,
             _next_dit_fields,
-            free=frozenset({"sample_size", "scaling_factor"}),
+            free=frozenset({"sample_size", "scaling_factor", "num_kv_heads"}),  # the last: `_next_dit_fields`
         ),
         Family(
             "unet",

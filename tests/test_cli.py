@@ -192,6 +192,7 @@ def test_the_working_directory_is_on_the_path(tmp_path, monkeypatch):
 
 def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
     calls = behind(monkeypatch, "scaling_dit.train")
+    started = time.time()
     loads = []
     monkeypatch.setattr(config_lib, "load", lambda *args: loads.append(args) or "config")
     arguments = [
@@ -205,7 +206,9 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
         cli.main(["train", *arguments, "--workdir", "runs/x", "--config.log.tensorboard", "--config.b", "c"])
         == 75
     )
-    assert calls == [(("config", "runs/x"), {})]
+    (((config, workdir, began), kwargs),) = calls
+    assert (config, workdir, kwargs) == ("config", "runs/x", {})
+    assert started <= began <= time.time()  # for goodput
     overrides = [
         "config.steps=5",
         "config.mesh.data=-1",
@@ -258,7 +261,9 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", ["generate", "evaluation.run", "scaling.count_table", "train"])
+@pytest.mark.parametrize(
+    "verb", ["generate", "evaluation.run", "scaling.count_table", "train", "monitor.report"]
+)
 def test_the_functions_behind_the_verbs_take_the_flags(verb):
     """The calls above are made of fakes, so the real signatures are compared with them."""
     import importlib
@@ -270,7 +275,8 @@ def test_the_functions_behind_the_verbs_take_the_flags(verb):
         "generate": (("w", [], "o"), trained | {"num": 1, "batch": None}),
         "evaluation.run": (("w", "o"), trained | {"metrics": None, "items": 1, "as_json": False}),
         "scaling.count_table": ((None, None, []), {"latents": None, "text": None, "as_json": False}),
-        "train": (("config", "w"), {}),
+        "train": (("config", "w", 0.0), {}),
+        "monitor.report": (("w",), {"as_json": False}),
     }
     args, kwargs = arguments[verb]
     inspect.signature(main).bind(*args, **kwargs)
@@ -282,6 +288,35 @@ def test_count_prints_json(capsys):
     figures = json.loads(capsys.readouterr().out)
     assert (figures["latents"], figures["text"]) == ([8, 8, 3], [5, 16])
     assert figures["params"] > 0
+
+
+def test_remat_true_is_full_rematerialisation(capsys):
+    small = ["--config.backbone.hidden=32", "--config.backbone.depth=2", "--config.backbone.heads=2"]
+    kept = {}
+    for remat in ("none", "true", "full"):
+        override = f"--config.backbone.remat={remat}"
+        command = ["count", "--backbone=uvit", *small, override, "--latents=8,8,3", "--text=5,16", "--json"]
+        assert cli.main(command) == 0
+        kept[remat] = json.loads(capsys.readouterr().out)["activation_bytes"]
+    assert kept["true"] == kept["full"] < kept["none"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--config=shapes:smoke", "--config.text_encoder.dtype=foo"],
+            "text_encoder.dtype='foo' is not a floating type; known: ",
+        ),
+        (["--config=shapes:smoke", "--config.backbone.remat=some"], "unknown remat policy 'some'"),
+        (["--config=mine.py"], "mine.py, line 3: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_mistakes_in_what_a_run_is_built_of(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def half(x):\n    return 1\nRATE = 1 / 0\n")
+    assert message in error(capsys, "train", *arguments, "--workdir=w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_user_errors_of_a_verb_are_one_line(monkeypatch, capsys):

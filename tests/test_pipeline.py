@@ -1,6 +1,7 @@
 """A run's model and its weights: load, encode_text, predict; and what a workdir must hold."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import linen as nn
 import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline
+from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 
@@ -62,6 +64,24 @@ def test_mistakes_are_told_in_one_line(smoke_run, tmp_path):
         scaling_dit.load(tmp_path)
     with pytest.raises(UserError, match="3"):
         scaling_dit.load(smoke_run, step=3)
+
+
+def test_the_newest_checkpoint_may_be_replaced_while_a_run_is_opened(smoke_run, tmp_path, monkeypatch):
+    """As by training that goes on: the newest at the first look is gone when it is read, and there is a newer one."""
+    shutil.copytree(smoke_run, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    real, asked = Checkpoints.restore_params, []
+
+    def restore_params(self, step, target, *, ema=None):
+        asked.append(step)
+        if len(asked) == 1:
+            (folder / "4").rename(folder / "6")
+        return real(self, step, target, ema=ema)
+
+    monkeypatch.setattr(Checkpoints, "restore_params", restore_params)
+    assert scaling_dit.load(tmp_path / "run").step == 6 and asked == [4, 6]
+    with pytest.raises(UserError, match=r"no checkpoint of step 4 in .*; there are: \[2, 6\]"):
+        scaling_dit.load(tmp_path / "run", step=4)  # one that was asked for has no other in its place
 
 
 def test_widths_come_from_codec_and_text_encoder():

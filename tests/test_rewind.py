@@ -1,5 +1,9 @@
 """Loss spikes: found without waiting for each step, gone back from, and the same whatever kills the run."""
 
+import contextlib
+import dataclasses
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.monitor import report
 from scaling_dit.monitor.writers import MultiWriter, read_metrics
 from scaling_dit.rewind import Rewind, SpikeDetector
+from scaling_dit.run import Run, claim_workdir, open_workdir
 
 SETTINGS = ConfigDict({"factor": 3.0, "window": 3, "back": 2, "ahead": 1, "limit": 2})
 
@@ -85,8 +90,30 @@ def test_settings_that_cannot_work_are_refused():
         tiny(rewind__factor=0.5)
 
 
-@pytest.fixture
-def poison(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """All runs here are of one model: each takes the first one's compiled functions, and does all else as ever."""
+    real, opened = Run.open, []
+
+    def open_again(config, workdir, devices=None):
+        if not opened:
+            opened.append(real(config, workdir, devices))
+            return opened[0]
+        first = opened[0]
+        assert {key: value for key, value in config.items() if key not in config_lib.FREE_SECTIONS} == {
+            key: value for key, value in first.config.items() if key not in config_lib.FREE_SECTIONS
+        }
+        tokenizer = open_workdir(workdir, config, first.source)
+        claim_workdir(workdir, config, tokenizer, first.frozen)
+        return dataclasses.replace(first, config=config, workdir=workdir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "open", open_again)
+        yield
+
+
+@pytest.fixture(scope="module")
+def poisoned():
     """Pictures of data steps 10 and 11 are noise, whose loss is out of all that came before; yields what was read."""
     real, read = HostBatches.__getitem__, []
 
@@ -99,8 +126,16 @@ def poison(monkeypatch):
             batch["images"] = (255 * noise).astype(np.uint8)
         return batch
 
-    monkeypatch.setattr(HostBatches, "__getitem__", getitem)
-    return read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostBatches, "__getitem__", getitem)
+        yield read
+
+
+@pytest.fixture
+def poison(poisoned):
+    """The same, with what this test alone reads."""
+    poisoned.clear()
+    return poisoned
 
 
 def spiking(**changes):
@@ -120,35 +155,61 @@ def killed(*_):
     raise Killed
 
 
-def test_a_run_goes_back_and_is_the_same_wherever_it_is_killed(tmp_path, monkeypatch, poison, capsys):
-    whole = run(tmp_path / "whole")
-    assert "back to step 8, without data steps 8 to 12" in capsys.readouterr().err
-    assert rewind.read(epath.Path(tmp_path / "whole")) == [Rewind(11, 8, 8, 13)]
-    assert max(poison) >= 13 + 7 and int(whole.step) == 16
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, poisoned):
+    """A run with one spike that nothing kills: (workdir, final state, data steps read, stderr)."""
+    workdir, told = epath.Path(tmp_path_factory.mktemp("whole")), io.StringIO()
+    poisoned.clear()
+    with contextlib.redirect_stderr(told):
+        state = run(workdir)
+    return workdir, state, list(poisoned), told.getvalue()
 
-    for name, owner in (("record_rewind", train), ("write_whole", train.pipeline), ("back_to", MultiWriter)):
-        workdir = tmp_path / name
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            if name == "write_whole":  # after the record, before anything follows from it
-                real = train.pipeline.write_whole
 
-                def write(path, data, real=real):
-                    real(path, data)
-                    if path.name == rewind.FILE:
-                        raise Killed
-
-                patch.setattr(owner, name, write)
-            else:  # before the record; after the checkpoint gone back to was restored
-                patch.setattr(owner, name, killed)
-            run(workdir, log__every=5 if name == "record_rewind" else 1)
-        assert_same_bits(run(workdir, log__every=3), whole)
-        assert rewind.read(epath.Path(workdir)) == rewind.read(epath.Path(tmp_path / "whole"))
-
-    facts = report.report(tmp_path / "whole")
+def test_a_run_goes_back_and_skips_the_data(whole):
+    workdir, state, read, told = whole
+    assert "back to step 8, without data steps 8 to 12" in told
+    assert rewind.read(workdir) == [Rewind(11, 8, 8, 13)]
+    assert max(read) >= 13 + 7 and int(state.step) == 16
+    facts = report.report(workdir)
     assert facts["rewinds"] == [{"spike": 11, "to": 8, "data_from": 8, "data_to": 13}]
     assert facts["goodput"]["lost_steps"] == 3 and facts["goodput"]["starts"] == 1
-    rows = {row["step"]: row["train/loss"] for row in read_metrics(tmp_path / "whole")}
+    rows = {row["step"]: row["train/loss"] for row in read_metrics(workdir)}
     assert sorted(rows) == list(range(1, 17)) and rows[11] < 3 * rows[10]  # the spike is no longer told
+
+
+def before_the_record(patch):
+    patch.setattr(train, "record_rewind", killed)
+
+
+def after_the_record(patch):
+    real = train.pipeline.write_whole
+
+    def write(path, data):
+        real(path, data)
+        if path.name == rewind.FILE:
+            raise Killed
+
+    patch.setattr(train.pipeline, "write_whole", write)
+
+
+def after_restoring(patch):
+    patch.setattr(MultiWriter, "back_to", killed)
+
+
+@pytest.mark.parametrize(
+    "kill, every",
+    [
+        pytest.param(before_the_record, 5, marks=pytest.mark.slow),
+        (after_the_record, 1),
+        pytest.param(after_restoring, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_went_back_is_the_same_wherever_it_is_killed(whole, tmp_path, poison, kill, every):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill(patch)
+        run(tmp_path, log__every=every)
+    assert_same_bits(run(tmp_path, log__every=3), whole[1])
+    assert rewind.read(epath.Path(tmp_path)) == rewind.read(whole[0])
 
 
 def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
@@ -167,5 +228,5 @@ def test_past_the_limit_the_run_stops_with_a_code_of_its_own(tmp_path, poison, c
 
 
 def test_a_run_that_never_spikes_reads_the_data_in_order(tmp_path, poison):
-    run(tmp_path, rewind__factor=50.0, steps=8)
-    assert sorted(set(poison))[:9] == list(range(9)) and not (tmp_path / rewind.FILE).exists()
+    run(tmp_path, rewind__factor=50.0)
+    assert sorted(set(poison))[:16] == list(range(16)) and not (tmp_path / rewind.FILE).exists()

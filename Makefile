@@ -13,7 +13,7 @@ EXTRAS_test := [docs,eval,tensorboard,test]
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
-.PHONY: help demo test test-all lint format golden docs clean
+.PHONY: help demo test test-all lint format golden docs figures clean
 
 help:
 	@echo 'make demo      train on shapes for some minutes, draw pictures, score them (RUN=runs/demo)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make format    ruff, changing files'
 	@echo 'make golden    rewrite the golden files in tests/golden; read their diff'
 	@echo 'make docs      the documentation site, into site/; stops at a dead link'
+	@echo 'make figures   draw the figures of docs/backbones again'
 	@echo 'make clean     remove .venv and caches; runs/ stays'
 
 demo: .venv/.installed-demo
@@ -53,6 +54,9 @@ golden: .venv/.installed-test
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict
+
+figures: .venv/.installed-docs
+	$(BIN)/python -m docs.figures
 
 clean:
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

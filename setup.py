@@ -42,7 +42,7 @@ EXTRAS = {
         "torch==2.13.0",
         "transformers",
     ],
-    "docs": ["mkdocs"],
+    "docs": ["matplotlib", "mkdocs"],
     "lint": ["mypy", "ruff"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

@@ -102,12 +102,23 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.dtype(self.param_dtype))
         dtype = jnp.dtype(self.dtype)
         y = jax.lax.dot_general(
-            jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), (((x.ndim - 1,), (0,)), ((), ()))
+            jnp.asarray(x, dtype),
+            gathered(jnp.asarray(kernel, dtype), self.axes),
+            (((x.ndim - 1,), (0,)), ((), ())),
         )
         if self.use_bias:
             init = nn.with_logical_partitioning(self.bias_init, (None,) * len(features))
             y += jnp.asarray(self.param("bias", init, features, jnp.dtype(self.param_dtype)), dtype)
         return y
+
+
+def gathered(kernel: jax.Array, axes: Axes) -> jax.Array:
+    """A kernel as its product reads it: whole along "embed" and "text", which only storage splits, else as it lies.
+
+    Left to choose, XLA may split the product by the sum instead, and then hands examples to the wrong devices on meshes
+    that split data, fsdp and tensor at once (seen with jax 0.10.2: rows 1 and 2 of a batch of 4 were exchanged).
+    """
+    return constrain(kernel, *(None if axis in ("embed", "text") else axis for axis in axes))
 
 
 def conv3x3(
@@ -132,10 +143,15 @@ def conv3x3(
       param_dtype: of kernel and bias.
     """
     init = torch_uniform(9 * in_channels)
+
+    def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, gathered(kernel, axes), *args, **options)
+
     return nn.Conv(
         features,
         (3, 3),
         strides=stride,
+        conv_general_dilated=convolve,
         padding=1,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(init, (None,)),

@@ -96,8 +96,6 @@ class Transformer2D(nn.Module):
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         tokens = flatten(group_norm("norm", epsilon=1e-6, param_dtype=self.param_dtype)(x))
         tokens = linear("proj_in", channels, channels, ("embed", "mlp"), **types)(tokens)
-        # Without this, XLA hands examples to the wrong devices on meshes that split data, fsdp and tensor at once.
-        tokens = layers.constrain(tokens, "batch", None, "act_embed")
         tokens, _ = layers.stack(
             TransformerBlock,
             self.depth,

@@ -66,6 +66,9 @@ def _mapping(backbone: nn.Module) -> tuple[table.Table, dict[str, Any], str]:
     for family, rows in TABLES.items():
         if isinstance(backbone, family):
             fields: Any = backbone
-            inputs = contract.example_inputs(backbone, (32, 32, fields.in_channels), (77, fields.text_dim))
+            side = 16 * getattr(backbone, "patch", 2)  # any that the backbone takes
+            inputs = contract.example_inputs(
+                backbone, (side, side, fields.in_channels), (77, fields.text_dim)
+            )
             return rows(backbone), contract.abstract_variables(backbone, inputs)["params"], what
     raise UserError(f"no mapping of weights for {what}; known: {', '.join(c.__name__ for c in TABLES)}")

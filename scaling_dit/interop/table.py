@@ -210,7 +210,8 @@ def load(
       what: names the backbone in an error.
 
     Raises:
-      UserError: an entry that is no array of numbers; unknown, missing or misshapen entries, all in one message.
+      UserError: an entry that is no array of numbers; unknown, missing or misshapen entries, and those of no floating
+        type, all in one message.
     """
     expected = traverse_util.flatten_dict(abstract, sep="/")
     entries = expand(rows, expected)
@@ -223,6 +224,11 @@ def load(
         f"{name} is {host[name].shape}, it must be {shape}"
         for name, shape in unread.items()
         if name in host and host[name].shape != shape
+    ]
+    problems += [  # quantised weights need their scales, which nothing here applies
+        f"{name} is {host[name].dtype}, it must be floating"
+        for name in sorted(known & set(host))
+        if host[name].dtype.kind in "biuc"
     ]
     problems += _compare_copies(copies, host)
     layers: dict[str, dict[int | None, np.ndarray]] = {}

@@ -61,7 +61,8 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
     Half precision keeps its type: float16, or bfloat16 of ml_dtypes.
 
     Raises:
-      UserError: no such file, a pickle, a damaged file, several candidates, or an index that its shards do not match.
+      UserError: no such file, a pickle, a damaged file, several candidates, an index that its shards do not match, or
+        8-bit floats.
     """
     path = _find(path)
     return _read_shards(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
@@ -139,9 +140,20 @@ def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
         try:
             with safetensors.safe_open(local, framework="np") as file:
                 names = file.keys()
-                return {name: file.get_tensor(name) for name in names}
+                return {name: _array(file, name, path) for name in names}
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _array(file: Any, name: str, path: epath.Path) -> np.ndarray:
+    try:
+        array: np.ndarray = file.get_tensor(name)
+    except (AttributeError, TypeError):  # numpy has no such type
+        kind = file.get_slice(name).get_dtype()
+        raise UserError(
+            f"{path} holds {name} as {kind}, which cannot be read; convert it to F32, F16 or BF16"
+        ) from None
+    return array
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 import uvit_golden
 
 from scaling_dit import backbones, interop, trees
+from scaling_dit.backbones import contract
 from scaling_dit.errors import UserError
 from scaling_dit.interop import table
 
@@ -86,6 +87,26 @@ def test_a_wrong_field_shows_in_the_error():
         interop.load_state_dict(golden.backbone(final_conv=False), golden.params)
     with pytest.raises(UserError, match=r"missing: time_embed.0.bias, time_embed.0.weight, time_embed.2"):
         interop.load_state_dict(golden.backbone(time_mlp=True), golden.params)
+
+
+def test_quantised_weights_are_not_taken_for_floats():
+    golden = uvit_golden.load("uvit_tiny")
+    whole = {
+        key: golden.params[key].astype(dtype) for key, dtype in (("norm.bias", "i1"), ("norm.weight", bool))
+    }
+    with pytest.raises(UserError) as error:
+        interop.load_state_dict(golden.backbone(), golden.params | whole | {"extra": np.zeros(2, int)})
+    message = str(error.value)
+    assert "unknown: extra; norm.bias is int8, it must be floating; norm.weight is bool" in message
+
+
+@pytest.mark.parametrize("patch", [3, 5, 64])
+def test_patches_of_any_size(patch):
+    backbone = backbones.create("uvit", size="h16-d1-n2", text_dim=4, patch=patch)
+    inputs = contract.example_inputs(backbone, (patch, 2 * patch, 4), (3, 4))
+    variables = uvit_golden.fill(contract.abstract_variables(backbone, inputs))
+    again = interop.load_state_dict(backbone, interop.to_state_dict(backbone, variables))
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
 
 
 def test_writing_checks_the_parameters_too():

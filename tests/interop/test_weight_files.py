@@ -112,6 +112,12 @@ def test_what_is_no_weights_is_one_line(tmp_path):
     refused(tmp_path, "several sets of weights: one.safetensors, two.safetensors")
 
 
+def test_eight_bit_floats_are_one_line(tmp_path):
+    tensors = {"a": torch.zeros(2), "w": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}
+    safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
+    refused(tmp_path, "model.safetensors holds w as F8_E4M3, which cannot be read; convert it to F32")
+
+
 def test_damaged_files_are_one_line(tmp_path):
     weight_files.write(epath.Path(tmp_path), "model", some_weights(), 10**6)
     path = tmp_path / "model.safetensors"

@@ -11,7 +11,7 @@ from docs.model_table import PRINTED, REASONS, T5, Row
 from scaling_dit import backbones
 from scaling_dit.scaling.count import count
 
-FAST = {"sdxl", "sdxl-td4_4"}  # UNets take seconds to trace
+FAST = {"sdxl", "sdxl-td4_4", "if-xl-c512"}  # UNets take seconds to trace
 
 # Parameters, GMACs of convolutions and linear layers, with the products inside attention, of attention by P1's rule.
 UNETS = [
@@ -42,6 +42,8 @@ TRANSFORMERS = [
     (Row("pixart", "h2048-d28"), 1_916_405_776, 439.5, None),
     (Row("pixart", "h2304-d28"), 2_424_916_240, None, None),
     (Row("pixart", "h3072-d28"), 4_309_060_624, None, None),
+    (Row("uvit", "h512-d12-n8"), 44_823_716, None, None),
+    (Row("uvit", "h512-d16-n8"), 58_476_708, None, None),
     (Row("uvit", "h1024-d20-n16"), 286_865_572, 95.4, 100.1),
     (Row("uvit", "h1024-d28-n16"), 396_003_492, 131.8, 138.4),
     (Row("uvit", "h1152-d28-n16"), 500_947_364, 166.8, 174.2),
@@ -117,9 +119,12 @@ def test_large_dit_and_next_dit(name, size, params, paper):
     assert found.params - plain.params == 4 * 4 * (hidden + 1)
 
 
-def test_every_printed_row_and_every_reason_is_tested():
+def test_every_size_printed_row_and_reason_is_tested():
     tested = {row for row, *_ in UNETS + TRANSFORMERS}
     assert set(PRINTED) <= tested
+    sizes = {(row.backbone, row.size) for row in tested} | {(name, size) for name, size, *_ in LUMINA}
+    named = {(name, size) for name in model_table.TITLES for size in model_table.sizes(name)}
+    assert named - sizes == {("unet", "sdxl-official")}  # which has a test of its own
     assert {label for label, _ in REASONS} <= {row.label for row in PRINTED}
 
 

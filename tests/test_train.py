@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline, train, train_step
 from scaling_dit.errors import UserError
-from scaling_dit.monitor.writers import read_metrics
+from scaling_dit.monitor.writers import JsonlWriter, MultiWriter, read_metrics
 
 STEPS = 20
 
@@ -201,6 +201,16 @@ def test_what_may_change_between_starts_reaches_the_saved_config(tmp_path):
     assert pipeline.read_config(tmp_path).sample.guidance == 4.0
 
 
+@pytest.mark.slow
+def test_a_finished_run_given_more_steps_is_as_if_it_had_had_them(tmp_path):
+    config = {"optim__decay": "constant", "optim__warmup_steps": 2}
+    whole = train.train(tiny(steps=8, **config), tmp_path / "whole", devices=jax.devices()[:1])
+    train.train(tiny(steps=4, **config), tmp_path / "parts", devices=jax.devices()[:1])
+    longer = train.train(tiny(steps=8, **config), tmp_path / "parts", devices=jax.devices()[:1])
+    assert_same_bits(longer, whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_lists_in_a_config_find_their_run_again(tmp_path):
     config = tiny(steps=2, optim__groups=(["backbone", 0.1, 0.0],))
     train.train(config, tmp_path, devices=jax.devices()[:1])
@@ -222,6 +232,16 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_
     with pytest.raises(UserError, match="batch 6"):
         train.train(tiny(batch=6), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkeypatch):
+    def remote(workdir, tensorboard):
+        return MultiWriter([JsonlWriter(workdir / "metrics", append=False)])
+
+    monkeypatch.setattr(train, "create_writer", remote)
+    monkeypatch.setattr(MultiWriter, "close", lambda self: None)  # as if killed
+    train.train(tiny(steps=2), tmp_path, devices=jax.devices()[:1])
+    assert len(losses(tmp_path)) == 2
 
 
 def test_keep_last_and_keep_every(tmp_path):

@@ -19,7 +19,7 @@ from scaling_dit.data.sources import folder
 from scaling_dit.monitor.writers import read_metrics
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
 def blocks(language: str, page: str = "api.md") -> list[str]:
@@ -98,8 +98,8 @@ def test_the_kinds_of_damage_are_those_of_the_source():
 def test_first_run_drawing_and_weights_one_after_the_other(tmp_path, monkeypatch, capsys):
     """Every command a reader meets on these pages, in the order of the pages."""
     monkeypatch.chdir(tmp_path)
-    for page in ("first_run.md", "resume_and_determinism.md", "sampling_and_guidance.md", "weights.md"):
-        for command in commands(page):
+    for page in ("first_run", "resume_and_determinism", "sampling_and_guidance", "evaluation", "weights"):
+        for command in commands(f"{page}.md"):
             assert cli.main(command) == 0, (page, command, capsys.readouterr().err)
     assert "TIFA" in capsys.readouterr().out
     made = json.loads((tmp_path / "runs/imported/config.json").read_text())

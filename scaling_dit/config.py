@@ -143,7 +143,7 @@ def defaults() -> ConfigDict:
 
     config.loader = ConfigDict({"threads": 4, "prefetch": 8})  # reading threads; batches read ahead
     config.train_text_encoder = True  # in state.params and optimised, else frozen
-    config.text_mask = True  # hide padded text from the backbone; papers.md D8
+    config.text_mask = True  # hide padded text from the backbone; False for CLIP (recipe.py)
 
     config.diffusion = ConfigDict(
         {

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,9 +14,10 @@ import pytest
 from PIL import Image
 
 import scaling_dit
-from scaling_dit import cli, train
+from scaling_dit import cli, config, train
 from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
+from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -71,7 +73,7 @@ def test_the_commands_for_it_run(beside_my_file, capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_of_ones_own_trains(tmp_path, monkeypatch):
+def test_a_folder_of_ones_own_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (lines,) = blocks("json", "own_images.md")
     rows = [json.loads(line) for line in lines.splitlines()]
@@ -86,6 +88,12 @@ def test_a_folder_of_ones_own_trains(tmp_path, monkeypatch):
             "backbone.patch": 8, "eval.every": 0}  # fmt: skip
     assert cli.main(command + [f"--config.{key}={value}" for key, value in tiny.items()]) == 0
     assert int(scaling_dit.load("runs/mine").step) == 2
+    (example,) = blocks("python", "own_images.md")
+    exec(example, {})
+    (tmp_path / "data/mine/images/3.png").unlink()
+    exec(example, {})
+    none, counts, fault = capsys.readouterr().out.splitlines()[-3:]
+    assert (none, counts) == ("{}", "{'missing_file': 1}") and "metadata.jsonl line 6" in fault
 
 
 def test_the_kinds_of_damage_are_those_of_the_source():
@@ -104,6 +112,35 @@ def test_first_run_drawing_and_weights_one_after_the_other(tmp_path, monkeypatch
     assert "TIFA" in capsys.readouterr().out
     made = json.loads((tmp_path / "runs/imported/config.json").read_text())
     assert made["steps"] == 4 and (tmp_path / "runs/imported/checkpoints/4").is_dir()
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of every `scaling-dit` command of the README, wherever the program is said to lie."""
+    lines = [line for block in blocks("sh", "../README.md") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line and pathlib.Path(line[0]).name == cli.PROGRAM]
+
+
+def test_the_commands_of_the_readme_are_understood():
+    assert {verb for verb, *_ in readme_commands()} == set(cli.VERBS)
+    for verb, *arguments in readme_commands():
+        rest, overrides = cli._split_overrides(arguments)
+        values, _ = cli._parse(verb, cli.VERBS[verb], rest)
+        if "config" in values and values.config:
+            config.load(values.config, overrides)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, capsys):
+    """In miniature, beside a demo that `make demo` would have left; digits has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke_run, tmp_path / "runs/demo")
+    small = {"--config=shapes": "--config=shapes:smoke", "--items=500": "--items=4"}
+    for command in readme_commands():
+        if not any("digits" in word for word in command):
+            assert cli.main([small.get(word, word) for word in command]) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs/imported/config.json").exists() and (tmp_path / "exports/demo").is_dir()
+    assert "2,344,200,356" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -144,6 +181,11 @@ def test_every_tag_of_a_run_is_explained_and_no_other(smoke_run):
 
 
 TIFA = {f"evaluation/tifa_{kind}" for kind in ("color", "counting", "object", "shape", "size", "spatial")}
+
+
+def test_the_parts_of_goodput_are_explained():
+    listed = first_column("resume_and_determinism.md", "Where the time went")
+    assert listed == [part.replace("_", " ") for part in goodput.PARTS]
 
 
 def test_exit_codes_are_those_of_the_program():

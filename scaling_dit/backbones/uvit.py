@@ -139,6 +139,7 @@ class UViT(nn.Module):
         )
         x = layers.unpatchify(head(x), self.patch, height, width)
         if self.final_conv:
+            x = layers.constrain(x, "batch", None, None, None)  # XLA errs on a convolution split over height
             conv = layers.conv3x3("final_layer", out_channels, out_channels, param_dtype=self.param_dtype)
             x = conv(x)
         return x

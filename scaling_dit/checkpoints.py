@@ -40,6 +40,8 @@ class Checkpoints:
       directory: the folder that holds the checkpoints; made if it does not exist.
       keep_last: how many of the newest are kept.
       keep_every: also keep those whose step is a multiple of this; 0 keeps no others.
+      every: steps between regular saves. The newest `keep_last` at its multiples stay as well, so that saves at other
+        steps, such as on SIGTERM, push none of them out.
       read_only: open a folder that another process may be writing: nothing is made or cleaned up.
 
     Raises:
@@ -47,7 +49,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: epath.PathLike, *, keep_last: int = 2, keep_every: int = 0, read_only: bool = False
+        self,
+        directory: epath.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        every: int = 1,
+        read_only: bool = False,
     ) -> None:
         if keep_last < 1 or keep_every < 0:
             raise UserError(
@@ -62,7 +70,10 @@ class Checkpoints:
             # Saves that a kill cut short. Orbax's own option cleans in a thread that nothing waits for.
             for unfinished in ocp.path.step.all_temporary_paths(self.directory):
                 unfinished.get().rmtree(missing_ok=True)
-        policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep_last)]
+        policies: list[preservation_policy.PreservationPolicy] = [
+            preservation_policy.LatestN(keep_last),
+            preservation_policy.EveryNSteps(every, max_to_keep=keep_last),
+        ]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(

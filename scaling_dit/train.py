@@ -92,6 +92,7 @@ def train(
         Snapshots(workdir, config) as snapshots,
         create_writer(workdir, tensorboard=config.log.tensorboard) as writer,
         Profiler(workdir / "tensorboard", config.log.profile) as profiler,
+        damage_listed(run),
         sigterm_flag() as terminated,
     ):
         state, spikes, loader = run.begin(store, rewinds)
@@ -143,6 +144,7 @@ def train(
             if save:
                 with watch.part(CHECKPOINT):
                     snapshots.wait()  # so that no checkpoint is ahead of them
+                    writer.flush()  # nor of the metrics: steps before it are not made again
                     store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
                 recorder.tell("saved", step)
             if stop and not last:
@@ -161,7 +163,18 @@ def open_checkpoints(run: Run) -> Checkpoints:
     """The run's checkpoints, kept as its config says."""
     keep = run.config.checkpoint
     folder = run.workdir / pipeline.CHECKPOINTS
-    return Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    # A rewind goes back to regular ones, so that where it goes does not depend on signals.
+    every = keep.every if run.config.rewind.factor else 1
+    return Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, every=every)
+
+
+@contextlib.contextmanager
+def damage_listed(run: Run) -> Iterator[None]:
+    """Lists the damaged records met however the run ends, for one of them may have ended it."""
+    try:
+        yield
+    finally:
+        damage_of(run.source).save(run.workdir, jax.process_index())
 
 
 def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequence[Rewind]) -> None:

@@ -169,6 +169,14 @@ def test_keep_last_and_keep_every(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 10, 11]
 
 
+def test_a_save_between_regular_ones_pushes_none_of_them_out(tmp_path):
+    kept = {4: [4], 8: [4, 8], 9: [4, 8, 9], 11: [4, 8, 9, 11], 12: [8, 11, 12], 16: [12, 16]}
+    with Checkpoints(tmp_path, keep_last=2, every=4) as checkpoints:
+        for step, steps in kept.items():
+            checkpoints.save(step, {"params": {"w": jnp.ones(4)}}, wait=True)
+            assert checkpoints.all_steps() == steps
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.save(5, {"params": {"w": jnp.ones(4)}})

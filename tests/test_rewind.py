@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import os
+import signal
 
 import jax
 import numpy as np
@@ -218,6 +220,21 @@ def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
         assert store.all_steps() == [12, 16]
         assert store.extra(12)["rewinds"] == 1 and len(store.extra(12)["losses"]) == 4
     assert int(state.step) == 16
+
+
+def test_a_save_on_sigterm_pushes_no_checkpoint_out_that_a_rewind_needs(tmp_path, poison, monkeypatch):
+    shown, sent = train.Progress.update, []
+
+    def update(self, step, loss=None):
+        shown(self, step, loss)
+        if step == 9 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(train.Progress, "update", update)
+    with pytest.raises(train.Stopped, match="saved step 10"):
+        run(tmp_path, rewind__back=4)
+    run(tmp_path, rewind__back=4)
+    assert rewind.read(epath.Path(tmp_path)) == [Rewind(11, 4, 4, 13)]  # as without the signal
 
 
 def test_past_the_limit_the_run_stops_with_a_code_of_its_own(tmp_path, poison, capsys):

@@ -6,6 +6,7 @@ neither on the number of processes or threads nor on what was read before.
 """
 
 import collections
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -94,15 +95,18 @@ class Damage:
             return [fault for fault in self._met.values() if fault.kind == kind]
 
     def save(self, workdir: epath.Path, process: int = 0) -> None:
-        """Lists every record met as `damaged.jsonl` (`damaged-1.jsonl` by process 1), whole, if there are new ones."""
+        """Lists every record met as `damaged.jsonl` (`damaged-1.jsonl` by process 1), whole, if there are new ones.
+
+        What earlier starts listed stays.
+        """
         with self._lock:
             faults = list(self._met.values())
         if len(faults) > self._saved:
-            lines = [json.dumps({"kind": f.kind, "where": f.where, "what": f.what}) + "\n" for f in faults]
             name = epath.Path(LIST)
-            (workdir / (f"{name.stem}-{process}{name.suffix}" if process else LIST)).write_text(
-                "".join(lines)
-            )
+            path = workdir / (f"{name.stem}-{process}{name.suffix}" if process else LIST)
+            rows = {row["where"]: row for row in _listed(path)}
+            rows |= {f.where: {"kind": f.kind, "where": f.where, "what": f.what} for f in faults}
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
             self._saved = len(faults)
 
     def read(self, index: int, length: int, read: Callable[[int], Any]) -> Any:
@@ -138,6 +142,15 @@ class Damage:
 def damage_of(source: Any) -> Damage:
     """The counter of a source; one that stays empty if the source has none."""
     return getattr(source, "damage", None) or Damage()
+
+
+def _listed(path: epath.Path) -> list[dict[str, str]]:
+    """The rows of a list; a last one that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _sequence(index: int, length: int) -> Iterator[int]:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import types
 
 import numpy as np
 import pytest
@@ -291,6 +292,33 @@ def test_a_run_tells_its_damage(folders, tmp_path):
     assert row["data/damaged_bad_json"] == PLANNED["bad_json"]
     listed = [json.loads(text)["kind"] for text in (tmp_path / "damaged.jsonl").read_text().splitlines()]
     assert listed.count("bad_line") == PLANNED["bad_line"]
+
+
+def test_the_list_keeps_what_earlier_starts_met(tmp_path):
+    path = tmp_path / "damaged.jsonl"
+    for places in (["a", "b", "c"], ["c", "d"]):
+        damage = Damage()
+        for place in places:
+            damage.meet(DamagedRecord("missing_file", place, "gone"))
+        damage.save(epath.Path(tmp_path))
+        listed = [json.loads(text)["where"] for text in path.read_text().splitlines()]
+        if places[0] == "a":
+            path.write_text(path.read_text()[:-5])  # cut by a kill
+    assert listed == ["a", "b", "c", "d"]
+
+
+def test_a_run_that_damage_ends_lists_it(tmp_path):
+    from scaling_dit.train import damage_listed
+
+    damage = Damage(limit=1, field="config.source.max_damaged")
+    run = types.SimpleNamespace(source=types.SimpleNamespace(damage=damage), workdir=epath.Path(tmp_path))
+    with pytest.raises(UserError, match="more than config.source.max_damaged=1"), damage_listed(run):
+        for place in ("a", "b"):
+            damage.meet(DamagedRecord("missing_file", place, "gone"))
+    assert [json.loads(text)["where"] for text in (tmp_path / "damaged.jsonl").read_text().splitlines()] == [
+        "a",
+        "b",
+    ]
 
 
 def test_log_lines_are_few_and_the_list_is_whole(tmp_path, caplog):

@@ -295,6 +295,8 @@ def check_integers(name: str, values: Any, least: int) -> None:
         if all(isinstance(value, int) and value >= least for value in values):
             return
         values = values[0] if len(values) == 1 else values
+    elif isinstance(values, int):
+        raise UserError(f"{name} must have an integer for each level, such as ({values},), got {values}")
     raise UserError(f"{name} must be integers of at least {least}, got {values!r}")
 
 

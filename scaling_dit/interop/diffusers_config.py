@@ -34,9 +34,14 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family that a `config.json` belongs to.
 
     Raises:
-      UserError: it names a class that none of our backbones computes.
+      UserError: it names no class, or one that none of our backbones computes.
     """
     named = config.get("_class_name")
+    if named is None:
+        raise UserError(
+            f"the config.json of {where} has no _class_name, so diffusers did not write it; give a safetensors file "
+            "instead of the folder, or export it first if it is a run"
+        )
     for family in FAMILIES.values():
         if named in (family.class_name, *family.aliases) and family.matches(_arguments(family, config)):
             return family

@@ -37,10 +37,14 @@ def main(
       shard_bytes: weights beyond this are split over several files.
 
     Raises:
-      UserError: no such run, checkpoint or average; a folder that holds something; or a backbone without names
-        elsewhere.
+      UserError: no such run, checkpoint or average; a folder that holds something or cannot be renamed; or a backbone
+        without names elsewhere.
     """
     folder = epath.Path(out)
+    if folder.name in ("", ".."):  # the folder is written beside its place and renamed
+        raise UserError(
+            f"--out={out} names no folder of its own; give a new one, such as --out={folder / 'export'}"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
     config = pipeline.read_config(workdir)

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from uvit_golden import fill, run
 
-from scaling_dit import interop, trees
+from scaling_dit import interop
 from scaling_dit.backbones import contract
-from scaling_dit.parallel import mesh, rules
 
 MODES = {
     "remat full": {"remat": "full"},
@@ -95,20 +94,3 @@ def check_bf16(make_backbone, inputs, limit=0.02):
     wanted, found = run(full.apply, variables, *inputs), run(half.apply, variables, *inputs)
     assert found.dtype == jnp.float32
     assert 0 < relative(found, wanted) < limit
-
-
-def check_sharded(backbone, inputs, tolerance=1e-4):
-    """Outputs and all gradients are the same with parameters and tokens split over fsdp, context and tensor."""
-    boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)
-    variables = fill(trees.unbox(boxed))
-    wanted = value_and_grads(backbone, variables, inputs)
-    split = mesh.make_mesh(data=1, fsdp=2, context=2, tensor=2)
-    shardings = rules.param_shardings(split, boxed)
-    assert any("tensor" in leaf.spec for leaf in jax.tree.leaves(shardings))
-    with rules.activate(split):
-        found = value_and_grads(backbone, jax.device_put(variables, shardings), inputs)
-    floor = 1e-3 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[1:]))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert np.abs(np.asarray(one) - np.asarray(other)).max() <= tolerance * max(
-            np.abs(other).max(), floor
-        )

@@ -99,12 +99,6 @@ def test_modes_compute_the_same():
     parity.check_scan_remat_jit(small, parity.example(small(), 4, 8))
 
 
-@pytest.mark.slow
-def test_split_over_devices_it_computes_the_same():
-    backbone = small(depth=1, scan_layers=True)
-    parity.check_sharded(backbone, parity.example(backbone, 8, 8))
-
-
 def test_bfloat16_is_close_to_float32():
     def deep(**fields):
         return small(size="h64-d4-n4", scan_layers=True, **fields)

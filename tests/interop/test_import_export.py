@@ -83,6 +83,8 @@ def test_step_and_average_are_chosen(capsys, smoke_run, weights, tmp_path):
 def test_an_export_is_never_overwritten_nor_half_there(capsys, smoke_run, weights, tmp_path, monkeypatch):
     command = ["export", f"--workdir={smoke_run}", "--to=safetensors"]
     refuses(capsys, "exists and is not empty; give another --out", *command, f"--out={weights}")
+    monkeypatch.chdir(tmp_path)  # an empty folder
+    refuses(capsys, "give a new one, such as --out=export", *command, "--out=.")
     out = tmp_path / "out"
 
     def dies(*arguments, **options):
@@ -154,6 +156,7 @@ def test_mistakes_are_one_line_and_leave_no_run(capsys, smoke_run, weights, tmp_
     refuses(capsys, "import needs --from", *use, new)
     refuses(capsys, "holds a run already", *use, f"--from={weights}", f"--workdir={smoke_run}")
     refuses(capsys, "no file or folder", *use, f"--from={tmp_path / 'x'}", new)
+    refuses(capsys, "has no _class_name, so diffusers did not write it", *use, f"--from={smoke_run}", new)
     refuses(
         capsys,
         "(96, 32), it must be (192, 64)",

@@ -143,11 +143,7 @@ def test_no_mapping_for_a_class_of_ones_own():
 
 def test_several_upstream_names_make_one_parameter():
     """As where q, k and v are entries of their own: the table splits and joins, per layer and stacked."""
-    joined = table.Transform(
-        load=lambda *w: np.stack([part.T for part in w], axis=1),
-        save=lambda p: tuple(p[:, i].T for i in range(p.shape[1])),
-    )
-    rows = [table.Row(("b.{i}.q", "b.{i}.k"), "b_{i}/qk", joined, layers=2)]
+    rows = [table.Row(("b.{i}.q", "b.{i}.k"), "b_{i}/qk", table.joined(2), layers=2)]
     source = {
         f"b.{i}.{n}": np.random.default_rng(i).normal(size=(3, 4)).astype("f4") for i in (0, 1) for n in "qk"
     }

@@ -6,6 +6,7 @@
 Both sides hold the same weights (through `scaling_dit.interop`), get the same inputs and must agree before anything is
 timed. PyTorch runs diffusers' class, or for U-ViT and Large-DiT benchmarks/torch_models.py. A measurement is one call:
 loss, its gradient with respect to all parameters, waited for. Rounds alternate between the two, medians are compared.
+The convolutions that UNets consist of are timed alone as well, for they decide that ratio.
 Runs on the CPU, or on a GPU if jax and torch both see one.
 """
 
@@ -16,7 +17,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -51,12 +52,21 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+CONVOLUTIONS = ((32, 64), (16, 128), (8, 256))  # (side, channels) of the small UNet's levels
+
+
 @dataclasses.dataclass
-class Pair:
-    """One model on both sides: calls that return the loss, and what they are."""
+class Sides:
+    """The same computation on both sides, as calls that wait for it."""
 
     ours: Callable[[], float]
     theirs: Callable[[], float]
+
+
+@dataclasses.dataclass
+class Pair(Sides):
+    """One model on both sides: calls that return the loss, and what they are."""
+
     params: int
     difference: float  # of the predictions, relative to the largest value
     torch_class: str
@@ -88,8 +98,13 @@ def main() -> None:
             f"outputs differ by {pair.difference:.1e}",
             flush=True,
         )
+    parts = []
+    if any(name.startswith("unet") for name in args.families.split(",")):
+        for side, channels in CONVOLUTIONS:
+            parts.append((side, channels, *alternate(convolution(side, channels, args), 5 * args.rounds)))
+            print("3x3 convolution, side {}, {} channels: ours {:.4f} s, torch {:.4f} s".format(*parts[-1]))
     if args.note:
-        args.note.write_text(note(rows, args))
+        args.note.write_text(note(rows, parts, args))
 
 
 def make_pair(name: str, fields: dict[str, Any], args: argparse.Namespace) -> Pair:
@@ -140,6 +155,34 @@ def make_pair(name: str, fields: dict[str, Any], args: argparse.Namespace) -> Pa
     )
 
 
+def convolution(side: int, channels: int, args: argparse.Namespace) -> Sides:
+    """A 3x3 convolution of a UNet's level: forward, and gradients with respect to input and kernel."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(args.batch, side, side, channels)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, channels, channels)).astype(np.float32)
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout).mean()
+
+    place, dtype = ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, args.dtype)
+    arrays = [jnp.asarray(part, args.dtype) for part in (x, kernel)]
+    tensors = [
+        torch.from_numpy(part).permute(order).contiguous().to(place, dtype).requires_grad_()
+        for part, order in ((x, (0, 3, 1, 2)), (kernel, (3, 2, 0, 1)))
+    ]
+    step = jax.jit(jax.value_and_grad(convolve, (0, 1)))
+
+    def theirs() -> float:
+        for tensor in tensors:
+            tensor.grad = None
+        value = torch.nn.functional.conv2d(*tensors, padding=1).mean()
+        value.backward()
+        return value.item()
+
+    return Sides(lambda: float(jax.block_until_ready(step(*arrays))[0]), theirs)
+
+
 def random_weights(backbone: Any, *inputs: np.ndarray) -> Any:
     """Fresh weights with noise added, so that no zero-initialised layer hides a difference."""
     variables = trees.unbox(jax.jit(backbone.init)(jax.random.key(0), *inputs))
@@ -188,7 +231,7 @@ def torch_forward(name: str, net: Any, backbone: Any) -> Callable[..., torch.Ten
     return lambda x, t, text, mask: net(x, t, text, encoder_attention_mask=mask).sample
 
 
-def alternate(pair: Pair, rounds: int) -> tuple[float, float]:
+def alternate(pair: Sides, rounds: int) -> tuple[float, float]:
     """Median seconds of each side over alternating calls, after a call each that compiles."""
     pair.ours(), pair.theirs()
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -200,8 +243,12 @@ def alternate(pair: Pair, rounds: int) -> tuple[float, float]:
     return statistics.median(times["ours"]), statistics.median(times["theirs"])
 
 
-def note(rows: Iterable[tuple[str, Pair, float, float]], args: argparse.Namespace) -> str:
-    """The markdown of all rows."""
+def note(
+    rows: Iterable[tuple[str, Pair, float, float]],
+    parts: Sequence[tuple[int, int, float, float]],
+    args: argparse.Namespace,
+) -> str:
+    """The markdown of all rows, and of the convolutions `parts` if there are any."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers"))
     lines = [
@@ -218,6 +265,20 @@ def note(rows: Iterable[tuple[str, Pair, float, float]], args: argparse.Namespac
         lines.append(
             f"| {name} | {pair.params / 1e6:.1f} M | {pair.torch_class} | {ours:.3f} | {theirs:.3f} | "
             f"{theirs / ours:.2f} | {pair.difference:.1e} |"
+        )
+    if parts:
+        lines += [
+            "",
+            "## 3x3 convolutions alone",
+            "",
+            "What UNets mostly consist of: forward, and gradients of input and kernel, at the small UNet's levels.",
+            "",
+            "| map | channels | ours, ms | PyTorch, ms | PyTorch / ours |",
+            "|---|---|---|---|---|",
+        ]
+    for side, channels, ours, theirs in parts:
+        lines.append(
+            f"| {side}x{side} | {channels} | {1e3 * ours:.2f} | {1e3 * theirs:.2f} | {theirs / ours:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ from scaling_dit.experiments import shapes
 # Transformers see one token a grid cell, as the demo's. The UNets' first level holds 16x16 pixels, the last 4x4.
 BACKBONES: dict[str, dict[str, Any]] = {
     "uvit": {"hidden": 128, "depth": 4, "heads": 4, "patch": 8, "positions": "sincos_init"},
-    "pixart": {"hidden": 128, "depth": 4, "heads": 4, "patch": 8},
+    "pixart": {"hidden": 120, "depth": 4, "heads": 4, "patch": 8},
     "large_dit": {"hidden": 112, "depth": 3, "heads": 4, "patch": 8},
     "next_dit": {"hidden": 128, "depth": 3, "heads": 4, "patch": 8},
     "unet": {

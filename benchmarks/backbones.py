@@ -54,6 +54,7 @@ def figures(run: pathlib.Path) -> dict:
         "macs": cost.macs_total,
         "steps": config.steps,
         "batch": config.batch,
+        "side": model.image_size,
         "minutes": config.steps * config.batch / training_rate(run)[0] / 60,
         "n": result["n"],
         "tifa": result["tifa_average"],
@@ -72,9 +73,9 @@ def note(rows: list[dict], missed: list[str]) -> str:
     lines = [
         *header("Backbones on shapes, one recipe, equal parameters", "benchmarks/backbones.py"),
         "",
-        f"Each run: `experiments/backbones.py`, {first['steps']} steps of {first['batch']} pictures of 16x16 px, "
-        f"one seed. TIFA over {first['n']} held-out scenes with its 95 % interval; true pictures of wrong scenes score "
-        f"{first['baseline']:.3f}.",
+        f"Each run: `experiments/backbones.py`, {first['steps']} steps of {first['batch']} pictures of "
+        f"{first['side']}x{first['side']} px, one seed. TIFA over {first['n']} held-out scenes with its 95 % interval; "
+        f"true pictures of wrong scenes score {first['baseline']:.3f}.",
         f"The bar: TIFA {MARGIN} above that with the whole interval, colour above {COLOUR}. "
         f"Missed by: {', '.join(missed) or 'none'}.",
         "",

@@ -197,13 +197,24 @@ def _define_trained(values: flags.FlagValues) -> None:
     string("sampler", None, "ddim, dpmpp_2m, euler or heun; the run's by default")
     integer("steps", None, "sampler steps; the run's by default", lower_bound=1, upper_bound=999)
     number("guidance", None, "guidance scale; the run's by default", lower_bound=0.0, upper_bound=1e6)
+    rescale = "how far guidance goes back to the spread without, 0 to 1; the run's by default"
+    number("guidance_rescale", None, rescale, lower_bound=0.0, upper_bound=1.0)
+    interval = "low,high timesteps with guidance; the run's by default"
+    flags.DEFINE_list("guidance_interval", None, interval, flag_values=values)
 
 
 def _trained(values: flags.FlagValues) -> dict[str, Any]:
     if values.guidance is not None and math.isnan(values.guidance):
         raise UserError("--guidance is nan; give a number from 0 on")
-    names = ("seed", "step", "ema", "sampler", "steps", "guidance")
-    return {name: values[name].value for name in names}
+    names = ("seed", "step", "ema", "sampler", "steps", "guidance", "guidance_rescale")
+    interval = values.guidance_interval
+    if interval is not None:
+        try:
+            interval = tuple(map(float, interval))
+        except ValueError:
+            given = ",".join(interval)
+            raise UserError(f"--guidance_interval={given}: give two timesteps, such as 200,800") from None
+    return {name: values[name].value for name in names} | {"guidance_interval": interval}
 
 
 def _sample(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int:

@@ -310,9 +310,8 @@ def validate(config: ConfigDict) -> None:
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             raise UserError(f"config.{key} is {config[key]!r}; {nearest(config[key], choices)}")
-    for key, (right, fits) in RANGES.items():
-        if config[key] is None or not fits(config[key]):
-            raise UserError(f"config.{key} is {config[key]!r}; it must be {right}")
+    for key in RANGES:
+        check_range(key, config[key])
     if config.batch % config.optim.accumulate:
         right = f"a multiple of config.optim.accumulate, which is {config.optim.accumulate}"
         raise UserError(f"config.batch is {config.batch}; it must be {right}")
@@ -322,6 +321,9 @@ def validate(config: ConfigDict) -> None:
     if config.rewind.factor and config.rewind.back > reach:
         right = "at most config.checkpoint.every x (keep_last - 1), so that a checkpoint so old is there"
         raise UserError(f"config.rewind.back is {config.rewind.back}; it must be {right}, here {reach}")
+    if config.log.profile and config.log.profile[0] > config.steps:
+        right = f"begin at most at config.steps, which is {config.steps}"
+        raise UserError(f"config.log.profile is {config.log.profile}; it must {right}")
     if config.sample.ema not in (0, -1, *config.optim.ema):
         right = f"0 (raw weights), -1 (largest) or one of config.optim.ema, {config.optim.ema}"
         raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
@@ -333,6 +335,17 @@ def validate(config: ConfigDict) -> None:
         for name in config.eval.metrics:
             if name not in METRICS:
                 raise UserError(f"config.eval.metrics names {name!r}; {nearest(name, METRICS)}")
+
+
+def check_range(key: str, value: Any) -> None:
+    """Checks a value against `RANGES`; a field that is not there takes any.
+
+    Raises:
+      UserError: names the field, its value and what would be right.
+    """
+    right, fits = RANGES.get(key, ("", lambda _: True))
+    if value is None or not fits(value):
+        raise UserError(f"config.{key} is {value!r}; it must be {right}")
 
 
 def parse_group(group: Any) -> tuple[re.Pattern[str], float, float]:

@@ -19,6 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from scaling_dit import config as config_lib
 from scaling_dit import pipeline
 from scaling_dit.diffusion import guidance as guidance_lib
 from scaling_dit.diffusion import samplers
@@ -51,12 +52,14 @@ class Sampler:
         """From `config.sample`; `changes` that are not None replace fields.
 
         Raises:
-          UserError: no such sampler.
+          UserError: no such sampler, or a value out of range.
         """
         names = [field.name for field in dataclasses.fields(cls) if field.name not in ("model", "mesh")]
         fields = {name: settings[name] for name in names}
         fields |= {name: value for name, value in changes.items() if value is not None}
         samplers.find_sampler(fields["sampler"])
+        for name, value in fields.items():
+            config_lib.check_range(f"sample.{name}", value)
         return cls(model, mesh, **fields)
 
     @property
@@ -226,8 +229,8 @@ def open_for_sampling(
 ) -> tuple["pipeline.Pipeline", Sampler, dict[str, Any]]:
     """A run with its sampler for the verbs that sample, and what to note in manifests.
 
-    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` (sampler, steps,
-    guidance, batch) replace fields of `config.sample` where they are not None.
+    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` replace fields
+    of `config.sample` where they are not None.
     """
     config = pipeline.read_config(workdir)
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
@@ -258,6 +261,8 @@ def main(
     sampler: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    guidance_rescale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     batch: int | None = None,
 ) -> int:
     """The `sample` verb: pictures, grid and manifest of (id, prompt) pairs; returns the exit code.
@@ -266,8 +271,9 @@ def main(
     is missing there, another one gets its own.
     """
     pipe, chosen, about = open_for_sampling(
-        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance, batch=batch
-    )
+        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance,
+        guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, batch=batch,
+    )  # fmt: skip
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
     asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"

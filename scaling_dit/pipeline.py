@@ -274,13 +274,21 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
     name, kept = ema_name(config, ema), kept_emas(config)
     rebuilt = name is not None and name not in kept
     with checkpoints.Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+        if name is not None and not rebuilt:
+            target = _float32(target)
         params, saved, step = _read_params(store, step, target, None if rebuilt else name)
         if rebuilt:
             tracks = [power_name(width) for width in config.optim.ema_power]
-            params = posthoc_ema.rebuild(workdir, store, step, params, str(name), tracks)
+            wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+            params = posthoc_ema.rebuild(workdir, store, step, wide, str(name), tracks)
     frozen = frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
     check_frozen(frozen_hash(frozen), saved, str(workdir))
     return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step)
+
+
+def _float32(target: Any) -> Any:
+    """`target` as averages are stored, in float32 whatever `backbone.param_dtype` is."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), target)
 
 
 def _read_params(

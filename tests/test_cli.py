@@ -134,6 +134,7 @@ def test_version(capsys):
         (["sample", "--workdir=x"], "no prompts: give captions as arguments"),
         (["sample", "--workdir=x", "--steps=0", "a"], "0 is not an integer in the range [1, 999]"),
         (["sample", "--workdir=x", "--seed=one", "a"], "sample: flag --seed=one"),
+        (["sample", "--workdir=x", "--guidance_interval=a,b", "c"], "=a,b: give two timesteps, such as 200,800"),
         (["evaluate", "--items=0", "--workdir=x"], "--items=0"),
         (["evaluate", "--config.steps=3"], "evaluate has no flag --config.steps"),
         (["count"], "count needs either --config or --backbone"),
@@ -224,7 +225,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     (tmp_path / "more.txt").write_text("c\n")
     file = tmp_path / "more.txt"
     flags = ["--guidance=2", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7"]
-    flags += ["--seed=4", "--sampler=dpmpp_2m"]
+    flags += ["--seed=4", "--sampler=dpmpp_2m", "--guidance_rescale=0.7", "--guidance_interval=200,800"]
     assert (
         cli.main(["sample", "b", "--workdir=w", "--prompt=a", f"--prompts_file={file}", *flags, "b2"]) == 75
     )
@@ -232,6 +233,8 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     assert args == ("w", [("00000", "a"), ("00001", "b"), ("00002", "b2"), ("00003", "c")], None)
     assert kwargs == {
         "guidance": 2.0,
+        "guidance_rescale": 0.7,
+        "guidance_interval": (200.0, 800.0),
         "step": 100,
         "ema": "none",
         "num": 3,
@@ -258,6 +261,7 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     assert kwargs == {
         "metrics": ["tifa", "other"], "items": 500, "as_json": True,
         "seed": 0, "step": None, "ema": "0.99", "sampler": None, "steps": None, "guidance": None,
+        "guidance_rescale": None, "guidance_interval": None,
     }  # fmt: skip
 
 
@@ -270,7 +274,8 @@ def test_the_functions_behind_the_verbs_take_the_flags(verb):
     import inspect
 
     main = importlib.import_module(f"scaling_dit.{verb}").main
-    trained = dict.fromkeys(("seed", "step", "ema", "sampler", "steps", "guidance"))
+    names = ("seed", "step", "ema", "sampler", "steps", "guidance", "guidance_rescale", "guidance_interval")
+    trained = dict.fromkeys(names)
     arguments = {
         "generate": (("w", [], "o"), trained | {"num": 1, "batch": None}),
         "evaluation.run": (("w", "o"), trained | {"metrics": None, "items": 1, "as_json": False}),

@@ -234,6 +234,10 @@ def test_every_field_is_checked():
         ("sample.batch=99999999999", "config.sample.batch is 99999999999; it must be from 1 to 2**20"),
         ("batch=0", "config.batch is 0; it must be from 1 to 2**20"),
         ("log.profile=(5,4)", "config.log.profile is (5, 4); it must be () for none, or (first, last) step"),
+        (
+            "log.profile=(5000,5001)",
+            "config.log.profile is (5000, 5001); it must begin at most at config.steps",
+        ),
         ("rewind.factor=1", "config.rewind.factor is 1.0; it must be 0 for never, or more than 1"),
         ("optim.learning_rate=nan", "config.optim.learning_rate is nan; it must be more than 0"),
         ("optim.clip_norm=inf", "it must be 0 or more"),

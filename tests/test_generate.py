@@ -80,6 +80,24 @@ def test_an_unknown_sampler_is_told(pipe):
         pipe.sample(PROMPTS[:1], sampler="dpmpp2m")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"guidance_interval": (800.0, 200.0)},
+            "guidance_interval is .* two timesteps .low, high. from 0 to 1000",
+        ),
+        ({"guidance_interval": (500.0,)}, "two timesteps"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it must be from 0 to 1"),
+        ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or more"),
+        ({"steps": 1000}, "steps is 1000; it must be from 1 to 999"),
+    ],
+)
+def test_settings_out_of_range_are_told(pipe, changes, message):
+    with pytest.raises(UserError, match=message):
+        Sampler.of(pipe.model, pipe.mesh, pipe.config.sample, **changes)
+
+
 def test_no_prompts_make_no_pictures(pipe):
     assert pipe.sample([]).shape == (0, 16, 16, 3)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import linen as nn
 
 import scaling_dit
@@ -15,6 +16,8 @@ from scaling_dit import pipeline
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
+from scaling_dit.rewind import SpikeDetector
+from scaling_dit.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,24 @@ def test_steps_and_averages_of_a_run_can_be_chosen(smoke_run, pipe):
         assert any(jax.tree.leaves(differs))
     same = scaling_dit.load(smoke_run, ema=0)
     jax.tree.map(np.testing.assert_array_equal, pipe.params, same.params)
+
+
+@pytest.mark.slow
+def test_averages_of_parameters_in_bfloat16_are_read_in_float32(tmp_path):
+    changes = ["backbone.param_dtype=bfloat16", "optim.ema_power=(0.05,0.1)", "eval.every=0"]
+    run = Run.open(
+        config_lib.load("shapes:smoke", [f"--config.{change}" for change in changes]), epath.Path(tmp_path)
+    )
+    state = run.init(jax.random.key(0))
+    state = state.replace(step=state.step + 1)
+    with Checkpoints(tmp_path / "checkpoints") as store:
+        store.save(1, state, run.extra([], SpikeDetector(run.config.rewind)))
+    raw = scaling_dit.load(tmp_path).params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
+    assert raw.dtype == jnp.bfloat16
+    for ema in (0.995, "power-0.1"):
+        average = scaling_dit.load(tmp_path, ema=ema).params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
+        assert average.dtype == jnp.float32
+        np.testing.assert_array_equal(average.astype(jnp.bfloat16), raw)
 
 
 def test_mistakes_are_told_in_one_line(smoke_run, tmp_path):

@@ -26,6 +26,8 @@ def main(
     sampler: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    guidance_rescale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> int:
     """Scores a run by each metric; pictures, questions and `result.json` go to OUT/METRIC. Returns the exit code.
 
@@ -48,8 +50,9 @@ def main(
     # Before loading, so that a metric that does not fit the data shows at once.
     wanted = {name: METRICS[name].items(source, items) for name in names}
     pipe, chosen, about = generate.open_for_sampling(
-        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance
-    )
+        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance,
+        guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
+    )  # fmt: skip
     root = (
         epath.Path(out)
         if out

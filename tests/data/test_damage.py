@@ -160,6 +160,7 @@ class Names:
         return "names"
 
 
+@pytest.mark.slow
 def test_stand_ins_depend_on_the_index_alone(folders):
     whole = batches(open_mixed(folders), 45)
     even, odd = range(0, BATCH, 2), range(1, BATCH, 2)  # of two processes

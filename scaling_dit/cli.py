@@ -346,7 +346,7 @@ VERBS: dict[str, Verb] = {
         _evaluate,
     ),
     "report": Verb(
-        "Tells where the time of a run went, its losses, speed, evaluations and checkpoints.",
+        "Tells where a run's time went, its losses, speed, evaluations, checkpoints.",
         f"{PROGRAM} report runs/shapes",
         _define_report,
         _report,

@@ -128,7 +128,8 @@ def fit(wanted: str, step: int, basis: Sequence[tuple[str, int]]) -> Fit:
         triangle = np.linalg.qr(np.concatenate([triangle, np.stack(shares, axis=1)]), mode="r")
     known, target = triangle[:, :-1], triangle[:, -1]
     coefficients = np.linalg.lstsq(known, target, rcond=_RCOND)[0]
-    residual = np.linalg.norm(known @ coefficients - target) / np.linalg.norm(target)
+    # Before the first update there are no shares: every average is the parameters themselves.
+    residual = np.linalg.norm(known @ coefficients - target) / (np.linalg.norm(target) or 1.0)
     return Fit(coefficients, float(residual))
 
 

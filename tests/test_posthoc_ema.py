@@ -111,6 +111,7 @@ def test_fits_by_chunks_equal_a_fit_of_all_steps(monkeypatch):
     np.testing.assert_allclose(found.coefficients, expected, atol=1e-6)
     assert found.residual == pytest.approx(residual, rel=1e-6)
     assert fit("power-0.1", 300, basis).residual < 1e-6  # one of the basis
+    assert fit("0.97", 0, [("power-0.05", 0)]).residual == 0.0  # nothing trained yet
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.3])

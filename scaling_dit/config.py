@@ -108,7 +108,7 @@ RANGES: dict[str, Rule] = {
     "sample.batch": _BATCH,
     "eval.every": _FROM_0,
     "eval.loss_images": _COUNT,
-    "eval.loss_bins": _COUNT,
+    "eval.loss_bins": ("from 1 to 1000", lambda x: 1 <= x <= 1000),
     "eval.grid": _COUNT,
     "eval.prompts": _COUNT,
     "checkpoint.every": _COUNT,

@@ -34,6 +34,7 @@ SNAPSHOTS = "ema_snapshots"  # folder in the workdir
 LARGEST_RESIDUAL = 0.2
 _KEEP_ALL = 2**31 - 1
 _CHUNK = 2**14  # steps at a time
+_MOST = 200  # snapshots that a fit takes: its time grows with their square
 _LEAST = 1e-6  # coefficients below are left out
 _RCOND = 1e-7  # below, combinations would only add up rounding errors
 
@@ -133,6 +134,14 @@ def fit(wanted: str, step: int, basis: Sequence[tuple[str, int]]) -> Fit:
     return Fit(coefficients, float(residual))
 
 
+def thinned(steps: Sequence[int], most: int = _MOST) -> list[int]:
+    """At most so many of the ascending `steps`: the last ones, and before them ever fewer, as averages weigh them."""
+    if len(steps) <= most:
+        return list(steps)
+    back = np.unique(np.geomspace(1, len(steps), most).round().astype(int))
+    return [steps[-number] for number in back[::-1]]
+
+
 def rebuild(
     workdir: epath.Path, store: Checkpoints, step: int, params: Params, wanted: str, tracks: Sequence[str]
 ) -> Params:
@@ -148,7 +157,7 @@ def rebuild(
       UserError: the snapshots do not determine that average.
     """
     with Checkpoints(workdir / SNAPSHOTS, read_only=True) as snapshots:
-        saved = [at for at in snapshots.all_steps() if at < step]
+        saved = thinned([at for at in snapshots.all_steps() if at < step])
         places = [(name, at) for at in [*saved, step] for name in tracks]
         found = fit(wanted, step, places)
         told = (

@@ -134,7 +134,10 @@ def test_version(capsys):
         (["sample", "--workdir=x"], "no prompts: give captions as arguments"),
         (["sample", "--workdir=x", "--steps=0", "a"], "0 is not an integer in the range [1, 999]"),
         (["sample", "--workdir=x", "--seed=one", "a"], "sample: flag --seed=one"),
-        (["sample", "--workdir=x", "--guidance_interval=a,b", "c"], "=a,b: give two timesteps, such as 200,800"),
+        (
+            ["sample", "--workdir=x", "--guidance_interval=a,b", "c"],
+            "=a,b: give two timesteps, such as 200,800",
+        ),
         (["evaluate", "--items=0", "--workdir=x"], "--items=0"),
         (["evaluate", "--config.steps=3"], "evaluate has no flag --config.steps"),
         (["count"], "count needs either --config or --backbone"),

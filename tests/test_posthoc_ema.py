@@ -13,7 +13,7 @@ from scaling_dit import config as config_lib
 from scaling_dit import optim, pipeline, posthoc_ema
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.posthoc_ema import Snapshots, fit, missing_shares
+from scaling_dit.posthoc_ema import Snapshots, fit, missing_shares, thinned
 from scaling_dit.state import TrainState, create_state, ema_name, power_name
 
 WIDTHS = (0.05, 0.1)
@@ -271,3 +271,13 @@ def test_a_run_rebuilds_its_averages_and_a_resumed_one_the_same(tmp_path):
     assert length(alone, pipe.params) > 0
     for average, parameter in zip(*map(jax.tree.leaves, (rebuilt, pipe.params)), strict=True):
         assert average.sharding.is_equivalent_to(parameter.sharding, average.ndim)
+
+
+def test_a_long_run_is_fitted_from_some_of_its_snapshots():
+    steps, every = 600_000, 500
+    saved = thinned(range(every, steps, every), most=60)
+    assert len(saved) <= 60 and saved == sorted(set(saved))
+    assert saved[-1] == steps - every and saved[0] == every
+    places = [(name, at) for at in [*saved, steps] for name in TRACKS]
+    assert max(fit(name, steps, places).residual for name in ("0.9999", "power-0.07")) < 0.01
+    assert thinned([10, 20], most=60) == [10, 20]

@@ -30,6 +30,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit import trees
+from scaling_dit.backbones.attention import check_implementation
+from scaling_dit.backbones.layers import check_remat
 from scaling_dit.errors import UserError, nearest
 
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -115,6 +117,23 @@ def check_inputs(
     for extra in sorted(set(extras or ()) - set(declared)):
         hint = nearest(extra, declared) if declared else "it reads none"
         raise UserError(f"{name} does not read the extra {extra!r}; {hint}")
+
+
+def check_fields(backbone: Any) -> None:
+    """Checks the fields that the backbones of this library share, before anything is built.
+
+    Raises:
+      UserError: `out_channels`, or `patch` where there is one, is no positive integer, or `attention`, `remat`, `dtype`
+        or `param_dtype` is none of its names.
+    """
+    for field in ("patch", "out_channels"):
+        value = getattr(backbone, field, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{field} must be an integer of at least 1, got {value!r}")
+    check_implementation(backbone.attention)
+    check_remat(backbone.remat)
+    for field in ("dtype", "param_dtype"):
+        parse_dtype(getattr(backbone, field), field)
 
 
 def extra_shapes(backbone: nn.Module) -> dict[str, Shape]:

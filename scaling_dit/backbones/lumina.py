@@ -12,7 +12,6 @@ import jax
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers
-from scaling_dit.backbones.attention import check_implementation
 from scaling_dit.backbones.layers import Dense
 from scaling_dit.backbones.lumina_layers import Conditioning, Head, Rotary, xavier_uniform
 from scaling_dit.errors import UserError
@@ -51,8 +50,7 @@ class Lumina(nn.Module):
 
     def __post_init__(self) -> None:
         hidden, _, heads = self.widths
-        if self.patch < 1 or (self.out_channels is not None and self.out_channels < 1):
-            raise UserError(f"patch {self.patch} and out_channels {self.out_channels} must be at least 1")
+        contract.check_fields(self)
         if self.kv_heads is not None and (self.kv_heads < 1 or heads % self.kv_heads):
             raise UserError(f"kv_heads={self.kv_heads} must be a divisor of heads={heads}")
         if hidden // heads % self.HEAD_SIZE_MULTIPLE:
@@ -60,10 +58,6 @@ class Lumina(nn.Module):
                 f"hidden={hidden} and heads={heads} give heads of size {hidden // heads}; the rotary positions of "
                 f"{type(self).__name__} need a multiple of {self.HEAD_SIZE_MULTIPLE}"
             )
-        check_implementation(self.attention)
-        layers.check_remat(self.remat)
-        contract.parse_dtype(self.dtype, "dtype")
-        contract.parse_dtype(self.param_dtype, "param_dtype")
         super().__post_init__()
 
     @property

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers
-from scaling_dit.backbones.attention import CrossAttention, SelfAttention, check_implementation
+from scaling_dit.backbones.attention import CrossAttention, SelfAttention
 from scaling_dit.backbones.layers import NORMAL_002, Dense, Mlp, layer_norm
 from scaling_dit.errors import UserError
 
@@ -51,8 +51,7 @@ class PixArt(nn.Module):
 
     def __post_init__(self) -> None:
         hidden = self.widths[0]
-        if self.patch < 1 or (self.out_channels is not None and self.out_channels < 1):
-            raise UserError(f"patch {self.patch} and out_channels {self.out_channels} must be at least 1")
+        contract.check_fields(self)
         if self.base_size < 1:
             raise UserError(f"base_size must be at least 1, got {self.base_size}")
         if hidden % 4:
@@ -62,10 +61,6 @@ class PixArt(nn.Module):
                 f"without a caption embedding the text must be as wide as the tokens: text_dim={self.text_dim}, "
                 f"hidden={hidden} (size={self.size!r}); set caption_embedding=True or text_dim={hidden}"
             )
-        check_implementation(self.attention)
-        layers.check_remat(self.remat)
-        contract.parse_dtype(self.dtype, "dtype")
-        contract.parse_dtype(self.param_dtype, "param_dtype")
         super().__post_init__()
 
     @property

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers, unet_layers
-from scaling_dit.backbones.attention import check_implementation
 from scaling_dit.backbones.layers import conv3x3
 from scaling_dit.backbones.unet_layers import Embedding, ResBlock, Transformer2D, Upsample
 from scaling_dit.errors import UserError
@@ -63,12 +62,7 @@ class UNet(nn.Module):
 
     def __post_init__(self) -> None:
         _ = self.shape
-        if self.out_channels is not None:
-            unet_layers.check_integers("out_channels", (self.out_channels,), least=1)
-        check_implementation(self.attention)
-        layers.check_remat(self.remat)
-        contract.parse_dtype(self.dtype, "dtype")
-        contract.parse_dtype(self.param_dtype, "param_dtype")
+        contract.check_fields(self)
         super().__post_init__()
 
     @property

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract, layers
-from scaling_dit.backbones.attention import SelfAttention, check_implementation
+from scaling_dit.backbones.attention import SelfAttention
 from scaling_dit.backbones.layers import Dense, Mlp, layer_norm
 from scaling_dit.errors import UserError, nearest
 
@@ -58,12 +58,7 @@ class UViT(nn.Module):
 
     def __post_init__(self) -> None:
         _ = self.widths
-        if self.patch < 1 or (self.out_channels is not None and self.out_channels < 1):
-            raise UserError(f"patch {self.patch} and out_channels {self.out_channels} must be at least 1")
-        check_implementation(self.attention)
-        layers.check_remat(self.remat)
-        contract.parse_dtype(self.dtype, "dtype")
-        contract.parse_dtype(self.param_dtype, "param_dtype")
+        contract.check_fields(self)
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions {self.positions!r}; {nearest(self.positions, POSITIONS)}")
         super().__post_init__()

@@ -71,9 +71,7 @@ def make_loader(
         raise UserError(f"seed is {seed}; it must be in [0, 2**32)")
     damage_of(source).announce()
     records = grain.MapDataset.source(source)
-    shuffled = (
-        TinyShuffle(records, seed) if len(source) < TINY else records.seed(seed).shuffle().repeat()
-    )
+    shuffled = TinyShuffle(records, seed) if len(source) < TINY else records.seed(seed).shuffle().repeat()
     batches = HostBatches(
         shuffled,
         tokenize,

@@ -111,7 +111,9 @@ class ShapesSpec:
         for name in self.held_out_combinations:
             if name not in everything:
                 hint = nearest(name, everything)
-                raise UserError(f"source.held_out_combinations: {name!r} is no colour and shape of this source; {hint}")
+                raise UserError(
+                    f"source.held_out_combinations: {name!r} is no colour and shape of this source; {hint}"
+                )
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
             given = f"{self.min_objects} and {self.max_objects}"
             raise UserError(

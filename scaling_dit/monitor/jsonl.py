@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from scaling_dit.errors import UserError
+
 _SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
 
 
@@ -56,7 +58,7 @@ def read_rows(directory: epath.Path) -> list[list[dict[str, Any]]]:
     """The rows of each segment that `JsonLines` wrote, in the order of the starts.
 
     Raises:
-      ValueError: a line that is not JSON, but for a last one that a kill cut short.
+      UserError: a line that is not JSON, but for a last one that a kill cut short.
     """
     if not directory.exists():
         return []
@@ -75,5 +77,7 @@ def _segment_rows(path: epath.Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:
             if i != len(lines) - 1:  # only the last line can be torn; anything else is damage
-                raise ValueError(f"{path}: line {i + 1} is not JSON") from None
+                raise UserError(
+                    f"{path}: line {i + 1} is not JSON; put the file back, or delete that line"
+                ) from None
     return rows

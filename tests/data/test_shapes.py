@@ -244,6 +244,7 @@ def test_records_are_fast_enough_to_feed_training():
 
 def test_a_combination_that_cannot_occur_cannot_be_held_out():
     with pytest.raises(
-        UserError, match=r"held_out_combinations: 'red cross' is no colour and shape of this source; did you mean"
+        UserError,
+        match=r"held_out_combinations: 'red cross' is no colour and shape of this source; did you mean",
     ):
         ShapesSpec(shapes=("circle",), colours=("red", "blue"), held_out_combinations=("red cross",))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scaling_dit.errors import UserError
 from scaling_dit.monitor import writers
 from scaling_dit.monitor.writers import JsonlWriter, create_writer, read_metrics
 
@@ -76,7 +77,7 @@ def test_a_torn_last_line_is_left_out_and_other_damage_is_not(tmp_path):
         expected = 2 if cut == 1 else 1  # only the newline is gone
         assert len(read_metrics(tmp_path)) == expected
     writer.segment.write_text(text.replace("{", "", 1))
-    with pytest.raises(ValueError, match=r"segment-00001.jsonl: line 1"):
+    with pytest.raises(UserError, match=r"segment-00001.jsonl: line 1"):
         read_metrics(tmp_path)
 
 

@@ -266,6 +266,8 @@ class _Ledger:
 
 def lines(figures: dict[str, Any]) -> list[str]:
     """A summary as lines for people: seconds and share of each part, goodput, starts, steps."""
+    if not figures["starts"]:
+        return [f"no record of its time: there is nothing in {FOLDER}/ (runs of older versions kept none)"]
     wall = figures["wall"]
     rows = [f"{'part':12} {'seconds':>12} {'share':>7}"]
     rows += [

@@ -39,6 +39,13 @@ def test_the_table_and_the_flag(smoke_run, capsys):
     assert "uvit, batch" in out and "validation/loss" in out and "wall time" in out and "goodput" in out
 
 
+def test_a_run_without_a_record_of_its_time_says_so(smoke_run, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((smoke_run / "config.json").read_text())
+    assert cli.main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no record of its time" in out and "0.0%" not in out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [([], "takes one run, not 0"), (["a", "b"], "not 2"), (["nowhere"], "no run in nowhere")],

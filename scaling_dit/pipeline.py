@@ -137,7 +137,8 @@ def build(config: ConfigDict, tokenizer: Any, source: sources.Source | None = No
 
     Args:
       tokenizer: built from the captions or read from the workdir.
-      source: the run's, if it is open already.
+      source: the run's, if it is open already. Without it a source that takes its `image_size` from the config is not
+        opened, so that a trained run draws where its data are not.
     """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
@@ -160,10 +161,16 @@ def build(config: ConfigDict, tokenizer: Any, source: sources.Source | None = No
         backbone=backbone,
         schedule=schedule,
         prediction=diffusion.prediction,
-        image_size=(create_source(config) if source is None else source).image_size,
+        image_size=_image_size(config) if source is None else source.image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,
     )
+
+
+def _image_size(config: ConfigDict) -> int:
+    if "image_size" in config.source:
+        return config.source.image_size
+    return create_source(config).image_size
 
 
 def create_source(config: ConfigDict) -> sources.Source:

@@ -176,6 +176,12 @@ def test_frozen_hash_sees_values_names_and_types():
     assert len(set(hashes)) == 5 and pipeline.frozen_hash({}) == ""
 
 
+def test_a_trained_run_of_a_folder_needs_no_folder_to_draw():
+    overrides = ["--config.source.name=folder:/gone", "--config.source.image_size=24"]
+    config = config_lib.load("shapes:smoke", overrides)
+    assert pipeline.build(config, scratch.WordTokenizer(("red",))).image_size == 24
+
+
 def test_a_run_of_an_older_version_opens_with_the_defaults_of_newer_fields(tmp_path):
     saved = config_lib.load("shapes:smoke").to_dict()
     del saved["sample"]["sampler"], saved["diffusion"]["min_snr_gamma"]

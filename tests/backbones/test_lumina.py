@@ -182,7 +182,7 @@ def test_width_of_the_feed_forward(hidden, width):
         ("next_dit", {"kv_heads": 0}, "kv_heads=0 must be a divisor"),
         ("large_dit", {"hidden": 12}, "heads of size 3; .* LargeDiT need a multiple of 2"),
         ("next_dit", {"hidden": 24}, "heads of size 6; .* NextDiT need a multiple of 4"),
-        ("large_dit", {"patch": 0}, "patch 0"),
+        ("large_dit", {"patch": 0}, "patch must be an integer of at least 1, got 0"),
         ("large_dit", {"attention": "xle"}, "did you mean 'xla'"),
         ("next_dit", {"remat": "ful"}, "did you mean 'full'"),
         ("next_dit", {"dtype": "bfloat"}, "did you mean 'bfloat16'"),

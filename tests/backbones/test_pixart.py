@@ -201,7 +201,7 @@ def test_every_parameter_names_its_axes(scan_layers):
         ({"size": "h1024-d28-n16"}, "text_dim=12, hidden=1024"),
         ({"base_size": 0}, "base_size must be at least 1"),
         ({"hidden": 18, "heads": 2}, "hidden=18 must be a multiple of 4"),
-        ({"patch": 0}, "patch 0"),
+        ({"patch": 0}, "patch must be an integer of at least 1, got 0"),
         ({"hidden": 36, "heads": 5}, "multiple of heads"),
         ({"attention": "xle"}, "did you mean 'xla'"),
         ({"remat": "ful"}, "did you mean 'full'"),

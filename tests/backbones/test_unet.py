@@ -144,7 +144,7 @@ def test_extras_are_declared_with_text_time_only():
         ({"transformer_depth": (0, -1)}, r"transformer_depth must be integers of at least 0, got \(0, -1\)"),
         ({"transformer_depth": (1, 1, 0)}, "end in at least 1"),
         ({"transformer_depth": (1, 1, 1, 1)}, "at most 3 entries"),
-        ({"out_channels": 0}, "out_channels must be integers of at least 1"),
+        ({"out_channels": 0}, "out_channels must be an integer of at least 1"),
         ({"attention": "xle"}, "did you mean 'xla'"),
         ({"remat": "ful"}, "did you mean 'full'"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),

@@ -60,7 +60,7 @@ def test_sizes_and_overrides():
         ({"size": "if-xxl"}, "did you mean 'if-xl'"),
         ({"attention_levels": (0, 3)}, r"attention_levels=\(0, 3\) must lie in 0 to 2"),
         ({"head_dim": 24}, "level 0 has 32 channels, no multiple of head_dim=24"),
-        ({"out_channels": 0}, "out_channels must be integers of at least 1"),
+        ({"out_channels": 0}, "out_channels must be an integer of at least 1"),
         ({"attention": "xle"}, "did you mean 'xla'"),
         ({"remat": "ful"}, "did you mean 'full'"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),

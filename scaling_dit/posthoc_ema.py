@@ -16,12 +16,12 @@ at which the parameters stay: so it does for power averages, while those by deca
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -169,7 +169,8 @@ def rebuild(
                 f"cannot rebuild {told}, more than {LARGEST_RESIDUAL:.0%}; ask for a longer average, or train with a "
                 "smaller config.checkpoint.ema_every"
             )
-        logging.info("rebuilt %s", told)
+        if jax.process_index() == 0:
+            print(f"scaling-dit: rebuilt {told}", file=sys.stderr)
         average = params
         add = jax.jit(_add, out_shardings=jax.tree.map(lambda p: p.sharding, params))
         for (name, at), coefficient in zip(places, found.coefficients, strict=True):

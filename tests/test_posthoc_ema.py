@@ -166,11 +166,12 @@ def walk(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("step", "wanted"), [(1000, "0.99"), (2000, "0.999"), (2000, "power-0.2")])
-def test_any_average_is_rebuilt_from_two(walk, wanted, step):
+def test_any_average_is_rebuilt_from_two(walk, wanted, step, capsys):
     workdir, values = walk
     with Checkpoints(workdir / pipeline.CHECKPOINTS, read_only=True) as store:
         raw = {"x": jnp.asarray(values[step], jnp.float32)}
         rebuilt = posthoc_ema.rebuild(epath.Path(workdir), store, step, raw, wanted, TRACKS)["x"]
+    assert f"rebuilt EMA {wanted} from " in capsys.readouterr().err
     kept = recursion(values[: step + 1], wanted)
     error = np.linalg.norm(np.asarray(rebuilt, np.float64) - kept)
     assert error < 0.01 * np.linalg.norm(kept)

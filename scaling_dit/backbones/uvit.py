@@ -173,7 +173,9 @@ class UViT(nn.Module):
             table = layers.NORMAL_002(key, shape, dtype)
             if self.positions == "learned":
                 return table
-            return table.at[-rows * columns :].set(jnp.asarray(layers.sincos_2d(rows, columns, hidden), dtype))
+            return table.at[-rows * columns :].set(
+                jnp.asarray(layers.sincos_2d(rows, columns, hidden), dtype)
+            )
 
         table: Any = self.param(
             "pos_embed",

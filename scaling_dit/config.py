@@ -54,6 +54,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sample.sampler": ("ddim", "dpmpp_2m", "euler", "heun"),
 }
 
+WIDEST_EMA_POWER = 12**-0.5  # relative width of the plain mean, which bounds those of `optim.ema_power`
+
 Rule = tuple[str, Callable[[Any], bool]]  # what is right, and its test; comparisons are false for nan
 _COUNT: Rule = ("at least 1", lambda x: x >= 1)
 _BATCH: Rule = ("from 1 to 2**20 = 1,048,576", lambda x: 1 <= x <= 2**20)
@@ -89,7 +91,9 @@ RANGES: dict[str, Rule] = {
     "optim.ema": _DECAYS,
     "optim.ema_power": (
         "a tuple of different numbers above 0 and below 0.2887",
-        lambda xs: all(isinstance(x, float) and 0 < x < 12**-0.5 for x in xs) and len(set(xs)) == len(xs),
+        lambda xs: (
+            all(isinstance(x, float) and 0 < x < WIDEST_EMA_POWER for x in xs) and len(set(xs)) == len(xs)
+        ),
     ),
     "optim.max_nonfinite": _COUNT,
     "mesh.data": _AXIS,

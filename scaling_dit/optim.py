@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
-from scaling_dit.config import parse_group
+from scaling_dit.config import WIDEST_EMA_POWER, parse_group
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.state import Params, TrainState, ema_name, power_name
 
@@ -177,12 +177,10 @@ def update_emas(
     point.
     """
     warm = warm_limit(step)
-
-    def moved(ema: Params, decay: float) -> Params:
-        rate = 1.0 - jnp.minimum(decay, warm)
-        return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
-
-    return {ema_name(decay): moved(emas[ema_name(decay)], decay) for decay in decays}
+    return {
+        ema_name(decay): _moved(emas[ema_name(decay)], params, 1.0 - jnp.minimum(decay, warm))
+        for decay in decays
+    }
 
 
 def warm_limit(step: Any) -> Any:
@@ -200,11 +198,17 @@ def update_power_emas(
     """
     log_ratio = jnp.log1p(-1.0 / (1.0 + step))  # -inf at step 0, where b is 0
 
-    def moved(ema: Params, width: float) -> Params:
-        rate = -jnp.expm1(power_exponent(width) * log_ratio)
-        return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
+    return {
+        power_name(width): _moved(
+            emas[power_name(width)], params, -jnp.expm1(power_exponent(width) * log_ratio)
+        )
+        for width in widths
+    }
 
-    return {power_name(width): moved(emas[power_name(width)], width) for width in widths}
+
+def _moved(ema: Params, params: Params, rate: jax.Array) -> Params:
+    """An average moved by the share `rate` [] of the way to `params`, float32."""
+    return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -215,7 +219,7 @@ def power_exponent(sigma_rel: float) -> float:
     Raises:
       UserError: not between 0 and 12^-1/2 = 0.2887, that of the plain mean.
     """
-    if not 0.0 < sigma_rel < 12**-0.5:
+    if not 0.0 < sigma_rel < WIDEST_EMA_POWER:
         raise UserError(
             f"optim.ema_power: width {sigma_rel} must be above 0 and below 0.2887, that of the plain mean"
         )

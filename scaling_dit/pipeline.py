@@ -328,7 +328,7 @@ def ema_name(config: ConfigDict, ema: float | str | None) -> str | None:
     try:
         number = float(text.removeprefix(POWER))
         if text.startswith(POWER):
-            name, right = power_name(number), 0 < number < 12**-0.5
+            name, right = power_name(number), 0 < number < config_lib.WIDEST_EMA_POWER
         elif number == 0:
             return None
         else:

@@ -54,8 +54,8 @@ def _attend_xla(
 ) -> jax.Array:
     """Written out for XLA, with heads moved before lengths, so that each product is a plain batch of matrices.
 
-    `jax.nn.dot_product_attention` contracts in place instead, which was slower on CPUs. Queries that share a key head are
-    stacked along the length.
+    `jax.nn.dot_product_attention` contracts in place instead, which was slower on CPUs. Queries that share a key head
+    are stacked along the length.
     """
     kv_heads, head_size = k_BSKH.shape[2:]
     q = rearrange(q_BTNH, "b t (k g) h -> b k (g t) h", k=kv_heads)

@@ -1,0 +1,1 @@
+"""Before training: raw images and captions are filtered, counted, captioned and encoded."""

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import optim, pipeline, rewind
+from scaling_dit import pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
@@ -20,9 +20,9 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.program import StepProgram
 from scaling_dit.rewind import Rewind, SpikeDetector
 from scaling_dit.state import TrainState
-from scaling_dit.train_step import init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +60,10 @@ class Run:
         source = pipeline.create_source(config)
         tokenizer = open_workdir(workdir, config, source)
         model = pipeline.build(config, tokenizer, source)
-        optimizer = optim.make_optimizer(config.optim, config.steps)
 
-        # State: shapes first, then straight into its shardings.
-        init = functools.partial(init_state, model, optimizer, config)
-        key = jax.random.key(config.seed)
-        boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
-        abstract = jax.eval_shape(init, key)
-        shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
-        frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
-        step_fn = jax.jit(
-            make_train_step(model, optimizer, config),
-            in_shardings=(shardings, rules.param_shardings(mesh, boxed_frozen), rules.batch_sharding(mesh)),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+        # Shapes first, then straight into their shardings.
+        program = StepProgram.build(config, model, mesh)
+        frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, program.boxed_frozen)
         looks = InTraining(model, source, mesh, config)
         claim_workdir(workdir, config, tokenizer, frozen)
         return cls(
@@ -84,11 +73,11 @@ class Run:
             source=source,
             model=model,
             positions=positions,
-            init=jax.jit(init, out_shardings=shardings),
-            target=pipeline.with_shardings(abstract, shardings),
+            init=program.init,
+            target=program.state,
             frozen=frozen,
             frozen_hash=pipeline.frozen_hash(frozen),
-            step_fn=step_fn,
+            step_fn=program.step,
             looks=looks,
         )
 

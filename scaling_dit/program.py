@@ -1,0 +1,83 @@
+"""The programs of a run on one mesh: what the trainer runs, and what `plan` compiles for machines not at hand."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from scaling_dit import optim, pipeline, trees
+from scaling_dit.parallel import rules
+from scaling_dit.train_step import init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """The jitted train step of a run, with the shapes, dtypes and shardings of all that it takes."""
+
+    mesh: Mesh
+    init: Any  # jitted: key -> the state of step 0, in its shardings
+    step: Any  # jitted `make_train_step`; the state given to it is donated
+    state: Any  # abstract TrainState
+    frozen: Any  # abstract frozen weights
+    boxed_frozen: Any  # the same with their logical axes, without shardings
+    batch: Mapping[str, jax.ShapeDtypeStruct]  # the global batch
+
+    @classmethod
+    def build(
+        cls,
+        config: ConfigDict,
+        model: pipeline.Model,
+        mesh: Mesh,
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Builds the programs of a resolved config; nothing is allocated and nothing compiled.
+
+        No operation runs on the mesh's devices, so they may be those of a topology description.
+        """
+        optimizer = optim.make_optimizer(config.optim, config.steps)
+        init = functools.partial(init_state, model, optimizer, config)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
+        abstract = jax.eval_shape(init, key)
+        shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
+        frozen_shardings = rules.param_shardings(mesh, boxed_frozen)
+        step = jax.jit(
+            make_train_step(model, optimizer, config),
+            in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+            compiler_options=dict(compiler_options) if compiler_options else None,
+        )
+        return cls(
+            mesh=mesh,
+            init=jax.jit(init, out_shardings=shardings),
+            step=step,
+            state=pipeline.with_shardings(abstract, shardings),
+            frozen=pipeline.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
+            boxed_frozen=boxed_frozen,
+            batch=batch_shapes(config, model, mesh),
+        )
+
+    def lower(self) -> Any:
+        """The train step lowered for the mesh's devices, which need not be there: a `jax.stages.Lowered`."""
+        with rules.activate(self.mesh):
+            return self.step.lower(self.state, self.frozen, self.batch)
+
+
+def batch_shapes(config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a train step: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]."""
+    batch, side, length = config.batch, model.image_size, model.text_encoder.length
+    shapes = {
+        "images": ((batch, side, side, 3), jnp.uint8),
+        "ids": ((batch, length), jnp.int32),
+        "mask": ((batch, length), jnp.bool_),
+    }
+    sharding = rules.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
+    }

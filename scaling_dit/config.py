@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from scaling_dit import config_files
 from scaling_dit.components import tuples
+from scaling_dit.data.captions import CaptionPolicy, check_policy
 from scaling_dit.errors import UserError, nearest
 
 
@@ -46,6 +47,8 @@ FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample", "rewin
 FREE_FIELDS = ("source.max_damaged",)  # when to stop, not what to read
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "captions.policy": ("uniform", "mix"),
+    "captions.unit": ("words", "sentences"),
     "diffusion.schedule": ("scaled_linear", "linear", "cosine", "flow"),
     "diffusion.prediction": ("eps", "x0", "v", "flow"),
     "diffusion.weighting": ("none", "min_snr"),
@@ -72,6 +75,10 @@ RANGES: dict[str, Rule] = {
     "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "steps": _COUNT,
     "batch": _BATCH,
+    "captions.alt": _SHARE,
+    "captions.synthetic": _SHARE,
+    "captions.long": _SHARE,
+    "captions.random_length": _SHARE,
     "loader.threads": _COUNT,
     "loader.prefetch": _COUNT,
     "diffusion.min_snr_gamma": _POSITIVE,
@@ -145,6 +152,16 @@ def defaults() -> ConfigDict:
     config.codec = ConfigDict({"name": "pixels"})
     config.source = ConfigDict({"name": "shapes"})
 
+    config.captions = ConfigDict(
+        {
+            "policy": "uniform",  # uniform | mix: which of an image's captions is shown (data/captions.py)
+            "alt": 0.5,  # shares of the kinds of captions under mix; they sum to 1
+            "synthetic": 0.5,
+            "long": 0.0,
+            "random_length": 0.0,  # share of captions cut to a random number of units
+            "unit": "words",  # words | sentences
+        }
+    )
     config.loader = ConfigDict({"threads": 4, "prefetch": 8})  # reading threads; batches read ahead
     config.train_text_encoder = True  # in state.params and optimised, else frozen
     config.text_mask = True  # hide padded text from the backbone; False for CLIP (recipe.py)
@@ -316,6 +333,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {config[key]!r}; {nearest(config[key], choices)}")
     for key in RANGES:
         check_range(key, config[key])
+    check_policy(CaptionPolicy(**config.captions))
     if config.batch % config.optim.accumulate:
         right = f"a multiple of config.optim.accumulate, which is {config.optim.accumulate}"
         raise UserError(f"config.batch is {config.batch}; it must be {right}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders import scratch
@@ -100,6 +101,7 @@ class Run:
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
             positions=self.positions, start_step=int(state.step),
             data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
+            captions=CaptionPolicy(**config.captions),
             threads=config.loader.threads, prefetch=config.loader.prefetch,
         )  # fmt: skip
         return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader

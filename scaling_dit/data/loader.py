@@ -9,12 +9,12 @@ source's business (`data/damage.py`): it depends on the index alone.
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import grain
 import numpy as np
 
-from scaling_dit.data.captions import choose_caption
+from scaling_dit.data.captions import UNIFORM, CaptionPolicy
 from scaling_dit.data.damage import damage_of
 from scaling_dit.data.sources import Record, Source
 from scaling_dit.errors import UserError
@@ -27,7 +27,8 @@ Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 class HostBatch(TypedDict):
     """The rows of one global batch that one process holds, in the order of its positions."""
 
-    images: np.ndarray  # uint8 [b, H, W, 3]
+    images: NotRequired[np.ndarray]  # uint8 [b, H, W, 3]
+    latents: NotRequired[np.ndarray]  # in place of images: moments of latents, bfloat16 [b, h, w, M]
     ids: np.ndarray  # int32 [b, L]
     mask: np.ndarray  # bool [b, L]; True = real token
 
@@ -41,6 +42,7 @@ def make_loader(
     positions: Sequence[int] | np.ndarray,
     start_step: int = 0,
     data_step: Callable[[int], int] = int,
+    captions: CaptionPolicy = UNIFORM,
     threads: int = 4,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[HostBatch]:
@@ -51,13 +53,15 @@ def make_loader(
     was read ahead.
 
     Args:
-      source: random access to records; read from several threads.
+      source: random access to records; read from several threads, all rows of a batch at once if it has
+        `__getitems__(indices)`.
       tokenize: captions -> (ids int32 [b, L], mask bool [b, L]).
       batch: global batch size.
       seed: decides order and captions; in [0, 2**32).
       positions: the rows of the global batch that this process holds, each in [0, batch), in any order.
       start_step: the step to begin at.
       data_step: step -> the step whose place in the data it takes; its own by default (see `rewind.data_step`).
+      captions: chooses a record's caption.
       threads: reading threads; 0 reads in the calling thread.
       prefetch: batches read ahead.
 
@@ -70,28 +74,30 @@ def make_loader(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be in [0, 2**32)")
     damage_of(source).announce()
-    records = grain.MapDataset.source(source)
-    shuffled = TinyShuffle(records, seed) if len(source) < TINY else records.seed(seed).shuffle().repeat()
+    numbers = grain.MapDataset.range(len(source))
+    shuffled = TinyShuffle(numbers, seed) if len(source) < TINY else numbers.seed(seed).shuffle().repeat()
     batches = HostBatches(
         shuffled,
+        source,
         tokenize,
         batch=batch,
         seed=seed,
         positions=np.asarray(positions, np.int64),
         start_step=start_step,
         data_step=data_step,
-        image_size=source.image_size,
+        captions=captions,
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
 
 class HostBatches(grain.MapDataset[HostBatch]):
-    """Item i is the host batch of step `start_step + i`, built from a repeated dataset of records."""
+    """Item i is the host batch of step `start_step + i`; the parent holds the source's indices in their order."""
 
     def __init__(
         self,
-        parent: grain.MapDataset[Record],
+        parent: grain.MapDataset[int],
+        source: Source,
         tokenize: Tokenize,
         *,
         batch: int,
@@ -99,18 +105,20 @@ class HostBatches(grain.MapDataset[HostBatch]):
         positions: np.ndarray,
         start_step: int,
         data_step: Callable[[int], int],
-        image_size: int,
+        captions: CaptionPolicy,
     ) -> None:
         super().__init__(parent)
         if positions.ndim != 1 or not positions.size or positions.min() < 0 or positions.max() >= batch:
             raise ValueError(f"positions must be a non-empty list of rows in [0, {batch}), not {positions}")
+        self._source = source
         self._tokenize = tokenize
         self._batch = batch
         self._seed = seed
         self._positions = [int(position) for position in positions]
         self._start_step = start_step
         self._data_step = data_step
-        self._image_shape = (image_size, image_size, 3)
+        self._captions = captions
+        self._image_shape = (source.image_size, source.image_size, 3)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -120,13 +128,21 @@ class HostBatches(grain.MapDataset[HostBatch]):
             return self.slice(index)
         step = self._data_step(self._start_step + index)
         keyed = KeyedGenerator(self._seed)
-        images, captions = [], []
-        for position in self._positions:
-            record = self._parent[step * self._batch + position]
-            images.append(self._checked(record))
-            captions.append(choose_caption(record["captions"], keyed.at(step, position)))
+        records = self._read([int(self._parent[step * self._batch + p]) for p in self._positions])
+        captions = [
+            self._captions.choose(record, keyed.at(step, position))
+            for record, position in zip(records, self._positions, strict=True)
+        ]
         ids, mask = self._tokenize(captions)
-        return HostBatch(images=np.stack(images), ids=ids, mask=mask)
+        if "latents" in records[0]:
+            return HostBatch(latents=np.stack([record["latents"] for record in records]), ids=ids, mask=mask)
+        return HostBatch(images=np.stack([self._checked(record) for record in records]), ids=ids, mask=mask)
+
+    def _read(self, indices: list[int]) -> Sequence[Record]:
+        if hasattr(self._source, "__getitems__"):
+            records: Sequence[Record] = self._source.__getitems__(indices)
+            return records
+        return [self._source[index] for index in indices]
 
     def _checked(self, record: Record) -> np.ndarray:
         image = record["image"]
@@ -139,10 +155,10 @@ class HostBatches(grain.MapDataset[HostBatch]):
         return image
 
 
-class TinyShuffle(grain.MapDataset[Record]):
-    """A few records, repeated, every epoch in a permutation drawn uniformly from (seed, epoch)."""
+class TinyShuffle(grain.MapDataset[int]):
+    """A few indices, repeated, every epoch in a permutation drawn uniformly from (seed, epoch)."""
 
-    def __init__(self, parent: grain.MapDataset[Record], seed: int) -> None:
+    def __init__(self, parent: grain.MapDataset[int], seed: int) -> None:
         super().__init__(parent)
         self._key = seed
 

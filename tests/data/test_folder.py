@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scaling_dit.data.images import to_square
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import create_source, source_fields
-from scaling_dit.data.sources.folder import FolderSource, file_hash, to_square
+from scaling_dit.data.sources.encoded import key_hash
+from scaling_dit.data.sources.folder import FolderSource
 from scaling_dit.encoders.scratch import UNK, build_tokenizer
 from scaling_dit.errors import UserError
 
@@ -56,7 +58,7 @@ def test_splits_are_disjoint_complete_and_stable(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines[:25]))
     fewer = FolderSource(str(tmp_path), image_size=8, held_out_fraction=0.3)
     assert {fewer[i]["key"] for i in range(len(fewer))} <= names[0]
-    assert file_hash("images/0.png") == pytest.approx(0.77541, abs=1e-5)  # the same on any machine
+    assert key_hash("images/0.png") == pytest.approx(0.77541, abs=1e-5)  # the same on any machine
 
 
 def test_a_small_folder_has_a_split_and_an_empty_one_is_told(tmp_path):

@@ -1,10 +1,11 @@
 """Where images and captions come from: one file per source, one name each.
 
-`shapes` draws scenes, `folder:PATH` reads images with a `metadata.jsonl`, and "package.module:Class" is a user's own.
+`shapes` draws scenes, `folder:PATH` reads images with a `metadata.jsonl`, `webdataset:GLOB`, `tfds:NAME` and
+`parquet:GLOB` read data sets in these formats, and "package.module:Class" is a user's own.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -16,15 +17,31 @@ _REGISTRY = Registry(
     {
         "shapes": "scaling_dit.data.sources.shapes:ShapesSource",
         "folder": "scaling_dit.data.sources.folder:FolderSource",
+        "webdataset": "scaling_dit.data.sources.webdataset:WebdatasetSource",
+        "tfds": "scaling_dit.data.sources.tfds:TfdsSource",
+        "parquet": "scaling_dit.data.sources.parquet:ParquetSource",
+        "latents": "scaling_dit.data.sources.latents:LatentsSource",
     },
 )
+# Source -> what stands after the colon in its name, which fills its field `path`, and an example.
+_PATHS = {
+    "folder": ("folder", "PATH", "folder:/data/birds"),
+    "webdataset": ("files", "GLOB", "webdataset:/data/laion/*.tar"),
+    "tfds": ("data set", "NAME", "tfds:coco_captions"),
+    "parquet": ("files", "GLOB", "parquet:/data/birds/*.parquet"),
+    "latents": ("folder", "PATH", "latents:/data/birds_latents"),
+}
 
 
 class Record(TypedDict):
     """One example."""
 
-    image: np.ndarray  # uint8 [image_size, image_size, 3], RGB
+    image: NotRequired[np.ndarray]  # uint8 [image_size, image_size, 3], RGB
+    latents: NotRequired[np.ndarray]  # in place of an image: the moments of its latents, bfloat16 [h, w, M]
     captions: Sequence[str]  # at least one; may be lazy
+    kinds: NotRequired[
+        Sequence[str]
+    ]  # of the captions, in their order: alt | synthetic | long; left out = all alt
     key: str  # names the example within its source
 
 
@@ -54,7 +71,7 @@ def create_source(name: str, **fields: Any) -> Source:
     """The training split of a source.
 
     Args:
-      name: "shapes", "folder:PATH" or "package.module:Class".
+      name: "shapes", "folder:PATH", "webdataset:GLOB", "tfds:NAME", "parquet:GLOB" or "package.module:Class".
       **fields: fields of that source, see `source_fields`.
 
     Raises:
@@ -76,8 +93,9 @@ def source_fields(name: str) -> dict[str, Any]:
 def _split(name: str) -> tuple[str, dict[str, str]]:
     """A source's name without what is part of it: "folder:PATH" -> "folder" and its `path`."""
     kind, _, path = name.partition(":")
-    if kind != "folder":
+    if kind not in _PATHS:
         return name, {}
     if not path:
-        raise UserError(f"source {name!r} names no folder; write folder:PATH, for example folder:/data/birds")
+        what, form, example = _PATHS[kind]
+        raise UserError(f"source {name!r} names no {what}; write {kind}:{form}, for example {example}")
     return kind, {"path": path}

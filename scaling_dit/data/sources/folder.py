@@ -1,10 +1,10 @@
 """A folder of images with a `metadata.jsonl` beside them, the Hugging Face imagefolder convention.
 
 Each line of `metadata.jsonl` is a JSON object with `file_name` (relative to the folder) and `text` (one caption) or
-`texts` (a list of captions); other keys are ignored. One line per image: several captions go into `texts`.
+`texts` (a list of captions); `kinds` may say of each text whether it is alt, synthetic or long (`data/captions.py`),
+and other keys do not matter here. One line per image: several captions go into `texts`.
 
-What is right with a file is used: of an animation the first frame, of 16-bit grey the upper byte, transparent pixels
-on white, the orientation that a camera recorded. What is not is a damaged record (`data/damage.py`), of one kind:
+What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on images:
 
     bad_json          a line that is no JSON, or not UTF-8
     bad_line          JSON of another form: no object, a key missing or of a wrong type
@@ -21,29 +21,23 @@ damaged record: the run stops.
 """
 
 import dataclasses
-import errno
-import functools
-import hashlib
-import io
 import json
 import posixpath
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from scaling_dit.data.damage import Damage, DamagedRecord
-from scaling_dit.data.sources import Record
+from scaling_dit.data import images
+from scaling_dit.data.captions import KINDS
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.sources.encoded import EncodedSource, RawSample, Shard, key_hash
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
-# Those that Pillow decodes itself; others would run programs of the system (EPS: Ghostscript).
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-_PILLOW_MAX_PIXELS = 2 * 89_478_485  # Pillow refuses more, and warns from half of it on
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `max_pixels` decides
+KEYS = ("file_name", "text", "texts", "kinds")  # those that are read; the others are `RawSample.metadata`
+BLOCK = 10_000  # lines that count as one shard, for those who share the work
 
 
 class Row(NamedTuple):
@@ -51,181 +45,50 @@ class Row(NamedTuple):
 
     file_name: str
     texts: tuple[str, ...]
+    kinds: tuple[str, ...]  # of the texts: alt | synthetic | long
+    metadata: dict[str, Any]  # the other keys
     line: int  # 1-based, for error messages
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderSource:
-    """Images and captions of one folder, as RGB squares.
-
-    Attributes:
-      path: the folder, local or gs://.
-      image_size: height and width, in pixels, that every image is brought to.
-      held_out_fraction: share of the images kept for evaluation, chosen by a hash of the file name alone, so that an
-        image stays on its side when others are added or removed.
-      max_pixels: larger images are damaged records.
-      max_damaged: damaged records to go on without, lines and images together; 0 stops at the first.
-      damage: those met so far, in both splits.
+class FolderSource(EncodedSource):
+    """Images and captions of one folder, as RGB squares; its fields are those of every `EncodedSource`.
 
     Raises:
       UserError: no such folder or `metadata.jsonl`, too many damaged lines in it, or no image left to train on.
     """
 
-    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
-    image_size: int = 64
-    held_out_fraction: float = 0.05
-    max_pixels: int = 2**26  # 8192 x 8192
-    max_damaged: int = 0
-    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out
-    damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise UserError(f"source.image_size is {self.image_size}; it must be at least 1 pixel")
-        if not 0 <= self.held_out_fraction < 1:
-            raise UserError(f"source.held_out_fraction is {self.held_out_fraction}; it must be in [0, 1)")
-        if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
-            raise UserError(
-                f"source.max_pixels is {self.max_pixels}; it must be from 1 to {_PILLOW_MAX_PIXELS}"
-            )
-        if self.max_damaged < 0:
-            raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
-        if self.damage is None:
-            object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
-        if not self._rows:
-            raise UserError(
-                f"{self._metadata}: no images in the {self.split} split "
-                f"(source.held_out_fraction is {self.held_out_fraction})"
-            )
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int, /) -> Record:
-        """Reads and decodes one image, or the one that stands in for it if it is damaged.
-
-        Raises:
-          IndexError: past the end.
-          UserError: more damaged records than `max_damaged`.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} is not in [0, {len(self)})")
-        return self.damage.read(int(index), len(self), lambda i: self._read(self._rows[i]))
-
-    def describe(self) -> str:
-        """One line for logs."""
-        size = f"{self.image_size}x{self.image_size}"
-        return f"folder {self.path}: {len(self):,} images, {size} px, {self.split} split"
-
-    def held_out(self) -> "FolderSource":
-        """The images kept for evaluation; raises UserError if there are none."""
-        return dataclasses.replace(self, split="held_out")
+    _noun = "folder"
 
     def texts(self) -> Iterator[str]:
         """Every caption of this split, without reading an image."""
-        for row in self._rows:
-            yield from row.texts
+        for index in range(len(self)):
+            shard, row = self._sample_place(index)
+            yield from self._shards[shard].rows[row].texts
 
     @property
     def _metadata(self) -> epath.Path:
         return epath.Path(self.path) / METADATA
 
-    def _read(self, row: Row) -> Record:
-        where = f"{self._metadata} line {row.line}"
-        pixels = read_image(epath.Path(self.path) / row.file_name, where, self.image_size, self.max_pixels)
-        return {"image": pixels, "captions": row.texts, "key": row.file_name}
+    def _place(self) -> str:
+        return str(self._metadata)
 
-    @functools.cached_property
-    def _rows(self) -> tuple[Row, ...]:
+    def _open(self) -> tuple[Shard, ...]:
         rows, faults = read_metadata(self._metadata)
-        self.damage.meet_all(faults)
-        held_out = {row.file_name for row in rows if file_hash(row.file_name) < self.held_out_fraction}
-        if not held_out and self.held_out_fraction and len({row.file_name for row in rows}) > 1:
-            held_out = {
-                min((row.file_name for row in rows), key=file_hash)
-            }  # a small folder still has a split
-        return tuple(row for row in rows if (row.file_name in held_out) == (self.split == "held_out"))
+        shards = []
+        for start in range(0, max(len(rows), 1), BLOCK):
+            block = rows[start : start + BLOCK]
+            hashes = np.array([key_hash(row.file_name) for row in block], np.float64)
+            shards.append(
+                Shard(f"{METADATA}-{start // BLOCK:05d}", hashes, () if start else tuple(faults), block)
+            )
+        return tuple(shards)
 
-
-def scan(path: str, *, image_size: int = 64, max_pixels: int = FolderSource.max_pixels) -> Damage:
-    """Reads every line and image of a folder, both splits: exact counts by kind, and the damaged records themselves.
-
-    Raises:
-      UserError: no such folder or `metadata.jsonl`.
-    """
-    damage = Damage()
-    metadata = epath.Path(path) / METADATA
-    rows, faults = read_metadata(metadata)
-    damage.meet_all(faults)
-    for row in rows:
-        try:
-            read_image(metadata.parent / row.file_name, f"{metadata} line {row.line}", image_size, max_pixels)
-        except DamagedRecord as fault:
-            damage.meet(fault, tell=False)
-    return damage
-
-
-def read_image(path: epath.Path, where: str, size: int, max_pixels: int) -> np.ndarray:
-    """The `to_square` uint8 [size, size, 3] of an image file.
-
-    Raises:
-      DamagedRecord: missing_file, unreadable_image or too_large, at `where`.
-    """
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise DamagedRecord("missing_file", where, f"no file {path.name!r} in {path.parent}") from None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise UserError(f"{where}: cannot read file {path}: {error}") from error
-        raise DamagedRecord(
-            "missing_file", where, f"no file can have the name {path.name[:40]!r}..."
-        ) from None
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
-                return to_square(image, size)
-    except Image.DecompressionBombError as error:
-        raise DamagedRecord("too_large", where, f"image {path.name!r}: {error}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
-        # Pillow's own message would show an address in memory.
-        why = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DamagedRecord("unreadable_image", where, f"cannot read image {path.name!r}: {why}") from error
-    what = f"image {path.name!r} has {width}x{height} pixels; source.max_pixels is {max_pixels}"
-    raise DamagedRecord("too_large", where, what)
-
-
-def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: RGB, the shorter side brought to `size`, the centre cut out.
-
-    Antialiased bicubic resampling; an image of that size already is returned as it is. Transparent pixels are shown
-    on white, and the orientation a camera recorded is applied.
-
-    Raises:
-      ValueError: floating-point pixels, whose range is not known; for damaged data whatever Pillow raises.
-    """
-    image.load()  # damage to the pixels shows here
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing about the orientation
-        image = image.copy()
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
-
-
-def file_hash(file_name: str) -> float:
-    """A number in [0, 1) that depends on the name alone, on any machine."""
-    digest = hashlib.blake2b(file_name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    def _read(self, shard: int, row: int) -> RawSample:
+        line: Row = self._shards[shard].rows[row]
+        where = f"{self._metadata} line {line.line}"
+        data = images.read_bytes(epath.Path(self.path) / line.file_name, where)
+        return RawSample(line.file_name, data, line.texts, line.kinds, line.metadata, where)
 
 
 def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
@@ -281,11 +144,15 @@ def _parse(where: str, number: int, line: bytes) -> Row:
         raise bad_line(f"no 'text' (a string) or 'texts' (a list); {nearest('text', entry)}")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise bad_line("'text' must be a string, 'texts' a list of at least one string")
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+    kinds = entry.get("kinds", ["alt"] * len(texts))
+    if not isinstance(kinds, list) or len(kinds) != len(texts) or not all(kind in KINDS for kind in kinds):
+        raise bad_line(f"'kinds' must be a list with one of {', '.join(KINDS)} for each text")
+    told = [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text.strip()]
+    if not told:
         raise DamagedRecord("empty_caption", where, f"the caption of {file_name!r} is empty")
     normal = posixpath.normpath(file_name)
     if normal.startswith(("/", "../")) or normal in (".", "..") or "://" in file_name:
         what = f"file_name {file_name!r} leaves the folder; it must be relative to it"
         raise DamagedRecord("outside_folder", where, what)
-    return Row(normal, tuple(texts), number)
+    metadata = {key: value for key, value in entry.items() if key not in KEYS}
+    return Row(normal, *(tuple(column) for column in zip(*told, strict=True)), metadata, number)

@@ -1,0 +1,332 @@
+"""What sources of encoded images share: shards of samples, a split by a hash of the key, stand-ins for damage.
+
+A source gives its shards and the samples in them; from that follow random access to decoded records for training
+(`source[index]`) and the samples of one shard in order for `prepare` and `filter` (`source.samples(shard)`).
+"""
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from scaling_dit.data import images
+from scaling_dit.data.captions import KINDS
+from scaling_dit.data.damage import Damage, DamagedRecord
+from scaling_dit.data.sources import Record, create_source
+from scaling_dit.errors import UserError, nearest
+
+
+class RawSample(NamedTuple):
+    """One image as it is stored, with what is known of it."""
+
+    key: str  # names the sample within its source
+    image: bytes  # the encoded file, not yet looked at
+    captions: tuple[str, ...]  # at least one, none blank
+    kinds: tuple[str, ...]  # of the captions, in their order: alt | synthetic | long
+    metadata: dict[str, Any]  # whatever else the record says, JSON values
+    where: str  # file and line or offset, for error lines
+
+
+class Shard(NamedTuple):
+    """What opening a shard tells, without reading its images.
+
+    Attributes:
+      name: unique among the shards of a source.
+      hashes: float64 [n], of the key of each sample, in [0, 1); see `key_hash` and `row_hashes`.
+      faults: what is no sample.
+      rows: what the source keeps to find its samples again.
+    """
+
+    name: str
+    hashes: np.ndarray
+    faults: tuple[DamagedRecord, ...] = ()
+    rows: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedSource(abc.ABC):
+    """Images and captions from files, as RGB squares.
+
+    A subclass gives `_open`, `_read` and `_noun`.
+
+    Attributes:
+      path: what stands after the colon in the source's name.
+      image_size: height and width, in pixels, that every image is brought to.
+      held_out_fraction: share of the images kept for evaluation, chosen by a hash of the key alone, so that an image
+        stays on its side when others are added or removed.
+      max_pixels: larger images are damaged records.
+      max_damaged: damaged records to go on without; 0 stops at the first.
+      damage: those met so far, in both splits.
+
+    Raises:
+      UserError: nothing at `path`, a field out of range, too much damage, or no image left to train on.
+    """
+
+    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
+    image_size: int = 64
+    held_out_fraction: float = 0.05
+    max_pixels: int = images.MAX_PIXELS
+    max_damaged: int = 0
+    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out
+    damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
+    _shards: tuple[Shard, ...] = dataclasses.field(
+        default=(), metadata={"config": False}, compare=False, repr=False
+    )
+
+    _noun: ClassVar[str]  # before the path, in one line of `describe`
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"source.image_size is {self.image_size}; it must be at least 1 pixel")
+        if not 0 <= self.held_out_fraction < 1:
+            raise UserError(f"source.held_out_fraction is {self.held_out_fraction}; it must be in [0, 1)")
+        if not 1 <= self.max_pixels <= images.PILLOW_MAX_PIXELS:
+            raise UserError(
+                f"source.max_pixels is {self.max_pixels}; it must be from 1 to {images.PILLOW_MAX_PIXELS}"
+            )
+        if self.max_damaged < 0:
+            raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
+        if self.damage is None:
+            object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
+        if not self._shards:
+            object.__setattr__(self, "_shards", self._open())
+            self.damage.meet_all(fault for shard in self._shards for fault in shard.faults)
+        if not len(self):
+            raise UserError(
+                f"{self._place()}: no images in the {self.split} split "
+                f"(source.held_out_fraction is {self.held_out_fraction})"
+            )
+
+    @abc.abstractmethod
+    def _open(self) -> tuple[Shard, ...]:
+        """The shards, in the order of their names; each sample of them has a place in `hashes`."""
+
+    @abc.abstractmethod
+    def _read(self, shard: int, row: int) -> RawSample:
+        """One sample; raises DamagedRecord."""
+
+    def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
+        """A reader for each sample of a shard, in order; a subclass may keep a file open meanwhile."""
+        for row in range(len(self._shards[shard].hashes)):
+            yield functools.partial(self._read, shard, row)
+
+    def _place(self) -> str:
+        """For errors about the source as a whole."""
+        return self.path
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int, /) -> Record:
+        """Reads and decodes one image, or the one that stands in for it if it is damaged.
+
+        Raises:
+          IndexError: past the end.
+          UserError: more damaged records than `max_damaged`.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} is not in [0, {len(self)})")
+        return self.damage.read(int(index), len(self), self._record)
+
+    def describe(self) -> str:
+        """One line for logs."""
+        size = f"{self.image_size}x{self.image_size}"
+        return f"{self._noun} {self.path}: {len(self):,} images, {size} px, {self.split} split"
+
+    def held_out(self) -> Self:
+        """The images kept for evaluation; raises UserError if there are none."""
+        return dataclasses.replace(self, split="held_out")
+
+    def shards(self) -> tuple[str, ...]:
+        """The names of the shards, sorted."""
+        return tuple(shard.name for shard in self._shards)
+
+    def samples(self, shard: int) -> Iterator[RawSample | DamagedRecord]:
+        """Everything in one shard, of both splits: what is damaged about it as a whole first, then its samples.
+
+        A damaged sample comes as the DamagedRecord; it is not counted in `damage`. Images are not decoded.
+        """
+        yield from self._shards[shard].faults
+        for read in self._read_shard(shard):
+            try:
+                yield read()
+            except DamagedRecord as fault:
+                yield fault
+
+    def _record(self, index: int) -> Record:
+        shard, row = self._sample_place(index)
+        raw = self._read(shard, row)
+        image = images.decode(raw.image, raw.where, raw.key, self.max_pixels)
+        pixels = images.fit(image, self.image_size, self.image_size)
+        return {"image": pixels, "captions": raw.captions, "kinds": raw.kinds, "key": raw.key}
+
+    def _sample_place(self, index: int) -> tuple[int, int]:
+        """Shard and row of record `index` of this split."""
+        place = int(self._chosen[index])
+        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return shard, place - int(self._starts[shard])
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """The place of each shard's first sample among all samples, int64 [shards]."""
+        counts = np.array([len(shard.hashes) for shard in self._shards], np.int64)
+        return np.cumsum(counts) - counts
+
+    @functools.cached_property
+    def _chosen(self) -> np.ndarray:
+        """The places of this split's samples among all samples, in their order."""
+        if not self._shards:
+            return np.zeros(0, np.int64)
+        hashes = np.concatenate([shard.hashes for shard in self._shards])
+        held_out = hashes < self.held_out_fraction
+        if self.held_out_fraction and len(hashes) > 1 and not held_out.any():
+            held_out[np.argmin(hashes)] = True  # a small set still has a split
+        return np.flatnonzero(held_out == (self.split == "held_out"))
+
+
+def scan(name: str, **fields: Any) -> Damage:
+    """Reads and decodes every sample, both splits: exact counts by kind, and the damaged records themselves.
+
+    Args:
+      name: of a source of encoded images, such as "folder:data/mine".
+      **fields: its fields, as in `create_source`; there is no limit to the damage.
+
+    Raises:
+      UserError: the source cannot be opened, or is of another kind.
+    """
+    source = create_source(name, **{"held_out_fraction": 0.0, "max_damaged": sys.maxsize} | fields)
+    if not isinstance(source, EncodedSource):
+        raise UserError(f"source {name!r} holds no encoded images that could be damaged")
+    damage = Damage()
+    for shard in range(len(source.shards())):
+        for sample in source.samples(shard):
+            try:
+                if isinstance(sample, DamagedRecord):
+                    raise sample
+                images.decode(sample.image, sample.where, sample.key, source.max_pixels)
+            except DamagedRecord as fault:
+                damage.meet(fault, tell=False)
+    return damage
+
+
+def key_hash(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone, on any machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def row_hashes(name: str, count: int) -> np.ndarray:
+    """float64 [count] in [0, 1): a number for each row of a shard, from its name and the row's number alone.
+
+    For shards whose rows have no keys of their own: the finaliser of SplitMix64 (Steele et al., 2014), which costs
+    nanoseconds where `key_hash` costs a microsecond.
+    """
+    start = np.uint64(int(key_hash(name) * 2**63))
+    with np.errstate(over="ignore"):
+        x = (start + np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+class CaptionFields(NamedTuple):
+    """Which fields of a record hold captions, by kind; each a string or a list of strings."""
+
+    alt: tuple[str, ...]
+    synthetic: tuple[str, ...]
+    long: tuple[str, ...]
+
+    def names(self) -> tuple[str, ...]:
+        """Every field, alt-text first."""
+        return tuple(name for kind in KINDS for name in getattr(self, kind))
+
+    def read(self, record: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The captions of a record (a mapping) and their kinds; blank ones are left out.
+
+        Raises:
+          DamagedRecord: missing_caption (none of the fields is there), bad_text (not text), or empty_caption.
+        """
+        captions, kinds, found = [], [], False
+        for kind in KINDS:
+            for name in getattr(self, kind):
+                value = lookup(record, name)
+                if value is None:
+                    continue
+                found = True
+                for text in texts_of(value, name, where):
+                    if text.strip():
+                        captions.append(text)
+                        kinds.append(kind)
+        if not found:
+            hint = nearest(self.names()[0], [str(name) for name in record]) if record else "it has none"
+            raise DamagedRecord(
+                "missing_caption", where, f"no field {' or '.join(map(repr, self.names()))}; {hint}"
+            )
+        if not captions:
+            raise DamagedRecord("empty_caption", where, "every caption is empty")
+        return tuple(captions), tuple(kinds)
+
+
+def lookup(record: Any, name: str) -> Any:
+    """A field of nested mappings: "image/filename" is that key, or `filename` of `image`; None if it is not there.
+
+    A list of mappings gives the list of their values.
+    """
+    if isinstance(record, list | tuple):
+        found = [lookup(item, name) for item in record]
+        return None if any(value is None for value in found) else found
+    if not hasattr(record, "get"):
+        return None
+    if name in record:
+        return record[name]
+    head, _, rest = name.partition("/")
+    return lookup(record[head], rest) if rest and head in record else None
+
+
+def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
+    """A caption field as strings: text or UTF-8 bytes, alone or in a list or array.
+
+    Raises:
+      DamagedRecord: bad_text.
+    """
+    values = [value] if isinstance(value, str | bytes) else value
+    if not isinstance(values, list | tuple | np.ndarray):
+        raise DamagedRecord("bad_text", where, f"{name!r} is {type(value).__name__}, not text")
+    texts = []
+    for text in values:
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DamagedRecord("bad_text", where, f"{name!r} is not UTF-8: {error}") from None
+        if not isinstance(text, str):
+            raise DamagedRecord("bad_text", where, f"{name!r} holds {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair is no text
+            raise DamagedRecord("bad_text", where, f"{name!r} is not text: {error}") from None
+        texts.append(text)
+    return texts
+
+
+class PerThread:
+    """One value for each key and thread, made when it is first asked for; the oldest are dropped beyond `limit`."""
+
+    def __init__(self, make: Callable[[Any], Any], limit: int) -> None:
+        self._make, self._limit = make, limit
+        self._local = threading.local()
+
+    def __getitem__(self, key: Any) -> Any:
+        held = self._local.__dict__.setdefault("held", {})
+        if key not in held:
+            while len(held) >= self._limit:
+                del held[next(iter(held))]
+            held[key] = self._make(key)
+        return held[key]

@@ -1,0 +1,171 @@
+"""Tar files of images and captions, as img2dataset and the webdataset library write them: `webdataset:GLOB`.
+
+The members of one sample follow one another and share a name up to the first dot: `000012.jpg` (jpg, jpeg, png, webp,
+...), `000012.txt` (the caption) and `000012.json` (an object; what it says is `RawSample.metadata`). Members of other
+endings do not matter. The headers of a tar are read once, for an index of where each member lies; from then on any
+sample is one read, and nothing is unpacked.
+
+The index of `00000.tar` is kept as `00000.tar.index` beside it, or in `index_dir`. It holds the tar's size and time and
+a checksum of its own, so one that is out of date or half written is made again; where nothing can be written it is
+made at each start. It costs some 80 bytes of memory per sample: for more than tens of millions, `prepare` them first.
+
+What is damaged (`data/damage.py`) is of one kind. Of the first five, what the headers tell is found on opening:
+
+    truncated_tar     the file ends within a member, or without the two empty blocks that end a tar: one for the tar;
+                      the samples before the place that are complete are used
+    bad_tar           a header that is none: one for the tar; the samples before the place are used
+    duplicate_key     a key that came before in this tar
+    missing_image     a sample without an image
+    missing_caption   a sample without a caption: no txt, and none of the caption fields in the json
+    bad_json          a json that is no JSON object, or not UTF-8
+    bad_text          a caption that is not UTF-8, or no string
+    empty_caption     every caption is blank
+    unreadable_image  see `data/images.py`
+    too_large         see `data/images.py`
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import IO
+
+from absl import logging
+from etils import epath
+
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.sources import tar_index
+from scaling_dit.data.sources.encoded import CaptionFields, EncodedSource, RawSample, Shard
+from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT, Index
+from scaling_dit.errors import UserError
+
+THREADS = 8  # that make indexes; they wait for a disk or a network most of the time
+
+
+@dataclasses.dataclass(frozen=True)
+class WebdatasetSource(EncodedSource):
+    """The samples of all tars that match a pattern, as RGB squares.
+
+    Attributes:
+      alt_fields: where alt-text stands: "txt" is that member, other names are keys of the json, whose values are
+        strings or lists of strings.
+      synthetic_fields: the same of synthetic captions, such as ("all_captions",) in LAION-COCO.
+      long_fields: the same of long captions.
+      index_dir: folder for the indexes, local or gs://; "" = beside each tar.
+
+    Raises:
+      UserError: no tar matches, two have the same name, too much damage, or no image left to train on.
+    """
+
+    alt_fields: tuple[str, ...] = ("txt",)
+    synthetic_fields: tuple[str, ...] = ()
+    long_fields: tuple[str, ...] = ()
+    index_dir: str = ""
+
+    _noun = "webdataset"
+
+    def texts(self) -> Iterator[str]:
+        """Every caption of this split whose record is sound, without reading an image."""
+        for index in range(len(self)):
+            shard, row = self._sample_place(index)
+            with contextlib.suppress(DamagedRecord):
+                yield from self._parse(shard, row, *self._members(shard, row, (TEXT, JSON))).captions
+
+    def _open(self) -> tuple[Shard, ...]:
+        paths = matching(self.path, ".tar")
+        index_dir = epath.Path(self.index_dir) if self.index_dir else None
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            indexes = list(pool.map(functools.partial(tar_index.open_index, index_dir=index_dir), paths))
+        if not all(index.saved for index in indexes):
+            where = index_dir or paths[0].parent
+            logging.warning("indexes of tars cannot be kept in %s; set config.source.index_dir", where)
+        return tuple(self._shard(path, index) for path, index in zip(paths, indexes, strict=True))
+
+    def _shard(self, path: epath.Path, index: Index) -> Shard:
+        faults = tuple(
+            DamagedRecord(kind, f"{path} at byte {offset}", what) for kind, offset, what in index.faults
+        )
+        return Shard(path.name, index.hashes, faults, (path, index))
+
+    @functools.cached_property
+    def _fields(self) -> CaptionFields:
+        return CaptionFields(self.alt_fields, self.synthetic_fields, self.long_fields)
+
+    def _read(self, shard: int, row: int) -> RawSample:
+        return self._parse(shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON)))
+
+    def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
+        path, index = self._shards[shard].rows
+        with path.open("rb") as file:
+            for row in range(len(index.hashes)):
+                yield lambda row=row: self._parse(
+                    shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON), file)
+                )
+
+    def _members(
+        self, shard: int, row: int, wanted: tuple[int, ...], file: IO[bytes] | None = None
+    ) -> tuple[bytes, bytes | None, bytes | None]:
+        """Image, text and json of a sample, in one read; those not wanted are empty, those not there None."""
+        path, index = self._shards[shard].rows
+        spans = [index.spans[row, member] for member in wanted if index.spans[row, member, 0] >= 0]
+        if not spans:
+            return b"", None, None
+        start, end = min(offset for offset, _ in spans), max(offset + size for offset, size in spans)
+        try:
+            with contextlib.nullcontext(file) if file else path.open("rb") as opened:
+                opened.seek(int(start))
+                data = opened.read(int(end - start))
+        except OSError as error:
+            raise UserError(f"{path} at byte {start}: cannot read: {error}") from error
+        if len(data) < end - start:
+            raise UserError(f"{path} at byte {start}: the file became shorter since it was opened")
+        held = {}
+        for member in wanted:
+            offset, size = index.spans[row, member]
+            held[member] = None if offset < 0 else data[offset - start : offset - start + size]
+        return held.get(IMAGE) or b"", held.get(TEXT), held.get(JSON)
+
+    def _parse(
+        self, shard: int, row: int, image: bytes, text: bytes | None, described: bytes | None
+    ) -> RawSample:
+        path, index = self._shards[shard].rows
+        where = f"{path} at byte {index.spans[row, IMAGE, 0]}"
+        metadata = {}
+        if described is not None:
+            try:
+                metadata = json.loads(described.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DamagedRecord("bad_json", where, f"the json is not JSON: {error}") from None
+            if not isinstance(metadata, dict):
+                raise DamagedRecord(
+                    "bad_json", where, f"the json must be an object, not {type(metadata).__name__}"
+                )
+        fields = metadata if text is None else metadata | {"txt": text}
+        captions, kinds = self._fields.read(fields, where)
+        return RawSample(index.key(row), image, captions, kinds, metadata, where)
+
+
+def matching(pattern: str, ending: str) -> list[epath.Path]:
+    """The files that a pattern names, sorted; only those with the ending if it says none itself.
+
+    Wildcards (`*`, `?`, `[0-9]`) stand in any part of the path; local or gs://.
+
+    Raises:
+      UserError: none, or two with the same name, which their records would share.
+    """
+    parts = pattern.split("/")
+    fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
+    folder, rest = "/".join(parts[:fixed]), "/".join(parts[fixed:])
+    root = epath.Path(folder or ("/" if pattern.startswith("/") else "."))
+    found = sorted(path for path in root.glob(rest) if path.name.endswith(ending) and not path.is_dir())
+    if not found:
+        raise UserError(f"no file matches {pattern!r}; a pattern such as /data/set/*{ending} is needed")
+    by_name: dict[str, epath.Path] = {}
+    for path in found:
+        if by_name.setdefault(path.name, path) != path:
+            raise UserError(
+                f"{by_name[path.name]} and {path} share a name, and with it the keys of their images"
+            )
+    return found

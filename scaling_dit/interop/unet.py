@@ -83,7 +83,7 @@ def res_block(place: Place, widths: tuple[int, ...], *, scale_shift: bool = Fals
         entered = ours.endswith("res_0") and place.level and widths[place.level] != widths[place.level - 1]
         if ours.startswith("up") or entered:  # on the way up a skip is concatenated
             table += [
-                Row(f"{upstream}.conv_shortcut.weight", f"{ours}/shortcut/kernel", _POINTWISE),
+                Row(f"{upstream}.conv_shortcut.weight", f"{ours}/shortcut/kernel", POINTWISE),
                 Row(f"{upstream}.conv_shortcut.bias", f"{ours}/shortcut/bias"),
             ]
     return table
@@ -95,7 +95,7 @@ def convolution(upstream: str, ours: str) -> list[Row]:
 
 
 # Weight [out, in, 1, 1] of a convolution <-> our kernel [in, out] of a linear map.
-_POINTWISE = Transform(load=lambda w: w[:, :, 0, 0].T, save=lambda p: (p.T[:, :, None, None],))
+POINTWISE = Transform(load=lambda w: w[:, :, 0, 0].T, save=lambda p: (p.T[:, :, None, None],))
 
 
 def _transformer(place: Place, depth: int) -> list[Row]:

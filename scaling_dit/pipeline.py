@@ -84,6 +84,12 @@ class Model:
         """images uint8 [B, H, W, 3] -> latents float32 [B, h, w, c]."""
         return self.codec.encode(frozen["codec"], images, rng)
 
+    def batch_latents(self, frozen: Params, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+        """The latents float32 [B, h, w, c] of a batch: of its `images`, or drawn from the moments in `latents`."""
+        if "latents" in batch:
+            return self.codec.sample(frozen["codec"], batch["latents"].astype(jnp.float32), rng)
+        return self.encode_image(frozen, batch["images"], rng)
+
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
         """Normal noise float32 [N, h, w, c]; each row depends on `key` and its number of `numbers` [N] alone."""
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)

@@ -70,10 +70,15 @@ class StepProgram:
 
 
 def batch_shapes(config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a train step: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]."""
+    """The global batch of a train step: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L].
+
+    Of a prepared set the batch has `latents` in place of images, the moments bfloat16 [B, h, w, M].
+    """
     batch, side, length = config.batch, model.image_size, model.text_encoder.length
-    shapes = {
-        "images": ((batch, side, side, 3), jnp.uint8),
+    pictures: dict[str, tuple[tuple[int, ...], Any]] = {"images": ((batch, side, side, 3), jnp.uint8)}
+    if config.source.name.startswith("latents:"):
+        pictures = {"latents": ((batch, *model.codec.moments_shape(side)), jnp.bfloat16)}
+    shapes = pictures | {
         "ids": ((batch, length), jnp.int32),
         "mask": ((batch, length), jnp.bool_),
     }

@@ -31,9 +31,9 @@ def make_train_step(
 ) -> Callable[[TrainState, pipeline.Params, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
-    `batch` holds the global batch: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L]. Timesteps, noise and
-    caption drop are drawn for all B rows at once, then split into `optim.accumulate` microbatches, so the split changes
-    nothing.
+    `batch` holds the global batch: images uint8 [B, H, W, 3] or, of a prepared set, latents (their moments, bfloat16
+    [B, h, w, M]), and ids int32 and mask bool [B, L]. Latents, timesteps, noise and caption drop are drawn for all B
+    rows at once, then split into `optim.accumulate` microbatches, so the split changes nothing.
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
@@ -53,7 +53,7 @@ def make_train_step(
     def train_step(state: TrainState, frozen: pipeline.Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
-        latents = model.encode_image(frozen, batch["images"], encode_key)
+        latents = model.batch_latents(frozen, batch, encode_key)
         ids, mask = objectives.drop_captions(
             drop_key,
             batch["ids"],

@@ -134,9 +134,9 @@ class HostBatches(grain.MapDataset[HostBatch]):
             for record, position in zip(records, self._positions, strict=True)
         ]
         ids, mask = self._tokenize(captions)
-        if "latents" in records[0]:
-            return HostBatch(latents=np.stack([record["latents"] for record in records]), ids=ids, mask=mask)
-        return HostBatch(images=np.stack([self._checked(record) for record in records]), ids=ids, mask=mask)
+        for record in records:
+            self._check(record)
+        return HostBatch(**stack_pictures(records), ids=ids, mask=mask)
 
     def _read(self, indices: list[int]) -> Sequence[Record]:
         if hasattr(self._source, "__getitems__"):
@@ -144,15 +144,21 @@ class HostBatches(grain.MapDataset[HostBatch]):
             return records
         return [self._source[index] for index in indices]
 
-    def _checked(self, record: Record) -> np.ndarray:
-        image = record["image"]
-        if image.shape != self._image_shape or image.dtype != np.uint8:
+    def _check(self, record: Record) -> None:
+        image = record.get("image")
+        if image is not None and (image.shape != self._image_shape or image.dtype != np.uint8):
             expected = "x".join(str(size) for size in self._image_shape)
             found = "x".join(str(size) for size in image.shape)
             raise UserError(
                 f"image {record['key']!r} is {found} {image.dtype}; the source promises {expected} uint8"
             )
-        return image
+
+
+def stack_pictures(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """The part of a batch that shows the pictures: "images", or "latents" of records from a prepared set."""
+    if "latents" in records[0]:
+        return {"latents": np.stack([record["latents"] for record in records])}
+    return {"images": np.stack([record["image"] for record in records])}
 
 
 class TinyShuffle(grain.MapDataset[int]):

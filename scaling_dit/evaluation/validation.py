@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from scaling_dit import pipeline
+from scaling_dit.data.loader import stack_pictures
 from scaling_dit.data.sources import Source
 from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.parallel import rules
@@ -46,7 +47,7 @@ class ValidationLoss:
         times = np.random.default_rng(_SEED).permutation(times)
         alpha, sigma = reference.coefficients(times)
         self._rows = {
-            "images": np.stack([record["image"] for record in records]),
+            **stack_pictures(records),
             "ids": ids,
             "mask": mask,
             "reference_timesteps": times,  # for the bins
@@ -84,7 +85,7 @@ class ValidationLoss:
     ) -> tuple[jax.Array, jax.Array]:
         model = self._model
         key = jax.random.key(_SEED)
-        latents = model.encode_image(frozen, rows["images"], jax.random.fold_in(key, 0))
+        latents = model.batch_latents(frozen, rows, jax.random.fold_in(key, 0))
         noise = model.noise(key, rows["number"])
         noisy = objectives.add_noise(model.schedule, latents, noise, rows["timesteps"])
         text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])

@@ -1,0 +1,236 @@
+"""A prepared set as a source: moments of latents that `scaling-dit prepare` has computed, read at random.
+
+Records are read from ArrayRecord shards by their number, without a server, an index in memory or an order. What the
+manifest promises is checked when the set is opened: every shard is there and has its size. A record whose bytes are
+damaged is found when it is read, by ArrayRecord's own checksums, and is a damaged record (`data/damage.py`) of the kind
+`damaged_record`. With `verify` every shard is read once at opening and its sha256 compared.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+
+from scaling_dit.data.damage import Damage, DamagedRecord
+from scaling_dit.data.prepare import files, manifest, records
+from scaling_dit.data.sources import Record
+from scaling_dit.errors import UserError, nearest
+
+_THREADS = 32  # that look at shards when a set is opened
+_READ_AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
+_READ_BUFFER = 2**15  # bytes of a reader; one is open for every shard
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsSource:
+    """Images as the moments of their latents, with captions, from a folder that `prepare` wrote.
+
+    Attributes:
+      path: the folder, local or gs://.
+      image_size: height and width of the images the set was made of, in pixels.
+      max_damaged: damaged records to go on without; 0 stops at the first.
+      verify: compare the checksum of every shard at opening, which reads the whole set.
+      damage: those met so far, in both splits.
+
+    Raises:
+      UserError: no finished set, another image size, a shard that is missing or not the manifest's, or no records.
+    """
+
+    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
+    image_size: int = 256
+    max_damaged: int = 0
+    verify: bool = False
+    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out
+    damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.max_damaged < 0:
+            raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
+        if self.damage is None:
+            object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
+        wanted = manifest.size_name((self.image_size, self.image_size))
+        sizes = self.manifest.moments
+        if wanted not in sizes:
+            right = nearest(wanted, sizes) if len(sizes) > 1 else f"it holds {next(iter(sizes), 'none')}"
+            raise UserError(
+                f"{self.path} holds no images of {wanted} px; {right}; set config.source.image_size "
+                "(training takes the square bucket of a set)"
+            )
+        if not len(self):
+            raise UserError(f"{self.path}: no records in the {self.split} split of {wanted} px")
+        if self.split == "train":
+            self._check_files()
+
+    @functools.cached_property
+    def manifest(self) -> manifest.Manifest:
+        """What the set says of itself."""
+        return manifest.read(epath.Path(self.path))
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(height, width, M) of the moments of every record."""
+        height, width, depth = self.manifest.moments[manifest.size_name((self.image_size, self.image_size))]
+        return height, width, depth
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int, /) -> Record:
+        """One record, or the one that stands in for it if it is damaged.
+
+        Raises:
+          IndexError: past the end.
+          UserError: more damaged records than `max_damaged`.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} is not in [0, {len(self)})")
+        return self.damage.read(int(index), len(self), self._read)
+
+    def __getitems__(self, indices: Sequence[int], /) -> list[Record]:
+        """`[self[index] for index in indices]`, with one read for all records of a shard."""
+        wanted = np.asarray(indices, np.int64)
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        order = np.argsort(shards, kind="stable")
+        found: list[Any] = [None] * len(wanted)
+        for group in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else ():
+            number = int(shards[group[0]])
+            rows = (wanted[group] - self._begins[number]).tolist()
+            try:
+                for place, data in zip(group, self._reader(number).read(rows), strict=True):
+                    found[place] = self._record(data)
+            except (RuntimeError, ValueError):  # one at a time tells which are damaged
+                for place in group:
+                    found[place] = self[int(wanted[place])]
+        return found
+
+    def describe(self) -> str:
+        """One line for logs."""
+        shape = "x".join(map(str, self.moments_shape))
+        return f"latents {self.path}: {len(self):,} records of {shape}, {self.split} split"
+
+    def held_out(self) -> "LatentsSource":
+        """The records kept for evaluation; raises UserError if there are none."""
+        return dataclasses.replace(self, split="held_out")
+
+    def texts(self) -> Iterator[str]:
+        """Every caption of this split; reads all of its records."""
+        for index in range(len(self)):
+            yield from self[index]["captions"]
+
+    def _read(self, index: int) -> Record:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._begins[number])
+        where = f"{epath.Path(self.path) / self._shards[number].file} record {row}"
+        try:
+            (data,) = self._reader(number).read([row])
+            return self._record(data)
+        except (RuntimeError, ValueError) as error:
+            raise DamagedRecord("damaged_record", where, " ".join(str(error).split())) from None
+
+    def _record(self, data: bytes) -> Record:
+        record = records.decode(data)
+        if record.moments.shape != self.moments_shape:
+            raise ValueError(f"moments of {record.moments.shape} in a set of {self.moments_shape}")
+        return {
+            "latents": record.moments,
+            "captions": record.captions,
+            "kinds": record.kinds,
+            "key": record.key,
+        }
+
+    @functools.cached_property
+    def _shards(self) -> list[manifest.Shard]:
+        size = (self.image_size, self.image_size)
+        return [s for s in self.manifest.shards if s.split == self.split and s.size == size]
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([shard.records for shard in self._shards], dtype=np.int64)
+
+    @functools.cached_property
+    def _begins(self) -> np.ndarray:
+        return self._ends - [shard.records for shard in self._shards]
+
+    def _reader(self, number: int) -> ArrayRecordReader:
+        """Of a shard of this split; opened once, and used by all threads.
+
+        Raises:
+          UserError: the shard holds another number of records than the manifest says.
+        """
+        found = self._readers.open.get(number)
+        if found is None:
+            shard = self._shards[number]
+            with self._readers.lock:
+                found = self._readers.open.get(number)
+                if found is None:
+                    found = self._readers.open[number] = self._open(shard)
+        return found
+
+    def _open(self, shard: manifest.Shard) -> ArrayRecordReader:
+        path = epath.Path(self.path) / shard.file
+        try:
+            reader = ArrayRecordReader(
+                self._readers.local(path), options=_READ_AT_RANDOM, file_reader_buffer_size=_READ_BUFFER
+            )
+            count = reader.num_records()
+        except RuntimeError as error:
+            raise UserError(f"cannot read shard {path}: {' '.join(str(error).split())}") from None
+        if count != shard.records:
+            raise UserError(f"{path} holds {count} records; its manifest says {shard.records}")
+        return reader
+
+    @functools.cached_property
+    def _readers(self) -> "_Readers":
+        return _Readers()
+
+    def _check_files(self) -> None:
+        """Compares the shards of both splits with the manifest: that they are there, their sizes, their checksums."""
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            # Listed, so that the error told is that of the first shard at fault.
+            for error in list(pool.map(self._fault, self.manifest.shards)):
+                if error:
+                    raise UserError(error)
+
+    def _fault(self, shard: manifest.Shard) -> str:
+        """What is wrong with a shard, in one line; "" for nothing."""
+        path = epath.Path(self.path) / shard.file
+        again = "copy the set again, or delete its part and run `prepare` again"
+        try:
+            size = path.stat().length
+        except FileNotFoundError:
+            return f"shard {path} is missing; {again}"
+        if size != shard.bytes:
+            return f"shard {path} has {size:,} bytes; its manifest says {shard.bytes:,}; {again}"
+        if self.verify and files.sha256(path) != shard.sha256:
+            return f"shard {path} has another checksum than its manifest says; {again}"
+        return ""
+
+
+class _Readers:
+    """Open readers of a source's shards, and local copies of those that ArrayRecord cannot read in place."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, ArrayRecordReader] = {}
+        self.lock = threading.Lock()
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+
+    def local(self, path: epath.Path) -> str:
+        """A path that ArrayRecord reads: local files and gs:// as they are, others as a copy."""
+        if not files.is_remote(path) or str(path).startswith("gs://"):
+            return os.fspath(path) if not files.is_remote(path) else str(path)
+        if self._copies is None:
+            self._copies = tempfile.TemporaryDirectory(prefix="scaling_dit_latents_")
+        copy = pathlib.Path(self._copies.name) / path.name
+        with path.open("rb") as source, copy.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+        return str(copy)

@@ -77,12 +77,14 @@ class Model:
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """ids, mask [B, L] -> (tokens [B, L, D], mask [B, L] or None when the run shows padding, pooled [B, P])."""
         weights = params["text_encoder"] if self.train_text_encoder else frozen["text_encoder"]
-        tokens, mask, pooled = self.text_encoder.apply(weights, ids, mask)
+        with jax.named_scope("text_encoder"):  # a plan tells its time apart by this name
+            tokens, mask, pooled = self.text_encoder.apply(weights, ids, mask)
         return tokens, mask if self.text_mask else None, pooled
 
     def encode_image(self, frozen: Params, images: jax.Array, rng: jax.Array) -> jax.Array:
         """images uint8 [B, H, W, 3] -> latents float32 [B, h, w, c]."""
-        return self.codec.encode(frozen["codec"], images, rng)
+        with jax.named_scope("codec"):
+            return self.codec.encode(frozen["codec"], images, rng)
 
     def batch_latents(self, frozen: Params, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
         """The latents float32 [B, h, w, c] of a batch: of its `images`, or drawn from the moments in `latents`."""

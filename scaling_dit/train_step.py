@@ -80,9 +80,10 @@ def make_train_step(
         loss, grads = accumulate(
             functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate
         )
-        new_state = optim.apply_gradients(
-            state, loss, grads, optimizer, config.optim.ema, config.optim.ema_power
-        )
+        with jax.named_scope("optimizer"):  # a plan tells its time apart by this name
+            new_state = optim.apply_gradients(
+                state, loss, grads, optimizer, config.optim.ema, config.optim.ema_power
+            )
         in_a_row, total = optim.nonfinite_count(new_state.opt_state)
         metrics = {
             "loss": loss,

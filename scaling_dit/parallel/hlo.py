@@ -1,0 +1,231 @@
+"""Reads the text of a compiled XLA program: computations, instructions, and how often each of them runs.
+
+`compiled.as_text()` is the one view of a compiled program that every backend and topology gives. What the compiler says
+of itself is not enough: `cost_analysis` counts the body of a loop once, and programs for TPU state no trip counts.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0} | {
+    f"{kind}{bits}": bits for kind in "su" for bits in (2, 4, 8, 16, 32, 64)
+} | {"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,<=]*)\](?:\{([^{}]*)\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_OPCODE = re.compile(r"([a-z][a-z0-9\-]*)\(")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|async_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# Their computations are applied to single numbers; what they hold is no work of its own.
+_ELEMENTWISE = {"reduce", "reduce-window", "scatter", "sort", "select-and-scatter", "map", "all-reduce",
+                "reduce-scatter", "all-reduce-start"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result: its type, sizes, and whether it lies in HBM (else in on-chip memory)."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of bytes without padding."""
+        bits = _BITS.get(self.dtype) or (
+            4 if self.dtype.startswith("f4") else 8 if self.dtype != "token" else 0
+        )
+        return math.prod(self.dims) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a program."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]  # of the result, in order
+    operands: tuple[str, ...]  # names
+    attributes: str  # the rest of the line
+    value: int | None = None  # of an integer constant
+    root: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result."""
+        return sum(array.size for array in self.arrays)
+
+    @functools.cached_property
+    def scope(self) -> str:
+        """Where in the source it comes from, as jax names it ("jit(step)/jvp(UViT)/.../dot_general"); "" if unknown."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        """The computations it names."""
+        found = _CALLED.findall(self.attributes)
+        for group in _BRANCHES.findall(self.attributes):
+            found += re.findall(r"%?([\w.\-]+)", group)
+        return found
+
+
+_START = Instruction("", "call", (), (), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """An instruction as the program runs it."""
+
+    instruction: Instruction
+    computation: str
+    times: int  # the product of the trip counts of the loops around it
+    fused: bool  # inside a fusion, which is one kernel
+    asynchronous: bool  # inside a computation that runs beside others
+    repeated: bool  # inside a fusion that goes on with, or waits for, a collective which another one began
+
+
+class Program:
+    """A parsed program.
+
+    Attributes:
+      computations: name -> its instructions in order.
+      entry: name of the computation that is the program.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if line[:1] not in (" ", "}", ""):
+                header = _HEADER.match(line)
+                if header:
+                    current = self.computations.setdefault(header[2], [])
+                    self.entry = header[2] if header[1] else self.entry
+                continue
+            found = _INSTRUCTION.match(line)
+            parsed = found and _parse(found[2], found[3], bool(found[1]))
+            if parsed:
+                current.append(parsed)
+        self._named = {
+            name: {instruction.name: instruction for instruction in body}
+            for name, body in self.computations.items()
+        }
+        self.unknown_loops = 0  # while loops whose trip count could not be read; counted once each
+
+    def operands(self, visit: Visit) -> list[Instruction]:
+        """The instructions whose results an instruction takes."""
+        named = self._named[visit.computation]
+        return [named[name] for name in visit.instruction.operands if name in named]
+
+    def walk(self) -> Iterator[Visit]:
+        """Every instruction that runs, with how often; of a conditional only the longest branch."""
+        self.unknown_loops = 0
+        yield from self._walk(Visit(_START, self.entry, 1, False, False, False))
+
+    def _walk(self, at: Visit) -> Iterator[Visit]:
+        """The instructions of `at.computation`, each with the rest of `at`."""
+        for instruction in self.computations.get(at.computation, ()):
+            yield dataclasses.replace(at, instruction=instruction)
+            opcode, called = instruction.opcode, instruction.called
+            if not called or opcode in _ELEMENTWISE or opcode.endswith(("-done", "-update")):
+                continue
+            times = at.times
+            if opcode == "while":
+                trips = self.trip_count(instruction)
+                self.unknown_loops += trips is None
+                times *= 1 if trips is None else trips
+            elif opcode == "conditional":
+                called = [max(called, key=self._length)]
+            started = "async-collective-start" in instruction.name or opcode == "async-start"
+            for name in called:
+                goes_on = "async-collective-done" in instruction.name or name.startswith(
+                    "async_collective_fusion"
+                )
+                yield from self._walk(
+                    Visit(
+                        instruction,
+                        name,
+                        times,
+                        fused=at.fused or opcode == "fusion",
+                        asynchronous=at.asynchronous or started,
+                        repeated=at.repeated or goes_on,
+                    )
+                )
+
+    def _length(self, computation: str) -> int:
+        return sum(
+            1 + sum(map(self._length, instruction.called))
+            for instruction in self.computations.get(computation, ())
+        )
+
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often a while loop runs; None if that cannot be read.
+
+        The compiler's own note, else the bound of `i < bound` in the condition, as `jax.lax.scan` counts from 0 by 1.
+        """
+        noted = _TRIP_COUNT.search(loop.attributes)
+        if noted:
+            return int(noted[1])
+        pending = re.findall(r"\bcondition=%?([\w.\-]+)", loop.attributes)
+        bounds, less = list[int](), False
+        while pending:
+            for instruction in self.computations.get(pending.pop(), ()):
+                less |= instruction.opcode == "compare" and "direction=LT" in instruction.attributes
+                if instruction.value is not None:
+                    bounds.append(instruction.value)
+                pending += instruction.called
+        return bounds[0] if less and len(bounds) == 1 else None
+
+
+def _parse(name: str, rest: str, root: bool) -> Instruction | None:
+    """`(f32[2]{0}, u8[]) opcode(%a, %b), attribute=..` as an instruction."""
+    head, tail = _split_type(rest)
+    opcode = _OPCODE.match(tail)
+    if not opcode:
+        return None
+    inside, attributes = _split_operands(tail)
+    value = re.fullmatch(r"-?\d+", inside) if opcode[1] == "constant" else None
+    arrays = tuple(
+        Array(dtype, _dims(dims), "S(" not in layout or "S(0)" in layout)
+        for dtype, dims, layout in _SHAPE.findall(head)
+    )
+    integer = value is not None and bool(arrays) and arrays[0].dtype[0] in "su"
+    return Instruction(
+        name,
+        opcode[1],
+        arrays,
+        tuple(re.findall(r"%([\w.\-]+)", inside)),
+        attributes,
+        int(value[0]) if value is not None and integer else None,
+        root,
+    )
+
+
+def _split_type(rest: str) -> tuple[str, str]:
+    """The type of a result and what follows it; a type may be a tuple and holds layouts in braces."""
+    depth = 0
+    for place, char in enumerate(rest):
+        depth += (char in "({[") - (char in ")}]")
+        if char == " " and not depth:
+            return rest[:place], rest[place + 1 :]
+    return rest, ""
+
+
+def _split_operands(tail: str) -> tuple[str, str]:
+    """`opcode(inside), attributes` -> (inside, attributes)."""
+    start, depth = tail.index("("), 0
+    for place in range(start, len(tail)):
+        depth += (tail[place] == "(") - (tail[place] == ")")
+        if not depth:
+            return tail[start + 1 : place], tail[place + 1 :]
+    return tail[start + 1 :], ""
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    return tuple(int(size.strip("<=")) for size in text.split(",") if size.strip("<="))

@@ -1,0 +1,331 @@
+"""What a compiled program costs one device: FLOPs, HBM traffic, collectives by mesh axis, the compiler's cycles.
+
+Loops count as often as they run, see `hlo.Program`.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from scaling_dit.parallel.hlo import Array, Instruction, Program, Visit
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Parts of a step for `Statistics.parts`; the first whose pattern the scope holds (see `_part`).
+PARTS = (
+    "attention core", "projections", "MLP", "norms", "convolutions", "text encoder", "codec", "optimiser", "copies",
+    "collectives", "other",
+)  # fmt: skip
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update", "async-done", "copy-done",
+    "add-dependency",
+}  # fmt: skip
+# What only moves data: the last part of a scope, and opcodes.
+_MOVES = {
+    "broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "gather", "pad", "reshape", "rev",
+    "slice", "split", "squeeze", "transpose",
+}  # fmt: skip
+_MOVING = {
+    "broadcast", "concatenate", "copy", "copy-start", "dynamic-slice", "dynamic-update-slice", "pad", "reshape",
+    "reverse", "slice", "transpose",
+}  # fmt: skip
+_ATTENTION = re.compile(r"(?:^|/)\w*(?:attn|attention|splash)\w*/", re.IGNORECASE)
+_PROJECTION = re.compile(r"(?:^|/)(?:qkv|kv|q|k|v|proj|out|text_kv|to_\w+|w[qkvo])/")
+_SCOPES = (
+    ("optimiser", re.compile(r"(?:^|/)optimizer/")),
+    ("text encoder", re.compile(r"\(text_encoder\)|(?:^|/)text_encoder/")),
+    ("codec", re.compile(r"\(codec\)|(?:^|/)codec/")),
+    ("norms", re.compile(r"(?:^|/)\w*norm\w*/[\w;./]*$")),
+    ("MLP", re.compile(r"(?:^|/)(?:mlp|ff|feed_forward|ffn|geglu)\w*/")),
+    ("convolutions", re.compile(r"conv_general_dilated|(?:^|/)\w*conv\w*/")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind over the same mesh axes, per step and device.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      axes: names of the mesh axes along which data move.
+      torus_axes: number of axes of the machine's torus along which they move; 0 if its coordinates are not known.
+      slices: whether they cross slices, over the data-centre network.
+      asynchronous: whether they run beside the computation.
+      count: how many run in a step.
+      size: bytes of the whole (gathered, or not yet reduced) arrays.
+      wire: bytes that one device sends in a ring: (n - 1) / n of `size` for n devices, twice that for an all-reduce.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    torus_axes: int
+    slices: bool
+    asynchronous: bool
+    count: int
+    size: int
+    wire: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The cost of a program for one device.
+
+    Attributes:
+      flops: 2 x multiply-adds of every matrix product and convolution, padding not counted, with `kernel_flops`.
+      kernel_flops: of hand-written kernels, as they declare themselves.
+      undeclared_kernels: hand-written kernels that declare no FLOPs: these are missing in `flops`.
+      hbm_bytes: read and written by all kernels, an estimate: an array counts once for each kernel that takes it.
+      cycles: the TPU compiler's estimates summed, collectives not included; 0 where it gives none.
+      parts: of those by part of the step, see `PARTS`.
+      collectives: by kind, mesh axes, and whether asynchronous.
+      unknown_loops: loops whose trip count could not be read, counted as running once.
+    """
+
+    flops: int
+    kernel_flops: int
+    undeclared_kernels: int
+    hbm_bytes: int
+    cycles: int
+    parts: Mapping[str, int]
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the partitions of a program lie.
+
+    Attributes:
+      axes: mesh axis -> size, in the order of the mesh; partition p is the p-th device of the mesh.
+      coords: [partitions, n] places in the machine's torus; None if not known.
+      slices: [partitions] number of the slice of each; None for one slice.
+    """
+
+    axes: Mapping[str, int]
+    coords: np.ndarray | None = None
+    slices: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of partitions."""
+        return math.prod(self.axes.values())
+
+    def moved(self, groups: Sequence[np.ndarray]) -> tuple[tuple[str, ...], int, bool]:
+        """(mesh axes, number of torus axes, whether slices are crossed) along which the members of groups differ."""
+        members = np.stack(groups)
+        places = np.stack(np.unravel_index(members, tuple(self.axes.values())), -1)  # [groups, n, axes]
+        varies = (places != places[:, :1]).any((0, 1))
+        torus = 0
+        if self.coords is not None:
+            at = self.coords[members]
+            torus = int((at != at[:, :1]).any((0, 1)).sum())
+        crossing = self.slices is not None and bool(
+            (self.slices[members] != self.slices[members][:, :1]).any()
+        )
+        return tuple(name for name, moves in zip(self.axes, varies, strict=True) if moves), torus, crossing
+
+
+def statistics(program: Program, layout: Layout) -> Statistics:
+    """Counts a program that was compiled for `layout.size` devices."""
+    flops = kernel_flops = undeclared = hbm = 0
+    parts: collections.Counter[str] = collections.Counter(dict.fromkeys(PARTS, 0))
+    sums: dict[tuple, list[int]] = {}
+    for visit in program.walk():
+        instruction, times = visit.instruction, visit.times
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in ("dot", "convolution"):
+            operands = [operand.arrays for operand in program.operands(visit)]
+            product = _dot_flops if opcode == "dot" else _convolution_flops
+            flops += times * product(instruction, *(arrays[0] for arrays in operands[:2]))
+        elif opcode in COLLECTIVES and not visit.repeated:
+            key, size, wire = _collective(program, visit, opcode, layout)
+            entry = sums.setdefault(key, [0, 0, 0])
+            for place, value in enumerate((1, size, wire)):
+                entry[place] += value * times
+        elif opcode == "custom-call" and _is_kernel(instruction):
+            declared = re.search(r'"flops":"?(\d+)', instruction.attributes)
+            undeclared += times * (declared is None)
+            kernel_flops += times * (int(declared[1]) if declared else 0)
+        if not visit.fused:
+            hbm += times * hbm_bytes(program, visit)
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        if cycles:
+            parts[_part(program, instruction)] += times * int(cycles[1])
+    rows = [Collective(*key, *entry) for key, entry in sorted(sums.items(), key=lambda item: -item[1][1])]
+    total = flops + kernel_flops
+    return Statistics(
+        total,
+        kernel_flops,
+        undeclared,
+        hbm,
+        sum(parts.values()),
+        dict(parts),
+        tuple(rows),
+        program.unknown_loops,
+    )
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return target is not None and target[1] in (
+        "tpu_custom_call",
+        "__gpu$xla.gpu.triton",
+        "__cudnn$fmhaSoftmax",
+    )
+
+
+def _dot_flops(dot: Instruction, left: Array, right: Array) -> int:
+    contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
+    axes = map(int, filter(None, contracting[1].split(","))) if contracting else ()
+    return 2 * math.prod(dot.arrays[0].dims) * math.prod(left.dims[axis] for axis in axes)
+
+
+def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> int:
+    """2 x multiply-adds; of a window only the places that meet data count, neither padding nor dilation.
+
+    On TPU every matrix product is a convolution; one over a batch is written with a window as large as the batch of
+    which one place meets data.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    if labels is None:
+        return 0
+    inputs, kernel, outputs = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    groups = {
+        name: int(count)
+        for name, count in re.findall(
+            r"(feature_group_count|batch_group_count)=(\d+)", convolution.attributes
+        )
+    }
+    out = convolution.arrays[0].dims
+    macs = left.dims[inputs.index("f")] // groups.get("feature_group_count", 1)
+    macs *= right.dims[kernel.index("o")] * left.dims[inputs.index("b")] // groups.get("batch_group_count", 1)
+    for axis, label in enumerate(sorted(label for label in outputs if label.isdigit())):
+
+        def field(name: str, default: str, axis: int = axis) -> int:
+            return int(fields[name].split("x")[axis].split("_")[0]) if name in fields else int(default)
+
+        size, taps = left.dims[inputs.index(label)], right.dims[kernel.index(label)]
+        step, dilation = field("stride", "1"), field("lhs_dilate", "1")
+        first = np.arange(out[outputs.index(label)])[:, None] * step - field("pad", "0")
+        met = first + np.arange(taps) * field("rhs_dilate", "1")
+        macs *= int(((met >= 0) & (met <= (size - 1) * dilation) & (met % dilation == 0)).sum())
+    return 2 * macs
+
+
+def _collective(program: Program, visit: Visit, kind: str, layout: Layout) -> tuple[tuple, int, int]:
+    """(kind, axes, torus axes, slices, asynchronous), bytes of the whole arrays and bytes that one device sends."""
+    instruction = visit.instruction
+    taken = sum(operand.size for operand in program.operands(visit))
+    groups = _groups(instruction.attributes, layout.size)
+    n = max(map(len, groups))
+    size = taken * n if kind == "all-gather" else taken
+    # On TPU an all-reduce whose result is only sliced stands in a fusion of that name and moves half as much.
+    if kind == "all-reduce" and visit.fused and visit.computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    wire = size if kind == "collective-permute" else size * (n - 1) * (2 if kind == "all-reduce" else 1) // n
+    asynchronous = visit.asynchronous or instruction.opcode.endswith("-start")
+    return (kind, *layout.moved(groups), asynchronous), size, wire
+
+
+def _groups(attributes: str, world: int) -> list[np.ndarray]:
+    """The groups of devices that exchange data; XLA writes them in four ways."""
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    if pairs:
+        return [np.array(pair, int) for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+    listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes)
+    if listed:
+        return [np.array(group.split(","), int) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        devices = np.arange(world).reshape([int(size) for size in iota[3].split(",")])
+        order = [int(axis) for axis in iota[4].split(",")] if iota[4] else list(range(devices.ndim))
+        return list(devices.transpose(order).reshape(int(iota[1]), int(iota[2])))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh:  # mesh['a'=4,'b'=16] {'b'}: one group for each place on the other axes
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        names, used = list(sizes), re.findall(r"'(\w+)'", mesh[2])
+        devices = np.arange(world).reshape(list(sizes.values()))
+        others = [axis for axis, name in enumerate(names) if name not in used]
+        inside = [names.index(name) for name in used]
+        return list(devices.transpose(others + inside).reshape(-1, math.prod(sizes[name] for name in used)))
+    return [np.arange(world)]
+
+
+def hbm_bytes(program: Program, visit: Visit) -> int:
+    """What one instruction reads from and writes to HBM; of an array that is only sliced or updated, that part."""
+    instruction = visit.instruction
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return 0
+    operands = program.operands(visit)
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * _in_hbm(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _in_hbm(operands[1])
+    if instruction.opcode == "copy-start":
+        return sum(array.size for array in instruction.arrays[:2] if array.in_hbm)
+    if instruction.opcode != "fusion":
+        return _in_hbm(instruction) + sum(map(_in_hbm, operands))
+    body = program.computations.get(instruction.called[0], []) if instruction.called else []
+    by_name = {inner.name: inner for inner in body}
+    parameters = [inner for inner in body if inner.opcode == "parameter"]
+    total = 0
+    for place, operand in enumerate(operands):
+        inner = parameters[place] if len(parameters) == len(operands) else None
+        if any(array.in_hbm for array in operand.arrays):
+            total += _read(inner, body, by_name) if inner is not None else operand.size
+    roots = [inner for inner in body if inner.root]
+    updated = [by_name[root.operands[1]] for root in roots if root.opcode == "dynamic-update-slice"]
+    return total + (sum(inner.size for inner in updated) if updated else _in_hbm(instruction))
+
+
+def _read(parameter: Instruction, body: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> int:
+    """Bytes that a fusion reads of one of its parameters."""
+    users = [inner for inner in body if parameter.name in inner.operands]
+    if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+        return min(parameter.size, sum(user.size for user in users))
+    if users and all(
+        user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users
+    ):
+        return sum(by_name[user.operands[1]].size for user in users)
+    return parameter.size
+
+
+def _in_hbm(instruction: Instruction) -> int:
+    return sum(array.size for array in instruction.arrays if array.in_hbm)
+
+
+def _part(program: Program, instruction: Instruction) -> str:
+    """The part of the step that an instruction belongs to, from where in the source it or its main product comes."""
+    body = [
+        inner
+        for name in (instruction.called if instruction.opcode == "fusion" else ())
+        for inner in program.computations.get(name, ())
+    ]
+    products = [inner for inner in body if inner.opcode in ("dot", "convolution")]
+    exchanges = any(inner.opcode.removesuffix("-start") in COLLECTIVES for inner in (instruction, *body))
+    if exchanges and not products:
+        return "collectives"
+    scope = next((inner.scope for inner in products if inner.scope), instruction.scope)
+    scope = scope or next((inner.scope for inner in reversed(body) if inner.scope), "")
+    scope = scope.partition(";")[0].replace("while/body/closed_call/", "")
+    is_product = bool(products) or instruction.opcode in ("dot", "convolution", "custom-call")
+    if re.search(r"(?:^|/)optimizer/", scope):
+        return "optimiser"
+    if not is_product and (instruction.opcode in _MOVING or not scope or scope.rpartition("/")[2] in _MOVES):
+        return "copies"
+    for part, pattern in _SCOPES:
+        if pattern.search(scope):
+            return part
+    if _ATTENTION.search(scope):
+        return (
+            "projections"
+            if _PROJECTION.search(scope[_ATTENTION.search(scope).end() - 1 :])
+            else "attention core"
+        )
+    return "projections" if is_product else "other"

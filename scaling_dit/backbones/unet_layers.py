@@ -207,10 +207,12 @@ def head(x: jax.Array, features: int, activation: str, param_dtype: Any) -> jax.
     return conv3x3("conv_out", x.shape[-1], features, axes=axes, param_dtype=param_dtype)(x)
 
 
-def group_norm(name: str, *, epsilon: float = EPSILON, param_dtype: Any = jnp.float32) -> nn.GroupNorm:
-    """GroupNorm with GROUPS groups, computed and returned in float32 whatever comes in."""
+def group_norm(
+    name: str, *, epsilon: float = EPSILON, groups: int = GROUPS, param_dtype: Any = jnp.float32
+) -> nn.GroupNorm:
+    """GroupNorm, computed and returned in float32 whatever comes in."""
     return nn.GroupNorm(
-        num_groups=GROUPS,
+        num_groups=groups,
         epsilon=epsilon,
         dtype=jnp.float32,
         param_dtype=jnp.dtype(param_dtype),
@@ -221,7 +223,9 @@ def group_norm(name: str, *, epsilon: float = EPSILON, param_dtype: Any = jnp.fl
     )
 
 
-def linear(name: str, width: int, features: int | tuple[int, ...], axes: layers.Axes, **types: Any) -> Dense:
+def linear(
+    name: str | None, width: int, features: int | tuple[int, ...], axes: layers.Axes, **types: Any
+) -> Dense:
     """`Dense` on inputs of so many channels, with PyTorch's initial values."""
     init = torch_uniform(width)
     return Dense(features, axes, kernel_init=init, bias_init=init, name=name, **types)

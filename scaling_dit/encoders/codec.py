@@ -1,6 +1,8 @@
 """Image codecs: between pixels and the latents that are noised.
 
-A codec has `channels`, `shape(image_size)`, and pure functions `encode` and `decode` over its frozen parameters.
+A codec has `channels`, `shape(image_size)`, and pure functions over its frozen parameters. Encoding has two halves, so
+that the costly one can be done once and stored: `moments` of images, which draws nothing, and `sample`, which draws
+latents from them.
 """
 
 import dataclasses
@@ -14,7 +16,11 @@ from scaling_dit.components import Registry
 
 _REGISTRY = Registry(
     "codec",
-    {"pixels": "scaling_dit.encoders.codec:Pixels", "dct": "scaling_dit.encoders.dct:BlockDct"},
+    {
+        "pixels": "scaling_dit.encoders.codec:Pixels",
+        "dct": "scaling_dit.encoders.dct:BlockDct",
+        "vae": "scaling_dit.encoders.vae:Autoencoder",
+    },
 )
 
 
@@ -32,15 +38,52 @@ class Codec(Protocol):
     def shape(self, image_size: int) -> tuple[int, int, int]:
         """(height, width, channels) of the latent of an image of `image_size` x `image_size` pixels."""
 
+    def moments_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(height, width, M) of the moments of such an image."""
+
+    def init(self, rng: jax.Array) -> Any:
+        """Fresh parameters, boxed with their logical axes; {} if there are none. Reads no files."""
+
+    def moments(self, params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """Images uint8 [B, H, W, 3] -> what their latents are drawn from, float32 [B, h, w, M]."""
+
+    def sample(self, params: Mapping[str, Any], moments: jax.Array, rng: jax.Array) -> jax.Array:
+        """Moments [B, h, w, M] -> latents float32 [B, h, w, C]; `rng` for codecs that draw."""
+
     def encode(self, params: Mapping[str, Any], images: jax.Array, rng: jax.Array) -> jax.Array:
-        """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C]; `rng` for codecs that sample."""
+        """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C]: `sample` of their `moments`."""
 
     def decode(self, params: Mapping[str, Any], latents: jax.Array) -> jax.Array:
         """Latents [B, h, w, C] -> images uint8 [B, H, W, 3]."""
 
 
+class FixedCodec:
+    """A base for codecs without weights that draw nothing: the moments of an image are its latents.
+
+    A subclass has `channels`, `bounded`, `shape`, `encode` (which does not read its key) and `decode`.
+    """
+
+    def moments_shape(self: Any, image_size: int) -> tuple[int, int, int]:
+        """The shape of the latent."""
+        shape: tuple[int, int, int] = self.shape(image_size)
+        return shape
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """No parameters."""
+        return {}
+
+    def moments(self: Any, params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """The latents of images."""
+        latents: jax.Array = self.encode(params, images, jax.random.key(0))
+        return latents
+
+    def sample(self, params: Mapping[str, Any], moments: jax.Array, rng: jax.Array) -> jax.Array:
+        """The moments themselves, float32."""
+        return moments.astype(jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True)
-class Pixels:
+class Pixels(FixedCodec):
     """Diffusion on the pixels themselves, scaled to [-1, 1]; no parameters (`params` is empty)."""
 
     channels: ClassVar[int] = 3
@@ -65,7 +108,7 @@ def create_codec(name: str, **fields: Any) -> Codec:
     """A codec without weights.
 
     Args:
-      name: "pixels", "dct" or "package.module:Class".
+      name: "pixels", "dct", "vae" or "package.module:Class".
       **fields: fields of that codec, see `codec_fields`.
 
     Raises:

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from scaling_dit.encoders.codec import Pixels
+from scaling_dit.encoders.codec import FixedCodec, Pixels
 from scaling_dit.errors import UserError
 
 COLOURS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockDct:
+class BlockDct(FixedCodec):
     """Latents of a block DCT; no parameters (`params` is empty).
 
     Attributes:

@@ -6,7 +6,7 @@ A row says which upstream entries make one of our parameters and how. `{i}` in i
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -215,46 +215,52 @@ def load(
     """
     expected = traverse_util.flatten_dict(abstract, sep="/")
     entries = expand(rows, expected)
-    host = {name: _on_host(name, value) for name, value in state_dict.items()}
     copies = dict(pair for row in rows if isinstance(row, Copy) for pair in row.pairs)
     unread = {row.upstream: row.shape for row in rows if isinstance(row, Unread)}
     known = {name for entry in entries for name in entry.names} | set(copies)
     problems = _compare_names(known, set(state_dict) - set(unread))
-    problems += [
-        f"{name} is {host[name].shape}, it must be {shape}"
-        for name, shape in unread.items()
-        if name in host and host[name].shape != shape
-    ]
-    problems += [  # quantised weights need their scales, which nothing here applies
-        f"{name} is {host[name].dtype}, it must be floating"
-        for name in sorted(known & set(host))
-        if host[name].dtype.kind in "biuc"
-    ]
-    problems += _compare_copies(copies, host)
-    layers: dict[str, dict[int | None, np.ndarray]] = {}
+    problems += _compare_rest(copies, unread, state_dict)
+    flat: dict[str, np.ndarray] = {}
     for entry in entries:
         if not all(name in state_dict for name in entry.names):
             continue
-        arrays = [host[name] for name in entry.names]
+        # Each entry is read here and let go: a lazy state dict is never whole in memory.
+        arrays = [_on_host(name, state_dict[name]) for name in entry.names]
         target = expected[entry.path]
         shape = target.shape if entry.layer is None else target.shape[1:]
-        wanted = [
-            part.shape
-            for part in entry.row.transform.save(np.broadcast_to(np.zeros((), target.dtype), shape))
-        ]
-        misfits = _compare_shapes(entry, arrays, wanted)
+        empty = np.broadcast_to(np.zeros((), target.dtype), shape)
+        wanted = [part.shape for part in entry.row.transform.save(empty)]
+        misfits = _compare_types(entry.names, arrays) + _compare_shapes(entry, arrays, wanted)
         problems += misfits
-        if not misfits:
-            layers.setdefault(entry.path, {})[entry.layer] = entry.row.transform.load(*arrays).astype(
-                target.dtype
-            )
+        if misfits:
+            continue
+        loaded = entry.row.transform.load(*arrays)
+        if entry.layer is None:
+            flat[entry.path] = loaded.astype(target.dtype)
+        else:
+            if entry.path not in flat:
+                flat[entry.path] = np.empty((target.shape[0], *loaded.shape), target.dtype)
+            flat[entry.path][entry.layer] = loaded
     if problems:
         raise UserError(f"the state dict does not fit {what}: " + "; ".join(problems))
-    flat = {
-        path: parts[None] if None in parts else np.stack([parts[i] for i in range(len(parts))])
-        for path, parts in layers.items()
-    }
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed(Mapping[str, Any]):
+    """Some entries of a mapping under other names; nothing is read before it is asked for."""
+
+    entries: Mapping[str, Any]
+    names: Mapping[str, str]  # new name -> that in `entries`
+
+    def __getitem__(self, name: str) -> Any:
+        return self.entries[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def save(
@@ -309,15 +315,33 @@ def _compare_names(wanted: set[str], found: set[str]) -> list[str]:
     return [f"{label}: {', '.join(sorted(names))}" for label, names in lists if names]
 
 
-def _compare_copies(copies: Mapping[str, str], state_dict: Mapping[str, Any]) -> list[str]:
-    differ = [
-        f"{name} differs from {original}"
-        for name, original in copies.items()
-        if name in state_dict
-        and original in state_dict
-        and not np.array_equal(state_dict[name], state_dict[original])
+def _compare_rest(
+    copies: Mapping[str, str], unread: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Any]
+) -> list[str]:
+    """Problems of the entries that make no parameter of ours: shapes of unread ones, copies that differ."""
+    problems, differ = [], []
+    for name, shape in unread.items():
+        found = np.shape(_on_host(name, state_dict[name])) if name in state_dict else shape
+        if found != shape:
+            problems.append(f"{name} is {found}, it must be {shape}")
+    for name, original in copies.items():
+        if name in state_dict and original in state_dict:
+            copy = _on_host(name, state_dict[name])
+            problems += _compare_types((name,), [copy])
+            if not np.array_equal(copy, _on_host(original, state_dict[original])):
+                differ.append(f"{name} differs from {original}")
+    if differ:
+        problems.append(f"one parameter here, so they must be equal: {', '.join(differ)}")
+    return problems
+
+
+def _compare_types(names: Sequence[str], arrays: Arrays) -> list[str]:
+    """Quantised weights need their scales, which nothing here applies."""
+    return [
+        f"{name} is {array.dtype}, it must be floating"
+        for name, array in zip(names, arrays, strict=True)
+        if array.dtype.kind in "biuc"
     ]
-    return [f"one parameter here, so they must be equal: {', '.join(differ)}"] if differ else []
 
 
 def _compare_shapes(entry: Entry, arrays: Arrays, wanted: Sequence[tuple[int, ...]]) -> list[str]:

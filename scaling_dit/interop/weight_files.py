@@ -4,7 +4,6 @@ Shards are named `STEM-00001-of-00003.safetensors`; `STEM.safetensors.index.json
 is ever unpickled: a pickle can run any code, so such files are refused.
 """
 
-import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -55,6 +54,56 @@ def write(folder: epath.Path, stem: str, weights: Mapping[str, np.ndarray], shar
     return [*files, f"{stem}{INDEX_SUFFIX}"]
 
 
+class Tensors(Mapping[str, np.ndarray]):
+    """The arrays of a set of safetensors files by name; each is read from its file whenever it is asked for.
+
+    Remote files are copied to a temporary folder when first needed, which goes with this object.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, epath.Path] = {}  # name -> file
+        self._open: dict[epath.Path, Any] = {}
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        path = self.places[name]
+        file = self.file(path)
+        try:
+            array: np.ndarray = file.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise _damaged(path, error) from None
+        except (AttributeError, TypeError):  # numpy has no such type
+            kind = file.get_slice(name).get_dtype()
+            raise UserError(
+                f"{path} holds {name} as {kind}, which cannot be read; convert it to F32, F16 or BF16"
+            ) from None
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def file(self, path: epath.Path) -> Any:
+        """The open safetensors file of a path.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        if path not in self._open:
+            local = path
+            if "://" in str(path):  # the library maps local files only
+                self._copies = self._copies or tempfile.TemporaryDirectory()
+                local = epath.Path(self._copies.name) / path.name
+                path.copy(local)
+            try:
+                self._open[path] = safetensors.safe_open(str(local), framework="np")
+            except safetensors.SafetensorError as error:
+                raise _damaged(path, error) from None
+        return self._open[path]
+
+
 def read(path: epath.Path) -> dict[str, np.ndarray]:
     """Every array of a safetensors file, an index of shards, or a folder that holds one of these.
 
@@ -64,8 +113,22 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
       UserError: no such file, a pickle, a damaged file, several candidates, an index that its shards do not match, or
         8-bit floats.
     """
+    return dict(open_tensors(path))
+
+
+def open_tensors(path: epath.Path) -> Tensors:
+    """As `read`, but each array is read when it is asked for.
+
+    Raises:
+      UserError: as `read`; what is wrong with an array shows when it is read.
+    """
     path = _find(path)
-    return _read_shards(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
+    tensors = Tensors()
+    if path.name.endswith(INDEX_SUFFIX):
+        tensors.places = _shard_places(path, tensors)
+    else:
+        tensors.places = dict.fromkeys(tensors.file(path).keys(), path)
+    return tensors
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -113,56 +176,27 @@ def _find(path: epath.Path) -> epath.Path:
 
 def _pickle(path: epath.Path) -> UserError:
     return UserError(
-        f"{path} is a pickle, which can run any code when it is read; weights are read from {SUFFIX} files only"
+        f"{path} is a pickle, which can run any code when it is read; weights are read from {SUFFIX} files only: "
+        f"convert it once with scaling-dit import --to=safetensors --from={path} --out=FILE{SUFFIX}"
     )
 
 
-def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
+def _shard_places(index: epath.Path, tensors: Tensors) -> dict[str, epath.Path]:
+    """Which file holds which entry, after checking that they do."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index} has no weight_map that says which file holds which entry")
-    weights: dict[str, np.ndarray] = {}
     for file in sorted(set(map(str, places.values()))):
         shard = index.parent / file
         if epath.Path(file).name != file or not shard.exists():
             raise UserError(f"{index} names the shard {file!r}, which is not beside it")
-        held = _read_file(shard)
+        held = set(tensors.file(shard).keys())
         wanted = {name for name, place in places.items() if place == file}
-        if set(held) != wanted:
-            some = ", ".join(sorted(set(held) ^ wanted)[:3])
+        if held != wanted:
+            some = ", ".join(sorted(held ^ wanted)[:3])
             raise UserError(f"{shard} does not hold what {index.name} says it holds: {some}")
-        weights |= held
-    return weights
+    return {name: index.parent / file for name, file in places.items()}
 
 
-def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
-    with _local(path) as local:
-        try:
-            with safetensors.safe_open(local, framework="np") as file:
-                names = file.keys()
-                return {name: _array(file, name, path) for name in names}
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
-
-
-def _array(file: Any, name: str, path: epath.Path) -> np.ndarray:
-    try:
-        array: np.ndarray = file.get_tensor(name)
-    except (AttributeError, TypeError):  # numpy has no such type
-        kind = file.get_slice(name).get_dtype()
-        raise UserError(
-            f"{path} holds {name} as {kind}, which cannot be read; convert it to F32, F16 or BF16"
-        ) from None
-    return array
-
-
-@contextlib.contextmanager
-def _local(path: epath.Path) -> Iterator[str]:
-    """A path that the safetensors library can map: that of a local file, or of a copy that is deleted after use."""
-    if "://" not in str(path):
-        yield str(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = epath.Path(folder) / path.name
-        path.copy(copy)
-        yield str(copy)
+def _damaged(path: epath.Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged or no safetensors file: {error}")

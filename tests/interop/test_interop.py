@@ -97,7 +97,7 @@ def test_quantised_weights_are_not_taken_for_floats():
     with pytest.raises(UserError) as error:
         interop.load_state_dict(golden.backbone(), golden.params | whole | {"extra": np.zeros(2, int)})
     message = str(error.value)
-    assert "unknown: extra; norm.bias is int8, it must be floating; norm.weight is bool" in message
+    assert "unknown: extra; norm.weight is bool, it must be floating; norm.bias is int8, it must" in message
 
 
 @pytest.mark.parametrize("patch", [3, 5, 64])

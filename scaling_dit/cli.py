@@ -150,6 +150,27 @@ def _define_train(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     _define_config(values)
     string("workdir", None, "folder of the run, local or gs://; a run found there goes on")
+    _define_processes(values)
+
+
+def _define_processes(values: flags.FlagValues) -> None:
+    """The flags of every verb that several processes run as one."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    string("coordinator", None, "HOST:PORT of process 0, for several processes; found by itself on TPUs")
+    integer("processes", None, "how many processes there are", lower_bound=1)
+    integer("process", None, "which one this is, from 0", lower_bound=0)
+
+
+def _in_processes(
+    verb: str, values: flags.FlagValues, overrides: list[str], settings: Any, main: Callable[[], int]
+) -> int:
+    """`main()`, joined with the other processes of the run if there are any."""
+    from scaling_dit.parallel import processes
+
+    membership = processes.from_flags(values.coordinator, values.processes, values.process)
+    given = [values[flag].serialize() for flag in values if values[flag].present]
+    return processes.run_supervised(main, membership, settings, [verb, *given, *overrides])
 
 
 def _define_config(values: flags.FlagValues) -> None:
@@ -163,9 +184,13 @@ def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
     from scaling_dit import config as config_lib
 
     config = config_lib.load(values.config, overrides)
-    from scaling_dit.train import main as train
 
-    return train(config, values.workdir, began)
+    def train() -> int:
+        from scaling_dit.train import main
+
+        return main(config, values.workdir, began)
+
+    return _in_processes("train", values, overrides, config.processes, train)
 
 
 def _define_sample(values: flags.FlagValues) -> None:
@@ -246,6 +271,38 @@ def _evaluate(values: flags.FlagValues, _: list[str], __: list[str]) -> int:
     return run.main(
         values.workdir, values.out, metrics=metrics, items=items, as_json=values.json, **_trained(values)
     )
+
+
+def _define_prepare(values: flags.FlagValues) -> None:
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    _define_config(values)
+    string("out", None, "folder of the prepared set, local or gs://; what is finished there is kept")
+    string("filter", "", "keep what this is true of, such as 'aesthetic >= 5 and min(width, height) >= 256'")
+    integer("min_size", 0, "leave out pictures with a shorter side, in pixels", lower_bound=0)
+    aspect = "bring pictures to the nearest of seven aspect ratios, not to squares"
+    flags.DEFINE_boolean("buckets", False, aspect, flag_values=values)
+    flags.DEFINE_list("columns", [], "comma-separated metadata that records keep", flag_values=values)
+    string("kept", "", "folder that the filter verb wrote: leave out what it dropped")
+    string("captions", "", "folder that the caption verb wrote: captions to add")
+    integer("batch", 64, "pictures encoded at once", lower_bound=1)
+    integer(
+        "process", None, "number of this process, from 0; that of a distributed job by default", lower_bound=0
+    )
+    integer("processes", None, "how many processes share the work", lower_bound=1)
+
+
+def _prepare(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    _required(values, "prepare", "config", "out")
+    from scaling_dit import config as config_lib
+
+    config = config_lib.load(values.config, overrides)
+    from scaling_dit.data.prepare import job
+
+    names = ("batch", "min_size", "buckets", "filter", "kept", "captions")
+    given = {name: values[name].value for name in names}
+    process = job.process_of(values.process, values.processes)
+    return job.main(config, values.out, job.Options(**given, columns=tuple(values.columns), process=process))
 
 
 def _define_count(values: flags.FlagValues) -> None:
@@ -344,6 +401,14 @@ VERBS: dict[str, Verb] = {
         f"{PROGRAM} evaluate --workdir=runs/shapes --items=500",
         _define_evaluate,
         _evaluate,
+    ),
+    "prepare": Verb(
+        "Encodes a data set once: raw images to shards of latents that runs train from.",
+        f"{PROGRAM} prepare --config=shapes --config.source.name=folder:data/mine --config.codec.name=dct "
+        "--out=data/mine_latents",
+        _define_prepare,
+        _prepare,
+        overrides=True,
     ),
     "report": Verb(
         "Tells where a run's time went, its losses, speed, evaluations, checkpoints.",

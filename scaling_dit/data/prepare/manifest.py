@@ -94,8 +94,10 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """Sorted JSON; `read` gives back an equal one."""
-        return to_json(dataclasses.asdict(self))
+        """Sorted JSON with a line for each shard; `read` gives back an equal one."""
+        fields = dataclasses.asdict(self)
+        rows = ",\n  ".join(json.dumps(row, sort_keys=True) for row in fields.pop("shards"))
+        return to_json(fields)[: -len("\n}\n")] + f',\n "shards": [\n  {rows}\n ]\n}}\n'
 
 
 def to_json(value: Any) -> str:

@@ -22,7 +22,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from scaling_dit.data.damage import Damage, DamagedRecord
-from scaling_dit.data.prepare import files, manifest, records
+from scaling_dit.data.prepare import files, records
+from scaling_dit.data.prepare import manifest as manifest_lib
 from scaling_dit.data.sources import Record
 from scaling_dit.errors import UserError, nearest
 
@@ -58,7 +59,7 @@ class LatentsSource:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
         if self.damage is None:
             object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
-        wanted = manifest.size_name((self.image_size, self.image_size))
+        wanted = manifest_lib.size_name((self.image_size, self.image_size))
         sizes = self.manifest.moments
         if wanted not in sizes:
             right = nearest(wanted, sizes) if len(sizes) > 1 else f"it holds {next(iter(sizes), 'none')}"
@@ -72,14 +73,16 @@ class LatentsSource:
             self._check_files()
 
     @functools.cached_property
-    def manifest(self) -> manifest.Manifest:
+    def manifest(self) -> manifest_lib.Manifest:
         """What the set says of itself."""
-        return manifest.read(epath.Path(self.path))
+        return manifest_lib.read(epath.Path(self.path))
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
         """(height, width, M) of the moments of every record."""
-        height, width, depth = self.manifest.moments[manifest.size_name((self.image_size, self.image_size))]
+        height, width, depth = self.manifest.moments[
+            manifest_lib.size_name((self.image_size, self.image_size))
+        ]
         return height, width, depth
 
     def __len__(self) -> int:
@@ -149,7 +152,7 @@ class LatentsSource:
         }
 
     @functools.cached_property
-    def _shards(self) -> list[manifest.Shard]:
+    def _shards(self) -> list[manifest_lib.Shard]:
         size = (self.image_size, self.image_size)
         return [s for s in self.manifest.shards if s.split == self.split and s.size == size]
 
@@ -176,7 +179,7 @@ class LatentsSource:
                     found = self._readers.open[number] = self._open(shard)
         return found
 
-    def _open(self, shard: manifest.Shard) -> ArrayRecordReader:
+    def _open(self, shard: manifest_lib.Shard) -> ArrayRecordReader:
         path = epath.Path(self.path) / shard.file
         try:
             reader = ArrayRecordReader(
@@ -201,7 +204,7 @@ class LatentsSource:
                 if error:
                     raise UserError(error)
 
-    def _fault(self, shard: manifest.Shard) -> str:
+    def _fault(self, shard: manifest_lib.Shard) -> str:
         """What is wrong with a shard, in one line; "" for nothing."""
         path = epath.Path(self.path) / shard.file
         again = "copy the set again, or delete its part and run `prepare` again"

@@ -1,0 +1,67 @@
+"""Which codec made a prepared set: what a run that reads it must agree with."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from scaling_dit import pipeline, trees
+from scaling_dit.encoders import pretrained
+from scaling_dit.encoders.codec import Codec
+from scaling_dit.errors import UserError
+
+# Fields of a codec that say where its weights lie or how it runs; `size` stands for its architecture.
+_NOT_IDENTITY = ("weights", "dtype", "tile", "size")
+
+
+def codec_weights(config: ConfigDict, codec: Codec) -> Any:
+    """The weights of a config's codec: those it names, else the ones that a run of this config draws."""
+    if pretrained.is_place(config.codec.get("weights", "")):
+        return codec.load()
+    return trees.unbox(codec.init(jax.random.key(config.seed)))
+
+
+def codec_identity(config: ConfigDict, codec: Codec, params: Any) -> dict[str, Any]:
+    """What a codec computes, as JSON has it: name, fields, architecture and sha256 of the weights ("" without)."""
+    fields = {key: value for key, value in config.codec.to_dict().items() if key not in _NOT_IDENTITY}
+    architecture = getattr(codec, "architecture", None)  # with the scale and shift of its latents
+    if dataclasses.is_dataclass(architecture) and not isinstance(architecture, type):
+        fields |= dataclasses.asdict(architecture)
+    identity = {**fields, "sha256": pipeline.frozen_hash({"codec": params})}
+    return dict(json.loads(json.dumps(identity)))
+
+
+def check_codec(made_by: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:
+    """Makes sure that a run draws from moments with the codec that made them.
+
+    Args:
+      made_by: the identity in the manifest.
+      here: that of the run's codec.
+      place: of the set, for the error.
+
+    Raises:
+      UserError: another codec, another field of it, or other weights.
+    """
+    keys = sorted(here.keys() | made_by.keys(), key=lambda key: (key == "sha256", key != "name", key))
+    for key in keys:
+        then, now = made_by.get(key), here.get(key)
+        if then == now:
+            continue
+        if key == "sha256":
+            raise UserError(
+                f"{place} was prepared with other weights of codec {here['name']!r} (sha256 "
+                f"{str(then)[:12] or 'none'}, here {str(now)[:12] or 'none'}); set config.codec.weights to those"
+            )
+        raise UserError(
+            f"{place} was prepared with codec {key} {then!r}, and the run's is {now!r}; set config.codec so"
+        )
+
+
+def check_shape(moments: tuple[int, int, int], codec: Codec, image_size: int, place: str) -> None:
+    """Makes sure that records have the shape that the codec draws from; raises UserError."""
+    right = codec.moments_shape(image_size)
+    if tuple(moments) != tuple(right):
+        raise UserError(f"{place} holds moments of {moments}; the codec's are {right} at {image_size} px")

@@ -1,0 +1,96 @@
+"""How fast `prepare` goes and when this process will be done: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+
+_RECENT = 60.0  # seconds the rate is taken over
+
+
+class Progress:
+    """Parts and pictures of one process.
+
+    The time to go is that of the parts left at the mean time of the parts made since the start; before the first one
+    is done it is not known.
+
+    Args:
+      total: parts that this process is to make or to find there.
+      stream: where it is shown.
+      every: seconds between plain lines.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        stream: TextIO | None = None,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._stream, self._every, self._clock = total, stream or sys.stderr, every, clock
+        self._skipped = self._made = self._pictures = self._damaged = self._filtered = 0
+        self._start = self._told = clock()
+        self._recent: deque[tuple[float, int]] = deque([(self._start, 0)])
+        self._bar: tqdm | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total, file=self._stream, dynamic_ncols=True,
+                             bar_format="{percentage:3.0f}% |{bar}| {desc}", desc=self.line())  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._made:
+            print(self.line(), file=self._stream, flush=True)
+
+    def skip(self) -> None:
+        """A part was there."""
+        self._skipped += 1
+        self._show(1)
+
+    def tell(self, pictures: int) -> None:
+        """So many pictures were written since the last call."""
+        self._pictures += pictures
+        now = self._clock()
+        self._recent.append((now, self._pictures))
+        while len(self._recent) > 2 and now - self._recent[1][0] > _RECENT:
+            self._recent.popleft()
+        self._show(0)
+
+    def done(self, damaged: int, filtered: int) -> None:
+        """A part was made; of its samples so many were left out."""
+        self._made += 1
+        self._damaged += damaged
+        self._filtered += filtered
+        self._show(1)
+
+    def line(self) -> str:
+        """What is shown, in one line."""
+        finished = self._skipped + self._made
+        parts = [f"part {finished}/{self._total}", f"{self._pictures:,} pictures"]
+        (then, before), (now, written) = self._recent[0], self._recent[-1]
+        if now > then:
+            parts.append(f"{(written - before) / (now - then):,.0f} pictures/s")
+        if self._made:
+            to_go = (self._clock() - self._start) / self._made * (self._total - finished)
+            parts.append(f"{tqdm.format_interval(round(to_go))} to go")
+        if self._filtered:
+            parts.append(f"{self._filtered:,} filtered")
+        if self._damaged:
+            parts.append(f"{self._damaged:,} damaged")
+        return ", ".join(parts)
+
+    def _show(self, advance: int) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(self.line(), refresh=False)
+            self._bar.update(advance)
+        elif self._clock() - self._told >= self._every:
+            self._told = self._clock()
+            print(self.line(), file=self._stream, flush=True)

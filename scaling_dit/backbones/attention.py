@@ -3,17 +3,50 @@
 Shape suffixes: B batch, T queries, S keys, N heads, K key/value heads, H head size, D model width.
 """
 
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from scaling_dit.backbones import splash
 from scaling_dit.backbones.layers import NORMAL_002, Dense, Initializer, constrain
 from scaling_dit.errors import UserError, nearest
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+SPLASH_FROM = 512  # keys from which "auto" takes splash on TPUs; below, the padding to its blocks costs more
+
+
+class Choice(NamedTuple):
+    """What one call of `attention` was traced with."""
+
+    implementation: str
+    queries: int
+    keys: int
+    heads: int
+    head_size: int
+
+    def __str__(self) -> str:
+        return f"{self.queries}x{self.keys} tokens, {self.heads} heads of {self.head_size}: {self.implementation}"
+
+
+_choices: contextvars.ContextVar[set[Choice] | None] = contextvars.ContextVar("choices", default=None)
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[set[Choice]]:
+    """Collects what every call traced inside chose; a program that was traced before adds nothing."""
+    found: set[Choice] = set()
+    token = _choices.set(found)
+    try:
+        yield found
+    finally:
+        _choices.reset(token)
 
 
 def attention(
@@ -29,24 +62,54 @@ def attention(
     Args:
       q_BTNH: queries.
       k_BSNH, v_BSNH: keys and values; fewer heads than queries (a divisor) make grouped-query attention.
-      key_mask: [B, S] bool, False hides a key from every query.
-      implementation: "xla", "cudnn", or "auto": cudnn where it can run, else xla. An explicit one never falls back.
+      key_mask: [B, S] bool, False hides a key from every query. Where it hides all of them, none is hidden: what the
+        published code makes of a large negative number on every score.
+      implementation: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": the kernel of the device where it can run (on
+        TPUs from SPLASH_FROM keys), else xla. An explicit one never falls back.
 
     Raises:
       UserError: an unknown implementation, or an explicit one that cannot run here.
     """
     check_implementation(implementation)
-    obstacle = cudnn_obstacle(q_BTNH, k_BSNH, key_mask)
+    obstacles = {
+        "splash": splash.obstacle(q_BTNH, k_BSNH),
+        "cudnn": cudnn_obstacle(q_BTNH, k_BSNH, key_mask),
+    }
     if implementation == "auto":
-        implementation = "xla" if obstacle else "cudnn"
+        able = [name for name, obstacle in obstacles.items() if not obstacle]
+        short = k_BSNH.shape[1] < SPLASH_FROM
+        implementation = next((name for name in able if not (name == "splash" and short)), "xla")
+    elif obstacle := obstacles.get(implementation):
+        raise UserError(f"attention={implementation!r} cannot run: {obstacle}; use attention='xla' or 'auto'")
+    if (found := _choices.get()) is not None:
+        found.add(Choice(implementation, q_BTNH.shape[1], k_BSNH.shape[1], *q_BTNH.shape[2:]))
+
+    if key_mask is not None:
+        key_mask = key_mask | ~key_mask.any(axis=1, keepdims=True)
+    if implementation == "splash":
+        return splash.attend(q_BTNH, k_BSNH, v_BSNH, key_mask)
     mask_B11S = None if key_mask is None else key_mask[:, None, None, :]
     if implementation == "cudnn":
-        if obstacle:
-            raise UserError(f"attention='cudnn' cannot run: {obstacle}; use attention='xla' or 'auto'")
         if mask_B11S is not None:  # cuDNN takes a bias over all pairs of queries and keys
             mask_B11S = jnp.broadcast_to(mask_B11S, (q_BTNH.shape[0], 1, q_BTNH.shape[1], k_BSNH.shape[1]))
         return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_B11S, implementation="cudnn")
     return _attend_xla(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
+
+
+def attend(
+    module: nn.Module,
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    key_mask: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` as a module with the field `implementation` calls it, its output named for remat.
+
+    While a module is initialised only shapes matter, on whatever device that is: XLA's form is traced then.
+    """
+    implementation = "xla" if module.is_initializing() else module.implementation  # type: ignore[attr-defined]
+    o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=implementation)
+    return checkpoint_name(o_BTNH, splash.CHECKPOINT_NAME)
 
 
 def _attend_xla(
@@ -61,7 +124,7 @@ def _attend_xla(
     q = rearrange(q_BTNH, "b t (k g) h -> b k (g t) h", k=kv_heads)
     k, v = (rearrange(x, "b s k h -> b k s h") for x in (k_BSKH, v_BSKH))
     logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * head_size**-0.5
-    if mask_B11S is not None:  # a large number, not -inf: a row without any real key must not become NaN
+    if mask_B11S is not None:
         logits = jnp.where(mask_B11S, logits, jnp.finfo(jnp.float32).min / 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, v)
@@ -76,8 +139,9 @@ def check_implementation(implementation: str) -> None:
 
 def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | None) -> str | None:
     """Why cuDNN's fused attention cannot take these inputs on the default backend; None if it can."""
-    if jax.default_backend() != "gpu":
-        return f"the backend is {jax.default_backend()}, it needs gpu"
+    platform, _ = splash.target()
+    if platform != "gpu":
+        return f"the backend is {platform}, it needs gpu"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype is {q_BTNH.dtype}, it needs bfloat16 or float16"
     head_size = q_BTNH.shape[-1]
@@ -123,7 +187,7 @@ class SelfAttention(nn.Module):
             )
             for i in range(3)
         )  # fmt: skip
-        o_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, key_mask=key_mask, implementation=self.implementation)
+        o_BTNH = attend(self, q_BTNH, k_BTNH, v_BTNH, key_mask)
         out_init = self.out_init or self.kernel_init
         inits: dict[str, Any] = {"kernel_init": out_init, "bias_init": self.bias_init}
         proj = Dense(width, ("heads", "embed"), name="proj", **inits, **types)
@@ -159,7 +223,7 @@ class CrossAttention(nn.Module):
             constrain(rearrange(part, "b t (n h) -> b t n h", n=self.heads), *axes)
             for part in (q_BTD, kv_BS2D[:, :, 0], kv_BS2D[:, :, 1])
         )
-        o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=self.implementation)
+        o_BTNH = attend(self, q_BTNH, k_BSNH, v_BSNH, key_mask)
         out_init = self.out_init or self.kernel_init
         inits: dict[str, Any] = {"kernel_init": out_init, "bias_init": self.bias_init}
         proj = Dense(width, ("heads", "embed"), name="proj", **inits, **types)

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.backbones import layers
-from scaling_dit.backbones.attention import attention
+from scaling_dit.backbones.attention import attend
 from scaling_dit.backbones.layers import NORMAL_002, Dense, layer_norm
 
 EPSILON = 1e-5  # of every norm but the last
@@ -156,8 +156,7 @@ class TextGatedAttention(nn.Module):
             layers.constrain(part.astype(self.dtype), "batch", "length", "act_heads", None)
             for part in (rotate(q_BTNH, rotary), rotate(k_BTKH, rotary), v_BTKH, text_k_BSKH, text_v_BSKH)
         )
-        attend = functools.partial(attention, implementation=self.implementation)
-        o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+        o_BTNH = attend(self, q_BTNH, k_BTKH, v_BTKH)
         gate_N: Any = self.param(
             "gate",
             nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)),
@@ -170,7 +169,7 @@ class TextGatedAttention(nn.Module):
             readable_B1 = text_mask.any(axis=-1, keepdims=True)
             text_mask = text_mask | ~readable_B1  # a softmax over nothing is no number; its share is 0
             share_BTNH = share_BTNH * readable_B1[:, :, None, None]
-        from_text_BTNH = attend(q_BTNH, text_k_BSKH, text_v_BSKH, key_mask=text_mask)
+        from_text_BTNH = attend(self, q_BTNH, text_k_BSKH, text_v_BSKH, text_mask)
         o_BTNH += share_BTNH.astype(o_BTNH.dtype) * from_text_BTNH
         return dense(width, ("heads", "embed"), name="out")(rearrange(o_BTNH, "b t n h -> b t (n h)"))
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers, unet_layers
-from scaling_dit.backbones.attention import attention
+from scaling_dit.backbones.attention import attend
 from scaling_dit.backbones.layers import conv3x3
 from scaling_dit.backbones.unet_layers import Embedding, ResBlock, linear
 from scaling_dit.errors import UserError
@@ -165,7 +165,7 @@ class JointAttention(nn.Module):
         key_mask = None
         if text_mask is not None:
             key_mask = jnp.pad(text_mask.astype(bool), ((0, 0), (0, height * width)), constant_values=True)
-        o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=self.implementation)
+        o_BTNH = attend(self, q_BTNH, k_BSNH, v_BSNH, key_mask)
         o_BTD = rearrange(o_BTNH, "b t n h -> b t (n h)")
         o_BTD = linear("proj", channels, channels, ("heads", "embed"), **types)(o_BTD)
         return unet_layers.whole(x + o_BTD.reshape(batch, height, width, channels))

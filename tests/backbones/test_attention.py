@@ -59,7 +59,7 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     assert attention(q, k, v).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("word, hint", [("xla2", "'xla'"), ("ring", "known: auto, cudnn, xla")])
+@pytest.mark.parametrize("word, hint", [("xla2", "'xla'"), ("ring", "known: auto, cudnn, splash, xla")])
 def test_unknown_implementation(word, hint):
     with pytest.raises(UserError, match=f"unknown attention '{word}'.*{hint}"):
         attention(*qkv(), implementation=word)

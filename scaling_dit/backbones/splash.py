@@ -1,0 +1,188 @@
+"""Splash attention, the Pallas kernel for TPUs, at any length and head size: padding, blocks, masks and sharding.
+
+The kernel never writes the [T, S] scores to memory. It wants lengths in multiples of its blocks, and blocks in multiples
+of 128; a mask is a pair of segment ids, a query sees the keys of its own segment. Shape suffixes as in attention.py.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+LANES = 128  # blocks are multiples of it
+CHECKPOINT_NAME = "attention"  # of the output and the softmax's log-sums, for the remat policy of that name
+
+# Largest block of queries and keys by device kind: (forward, backward). The backward pass holds four blocks of scores in
+# float32, the forward pass two, and a core's scoped VMEM has 16 MiB by default.
+_LARGEST_BLOCK: dict[str, tuple[int, int]] = {
+    "TPU v4": (512, 512),
+    "TPU v5 lite": (1024, 512),
+    "TPU v5": (1024, 512),
+    "TPU v6 lite": (1024, 512),
+}
+_UNKNOWN_DEVICE = (512, 512)
+_FUSED_UP_TO = 4  # blocks of keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernel cuts its work: padded lengths of queries and keys, and the blocks of each pass."""
+
+    queries: int
+    keys: int
+    forward: tuple[int, int]  # block of queries, of keys
+    backward: tuple[int, int]
+
+
+def blocks(queries: int, keys: int, device_kind: str) -> Blocks:
+    """The least padding to a multiple of blocks that are as large as the device takes them.
+
+    A length is cut into the fewest equal blocks of multiples of 128 for the backward pass, whose limit is the lower; the
+    forward pass joins neighbours while they fit.
+    """
+    most_forward, most_backward = _LARGEST_BLOCK.get(device_kind, _UNKNOWN_DEVICE)
+    padded, forward, backward = [], [], []
+    for length in (queries, keys):
+        parts = math.ceil(length / most_backward)
+        block = LANES * math.ceil(length / (parts * LANES))
+        joined = max(n for n in range(1, parts + 1) if parts % n == 0 and n * block <= most_forward)
+        padded.append(parts * block)
+        forward.append(joined * block)
+        backward.append(block)
+    return Blocks(padded[0], padded[1], (forward[0], forward[1]), (backward[0], backward[1]))
+
+
+class Target(NamedTuple):
+    """What a program is compiled for."""
+
+    platform: str  # cpu, gpu, tpu
+    device_kind: str
+
+
+def target() -> Target:
+    """The devices of the mesh of the context, which may be those of a described topology; else the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return Target(mesh.abstract_device.platform, mesh.abstract_device.device_kind)
+    return Target(jax.default_backend(), getattr(jax.devices()[0], "device_kind", ""))
+
+
+def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
+    """Why the kernel cannot take these inputs on the mesh of the context; None if it can."""
+    platform, _ = target()
+    if platform != "tpu":
+        return f"the backend is {platform}, it needs tpu"
+    batch, _, heads = _mesh_axes()
+    for what, size, axes in (
+        ("examples", q_BTNH.shape[0], batch),
+        ("heads", q_BTNH.shape[2], heads),
+        ("key heads", k_BSKH.shape[2], heads),
+    ):
+        if size % _parts(axes):
+            return f"{size} {what} cannot be split over {' x '.join(axes)} = {_parts(axes)}"
+    return None
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    key_mask: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H]; arguments as `attention.attention`, every row of the mask with a key.
+
+    On a mesh each device runs the kernel on its examples, heads and part of the queries; keys and values are gathered
+    over the axis that splits lengths. `interpret`: run on any device, slowly, for tests.
+    """
+    _, device_kind = target()
+    run = functools.partial(_on_one_device, device_kind=device_kind, interpret=interpret)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(q_BTNH, k_BSKH, v_BSKH, key_mask)
+    batch, length, heads = _mesh_axes()
+    queries = q_BTNH.shape[1]
+    q_BTNH = _pad(q_BTNH, -(-queries // _parts(length)) * _parts(length))
+    of_queries = PartitionSpec(batch, length, heads)
+    of_keys = PartitionSpec(batch, None, heads)
+    out_BTNH = jax.shard_map(
+        run,
+        in_specs=(of_queries, of_keys, of_keys, PartitionSpec(batch)),
+        out_specs=of_queries,
+        check_vma=False,  # the kernel does not say over which axes its results vary
+    )(q_BTNH, k_BSKH, v_BSKH, key_mask)
+    return out_BTNH[:, :queries]
+
+
+def _on_one_device(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    key_mask: jax.Array | None,
+    *,
+    device_kind: str,
+    interpret: bool,
+) -> jax.Array:
+    """Pads to blocks, moves heads before lengths, runs the kernel on each example."""
+    queries, keys, heads = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
+    cut = blocks(queries, keys, device_kind)
+    segments = None
+    if key_mask is not None or cut.keys != keys:  # hidden keys and padding are of segment 0, the rest of 1
+        shown = jnp.ones((q_BTNH.shape[0], keys), bool) if key_mask is None else key_mask
+        of_keys = jnp.pad(shown.astype(jnp.int32), ((0, 0), (0, cut.keys - keys)))
+        segments = kernels.SegmentIds(q=jnp.ones((cut.queries,), jnp.int32), kv=of_keys)  # type: ignore[arg-type]
+    kernel = kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([masks.FullMask((cut.queries, cut.keys))] * heads),
+        block_sizes=_block_sizes(cut),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=CHECKPOINT_NAME,
+        interpret=interpret,
+    )
+    scale = q_BTNH.shape[-1] ** -0.5
+    q_BNTH = rearrange(_pad(q_BTNH * scale, cut.queries), "b t n h -> b n t h")
+    k_BKSH, v_BKSH = (rearrange(_pad(x, cut.keys), "b s k h -> b k s h") for x in (k_BSKH, v_BSKH))
+    if segments is None:
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
+    else:
+        per_example = kernels.SegmentIds(q=None, kv=0)  # type: ignore[arg-type]
+        out_BNTH = jax.vmap(kernel, in_axes=(0, 0, 0, per_example))(q_BNTH, k_BKSH, v_BKSH, segments)
+    return rearrange(out_BNTH[:, :, :queries], "b n t h -> b t n h")
+
+
+def _block_sizes(cut: Blocks) -> kernels.BlockSizes:
+    # The fused backward pass adds up one dq for each block of keys, outside the kernel: good while these are few.
+    (q_forward, k_forward), (q_backward, k_backward) = cut.forward, cut.backward
+    fused = cut.keys // k_backward <= _FUSED_UP_TO
+    return kernels.BlockSizes(
+        block_q=q_forward,
+        block_kv=k_forward,
+        block_q_dkv=q_backward,
+        block_kv_dkv=k_backward,
+        block_q_dq=None if fused else q_backward,
+        block_kv_dq=None if fused else k_backward,
+        use_fused_bwd_kernel=fused,
+    )
+
+
+def _pad(x_BTNH: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x_BTNH, ((0, 0), (0, length - x_BTNH.shape[1]), (0, 0), (0, 0)))
+
+
+def _mesh_axes() -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of examples, lengths and heads under the rules of the context."""
+    spec = nn.logical_to_mesh_axes(("batch", "length", "act_heads")) or (None,) * 3
+    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+
+
+def _parts(axes: tuple[str, ...]) -> int:
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in axes)

@@ -9,17 +9,15 @@ import dataclasses
 import functools
 import hashlib
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from scaling_dit.data import images
-from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.sources import Record, create_source
-from scaling_dit.errors import UserError, nearest
+from scaling_dit.errors import UserError
 
 
 class RawSample(NamedTuple):
@@ -234,99 +232,3 @@ def row_hashes(name: str, count: int) -> np.ndarray:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
     return (x >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-class CaptionFields(NamedTuple):
-    """Which fields of a record hold captions, by kind; each a string or a list of strings."""
-
-    alt: tuple[str, ...]
-    synthetic: tuple[str, ...]
-    long: tuple[str, ...]
-
-    def names(self) -> tuple[str, ...]:
-        """Every field, alt-text first."""
-        return tuple(name for kind in KINDS for name in getattr(self, kind))
-
-    def read(self, record: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The captions of a record (a mapping) and their kinds; blank ones are left out.
-
-        Raises:
-          DamagedRecord: missing_caption (none of the fields is there), bad_text (not text), or empty_caption.
-        """
-        captions, kinds, found = [], [], False
-        for kind in KINDS:
-            for name in getattr(self, kind):
-                value = lookup(record, name)
-                if value is None:
-                    continue
-                found = True
-                for text in texts_of(value, name, where):
-                    if text.strip():
-                        captions.append(text)
-                        kinds.append(kind)
-        if not found:
-            hint = nearest(self.names()[0], [str(name) for name in record]) if record else "it has none"
-            raise DamagedRecord(
-                "missing_caption", where, f"no field {' or '.join(map(repr, self.names()))}; {hint}"
-            )
-        if not captions:
-            raise DamagedRecord("empty_caption", where, "every caption is empty")
-        return tuple(captions), tuple(kinds)
-
-
-def lookup(record: Any, name: str) -> Any:
-    """A field of nested mappings: "image/filename" is that key, or `filename` of `image`; None if it is not there.
-
-    A list of mappings gives the list of their values.
-    """
-    if isinstance(record, list | tuple):
-        found = [lookup(item, name) for item in record]
-        return None if any(value is None for value in found) else found
-    if not hasattr(record, "get"):
-        return None
-    if name in record:
-        return record[name]
-    head, _, rest = name.partition("/")
-    return lookup(record[head], rest) if rest and head in record else None
-
-
-def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
-    """A caption field as strings: text or UTF-8 bytes, alone or in a list or array.
-
-    Raises:
-      DamagedRecord: bad_text.
-    """
-    values = [value] if isinstance(value, str | bytes) else value
-    if not isinstance(values, list | tuple | np.ndarray):
-        raise DamagedRecord("bad_text", where, f"{name!r} is {type(value).__name__}, not text")
-    texts = []
-    for text in values:
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise DamagedRecord("bad_text", where, f"{name!r} is not UTF-8: {error}") from None
-        if not isinstance(text, str):
-            raise DamagedRecord("bad_text", where, f"{name!r} holds {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair is no text
-            raise DamagedRecord("bad_text", where, f"{name!r} is not text: {error}") from None
-        texts.append(text)
-    return texts
-
-
-class PerThread:
-    """One value for each key and thread, made when it is first asked for; the oldest are dropped beyond `limit`."""
-
-    def __init__(self, make: Callable[[Any], Any], limit: int) -> None:
-        self._make, self._limit = make, limit
-        self._local = threading.local()
-
-    def __getitem__(self, key: Any) -> Any:
-        held = self._local.__dict__.setdefault("held", {})
-        if key not in held:
-            while len(held) >= self._limit:
-                del held[next(iter(held))]
-            held[key] = self._make(key)
-        return held[key]

@@ -37,7 +37,8 @@ from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import tar_index
-from scaling_dit.data.sources.encoded import CaptionFields, EncodedSource, RawSample, Shard
+from scaling_dit.data.sources.encoded import EncodedSource, RawSample, Shard
+from scaling_dit.data.sources.fields import CaptionFields
 from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT, Index
 from scaling_dit.errors import UserError
 

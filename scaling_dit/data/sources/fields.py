@@ -1,0 +1,104 @@
+"""Fields of records: where captions stand, and values as JSON has them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaling_dit.data.captions import KINDS
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.errors import nearest
+
+
+class CaptionFields(NamedTuple):
+    """Which fields of a record hold captions, by kind; each a string or a list of strings."""
+
+    alt: tuple[str, ...]
+    synthetic: tuple[str, ...]
+    long: tuple[str, ...]
+
+    def names(self) -> tuple[str, ...]:
+        """Every field, alt-text first."""
+        return tuple(name for kind in KINDS for name in getattr(self, kind))
+
+    def read(self, record: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The captions of a record (a mapping) and their kinds; blank ones are left out.
+
+        Raises:
+          DamagedRecord: missing_caption (none of the fields is there), bad_text (not text), or empty_caption.
+        """
+        captions, kinds, found = [], [], False
+        for kind in KINDS:
+            for name in getattr(self, kind):
+                value = lookup(record, name)
+                if value is None:
+                    continue
+                found = True
+                for text in texts_of(value, name, where):
+                    if text.strip():
+                        captions.append(text)
+                        kinds.append(kind)
+        if not found:
+            hint = nearest(self.names()[0], [str(name) for name in record]) if record else "it has none"
+            raise DamagedRecord(
+                "missing_caption", where, f"no field {' or '.join(map(repr, self.names()))}; {hint}"
+            )
+        if not captions:
+            raise DamagedRecord("empty_caption", where, "every caption is empty")
+        return tuple(captions), tuple(kinds)
+
+
+def lookup(record: Any, name: str) -> Any:
+    """A field of nested mappings: "image/filename" is that key, or `filename` of `image`; None if it is not there.
+
+    A list of mappings gives the list of their values.
+    """
+    if isinstance(record, list | tuple):
+        found = [lookup(item, name) for item in record]
+        return None if any(value is None for value in found) else found
+    if not hasattr(record, "get"):
+        return None
+    if name in record:
+        return record[name]
+    head, _, rest = name.partition("/")
+    return lookup(record[head], rest) if rest and head in record else None
+
+
+def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
+    """A caption field as strings: text or UTF-8 bytes, alone or in a list or array.
+
+    Raises:
+      DamagedRecord: bad_text.
+    """
+    values = [value] if isinstance(value, str | bytes) else value
+    if not isinstance(values, list | tuple | np.ndarray):
+        raise DamagedRecord("bad_text", where, f"{name!r} is {type(value).__name__}, not text")
+    texts = []
+    for text in values:
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DamagedRecord("bad_text", where, f"{name!r} is not UTF-8: {error}") from None
+        if not isinstance(text, str):
+            raise DamagedRecord("bad_text", where, f"{name!r} holds {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair is no text
+            raise DamagedRecord("bad_text", where, f"{name!r} is not text: {error}") from None
+        texts.append(text)
+    return texts
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types: bytes as text, numbers of numpy as Python's; what has no such form is left out."""
+    if isinstance(value, dict):
+        held = {str(key): plain(item) for key, item in value.items()}
+        return {key: item for key, item in held.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str | bool | int | float) else None

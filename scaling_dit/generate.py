@@ -25,7 +25,7 @@ from scaling_dit.diffusion import guidance as guidance_lib
 from scaling_dit.diffusion import samplers
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
-from scaling_dit.parallel import rules
+from scaling_dit.parallel import rules, xla_flags
 
 MANIFEST = "manifest.jsonl"
 GRID = "grid.png"
@@ -104,9 +104,26 @@ class Sampler:
             else np.zeros((0, *([self.model.image_size] * 2), 3), np.uint8)
         )
 
+    def lower(self, params: pipeline.Params, frozen: pipeline.Params) -> Any:
+        """The program of one batch, lowered for the mesh's devices, which need not be there: a `jax.stages.Lowered`.
+
+        `params` and `frozen` are abstract, with shardings.
+        """
+        batch = rules.round_batch(self.mesh, self.batch)
+        sharding, length = rules.batch_sharding(self.mesh), self.model.text_encoder.length
+        inputs = {
+            "ids": jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding),
+            "mask": jax.ShapeDtypeStruct((batch, length), jnp.bool_, sharding=sharding),
+            "numbers": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding),
+        }
+        with rules.activate(self.mesh):
+            return self._run.lower(params, frozen, inputs, jax.ShapeDtypeStruct((), jnp.uint32))
+
     @functools.cached_property
     def _run(self) -> Any:
-        return jax.jit(self._images, out_shardings=rules.batch_sharding(self.mesh))
+        sharding = rules.batch_sharding(self.mesh)
+        options = xla_flags.options(list(self.mesh.devices.flat)) or None
+        return jax.jit(self._images, out_shardings=sharding, compiler_options=options)
 
     def _images(
         self, params: pipeline.Params, frozen: pipeline.Params, inputs: dict[str, jax.Array], seed: jax.Array

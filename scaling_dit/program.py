@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import optim, pipeline, trees
-from scaling_dit.parallel import rules
+from scaling_dit.parallel import rules, xla_flags
 from scaling_dit.train_step import init_state, make_train_step
 
 
@@ -28,13 +28,7 @@ class StepProgram:
     batch: Mapping[str, jax.ShapeDtypeStruct]  # the global batch
 
     @classmethod
-    def build(
-        cls,
-        config: ConfigDict,
-        model: pipeline.Model,
-        mesh: Mesh,
-        compiler_options: Mapping[str, Any] | None = None,
-    ) -> Self:
+    def build(cls, config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> Self:
         """Builds the programs of a resolved config; nothing is allocated and nothing compiled.
 
         No operation runs on the mesh's devices, so they may be those of a topology description.
@@ -51,7 +45,7 @@ class StepProgram:
             in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            compiler_options=dict(compiler_options) if compiler_options else None,
+            compiler_options=xla_flags.options(list(mesh.devices.flat)) or None,
         )
         return cls(
             mesh=mesh,

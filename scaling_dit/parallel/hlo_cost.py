@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from scaling_dit.parallel.hlo import Array, Instruction, Program, Visit
 
@@ -52,7 +53,7 @@ class Collective:
     Attributes:
       kind: one of `COLLECTIVES`.
       axes: names of the mesh axes along which data move.
-      torus_axes: number of axes of the machine's torus along which they move; 0 if its coordinates are not known.
+      torus_axes: axes of the machine's torus along which they move; none if its coordinates are not known.
       slices: whether they cross slices, over the data-centre network.
       asynchronous: whether they run beside the computation.
       count: how many run in a step.
@@ -62,7 +63,7 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]
-    torus_axes: int
+    torus_axes: tuple[int, ...]
     slices: bool
     asynchronous: bool
     count: int
@@ -109,20 +110,29 @@ class Layout:
     coords: np.ndarray | None = None
     slices: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Layout":
+        """The layout of a program that is compiled for a mesh."""
+        devices = list(mesh.devices.flat)
+        known = all(getattr(device, "coords", None) is not None for device in devices)
+        coords = np.array([device.coords for device in devices]) if known else None
+        slices = np.array([getattr(device, "slice_index", None) or 0 for device in devices])
+        return cls(dict(mesh.shape), coords, slices)
+
     @property
     def size(self) -> int:
         """Number of partitions."""
         return math.prod(self.axes.values())
 
-    def moved(self, groups: Sequence[np.ndarray]) -> tuple[tuple[str, ...], int, bool]:
-        """(mesh axes, number of torus axes, whether slices are crossed) along which the members of groups differ."""
+    def moved(self, groups: Sequence[np.ndarray]) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+        """(mesh axes, torus axes, whether slices are crossed) along which the members of groups differ."""
         members = np.stack(groups)
         places = np.stack(np.unravel_index(members, tuple(self.axes.values())), -1)  # [groups, n, axes]
         varies = (places != places[:, :1]).any((0, 1))
-        torus = 0
+        torus: tuple[int, ...] = ()
         if self.coords is not None:
             at = self.coords[members]
-            torus = int((at != at[:, :1]).any((0, 1)).sum())
+            torus = tuple(map(int, np.flatnonzero((at != at[:, :1]).any((0, 1)))))
         crossing = self.slices is not None and bool(
             (self.slices[members] != self.slices[members][:, :1]).any()
         )

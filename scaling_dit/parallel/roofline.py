@@ -1,0 +1,112 @@
+"""How fast a step can be at best, and what a run then costs: stated assumptions on top of counted work.
+
+Nothing here is measured. Two figures are told apart: the limit, in which everything overlaps perfectly and each unit
+runs at its peak, and the estimate, which takes the compiler's own cycles and adds collectives that are not
+asynchronous. A run is slower than both.
+"""
+
+import dataclasses
+from typing import Any
+
+from scaling_dit.parallel.hlo_cost import Collective, Statistics
+from scaling_dit.parallel.topologies import Topology
+
+ASSUMPTIONS = (
+    "limit: the slowest of compute, HBM, ICI and DCN, each at its peak, all at the same time",
+    "compute: FLOPs of the compiled program (rematerialisation included) / peak of bfloat16 products",
+    "HBM: every kernel reads its inputs and writes its outputs once",
+    "ICI: bytes a chip sends in a ring / links of the torus axes that the collective spans, both ways where they close",
+    "DCN: the same over the network between slices",
+    "estimate: cycles that the compiler expects / clock, plus collectives that are not asynchronous",
+    "MFU: 6 x multiply-accumulates of the backbone x images (attention in full, no rematerialisation) / peak / time",
+    "the run: all steps at that speed; no evaluation, checkpoints, restarts or waiting for data",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step by resource, and what follows for the run.
+
+    Attributes:
+      compute, hbm, ici, dcn: seconds if that alone were the limit.
+      exposed: seconds of the collectives that are not asynchronous.
+      bound: name of the slowest of the four.
+      limit: its seconds.
+      estimate: seconds by the compiler's cycles plus `exposed`; None without cycles.
+      mfu_limit, mfu_estimate: model FLOPs over peak in that time; None without model FLOPs.
+      chip_hours_limit, chip_hours_estimate: of all steps; None for what is not training.
+      price: US dollars of a chip-hour.
+    """
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+    exposed: float
+    bound: str
+    limit: float
+    estimate: float | None
+    mfu_limit: float | None
+    mfu_estimate: float | None
+    chip_hours_limit: float | None
+    chip_hours_estimate: float | None
+    price: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def roofline(
+    topology: Topology,
+    statistics: Statistics,
+    model_flops: int | None,
+    steps: int | None,
+    price: float | None = None,
+) -> Roofline | None:
+    """The roofline of a program on one chip of a topology; None if nothing is known of the chip.
+
+    Args:
+      topology: where it runs.
+      statistics: of the compiled program, for one device.
+      model_flops: FLOPs of the step by `scaling.count`, over all chips; None for what is not training.
+      steps: of the run; None for what is not training.
+      price: US dollars of a chip-hour; the list price if not given.
+    """
+    chip = topology.chip
+    if chip is None:
+        return None
+
+    def seconds(row: Collective) -> float:
+        bandwidth = chip.dcn_bandwidth if row.slices else topology.ici_bandwidth(row.torus_axes)
+        return row.wire / bandwidth
+
+    times = {
+        "compute": statistics.flops / chip.peak,
+        "HBM": statistics.hbm_bytes / chip.hbm_bandwidth,
+        "ICI": sum(seconds(row) for row in statistics.collectives if not row.slices),
+        "DCN": sum(seconds(row) for row in statistics.collectives if row.slices),
+    }
+    exposed = sum(seconds(row) for row in statistics.collectives if not row.asynchronous)
+    bound = max(times, key=lambda name: times[name])
+    limit = times[bound]
+    estimate = statistics.cycles / chip.clock + exposed if statistics.cycles else None
+
+    def mfu(time: float | None) -> float | None:
+        return None if not time or model_flops is None else model_flops / topology.chips / chip.peak / time
+
+    def chip_hours(time: float | None) -> float | None:
+        return None if time is None or steps is None else topology.chips * steps * time / 3600
+
+    return Roofline(
+        *times.values(),
+        exposed=exposed,
+        bound=bound,
+        limit=limit,
+        estimate=estimate,
+        mfu_limit=mfu(limit),
+        mfu_estimate=mfu(estimate),
+        chip_hours_limit=chip_hours(limit),
+        chip_hours_estimate=chip_hours(estimate),
+        price=chip.price if price is None else price,
+    )

@@ -9,6 +9,8 @@ import jax
 from ml_collections import ConfigDict
 
 from scaling_dit import pipeline, trees
+from scaling_dit.data.sources import Source
+from scaling_dit.data.sources.latents import LatentsSource
 from scaling_dit.encoders import pretrained
 from scaling_dit.encoders.codec import Codec
 from scaling_dit.errors import UserError
@@ -32,6 +34,23 @@ def codec_identity(config: ConfigDict, codec: Codec, params: Any) -> dict[str, A
         fields |= dataclasses.asdict(architecture)
     identity = {**fields, "sha256": pipeline.frozen_hash({"codec": params})}
     return dict(json.loads(json.dumps(identity)))
+
+
+def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) -> None:
+    """Makes sure that a run that reads a prepared set has the codec that made it; other sources always fit.
+
+    Args:
+      params: the run's frozen codec weights.
+
+    Raises:
+      UserError: another codec, another field of it, other weights, or moments of another shape.
+    """
+    if not isinstance(source, LatentsSource):
+        return
+    check_codec(source.manifest.codec, codec_identity(config, codec, params), source.path)
+    right = codec.moments_shape(source.image_size)
+    if source.moments_shape != right:
+        raise UserError(f"{source.path} holds moments of {source.moments_shape}; the codec's are {right}")
 
 
 def check_codec(made_by: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:
@@ -58,10 +77,3 @@ def check_codec(made_by: Mapping[str, Any], here: Mapping[str, Any], place: str)
         raise UserError(
             f"{place} was prepared with codec {key} {then!r}, and the run's is {now!r}; set config.codec so"
         )
-
-
-def check_shape(moments: tuple[int, int, int], codec: Codec, image_size: int, place: str) -> None:
-    """Makes sure that records have the shape that the codec draws from; raises UserError."""
-    right = codec.moments_shape(image_size)
-    if tuple(moments) != tuple(right):
-        raise UserError(f"{place} holds moments of {moments}; the codec's are {right} at {image_size} px")

@@ -87,9 +87,10 @@ def build(file: IO[bytes], stem: str) -> Index:
     faults: list[Fault] = []
     try:
         for name, offset, size in _members(file):
-            key, _, ending = _split(name)
-            if not groups or groups[-1].key != key:
-                groups.append(_Group(key, offset, {}))
+            key, ending = _split(name)
+            if not groups or groups[-1].key != key or ending in groups[-1].endings:
+                groups.append(_Group(key, offset, {}, set()))
+            groups[-1].endings.add(ending)
             if ending.lower() in ENDINGS:
                 groups[-1].members.setdefault(ENDINGS[ending.lower()], (offset, size))
     except _CutError as cut:
@@ -125,6 +126,7 @@ class _Group(NamedTuple):
     key: str
     offset: int  # of its first member's data
     members: dict[int, tuple[int, int]]  # column -> offset and size
+    endings: set[str]  # of all its members
 
 
 class _CutError(Exception):
@@ -150,7 +152,7 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
         header = file.read(_BLOCK)
         if len(header) < _BLOCK:
             where = "between members" if not header else "within a header"
-            raise _CutError("truncated_tar", offset, f"the tar ends {where}")
+            raise _CutError("truncated_tar", min(offset, length), f"the tar ends {where}")
         if not any(header):
             return
         try:
@@ -188,11 +190,11 @@ def _pax_path(records: bytes) -> str:
     return ""
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """Key, dot and ending of a member: up to the first dot of its file name, as webdataset has it."""
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending of a member: up to the first dot of its file name, as webdataset has it."""
     folder, slash, file_name = name.removeprefix("./").rpartition("/")
-    key, dot, ending = file_name.partition(".")
-    return folder + slash + key, dot, ending
+    key, _, ending = file_name.partition(".")
+    return folder + slash + key, ending
 
 
 def _dumps(index: Index, state: list[Any]) -> bytes:

@@ -42,9 +42,14 @@ DERIVED: dict[str, str] = {
 
 # A run may be resumed with other values here: they change how it runs and what it reports, not what it computes.
 # That of `rewind` acts only when a loss spikes, and what it did is on disk.
-FREE_SECTIONS = ("mesh", "loader", "log", "eval", "checkpoint", "sample", "rewind")
+FREE_SECTIONS = ("mesh", "processes", "loader", "log", "eval", "checkpoint", "sample", "rewind")
 # The same for single fields of other sections.
-FREE_FIELDS = ("source.max_damaged",)  # when to stop, not what to read
+FREE_FIELDS = (
+    "source.max_damaged",  # when to stop, not what to read
+    "compile_cache",
+    "codec.weights",  # files may move: a checkpoint holds the hash of what is in them
+    "text_encoder.weights",
+)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "captions.policy": ("uniform", "mix"),
@@ -103,10 +108,13 @@ RANGES: dict[str, Rule] = {
         ),
     ),
     "optim.max_nonfinite": _COUNT,
+    "processes.heartbeat": ("from 10 to 3600 seconds", lambda x: 10 <= x <= 3600),
+    "processes.start_up": ("from 1 to 86400 seconds", lambda x: 1 <= x <= 86400),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.context": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.slices": _COUNT,
     "sample.steps": ("from 1 to 999", lambda x: 1 <= x <= 999),
     "sample.guidance": _FROM_0,
     "sample.guidance_rescale": _SHARE,
@@ -198,7 +206,14 @@ def defaults() -> ConfigDict:
             "max_nonfinite": 10,  # consecutive skipped updates before the run stops
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
+    config.compile_cache = ""  # folder of compiled programs, so that a restart compiles nothing: a path, or "workdir"
+    config.processes = ConfigDict(
+        {
+            "heartbeat": 100,  # seconds without a sign of life after which a process is lost and the others stop
+            "start_up": 300,  # seconds to wait for all processes at the start
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "slices": 1})
     config.sample = ConfigDict(
         {
             "sampler": "ddim",  # ddim | dpmpp_2m | euler | heun

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from scaling_dit import optim, pipeline, trees
+from scaling_dit import backbones, optim, pipeline, trees
+from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules, xla_flags
 from scaling_dit.train_step import init_state, make_train_step
 
@@ -24,7 +25,8 @@ class StepProgram:
     step: Any  # jitted `make_train_step`; the state given to it is donated
     state: Any  # abstract TrainState
     frozen: Any  # abstract frozen weights
-    boxed_frozen: Any  # the same with their logical axes, without shardings
+    boxed_params: Any  # the parameters of the state with their logical axes, without shardings
+    boxed_frozen: Any  # the same of the frozen weights
     batch: Mapping[str, jax.ShapeDtypeStruct]  # the global batch
 
     @classmethod
@@ -53,6 +55,7 @@ class StepProgram:
             step=step,
             state=pipeline.with_shardings(abstract, shardings),
             frozen=pipeline.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
+            boxed_params=boxed_params,
             boxed_frozen=boxed_frozen,
             batch=batch_shapes(config, model, mesh),
         )
@@ -61,6 +64,16 @@ class StepProgram:
         """The train step lowered for the mesh's devices, which need not be there: a `jax.stages.Lowered`."""
         with rules.activate(self.mesh):
             return self.step.lower(self.state, self.frozen, self.batch)
+
+
+def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` as the run's backbone can use it, over all devices by default.
+
+    Raises:
+      UserError: sizes that do not fit the devices.
+    """
+    splits = backbones.splits_tokens(config.backbone.name)
+    return mesh_lib.make_mesh(**config.mesh.to_dict(), devices=devices, splits_tokens=splits)
 
 
 def batch_shapes(config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

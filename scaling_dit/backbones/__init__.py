@@ -24,7 +24,7 @@ BACKBONES: dict[str, type[nn.Module]] = {
 # `parent` and `name` are linen's own.
 _REGISTRY = Registry("backbone", BACKBONES, filled=("parent", "name"), check=contract.check_class)
 
-__all__ = ["BACKBONES", "backbone_fields", "create", "create_for"]
+__all__ = ["BACKBONES", "backbone_fields", "create", "create_for", "splits_tokens"]
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
@@ -57,3 +57,12 @@ def backbone_fields(name: str) -> dict[str, Any]:
       UserError: as `create`, and for a field without a default.
     """
     return _REGISTRY.fields(name)
+
+
+def splits_tokens(name: str) -> bool:
+    """Whether a backbone's tokens may be split over the mesh axis `context`; if not, that axis splits the batch.
+
+    Raises:
+      UserError: as `create`, for an unknown name.
+    """
+    return bool(getattr(_REGISTRY.resolve(name), "SPLITS_TOKENS", False))

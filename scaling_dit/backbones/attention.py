@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from scaling_dit.backbones import splash
-from scaling_dit.backbones.layers import NORMAL_002, Dense, Initializer, constrain
+from scaling_dit.backbones.layers import ATTENTION, NORMAL_002, Dense, Initializer, constrain
 from scaling_dit.errors import UserError, nearest
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -109,7 +109,7 @@ def attend(
     """
     implementation = "xla" if module.is_initializing() else module.implementation  # type: ignore[attr-defined]
     o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=implementation)
-    return checkpoint_name(o_BTNH, splash.CHECKPOINT_NAME)
+    return checkpoint_name(o_BTNH, ATTENTION)
 
 
 def _attend_xla(

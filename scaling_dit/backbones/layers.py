@@ -19,6 +19,7 @@ from scaling_dit.errors import UserError, nearest
 Initializer = Callable[..., jax.Array]
 Axes = tuple[str | None, ...]
 NORMAL_002 = nn.initializers.normal(0.02)
+ATTENTION = "attention"  # name of what attention gives, for the remat policy
 
 
 def _from_input(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -49,6 +50,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _REMAT_POLICIES: dict[str, Any] = {
     "full": None,  # keep a block's inputs only
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, redo attention
+    "attention": jax.checkpoint_policies.save_only_these_names(
+        ATTENTION
+    ),  # keep what attention gives, redo the rest
+    # As "dots", kept in the host's memory between the passes.
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -230,7 +236,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def check_remat(remat: bool | str) -> str:
-    """The policy name "none", "full" or "dots" of a `remat` field; False and True stand for the first two.
+    """The name of a `remat` field, "none" or one of the policies; False and True stand for "none" and "full".
 
     Raises:
       UserError: none of these.
@@ -268,7 +274,7 @@ def stack(
       name: of the parameters: `{name}_{i}`, or `name` with a leading layer axis ("layers") when scanned.
       per_layer: what layer i alone gets: a sequence, a stacked array when scanned, or None.
       broadcast: what every layer gets.
-      remat: "none", "full" or "dots", see `check_remat`.
+      remat: "none", "full", "dots", "attention" or "offload", see `check_remat`.
       scan: one traced block and `jax.lax.scan`, which compiles in a time that does not grow with depth.
 
     Returns:

@@ -38,12 +38,13 @@ class Lumina(nn.Module):
     qk_norm: bool = True
     learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots
+    remat: bool | str = "none"  # none | full | dots | attention | offload
     scan_layers: bool = False
     dtype: str = "float32"  # of products and the residual stream
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+    SPLITS_TOKENS: ClassVar[bool] = True
     # Set by the subclasses.
     SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     HEAD_SIZE_MULTIPLE: ClassVar[int] = 1  # what the rotary positions need

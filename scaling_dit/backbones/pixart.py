@@ -42,12 +42,13 @@ class PixArt(nn.Module):
     learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
     base_size: int = 16  # side of the grid of tokens at which positions are whole numbers
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots
+    remat: bool | str = "none"  # none | full | dots | attention | offload
     scan_layers: bool = False
     dtype: str = "float32"  # of products and the residual stream
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+    SPLITS_TOKENS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         hidden = self.widths[0]

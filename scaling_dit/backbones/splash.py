@@ -1,7 +1,8 @@
 """Splash attention, the Pallas kernel for TPUs, at any length and head size: padding, blocks, masks and sharding.
 
-The kernel never writes the [T, S] scores to memory. It wants lengths in multiples of its blocks, and blocks in multiples
-of 128; a mask is a pair of segment ids, a query sees the keys of its own segment. Shape suffixes as in attention.py.
+The kernel never writes the [T, S] scores to memory. It wants lengths in multiples of its blocks, and blocks in
+multiples of 128; a mask is a pair of segment ids, a query sees the keys of its own segment. Shape suffixes as in
+attention.py.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
-LANES = 128  # blocks are multiples of it
-CHECKPOINT_NAME = "attention"  # of the output and the softmax's log-sums, for the remat policy of that name
+from scaling_dit.backbones.layers import ATTENTION
 
-# Largest block of queries and keys by device kind: (forward, backward). The backward pass holds four blocks of scores in
-# float32, the forward pass two, and a core's scoped VMEM has 16 MiB by default.
+LANES = 128  # blocks are multiples of it
+
+# Largest block of queries and keys by device kind: (forward, backward). The backward pass holds four blocks of scores
+# in float32, the forward pass two, and a core's scoped VMEM has 16 MiB by default.
 _LARGEST_BLOCK: dict[str, tuple[int, int]] = {
     "TPU v4": (512, 512),
     "TPU v5 lite": (1024, 512),
@@ -45,8 +47,8 @@ class Blocks:
 def blocks(queries: int, keys: int, device_kind: str) -> Blocks:
     """The least padding to a multiple of blocks that are as large as the device takes them.
 
-    A length is cut into the fewest equal blocks of multiples of 128 for the backward pass, whose limit is the lower; the
-    forward pass joins neighbours while they fit.
+    A length is cut into the fewest equal blocks of multiples of 128 for the backward pass, whose limit is the lower;
+    the forward pass joins neighbours while they fit.
     """
     most_forward, most_backward = _LARGEST_BLOCK.get(device_kind, _UNKNOWN_DEVICE)
     padded, forward, backward = [], [], []
@@ -144,7 +146,7 @@ def _on_one_device(
         block_sizes=_block_sizes(cut),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=CHECKPOINT_NAME,
+        residual_checkpoint_name=ATTENTION,  # the log-sums of the softmax too, else the kernel runs again
         interpret=interpret,
     )
     scale = q_BTNH.shape[-1] ** -0.5

@@ -9,21 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files, interop, optim, pipeline, trees
+from scaling_dit import config_files, frozen_weights, interop, optim, pipeline, trees
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.interop import diffusers_config, weight_files
 from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.parallel import rules
-from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.program import run_mesh
 from scaling_dit.run import claim_workdir, open_workdir
-from scaling_dit.state import TrainState
+from scaling_dit.state import TrainState, start_from
 from scaling_dit.train_step import init_state
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
@@ -128,7 +127,7 @@ def start_run(
 
     The config is written last: a folder with a config has everything else.
     """
-    mesh = make_mesh(**config.mesh.to_dict())
+    mesh = run_mesh(config)
     source = pipeline.create_source(config)
     tokenizer = open_workdir(workdir, config, source)
     model = pipeline.build(config, tokenizer, source)
@@ -140,31 +139,28 @@ def start_run(
     boxed, boxed_frozen = jax.eval_shape(model.init, key)
     _check_shapes(trees.by_path(loaded), trees.by_path(trees.unbox(boxed["backbone"])), model)
 
-    frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
+    frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, boxed_frozen)
     placed = rules.param_shardings(mesh, boxed)
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
     def make(imported: Any) -> TrainState:
-        fresh: Any = init_state(model, optimizer, config, key)  # of which the backbone is never computed
-        params = fresh.params | {"backbone": imported}
-
-        def average() -> Any:
-            return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-
-        return fresh.replace(params=params, emas={name: average() for name in fresh.emas})
+        # What is given of the fresh state is never computed.
+        return start_from(init_state(model, optimizer, config, key), imported)
 
     host = jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
         loaded,
         placed["backbone"],
     )
-    shardings = rules.state_shardings(mesh, jax.eval_shape(make, host), placed)
-    start = jax.jit(make, out_shardings=shardings)(host)
+    given = {"backbone": host, **frozen_weights.open_trained(model, mesh, boxed)}
+    shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
+    start = jax.jit(make, out_shardings=shardings)(given)
     with Checkpoints(workdir / pipeline.CHECKPOINTS) as store:
-        store.save(0, start, {"frozen_sha256": pipeline.frozen_hash(frozen)}, wait=True)
+        store.save(0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True)
     if described is not None and jax.process_index() == 0:
         pipeline.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
-    claim_workdir(workdir, config, tokenizer, frozen)
+    frozen_weights.save_frozen(workdir, model, frozen)
+    claim_workdir(workdir, config, tokenizer)
 
 
 def _check_described(

@@ -5,7 +5,7 @@ Backbones name logical axes only. This table is the one place that turns names i
 | logical axis | mesh axis | why |
 |---|---|---|
 | batch | data, fsdp | each device works on its own images; fsdp devices share parameters, not images |
-| length | context | tokens; size 1 unless a run splits long sequences |
+| length | context | tokens of backbones with SPLITS_TOKENS; for others `make_mesh` makes `context` a part of data |
 | act_heads, act_mlp | tensor | follow the parameters that make them, so that no gather is needed in between |
 | act_embed | - | every block reads the whole width of a token |
 | embed | fsdp | the width is in nearly every large parameter, so sharding it shards nearly all memory |
@@ -16,6 +16,7 @@ Backbones name logical axes only. This table is the one place that turns names i
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -85,6 +86,41 @@ def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
         return NamedSharding(mesh, _spec(mesh, tuple(leaf.names), np.shape(leaf.value)))
 
     return jax.tree.map(shard, abstract_variables, is_leaf=trees.is_box)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """How many bytes of parameters every device holds whole, because no axis of them divides or is named."""
+
+    total: int  # bytes of all parameters
+    whole: int  # bytes of those that are whole on every device
+    largest: tuple[tuple[str, int], ...]  # path and bytes of the largest of these, largest first
+
+    def __str__(self) -> str:
+        share = f"{self.whole / max(self.total, 1):.2%} of {self.total:,} bytes of parameters are whole on every device"
+        return share + "".join(f", {path} {size:,}" for path, size in self.largest)
+
+
+def replicated(mesh: Mesh, abstract_variables: Any, most: int = 3) -> Replicated:
+    """What `param_shardings` leaves whole on every device, with its `most` largest parameters.
+
+    Args:
+      mesh: a mesh of `make_mesh`, or a `jax.sharding.AbstractMesh` with its axes.
+      abstract_variables: as `param_shardings` takes them.
+    """
+    placed = trees.by_path(param_shardings(mesh, abstract_variables))
+    sizes = {
+        path: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        for path, leaf in trees.by_path(trees.unbox(abstract_variables)).items()
+    }
+    whole = sorted(
+        (path for path in sizes if placed[path].is_fully_replicated), key=lambda path: -sizes[path]
+    )
+    return Replicated(
+        total=sum(sizes.values()),
+        whole=sum(sizes[path] for path in whole),
+        largest=tuple(("/".join(path), sizes[path]) for path in whole[:most]),
+    )
 
 
 def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:

@@ -1,0 +1,102 @@
+"""Apache Beam: what needs all of a data set runs over its shards, on one machine or on Dataflow, Flink or Spark.
+
+A pipeline gets the names of the shards; a worker opens the source itself, reads one shard from end to end and passes on
+small summaries, never images. Any order and any number of workers give the same result.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from scaling_dit.data.prepare import sidecar
+from scaling_dit.data.prepare.raw import RawName, open_raw
+from scaling_dit.errors import UserError
+from scaling_dit.pipeline import write_whole
+
+try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+except ImportError as error:
+    raise UserError(f"Apache Beam is not installed ({error}); pip install 'scaling-dit[beam]'") from None
+
+
+def pipeline(runner: str, arguments: Sequence[str]) -> beam.Pipeline:
+    """An empty pipeline.
+
+    Args:
+      runner: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner, ...
+      arguments: options of Beam and of the runner, such as --project=NAME or --direct_num_workers=4.
+
+    Raises:
+      UserError: no such runner, or options that it refuses.
+    """
+    for argument in arguments:
+        if not argument.startswith("--"):
+            raise UserError(f"{argument!r} is no pipeline option; after -- they look like --project=NAME")
+    try:
+        return beam.Pipeline(runner=runner, options=PipelineOptions(list(arguments)))
+    except (ValueError, ImportError, SystemExit) as error:
+        raise UserError(f"--runner={runner} with {' '.join(arguments) or 'no options'}: {error}") from None
+
+
+def run(pipe: beam.Pipeline) -> None:
+    """Runs a pipeline to its end.
+
+    Raises:
+      UserError: a worker met one, or the runner gave up.
+    """
+    workers = logging.getLogger("apache_beam.runners.common")
+    level = workers.level
+    workers.setLevel(logging.CRITICAL)  # it logs the traceback of what is raised here
+    try:
+        state = pipe.run().wait_until_finish()
+    except Exception as error:
+        faults = [cause for cause in _causes(error) if isinstance(cause, UserError)]
+        if faults:  # the last one is as it was raised; Beam added the step's name to the others
+            raise UserError(str(faults[-1])) from error
+        raise
+    finally:
+        workers.setLevel(level)
+    if state not in ("DONE", None):
+        raise UserError(f"the pipeline ended as {state}; the runner's own log says why")
+
+
+def shards_of(pipe: beam.Pipeline, source: RawName) -> beam.PCollection[int]:
+    """The numbers of a source's shards, dealt out to the workers."""
+    numbers = list(range(len(open_raw(source).shards())))
+    return pipe | "Shards" >> beam.Create(numbers, reshuffle=False) | beam.Reshuffle()
+
+
+def write_json(values: beam.PCollection[tuple[str, Any]], path: epath.PathLike) -> None:
+    """Writes all (name, value) pairs as one JSON object, by one worker."""
+    _ = values | "Collect" >> beam.combiners.ToDict() | "Write" >> beam.Map(_write_object, str(path))
+
+
+def write_shards(rows: beam.PCollection[tuple[str, Any]], folder: epath.PathLike) -> None:
+    """Writes (shard, (position, row) or None) as one file of rows per shard, in the order of the positions.
+
+    None names a shard that may have no rows.
+    """
+    grouped = rows | "ByShard" >> beam.GroupByKey()
+    _ = grouped | "WriteShard" >> beam.Map(lambda group: _write_shard(*group, str(folder)))
+
+
+def _write_shard(shard: str, rows: Iterable[tuple[int, dict[str, Any]] | None], folder: str) -> None:
+    ordered = sorted((row for row in rows if row is not None), key=lambda row: row[0])
+    path = sidecar.path_of(folder, shard, sidecar.FILTER)
+    sidecar.write_lines(path, (row for _, row in ordered))
+
+
+def _write_object(values: dict[str, Any], path: str) -> None:
+    place = epath.Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(place, (json.dumps(dict(sorted(values.items())), indent=1) + "\n").encode())
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

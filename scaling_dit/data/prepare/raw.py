@@ -1,0 +1,58 @@
+"""A raw source as the verbs over whole sets name it: `--source=NAME` and `--config.source.FIELD=VALUE`."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from scaling_dit import config as config_lib
+from scaling_dit.config_files import override_key
+from scaling_dit.data.sources import create_source
+from scaling_dit.data.sources.encoded import EncodedSource
+from scaling_dit.errors import UserError
+
+_OWN = ("held_out_fraction", "max_damaged", "image_size")  # fields that do not matter to a whole set of files
+
+
+class RawName(NamedTuple):
+    """What opens a raw source, on any machine; hashable."""
+
+    name: str
+    fields: tuple[tuple[str, Any], ...] = ()
+
+
+def raw_name(name: str, overrides: Sequence[str] = ()) -> RawName:
+    """The source `name` with the fields that `--config.source.FIELD=VALUE` arguments set.
+
+    Raises:
+      UserError: an override of anything else, or of a field that this source does not have.
+    """
+    for override in overrides:
+        if not override.lstrip("-").startswith(("config.source.", "noconfig.source.")):
+            raise UserError(f"{override}: with --source only --config.source.FIELD=VALUE can be set")
+    if not overrides:
+        return RawName(name)
+    config = config_lib.defaults()
+    config.source.name = name
+    resolved = config_lib.resolve(config, overrides).source.to_dict()
+    given = {override_key(override).partition(".")[2] for override in overrides}
+    for field in sorted(given.intersection((*_OWN, "name"))):
+        raise UserError(f"--config.source.{field} has no meaning here: all files are read, as they are")
+    return RawName(name, tuple(sorted((field, resolved[field]) for field in given)))
+
+
+@functools.cache
+def open_raw(raw: RawName) -> EncodedSource:
+    """The source with both splits and any amount of damage, opened once per process.
+
+    Raises:
+      UserError: it cannot be opened, or holds no image files.
+    """
+    source = create_source(
+        raw.name, **dict(raw.fields), **{"held_out_fraction": 0.0, "max_damaged": sys.maxsize}
+    )
+    if not isinstance(source, EncodedSource):
+        raise UserError(
+            f"source {raw.name!r} holds no image files; give folder:, webdataset:, parquet: or tfds:"
+        )
+    return source

@@ -7,8 +7,6 @@ rest). `Pipeline` is a model with its weights, as `load(workdir)` returns it.
 
 import dataclasses
 import functools
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, checkpoints, encoders, posthoc_ema, state, trees
+from scaling_dit import backbones, checkpoints, encoders, frozen_weights, posthoc_ema, state, trees
 from scaling_dit import config as config_lib
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.data import sources
@@ -26,6 +24,7 @@ from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
+from scaling_dit.files import write_whole
 from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
 from scaling_dit.state import POWER, power_name
@@ -34,8 +33,6 @@ Params = dict[str, Any]
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-FROZEN_FILE = "frozen.npz"
-_SEPARATOR = "/"  # between the keys of a weight's path in that file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +53,11 @@ class Model:
         """(height, width, channels) of one latent."""
         return self.codec.shape(self.image_size)
 
+    @property
+    def encoders(self) -> tuple[codecs.Codec, encoders.TextEncoder]:
+        """Codec and text encoder: what stands before the backbone, trained or not."""
+        return self.codec, self.text_encoder
+
     def init(self, rng: jax.Array) -> tuple[Params, Params]:
         """Fresh weights as (params, frozen), with the logical axes of every parameter (boxed)."""
         text_rng, backbone_rng = jax.random.split(rng)
@@ -68,7 +70,7 @@ class Model:
             others = ", ".join(sorted(set(variables) - {"params"}))
             raise UserError(f"{type(self.backbone).__name__} keeps {others}; a run can train 'params' only")
         params: Params = {"backbone": variables["params"]}
-        frozen: Params = {"codec": {}}
+        frozen: Params = {"codec": codecs.init_codec(self.codec, rng)}
         (params if self.train_text_encoder else frozen)["text_encoder"] = text_params
         return params, frozen
 
@@ -296,8 +298,9 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
             tracks = [power_name(width) for width in config.optim.ema_power]
             wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
             params = posthoc_ema.rebuild(workdir, store, step, wide, str(name), tracks)
-    frozen = frozen_weights(workdir, model, config.seed, mesh, boxed_frozen)
-    check_frozen(frozen_hash(frozen), saved, str(workdir))
+    frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, boxed_frozen)
+    now = frozen_weights.frozen_hash(frozen, *model.encoders)
+    frozen_weights.check_frozen(now, saved, str(workdir))
     return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step)
 
 
@@ -351,87 +354,6 @@ def ema_name(config: ConfigDict, ema: float | str | None) -> str | None:
     return name
 
 
-def init_frozen(model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
-    """The frozen weights, made from the run's seed straight into their shardings."""
-    make = jax.jit(
-        lambda rng: trees.unbox(model.init(rng)[1]), out_shardings=rules.param_shardings(mesh, boxed)
-    )
-    return make(jax.random.key(seed))
-
-
-def frozen_weights(
-    workdir: epath.Path, model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params
-) -> Params:
-    """The run's frozen weights: those in its workdir, or for a new run fresh ones.
-
-    They are kept, not drawn again, because processors of another kind draw other last bits.
-    """
-    path = workdir / FROZEN_FILE
-    if not path.exists():
-        return init_frozen(model, seed, mesh, boxed)
-    with path.open("rb") as file, np.load(file) as saved:
-        values = dict(saved)
-    abstract = trees.unbox(boxed)
-    paths = [_SEPARATOR.join(names) for names in trees.by_path(abstract)]
-    if set(paths) != set(values):
-        raise UserError(f"{path} does not hold the frozen weights of this run; put the run's own file back")
-    tree = jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in paths])
-    return jax.tree.map(jax.device_put, tree, rules.param_shardings(mesh, boxed))
-
-
-def save_frozen(workdir: epath.Path, frozen: Params) -> None:
-    """Writes frozen weights once; nothing if there are none or the file is there."""
-    leaves = trees.by_path(frozen)
-    if not leaves or (workdir / FROZEN_FILE).exists():
-        return
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {_SEPARATOR.join(names): np.asarray(leaf) for names, leaf in leaves.items()}
-    np.savez(buffer, **arrays)
-    write_whole(workdir / FROZEN_FILE, buffer.getvalue())
-
-
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that no reader ever sees half of it; remote stores do so by themselves and cannot rename."""
-    if "://" in str(path):
-        path.write_bytes(data)
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
 def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes of `abstract` with the places of `shardings`: what a checkpoint is restored into."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-
-
-def frozen_hash(frozen: Params) -> str:
-    """sha256 over paths, dtypes, shapes and bytes of the frozen weights; "" if there are none.
-
-    Checkpoints hold this instead of the weights. Every process must be able to read all of them.
-    """
-    leaves = trees.by_path(frozen)
-    digest = hashlib.sha256()
-    for path, leaf in leaves.items():
-        digest.update(f"{'/'.join(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest() if leaves else ""
-
-
-def check_frozen(now: str, saved: Mapping[str, Any], where: str) -> None:
-    """Makes sure that trained weights meet the frozen ones they were trained with.
-
-    Args:
-      now: `frozen_hash` of the frozen weights at hand.
-      saved: the checkpoint's `extra`.
-      where: the folder told in the error.
-
-    Raises:
-      UserError: their hash is not that of the checkpoint.
-    """
-    then = saved.get("frozen_sha256", "")
-    if now != then:
-        raise UserError(
-            f"the checkpoint in {where} was trained with other frozen weights (sha256 {then[:12] or 'of none'}, now "
-            f"{now[:12] or 'none'}); put those back, or start a new run"
-        )

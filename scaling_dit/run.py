@@ -11,19 +11,19 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline, rewind
+from scaling_dit import frozen_weights, pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
+from scaling_dit.data.prepare import identity
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.parallel import rules
-from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.program import StepProgram
+from scaling_dit.program import StepProgram, run_mesh
 from scaling_dit.rewind import Rewind, SpikeDetector
-from scaling_dit.state import TrainState
+from scaling_dit.state import TrainState, start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Run:
     positions: np.ndarray  # of the global batch, which this process reads
     init: Callable[[jax.Array], TrainState]  # key -> the state of step 0, in its shardings
     target: TrainState  # shapes, dtypes and shardings of the state
+    boxed_params: pipeline.Params  # its parameters with their logical axes
     frozen: pipeline.Params
     frozen_hash: str
     step_fn: Callable[..., Any]  # the jitted `make_train_step`; the state given to it is donated
@@ -53,7 +54,7 @@ class Run:
           UserError: a mistake in the config or the data, or a workdir of another experiment.
         """
         config = config_lib.resolve(config)
-        mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
+        mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         rules.local_positions(
             mesh, config.batch // config.optim.accumulate
@@ -64,9 +65,11 @@ class Run:
 
         # Shapes first, then straight into their shardings.
         program = StepProgram.build(config, model, mesh)
-        frozen = pipeline.frozen_weights(workdir, model, config.seed, mesh, program.boxed_frozen)
+        frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, program.boxed_frozen)
+        identity.check_source(source, config, model.codec, frozen["codec"])
         looks = InTraining(model, source, mesh, config)
-        claim_workdir(workdir, config, tokenizer, frozen)
+        frozen_weights.save_frozen(workdir, model, frozen)
+        claim_workdir(workdir, config, tokenizer)
         return cls(
             config=config,
             workdir=workdir,
@@ -76,8 +79,9 @@ class Run:
             positions=positions,
             init=program.init,
             target=program.state,
+            boxed_params=program.boxed_params,
             frozen=frozen,
-            frozen_hash=pipeline.frozen_hash(frozen),
+            frozen_hash=frozen_weights.frozen_hash(frozen, *model.encoders),
             step_fn=program.step,
             looks=looks,
         )
@@ -94,9 +98,13 @@ class Run:
         config, extra = self.config, dict[str, Any]()
         if store.latest_step() is None:
             state = self.init(jax.random.key(config.seed))
+            pretrained = frozen_weights.open_trained(self.model, self.mesh, self.boxed_params)
+            if pretrained:
+                places = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+                state = jax.jit(start_from, out_shardings=places, donate_argnums=0)(state, pretrained)
         else:
             state, extra = store.restore(None, self.target)
-            pipeline.check_frozen(self.frozen_hash, extra, str(store.directory))
+            frozen_weights.check_frozen(self.frozen_hash, extra, str(store.directory))
         loader = make_loader(
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
             positions=self.positions, start_step=int(state.step),
@@ -129,10 +137,8 @@ def open_workdir(
     return scratch.build_tokenizer(pipeline.create_source(config) if source is None else source)
 
 
-def claim_workdir(
-    workdir: epath.Path, config: ConfigDict, tokenizer: scratch.WordTokenizer, frozen: pipeline.Params
-) -> None:
-    """Makes a workdir this run's: tokenizer, frozen weights and config; what is there stays, but for the config.
+def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: scratch.WordTokenizer) -> None:
+    """Makes a workdir this run's: tokenizer and config; what is there stays, but for the config.
 
     The config is written last, so a folder with a config has everything else, and anew at each start, for some of its
     sections may change between starts.
@@ -142,5 +148,4 @@ def claim_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / pipeline.TOKENIZER_FILE).exists():
         tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
-    pipeline.save_frozen(workdir, frozen)
     pipeline.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())

@@ -45,12 +45,23 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        # Copies, for a donated state must not hold one buffer twice.
-        emas={
-            name: jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-            for name in (*map(ema_name, ema_decays), *map(power_name, ema_power))
-        },
+        emas={name: _average(params) for name in (*map(ema_name, ema_decays), *map(power_name, ema_power))},
     )
+
+
+def start_from(state: TrainState, given: Params) -> TrainState:
+    """A state of step 0 whose parameters, and every average, are `given` where that has them; pure.
+
+    `given` holds whole entries of `params`, such as {"text_encoder": tree}.
+    """
+    params = state.params | given
+    return state.replace(params=params, emas={name: _average(params) for name in state.emas})
+
+
+def _average(params: Params) -> Params:
+    """An average that begins with these parameters: copies, for a donated state must not hold one buffer twice."""
+    average: Params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return average
 
 
 def ema_name(decay: float) -> str:

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline
+from scaling_dit import frozen_weights, pipeline
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
@@ -172,8 +172,8 @@ def test_frozen_hash_sees_values_names_and_types():
         {"a": jnp.ones(3, jnp.bfloat16)},
         {"a": jnp.ones((3, 1))},
     ]
-    hashes = [pipeline.frozen_hash(tree) for tree in [base, *others]]
-    assert len(set(hashes)) == 5 and pipeline.frozen_hash({}) == ""
+    hashes = [frozen_weights.frozen_hash(tree) for tree in [base, *others]]
+    assert len(set(hashes)) == 5 and frozen_weights.frozen_hash({}) == ""
 
 
 def test_a_trained_run_of_a_folder_needs_no_folder_to_draw():

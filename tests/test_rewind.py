@@ -106,7 +106,7 @@ def compiled_once():
             key: value for key, value in first.config.items() if key not in config_lib.FREE_SECTIONS
         }
         tokenizer = open_workdir(workdir, config, first.source)
-        claim_workdir(workdir, config, tokenizer, first.frozen)
+        claim_workdir(workdir, config, tokenizer)
         return dataclasses.replace(first, config=config, workdir=workdir)
 
     with pytest.MonkeyPatch.context() as patch:

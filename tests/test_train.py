@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline, train, train_step
+from scaling_dit import frozen_weights, pipeline, train, train_step
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import JsonlWriter, MultiWriter, read_metrics
 
@@ -169,8 +169,8 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path
     assert set(pipe.frozen) >= {"text_encoder"}
     other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
     with pytest.raises(UserError, match="other frozen weights"):
-        pipeline.check_frozen(
-            pipeline.frozen_hash(other), {"frozen_sha256": pipeline.frozen_hash(pipe.frozen)}, "here"
+        frozen_weights.check_frozen(
+            frozen_weights.frozen_hash(other), {"frozen_sha256": frozen_weights.frozen_hash(pipe.frozen)}, "here"
         )
 
 

@@ -117,6 +117,11 @@ def create_codec(name: str, **fields: Any) -> Codec:
     return _REGISTRY.create(name, fields)
 
 
+def init_codec(codec: Codec, rng: jax.Array) -> Any:
+    """The parameters that a run draws for its codec from its key, boxed."""
+    return codec.init(jax.random.fold_in(rng, 1))  # the key itself is split for the rest of the run
+
+
 def codec_fields(name: str) -> dict[str, Any]:
     """The config-settable fields of a codec with their defaults.
 

@@ -156,7 +156,9 @@ def start_run(
     shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
     start = jax.jit(make, out_shardings=shardings)(given)
     with Checkpoints(workdir / pipeline.CHECKPOINTS) as store:
-        store.save(0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True)
+        store.save(
+            0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True
+        )
     if described is not None and jax.process_index() == 0:
         pipeline.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
     frozen_weights.save_frozen(workdir, model, frozen)

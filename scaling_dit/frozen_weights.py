@@ -1,0 +1,193 @@
+"""The weights that a run holds without training them, and pretrained ones that it starts from.
+
+A component (codec, text encoder) with a field `weights` gets them from that place, at every start and without a copy in
+the workdir; one without, or with "random", from the run's seed, and those are kept in the workdir. Checkpoints hold a
+hash of all of them, so a run never goes on with others, wherever its files have moved.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from scaling_dit import trees
+from scaling_dit.encoders import pretrained
+from scaling_dit.errors import UserError
+from scaling_dit.files import write_whole
+from scaling_dit.parallel import rules
+
+if TYPE_CHECKING:
+    from scaling_dit.pipeline import Model
+
+Params = dict[str, Any]
+FROZEN_FILE = "frozen.npz"
+_SEPARATOR = "/"  # between the keys of a weight's path in that file
+
+
+def open_frozen(
+    workdir: epath.Path, model: "Model", seed: int, mesh: jax.sharding.Mesh, boxed: Params
+) -> Params:
+    """The run's frozen weights, each in its sharding: loaded from their places, from the workdir, or drawn.
+
+    Drawn ones are kept in the workdir, not drawn again, because processors of another kind draw other last bits.
+
+    Args:
+      workdir: of the run, or of a new one.
+      model: of the run.
+      seed: of the run.
+      mesh: to lie on.
+      boxed: what `model.init` gives as frozen, abstract and with logical axes.
+
+    Raises:
+      UserError: a component without weights that needs them, a place that has none, or a damaged file in the workdir.
+    """
+    abstract, shardings = trees.unbox(boxed), rules.param_shardings(mesh, boxed)
+    loaded = {name: component.load() for name, component in _pretrained(model).items() if name in boxed}
+    for name, tree in loaded.items():
+        _check_shapes(name, tree, abstract[name])
+    drawn = {name: tree for name, tree in abstract.items() if name not in loaded}
+    path = workdir / FROZEN_FILE
+    if path.exists():
+        loaded |= _read_kept(path, drawn)
+    elif jax.tree.leaves(drawn):
+        draw = jax.jit(
+            lambda rng: {name: trees.unbox(model.init(rng)[1])[name] for name in drawn},
+            out_shardings={name: shardings[name] for name in drawn},
+        )
+        loaded |= draw(jax.random.key(seed))
+    else:
+        loaded |= drawn
+    return {name: jax.tree.map(_place, loaded[name], shardings[name]) for name in boxed}
+
+
+def open_trained(model: "Model", mesh: jax.sharding.Mesh, boxed: Params) -> Params:
+    """The pretrained weights that a new run trains on from, placed like its parameters; {} if it has none.
+
+    Args:
+      model: of the run.
+      mesh: to lie on.
+      boxed: what `model.init` gives as params, abstract and with logical axes.
+
+    Raises:
+      UserError: as `open_frozen`.
+    """
+    abstract, shardings = trees.unbox(boxed), rules.param_shardings(mesh, boxed)
+    loaded = {name: component.load() for name, component in _pretrained(model).items() if name in boxed}
+    for name, tree in loaded.items():
+        _check_shapes(name, tree, abstract[name])
+    return {name: jax.tree.map(_place, tree, shardings[name]) for name, tree in loaded.items()}
+
+
+def save_frozen(workdir: epath.Path, model: "Model", frozen: Params) -> None:
+    """Writes the frozen weights that were drawn, once; nothing if there are none or the file is there.
+
+    All processes call it; the first one writes.
+    """
+    given = _pretrained(model)
+    leaves = trees.by_path({name: tree for name, tree in frozen.items() if name not in given})
+    # Gathered before the file is looked for: another process may have written it by now.
+    arrays: dict[str, Any] = {_SEPARATOR.join(names): _on_host(leaf) for names, leaf in leaves.items()}
+    if arrays and jax.process_index() == 0 and not (workdir / FROZEN_FILE).exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_whole(workdir / FROZEN_FILE, buffer.getvalue())
+
+
+def frozen_hash(frozen: Params, *components: Any) -> str:
+    """sha256 over paths, dtypes, shapes and bytes of the frozen weights; "" if there are none.
+
+    Checkpoints hold this instead of the weights. All processes call it.
+
+    Args:
+      frozen: tree of weights, on the host or on devices.
+      components: codec and text encoder of the run. Their `architecture`, where they have one, is part of the hash: it
+        may come from a file beside the weights, and the same weights mean something else with another.
+    """
+    leaves = trees.by_path(frozen)
+    described = [component.architecture for component in components if hasattr(component, "architecture")]
+    digest = hashlib.sha256()
+    for path, leaf in leaves.items():
+        digest.update(f"{'/'.join(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(_on_host(leaf)).tobytes())
+    for architecture in described:
+        digest.update(repr(architecture).encode())
+    return digest.hexdigest() if leaves or described else ""
+
+
+def check_frozen(now: str, saved: Mapping[str, Any], where: str) -> None:
+    """Makes sure that trained weights meet the frozen ones they were trained with.
+
+    Args:
+      now: `frozen_hash` of the frozen weights at hand.
+      saved: the checkpoint's `extra`.
+      where: the folder told in the error.
+
+    Raises:
+      UserError: their hash is not that of the checkpoint.
+    """
+    then = saved.get("frozen_sha256", "")
+    if now != then:
+        raise UserError(
+            f"the checkpoint in {where} was trained with other frozen weights (sha256 {then[:12] or 'of none'}, now "
+            f"{now[:12] or 'none'}); put those back, or start a new run"
+        )
+
+
+def _pretrained(model: "Model") -> dict[str, Any]:
+    """The components of a model whose weights come from a place.
+
+    Raises:
+      UserError: one that has weights, and whose place is not set.
+    """
+    found = {}
+    for name in ("codec", "text_encoder"):
+        component: Any = getattr(model, name)
+        if not hasattr(component, "load"):
+            continue
+        if component.weights == pretrained.NONE:
+            raise pretrained.missing(f"{name}.weights")
+        if pretrained.is_place(component.weights):
+            found[name] = component
+    return found
+
+
+def _check_shapes(name: str, found: Any, wanted: Any) -> None:
+    """A component of a user's own may load what its `init` does not describe."""
+    shapes = [
+        {path: np.shape(leaf) for path, leaf in trees.by_path(tree).items()} for tree in (found, wanted)
+    ]
+    if shapes[0] != shapes[1]:
+        paths = sorted({path for path, _ in shapes[0].items() ^ shapes[1].items()})
+        raise UserError(
+            f"{name}.load gives other parameters than its init: {', '.join('/'.join(path) for path in paths[:3])}"
+        )
+
+
+def _read_kept(path: epath.Path, abstract: Params) -> Params:
+    with path.open("rb") as file, np.load(file) as saved:
+        values = dict(saved)
+    paths = [_SEPARATOR.join(names) for names in trees.by_path(abstract)]
+    if not set(paths) <= set(values):
+        raise UserError(f"{path} does not hold the frozen weights of this run; put the run's own file back")
+    tree: Params = jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in paths])
+    return tree
+
+
+def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array in its sharding; each process sends its own devices their parts."""
+    if isinstance(value, jax.Array):
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """The whole of an array, also where other processes hold parts of it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)

@@ -29,6 +29,10 @@ EXTRAS = {
     "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
     # The digits experiment: its scans, and the classifier that reads the generated ones.
     "eval": ["scikit-learn"],
+    # `filter` and `stats`: what needs all of a data set.
+    "beam": ["apache-beam>=2.70"],
+    # `caption` with a model of transformers; the endpoint back-end needs nothing.
+    "caption": ["torch", "transformers"],
     # torch, diffusers and transformers are references in tests only. The exact version of torch matters: an open range
     # may resolve to a build with gigabytes of GPU libraries.
     "test": [
@@ -58,6 +62,7 @@ setup(
     # experiments/ stands at the root, where a reader looks for it, and installs inside the package.
     packages=[*find_packages(include=["scaling_dit", "scaling_dit.*"]), "scaling_dit.experiments"],
     package_dir={"scaling_dit": "scaling_dit", "scaling_dit.experiments": "experiments"},
+    package_data={"scaling_dit.data.prepare": ["nouns.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli:main"]},

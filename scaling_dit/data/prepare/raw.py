@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from scaling_dit import config as config_lib
 from scaling_dit.config_files import override_key
-from scaling_dit.data.sources import create_source
+from scaling_dit.data.sources import create_source, source_fields
 from scaling_dit.data.sources.encoded import EncodedSource
 from scaling_dit.errors import UserError
 
@@ -48,9 +48,9 @@ def open_raw(raw: RawName) -> EncodedSource:
     Raises:
       UserError: it cannot be opened, or holds no image files.
     """
-    source = create_source(
-        raw.name, **dict(raw.fields), **{"held_out_fraction": 0.0, "max_damaged": sys.maxsize}
-    )
+    every = {"held_out_fraction": 0.0, "max_damaged": sys.maxsize}
+    known = source_fields(raw.name)
+    source = create_source(raw.name, **dict(raw.fields), **every) if every.keys() <= known.keys() else None
     if not isinstance(source, EncodedSource):
         raise UserError(
             f"source {raw.name!r} holds no image files; give folder:, webdataset:, parquet: or tfds:"

@@ -24,7 +24,6 @@ from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
-from scaling_dit.files import write_whole
 from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
 from scaling_dit.state import POWER, power_name

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import frozen_weights, pipeline, rewind
+from scaling_dit import files, frozen_weights, pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
@@ -148,4 +148,4 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: scratch.Wo
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / pipeline.TOKENIZER_FILE).exists():
         tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
-    pipeline.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())
+    files.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())

@@ -184,14 +184,14 @@ def before_the_record(patch):
 
 
 def after_the_record(patch):
-    real = train.pipeline.write_whole
+    real = train.files.write_whole
 
     def write(path, data):
         real(path, data)
         if path.name == rewind.FILE:
             raise Killed
 
-    patch.setattr(train.pipeline, "write_whole", write)
+    patch.setattr(train.files, "write_whole", write)
 
 
 def after_restoring(patch):

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files, frozen_weights, interop, optim, pipeline, trees
+from scaling_dit import config_files, files, frozen_weights, interop, optim, pipeline, trees
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.interop import diffusers_config, weight_files
@@ -160,7 +160,7 @@ def start_run(
             0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True
         )
     if described is not None and jax.process_index() == 0:
-        pipeline.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+        files.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
     frozen_weights.save_frozen(workdir, model, frozen)
     claim_workdir(workdir, config, tokenizer)
 

@@ -14,7 +14,7 @@ from etils import epath
 from scaling_dit.data.prepare import sidecar
 from scaling_dit.data.prepare.raw import RawName, open_raw
 from scaling_dit.errors import UserError
-from scaling_dit.pipeline import write_whole
+from scaling_dit.files import write_whole
 
 try:
     import apache_beam as beam

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from scaling_dit.errors import UserError
-from scaling_dit.pipeline import write_whole
+from scaling_dit.files import write_whole
 
 CAPTIONS, FILTER = "captions", "filter"  # kinds of files
 

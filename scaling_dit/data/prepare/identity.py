@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit import pipeline, trees
+from scaling_dit import frozen_weights, trees
 from scaling_dit.data.sources import Source
 from scaling_dit.data.sources.latents import LatentsSource
 from scaling_dit.encoders import pretrained
-from scaling_dit.encoders.codec import Codec
+from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError
 
 # Fields of a codec that say where its weights lie or how it runs; `size` stands for its architecture.
@@ -20,10 +20,17 @@ _NOT_IDENTITY = ("weights", "dtype", "tile", "size")
 
 
 def codec_weights(config: ConfigDict, codec: Codec) -> Any:
-    """The weights of a config's codec: those it names, else the ones that a run of this config draws."""
-    if pretrained.is_place(config.codec.get("weights", "")):
-        return codec.load()
-    return trees.unbox(codec.init(jax.random.key(config.seed)))
+    """The weights of a config's codec: those it names, or the ones that a run of this config draws.
+
+    Raises:
+      UserError: it needs weights and none are named.
+    """
+    if hasattr(codec, "load"):
+        if codec.weights == pretrained.NONE:
+            raise pretrained.missing("codec.weights")
+        if pretrained.is_place(codec.weights):
+            return codec.load()
+    return jax.jit(lambda key: trees.unbox(init_codec(codec, key)))(jax.random.key(config.seed))
 
 
 def codec_identity(config: ConfigDict, codec: Codec, params: Any) -> dict[str, Any]:
@@ -32,7 +39,7 @@ def codec_identity(config: ConfigDict, codec: Codec, params: Any) -> dict[str, A
     architecture = getattr(codec, "architecture", None)  # with the scale and shift of its latents
     if dataclasses.is_dataclass(architecture) and not isinstance(architecture, type):
         fields |= dataclasses.asdict(architecture)
-    identity = {**fields, "sha256": pipeline.frozen_hash({"codec": params})}
+    identity = {**fields, "sha256": frozen_weights.frozen_hash({"codec": params})}
     return dict(json.loads(json.dumps(identity)))
 
 

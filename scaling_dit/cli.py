@@ -333,6 +333,45 @@ def _count(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
     )
 
 
+def _define_plan(values: flags.FlagValues) -> None:
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    _define_config(values)
+    flags.DEFINE_multi_string(
+        "topology", [], "slice such as v5p:4x4x4 or v5e:16x16, or local; repeat it", flag_values=values
+    )
+    integer("slices", 1, "equal slices joined by the data-centre network", lower_bound=1)
+    flags.DEFINE_enum(
+        "step", "train", ("train", "sample"), "train or sample: the program to plan", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "search", False, "try meshes, microbatches and remat policies, and rank them", flag_values=values
+    )
+    integer("search_limit", 12, "programs that a search compiles at most", lower_bound=1)
+    price = "US dollars of a chip-hour; the list price by default"
+    flags.DEFINE_float("price", None, price, lower_bound=0.0, flag_values=values)
+    flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
+
+
+def _plan(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    _required(values, "plan", "config", "topology")
+    from scaling_dit.parallel import topologies
+
+    topologies.prepare_environment(values.topology)  # before jax is imported
+    from scaling_dit.parallel import plan_report
+
+    return plan_report.main(
+        values.config,
+        overrides,
+        values.topology,
+        slices=values.slices,
+        step=values.step,
+        search=values.search,
+        search_limit=values.search_limit,
+        price=values.price,
+        as_json=values.json,
+    )
+
+
 def _define_import(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     string("from", None, "safetensors file, index of shards, or folder that diffusers' save_pretrained wrote")
@@ -422,6 +461,13 @@ VERBS: dict[str, Verb] = {
         f"{PROGRAM} count --backbone=uvit --config.backbone.size=h2048-d42-n16 --latents=32,32,4 --text=77,1024",
         _define_count,
         _count,
+        overrides=True,
+    ),
+    "plan": Verb(
+        "Compiles a run for TPU slices that are not there: memory, FLOPs, collectives, speed at best, cost.",
+        f"{PROGRAM} plan --config=dit_scaling:uvit-h2048-d42-n16 --topology=v5p:4x4x4",
+        _define_plan,
+        _plan,
         overrides=True,
     ),
     "import": Verb(

@@ -27,8 +27,8 @@ _FREE = {
 }  # fmt: skip
 # What only moves data: the last part of a scope, and opcodes.
 _MOVES = {
-    "broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "gather", "pad", "reshape", "rev",
-    "slice", "split", "squeeze", "transpose",
+    "broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "gather", "pad", "reshape",
+    "rev", "slice", "split", "squeeze", "transpose",
 }  # fmt: skip
 _MOVING = {
     "broadcast", "concatenate", "copy", "copy-start", "dynamic-slice", "dynamic-update-slice", "pad", "reshape",

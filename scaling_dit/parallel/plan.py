@@ -1,0 +1,205 @@
+"""Compiles a run's real program for machines that are not there, and tells whether it fits and how fast it can be.
+
+What is compiled is what `train` and `sample` run: the same functions, shardings and XLA options (`program.StepProgram`,
+`generate.Sampler`), on the devices of a topology description instead of real ones. So the memory is the compiler's own
+figure for the real run, and FLOPs and collectives are counted in the program itself (`hlo_cost`).
+"""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from scaling_dit import generate, pipeline
+from scaling_dit.encoders import scratch
+from scaling_dit.errors import UserError
+from scaling_dit.parallel import hlo_cost, rules
+from scaling_dit.parallel.hlo import Program
+from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.parallel.roofline import Roofline, roofline
+from scaling_dit.parallel.topologies import GIB, Topology
+from scaling_dit.program import StepProgram
+from scaling_dit.scaling.count import count
+
+STEPS = ("train", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """HBM of one chip, in bytes.
+
+    Attributes:
+      arguments: state, frozen weights and batch, as they lie between steps. Sums of shards, padding included.
+      temporaries: what a step needs on top; None for a program that was not compiled to its end.
+      peak: most at any time; for a program that does not fit, what the compiler says that it needs.
+      limit: what a program can have; None if not known.
+      fits: whether the compiler accepts the program and the peak is within the limit.
+    """
+
+    arguments: int
+    temporaries: int | None
+    peak: int
+    limit: int | None
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of one program on one topology before it runs there.
+
+    Attributes:
+      topology: name; slices: how many; chips, hosts: of all slices.
+      step: "train" or "sample".
+      mesh: axis -> size.
+      settings: fields of the config that `--search` varies.
+      memory: of one chip.
+      model_flops: FLOPs of a train step over all chips by `scaling.count`; None for sampling.
+      statistics: of the compiled program, for one chip; None if it does not fit.
+      roofline: None without statistics, or for an unknown chip.
+      constraints: sharding constraints in the traced program.
+      lower_seconds, compile_seconds: what tracing and lowering, and compiling took here.
+    """
+
+    topology: str
+    slices: int
+    chips: int
+    hosts: int
+    step: str
+    mesh: dict[str, int]
+    settings: dict[str, Any]
+    memory: Memory
+    model_flops: int | None
+    statistics: hlo_cost.Statistics | None
+    roofline: Roofline | None
+    constraints: int
+    lower_seconds: float
+    compile_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def make(config: ConfigDict, topology: Topology, step: str = "train", price: float | None = None) -> Plan:
+    """Compiles a resolved config for a topology.
+
+    Args:
+      step: "train", or "sample" for one batch of `config.sample`.
+      price: US dollars of a chip-hour; the list price if not given.
+
+    Raises:
+      UserError: a mesh or batch that the topology does not divide, or a shape that libtpu does not know.
+    """
+    mesh = mesh_for(config, topology)
+    began = time.perf_counter()
+    model = abstract_model(config)
+    program = StepProgram.build(config, model, mesh)
+    if step == "train":
+        rules.local_positions(mesh, config.batch // config.optim.accumulate)
+        lowered, held = program.lower(), (program.state, program.frozen, program.batch)
+    else:
+        sampler = generate.Sampler.of(model, mesh, config.sample)
+        held = (program.state.params, program.frozen)
+        lowered = sampler.lower(*held)
+    lowered_at = time.perf_counter()
+    compiled, memory = compile_program(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
+    compiled_at = time.perf_counter()
+    statistics = None
+    if compiled is not None:
+        statistics = hlo_cost.statistics(Program(compiled.as_text()), hlo_cost.Layout.of(mesh))
+    model_flops = train_flops(config, model) if step == "train" else None
+    return Plan(
+        topology=topology.name,
+        slices=topology.slices,
+        chips=topology.chips,
+        hosts=topology.hosts,
+        step=step,
+        mesh=dict(mesh.shape),
+        settings=settings(config),
+        memory=memory,
+        model_flops=model_flops,
+        statistics=statistics,
+        roofline=None
+        if statistics is None
+        else roofline(topology, statistics, model_flops, config.steps if step == "train" else None, price),
+        constraints=lowered.as_text().count("sharding_constraint"),
+        lower_seconds=lowered_at - began,
+        compile_seconds=compiled_at - lowered_at,
+    )
+
+
+def mesh_for(config: ConfigDict, topology: Topology) -> Mesh:
+    """The mesh of `config.mesh` over a topology's devices."""
+    return make_mesh(**config.mesh.to_dict(), devices=topology.devices())
+
+
+def settings(config: ConfigDict) -> dict[str, Any]:
+    """What a plan's memory and speed depend on and a search varies."""
+    return {
+        "batch": config.batch,
+        "microbatches": config.optim.accumulate,
+        "remat": config.backbone.get("remat", "none"),
+    }
+
+
+def abstract_model(config: ConfigDict) -> pipeline.Model:
+    """The model of a config, built as a new run builds it, without weights."""
+    source = pipeline.create_source(config)
+    return pipeline.build(config, scratch.build_tokenizer(source), source)
+
+
+def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
+    """FLOPs of one train step over all chips, of the backbone alone; None for one that cannot be counted."""
+    text = (model.text_encoder.length, model.text_encoder.dim)
+    try:
+        return count(model.backbone, model.latent_shape, text).train_flops(config.batch, 1)
+    except UserError:
+        return None
+
+
+def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[Any, Memory]:
+    """(the compiled program, or None if it does not fit, its memory on one chip).
+
+    `arguments` are the bytes of what it takes, told if the compiler stops before it tells.
+    """
+    limit = int(topology.chip.usable_hbm) if topology.chip else None
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, limit = out_of_memory(str(error), limit)
+        return None, Memory(arguments, None, needed, limit, fits=False)
+    analysis = compiled.memory_analysis()
+    taken = analysis.argument_size_in_bytes
+    # Some backends state no peak; outputs that are not the donated state lie beside all the rest.
+    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    peak = getattr(analysis, "peak_memory_in_bytes", 0) or taken + analysis.temp_size_in_bytes + fresh
+    return compiled, Memory(
+        taken, analysis.temp_size_in_bytes, peak, limit, fits=limit is None or peak <= limit
+    )
+
+
+def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:
+    """(bytes needed, bytes there) from the compiler's error.
+
+    Raises:
+      UserError: an error of another kind, in one line.
+    """
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        raise UserError(f"the compiler fails: {message.strip().partition(chr(10))[0]}")
+    found = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM])", message) or re.search(
+        r"\(([\d.]+)([GM])\) exceeds available \w+ \(([\d.]+)([GM])\)", message
+    )
+    if found is None:
+        raise UserError(f"the program does not fit: {message.strip().partition(chr(10))[0]}")
+    unit = {"G": GIB, "M": 2**20}
+    return int(float(found[1]) * unit[found[2]]), int(float(found[3]) * unit[found[4]])
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of one device's part of an abstract array with a sharding, without the padding of a memory layout."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,169 @@
+"""The `plan` verb: plans of a config for one or several topologies, as text or JSON."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from scaling_dit import config as config_lib
+from scaling_dit.parallel import plan as plan_lib
+from scaling_dit.parallel import plan_search, topologies
+from scaling_dit.parallel.hlo_cost import Collective
+from scaling_dit.parallel.plan import Memory, Plan
+from scaling_dit.parallel.roofline import ASSUMPTIONS, Roofline
+
+FITS, FITS_NOT = 0, 1  # exit codes
+_GIB = topologies.GIB
+
+
+def main(
+    spec: str,
+    overrides: Sequence[str],
+    topology_names: Sequence[str],
+    *,
+    slices: int = 1,
+    step: str = "train",
+    search: bool = False,
+    search_limit: int = 12,
+    price: float | None = None,
+    as_json: bool = False,
+) -> int:
+    """Plans a config for each topology and prints what comes out; 0 if something fits, 1 if nothing does."""
+    config = config_lib.load(spec, overrides)
+    found = [topologies.parse(name, slices) for name in topology_names]
+    fits, documents = False, []
+    for topology in found:
+        if search:
+            tried = plan_search.search(config, topology, step, price, search_limit, tell=_tell)
+            fits |= any(plan.memory.fits for plan in tried)
+            documents += [plan.to_dict() for plan in tried]
+            text = search_table(topology, tried)
+        else:
+            plan = plan_lib.make(config, topology, step, price)
+            fits |= plan.memory.fits
+            documents.append(plan.to_dict())
+            text = report(plan)
+        if not as_json:
+            print(text, end="\n\n")
+    if as_json:
+        print(json.dumps(documents, indent=2))
+    elif any(document["roofline"] for document in documents):
+        print("Nothing here is measured. " + "; ".join(ASSUMPTIONS) + ".")
+    return FITS if fits else FITS_NOT
+
+
+def _tell(line: str) -> None:
+    print(f"scaling-dit: {line}", file=sys.stderr, flush=True)
+
+
+def report(plan: Plan) -> str:
+    """A plan as lines of text; figures are per chip where nothing else is said."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
+    slices = f"{plan.slices} slices, " if plan.slices > 1 else ""
+    lines = [
+        f"{plan.topology}: {slices}{plan.chips} chips, {plan.hosts} hosts; {plan.step} step; mesh {mesh}; {settings}",
+        f"  HBM          {memory_line(plan.memory)}",
+    ]
+    statistics = plan.statistics
+    if statistics is not None:
+        model = f"{plan.model_flops / plan.chips / 1e12:.2f} TFLOP" if plan.model_flops else "not counted"
+        kernels = (
+            f" ({statistics.undeclared_kernels} runs of kernels that state no FLOPs are not in it)"
+            if statistics.undeclared_kernels
+            else ""
+        )
+        lines += [
+            f"  model        {model}",
+            f"  program      {statistics.flops / 1e12:.2f} TFLOP{kernels}, "
+            f"{statistics.hbm_bytes / 1e9:.1f} GB of HBM traffic",
+            *map(collective_line, statistics.collectives),
+        ]
+        if statistics.unknown_loops:
+            lines.append(f"  {statistics.unknown_loops} loops of unknown length are counted as running once")
+        if statistics.cycles:
+            shares = (
+                f"{part} {cycles / statistics.cycles:.0%}"
+                for part, cycles in sorted(statistics.parts.items(), key=lambda item: -item[1])
+                if cycles >= 0.005 * statistics.cycles
+            )
+            lines.append(f"  cycles       {statistics.cycles / 1e6:.1f} M expected: {', '.join(shares)}")
+    if plan.roofline is not None:
+        lines += roofline_lines(plan.roofline)
+    lines.append(
+        f"  compiled     in {plan.compile_seconds:.0f} s here, traced and lowered in {plan.lower_seconds:.1f} s; "
+        f"{plan.constraints} sharding constraints"
+    )
+    return "\n".join(lines)
+
+
+def memory_line(memory: Memory) -> str:
+    """Arguments, temporaries, peak and limit in GiB, and whether it fits."""
+    limit = "of an unknown limit" if memory.limit is None else f"of {memory.limit / _GIB:.2f} GiB"
+    arguments = f"arguments {memory.arguments / _GIB:.2f}"
+    if memory.temporaries is None:
+        return f"{arguments}, needs {memory.peak / _GIB:.2f} {limit}: does not fit"
+    rest = f"temporaries {memory.temporaries / _GIB:.2f}, peak {memory.peak / _GIB:.2f} {limit}"
+    return f"{arguments}, {rest}: {'fits' if memory.fits else 'does not fit'}"
+
+
+def collective_line(row: Collective) -> str:
+    """One kind of collective over one set of mesh axes."""
+    network = " between slices" if row.slices else ""
+    how = "asynchronous" if row.asynchronous else "synchronous"
+    return (
+        f"  {row.kind:18} over {'+'.join(row.axes) or 'none'}{network}: {row.count} x, {row.size / 1e9:.3f} GB whole, "
+        f"{row.wire / 1e9:.3f} GB sent, {how}"
+    )
+
+
+def roofline_lines(found: Roofline) -> list[str]:
+    """Times, MFU and cost."""
+    lines = [
+        f"  at peak      compute {1e3 * found.compute:.1f} ms, HBM {1e3 * found.hbm:.1f} ms, "
+        f"ICI {1e3 * found.ici:.1f} ms, DCN {1e3 * found.dcn:.1f} ms: bound by {found.bound}"
+    ]
+    rows = (
+        ("limit", found.limit, found.mfu_limit, found.chip_hours_limit),
+        ("estimate", found.estimate, found.mfu_estimate, found.chip_hours_estimate),
+    )
+    for name, time, mfu, hours in rows:
+        if time is None:
+            continue
+        text = f"  {name:12} {1e3 * time:.1f} ms a step"
+        if mfu is not None:
+            text += f", MFU {mfu:.1%}"
+        if hours is not None:
+            text += f"; the run {hours:,.0f} chip-hours"
+            text += f" x ${found.price:.2f} = ${hours * found.price:,.0f}" if found.price else ""
+        lines.append(text)
+    return lines
+
+
+def search_table(topology: topologies.Topology, plans: Sequence[Plan]) -> str:
+    """Plans that were compiled, best first, one line each."""
+    rows = [f"{topology.name}: {topology.chips} chips; {len(plans)} compiled, best first"]
+    heads = ("mesh", "microbatches", "remat", "peak GiB", "fits", "ms a step", "MFU")
+    cells = [heads] + [_cells(plan) for plan in plans]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    rows += [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
+    ]
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def _cells(plan: Plan) -> tuple[str, ...]:
+    found = plan.roofline
+    time, mfu = (
+        (found.estimate or found.limit, found.mfu_estimate or found.mfu_limit) if found else (None, None)
+    )
+    values: tuple[Any, ...] = (
+        " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1),
+        plan.settings["microbatches"],
+        plan.settings["remat"],
+        f"{plan.memory.peak / _GIB:.2f}",
+        "yes" if plan.memory.fits else "no",
+        "" if time is None else f"{1e3 * time:.1f}",
+        "" if mfu is None else f"{mfu:.1%}",
+    )
+    return tuple(map(str, values))

@@ -1,0 +1,126 @@
+"""Tries meshes, microbatches and remat policies for a topology, and ranks those that fit.
+
+What costs least is tried first: as few microbatches and as little rematerialisation as possible, on the config's own
+mesh. What a compiled combination has shown not to fit is not tried with even less saving, and what cannot hold its
+state is not compiled.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from scaling_dit.errors import UserError
+from scaling_dit.parallel import plan as plan_lib
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.plan import Plan
+from scaling_dit.parallel.topologies import Topology
+
+REMAT = ("none", "dots", "attention", "full")  # from what keeps most to what keeps least
+MICROBATCHES = (1, 2, 4, 8)
+
+
+def search(
+    config: ConfigDict,
+    topology: Topology,
+    step: str,
+    price: float | None,
+    limit: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Plan]:
+    """At most `limit` compiled plans, those that fit first, by their expected time.
+
+    Args:
+      tell: takes a line about each combination as it is done.
+
+    Raises:
+      UserError: no combination splits the batch over the topology.
+    """
+    plans: list[Plan] = []
+    failed: list[tuple[dict[str, int], int, int]] = []
+    tried = 0
+    for mesh, microbatches, remat in candidates(config, topology, step):
+        saving = MICROBATCHES.index(microbatches), REMAT.index(remat) if remat in REMAT else 0
+        if any(mesh == other and saving[0] <= m and saving[1] <= r for other, m, r in failed):
+            continue
+        tried += 1
+        chosen = variant(config, mesh, microbatches, remat)
+        try:
+            plan = plan_lib.make(chosen, topology, step, price)
+        except UserError as error:
+            tell(f"{told(mesh, microbatches, remat)}: {error}")
+            continue
+        if not plan.memory.fits:
+            failed.append((mesh, *saving))
+        tell(
+            f"{told(mesh, microbatches, remat)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}"
+        )
+        plans.append(plan)
+        if len(plans) >= limit:
+            break
+    if not tried:
+        raise UserError(f"no mesh over {topology.chips} chips splits a batch of {config.batch}")
+    return sorted(plans, key=rank)
+
+
+def rank(plan: Plan) -> tuple[bool, float, int]:
+    """What fits first, then the least time, then the least memory."""
+    found = plan.roofline
+    time = (found.estimate or found.limit) if found else math.inf
+    return not plan.memory.fits, time, plan.memory.peak
+
+
+def told(mesh: dict[str, int], microbatches: int, remat: str) -> str:
+    """A combination as text."""
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+    return f"{sizes}, {microbatches} microbatches, remat {remat}"
+
+
+def candidates(
+    config: ConfigDict, topology: Topology, step: str = "train"
+) -> Iterator[tuple[dict[str, int], int, str]]:
+    """(mesh, microbatches, remat) that split the batch, the cheapest first.
+
+    Rematerialisation costs up to a third of the FLOPs and a microbatch repeats the gathers of parameters, so both rise
+    together, over all meshes, before either goes to its end.
+    """
+    remats = (
+        REMAT if "remat" in config.backbone and step == "train" else (config.backbone.get("remat", "none"),)
+    )
+    counts = [n for n in MICROBATCHES if config.batch % n == 0] if step == "train" else [1]
+    own = plan_lib.mesh_for(config, topology)
+    order = meshes(dict(own.shape), topology.chips, topology.slices)
+    combinations = sorted(
+        itertools.product(range(len(order)), counts, range(len(remats))),
+        key=lambda item: (MICROBATCHES.index(item[1]) + item[2] + item[0], item),
+    )
+    for mesh, microbatches, remat in combinations:
+        sizes = order[mesh]
+        rows = (
+            config.batch // microbatches if step == "train" else rules.round_batch(own, config.sample.batch)
+        )
+        if rows % (sizes["data"] * sizes["fsdp"]) == 0:
+            yield sizes, microbatches, remats[remat]
+
+
+def meshes(own: dict[str, int], chips: int, slices: int) -> list[dict[str, int]]:
+    """The config's own mesh, then splits of the chips into data and fsdp, then with a little tensor parallelism."""
+    found = [own]
+    for tensor in (1, 2, 4):
+        rest = chips // tensor
+        for parts in (1, 2, 4, 8, 16):
+            data = parts * slices
+            if chips % tensor == 0 and rest % data == 0 and rest // data >= 8:
+                found.append({"data": data, "fsdp": rest // data, "context": 1, "tensor": tensor})
+    return [mesh for place, mesh in enumerate(found) if mesh not in found[:place]]
+
+
+def variant(config: ConfigDict, mesh: dict[str, int], microbatches: int, remat: str) -> ConfigDict:
+    """The config with these settings."""
+    changed = config.copy_and_resolve_references().unlock()
+    changed.mesh.update(mesh)
+    changed.optim.accumulate = microbatches
+    if "remat" in changed.backbone:
+        changed.backbone.remat = remat
+    return changed.lock()

@@ -24,6 +24,7 @@ CORE = [
     "scipy",
     "tqdm",
 ]
+LIBTPU = "libtpu>=0.0.50; sys_platform == 'linux' and platform_machine == 'x86_64'"
 EXTRAS = {
     # clu's writers import both, and clu declares neither.
     "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
@@ -33,11 +34,14 @@ EXTRAS = {
     "beam": ["apache-beam>=2.70"],
     # `caption` with a model of transformers; the endpoint back-end needs nothing.
     "caption": ["torch", "transformers"],
+    # `plan` compiles for TPUs with it where none is; on a TPU machine it drives them.
+    "tpu": [LIBTPU],
     # torch, diffusers and transformers are references in tests only. The exact version of torch matters: an open range
     # may resolve to a build with gigabytes of GPU libraries.
     "test": [
         "diffusers",
         "hypothesis",
+        LIBTPU,
         "pytest",
         "pytest-timeout",
         "pytest-xdist",

@@ -14,8 +14,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.data.loader import make_loader
-from scaling_dit.data.prepare import files, manifest, records
+from scaling_dit.data.prepare import manifest, records
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 from tests import fake_store

@@ -19,9 +19,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.prepare import columns, files, manifest, records, shape
+from scaling_dit.data.prepare import columns, manifest, records, shape
 from scaling_dit.data.prepare.filters import Filter
 from scaling_dit.data.prepare.sidecar import MadeCaption
 from scaling_dit.data.sources.encoded import EncodedSource, RawSample, key_hash

@@ -18,7 +18,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit.data.prepare import encode, files, filters, identity, manifest, shape, sidecar
+from scaling_dit import files
+from scaling_dit.data.prepare import encode, filters, identity, manifest, shape, sidecar
 from scaling_dit.data.prepare.progress import Progress
 from scaling_dit.data.sources import create_source
 from scaling_dit.data.sources.encoded import EncodedSource
@@ -121,7 +122,7 @@ def claim(folder: epath.Path, asked: Mapping[str, Any]) -> None:
     for name in (manifest.PARTS, manifest.SHARDS):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        files.write_text(path, text)
+        files.write_whole(path, text.encode())
         return
     try:
         then = json.loads(path.read_text())
@@ -161,7 +162,7 @@ def make_parts(
                 source, number, selection, encoder, folder,
                 threads=THREADS, kept=kept, captions=captions, tell=progress.tell,
             )  # fmt: skip
-            files.write_text(part_path(folder, number), part.to_json())
+            files.write_whole(part_path(folder, number), part.to_json().encode())
             progress.done(len(part.damaged), sum(part.filtered.values()))
 
 
@@ -173,7 +174,7 @@ def finish(folder: epath.Path, count: int, about: Mapping[str, Any]) -> int:
         print(f"{folder}: {len(there)} of {count} parts are there; the manifest comes with the last")
         return 0
     made = manifest.merge(there, **about)
-    files.write_text(folder / manifest.MANIFEST, made.to_json())
+    files.write_whole(folder / manifest.MANIFEST, made.to_json().encode())
     for left in (folder / manifest.SHARDS).glob(f"*{files.PARTIAL}"):  # by processes that were killed
         left.unlink(missing_ok=True)
     print(summary(folder, made))

@@ -21,9 +21,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.data.damage import Damage, DamagedRecord
-from scaling_dit.data.prepare import files, records
 from scaling_dit.data.prepare import manifest as manifest_lib
+from scaling_dit.data.prepare import records
 from scaling_dit.data.sources import Record
 from scaling_dit.errors import UserError, nearest
 

@@ -30,6 +30,8 @@ EXTRAS = {
     "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
     # The digits experiment: its scans, and the classifier that reads the generated ones.
     "eval": ["scikit-learn"],
+    # `import --to=safetensors`: pickles are read by PyTorch only.
+    "convert": ["torch"],
     # `filter` and `stats`: what needs all of a data set.
     "beam": ["apache-beam>=2.70"],
     # `caption` with a model of transformers; the endpoint back-end needs nothing.

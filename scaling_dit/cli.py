@@ -376,10 +376,24 @@ def _define_import(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     string("from", None, "safetensors file, index of shards, or folder that diffusers' save_pretrained wrote")
     string("workdir", None, "folder of the new run, local or gs://")
+    to = "safetensors: converts a pickle that you trust (.bin, .pt, .ckpt) instead of starting a run; needs --out"
+    flags.DEFINE_enum("to", None, ("safetensors",), to, flag_values=values)
+    string("out", None, "file that --to=safetensors writes; a folder for the shards of a .bin.index.json")
     _define_config(values)
 
 
 def _import(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
+    if values.to:
+        _required(values, "import", "from", "out")
+        if values.workdir or values.config or overrides:
+            raise UserError(
+                "import --to=safetensors converts a file and starts no run; leave --workdir and --config out"
+            )
+        from scaling_dit.interop import converting
+
+        return converting.main(str(values["from"].value), values.out)
+    if values.out:
+        raise UserError("import --out belongs to --to=safetensors; a run is written to --workdir")
     _required(values, "import", "from", "workdir", "config")
     from scaling_dit.interop import importing
 
@@ -471,7 +485,7 @@ VERBS: dict[str, Verb] = {
         overrides=True,
     ),
     "import": Verb(
-        "Starts a run from published weights.",
+        "Starts a run from published weights, or converts pickled ones to safetensors.",
         f"{PROGRAM} import --from=model.safetensors --config=shapes --workdir=runs/imported",
         _define_import,
         _import,

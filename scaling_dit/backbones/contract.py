@@ -18,8 +18,8 @@ that has the fields `in_channels` and `text_dim` gets them from the codec and th
 carry logical axis names (`nn.with_logical_partitioning`) so that they can be sharded; those without are split over
 fsdp by size.
 `EXTRAS` maps each extra to its shape per example, in which a string stands for the value of the field of that name.
-`SPLITS_TOKENS = True` of the class says that its activations [B, T, ...] may be split over T, their logical axis "length";
-without it the mesh axis `context` splits the batch.
+`SPLITS_TOKENS = True` of the class says that its activations [B, T, ...] may be split over T, their logical axis
+"length"; without it the mesh axis `context` splits the batch.
 """
 
 import inspect

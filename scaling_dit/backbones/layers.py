@@ -231,7 +231,17 @@ class Mlp(nn.Module):
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Names the logical axes of an activation; nothing happens outside a mesh with axis rules."""
+    """Names the logical axes of an activation; nothing happens outside a mesh with axis rules.
+
+    Raises:
+      UserError: a feature map named to be split over its height, whose convolutions XLA gets wrong without a word when
+        another mesh axis splits channels.
+    """
+    if x.ndim == 4 and "length" in axes and "act_heads" not in axes:
+        raise UserError(
+            f"an activation {x.shape} is named {axes}: only tokens [B, T, D] and heads [B, T, N, H] have an axis "
+            "'length'; name a feature map ('batch', None, None, None)"
+        )
     return nn.with_logical_constraint(x, axes)
 
 

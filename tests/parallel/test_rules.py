@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from scaling_dit import trees
+from scaling_dit import backbones, trees
+from scaling_dit.backbones import contract, large_dit, next_dit, pixart, unet, unet_if, uvit
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import AXES, make_mesh
@@ -251,3 +253,53 @@ def test_a_batch_that_does_not_divide_is_told_in_one_line():
     for call in (lambda: rules.local_positions(mesh, 12), lambda: rules.to_global(batch_of(12), mesh, 12)):
         with pytest.raises(UserError, match=r"batch 12 .*data=2 x fsdp=4 = 8 .*: 16"):
             call()
+
+
+def test_what_stays_whole_is_told():
+    mesh = make_mesh(data=2, fsdp=4)
+    variables = {
+        "kernel": box((16, 64), "embed", "mlp"),
+        "norm": box((16,), "norm"),
+        "odd": jax.ShapeDtypeStruct((3, 5), jnp.bfloat16),
+    }
+    found = rules.replicated(mesh, variables)
+    assert found.total == 16 * 64 * 4 + 16 * 4 + 3 * 5 * 2
+    assert found.whole == 16 * 4 + 3 * 5 * 2
+    assert found.largest == (("norm", 64), ("odd", 30))
+    assert str(found) == "2.24% of 4,190 bytes of parameters are whole on every device, norm 64, odd 30"
+    assert rules.replicated(mesh, variables, most=1).largest == (("norm", 64),)
+    assert rules.replicated(make_mesh(), variables).whole == found.total
+
+
+def test_a_module_without_names_is_split_by_size():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(64, (3, 3))(x)
+            return nn.Dense(24)(nn.relu(x))
+
+    variables = jax.eval_shape(Plain().init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
+    mesh = make_mesh(data=1, fsdp=8)
+    specs = {path[1:]: s.spec for path, s in trees.by_path(rules.param_shardings(mesh, variables)).items()}
+    assert specs[("Conv_0", "kernel")] == P(None, None, None, "fsdp")
+    assert specs[("Dense_0", "kernel")] == P("fsdp", None)
+    assert rules.replicated(mesh, variables).whole == 0
+
+
+FSDP64 = AbstractMesh((1, 64, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+SIZES = [
+    # One of each family here, the others where time does not count.
+    pytest.param(module.__name__.rsplit(".", 1)[-1], size, marks=[pytest.mark.slow] * (i > 0))
+    for module in (uvit, pixart, large_dit, next_dit, unet, unet_if)
+    for i, size in enumerate(module.SIZES)
+]
+
+
+@pytest.mark.parametrize("name, size", SIZES)
+def test_less_than_a_hundredth_of_any_named_size_stays_whole(name, size):
+    fields = {} if name == "unet_if" else {"scan_layers": True}
+    backbone = backbones.create(name, size=size, **fields)
+    inputs = contract.example_inputs(backbone, (32, 32, 4), (77, backbone.text_dim))
+    variables = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)
+    found = rules.replicated(FSDP64, variables)
+    assert found.whole < 0.01 * found.total, str(found)

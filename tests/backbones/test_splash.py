@@ -1,0 +1,214 @@
+"""Splash attention against XLA's: values and gradients in interpret mode, on meshes, and compiled for TPUs."""
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_dit import backbones, trees
+from scaling_dit.backbones import attention as attention_lib
+from scaling_dit.backbones import splash
+from scaling_dit.backbones.attention import attention, recorded_choices
+from scaling_dit.errors import UserError
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
+
+HEAD_SIZES = (64, 72, 80, 96, 128)
+TPU_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def inputs(queries, keys, heads, kv_heads, size, batch=2):
+    """q, k, v and a mask that hides some keys of the first example and all of the last one's."""
+    rng = np.random.default_rng(size)
+    q = rng.normal(size=(batch, queries, heads, size))
+    k, v = (rng.normal(size=(batch, keys, kv_heads, size)) for _ in range(2))
+    mask = np.ones((batch, keys), bool)
+    mask[0] = rng.random(keys) < 0.5
+    mask[-1] = False
+    return [jnp.asarray(x, jnp.float32) for x in (q, k, v)], jnp.asarray(mask)
+
+
+def value_and_grads(attend, qkv, mask):
+    """The output and, of its product with fixed numbers, the gradients of q, k and v."""
+
+    def loss(*qkv):
+        out = attend(*qkv, mask)
+        weights = np.random.default_rng(1).normal(size=out.shape)
+        return (out * weights.astype(np.float32)).sum(), out
+
+    grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*qkv)
+    return [out, *grads]
+
+
+def xla(q, k, v, mask):
+    return attention(q, k, v, key_mask=mask, implementation="xla")
+
+
+def interpreted(q, k, v, mask):
+    if mask is not None:
+        mask = mask | ~mask.any(axis=1, keepdims=True)  # as `attention` gives it
+    return splash.attend(q, k, v, mask, interpret=True)
+
+
+def assert_same(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(np.abs(b).max())))
+
+
+FAST, SLOW = (72,), [size for size in HEAD_SIZES if size != 72]
+
+
+@pytest.mark.parametrize("size", [*FAST, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_values_and_gradients_are_those_of_xla(size, masked):
+    """Neither length is a multiple of a block; two blocks of keys; two queries share a key head."""
+    qkv, mask = inputs(queries=150, keys=530 if masked else 40, heads=2, kv_heads=1, size=size)
+    mask = mask if masked else None
+    assert_same(value_and_grads(interpreted, qkv, mask), value_and_grads(xla, qkv, mask))
+
+
+@pytest.mark.slow
+def test_many_blocks_of_keys_take_the_unfused_backward_pass(monkeypatch):
+    monkeypatch.setattr(splash, "_UNKNOWN_DEVICE", (256, 128))
+    cut = splash.blocks(200, 1000, "cpu")
+    assert cut.keys // cut.backward[1] > splash._FUSED_UP_TO
+    qkv, mask = inputs(queries=200, keys=1000, heads=1, kv_heads=1, size=64)
+    assert_same(value_and_grads(interpreted, qkv, mask), value_and_grads(xla, qkv, mask))
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 1, "context": 2},
+        pytest.param({"data": 2, "fsdp": 1, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_on_a_mesh_each_device_takes_its_examples_heads_and_queries(axes):
+    """The 33 queries do not divide over context; heads of keys are split with those of queries."""
+    qkv, mask = inputs(queries=33, keys=20, heads=4, kv_heads=2, size=64)
+    wanted = value_and_grads(xla, qkv, mask)
+    mesh = make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
+    with rules.activate(mesh):
+        assert_same(value_and_grads(interpreted, qkv, mask), wanted)
+
+
+@pytest.mark.parametrize(
+    "queries, keys, kind, expected",
+    [
+        (334, 77, "TPU v5", splash.Blocks(384, 128, (384, 128), (384, 128))),
+        (1024, 1101, "TPU v5", splash.Blocks(1024, 1152, (1024, 384), (512, 384))),
+        (4096, 4096, "TPU v4", splash.Blocks(4096, 4096, (512, 512), (512, 512))),
+        (1, 513, "none of these", splash.Blocks(128, 768, (128, 384), (128, 384))),
+    ],
+)
+def test_lengths_are_padded_to_as_few_blocks_as_the_device_takes(queries, keys, kind, expected):
+    assert splash.blocks(queries, keys, kind) == expected
+
+
+def test_blocks_divide_whatever_the_length():
+    for length in range(1, 5000, 37):
+        cut = splash.blocks(length, length, "TPU v5")
+        assert 0 <= cut.keys - length < 128 * -(-length // 512)  # less than a tile of each block is padding
+        for block in (*cut.forward, *cut.backward):
+            assert block % 128 == 0 == cut.keys % block
+
+
+@contextlib.contextmanager
+def tpu(monkeypatch, calls):
+    """Pretends that programs are for a TPU, and records what the kernel is given."""
+
+    def kernel(q, k, v, mask=None):
+        calls.append((q.shape[1], k.shape[1]))
+        return q
+
+    with monkeypatch.context() as patch:
+        patch.setattr(splash, "target", lambda: splash.Target("tpu", "TPU v5"))
+        patch.setattr(attention_lib.splash, "attend", kernel)
+        yield
+
+
+def test_auto_takes_the_kernel_on_a_tpu_from_a_length_on(monkeypatch):
+    calls = []
+    with tpu(monkeypatch, calls), recorded_choices() as chosen:
+        for keys in (attention_lib.SPLASH_FROM - 1, attention_lib.SPLASH_FROM):
+            (q, k, v), _ = inputs(queries=6, keys=keys, heads=2, kv_heads=2, size=8)
+            attention(q, k, v)
+        attention(*inputs(queries=6, keys=5, heads=2, kv_heads=2, size=8)[0], implementation="splash")
+    assert [keys for _, keys in calls] == [attention_lib.SPLASH_FROM, 5]
+    assert [choice.implementation for choice in sorted(chosen, key=lambda choice: choice.keys)] == [
+        "splash",
+        "xla",
+        "splash",
+    ]
+    assert "6x5 tokens, 2 heads of 8: splash" in map(str, chosen)
+
+
+def test_an_explicit_splash_never_falls_back(monkeypatch):
+    qkv, _ = inputs(queries=6, keys=5, heads=3, kv_heads=3, size=8)
+    with pytest.raises(UserError, match="attention='splash' cannot run: the backend is cpu, it needs tpu"):
+        attention(*qkv, implementation="splash")
+    with rules.activate(make_mesh(data=1, fsdp=4, tensor=2)), tpu(monkeypatch, []):
+        with pytest.raises(UserError, match="2 examples cannot be split over data x fsdp = 4"):
+            attention(*qkv, implementation="splash")
+    with rules.activate(make_mesh(data=-1, tensor=2, devices=jax.devices()[:4])), tpu(monkeypatch, []):
+        with pytest.raises(UserError, match="3 heads cannot be split over tensor = 2"):
+            attention(*qkv, implementation="splash")
+
+
+def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatch):
+    fields = {"hidden": 32, "depth": 2, "heads": 2, "text_dim": 12}
+    args = (jnp.ones((2, 4, 4, 4)), jnp.ones(2), jnp.ones((2, 5, 12)), jnp.ones((2, 5), bool))
+    plain = backbones.create("uvit", attention="xla", **fields)
+    kernel = backbones.create("uvit", attention="splash", **fields)
+    variables = trees.unbox(jax.jit(kernel.init)(jax.random.key(0), *args))
+    wanted = jax.jit(plain.apply)(variables, *args)
+    monkeypatch.setattr(splash, "target", lambda: splash.Target("tpu", "TPU v5"))
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    np.testing.assert_allclose(jax.jit(kernel.apply)(variables, *args), wanted, atol=1e-5)
+
+
+def compiled(topology, implementation, cases):
+    """For each case how many Pallas kernels the program for these TPUs calls, and what was chosen."""
+    worker = Path(__file__).with_name("splash_worker.py")
+    done = subprocess.run(
+        [sys.executable, str(worker), topology, implementation, *cases],
+        env=os.environ | TPU_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {}
+    for line in done.stdout.splitlines():
+        case, kernels, chosen = line.split(" | ")
+        found[case] = int(kernels), chosen.rsplit(" ", 1)[1]
+    return found
+
+
+TOPOLOGIES = [pytest.param("v5p:2x2x2"), pytest.param("v6e:2x4")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_forward_and_backward_compile_for_tpus_at_every_head_size(topology):
+    cases = [f"334:77:4:2:{size}" for size in HEAD_SIZES] + ["1101:1101:4:4:128"]
+    assert compiled(topology, "splash", cases) == {case: (2, "splash") for case in cases}
+
+
+@pytest.mark.slow
+def test_auto_for_a_tpu_that_is_not_here_is_what_that_tpu_would_take():
+    short, long = f"64:{attention_lib.SPLASH_FROM - 1}:2:2:64", f"64:{attention_lib.SPLASH_FROM}:2:2:64"
+    assert compiled("v5e:2x4", "auto", [short, long]) == {short: (0, "xla"), long: (2, "splash")}

@@ -9,7 +9,13 @@ import numpy as np
 from scaling_dit.components import Registry
 
 _REGISTRY = Registry(
-    "text encoder", {"scratch": "scaling_dit.encoders.scratch:Scratch"}, filled=("tokenizer",)
+    "text encoder",
+    {
+        "scratch": "scaling_dit.encoders.scratch:Scratch",
+        "clip": "scaling_dit.encoders.clip:ClipText",
+        "t5": "scaling_dit.encoders.t5:T5Text",
+    },
+    filled=("tokenizer",),
 )
 
 
@@ -38,7 +44,7 @@ def create_text_encoder(name: str, *, tokenizer: Any, **fields: Any) -> TextEnco
     """A text encoder without weights.
 
     Args:
-      name: "scratch" or "package.module:Class".
+      name: "scratch", "clip", "t5" or "package.module:Class".
       tokenizer: what turns captions into ids for it.
       **fields: fields of that encoder, see `text_encoder_fields`.
 

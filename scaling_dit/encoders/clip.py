@@ -1,0 +1,220 @@
+"""CLIP's text tower as a text encoder: OpenCLIP ViT-H/14 as Stable Diffusion 2 reads it, OpenAI's CLIP-L and others.
+
+A causal transformer (arXiv 2103.00020, section 2.4; transformers' `CLIPTextModel`). Stable Diffusion 2 takes the states
+after the last layer but one, through the final norm, and shows its UNet all 77 positions, padding included: train with
+`config.text_mask=False` for that. What stands in padded positions depends on the id that pads, so that id is a field
+here and is never read from a tokenizer's files, which disagree about it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling_dit import trees
+from scaling_dit.backbones.contract import parse_dtype
+from scaling_dit.backbones.layers import NORMAL_002, Dense, constrain, layer_norm
+from scaling_dit.encoders import clip_weights, pretrained, transformer
+from scaling_dit.encoders.subwords import NO_TOKENIZER, SubwordTokenizer
+from scaling_dit.errors import UserError, nearest
+
+VOCABULARY = 49_408  # of every CLIP; the last two ids begin and end a text
+POSITIONS = 77
+LAYERS = ("penultimate", "last")
+CLASSES = (
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPModel",
+)  # of transformers, that hold a text tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The shape of a text tower.
+
+    Attributes:
+      width: of the tokens.
+      layers: of the whole tower; the penultimate layer is the last but one of these.
+      heads: of attention.
+      mlp: hidden width of the MLPs.
+      activation: "gelu" or "quick_gelu".
+      projection: width of the space shared with images.
+      pad_id: what the tower was trained with after the end of a text.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: str
+    projection: int
+    pad_id: int
+
+
+SIZES = {
+    "openclip-h": Size(1024, 24, 16, 4096, "gelu", 1024, pad_id=0),
+    "openclip-bigg": Size(1280, 32, 20, 5120, "gelu", 1280, pad_id=0),
+    "clip-l": Size(768, 12, 12, 3072, "quick_gelu", 768, pad_id=VOCABULARY - 1),
+    "clip-b": Size(512, 12, 8, 2048, "quick_gelu", 512, pad_id=VOCABULARY - 1),
+    "tiny": Size(32, 3, 4, 64, "gelu", 16, pad_id=0),  # for tests and first runs
+}
+
+
+class TextTower(nn.Module):
+    """The transformer over token ids; norms and softmax in float32, products in `dtype`.
+
+    Attributes:
+      size: its shape.
+      depth: layers that are run, from the first on.
+      project: whether the pooled state goes through the projection to the space shared with images.
+      dtype: of the products.
+      param_dtype: of the parameters.
+    """
+
+    size: Size
+    depth: int
+    project: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Ids int32 [B, L] -> (tokens [B, L, width], pooled [B, width or projection]), float32.
+
+        The pooled state is that of the first token with the largest id: the end of the text, also where it pads too.
+        """
+        size, length = self.size, ids.shape[1]
+        table_of = nn.with_logical_partitioning(NORMAL_002, ("vocab", "embed"))
+        words: Any = self.param("words", table_of, (VOCABULARY, size.width), self.param_dtype)
+        table_of = nn.with_logical_partitioning(nn.initializers.normal(0.01), (None, "embed"))
+        positions: Any = self.param("positions", table_of, (POSITIONS, size.width), self.param_dtype)
+        x_BLD = words[ids].astype(jnp.float32) + positions[:length].astype(jnp.float32)
+        x_BLD = constrain(x_BLD, *transformer.TOKEN_AXES)
+        causal = np.triu(np.full((length, length), transformer.HIDDEN, np.float32), 1)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        fields: dict[str, Any] = {"heads": size.heads, "mlp": size.mlp, "activation": size.activation}
+        x_BLD = transformer.blocks(x_BLD, self.depth, jnp.asarray(causal), **fields, **types)
+        norm = layer_norm("norm", epsilon=transformer.NORM_EPSILON, param_dtype=self.param_dtype)
+        tokens_BLD = norm(x_BLD)
+        ends = jnp.argmax(ids, axis=1)  # argmax gives the first
+        pooled_BD = jnp.take_along_axis(tokens_BLD, ends[:, None, None], axis=1)[:, 0]
+        if self.project:
+            to_shared = Dense(size.projection, ("embed", "heads"), use_bias=False, name="projection", **types)
+            pooled_BD = to_shared(pooled_BD).astype(jnp.float32)
+        return tokens_BLD, pooled_BD
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipText:
+    """`TextTower` with its tokenizer, as a run's text encoder.
+
+    Attributes:
+      tokenizer: captions to ids; None where none was given, then `tokenize` cannot be called.
+      weights: a local folder in the layout of Hugging Face (`text_encoder` of Stable Diffusion, a whole CLIP), a
+        safetensors file of transformers or open_clip, or a hub id with its revision; "random" draws them from the seed.
+      size: which tower, see SIZES.
+      layer: "penultimate" or "last"; both go through the final norm.
+      project: pooled in the space shared with images, which the last layer was trained for.
+      length: tokens of every caption, with the marks of beginning and end; at most 77.
+      pad_id: what fills a caption up; -1: what the tower was trained with, 0 for OpenCLIP's and 49407 for OpenAI's.
+      tokenizer_files: folder, tokenizer.json, vocab.json or OpenCLIP's bpe_simple_vocab_16e6.txt.gz; "": with `weights`.
+      dtype: of the products.
+      param_dtype: of the parameters.
+
+    Raises:
+      UserError: an unknown size or layer, sizes that do not fit each other, or a tokenizer of another model.
+    """
+
+    tokenizer: SubwordTokenizer | None = None
+    weights: str = ""
+    size: str = "openclip-h"
+    layer: str = "penultimate"
+    project: bool = False
+    length: int = POSITIONS
+    pad_id: int = -1
+    tokenizer_files: str = ""
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    Tokenizer: ClassVar[type[SubwordTokenizer]] = SubwordTokenizer
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise UserError(f"text_encoder.size is {self.size!r}; {nearest(self.size, SIZES)}")
+        if self.layer not in LAYERS:
+            raise UserError(f"text_encoder.layer is {self.layer!r}; {nearest(self.layer, LAYERS)}")
+        if self.project and self.layer != "last":
+            raise UserError(
+                "text_encoder.project needs text_encoder.layer='last', which the projection was trained on"
+            )
+        if not 2 <= self.length <= POSITIONS:
+            raise UserError(f"text_encoder.length is {self.length}; it must be from 2 to {POSITIONS}")
+        if not -1 <= self.pad_id < VOCABULARY:
+            raise UserError(
+                f"text_encoder.pad_id is {self.pad_id}; it must be an id below {VOCABULARY}, or -1 for the size's own"
+            )
+        parse_dtype(self.dtype, "text_encoder.dtype")
+        parse_dtype(self.param_dtype, "text_encoder.param_dtype")
+        last = VOCABULARY - 1
+        if self.tokenizer is not None and self.tokenizer.frame != (last - 1, last):
+            raise UserError(
+                f"the tokenizer of text_encoder {self.size!r} frames a text by the ids {self.tokenizer.frame}; "
+                f"CLIP's has {(last - 1, last)}, with no tokens added"
+            )
+
+    @property
+    def dim(self) -> int:
+        """Width of the token embeddings."""
+        return SIZES[self.size].width
+
+    @property
+    def module(self) -> TextTower:
+        """The linen module of these fields."""
+        size = SIZES[self.size]
+        depth = size.layers - (self.layer == "penultimate")
+        return TextTower(size, depth, self.project, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Captions -> (ids int32 [B, length], mask bool [B, length]); a caption that is cut still has its end."""
+        if self.tokenizer is None:
+            raise UserError(NO_TOKENIZER)
+        pad_id = SIZES[self.size].pad_id if self.pad_id < 0 else self.pad_id
+        return self.tokenizer.encode(captions, self.length, pad_id)
+
+    def init(self, rng: jax.Array) -> Any:
+        """Fresh parameters, boxed with their logical axes."""
+        return self.module.init(rng, jnp.zeros((1, self.length), jnp.int32))["params"]
+
+    def apply(self, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Ids, mask [B, length] -> (tokens [B, length, dim], mask, pooled [B, P]), float32; `mask` is handed on."""
+        tokens, pooled = self.module.apply({"params": params}, ids)  # type: ignore[misc]
+        return tokens, mask, pooled
+
+    def load(self) -> dict[str, Any]:
+        """The parameters in `weights`, as numpy arrays.
+
+        Raises:
+          UserError: missing or damaged files, or those of another architecture.
+        """
+        opened = pretrained.open_weights(
+            self.weights, part="text_encoder", classes=CLASSES, field="text_encoder.weights"
+        )
+        module, size = self.module, SIZES[self.size]
+        wanted = {
+            "hidden_size": size.width,
+            "num_hidden_layers": tuple(
+                {module.depth, size.layers}
+            ),  # Stable Diffusion 2 leaves the last one out
+            "num_attention_heads": size.heads,
+            "intermediate_size": size.mlp,
+            "hidden_act": size.activation,
+            "layer_norm_eps": transformer.NORM_EPSILON,
+        }
+        opened.check(wanted, "text_config")
+        names, rows = clip_weights.text_entries(opened.tensors, size.layers, module.depth, self.project)
+        abstract = trees.unbox(jax.eval_shape(self.init, jax.random.key(0)))
+        return opened.renamed(names).load(rows, abstract, f"CLIP text {self.size!r}, {self.layer} layer")

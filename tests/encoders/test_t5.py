@@ -1,0 +1,182 @@
+"""T5's encoder against transformers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from encoders import text_towers
+from safetensors.numpy import load_file, save_file
+
+from scaling_dit import encoders, trees
+from scaling_dit.encoders import t5
+from scaling_dit.encoders.subwords import SubwordTokenizer
+from scaling_dit.encoders.t5 import T5Text
+from scaling_dit.errors import UserError
+
+TINY = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 32_128}
+LENGTH = 40
+
+
+def config(**options):
+    return transformers.T5Config(feed_forward_proj="gated-gelu", **(TINY | options))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return text_towers.build(transformers.T5EncoderModel, config())
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """As the folder of PixArt has it, in shards with an index; `model` is what it holds."""
+    root = tmp_path_factory.mktemp("t5")
+    model.save_pretrained(root / "text_encoder", max_shard_size="3MB")
+    assert (root / "text_encoder/model.safetensors.index.json").exists()
+    return root
+
+
+@pytest.fixture(scope="module")
+def ids():
+    """Two captions of other lengths than a whole row, and one of the whole."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(LENGTH) < np.array([[7], [23], [LENGTH]])
+    return np.where(mask, rng.integers(3, 32_100, mask.shape), t5.PAD).astype(np.int32), mask
+
+
+@pytest.fixture(scope="module")
+def expected(model, ids):
+    with torch.no_grad():
+        tokens = model(torch.tensor(ids[0], dtype=torch.long), attention_mask=torch.tensor(ids[1]).long())
+    return tokens.last_hidden_state.numpy()
+
+
+def outputs(encoder, ids):
+    tokens, mask, pooled = jax.jit(encoder.apply)(encoder.load(), *ids)
+    np.testing.assert_array_equal(mask, ids[1])
+    return np.asarray(tokens), np.asarray(pooled)
+
+
+def test_tokens_of_a_sharded_folder(folder, ids, expected):
+    for place in (folder, folder / "text_encoder"):
+        tokens, pooled = outputs(T5Text(weights=str(place), size="tiny", length=LENGTH), ids)
+        np.testing.assert_allclose(tokens, expected, atol=1e-4)
+    mean = [row[real].mean(0) for row, real in zip(expected, ids[1], strict=True)]
+    np.testing.assert_allclose(pooled, mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("table", ["shared", "encoder.embed_tokens", "both"])
+def test_the_table_of_words_under_either_name_and_a_decoder_beside(tmp_path, table, folder):
+    whole = text_towers.build(transformers.T5ForConditionalGeneration, config(tie_word_embeddings=False))
+    weights = {name: value.numpy().copy() for name, value in whole.state_dict().items()}
+    words = weights["shared.weight"]
+    weights |= {"encoder.embed_tokens.weight": words, "decoder.embed_tokens.weight": words}
+    if table != "both":
+        other = {"shared": "encoder.embed_tokens", "encoder.embed_tokens": "shared"}[table]
+        del weights[f"{other}.weight"]
+    assert any(name.startswith("decoder.block") for name in weights)
+    assert "lm_head.weight" in weights
+    save_file(weights, tmp_path / "t5.safetensors")
+    loaded = T5Text(weights=str(tmp_path / "t5.safetensors"), size="tiny").load()
+    np.testing.assert_array_equal(loaded["words"], words)
+    encoder = whole.encoder.block[1].layer[1].DenseReluDense.wi_1.weight
+    np.testing.assert_array_equal(loaded["blocks"]["fc1"]["kernel"][1][:, 1], encoder.detach().numpy().T)
+
+
+def test_buckets_are_those_of_transformers():
+    attention = transformers.models.t5.modeling_t5.T5Attention
+    length = 300  # beyond the largest distance that is told apart
+    distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+    theirs = attention._relative_position_bucket(
+        distance, bidirectional=True, num_buckets=t5.BUCKETS, max_distance=t5.MAX_DISTANCE
+    )
+    np.testing.assert_array_equal(t5.buckets(length), theirs.numpy())
+
+
+def test_padding_reaches_no_real_token(folder, ids):
+    encoder = T5Text(weights=str(folder), size="tiny", length=LENGTH)
+    apply, params = jax.jit(encoder.apply), encoder.load()
+    tokens, _, pooled = apply(params, *ids)
+    other = np.where(ids[1], ids[0], 77)
+    again, _, pooled_again = apply(params, other, ids[1])
+    np.testing.assert_array_equal(tokens[ids[1]], again[ids[1]])
+    np.testing.assert_array_equal(pooled, pooled_again)
+
+
+def test_bfloat16_drifts_little_and_stays_finite(folder, ids, expected):
+    encoder = T5Text(
+        weights=str(folder), size="tiny", length=LENGTH, dtype="bfloat16", param_dtype="bfloat16"
+    )
+    tokens, _ = outputs(encoder, ids)
+    error = np.linalg.norm(tokens - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 2e-2
+    params = encoder.load()
+    large = dict(params, words=params["words"] * np.float32(1e4).astype(params["words"].dtype))
+    assert np.isfinite(
+        jax.jit(encoder.apply)(large, *ids)[0]
+    ).all()  # beyond float16's largest number within a block
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("small", 35_332_800),
+        ("base", 109_628_544),
+        ("large", 341_231_104),
+        ("xl", 1_223_527_424),
+        ("xxl", 4_762_310_656),
+    ],
+)
+def test_sizes(size, count):
+    shapes = trees.unbox(jax.eval_shape(T5Text(size=size).init, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+    with torch.device("meta"):
+        shape = t5.SIZES[size]
+        theirs = transformers.T5EncoderModel(
+            config(
+                d_model=shape.width, d_kv=64, d_ff=shape.mlp, num_layers=shape.layers, num_heads=shape.heads
+            )
+        )
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == count
+
+
+def test_fresh_weights_give_tokens_of_one_scale():
+    encoder = T5Text(size="tiny", length=12)
+    params = trees.unbox(jax.jit(encoder.init)(jax.random.key(0)))
+    ids = np.arange(24).reshape(2, 12) + 100
+    tokens, _, _ = encoder.apply(params, ids, np.ones(ids.shape, bool))
+    assert float(np.std(tokens)) == pytest.approx(1.0, abs=0.05)  # the last norm's
+    assert len({round(float(x), 4) for x in tokens[:, 0, 0]}) == 2
+
+
+def test_mistakes(folder, tmp_path):
+    with pytest.raises(UserError, match=r"text_encoder.size is 'xxxl'; did you mean 'xxl'\?"):
+        encoders.create_text_encoder("t5", tokenizer=None, size="xxxl")
+    with pytest.raises(UserError, match=r"text_encoder.length is 0; it must be at least 1"):
+        T5Text(length=0)
+    with pytest.raises(UserError, match=r"config.json says d_model 32, the fields of this encoder mean 512"):
+        T5Text(weights=str(folder), size="small").load()
+    old = tmp_path / "text_encoder"
+    old.mkdir()
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"feed_forward_proj": "relu"}))
+    index = json.loads((folder / "text_encoder/model.safetensors.index.json").read_text())
+    weights = {}
+    for file in set(index["weight_map"].values()):
+        weights |= load_file(folder / "text_encoder" / file)
+    save_file(weights, old / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"says feed_forward_proj relu, the fields of this encoder mean gated-gelu"
+    ):
+        T5Text(weights=str(old), size="tiny").load()
+    (old / "config.json").unlink()
+    del weights["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    save_file(weights, old / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing: encoder.block.1.layer.0.SelfAttention.k.weight"):
+        T5Text(weights=str(old), size="tiny").load()
+    with pytest.raises(
+        UserError, match=r"frames a text by the ids \(49406, 49407\) and has 49408 ids; T5's has"
+    ):
+        T5Text(SubwordTokenizer.read({"tokenizer_files": str(text_towers.clip_vocabulary())}))

@@ -39,10 +39,10 @@ class CaptionFields(NamedTuple):
                         captions.append(text)
                         kinds.append(kind)
         if not found:
-            hint = nearest(self.names()[0], [str(name) for name in record]) if record else "it has none"
-            raise DamagedRecord(
-                "missing_caption", where, f"no field {' or '.join(map(repr, self.names()))}; {hint}"
-            )
+            names = self.names()
+            hint = nearest(names[0], [str(name) for name in record]) if record else "it has no fields"
+            why = "is null" if any(name in record for name in names) else f"is not there; {hint}"
+            raise DamagedRecord("missing_caption", where, f"field {' or '.join(map(repr, names))} {why}")
         if not captions:
             raise DamagedRecord("empty_caption", where, "every caption is empty")
         return tuple(captions), tuple(kinds)

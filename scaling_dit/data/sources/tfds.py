@@ -193,12 +193,12 @@ def _fields(source: TfdsSource, builder: Any, features: Any) -> tuple[str, Capti
         source.alt_fields if given else known_alt, source.synthetic_fields, source.long_fields
     )
     known = dict(_flat(builder.info.features))
-    images = [name for name, feature in known.items() if isinstance(feature, features.Image)]
+    images = sorted(name for name, feature in known.items() if isinstance(feature, features.Image))
     if image_field not in images:
         right = f"it must be one of its images: {', '.join(images) or 'it has none'}"
         raise UserError(f"source.image_field is {image_field!r} for TFDS set {builder.name!r}; {right}")
     if not captions.names():
-        texts = [name for name, feature in known.items() if feature.np_dtype == np.object_]
+        texts = sorted(name for name, feature in known.items() if feature.np_dtype == np.object_)
         right = f"its text fields are {', '.join(texts) or 'none'}"
         raise UserError(
             f"source.alt_fields is () and TFDS set {builder.name!r} is not known; set it: {right}"

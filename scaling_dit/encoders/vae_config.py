@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from scaling_dit.components import tuples
 from scaling_dit.errors import UserError
 
 CLASS_NAME = "AutoencoderKL"
@@ -61,10 +62,11 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     Raises:
       UserError: an argument that our module does not have, or a value of another kind.
     """
+    config = tuples(config)
     widths = config.get("block_out_channels", (64,))
     fixed = dict(_FIXED)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        fixed[name] = [kind] * (len(widths) if isinstance(widths, list | tuple) else 1)
+        fixed[name] = (kind,) * (len(widths) if isinstance(widths, tuple) else 1)
     known = {
         "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "use_quant_conv",
         "use_post_quant_conv", "mid_block_add_attention", "scaling_factor", "shift_factor", *_FREE,

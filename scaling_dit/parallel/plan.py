@@ -12,18 +12,16 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import generate, pipeline
-from scaling_dit.encoders import scratch
+from scaling_dit.backbones.attention import recorded_choices
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import hlo_cost, rules
 from scaling_dit.parallel.hlo import Program
-from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.parallel.roofline import Roofline, roofline
 from scaling_dit.parallel.topologies import GIB, Topology
-from scaling_dit.program import StepProgram
+from scaling_dit.program import StepProgram, run_mesh
 from scaling_dit.scaling.count import count
 
 STEPS = ("train", "sample")
@@ -36,7 +34,7 @@ class Memory:
     Attributes:
       arguments: state, frozen weights and batch, as they lie between steps. Sums of shards, padding included.
       temporaries: what a step needs on top; None for a program that was not compiled to its end.
-      peak: most at any time; for a program that does not fit, what the compiler says that it needs.
+      peak: most at any time; for a program that does not fit, what it needs at least.
       limit: what a program can have; None if not known.
       fits: whether the compiler accepts the program and the peak is within the limit.
     """
@@ -56,7 +54,9 @@ class Plan:
       topology: name; slices: how many; chips, hosts: of all slices.
       step: "train" or "sample".
       mesh: axis -> size.
-      settings: fields of the config that `--search` varies.
+      settings: batch, and fields of the config that `--search` varies.
+      replicated: parameters that every chip holds whole.
+      attention: what each kind of attention call is computed with.
       memory: of one chip.
       model_flops: FLOPs of a train step over all chips by `scaling.count`; None for sampling.
       statistics: of the compiled program, for one chip; None if it does not fit.
@@ -72,6 +72,8 @@ class Plan:
     step: str
     mesh: dict[str, int]
     settings: dict[str, Any]
+    replicated: rules.Replicated
+    attention: list[str]
     memory: Memory
     model_flops: int | None
     statistics: hlo_cost.Statistics | None
@@ -95,17 +97,20 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
     Raises:
       UserError: a mesh or batch that the topology does not divide, or a shape that libtpu does not know.
     """
-    mesh = mesh_for(config, topology)
+    mesh = run_mesh(config, topology.devices())
     began = time.perf_counter()
     model = abstract_model(config)
     program = StepProgram.build(config, model, mesh)
-    if step == "train":
-        rules.local_positions(mesh, config.batch // config.optim.accumulate)
-        lowered, held = program.lower(), (program.state, program.frozen, program.batch)
-    else:
-        sampler = generate.Sampler.of(model, mesh, config.sample)
-        held = (program.state.params, program.frozen)
-        lowered = sampler.lower(*held)
+    with recorded_choices() as chosen:
+        if step == "train":
+            rules.local_positions(
+                mesh, config.batch // config.optim.accumulate
+            )  # a microbatch must split as well
+            held: tuple[Any, ...] = (program.state, program.frozen, program.batch)
+            lowered = program.lower()
+        else:
+            held = (program.state.params, program.frozen)
+            lowered = generate.Sampler.of(model, mesh, config.sample).lower(*held)
     lowered_at = time.perf_counter()
     compiled, memory = compile_program(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
     compiled_at = time.perf_counter()
@@ -120,7 +125,9 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
         hosts=topology.hosts,
         step=step,
         mesh=dict(mesh.shape),
-        settings=settings(config),
+        settings=settings(config, step),
+        replicated=rules.replicated(mesh, program.boxed_params),
+        attention=sorted(map(str, chosen)),
         memory=memory,
         model_flops=model_flops,
         statistics=statistics,
@@ -133,24 +140,18 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
     )
 
 
-def mesh_for(config: ConfigDict, topology: Topology) -> Mesh:
-    """The mesh of `config.mesh` over a topology's devices."""
-    return make_mesh(**config.mesh.to_dict(), devices=topology.devices())
-
-
-def settings(config: ConfigDict) -> dict[str, Any]:
-    """What a plan's memory and speed depend on and a search varies."""
-    return {
-        "batch": config.batch,
-        "microbatches": config.optim.accumulate,
-        "remat": config.backbone.get("remat", "none"),
-    }
+def settings(config: ConfigDict, step: str) -> dict[str, Any]:
+    """What a plan's memory and speed depend on beside the mesh."""
+    if step == "sample":
+        return {"batch": config.sample.batch, "sampler": config.sample.sampler, "steps": config.sample.steps}
+    remat = config.backbone.get("remat", "none")
+    return {"batch": config.batch, "microbatches": config.optim.accumulate, "remat": remat}
 
 
 def abstract_model(config: ConfigDict) -> pipeline.Model:
     """The model of a config, built as a new run builds it, without weights."""
     source = pipeline.create_source(config)
-    return pipeline.build(config, scratch.build_tokenizer(source), source)
+    return pipeline.build(config, pipeline.make_tokenizer(config, source), source)
 
 
 def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
@@ -165,9 +166,11 @@ def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
 def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[Any, Memory]:
     """(the compiled program, or None if it does not fit, its memory on one chip).
 
-    `arguments` are the bytes of what it takes, told if the compiler stops before it tells.
+    `arguments` are the bytes of what it takes; where they alone do not fit, nothing is compiled.
     """
     limit = int(topology.chip.usable_hbm) if topology.chip else None
+    if limit is not None and arguments > limit:
+        return None, Memory(arguments, None, arguments, limit, fits=False)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -29,6 +29,8 @@ def main(
     as_json: bool = False,
 ) -> int:
     """Plans a config for each topology and prints what comes out; 0 if something fits, 1 if nothing does."""
+    if slices > 1:
+        overrides = [*overrides, f"--config.mesh.slices={slices}"]
     config = config_lib.load(spec, overrides)
     found = [topologies.parse(name, slices) for name in topology_names]
     fits, documents = False, []
@@ -64,6 +66,8 @@ def report(plan: Plan) -> str:
     lines = [
         f"{plan.topology}: {slices}{plan.chips} chips, {plan.hosts} hosts; {plan.step} step; mesh {mesh}; {settings}",
         f"  HBM          {memory_line(plan.memory)}",
+        f"  parameters   {plan.replicated}",
+        *(f"  attention    {chosen}" for chosen in plan.attention),
     ]
     statistics = plan.statistics
     if statistics is not None:
@@ -102,7 +106,7 @@ def memory_line(memory: Memory) -> str:
     limit = "of an unknown limit" if memory.limit is None else f"of {memory.limit / _GIB:.2f} GiB"
     arguments = f"arguments {memory.arguments / _GIB:.2f}"
     if memory.temporaries is None:
-        return f"{arguments}, needs {memory.peak / _GIB:.2f} {limit}: does not fit"
+        return f"{arguments}, needs at least {memory.peak / _GIB:.2f} {limit}: does not fit"
     rest = f"temporaries {memory.temporaries / _GIB:.2f}, peak {memory.peak / _GIB:.2f} {limit}"
     return f"{arguments}, {rest}: {'fits' if memory.fits else 'does not fit'}"
 
@@ -159,8 +163,8 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     )
     values: tuple[Any, ...] = (
         " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1),
-        plan.settings["microbatches"],
-        plan.settings["remat"],
+        plan.settings.get("microbatches", ""),
+        plan.settings.get("remat", ""),
         f"{plan.memory.peak / _GIB:.2f}",
         "yes" if plan.memory.fits else "no",
         "" if time is None else f"{1e3 * time:.1f}",

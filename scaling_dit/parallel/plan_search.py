@@ -16,6 +16,7 @@ from scaling_dit.parallel import plan as plan_lib
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.plan import Plan
 from scaling_dit.parallel.topologies import Topology
+from scaling_dit.program import run_mesh
 
 REMAT = ("none", "dots", "attention", "full")  # from what keeps most to what keeps least
 MICROBATCHES = (1, 2, 4, 8)
@@ -89,7 +90,7 @@ def candidates(
         REMAT if "remat" in config.backbone and step == "train" else (config.backbone.get("remat", "none"),)
     )
     counts = [n for n in MICROBATCHES if config.batch % n == 0] if step == "train" else [1]
-    own = plan_lib.mesh_for(config, topology)
+    own = run_mesh(config, topology.devices())
     order = meshes(dict(own.shape), topology.chips, topology.slices)
     combinations = sorted(
         itertools.product(range(len(order)), counts, range(len(remats))),

@@ -67,6 +67,7 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",  # any; the topology asked for decides
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or two compilations at once stop at a lock file
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled here runs nowhere, and its time is told
 }
 
 

@@ -1,0 +1,208 @@
+"""What is read from compiled programs is what they do: against closed forms, brute force and the traced program."""
+
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from scaling_dit.parallel import hlo, hlo_cost
+from scaling_dit.parallel.hlo_cost import Layout
+from scaling_dit.parallel.mesh import make_mesh
+
+AXES = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+ALONE = Layout({"data": 1})
+
+
+def read(function, *shapes, layout=ALONE, **options):
+    """The statistics of a function compiled for CPU."""
+    compiled = jax.jit(function, **options).lower(*shapes).compile()
+    return hlo_cost.statistics(hlo.Program(compiled.as_text()), layout)
+
+
+def shape(*dims, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+
+def test_products_in_nested_loops_count_as_often_as_they_run():
+    def inner(x, weight):
+        return jnp.sin(x @ weight), None
+
+    def outer(x, weights):
+        return jax.lax.scan(inner, x, weights)[0], None
+
+    def loss(x, weights):
+        return jax.lax.scan(outer, x, weights)[0].sum()
+
+    found = read(jax.grad(loss, (0, 1)), shape(32, 16), shape(5, 7, 16, 16))
+    assert found.flops == 3 * 5 * 7 * 2 * 32 * 16 * 16  # forward, and two products backward
+    assert found.unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+    "stride, padding, dilation, transposed",
+    [
+        (1, "VALID", 1, 1),
+        (1, "SAME", 1, 1),
+        (2, "SAME", 1, 1),
+        (1, "SAME", 2, 1),
+        (1, ((1, 2), (1, 1)), 1, 2),
+    ],
+)
+def test_a_convolution_counts_the_places_that_meet_data(stride, padding, dilation, transposed):
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, 1), padding, (transposed, 1), (dilation, 1), ("NHWC", "HWIO", "NHWC")
+        )
+
+    x, kernel = shape(2, 9, 8, 4), shape(3, 3, 4, 6)
+    # The sum over outputs of one output channel with ones everywhere is the number of multiply-adds it takes.
+    ones = convolve(jnp.ones(x.shape), jnp.ones(kernel.shape))
+    assert read(convolve, x, kernel).flops == 2 * int(ones.sum())
+
+
+def test_collectives_are_told_apart_by_mesh_axis():
+    mesh = make_mesh(**AXES)
+    n = 512
+
+    def exchange(x):
+        gathered = jax.lax.all_gather(x, "fsdp", tiled=True)
+        total = jax.lax.psum(jnp.sin(gathered), "data")
+        parts = jax.lax.psum_scatter(jnp.cos(total), ("data", "fsdp"), tiled=True)
+        turned = jax.lax.ppermute(parts, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
+        return jax.lax.all_to_all(jnp.tan(turned).reshape(4, -1), "fsdp", 0, 0)
+
+    spec = PartitionSpec(("data", "fsdp"))
+    function = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    found = read(function, shape(n, sharding=NamedSharding(mesh, spec)), layout=Layout.of(mesh))
+    rows = {row.kind: row for row in found.collectives}
+    part = n // 8 * 4  # bytes of one device's share of x
+    gathered = 4 * part
+    assert {kind: (row.axes, row.size, row.wire) for kind, row in rows.items()} == {
+        "all-gather": (("fsdp",), gathered, gathered * 3 // 4),
+        "all-reduce": (("data",), gathered, gathered),  # twice half of it
+        "reduce-scatter": (("data", "fsdp"), gathered, gathered * 7 // 8),
+        "collective-permute": (("fsdp",), gathered // 8, gathered // 8),
+        "all-to-all": (("fsdp",), gathered // 8, gathered // 8 * 3 // 4),
+    }
+    assert not any(row.slices or row.torus_axes for row in rows.values())
+
+
+GROUPS = {
+    "replica_groups={{0,1,2,3},{4,5,6,7}}": ("fsdp",),
+    "replica_groups={{0,4},{1,5},{2,6},{3,7}}": ("data",),
+    "replica_groups=[2,4]<=[8]": ("fsdp",),
+    "replica_groups=[4,2]<=[2,4]T(1,0)": ("data",),
+    "replica_groups=[1,8]<=[8]": ("data", "fsdp"),
+    "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}": ("fsdp",),
+    "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}": ("data",),
+    "replica_groups=mesh['axis_0'=8] {'axis_0'}": ("data", "fsdp"),
+    "replica_groups={}": ("data", "fsdp"),
+    "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}": ("fsdp",),
+}
+
+
+@pytest.mark.parametrize("attributes, axes", GROUPS.items())
+def test_every_way_of_writing_groups_is_read(attributes, axes):
+    groups = hlo_cost._groups(f"channel_id=1, {attributes}, dimensions={{0}}", 8)
+    assert Layout(AXES).moved(groups)[0] == axes
+
+
+def test_the_axes_of_the_torus_and_the_slices_are_found():
+    places = np.array(list(itertools.product(range(2), range(4))))  # slice, place on a ring of 4
+    layout = Layout(AXES, coords=np.stack([places[:, 1], 0 * places[:, 1]], -1), slices=places[:, 0])
+    assert layout.moved([np.arange(4), np.arange(4, 8)]) == (("fsdp",), (0,), False)
+    assert layout.moved([np.array([i, i + 4]) for i in range(4)]) == (("data",), (), True)
+
+
+# As libtpu 0.0.51 writes programs, cut to what matters.
+TPU = (pathlib.Path(__file__).parent / "tpu_program.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    return hlo_cost.statistics(hlo.Program(TPU), Layout(AXES))
+
+
+def test_the_loops_of_a_tpu_program_are_read_from_their_conditions(tpu):
+    assert tpu.unknown_loops == 0
+    assert tpu.flops == 21 * 2 * 32 * 16 * 8
+
+
+def test_a_collective_that_three_fusions_share_counts_once_and_a_sum_that_is_sliced_is_a_reduce_scatter(tpu):
+    gather, scatter = sorted(tpu.collectives, key=lambda row: row.kind)
+    assert (gather.kind, gather.axes, gather.asynchronous, gather.count) == (
+        "all-gather",
+        ("fsdp",),
+        True,
+        21,
+    )
+    assert (gather.size, gather.wire) == (21 * 16 * 8 * 2, 21 * 16 * 8 * 2 * 3 // 4)
+    assert (scatter.kind, scatter.axes, scatter.asynchronous) == ("reduce-scatter", ("data", "fsdp"), False)
+    assert (scatter.size, scatter.wire) == (16 * 8 * 4, 16 * 8 * 4 * 7 // 8)
+
+
+def test_cycles_go_to_the_part_of_the_main_product(tpu):
+    assert {part: cycles for part, cycles in tpu.parts.items() if cycles} == {"MLP": 2100, "copies": 210}
+    assert tpu.cycles == 2310 and set(tpu.parts) == set(hlo_cost.PARTS)
+
+
+SCOPES = {
+    "jit(step)/transpose(jvp(UViT))/in_blocks/attn/bkts,bksh->bkth/dot_general": "attention core",
+    "jit(step)/jvp(UViT)/in_blocks/attn/qkv/dot_general": "projections",
+    "jit(step)/jvp(LargeDiT)/layers/attention/out/dot_general": "projections",
+    "jit(step)/jvp(LargeDiT)/layers/feed_forward/w13/dot_general": "MLP",
+    "jit(step)/jvp(UViT)/out_blocks/skip_linear/dot_general": "projections",
+    "jit(step)/jvp(UNet)/down_0_res_0/conv1/conv_general_dilated": "convolutions",
+    "jit(step)/jvp(text_encoder)/ScratchTextEncoder/blocks_0/attn/qkv/dot_general": "text encoder",
+    "jit(step)/codec/dot_general": "codec",
+}
+
+
+@pytest.mark.parametrize("scope, part", SCOPES.items())
+def test_products_by_part(scope, part):
+    product = hlo.Instruction("p", "dot", (), (), f'metadata={{op_name="{scope}"}}')
+    assert hlo_cost._part(hlo.Program(""), product) == part
+
+
+@pytest.mark.parametrize(
+    "scope, opcode, part",
+    [
+        ("jit(step)/optimizer/cond/branch_1_fun/add", "fusion", "optimiser"),
+        ("jit(step)/jvp(UViT)/in_blocks/norm1/reduce_sum", "fusion", "norms"),
+        ("jit(step)/jvp(UViT)/in_blocks/attn/transpose", "fusion", "copies"),
+        ("jit(step)/jvp(UViT)/in_blocks/attn/sub", "fusion", "attention core"),
+        ("", "copy", "copies"),
+        ("jit(step)/jvp()/add", "fusion", "other"),
+    ],
+)
+def test_what_is_no_product_by_part(scope, opcode, part):
+    instruction = hlo.Instruction("f", opcode, (), (), f'metadata={{op_name="{scope}"}}' if scope else "")
+    assert hlo_cost._part(hlo.Program(""), instruction) == part
+
+
+def test_hbm_bytes_of_a_loop_count_slices_not_stacks():
+    n, layers = 4096, 12
+
+    def sweep(x, stack):
+        return jax.lax.scan(lambda x, row: (x * row, None), x, stack)[0]
+
+    found = read(sweep, shape(n), shape(layers, n)).hbm_bytes
+    each = 3 * n * 4  # reads x and a row, writes x
+    assert layers * each <= found <= layers * each + 6 * n * 4
+
+
+def test_what_lies_on_the_chip_is_no_hbm_traffic():
+    program = hlo.Program(TPU)
+    fusions = {v.instruction.name: v for v in program.walk() if v.instruction.opcode == "fusion"}
+    started = hlo_cost.hbm_bytes(program, fusions["async-collective-start.1"])
+    assert started == 16 * 8 * 2  # its result; %w lies in memory space 1
+
+
+def test_a_loop_without_a_bound_is_told():
+    text = TPU.replace("direction=LT", "direction=NE")
+    found = hlo_cost.statistics(hlo.Program(text), Layout(AXES))
+    assert found.unknown_loops == 1 and found.flops == 2 * 32 * 16 * 8

@@ -12,7 +12,7 @@ All but the last may be local or gs://. Nothing is unpickled.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,24 +77,7 @@ class Pretrained:
 
     def renamed(self, names: Mapping[str, str]) -> "Pretrained":
         """The same with only the tensors in `names`, new name -> upstream name; still read when they are asked for."""
-        return dataclasses.replace(self, tensors=_Renamed(self.tensors, names))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Renamed(Mapping[str, np.ndarray]):
-    """Some arrays of a mapping under other names."""
-
-    tensors: Mapping[str, np.ndarray]
-    names: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+        return dataclasses.replace(self, tensors=table.Renamed(self.tensors, names))
 
 
 def is_place(weights: str) -> bool:

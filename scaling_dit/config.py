@@ -37,7 +37,7 @@ COMPONENTS: dict[str, Callable[[str], dict[str, Any]]] = {
 # Fields of a component that follow from another one of the run, so that a config does not have them, and what to set.
 DERIVED: dict[str, str] = {
     "backbone.in_channels": "follows from the codec; set config.codec.name",
-    "backbone.text_dim": "follows from the text encoder; set config.text_encoder.dim",
+    "backbone.text_dim": "follows from the text encoder; set config.text_encoder.dim, or the size of a pretrained one",
 }
 
 # A run may be resumed with other values here: they change how it runs and what it reports, not what it computes.
@@ -49,6 +49,7 @@ FREE_FIELDS = (
     "compile_cache",
     "codec.weights",  # files may move: a checkpoint holds the hash of what is in them
     "text_encoder.weights",
+    "text_encoder.tokenizer_files",  # a workdir keeps what was in them
 )
 
 CHOICES: dict[str, tuple[str, ...]] = {

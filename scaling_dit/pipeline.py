@@ -145,7 +145,7 @@ def build(config: ConfigDict, tokenizer: Any, source: sources.Source | None = No
     """The model a complete config describes.
 
     Args:
-      tokenizer: built from the captions or read from the workdir.
+      tokenizer: of `make_tokenizer`, or of `load_tokenizer` from the workdir.
       source: the run's, if it is open already. Without it a source that takes its `image_size` from the config is not
         opened, so that a trained run draws where its data are not.
     """
@@ -187,9 +187,36 @@ def create_source(config: ConfigDict) -> sources.Source:
     return sources.create_source(**config.source.to_dict())
 
 
+def make_tokenizer(config: ConfigDict, source: sources.Source | None = None) -> Any:
+    """The tokenizer of a new run: the one that its text encoder's fields name, or of the words of its captions.
+
+    None where a text encoder brings its own and the fields do not say from where; sizes can be counted without it.
+
+    Args:
+      config: of the run.
+      source: the run's, if it is open already; not opened where captions are not needed.
+
+    Raises:
+      UserError: no tokenizer where the fields say, or damaged files.
+    """
+    kind = encoders.tokenizer_type(config.text_encoder.name)
+    if hasattr(kind, "read"):
+        return kind.read(config.text_encoder)
+    return scratch.build_tokenizer(create_source(config) if source is None else source)
+
+
+def load_tokenizer(config: ConfigDict, workdir: epath.Path) -> Any:
+    """The tokenizer that a run keeps in its workdir.
+
+    Raises:
+      UserError: missing or damaged file.
+    """
+    return encoders.tokenizer_type(config.text_encoder.name).load(workdir / TOKENIZER_FILE)
+
+
 def abstract_params(config: ConfigDict) -> Params:
     """Shapes and dtypes of everything a config trains or holds frozen; nothing is allocated."""
-    model = build(config, scratch.build_tokenizer(create_source(config)))
+    model = build(config, make_tokenizer(config))
     params, frozen = jax.eval_shape(model.init, jax.random.key(0))
     return trees.unbox({**params, **{name: tree for name, tree in frozen.items() if tree}})
 
@@ -283,7 +310,7 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
     """
     workdir = epath.Path(workdir)
     config = read_config(workdir)
-    model = build(config, scratch.WordTokenizer.load(workdir / TOKENIZER_FILE))
+    model = build(config, load_tokenizer(config, workdir))
     mesh = mesh_lib.make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
     target = with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))

@@ -17,7 +17,8 @@ from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.prepare import identity
 from scaling_dit.data.sources import Source
-from scaling_dit.encoders import scratch
+from scaling_dit.encoders import Tokenizer
+from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.parallel import rules
@@ -119,25 +120,26 @@ class Run:
         return {"frozen_sha256": self.frozen_hash, "rewinds": len(rewinds), "losses": spikes.recent}
 
 
-def open_workdir(
-    workdir: epath.Path, config: ConfigDict, source: Source | None = None
-) -> scratch.WordTokenizer:
+def open_workdir(workdir: epath.Path, config: ConfigDict, source: Source | None = None) -> Tokenizer:
     """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
 
-    A new run's tokenizer is built from `source`, which is opened here unless it is given.
+    Where a new run's tokenizer is built from `source`, that is opened here unless it is given.
 
     Raises:
-      UserError: a workdir of another run, or checkpoints without a config.
+      UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
     """
     if (workdir / pipeline.CONFIG_FILE).exists():
         config_lib.check_same_run(pipeline.read_config(workdir), config)
-        return scratch.WordTokenizer.load(workdir / pipeline.TOKENIZER_FILE)
+        return pipeline.load_tokenizer(config, workdir)
     if (workdir / pipeline.CHECKPOINTS).exists():
         raise UserError(f"{workdir} has checkpoints but no {pipeline.CONFIG_FILE}; give another --workdir")
-    return scratch.build_tokenizer(pipeline.create_source(config) if source is None else source)
+    tokenizer = pipeline.make_tokenizer(config, source)
+    if tokenizer is None:
+        raise UserError(NO_TOKENIZER)
+    return tokenizer
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: scratch.WordTokenizer) -> None:
+def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Makes a workdir this run's: tokenizer and config; what is there stays, but for the config.
 
     The config is written last, so a folder with a config has everything else, and anew at each start, for some of its

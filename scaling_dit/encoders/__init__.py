@@ -1,12 +1,14 @@
 """Text encoders by name; image codecs are in `codec.py`."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
+from etils import epath
 
 from scaling_dit.components import Registry
+from scaling_dit.encoders.scratch import WordTokenizer
 
 _REGISTRY = Registry(
     "text encoder",
@@ -17,6 +19,21 @@ _REGISTRY = Registry(
     },
     filled=("tokenizer",),
 )
+
+
+class Tokenizer(Protocol):
+    """What a run keeps of a tokenizer: one file in its workdir.
+
+    One that does not come from the captions of the run has a class method `read(fields)` too, which finds it by the
+    fields of its text encoder; None where they name none.
+    """
+
+    @classmethod
+    def load(cls, path: str | epath.Path) -> Self:
+        """Reads what `save` wrote."""
+
+    def save(self, path: str | epath.Path) -> None:
+        """Writes one file, local or gs://."""
 
 
 class TextEncoder(Protocol):
@@ -52,6 +69,16 @@ def create_text_encoder(name: str, *, tokenizer: Any, **fields: Any) -> TextEnco
       UserError: unknown name or field.
     """
     return _REGISTRY.create(name, fields, tokenizer=tokenizer)
+
+
+def tokenizer_type(name: str) -> type[Tokenizer]:
+    """The class of the tokenizer that a text encoder takes: what it has as `Tokenizer`, else words of the captions.
+
+    Raises:
+      UserError: unknown name.
+    """
+    found: type[Tokenizer] = getattr(_REGISTRY.resolve(name), "Tokenizer", WordTokenizer)
+    return found
 
 
 def text_encoder_fields(name: str) -> dict[str, Any]:

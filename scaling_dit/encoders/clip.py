@@ -121,7 +121,7 @@ class ClipText:
       project: pooled in the space shared with images, which the last layer was trained for.
       length: tokens of every caption, with the marks of beginning and end; at most 77.
       pad_id: what fills a caption up; -1: what the tower was trained with, 0 for OpenCLIP's and 49407 for OpenAI's.
-      tokenizer_files: folder, tokenizer.json, vocab.json or OpenCLIP's bpe_simple_vocab_16e6.txt.gz; "": with `weights`.
+      tokenizer_files: a folder or file of `vocabularies.py`, such as bpe_simple_vocab_16e6.txt.gz; "": with `weights`.
       dtype: of the products.
       param_dtype: of the parameters.
 

@@ -87,9 +87,8 @@ def _of_experiment(
 ) -> tuple["nn.Module", tuple[int, ...], tuple[int, ...]]:
     """The experiment's backbone and the shapes that its data and text encoder give it, where none are given."""
     from scaling_dit import pipeline  # imports what a run needs, which counting a backbone alone does not
-    from scaling_dit.encoders import scratch
 
-    model = pipeline.build(config, scratch.build_tokenizer(pipeline.create_source(config)))
+    model = pipeline.build(config, pipeline.make_tokenizer(config))
     latents = latents or model.latent_shape
     text = text or (model.text_encoder.length, model.text_encoder.dim)
     return _create(config.backbone.to_dict(), latents, text), latents, text

@@ -69,7 +69,10 @@ class LatentsSource:
                 "(training takes the square bucket of a set)"
             )
         if not len(self):
-            raise UserError(f"{self.path}: no records in the {self.split} split of {wanted} px")
+            raise UserError(
+                f"{self.path}: no records in the {self.split} split of {wanted} px; "
+                "`prepare` divides them by config.source.held_out_fraction"
+            )
         if self.split == "train":
             self._check_files()
 

@@ -1,0 +1,78 @@
+"""Captions that a model writes: one file per captioner, and the runner that captions a whole source.
+
+`transformers:FOLDER` is a captioning model of transformers, such as BLIP-2; `openai:URL` a server with OpenAI's chat
+interface; `shapes` reads pictures of the built-in scenes exactly; "package.module:Class" is a user's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+
+from scaling_dit.components import Registry
+from scaling_dit.errors import UserError
+
+Scored = tuple[
+    str, float | None
+]  # a caption and how good it is among those of its image; None if nobody says
+_REGISTRY = Registry(
+    "captioner",
+    {
+        "transformers": "scaling_dit.data.captioning.transformers_models:TransformersCaptioner",
+        "openai": "scaling_dit.data.captioning.endpoint:EndpointCaptioner",
+        "shapes": "scaling_dit.data.captioning.scenes:ShapesCaptioner",
+    },
+)
+_PLACES = {"transformers": "folder", "openai": "url"}  # field that stands after the colon of a name
+
+
+class Captioner(Protocol):
+    """Writes captions for images."""
+
+    def caption(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[list[Scored]]:
+        """The captions of a batch.
+
+        Args:
+          images: RGB, of any size.
+          seeds: one per image; equal images with equal seeds get equal captions, in any batch, but for rounding.
+
+        Returns:
+          For each image its captions in any order; none if this image cannot be captioned.
+        """
+
+
+def create_captioner(name: str, options: Mapping[str, str]) -> Captioner:
+    """A captioner by name.
+
+    Args:
+      name: see the module.
+      options: field -> value as text; the field's default tells the type.
+
+    Raises:
+      UserError: unknown name or field, a value of the wrong type, or a captioner that cannot start.
+    """
+    kind, place = _split(name)
+    known = _REGISTRY.arguments(kind)
+    given: dict[str, Any] = {
+        field: _typed(field, text, known[field]) if field in known else text
+        for field, text in options.items()
+    }
+    return _REGISTRY.create(kind, given | place)
+
+
+def _split(name: str) -> tuple[str, dict[str, str]]:
+    kind, _, place = name.partition(":")
+    if kind not in _PLACES:
+        return name, {}
+    if not place:
+        raise UserError(f"captioner {name!r} names no {_PLACES[kind]}; write {kind}:{_PLACES[kind].upper()}")
+    return kind, {_PLACES[kind]: place}
+
+
+def _typed(field: str, text: str, default: Any) -> Any:
+    """The text of an option as a value of the type of its default."""
+    kind = type(default) if isinstance(default, int | float) and not isinstance(default, bool) else str
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"--option={field}={text}: give a value such as {default}") from None

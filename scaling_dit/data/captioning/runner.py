@@ -1,0 +1,177 @@
+"""`caption`: writes captions for every image of a raw source, one side-car file per shard.
+
+A shard's file is written whole when all its images are captioned, so a run that was killed goes on with the shards
+that have none. Several processes take every n-th shard each. Captions depend on the image, its key and `seed`, not on
+the process, the order or what was done before.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from scaling_dit.data import images
+from scaling_dit.data.captioning import Captioner, Scored, create_captioner
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.prepare import sidecar
+from scaling_dit.data.prepare.raw import RawName, open_raw
+from scaling_dit.data.sources.encoded import EncodedSource, RawSample
+from scaling_dit.errors import UserError
+from scaling_dit.files import write_whole
+
+MADE_KINDS = ("synthetic", "long")  # of data.captions.KINDS, those that a model writes
+SETTINGS = "caption.json"  # in the folder of the side-cars
+
+
+def main(
+    source: RawName,
+    captioner: str,
+    out: str,
+    *,
+    options: Mapping[str, str] | None = None,
+    kind: str = "synthetic",
+    batch: int = 16,
+    seed: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> int:
+    """The verb `caption`.
+
+    Args:
+      source: of encoded images.
+      captioner: name of the captioner, see `data.captioning`.
+      out: folder of the side-cars, local or remote; finished shards in it stay.
+      options: fields of the captioner.
+      kind: what the captions are for a caption policy: synthetic or long.
+      batch: images captioned at once.
+      seed: of the captions.
+      process: number of this process, from 0.
+      processes: how many share the work.
+
+    Raises:
+      UserError: wrong settings, others than those of the captions already there, or a captioner that fails.
+    """
+    if kind not in MADE_KINDS:
+        raise UserError(f"--kind={kind}: give {' or '.join(MADE_KINDS)}")
+    opened, folder = open_raw(source), epath.Path(out)
+    mine = sidecar.share(opened.shards(), process, processes)
+    left = [name for name in mine if not sidecar.path_of(folder, name, sidecar.CAPTIONS).exists()]
+    settings = {"source": source.name} | dict(source.fields)
+    settings |= {
+        "captioner": captioner,
+        "options": dict(sorted((options or {}).items())),
+        "kind": kind,
+        "seed": seed,
+    }
+    _claim(folder, settings)
+    print(f"{len(mine)} shards, {len(mine) - len(left)} of them captioned before", flush=True)
+    if left:
+        made = create_captioner(captioner, options or {})
+        _caption_shards(opened, made, folder, left, kind=kind, batch=batch, seed=seed)
+    return 0
+
+
+def _claim(folder: epath.Path, settings: Mapping[str, Any]) -> None:
+    """Notes what the side-cars of a folder are made with, or checks that it is the same.
+
+    Raises:
+      UserError: they were made with other settings.
+    """
+    text, path = json.dumps(settings, indent=1) + "\n", folder / SETTINGS
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+        return
+    there, now = json.loads(path.read_text()), json.loads(text)
+    different = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
+    if different:
+        key = different[0]
+        raise UserError(
+            f"{folder} holds captions made with {key} {there.get(key)!r}, not {now.get(key)!r}; give another --out"
+        )
+
+
+def _caption_shards(
+    source: EncodedSource,
+    captioner: Captioner,
+    folder: epath.Path,
+    names: Sequence[str],
+    *,
+    kind: str,
+    batch: int,
+    seed: int,
+) -> None:
+    """Captions shard after shard and prints a line for each: images, those without captions, speed, time left."""
+    began, total = time.monotonic(), 0
+    for done, name in enumerate(names, start=1):
+        rows = list(caption_shard(source, captioner, name, kind=kind, batch=batch, seed=seed))
+        sidecar.write_captions(folder, name, rows)
+        total += len(rows)
+        took = time.monotonic() - began
+        without = sum(not captions for _, captions in rows)
+        left = took / done * (len(names) - done)
+        print(
+            f"{name}: {len(rows):,} images, {without:,} without captions; {total / max(took, 1e-9):,.1f} images/s, "
+            f"{done} of {len(names)} shards, {left / 60:,.0f} min left",
+            flush=True,
+        )
+
+
+def caption_shard(
+    source: EncodedSource, captioner: Captioner, name: str, *, kind: str, batch: int, seed: int
+) -> Iterator[tuple[str, list[sidecar.MadeCaption]]]:
+    """(key, captions with the best first) of each sample of a shard, in its order; damaged samples are left out.
+
+    An image that cannot be decoded has no captions.
+    """
+    samples = source.samples(source.shards().index(name))
+    for group in _batches((sample for sample in samples if isinstance(sample, RawSample)), batch):
+        pictures = [_decode(sample, source.max_pixels) for sample in group]
+        sound = [number for number, picture in enumerate(pictures) if picture is not None]
+        found: list[list[Scored]] = [[] for _ in group]
+        if sound:
+            shown = [picture for picture in pictures if picture is not None]
+            answers = captioner.caption(shown, [key_seed(seed, group[number].key) for number in sound])
+            if len(answers) != len(sound):
+                raise UserError(
+                    f"the captioner gave {len(answers)} lists of captions for {len(sound)} images"
+                )
+            for number, answer in zip(sound, answers, strict=True):
+                found[number] = answer
+        for sample, captions in zip(group, found, strict=True):
+            yield sample.key, _ranked(captions, kind)
+
+
+def key_seed(seed: int, key: str) -> int:
+    """A seed below 2**63 that depends on `seed` and the key alone."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _ranked(captions: Sequence[Scored], kind: str) -> list[sidecar.MadeCaption]:
+    """Best first; blank ones are left out, and those without a score come last, in their order."""
+    ordered = sorted(captions, key=lambda scored: math.inf if scored[1] is None else -scored[1])
+    return [sidecar.MadeCaption(text.strip(), kind, score) for text, score in ordered if text.strip()]
+
+
+def _decode(sample: RawSample, max_pixels: int) -> Image.Image | None:
+    try:
+        return images.decode(sample.image, sample.where, sample.key, max_pixels)
+    except DamagedRecord:
+        return None
+
+
+def _batches(samples: Iterable[RawSample], size: int) -> Iterator[list[RawSample]]:
+    group: list[RawSample] = []
+    for sample in samples:
+        group.append(sample)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

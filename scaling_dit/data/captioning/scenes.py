@@ -1,0 +1,56 @@
+"""Exact captions of the built-in scenes, read from pixels: what a perfect captioner would write, at no cost."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from scaling_dit.data import shapes_text
+from scaling_dit.data.captioning import Scored
+from scaling_dit.data.shapes import PRESETS, Draws, Scene
+from scaling_dit.errors import UserError, nearest
+from scaling_dit.evaluation import oracle
+
+
+@dataclasses.dataclass
+class ShapesCaptioner:
+    """Captions of pictures of one preset, all equally good, so without scores.
+
+    A picture of another size, or one in which nothing can be read, has no captions.
+
+    Attributes:
+      preset: of `data.shapes`.
+      captions: per picture, each worded and ordered by chance.
+      level: 0 to 4, the kinds of facts, as in `source.caption_level`.
+      mention_probability: of each fact.
+    """
+
+    preset: str = "grid16"
+    captions: int = 5
+    level: int = 4
+    mention_probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"preset={self.preset}: {nearest(self.preset, PRESETS)}")
+        if self.captions < 1 or not 0 <= self.level <= 4 or not 0 <= self.mention_probability <= 1:
+            raise UserError(
+                "the captioner needs captions from 1, level 0 to 4 and mention_probability 0 to 1"
+            )
+
+    def caption(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[list[Scored]]:
+        """See `Captioner`."""
+        return [self._of_picture(image, seed) for image, seed in zip(images, seeds, strict=True)]
+
+    def _of_picture(self, image: Image.Image, seed: int) -> list[Scored]:
+        canvas = PRESETS[self.preset].canvas
+        seen = oracle.read(np.asarray(image), self.preset).objects if image.size == (canvas, canvas) else ()
+        if not seen:
+            return []
+        scene = Scene(self.preset, tuple(seen))
+        draws = [Draws("caption", seed, number) for number in range(self.captions)]
+        return [
+            (shapes_text.caption(scene, self.level, self.mention_probability, draw, plain=False), None)
+            for draw in draws
+        ]

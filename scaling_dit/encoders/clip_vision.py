@@ -1,0 +1,184 @@
+"""CLIP's image tower, and both towers with their projections as one scorer of images against captions.
+
+A vision transformer (arXiv 2103.00020, section 2.4; transformers' `CLIPVisionModelWithProjection`) with a class token,
+whose state is projected to the space shared with text. Metrics read it (CLIPScore, HPSv2 with that metric's weights);
+no run trains with it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from scaling_dit import trees
+from scaling_dit.backbones.layers import NORMAL_002, Dense, constrain, layer_norm
+from scaling_dit.encoders import clip_weights, pretrained, transformer
+from scaling_dit.encoders.clip import CLASSES as WHOLE_CLASSES
+from scaling_dit.encoders.clip import ClipText
+from scaling_dit.errors import UserError, nearest
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue in [0, 1], over CLIP's training set
+STD = (0.26862954, 0.26130258, 0.27577711)
+CLASSES = (*WHOLE_CLASSES[2:], "CLIPVisionModelWithProjection")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The shape of an image tower.
+
+    Attributes:
+      width: of the tokens.
+      layers: blocks.
+      heads: of attention.
+      mlp: hidden width of the MLPs.
+      patch: side of a patch in pixels.
+      image: side of an image in pixels.
+      activation: "gelu" or "quick_gelu".
+      projection: width of the space shared with text.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    patch: int
+    image: int
+    activation: str
+    projection: int
+
+
+SIZES = {  # the same names as the text towers'
+    "openclip-h": Size(1280, 32, 16, 5120, 14, 224, "gelu", 1024),
+    "openclip-bigg": Size(1664, 48, 16, 8192, 14, 224, "gelu", 1280),
+    "clip-l": Size(1024, 24, 16, 4096, 14, 224, "quick_gelu", 768),
+    "clip-b": Size(768, 12, 12, 3072, 32, 224, "quick_gelu", 512),
+    "tiny": Size(32, 2, 4, 64, 14, 28, "gelu", 16),
+}
+
+
+class VisionTower(nn.Module):
+    """Images float32 [B, H, W, 3], scaled by `normalise` -> projected class state [B, projection], float32."""
+
+    size: Size
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        size = self.size
+        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=size.patch, q=size.patch)
+        embed = Dense(size.width, (None, "embed"), use_bias=False, dtype=self.dtype, name="patches")
+        x_BTD = embed(patches).astype(jnp.float32)
+        init = nn.with_logical_partitioning(NORMAL_002, ("embed",))
+        first: Any = self.param("class", init, (size.width,))
+        x_BTD = jnp.concatenate([jnp.broadcast_to(first, (x_BTD.shape[0], 1, size.width)), x_BTD], axis=1)
+        init = nn.with_logical_partitioning(NORMAL_002, (None, "embed"))
+        positions: Any = self.param("positions", init, ((size.image // size.patch) ** 2 + 1, size.width))
+        x_BTD = layer_norm("norm_in", epsilon=transformer.NORM_EPSILON)(x_BTD + positions)
+        fields: dict[str, Any] = {"heads": size.heads, "mlp": size.mlp, "activation": size.activation}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.float32}
+        x_BTD = constrain(x_BTD, *transformer.TOKEN_AXES)
+        x_BTD = transformer.blocks(x_BTD, size.layers, None, **fields, **types)
+        pooled_BD = layer_norm("norm_out", epsilon=transformer.NORM_EPSILON)(x_BTD[:, 0])
+        to_shared = Dense(size.projection, ("embed", "heads"), use_bias=False, name="projection", **types)
+        return to_shared(pooled_BD).astype(jnp.float32)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Images uint8 [B, H, W, 3] -> float32, each colour with CLIP's mean and deviation."""
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - jnp.asarray(MEAN)) / jnp.asarray(STD)
+
+
+def resize(images: jax.Array, side: int) -> jax.Array:
+    """Square images uint8 [B, S, S, 3] -> uint8 [B, side, side, 3], antialiased bicubic as CLIP's own pictures are.
+
+    Raises:
+      UserError: images that are not square.
+    """
+    count, height, width, colours = images.shape
+    if height != width:
+        raise UserError(f"images are {height} x {width} px; CLIP takes square ones, cut them before")
+    if height == side:
+        return images
+    resized = jax.image.resize(
+        images.astype(jnp.float32), (count, side, side, colours), "cubic", antialias=True
+    )
+    return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Both towers of a pretrained CLIP, in the space they share.
+
+    `Clip.load(...)` reads them; `params` is {"text": ..., "image": ...}.
+    """
+
+    text: ClipText
+    size: Size
+    params: Mapping[str, Any]
+    dtype: str = "float32"
+
+    @classmethod
+    def load(
+        cls, weights: str, size: str = "openclip-h", *, tokenizer_files: str = "", dtype: str = "float32"
+    ) -> Self:
+        """Reads both towers of a place of weights (`pretrained.py`), under the names of transformers or of open_clip.
+
+        Args:
+          weights: the place; it must hold both towers with their projections.
+          size: of both, a name in SIZES.
+          tokenizer_files: as the field of `ClipText`.
+          dtype: of the products.
+
+        Raises:
+          UserError: unknown size, missing or damaged files, or those of another architecture.
+        """
+        if size not in SIZES:
+            raise UserError(f"there is no CLIP of the size {size!r}; {nearest(size, SIZES)}")
+        fields: dict[str, Any] = {"weights": weights, "tokenizer_files": tokenizer_files}
+        tokenizer = ClipText.Tokenizer.read(fields)
+        text = ClipText(tokenizer, size=size, layer="last", project=True, dtype=dtype, **fields)
+        params = {"text": text.load(), "image": load_vision(weights, SIZES[size])}
+        return cls(text, SIZES[size], params, dtype)
+
+    def embed_text(self, params: Mapping[str, Any], ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Ids, mask [B, 77] of `text.tokenize` -> directions [B, P] of length 1."""
+        return unit(self.text.apply(params["text"], ids, mask)[2])
+
+    def embed_image(self, params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """Square images uint8 [B, S, S, 3] of any side -> directions [B, P] of length 1."""
+        tower = VisionTower(self.size, jnp.dtype(self.dtype))
+        embedded: Any = tower.apply({"params": params["image"]}, normalise(resize(images, self.size.image)))
+        return unit(embedded)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Each row of [B, P] with a length of 1, so that products of rows are cosines."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def load_vision(weights: str, size: Size) -> dict[str, Any]:
+    """The parameters of `VisionTower` in a place of weights, as numpy arrays.
+
+    Raises:
+      UserError: missing or damaged files, or those of another architecture.
+    """
+    opened = pretrained.open_weights(weights, part="image_encoder", classes=CLASSES, field="weights")
+    wanted = {
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "intermediate_size": size.mlp,
+        "patch_size": size.patch,
+        "image_size": size.image,
+        "hidden_act": size.activation,
+    }
+    opened.check(wanted, "vision_config")
+    names, rows = clip_weights.vision_entries(opened.tensors, size.layers, size.patch)
+    images = jax.ShapeDtypeStruct((1, size.image, size.image, 3), jnp.float32)
+    abstract = trees.unbox(jax.eval_shape(VisionTower(size).init, jax.random.key(0), images)["params"])
+    return opened.renamed(names).load(rows, abstract, "CLIP's image tower")

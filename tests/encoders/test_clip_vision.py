@@ -1,0 +1,108 @@
+"""CLIP's image tower and the space it shares with text, against transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from encoders import text_towers
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from scaling_dit import trees
+from scaling_dit.encoders import clip_vision
+from scaling_dit.encoders.clip_vision import SIZES, Clip, VisionTower
+from scaling_dit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    text_towers.clip().save_pretrained(folder)
+    text_towers.save_clip_words(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return Clip.load(str(folder), "tiny")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
+
+
+def test_similarities_are_those_of_transformers(clip, images):
+    captions = ["a red circle", "&amp; 日本語", ""]
+    ids, mask = clip.text.tokenize(captions)
+    image = np.asarray(jax.jit(clip.embed_image)(clip.params, images))
+    text = np.asarray(jax.jit(clip.embed_text)(clip.params, ids, mask))
+    pixels = (images / 255.0 - clip_vision.MEAN) / clip_vision.STD
+    with torch.no_grad():
+        theirs = text_towers.clip()(
+            input_ids=torch.tensor(ids).long(), pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2).float()
+        )
+    np.testing.assert_allclose(image, theirs.image_embeds.numpy(), atol=1e-4)
+    np.testing.assert_allclose(text, theirs.text_embeds.numpy(), atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
+
+
+def test_names_of_open_clip(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    renamed = {
+        "visual.conv1.weight": weights["vision_model.embeddings.patch_embedding.weight"],
+        "visual.class_embedding": weights["vision_model.embeddings.class_embedding"],
+        "visual.positional_embedding": weights["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": weights["visual_projection.weight"].T.copy(),
+        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
+        "logit_scale": weights["logit_scale"],
+    }
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
+    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for end in ("weight", "bias"):
+        renamed[f"visual.ln_pre.{end}"] = weights[f"vision_model.pre_layrnorm.{end}"]
+        renamed[f"visual.ln_post.{end}"] = weights[f"vision_model.post_layernorm.{end}"]
+        for i in range(2):
+            at, of = f"visual.transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}"
+            renamed |= {f"{at}.{to}.{end}": weights[f"{of}.{name}.{end}"] for to, name in names.items()}
+            qkv = [weights[f"{of}.self_attn.{part}_proj.{end}"] for part in "qkv"]
+            renamed[f"{at}.attn.in_proj_{end}"] = np.concatenate(qkv)
+    path = tmp_path / "open_clip_model.safetensors"
+    save_file(renamed, path)
+    ours, theirs = (clip_vision.load_vision(str(place), SIZES["tiny"]) for place in (path, folder))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("openclip-h", 632.076800), ("clip-l", 303.966208), ("clip-b", 87.849216)]
+)
+def test_sizes(size, millions):
+    """Of the image towers that transformers and open_clip list: 632M, 304M and 88M, projection included."""
+    shape = SIZES[size]
+    images = jax.ShapeDtypeStruct((1, shape.image, shape.image, 3), jnp.float32)
+    shapes = trees.unbox(jax.eval_shape(VisionTower(shape).init, jax.random.key(0), images))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == round(millions * 1e6)
+
+
+def test_pictures_are_resized_as_pillow_does():
+    side = 96
+    picture = np.asarray(Image.linear_gradient("L").resize((side, side)).convert("RGB")).copy()
+    picture[20:60, 30:80] = (200, 40, 90)
+    theirs = np.asarray(Image.fromarray(picture).resize((28, 28), Image.Resampling.BICUBIC))
+    ours = np.asarray(clip_vision.resize(picture[None], 28))[0]
+    difference = np.abs(ours.astype(int) - theirs)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.5
+    np.testing.assert_array_equal(clip_vision.resize(picture[None], side)[0], picture)
+    with pytest.raises(UserError, match=r"images are 48 x 96 px; CLIP takes square ones"):
+        clip_vision.resize(picture[None, :48], 28)
+
+
+def test_mistakes(folder):
+    with pytest.raises(UserError, match=r"there is no CLIP of the size 'clip-xl'; did you mean 'clip-l'\?"):
+        Clip.load(str(folder), "clip-xl")
+    with pytest.raises(
+        UserError, match=r"config.json says hidden_size 32, the fields of this encoder mean 1024"
+    ):
+        clip_vision.load_vision(str(folder), SIZES["clip-l"])

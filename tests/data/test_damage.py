@@ -93,7 +93,7 @@ def open_mixed(folders, **fields):
 def rows_of(source):
     """The lines of the metadata behind the records of a source, in their order."""
     places = [source._sample_place(i) for i in range(len(source))]
-    return [source._shards[shard].rows[row] for shard, row in places]
+    return [source._shard(shard).rows[row] for shard, row in places]
 
 
 def batches(source, steps, *, start=0, positions=range(BATCH), threads=2):
@@ -127,7 +127,7 @@ def test_counts_by_kind_are_exact(folders):
         for i in range(len(source)):
             source[i]
     assert source.damage.counts() == dict(sorted(PLANNED.items()))
-    assert source.damage.scalars()["data/damaged_too_large"] == 3.0
+    assert source.damage.check(source.damage.counts())["data/damaged_too_large"] == 3.0
 
 
 def test_training_is_unaffected_otherwise(folders):

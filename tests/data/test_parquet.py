@@ -169,7 +169,7 @@ def test_a_failing_store_is_no_damage(sound, monkeypatch):
     def broken(self, *args, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(type(source._shards[0].rows[0]), "open", broken)
+    monkeypatch.setattr(type(source._shard(0).rows[0]), "open", broken)
     with pytest.raises(UserError, match="cannot read: .*Input/output error"):
         source[0]
     assert not source.damage.counts()

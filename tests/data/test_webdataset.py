@@ -12,7 +12,7 @@ from encoded_sets import SIZE, TOO_LARGE, UNREADABLE, check_same_rows_for_any_sp
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources import create_source, source_fields, tar_index
+from scaling_dit.data.sources import create_raw_source, create_source, source_fields, tar_index
 from scaling_dit.data.sources.encoded import key_hash, scan
 from scaling_dit.data.sources.webdataset import WebdatasetSource, matching
 from scaling_dit.errors import UserError
@@ -175,7 +175,7 @@ def test_the_split_follows_from_the_keys(planted):
     train = opened(folder, held_out_fraction=0.3)
     held_out = train.held_out()
     places = {
-        split: {source._shards[s].rows[1].key(r) for s, r in map(source._sample_place, range(len(source)))}
+        split: {source._shard(s).rows[1].key(r) for s, r in map(source._sample_place, range(len(source)))}
         for split, source in (("train", train), ("held_out", held_out))
     }
     assert not places["train"] & places["held_out"]
@@ -271,7 +271,7 @@ def test_the_index_is_kept_checked_and_made_again(tmp_path, monkeypatch):
     def again():
         made.clear()
         source = opened(tmp_path)
-        assert [s.hashes.tolist() for s in source._shards] == [s.hashes.tolist() for s in first._shards]
+        assert [hashes.tolist() for hashes in source._hashes] == [hashes.tolist() for hashes in first._hashes]
         assert kept.read_bytes() == data
         return sorted(made)
 
@@ -285,6 +285,24 @@ def test_the_index_is_kept_checked_and_made_again(tmp_path, monkeypatch):
     with open(tmp_path / "00002.tar", "ab") as file:
         file.write(bytes(512))  # another tar than the index is of
     assert again() == ["00002"]
+
+
+def test_a_raw_source_opens_one_tar_at_a_time(tmp_path):
+    """So that many processes can share the tars of a large set."""
+    sound = write(tmp_path, PLAN)
+    source = create_raw_source(f"webdataset:{tmp_path}/*.tar")
+    assert source.shards() == ("00000.tar", "00001.tar", "00002.tar")
+    assert not list(tmp_path.glob("*.index"))
+    samples = list(source.samples(1))
+    assert [path.name for path in tmp_path.glob("*.index")] == ["00001.tar.index"]
+    kinds = [sample.kind for sample in samples if isinstance(sample, DamagedRecord)]
+    assert kinds == ["bad_text", "missing_caption"]  # images are not decoded
+    assert {key for key in sound if key.startswith("00001/")} <= {
+        getattr(sample, "key", "") for sample in samples
+    }
+    assert not source.damage.counts()
+    with pytest.raises(UserError, match="source 'shapes' holds no image files; give folder:, webdataset:"):
+        create_raw_source("shapes")
 
 
 def test_faults_are_kept_with_the_index(planted):
@@ -302,7 +320,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
         patch.setattr(type(epath.Path(tmp_path)), "write_bytes", denied)
         with caplog.at_level(logging.WARNING, logger="absl"):
             assert len(opened(tmp_path)) == TARS * PER_TAR
-    assert caplog.messages == [f"indexes of tars cannot be kept in {tmp_path}; set config.source.index_dir"]
+    (message,) = caplog.messages  # once for all tars
+    assert message == (
+        f"indexes of tars cannot be kept in {tmp_path} (Permission denied); set config.source.index_dir"
+    )
     assert not list(tmp_path.glob("*.index"))
     opened(tmp_path, index_dir=str(tmp_path / "cache" / "here"))
     assert len(list((tmp_path / "cache/here").glob("*.tar.index"))) == TARS

@@ -5,12 +5,15 @@
 """
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
 from scaling_dit.components import Registry
 from scaling_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from scaling_dit.data.sources.encoded import EncodedSource
 
 _REGISTRY = Registry(
     "source",
@@ -79,6 +82,20 @@ def create_source(name: str, **fields: Any) -> Source:
     """
     name, filled = _split(name)
     return _REGISTRY.create(name, fields, **filled)
+
+
+def create_raw_source(name: str, **fields: Any) -> "EncodedSource":
+    """A source of image files as they are stored, both splits: for `samples(shard)`, which opens that shard alone.
+
+    Raises:
+      UserError: as `create_source`, or a source of another kind.
+    """
+    from scaling_dit.data.sources.encoded import EncodedSource  # builds on this module
+
+    name, filled = _split(name)
+    if not issubclass(_REGISTRY.resolve(name), EncodedSource):
+        raise UserError(f"source {name!r} holds no image files; give folder:, webdataset:, parquet: or tfds:")
+    return _REGISTRY.create(name, fields, split="both", **filled)
 
 
 def source_fields(name: str) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """What sources of encoded images share: shards of samples, a split by a hash of the key, stand-ins for damage.
 
 A source gives its shards and the samples in them; from that follow random access to decoded records for training
-(`source[index]`) and the samples of one shard in order for `prepare` and `filter` (`source.samples(shard)`).
+(`source[index]`, for which every shard is opened at the start) and the samples of one shard in order for `prepare` and
+`filter` (`source.samples(shard)`, for which only that one is).
 """
 
 import abc
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -16,8 +17,11 @@ import numpy as np
 
 from scaling_dit.data import images
 from scaling_dit.data.damage import Damage, DamagedRecord
-from scaling_dit.data.sources import Record, create_source
+from scaling_dit.data.sources import Record, create_raw_source
 from scaling_dit.errors import UserError
+
+THREADS = 8  # that open shards; they wait for a disk or a network most of the time
+KEPT = 64  # opened shards that a raw source keeps: more than threads work on
 
 
 class RawSample(NamedTuple):
@@ -35,23 +39,33 @@ class Shard(NamedTuple):
     """What opening a shard tells, without reading its images.
 
     Attributes:
-      name: unique among the shards of a source.
       hashes: float64 [n], of the key of each sample, in [0, 1); see `key_hash` and `row_hashes`.
       faults: what is no sample.
       rows: what the source keeps to find its samples again.
     """
 
-    name: str
     hashes: np.ndarray
     faults: tuple[DamagedRecord, ...] = ()
     rows: Any = None
+
+
+class Files(NamedTuple):
+    """The shards of a source before they are opened.
+
+    Attributes:
+      names: each unique; sorted.
+      open: the number of a shard -> what it holds; may be called by several threads at once.
+    """
+
+    names: tuple[str, ...]
+    open: Callable[[int], Shard]
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSource(abc.ABC):
     """Images and captions from files, as RGB squares.
 
-    A subclass gives `_open`, `_read` and `_noun`.
+    A subclass gives `_list`, `_read` and `_noun`.
 
     Attributes:
       path: what stands after the colon in the source's name.
@@ -71,11 +85,9 @@ class EncodedSource(abc.ABC):
     held_out_fraction: float = 0.05
     max_pixels: int = images.MAX_PIXELS
     max_damaged: int = 0
-    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out
+    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out | both
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
-    _shards: tuple[Shard, ...] = dataclasses.field(
-        default=(), metadata={"config": False}, compare=False, repr=False
-    )
+    _files: Files = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
     _noun: ClassVar[str]  # before the path, in one line of `describe`
 
@@ -92,9 +104,15 @@ class EncodedSource(abc.ABC):
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
         if self.damage is None:
             object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
-        if not self._shards:
-            object.__setattr__(self, "_shards", self._open())
-            self.damage.meet_all(fault for shard in self._shards for fault in shard.faults)
+        if self._files is None:
+            files = self._list()
+            opener = functools.lru_cache(KEPT if self.split == "both" else None)(files.open)
+            object.__setattr__(self, "_files", files._replace(open=opener))
+        if self.split == "both":
+            return  # `samples` opens one after the other
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            shards = tuple(pool.map(self._files.open, range(len(self._files.names))))
+        self.damage.meet_all(fault for shard in shards for fault in shard.faults)
         if not len(self):
             raise UserError(
                 f"{self._place()}: no images in the {self.split} split "
@@ -102,8 +120,8 @@ class EncodedSource(abc.ABC):
             )
 
     @abc.abstractmethod
-    def _open(self) -> tuple[Shard, ...]:
-        """The shards, in the order of their names; each sample of them has a place in `hashes`."""
+    def _list(self) -> Files:
+        """The shards; each sample of one has a place in its `hashes`."""
 
     @abc.abstractmethod
     def _read(self, shard: int, row: int) -> RawSample:
@@ -111,8 +129,11 @@ class EncodedSource(abc.ABC):
 
     def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
         """A reader for each sample of a shard, in order; a subclass may keep a file open meanwhile."""
-        for row in range(len(self._shards[shard].hashes)):
+        for row in range(len(self._shard(shard).hashes)):
             yield functools.partial(self._read, shard, row)
+
+    def _shard(self, number: int) -> Shard:
+        return self._files.open(number)
 
     def _place(self) -> str:
         """For errors about the source as a whole."""
@@ -143,14 +164,14 @@ class EncodedSource(abc.ABC):
 
     def shards(self) -> tuple[str, ...]:
         """The names of the shards, sorted."""
-        return tuple(shard.name for shard in self._shards)
+        return self._files.names
 
     def samples(self, shard: int) -> Iterator[RawSample | DamagedRecord]:
         """Everything in one shard, of both splits: what is damaged about it as a whole first, then its samples.
 
         A damaged sample comes as the DamagedRecord; it is not counted in `damage`. Images are not decoded.
         """
-        yield from self._shards[shard].faults
+        yield from self._shard(shard).faults
         for read in self._read_shard(shard):
             try:
                 yield read()
@@ -170,18 +191,22 @@ class EncodedSource(abc.ABC):
         shard = int(np.searchsorted(self._starts, place, side="right")) - 1
         return shard, place - int(self._starts[shard])
 
+    @property
+    def _hashes(self) -> list[np.ndarray]:
+        return [self._shard(number).hashes for number in range(len(self._files.names))]
+
     @functools.cached_property
     def _starts(self) -> np.ndarray:
         """The place of each shard's first sample among all samples, int64 [shards]."""
-        counts = np.array([len(shard.hashes) for shard in self._shards], np.int64)
+        counts = np.array([len(hashes) for hashes in self._hashes], np.int64)
         return np.cumsum(counts) - counts
 
     @functools.cached_property
     def _chosen(self) -> np.ndarray:
         """The places of this split's samples among all samples, in their order."""
-        if not self._shards:
-            return np.zeros(0, np.int64)
-        hashes = np.concatenate([shard.hashes for shard in self._shards])
+        hashes = np.concatenate([np.zeros(0), *self._hashes])
+        if self.split == "both":
+            return np.arange(len(hashes))
         held_out = hashes < self.held_out_fraction
         if self.held_out_fraction and len(hashes) > 1 and not held_out.any():
             held_out[np.argmin(hashes)] = True  # a small set still has a split
@@ -196,11 +221,9 @@ def scan(name: str, **fields: Any) -> Damage:
       **fields: its fields, as in `create_source`; there is no limit to the damage.
 
     Raises:
-      UserError: the source cannot be opened, or is of another kind.
+      UserError: as `create_raw_source`.
     """
-    source = create_source(name, **{"held_out_fraction": 0.0, "max_damaged": sys.maxsize} | fields)
-    if not isinstance(source, EncodedSource):
-        raise UserError(f"source {name!r} holds no encoded images that could be damaged")
+    source = create_raw_source(name, **fields)
     damage = Damage()
     for shard in range(len(source.shards())):
         for sample in source.samples(shard):

@@ -32,7 +32,7 @@ from etils import epath
 from scaling_dit.data import images
 from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, RawSample, Shard, key_hash
+from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, key_hash
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
@@ -64,7 +64,7 @@ class FolderSource(EncodedSource):
         """Every caption of this split, without reading an image."""
         for index in range(len(self)):
             shard, row = self._sample_place(index)
-            yield from self._shards[shard].rows[row].texts
+            yield from self._shard(shard).rows[row].texts
 
     @property
     def _metadata(self) -> epath.Path:
@@ -73,19 +73,19 @@ class FolderSource(EncodedSource):
     def _place(self) -> str:
         return str(self._metadata)
 
-    def _open(self) -> tuple[Shard, ...]:
+    def _list(self) -> Files:
         rows, faults = read_metadata(self._metadata)
-        shards = []
-        for start in range(0, max(len(rows), 1), BLOCK):
-            block = rows[start : start + BLOCK]
-            hashes = np.array([key_hash(row.file_name) for row in block], np.float64)
-            shards.append(
-                Shard(f"{METADATA}-{start // BLOCK:05d}", hashes, () if start else tuple(faults), block)
-            )
-        return tuple(shards)
+
+        def block(number: int) -> Shard:
+            lines = rows[number * BLOCK : (number + 1) * BLOCK]
+            hashes = np.array([key_hash(line.file_name) for line in lines], np.float64)
+            return Shard(hashes, () if number else tuple(faults), lines)
+
+        blocks = max(-(-len(rows) // BLOCK), 1)
+        return Files(tuple(f"{METADATA}-{number:05d}" for number in range(blocks)), block)
 
     def _read(self, shard: int, row: int) -> RawSample:
-        line: Row = self._shards[shard].rows[row]
+        line: Row = self._shard(shard).rows[row]
         where = f"{self._metadata} line {line.line}"
         data = images.read_bytes(epath.Path(self.path) / line.file_name, where)
         return RawSample(line.file_name, data, line.texts, line.kinds, line.metadata, where)

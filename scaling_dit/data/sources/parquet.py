@@ -18,7 +18,6 @@ What is damaged (`data/damage.py`) is of one kind. The first is found when the s
     too_large         see `data/images.py`
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -28,12 +27,10 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, RawSample, Shard, row_hashes
+from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.fields import CaptionFields, plain
 from scaling_dit.data.sources.webdataset import matching
 from scaling_dit.errors import UserError, nearest
-
-THREADS = 8  # that open files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +61,9 @@ class ParquetSource(EncodedSource):
             raise UserError(f"source.groups is {self.groups}; it must be at least 1")
         super().__post_init__()
 
-    def _open(self) -> tuple[Shard, ...]:
+    def _list(self) -> Files:
         paths = matching(self.path, ".parquet")
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            return tuple(pool.map(self._open_file, paths))
+        return Files(tuple(path.name for path in paths), lambda number: self._open_file(paths[number]))
 
     def _open_file(self, path: epath.Path) -> Shard:
         where = f"{path}"
@@ -76,19 +72,19 @@ class ParquetSource(EncodedSource):
             schema = metadata.schema.to_arrow_schema()
         except _NotParquetError as error:
             fault = DamagedRecord("unreadable_file", where, f"no whole Parquet file: {error}")
-            return Shard(path.name, np.zeros(0), (fault,))
+            return Shard(np.zeros(0), (fault,))
         for name in (self.image_field, *self._fields.names()):
             if name not in schema.names:
                 fault = DamagedRecord(
                     "bad_columns", where, f"no column {name!r}; {nearest(name, schema.names)}"
                 )
-                return Shard(path.name, np.zeros(0), (fault,))
+                return Shard(np.zeros(0), (fault,))
         counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         ends = np.cumsum(np.array(counts, np.int64))
-        return Shard(path.name, row_hashes(path.name, metadata.num_rows), (), (path, metadata, ends))
+        return Shard(row_hashes(path.name, metadata.num_rows), (), (path, metadata, ends))
 
     def _read(self, shard: int, row: int) -> RawSample:
-        path, _, ends = self._shards[shard].rows
+        path, _, ends = self._shard(shard).rows
         where = f"{path} row {row}"
         group = int(np.searchsorted(ends, row, side="right"))
         try:
@@ -105,7 +101,7 @@ class ParquetSource(EncodedSource):
         if not isinstance(image, bytes) or not image:
             raise DamagedRecord("missing_image", where, f"column {self.image_field!r} holds no bytes")
         captions, kinds = self._fields.read(entry, where)
-        return RawSample(f"{self._shards[shard].name}/{row}", image, captions, kinds, plain(entry), where)
+        return RawSample(f"{self._files.names[shard]}/{row}", image, captions, kinds, plain(entry), where)
 
     @functools.cached_property
     def _fields(self) -> CaptionFields:
@@ -116,7 +112,7 @@ class ParquetSource(EncodedSource):
         """Shard and row group -> table; a cache that several threads share."""
 
         def read(shard: int, group: int) -> Any:
-            path, metadata, _ = self._shards[shard].rows
+            path, metadata, _ = self._shard(shard).rows
             return _read_file(path, metadata, lambda file: file.read_row_group(group))
 
         return functools.lru_cache(self.groups)(read)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from scaling_dit.data.sources.encoded import key_hash
@@ -37,7 +38,6 @@ class Index:
       spans: int64 [n, 3, 2], offset and size in bytes of IMAGE, TEXT and JSON; offset -1 = not there.
       hashes: float64 [n], `key_hash` of each `key`.
       faults: what is no sample.
-      saved: it is on disk.
     """
 
     stem: str
@@ -45,7 +45,6 @@ class Index:
     spans: np.ndarray
     hashes: np.ndarray
     faults: tuple[Fault, ...]
-    saved: bool = False
 
     def key(self, row: int) -> str:
         """The key of a sample among all tars: "00000/000000012"."""
@@ -76,9 +75,10 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
         if index_dir is not None:
             index_dir.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(_dumps(index, state))
-    except OSError:  # a read-only folder
-        return index
-    return dataclasses.replace(index, saved=True)
+    except OSError as error:  # a read-only folder
+        message = "indexes of tars cannot be kept in %s (%s); set config.source.index_dir"
+        logging.log_first_n(logging.WARNING, message, 1, kept.parent, error.strerror)
+    return index
 
 
 def build(file: IO[bytes], stem: str) -> Index:
@@ -214,4 +214,4 @@ def _loads(data: bytes, stem: str, state: list[Any]) -> Index | None:
         if described["state"] != state:
             return None
         faults = [(kind, offset, what) for kind, offset, what in described["faults"]]
-        return dataclasses.replace(_index(stem, held["keys"], held["spans"], faults), saved=True)
+        return _index(stem, held["keys"], held["spans"], faults)

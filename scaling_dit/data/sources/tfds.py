@@ -21,7 +21,6 @@ What is damaged (`data/damage.py`) is of one kind:
 A file that is cut or holds another number of records than the set's metadata says stops the run when it is opened.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -32,12 +31,11 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, RawSample, Shard, row_hashes
+from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.fields import CaptionFields, plain
 from scaling_dit.errors import UserError, nearest
 
 INFO = "dataset_info.json"
-THREADS = 8  # that open files
 # Set -> its image field and its fields of alt-text.
 FIELDS = {
     "coco_captions": ("image", ("captions/text",)),
@@ -70,20 +68,20 @@ class TfdsSource(EncodedSource):
 
     _noun = "tfds"
 
-    def _open(self) -> tuple[Shard, ...]:
+    def _list(self) -> Files:
         files = self._opened.files
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(_check_count, files))
-        shards, start = [], 0
-        for file in files:
-            name = os.path.basename(file.filename)
-            hashes = row_hashes(name, file.skip + file.take)[file.skip :]
-            shards.append(Shard(name, hashes, (), (file.filename, file.skip, start)))
-            start += file.take
-        return tuple(shards)
+        starts = np.cumsum([0, *(file.take for file in files)]).tolist()
+
+        def opened(number: int) -> Shard:
+            file = files[number]
+            _check_count(file)
+            hashes = row_hashes(os.path.basename(file.filename), file.skip + file.take)[file.skip :]
+            return Shard(hashes, (), (file.filename, file.skip, starts[number]))
+
+        return Files(tuple(os.path.basename(file.filename) for file in files), opened)
 
     def _read(self, shard: int, row: int) -> RawSample:
-        path, skip, start = self._shards[shard].rows
+        path, skip, start = self._shard(shard).rows
         where = f"{path} record {skip + row}"
         try:
             example = self._opened.examples[start + row]
@@ -97,7 +95,7 @@ class TfdsSource(EncodedSource):
             raise DamagedRecord("missing_image", where, f"{self._opened.image_field!r} is empty")
         captions, kinds = self._opened.captions.read(example, where)
         metadata = plain({k: v for k, v in example.items() if k != self._opened.image_field})
-        return RawSample(f"{self._shards[shard].name}/{skip + row}", image, captions, kinds, metadata, where)
+        return RawSample(f"{self._files.names[shard]}/{skip + row}", image, captions, kinds, metadata, where)
 
     @functools.cached_property
     def _opened(self) -> "_Opened":
@@ -127,7 +125,7 @@ def _open_set(source: TfdsSource) -> _Opened:
     _check_format(folder, {file_format.value for file_format in builder.info.available_file_formats()})
     image_field, captions = _fields(source, builder, tfds.features)
     try:
-        files = builder.info.splits[source.tfds_split].file_instructions
+        builder.info.splits[source.tfds_split]
     except (KeyError, ValueError):
         name = re.split(r"\W", source.tfds_split)[0]
         raise UserError(
@@ -136,6 +134,9 @@ def _open_set(source: TfdsSource) -> _Opened:
     examples = builder.as_data_source(
         source.tfds_split, decoders={image_field: tfds.decode.SkipDecoding()}, file_format="array_record"
     )
+    files = builder.info.splits[
+        source.tfds_split
+    ].file_instructions  # those of the format that was chosen just now
     return _Opened(examples, files, image_field, captions)
 
 
@@ -180,7 +181,8 @@ def _check_format(folder: epath.Path, formats: set[str]) -> None:
         raise UserError(f"{folder}: the set is in parquet: {why}")
     command = f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
     raise UserError(
-        f"{folder}: the set is in {' and '.join(sorted(formats))}, without random access; run first: {command}"
+        f"{folder}: the set is in {' and '.join(sorted(formats))}, without random access; "
+        f"run first (tensorflow and mlcroissant must be installed): {command}"
     )
 
 

@@ -24,7 +24,6 @@ What is damaged (`data/damage.py`) is of one kind. Of the first five, what the h
     too_large         see `data/images.py`
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -32,17 +31,14 @@ import json
 from collections.abc import Callable, Iterator
 from typing import IO
 
-from absl import logging
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import tar_index
-from scaling_dit.data.sources.encoded import EncodedSource, RawSample, Shard
+from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard
 from scaling_dit.data.sources.fields import CaptionFields
-from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT, Index
+from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT
 from scaling_dit.errors import UserError
-
-THREADS = 8  # that make indexes; they wait for a disk or a network most of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +70,17 @@ class WebdatasetSource(EncodedSource):
             with contextlib.suppress(DamagedRecord):
                 yield from self._parse(shard, row, *self._members(shard, row, (TEXT, JSON))).captions
 
-    def _open(self) -> tuple[Shard, ...]:
+    def _list(self) -> Files:
         paths = matching(self.path, ".tar")
         index_dir = epath.Path(self.index_dir) if self.index_dir else None
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            indexes = list(pool.map(functools.partial(tar_index.open_index, index_dir=index_dir), paths))
-        if not all(index.saved for index in indexes):
-            where = index_dir or paths[0].parent
-            logging.warning("indexes of tars cannot be kept in %s; set config.source.index_dir", where)
-        return tuple(self._shard(path, index) for path, index in zip(paths, indexes, strict=True))
 
-    def _shard(self, path: epath.Path, index: Index) -> Shard:
-        faults = tuple(
-            DamagedRecord(kind, f"{path} at byte {offset}", what) for kind, offset, what in index.faults
-        )
-        return Shard(path.name, index.hashes, faults, (path, index))
+        def opened(number: int) -> Shard:
+            path = paths[number]
+            index = tar_index.open_index(path, index_dir)
+            faults = [DamagedRecord(kind, f"{path} at byte {at}", what) for kind, at, what in index.faults]
+            return Shard(index.hashes, tuple(faults), (path, index))
+
+        return Files(tuple(path.name for path in paths), opened)
 
     @functools.cached_property
     def _fields(self) -> CaptionFields:
@@ -98,7 +90,7 @@ class WebdatasetSource(EncodedSource):
         return self._parse(shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON)))
 
     def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
-        path, index = self._shards[shard].rows
+        path, index = self._shard(shard).rows
         with path.open("rb") as file:
             for row in range(len(index.hashes)):
                 yield lambda row=row: self._parse(
@@ -109,7 +101,7 @@ class WebdatasetSource(EncodedSource):
         self, shard: int, row: int, wanted: tuple[int, ...], file: IO[bytes] | None = None
     ) -> tuple[bytes, bytes | None, bytes | None]:
         """Image, text and json of a sample, in one read; those not wanted are empty, those not there None."""
-        path, index = self._shards[shard].rows
+        path, index = self._shard(shard).rows
         spans = [index.spans[row, member] for member in wanted if index.spans[row, member, 0] >= 0]
         if not spans:
             return b"", None, None
@@ -131,7 +123,7 @@ class WebdatasetSource(EncodedSource):
     def _parse(
         self, shard: int, row: int, image: bytes, text: bytes | None, described: bytes | None
     ) -> RawSample:
-        path, index = self._shards[shard].rows
+        path, index = self._shard(shard).rows
         where = f"{path} at byte {index.spans[row, IMAGE, 0]}"
         metadata = {}
         if described is not None:

@@ -57,6 +57,7 @@ def recipe(backbone: str, **fields: Any) -> ConfigDict:
     config.eval.update({"every": 50_000, "prompts": 1000, "metrics": ("tifa",), "loss_images": 2048})
     config.checkpoint.update({"every": 5000, "keep_last": 2, "keep_every": 50_000})
     config.log.every = 100
+    config.compile_cache = "workdir"  # a preempted run is back in minutes
     return config
 
 

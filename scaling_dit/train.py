@@ -7,17 +7,15 @@ parameters, bit for bit, on the same machine and layout.
 """
 
 import contextlib
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from scaling_dit import compile_cache, files, pipeline, rewind
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline, rewind
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.damage import damage_of
 from scaling_dit.monitor import goodput
@@ -25,7 +23,7 @@ from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER
 from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer, read_metrics
-from scaling_dit.parallel import rules
+from scaling_dit.parallel import processes, rules
 from scaling_dit.posthoc_ema import Snapshots
 from scaling_dit.rewind import Rewind, Spike
 from scaling_dit.run import Run, claim_workdir, open_workdir
@@ -83,6 +81,7 @@ def train(
       Stopped: SIGTERM arrived (the state is saved), too many updates in a row were not finite, or too many spikes.
     """
     watch = goodput.Stopwatch(began)
+    compile_cache.use(config_lib.resolve(config).compile_cache, workdir)
     run = Run.open(config, epath.Path(workdir), devices)
     config, workdir = run.config, run.workdir
     rewinds = rewind.read(workdir)
@@ -93,7 +92,7 @@ def train(
         create_writer(workdir, tensorboard=config.log.tensorboard) as writer,
         Profiler(workdir / "tensorboard", config.log.profile) as profiler,
         damage_listed(run),
-        sigterm_flag() as terminated,
+        processes.preemption() as preempted,
     ):
         state, spikes, loader = run.begin(store, rewinds)
         step = int(state.step)
@@ -103,7 +102,8 @@ def train(
         if step == 0 and config.rewind.factor:  # so that the first spikes have something to go back to
             store.save(step, state, run.extra(rewinds, spikes))
         open_metrics(run, writer, state, rewinds)
-        if step and run.looks.due(step) and not evaluated(workdir, step):  # killed between saving and looking
+        if step and run.looks.due(step) and processes.first_says(not evaluated(workdir, step)):
+            # killed between saving and looking
             with watch.part(EVALUATION):
                 run.looks.write(writer, step, state, run.frozen)
 
@@ -117,7 +117,7 @@ def train(
                 state, metrics = run.step_fn(state, run.frozen, batch)
             profiler.after(step, metrics)
             spikes.add(step, metrics["loss"])
-            last, stop = step == config.steps, terminated.is_set()  # read once: a later signal waits
+            last, stop = step == config.steps, preempted()  # once a step: a later signal waits
             log = step % config.log.every == 0 or last or stop
             save = step % config.checkpoint.every == 0 or last or stop
             if not (log or save or run.looks.due(step)):
@@ -178,10 +178,16 @@ def damage_listed(run: Run) -> Iterator[None]:
 
 
 def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequence[Rewind]) -> None:
-    """Writes what the metrics of a start begin with: a new run's config and parameters, or where it goes on."""
-    step = int(state.step)
+    """Writes what the metrics of a start begin with: a new run's config and parameters, or where it goes on.
+
+    What was decided for this start's devices is printed, for it may differ from start to start.
+    """
+    step, decisions = int(state.step), run.decisions()
+    if jax.process_index() == 0:
+        for name, decided in decisions.items():
+            print(f"scaling-dit: {name}: {decided}", file=sys.stderr)
     if step == 0:
-        writer.hparams(config_lib.flatten(run.config))
+        writer.hparams(config_lib.flatten(run.config) | decisions)
         writer.parameter_overview(state.params)
     if rewinds:
         writer.back_to(step)  # in case a kill came before it
@@ -195,8 +201,8 @@ def write_log(
     rates = progress.rates(step)
     writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
     damage = damage_of(run.source)
-    if damage.counts():
-        writer.scalars(step, damage.scalars())
+    if met := damage.check(processes.total(damage.counts())):
+        writer.scalars(step, met)
         damage.save(run.workdir, jax.process_index())
     progress.update(step, loss=values["loss"])
 
@@ -223,7 +229,7 @@ def record_rewind(run: Run, store: Checkpoints, spike: Spike, rewinds: Sequence[
             SPIKE, f"{told}, and no checkpoint is {settings.back} steps older; lower config.rewind.back"
         )
     if jax.process_index() == 0:
-        pipeline.write_whole(run.workdir / rewind.FILE, rewind.text([*rewinds, new]).encode())
+        files.write_whole(run.workdir / rewind.FILE, rewind.text([*rewinds, new]).encode())
         print(
             f"scaling-dit: {told}: back to step {new.to}, without data steps {new.data_from} to {new.data_to - 1}",
             file=sys.stderr,
@@ -246,17 +252,3 @@ def nonfinite(config: ConfigDict, step: int, store: Checkpoints) -> Stopped:
         f"parameters were kept as before them; last checkpoint: {'none' if kept is None else f'step {kept}'}. "
         "Lower config.optim.learning_rate, raise warm-up, or look at the data of these steps",
     )
-
-
-@contextlib.contextmanager
-def sigterm_flag() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the loop can save before it ends. The old handler comes back after."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield event
-        return
-    old = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, old)

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class Damage:
         if self._met:
             first = next(iter(self._met.values()))
             logging.warning(
-                "%d damaged records left out (%s); the first: %s", len(self._met), self._by_kind(), first
+                "%d damaged records left out (%s); the first: %s", len(self._met), _by_kind(self.counts()), first
             )
 
     def counts(self) -> dict[str, int]:
@@ -85,9 +85,15 @@ class Damage:
         with self._lock:
             return dict(sorted(collections.Counter(fault.kind for fault in self._met.values()).items()))
 
-    def scalars(self) -> dict[str, float]:
-        """`counts` as a run's metrics: {"data/damaged_missing_file": 2.0, ...}."""
-        return {f"data/damaged_{kind}": float(count) for kind, count in self.counts().items()}
+    def check(self, total: Mapping[str, int]) -> dict[str, float]:
+        """Counts of all processes together as a run's metrics: {"data/damaged_missing_file": 2.0, ...}.
+
+        Raises:
+          UserError: they are more than the limit, which one process alone has not met.
+        """
+        if self.limit is not None and sum(total.values()) > self.limit:
+            raise UserError(f"{sum(total.values())} damaged records in all processes; {self._stopped(total)}")
+        return {f"data/damaged_{kind}": float(count) for kind, count in total.items()}
 
     def examples(self, kind: str) -> list[DamagedRecord]:
         """The records of a kind, in the order in which they were met."""
@@ -130,18 +136,20 @@ class Damage:
                 last = fault
         raise UserError(f"{last}; {_TRIES} records tried in place of one are all damaged") from last
 
-    def _by_kind(self) -> str:
-        return ", ".join(f"{kind} {count}" for kind, count in self.counts().items())
-
-    def _stopped(self) -> str:
+    def _stopped(self, counts: Mapping[str, int] | None = None) -> str:
         if not self.limit:
             return f"to go on without up to N damaged records, set {self._field}=N"
-        return f"more than {self._field}={self.limit} records are damaged ({self._by_kind()})"
+        told = _by_kind(self.counts() if counts is None else counts)
+        return f"more than {self._field}={self.limit} records are damaged ({told})"
 
 
 def damage_of(source: Any) -> Damage:
     """The counter of a source; one that stays empty if the source has none."""
     return getattr(source, "damage", None) or Damage()
+
+
+def _by_kind(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
 
 
 def _listed(path: epath.Path) -> list[dict[str, str]]:

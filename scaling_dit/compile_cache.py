@@ -1,0 +1,30 @@
+"""Compiled programs kept on disk, so that a run that starts again compiles nothing."""
+
+import os
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+IN_WORKDIR = "workdir"
+FOLDER = "compile_cache"  # in the workdir
+
+
+def use(place: str, workdir: epath.PathLike) -> None:
+    """Makes jax read and write compiled programs in a folder; before the first of them is compiled.
+
+    A program is found again if it, its options, jax, and the kind and layout of devices are the same. A folder that
+    jax was told of before, as by JAX_COMPILATION_CACHE_DIR, is left alone.
+
+    Args:
+      place: `config.compile_cache`: "" for none, "workdir" for a folder in the workdir, else a folder, local or gs://.
+      workdir: of the run.
+    """
+    if not place or jax.config.jax_compilation_cache_dir:
+        return
+    folder = epath.Path(workdir) / FOLDER if place == IN_WORKDIR else epath.Path(place)
+    compilation_cache.reset_cache()  # it may have decided already that there is none
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    # Programs that compile fast too: a start has hundreds of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

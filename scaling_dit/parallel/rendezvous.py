@@ -1,0 +1,147 @@
+"""The processes of a run find each other before jax joins them, so that one that is missing is named.
+
+jax's own start-up ends in a stack dump that names nobody. Here process 0 listens at the coordinator's address, the
+others call it and say who they are; once all have, or the time is up, process 0 tells them and frees the address for
+jax. Standard library only.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+
+from scaling_dit.errors import UserError
+
+_RETRY = 0.2  # seconds between calls of a process that found nobody
+_ANSWER = 10.0  # seconds that a caller may take to say who it is
+_SHOWN = 8  # missing processes named
+
+
+def meet(coordinator: str, processes: int, process: int, seconds: float, about: Mapping[str, str]) -> None:
+    """Returns in every process once all `processes` of them have called.
+
+    Args:
+      coordinator: "host:port" of process 0.
+      processes: how many there are.
+      process: which one this is, from 0.
+      seconds: how long to wait for the others.
+      about: what must be equal in all of them, by name, such as the version of a library.
+
+    Raises:
+      UserError: processes that did not come, came twice, or were started differently; the same line in all that came.
+    """
+    host, port = split_address(coordinator)
+    about = {"--processes": str(processes), **about}
+    deadline = time.monotonic() + seconds
+    if process == 0:
+        _gather(host, port, processes, deadline, seconds, about)
+    else:
+        _call(host, port, process, deadline, seconds, about)
+
+
+def split_address(coordinator: str) -> tuple[str, int]:
+    """("host", port) of "host:port"; raises UserError for anything else."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator} is no HOST:PORT; give that of process 0: 10.0.0.2:8482")
+    return host.strip("[]"), int(port)
+
+
+def _gather(
+    host: str, port: int, processes: int, deadline: float, seconds: float, about: Mapping[str, str]
+) -> None:
+    came: set[int] = set()
+    callers: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(_listen(host, port))
+        fault = None
+        while len(came) < processes - 1 and fault is None:
+            server.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                caller = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                absent = sorted(set(range(1, processes)) - came)
+                fault = f"{_named(absent)} of {processes} did not come to {host}:{port} within {seconds:g} s"
+                break
+            hello = _read(caller)
+            if hello is None:  # someone else's call
+                caller.close()
+                continue
+            number = hello["process"]
+            fault = _difference(number, hello["about"], about)
+            if fault is None and number in came:
+                fault = f"process {number} came twice; give each process its own --process"
+            came.add(number)
+            callers.append(caller)
+        for caller in callers:
+            _tell(caller, fault or "")
+    if fault is not None:
+        raise UserError(fault)
+
+
+def _call(
+    host: str, port: int, process: int, deadline: float, seconds: float, about: Mapping[str, str]
+) -> None:
+    hello = {"process": process, "about": dict(about)}
+    for _ in _until(deadline):
+        try:
+            with socket.create_connection((host, port), timeout=_ANSWER) as server:
+                _tell(server, json.dumps(hello))
+                server.settimeout(max(0.001, deadline - time.monotonic()) + _ANSWER)
+                answer = server.makefile().readline()
+        except OSError:
+            continue
+        if answer.endswith("\n"):
+            if answer.strip():
+                raise UserError(answer.strip())
+            return
+    raise UserError(
+        f"process 0 did not answer at {host}:{port} within {seconds:g} s; is it started, and is the port open?"
+    )
+
+
+def _until(deadline: float) -> Iterator[None]:
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(_RETRY)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listens on all addresses: the name that others know this host by may be another than its own."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        return socket.create_server(
+            ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=4096
+        )
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at {host}:{port} ({error.strerror}); give another port in --coordinator"
+        ) from None
+
+
+def _read(caller: socket.socket) -> dict | None:
+    caller.settimeout(_ANSWER)
+    try:
+        hello = json.loads(caller.makefile().readline())
+        return {"process": int(hello["process"]), "about": dict(hello["about"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tell(other: socket.socket, line: str) -> None:
+    with contextlib.suppress(OSError):
+        other.sendall(line.encode() + b"\n")
+
+
+def _difference(process: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            return f"process {process} has {name} {theirs.get(name)}, process 0 has {value}; start all of them alike"
+    return None
+
+
+def _named(absent: list[int]) -> str:
+    shown = ", ".join(map(str, absent[:_SHOWN]))
+    more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+    return f"process{'es' if len(absent) > 1 else ''} {shown}{more}"

@@ -1,0 +1,207 @@
+"""One run by several real processes on this machine: the same losses, the same end, and no hanging on."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_dit import pipeline
+from scaling_dit.errors import UserError
+from scaling_dit.monitor.writers import read_metrics
+from scaling_dit.parallel import processes
+
+HEARTBEAT = 20
+COMMAND = [
+    sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke", "--config.mesh.data=2",
+    "--config.mesh.fsdp=2", "--config.log.every=1", "--config.log.tensorboard=false", "--config.checkpoint.every=5",
+    f"--config.processes.heartbeat={HEARTBEAT}",
+]  # fmt: skip
+
+
+def start(workdir: pathlib.Path, count: int, *overrides: str) -> list[subprocess.Popen]:
+    """`count` processes with four devices together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"}
+    command = [*COMMAND, f"--workdir={workdir}", *overrides]
+    joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
+    return [
+        subprocess.Popen(
+            [*command, *joined, *([f"--process={process}"] if joined else [])],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+
+
+def finish(started: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """What each said on stderr; all must end with `code`."""
+    told = [process.communicate(timeout=400)[1] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), "\n----\n".join(told)
+    return told
+
+
+def wait_for_step(workdir: pathlib.Path, step: int, started: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 400
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert all(process.poll() is None for process in started), [p.stderr.read() for p in started]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def child(process: subprocess.Popen) -> int:
+    """The process that trains; `process` is its supervisor."""
+    (number,) = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(number)
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+
+
+@pytest.mark.slow
+def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
+    for name, count in {"one": 1, "two": 2, "two again": 2, "four": 4}.items():
+        finish(start(tmp_path / name, count, "--config.steps=20"))
+    reference = losses(tmp_path / "one")
+    assert len(reference) == 20
+    for name in ("two", "four"):
+        np.testing.assert_allclose(losses(tmp_path / name), reference, rtol=0, atol=1e-5)
+    assert losses(tmp_path / "two") == losses(tmp_path / "two again")
+    for ema in (None, 0.995):
+        first, again = (pipeline.load(tmp_path / name, ema=ema).params for name in ("two", "two again"))
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    # Validation loss, sample grid and evaluation are made by all processes together.
+    last = {name: read_metrics(tmp_path / name)[-1] for name in ("one", "two")}
+    assert last["one"].keys() == last["two"].keys()
+    assert last["two"]["validation/loss"] == pytest.approx(last["one"]["validation/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [1, 0])
+def test_a_lost_process_ends_the_others_and_another_count_goes_on(tmp_path, lost):
+    started = start(tmp_path, 2, "--config.steps=100000", "--config.eval.every=0")
+    wait_for_step(tmp_path, 5, started)
+    os.kill(child(started[lost]), signal.SIGKILL)
+    began = time.monotonic()
+    other = started[1 - lost]
+    told = other.communicate(timeout=3 * HEARTBEAT)[1]
+    assert time.monotonic() - began < HEARTBEAT + 10  # some seconds for what the machine does besides
+    assert other.returncode == 75
+    (line,) = re.findall(r"scaling-dit: .*lost.*", told)
+    assert line.startswith(f"scaling-dit: process {lost} is lost: ")
+    assert "Check failure" not in told and "Traceback" not in told
+    assert "ended by SIGKILL" in started[lost].communicate(timeout=60)[1]
+    assert started[lost].returncode == 137
+
+    step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    before = losses(tmp_path)
+    resumed = start(tmp_path, 4 if lost else 1, "--config.steps=100000", "--config.eval.every=0")
+    wait_for_step(tmp_path, step + 5, resumed)
+    resumed[0].send_signal(signal.SIGTERM)
+    finish(resumed, code=75)
+    after = losses(tmp_path)
+    assert len(after) >= step + 5
+    np.testing.assert_allclose(after[:step], before[:step], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_at_one_process_saves_the_same_step_in_all(tmp_path):
+    started = start(tmp_path, 2, "--config.steps=100000", "--config.eval.every=0")
+    wait_for_step(tmp_path, 5, started)
+    started[1].send_signal(signal.SIGTERM)
+    steps = [re.findall(r"SIGTERM: saved step (\d+);", told) for told in finish(started, code=75)]
+    assert len(steps[0]) == 1 and steps[0] == steps[1]
+    assert pipeline.load(tmp_path).step == int(steps[0][0])
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_process_and_one_that_is_missing_are_told(tmp_path):
+    started = start(tmp_path, 2, "--config.processes.start_up=15")
+    started[1].kill()
+    started[1].communicate()
+    told = started[0].communicate(timeout=120)[1]
+    assert started[0].returncode == 2
+    assert (
+        told.strip()
+        .splitlines()[-1]
+        .startswith("scaling-dit: error: process 1 of 2 did not come to localhost:")
+    )
+
+
+def test_flags_go_together():
+    assert processes.from_flags(None, None, None) is None
+    assert processes.from_flags("host:1", 2, 1) == processes.Membership("host:1", 2, 1)
+    with pytest.raises(UserError, match="--processes and --process missing"):
+        processes.from_flags("host:1", None, None)
+    with pytest.raises(UserError, match="--process=2 of --processes=2: it must be 0 to 1"):
+        processes.from_flags("host:1", 2, 2)
+    with pytest.raises(UserError, match="HOST:PORT"):
+        processes.from_flags("host", 2, 0)
+
+
+def test_what_jax_detects_of_a_slice(monkeypatch):
+    from jax._src.clusters import ClusterEnv
+
+    def found(*values):
+        monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: (*values, None))
+
+    found("10.0.0.2:8482", 4, 3)
+    assert processes.detected() == processes.Membership("10.0.0.2:8482", 4, 3)
+    found("10.0.0.2:8482", 1, 0)
+    assert processes.detected() is None
+    found(None, None, None)
+    assert processes.detected() is None
+
+
+def test_tpu_hosts_are_known_by_their_devices(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "_TPU_DEVICES", (str(tmp_path / "accel*"),))
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert not processes.on_tpu_host()
+    (tmp_path / "accel0").touch()
+    assert processes.on_tpu_host()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not processes.on_tpu_host()
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.total({"b": 2, "a": 1}) == {"b": 2, "a": 1}
+    assert processes.first_says(True) and not processes.first_says(False)
+    assert processes.run_supervised(lambda: 7, None, {"heartbeat": 100, "start_up": 300}, []) == 7
+
+
+def test_sigterm_is_noticed_by_one_process():
+    old = signal.getsignal(signal.SIGTERM)
+    with processes.preemption() as reached:
+        assert not reached()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert reached() and reached()
+    assert signal.getsignal(signal.SIGTERM) == old
+
+
+def test_a_mistake_ends_the_process_without_jaxs_shutdown(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def wrong():
+        raise UserError("what is wrong")
+
+    assert processes.together(wrong, 100) == 2 and codes == [2]
+    assert capsys.readouterr().err == "scaling-dit: error: what is wrong\n"
+    assert (
+        processes.together(lambda: 0, 100) == 0 and processes.together(lambda: 75, 100) == 75 and codes == [2]
+    )
+    assert processes.together(lambda: 3, 100) == 3 and codes == [2, 3]

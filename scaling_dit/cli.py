@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from scaling_dit import __version__
+from scaling_dit import __version__, cli_data
 from scaling_dit.errors import UserError, nearest
 
 PROGRAM = "scaling-dit"
@@ -116,6 +116,18 @@ def _required(values: flags.FlagValues, verb: str, *names: str) -> None:
     for name in names:
         if not values[name].value:
             raise UserError(f"{verb} needs --{name}; for example: {VERBS[verb].example}")
+
+
+def _needing(
+    verb: str, run: Callable[[flags.FlagValues, list[str], list[str]], int], *names: str
+) -> Callable[[flags.FlagValues, list[str], list[str]], int]:
+    """`run`, behind a check that the flags `names` are given."""
+
+    def checked(values: flags.FlagValues, arguments: list[str], overrides: list[str]) -> int:
+        _required(values, verb, *names)
+        return run(values, arguments, overrides)
+
+    return checked
 
 
 def _help() -> str:
@@ -461,6 +473,29 @@ VERBS: dict[str, Verb] = {
         "--out=data/mine_latents",
         _define_prepare,
         _prepare,
+        overrides=True,
+    ),
+    "filter": Verb(
+        "Lists which samples of a raw data set to keep: by their columns, without duplicates.",
+        f"{PROGRAM} filter --source='webdataset:data/*.tar' --filter='aesthetic>=5' --duplicates=near --out=data/kept",
+        cli_data.define_filter,
+        _needing("filter", cli_data.run_filter, "source", "out"),
+        arguments="[-- BEAM OPTIONS]",
+        overrides=True,
+    ),
+    "stats": Verb(
+        "Counts a raw data set: images, aesthetic score, image-noun pairs, words and nouns of its captions.",
+        f"{PROGRAM} stats --source='webdataset:data/*.tar' --kept=data/kept --out=data/stats",
+        cli_data.define_stats,
+        _needing("stats", cli_data.run_stats, "source", "out"),
+        arguments="[-- BEAM OPTIONS]",
+        overrides=True,
+    ),
+    "caption": Verb(
+        "Writes captions for the images of a raw data set, beside it, with a model or a server.",
+        f"{PROGRAM} caption --source='webdataset:data/*.tar' --captioner=transformers:models/blip2 --out=data/captions",
+        cli_data.define_caption,
+        _needing("caption", cli_data.run_caption, "source", "captioner", "out"),
         overrides=True,
     ),
     "report": Verb(

@@ -9,18 +9,14 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
 from etils import epath
 
 from scaling_dit.data.prepare import sidecar
 from scaling_dit.data.prepare.raw import RawName, open_raw
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
-
-try:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-except ImportError as error:
-    raise UserError(f"Apache Beam is not installed ({error}); pip install 'scaling-dit[beam]'") from None
 
 
 def pipeline(runner: str, arguments: Sequence[str]) -> beam.Pipeline:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit import files, frozen_weights, pipeline, rewind
+from scaling_dit.backbones.attention import recorded_choices
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
@@ -22,7 +23,7 @@ from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.parallel import rules
-from scaling_dit.program import StepProgram, run_mesh
+from scaling_dit.program import StepProgram, batch_shapes, run_mesh
 from scaling_dit.rewind import Rewind, SpikeDetector
 from scaling_dit.state import TrainState, start_from
 
@@ -86,6 +87,18 @@ class Run:
             step_fn=program.step,
             looks=looks,
         )
+
+    def decisions(self) -> dict[str, str]:
+        """What was decided for this mesh: what each attention runs as, and what of the parameters nothing splits.
+
+        The step is traced for it, once: its first call takes over the trace.
+        """
+        with rules.activate(self.mesh), recorded_choices() as chosen:
+            self.step_fn.trace(self.target, self.frozen, batch_shapes(self.config, self.model, self.mesh))
+        return {
+            "attention": "; ".join(sorted(map(str, chosen))),
+            "replicated": str(rules.replicated(self.mesh, self.boxed_params)),
+        }
 
     def begin(self, store: Checkpoints, rewinds: Sequence[Rewind]) -> tuple[TrainState, SpikeDetector, Any]:
         """(state, spike detector, loader) from the newest checkpoint that `rewinds` leave, else from step 0.

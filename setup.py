@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "scaling_dit/__init__.py").
 
 CORE = [
     "absl-py",
+    "array-record",
     "einops",
     "etils[epath]",
     "flax>=0.12",
@@ -22,6 +23,7 @@ CORE = [
     "pillow",
     "safetensors",
     "scipy",
+    "tokenizers",
     "tqdm",
 ]
 LIBTPU = "libtpu>=0.0.50; sys_platform == 'linux' and platform_machine == 'x86_64'"
@@ -31,24 +33,37 @@ EXTRAS = {
     # The digits experiment: its scans, and the classifier that reads the generated ones.
     "eval": ["scikit-learn"],
     # `import --to=safetensors`: pickles are read by PyTorch only.
-    "convert": ["torch"],
+    "convert": ["torch==2.13.0"],
+    # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.
+    "tfds": ["importlib_resources", "tensorflow-datasets"],
+    "parquet": ["pyarrow"],
     # `filter` and `stats`: what needs all of a data set.
     "beam": ["apache-beam>=2.70"],
+    # Weights and tokenizers by hub id; those in a local folder need nothing.
+    "text": ["huggingface_hub"],
     # `caption` with a model of transformers; the endpoint back-end needs nothing.
-    "caption": ["torch", "transformers"],
+    "caption": ["torch==2.13.0", "transformers"],
     # `plan` compiles for TPUs with it where none is; on a TPU machine it drives them.
     "tpu": [LIBTPU],
-    # torch, diffusers and transformers are references in tests only. The exact version of torch matters: an open range
+    # References in tests, and what the sources and verbs under test read. The exact version of torch matters: an open range
     # may resolve to a build with gigabytes of GPU libraries.
     "test": [
+        "apache-beam",
         "diffusers",
+        "ftfy",
         "hypothesis",
+        "importlib_resources",
         LIBTPU,
+        "pyarrow",
         "pytest",
         "pytest-timeout",
         "pytest-xdist",
+        "regex",
+        "scikit-image",
         "scikit-learn",
+        "sentencepiece",
         "setuptools",
+        "tensorflow-datasets",
         "torch==2.13.0",
         "transformers",
     ],

@@ -7,9 +7,11 @@ RUN ?= runs/demo
 ARGS ?=
 PYTEST := -n 2 --dist loadfile  # two workers; tests of one file share what they set up
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 EXTRAS_demo := [tensorboard]
 EXTRAS_test := [docs,eval,tensorboard,test]
+ALONE_test := open_clip_torch  # for its vocabulary; the torchvision it asks for does not load beside torch's CPU build
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
@@ -72,5 +74,6 @@ clean:
 # A stamp per target, so that each installs only what it needs.
 .venv/.installed-%: setup.py pyproject.toml constraints.txt | .venv/.created
 	@echo 'installing scaling-dit$(EXTRAS_$*) into .venv'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS_$*)'
+	@$(PIP) -e '.$(EXTRAS_$*)'
+	@$(if $(ALONE_$*),$(PIP) --no-deps $(ALONE_$*))
 	@touch $@

@@ -17,6 +17,7 @@ CORE = [
     "grain>=0.2.18",
     "jax>=0.10",
     "ml_collections>=1.1",
+    "ml_dtypes",
     "numpy>=2",
     "optax",
     "orbax-checkpoint>=0.12.8",
@@ -43,10 +44,12 @@ EXTRAS = {
     "text": ["huggingface_hub"],
     # `caption` with a model of transformers; the endpoint back-end needs nothing.
     "caption": ["torch==2.13.0", "transformers"],
+    # `stats`: histograms as pictures.
+    "plots": ["matplotlib"],
     # `plan` compiles for TPUs with it where none is; on a TPU machine it drives them.
     "tpu": [LIBTPU],
-    # References in tests, and what the sources and verbs under test read. The exact version of torch matters: an open range
-    # may resolve to a build with gigabytes of GPU libraries.
+    # References in tests, and what the sources and verbs under test need. The exact version of torch matters: an open
+    # range may resolve to a build with gigabytes of GPU libraries.
     "test": [
         "apache-beam",
         "diffusers",

@@ -27,21 +27,28 @@ def init_state(
 
 
 def make_train_step(
-    model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict
+    model: pipeline.Model,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    value_and_grad: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, pipeline.Params, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
     `batch` holds the global batch: images uint8 [B, H, W, 3] or, of a prepared set, latents (their moments, bfloat16
     [B, h, w, M]), and ids int32 and mask bool [B, L]. Latents, timesteps, noise and caption drop are drawn for all B
-    rows at once, then split into `optim.accumulate` microbatches, so the split changes nothing.
+    rows at once, then split into `optim.accumulate` microbatches, so the split changes nothing. `value_and_grad` takes
+    a loss function to (params, rows) -> (loss, gradients), as parallel/fsdp.py does; JAX's own if it is None.
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
     empty_ids, empty_mask = model.text_encoder.tokenize([""])
 
-    def loss_fn(params: pipeline.Params, frozen: pipeline.Params, rows: Batch) -> jax.Array:
+    def loss_fn(params: pipeline.Params, rows: Any, frozen: pipeline.Params) -> jax.Array:
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
-        text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
+        if "text" in rows:
+            text, text_mask = rows["text"]
+        else:
+            text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
         times = rows["timesteps"].astype(jnp.float32)
         output = model.predict(params, noisy, times, text, text_mask, train=True, rng=rows["rngs"][0])
         losses = objectives.diffusion_loss(
@@ -62,7 +69,7 @@ def make_train_step(
             jnp.asarray(empty_mask[0]),
             diffusion.caption_drop,
         )
-        rows = {
+        rows: dict[str, Any] = {
             "latents": latents,
             "ids": ids,
             "mask": mask,
@@ -77,9 +84,15 @@ def make_train_step(
                 scale=diffusion.time_scale,
             ),
         }
-        loss, grads = accumulate(
-            functools.partial(loss_fn, frozen=frozen), state.params, rows, config.optim.accumulate
-        )
+        if value_and_grad is None:
+            grad_fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen))
+        else:
+            if (
+                not model.train_text_encoder
+            ):  # its weights may be split as well, and rows need nothing else of it
+                rows["text"] = model.encode_text(state.params, frozen, ids, mask)[:2]
+            grad_fn = value_and_grad(functools.partial(loss_fn, frozen={}))
+        loss, grads = accumulate(grad_fn, state.params, rows, config.optim.accumulate)
         with jax.named_scope("optimizer"):  # a plan tells its time apart by this name
             new_state = optim.apply_gradients(
                 state, loss, grads, optimizer, config.optim.ema, config.optim.ema_power
@@ -99,18 +112,20 @@ def make_train_step(
 
 
 def accumulate(
-    loss_fn: Callable[..., jax.Array], params: pipeline.Params, rows: Batch, microbatches: int
+    grad_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
+    params: pipeline.Params,
+    rows: Any,
+    microbatches: int,
 ) -> tuple[jax.Array, pipeline.Params]:
-    """Mean loss and gradients of `loss_fn(params, rows=...)` over microbatches; number j of n holds rows j::n.
+    """Mean loss and gradients that `grad_fn(params, rows)` gives over microbatches; number j of n holds rows j::n.
 
     Strided, because a device holds neighbouring rows: each microbatch then takes the same share of every device.
     """
-    grad_fn = jax.value_and_grad(lambda p, part: loss_fn(p, rows=part))
     if microbatches == 1:
         return grad_fn(params, rows)
     parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), rows)
 
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
+    def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))

@@ -14,6 +14,8 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from scaling_dit import trees
+from scaling_dit.backbones.scanning import scan_layers
 from scaling_dit.errors import UserError, nearest
 
 Initializer = Callable[..., jax.Array]
@@ -300,7 +302,16 @@ def stack(
             length=count,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(name=name, **fields)(x, per_layer, *broadcast)
+        layers = scanned(name=name, **fields)
+        if layers.is_initializing():
+            return layers(x, per_layer, *broadcast)
+        one = block(parent=None, **fields)
+
+        def layer(params: Any, x: jax.Array, own: Any, all_: Any) -> tuple[jax.Array, Any]:
+            return one.apply({"params": params}, x, own, *all_)
+
+        params = trees.unbox(layers.variables["params"])
+        return scan_layers(layer, "/".join(layers.path), params, x, per_layer, broadcast)
     outputs: list[Any] = []
     inputs: Sequence[Any] = [None] * count if per_layer is None else per_layer
     for i in range(count):

@@ -1,0 +1,170 @@
+"""Compiles the train step of a backbone for a TPU slice that is not there, and prints what the compiler says of it.
+
+    python benchmarks/aot_step.py --backbone=unet --size=sdxl --topology=v5p:4x4x4
+    python benchmarks/aot_step.py --backbone=uvit --size=h2048-d42-n16 --topology=v5e:16x16 --set remat=full
+
+The step is the one of training (`train_step.make_train_step`) on precomputed latents and text embeddings: noise,
+forward, loss, gradients, AdamW with clipping and the guard against NaN, and averages. Needs `libtpu` from PyPI, no TPU.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import gzip
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from scaling_dit import backbones, optim, pipeline  # noqa: E402
+from scaling_dit import config as config_lib  # noqa: E402
+from scaling_dit.diffusion import schedules  # noqa: E402
+from scaling_dit.parallel import fsdp, rules  # noqa: E402
+from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
+from scaling_dit.train_step import init_state, make_train_step  # noqa: E402
+
+LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """A codec for precomputed latents [B, 32, 32, 4]: hands them on."""
+
+    channels = LATENTS[-1]
+
+    def shape(self, image_size: int) -> tuple[int, ...]:
+        """Of a latent, whatever the image was."""
+        return LATENTS
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """No weights."""
+        return {}
+
+    def encode(self, params: Any, images: jax.Array, rng: jax.Array) -> jax.Array:
+        """The latents themselves, float32."""
+        return images.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """A text encoder for precomputed embeddings, which come as ids [B, L * D] bfloat16: hands them on."""
+
+    length, dim = TEXT
+
+    def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The embedding of an empty caption, here zeros."""
+        shape = (len(captions), self.length * self.dim)
+        return np.zeros(shape, jnp.bfloat16), np.ones((len(captions), self.length), bool)
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """No weights."""
+        return {}
+
+    def apply(self, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """ids [B, L * D] -> tokens [B, L, D], the mask, and no pooled embedding."""
+        return ids.reshape(len(ids), *TEXT), mask, ids[:, :1]
+
+
+def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """(jitted step, mesh, backbone, abstract inputs) of what the arguments describe."""
+    topology = topologies.get_topology_desc(args.topology, platform="tpu")
+    mesh = make_mesh(**({"data": 1, "fsdp": -1} | args.mesh), devices=topology.devices)
+    config = config_lib.defaults()
+    config.batch = args.batch
+    config.optim.update({"accumulate": args.accumulate, "ema": (0.9999,) if args.ema else ()})
+    fields = {"dtype": "bfloat16", "scan_layers": True} | args.set
+    backbone = backbones.create_for(args.backbone, in_channels=4, text_dim=TEXT[1], size=args.size, **fields)
+    model = pipeline.Model(
+        codec=Latents(),
+        text_encoder=Embeddings(),
+        backbone=backbone,
+        schedule=schedules.make_schedule(config.diffusion.schedule),
+        prediction="eps",
+        image_size=256,
+        train_text_encoder=False,
+        text_mask=args.text_mask,
+    )
+    optimizer = optim.make_optimizer(config.optim, config.steps)
+    key = jax.random.key(0)
+    boxed, _ = jax.eval_shape(model.init, key)
+    abstract = jax.eval_shape(lambda k: init_state(model, optimizer, config, k), key)
+    shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed))
+    by_batch = rules.batch_sharding(mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    rows = {
+        "images": ((args.batch, *LATENTS), jnp.float32),
+        "ids": ((args.batch, TEXT[0] * TEXT[1]), jnp.bfloat16),
+        "mask": ((args.batch, TEXT[0]), jnp.bool_),
+    }
+    batch = {k: jax.ShapeDtypeStruct(*v, sharding=by_batch) for k, v in rows.items()}
+    gather = None
+    if args.gather_once:
+        gather = functools.partial(fsdp.value_and_grad, mesh=mesh, shardings=shardings.params)
+    step = jax.jit(
+        make_train_step(model, optimizer, config, gather),
+        in_shardings=(shardings, {"codec": {}, "text_encoder": {}}, by_batch),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    return step, mesh, backbone, (state, {"codec": {}, "text_encoder": {}}, batch)
+
+
+def compile_step(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
+    """(compiled step, seconds of lowering and compiling, backbone)."""
+    step, mesh, backbone, inputs = build_step(args)
+    start = time.perf_counter()
+    with rules.activate(mesh):
+        lowered = step.lower(*inputs)
+        middle = time.perf_counter()
+        compiled = lowered.compile(compiler_options=args.options or None)
+    return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}, backbone
+
+
+def pairs(text: str) -> tuple[str, Any]:
+    """A `name=value` of the command line, the value as Python reads it, else as text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", default="uvit")
+    parser.add_argument("--size", default="h2048-d42-n16")
+    parser.add_argument("--topology", default="v5p:4x4x4")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--gather-once", action="store_true", help="gather by hand, once a step")
+    parser.add_argument("--text-mask", action="store_true")
+    parser.add_argument("--mesh", nargs="*", type=pairs, default=[], metavar="AXIS=N")
+    parser.add_argument("--set", nargs="*", type=pairs, default=[], metavar="FIELD=VALUE", help="of the backbone")
+    parser.add_argument("--options", nargs="*", type=pairs, default=[], metavar="NAME=VALUE", help="of XLA")
+    parser.add_argument("--hlo", type=pathlib.Path, help="file for the compiled program's text, gzipped")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the statistics")
+    args = parser.parse_args(argv)
+    args.mesh, args.set, args.options = dict(args.mesh), dict(args.set), dict(args.options)
+    return args

@@ -1,0 +1,160 @@
+"""Loss and gradients with the parameters gathered once a step, by hand, over the rings of a TPU's torus.
+
+Left to itself XLA gathers a kernel split over all 64 chips of a v5p:4x4x4 by writing it into zeros and reducing that
+over all chips, and reduces gradients whole before it slices them: twice the bytes of a gather and of a scatter, besides
+the zeros (libtpu 0.0.51). Here each device runs its share of the batch alone: kernels are cast to the type they are
+read in and gathered one dimension of the torus after the other; gradients are summed and scattered on the same way
+back. Costs memory for one whole copy of the parameters and of the gradients, so it is for chips that have it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jax.sharding import Mesh, PartitionSpec
+
+from scaling_dit.parallel.rules import BATCH_AXES
+
+Params = Any
+LossFn = Callable[
+    [Params, Any], jax.Array
+]  # (whole parameters, rows of the batch) -> mean loss of these rows
+_CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat2",
+    "custom_vjp_call",
+    "custom_jvp_call",
+    "scan",
+}
+
+
+def can_gather_once(mesh: Mesh) -> bool:
+    """Whether devices differ in their rows of the batch alone: nothing is split over context or tensor."""
+    return mesh.shape["context"] == mesh.shape["tensor"] == 1 and mesh.shape["fsdp"] > 1
+
+
+def value_and_grad(
+    loss_fn: LossFn, mesh: Mesh, shardings: Any
+) -> Callable[[Params, Any], tuple[jax.Array, Params]]:
+    """(params, rows) -> mean loss over all rows and its gradients, laid out as the parameters are.
+
+    Args:
+      loss_fn: mean loss of some rows; it sees whole parameters and runs on each device alone.
+      mesh: one that `can_gather_once`.
+      shardings: tree of NamedSharding of the parameters. Rows are split over data and fsdp.
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    groups, shards = _rings(mesh), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    def gather(shard: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
+        whole = shard.astype(dtype)
+        if "fsdp" in spec:
+            for ring in groups:
+                whole = jax.lax.all_gather(
+                    whole, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True, axis_index_groups=ring
+                )
+        return whole
+
+    def local(params: Params, rows: Any) -> tuple[jax.Array, Params]:
+        whole = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(s.shape, p.dtype), params, shapes)
+        types = read_as(loss_fn, whole, rows)
+
+        def loss(params: Params) -> jax.Array:
+            return loss_fn(jax.tree.map(gather, params, specs, types), rows)
+
+        with nn.logical_axis_rules(()):  # nothing is split here
+            value, grads = jax.value_and_grad(loss)(params)
+        # Gathers have summed their gradients over fsdp on the way back.
+        grads = jax.tree.map(
+            lambda g, spec: jax.lax.psum(g, "data" if "fsdp" in spec else BATCH_AXES) / shards, grads, specs
+        )
+        return jax.lax.pmean(value, BATCH_AXES), grads
+
+    shapes: Any = None
+
+    def run(params: Params, rows: Any) -> tuple[jax.Array, Params]:
+        nonlocal shapes
+        shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs, PartitionSpec(BATCH_AXES)),
+            out_specs=(PartitionSpec(), specs),
+            check_vma=False,
+        )(params, rows)
+
+    return run
+
+
+def read_as(loss_fn: LossFn, params: Params, rows: Any) -> Any:
+    """The dtype of each parameter in which `loss_fn` reads it: a narrower one if it is cast to that one everywhere."""
+    with nn.logical_axis_rules(()):
+        closed = jax.make_jaxpr(loss_fn)(params, rows)
+    leaves, tree = jax.tree.flatten(params)
+    found = _casts(closed.jaxpr)[: len(leaves)]
+    return jax.tree.unflatten(
+        tree, [cast if cast is not None else leaf.dtype for leaf, cast in zip(leaves, found, strict=True)]
+    )
+
+
+def _casts(jaxpr: Any) -> list[Any]:
+    """Of each input the one narrower dtype that every use casts it to, None where there is none."""
+    seen: dict[Any, set[Any]] = {var: set() for var in jaxpr.invars}
+    for eqn in jaxpr.eqns:
+        inner: list[Any] = [None] * len(eqn.invars)
+        if eqn.primitive.name == "convert_element_type":
+            inner = [eqn.params["new_dtype"]]
+        elif eqn.primitive.name in _CALLS:
+            body = next(v for v in eqn.params.values() if hasattr(getattr(v, "jaxpr", v), "eqns"))
+            inner = _casts(getattr(body, "jaxpr", body))
+        for var, cast in zip(eqn.invars, inner, strict=True):
+            if not isinstance(var, jex.Literal) and var in seen:
+                seen[var].add(cast)
+    for var in jaxpr.outvars:
+        if not isinstance(var, jex.Literal) and var in seen:
+            seen[var].add(None)
+
+    def one(var: Any) -> Any:
+        casts = seen[var]
+        narrow = len(casts) == 1 and (cast := next(iter(casts))) is not None
+        return cast if narrow and jnp.dtype(cast).itemsize < var.aval.dtype.itemsize else None
+
+    return [one(var) for var in jaxpr.invars]
+
+
+def _rings(mesh: Mesh) -> list[list[list[int]]]:
+    """Groups of positions on fsdp to gather over one after the other, the fastest varying first."""
+    size = mesh.shape["fsdp"]
+    ids = np.arange(size).reshape(_torus([getattr(d, "coords", None) for d in mesh.devices[0, :, 0, 0]]))
+    return [
+        np.moveaxis(ids, axis, -1).reshape(-1, ids.shape[axis]).tolist() for axis in reversed(range(ids.ndim))
+    ]
+
+
+def _torus(coords: list[Any]) -> tuple[int, ...]:
+    """The sizes of the torus's dimensions that devices of these coordinates run along, the slowest varying first."""
+
+    def changed(a: int) -> list[int]:
+        return [i for i, (one, other) in enumerate(zip(coords[0], coords[a], strict=True)) if one != other]
+
+    sizes: list[int] = []
+    step, total = 1, len(coords)
+    while coords[0] is not None and step < total:
+        along = changed(step)
+        length = 1
+        while length * step < total and changed(length * step) in (along, []) and len(along) == 1:
+            length += 1
+        if length == 1 or total % (length * step):
+            return (total,)
+        sizes.insert(0, length)
+        step *= length
+    return tuple(sizes) or (total,)

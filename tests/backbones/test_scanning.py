@@ -1,0 +1,65 @@
+"""The scan over layers computes what `jax.lax.scan` does, gradients included, and keeps no parameter twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaling_dit.backbones import scanning
+
+LAYERS, WIDTH = 3, 8
+
+
+def layer(params, x, own, shared):
+    scale, mask = shared
+    h = jnp.where(mask, jnp.tanh(x @ params["w"] + own) * scale, 0)
+    return x + h @ params["w"], h.sum(axis=-1)
+
+
+@pytest.fixture
+def inputs():
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    params = {"w": jax.random.normal(next(keys), (LAYERS, WIDTH, WIDTH))}
+    x, own = jax.random.normal(next(keys), (4, WIDTH)), jax.random.normal(next(keys), (LAYERS, WIDTH))
+    return params, x, own, (jax.random.normal(next(keys), (WIDTH,)), jnp.arange(WIDTH) % 3 > 0)
+
+
+def loss(run, params, x, own, scale, mask):
+    x, outs = run(params, x, own, (scale, mask))
+    return (x**2).sum() + (outs * jnp.cos(outs)).sum()
+
+
+def test_outputs_and_all_gradients_are_those_of_lax_scan(inputs):
+    params, x, own, (scale, mask) = inputs
+
+    def plain(params, x, own, shared):
+        return jax.lax.scan(lambda x, one: layer(one[0], x, one[1], shared), x, (params, own))
+
+    def ours(params, x, own, shared):
+        return scanning.scan_layers(layer, "layers", params, x, own, shared)
+
+    wanted, wanted_grads = jax.value_and_grad(lambda *a: loss(plain, *a, mask), (0, 1, 2, 3))(
+        params, x, own, scale
+    )
+    for wrap in (lambda f: f, jax.jit):
+        found, grads = wrap(jax.value_and_grad(lambda *a: loss(ours, *a, mask), (0, 1, 2, 3)))(
+            params, x, own, scale
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads, wanted_grads)
+
+
+def test_parameters_are_read_again_and_stacks_start_as_different_numbers(inputs, monkeypatch):
+    params, x, own, (scale, mask) = inputs
+
+    def kept(name):
+        _, residuals = scanning._forward(layer, name, params, x, own, (scale, mask))
+        return residuals[1]
+
+    shapes = [array.shape for array in kept("a")]
+    assert shapes and (LAYERS, WIDTH, WIDTH) not in shapes
+
+    numbers, fill = [], scanning._filled
+    monkeypatch.setattr(scanning, "_filled", lambda *args: numbers.append(1 + args[2] % 199) or fill(*args))
+    kept("one"), kept("two")
+    assert len(numbers) == len(set(numbers)) == 2 * (len(shapes) + 1)  # and the layers' own results

@@ -1,0 +1,81 @@
+"""Gathering by hand gives the loss and gradients of one device, and casts only what is read cast."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbones.parity import example
+from uvit_golden import fill
+
+from scaling_dit import backbones, trees
+from scaling_dit.parallel import fsdp, rules
+from scaling_dit.parallel.mesh import make_mesh
+
+FIELDS = {"hidden": 32, "depth": 2, "heads": 2}
+
+
+def mean_loss(backbone):
+    def loss(params, rows):
+        prediction = backbone.apply({"params": params}, *rows)
+        return (prediction * jnp.cos(prediction)).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 4}])
+def test_loss_and_gradients_are_those_of_one_device(axes):
+    backbone = backbones.create("uvit", text_dim=12, scan_layers=True, **FIELDS)
+    inputs = example(backbone, 4, 4, batch=8)
+    boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
+    params, loss = fill(trees.unbox(boxed)), mean_loss(backbone)
+    wanted, wanted_grads = jax.jit(jax.value_and_grad(loss))(params, inputs)
+
+    mesh = make_mesh(**axes)
+    shardings = rules.param_shardings(mesh, boxed)
+    params = jax.device_put(params, shardings)
+    with rules.activate(mesh):
+        found, grads = jax.jit(fsdp.value_and_grad(loss, mesh, shardings))(params, inputs)
+
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for path, grad in trees.by_path(grads).items():
+        one = trees.by_path(wanted_grads)[path]
+        np.testing.assert_allclose(
+            grad, one, atol=1e-4 * max(np.abs(one).max(), 1e-6), err_msg="/".join(path)
+        )
+        assert grad.sharding.is_equivalent_to(trees.by_path(shardings)[path], grad.ndim), path
+
+
+def test_only_what_every_use_casts_is_gathered_in_the_narrower_type():
+    backbone = backbones.create("uvit", text_dim=12, scan_layers=True, dtype="bfloat16", **FIELDS)
+    inputs = example(backbone, 4, 4, batch=2)
+    params = trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"])
+    types = {
+        "/".join(path): jnp.dtype(dtype).name
+        for path, dtype in trees.by_path(fsdp.read_as(mean_loss(backbone), params, inputs)).items()
+    }
+    assert types["in_blocks/attn/qkv/kernel"] == types["out_blocks/mlp/fc1/kernel"] == "bfloat16"
+    assert types["in_blocks/norm1/scale"] == types["decoder_pred/kernel"] == "float32"
+
+    both = fsdp.read_as(
+        lambda p, x: (p["w"].astype(jnp.bfloat16) * p["w"]).sum() + x, {"w": jnp.ones(3)}, 0.0
+    )
+    assert both == {"w": jnp.float32}
+
+
+@pytest.mark.parametrize(
+    "shape, torus",
+    [((4, 4, 4), (4, 4, 4)), ((16, 16), (16, 16)), ((8,), (8,)), ((2, 1, 4), (2, 4))],
+)
+def test_the_dimensions_of_a_torus_are_read_off_the_coordinates(shape, torus):
+    assert fsdp._torus(list(np.ndindex(shape))) == torus
+
+
+def test_devices_in_no_order_make_one_ring():
+    assert fsdp._torus([(0, 0), (1, 1), (0, 1), (1, 0)]) == (4,)
+    assert fsdp._torus([None] * 4) == (4,)
+
+
+def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():
+    assert fsdp.can_gather_once(make_mesh(data=2, fsdp=4))
+    assert not fsdp.can_gather_once(make_mesh(data=2, fsdp=2, tensor=2))
+    assert not fsdp.can_gather_once(make_mesh(data=8))

@@ -1,12 +1,16 @@
 """The verbs over whole data sets, from the command line to what they write."""
 
 import json
+import re
 
 import pytest
 from data import small_webdataset
 from PIL import Image
+from test_docs import DOCS, commands, first_column
 
 from scaling_dit import cli
+from scaling_dit.data import captioning
+from scaling_dit.data.prepare import filters
 from scaling_dit.data.sources import create_source
 
 
@@ -76,3 +80,31 @@ def test_without_beam_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     assert cli.main(["stats", "--source=folder:x", "--out=o"]) == 2
     assert "pip install 'scaling-dit[beam]'" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_run_and_its_lists_are_those_of_the_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/raw").mkdir(parents=True)
+    image = small_webdataset.encoded(create_source("shapes")[0]["image"])
+    small_webdataset.write_tar(tmp_path / "data/raw/0.tar", [("0", image, "a shape", {"aesthetic": 5.0})])
+    for command in commands("data_at_scale.md"):
+        assert cli.main(command) == 0, capsys.readouterr().err
+    written = {path.name for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert {
+        "0.tar.filter.jsonl",
+        "0.tar.captions.jsonl",
+        "filter.json",
+        "stats.json",
+        "captions.png",
+    } <= written
+    text = (DOCS / "data_at_scale.md").read_text()
+    rows = dict(re.findall(r"^\| (functions|comparisons|arithmetic) \| (.+) \|$", text, re.MULTILINE))
+    words = {name: set(re.findall(r"`(.+?)`", row)) for name, row in rows.items()}
+    assert words["functions"] == {*filters._FUNCTIONS, *filters._COLUMN_FUNCTIONS}
+    assert len(words["comparisons"]) == len(filters._COMPARE) and len(words["arithmetic"]) == len(
+        filters._ARITHMETIC
+    )
+    listed = [cell.strip("`") for cell in first_column("data_at_scale.md", "Captions")]
+    assert listed == list(captioning._REGISTRY.known)
+    for expression in re.findall(r"^--filter='(.+)'$", text, re.MULTILINE):
+        filters.parse(expression)

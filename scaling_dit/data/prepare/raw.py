@@ -1,13 +1,12 @@
 """A raw source as the verbs over whole sets name it: `--source=NAME` and `--config.source.FIELD=VALUE`."""
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scaling_dit import config as config_lib
 from scaling_dit.config_files import override_key
-from scaling_dit.data.sources import create_source, source_fields
+from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.encoded import EncodedSource
 from scaling_dit.errors import UserError
 
@@ -43,16 +42,5 @@ def raw_name(name: str, overrides: Sequence[str] = ()) -> RawName:
 
 @functools.cache
 def open_raw(raw: RawName) -> EncodedSource:
-    """The source with both splits and any amount of damage, opened once per process.
-
-    Raises:
-      UserError: it cannot be opened, or holds no image files.
-    """
-    every = {"held_out_fraction": 0.0, "max_damaged": sys.maxsize}
-    known = source_fields(raw.name)
-    source = create_source(raw.name, **dict(raw.fields), **every) if every.keys() <= known.keys() else None
-    if not isinstance(source, EncodedSource):
-        raise UserError(
-            f"source {raw.name!r} holds no image files; give folder:, webdataset:, parquet: or tfds:"
-        )
-    return source
+    """The source, opened once per process; raises UserError as `create_raw_source`."""
+    return create_raw_source(raw.name, **dict(raw.fields))

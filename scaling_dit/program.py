@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, optim, pipeline, trees
+from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel import mesh as mesh_lib
-from scaling_dit.parallel import rules, xla_flags
 from scaling_dit.train_step import init_state, make_train_step
 
 
@@ -42,11 +42,15 @@ class StepProgram:
         abstract = jax.eval_shape(init, key)
         shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
         frozen_shardings = rules.param_shardings(mesh, boxed_frozen)
+        gathered = None
+        if config.mesh.gather_once:
+            gathered = functools.partial(fsdp.value_and_grad, mesh=mesh, shardings=shardings.params)
         step = jax.jit(
-            make_train_step(model, optimizer, config),
+            make_train_step(model, optimizer, config, gathered),
             in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
             out_shardings=(shardings, None),
             donate_argnums=0,
+            keep_unused=True,  # the state as a whole is what lies in memory, and what a plan tells
             compiler_options=xla_flags.options(list(mesh.devices.flat)) or None,
         )
         return cls(
@@ -70,10 +74,15 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     """The mesh of `config.mesh` as the run's backbone can use it, over all devices by default.
 
     Raises:
-      UserError: sizes that do not fit the devices.
+      UserError: sizes that do not fit the devices, or `gather_once` on a mesh that cannot.
     """
     splits = backbones.splits_tokens(config.backbone.name)
-    return mesh_lib.make_mesh(**config.mesh.to_dict(), devices=devices, splits_tokens=splits)
+    sizes = config.mesh.to_dict()
+    gather_once = sizes.pop("gather_once")
+    mesh = mesh_lib.make_mesh(**sizes, devices=devices, splits_tokens=splits)
+    if gather_once:
+        fsdp.check_mesh(mesh)
+    return mesh
 
 
 def batch_shapes(config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.sharding import Mesh, PartitionSpec
 
+from scaling_dit.errors import UserError
 from scaling_dit.parallel.rules import BATCH_AXES
 
 Params = Any
@@ -37,9 +38,17 @@ _CALLS = {
 }
 
 
-def can_gather_once(mesh: Mesh) -> bool:
-    """Whether devices differ in their rows of the batch alone: nothing is split over context or tensor."""
-    return mesh.shape["context"] == mesh.shape["tensor"] == 1 and mesh.shape["fsdp"] > 1
+def check_mesh(mesh: Mesh) -> None:
+    """Makes sure that devices differ in their rows of the batch and their shards of the parameters alone.
+
+    Raises:
+      UserError: context or tensor splits something, or fsdp nothing.
+    """
+    told = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    if mesh.shape["context"] > 1 or mesh.shape["tensor"] > 1 or mesh.shape["fsdp"] == 1:
+        raise UserError(
+            f"mesh.gather_once needs fsdp above 1, and context and tensor of 1; the mesh has {told}"
+        )
 
 
 def value_and_grad(
@@ -49,7 +58,7 @@ def value_and_grad(
 
     Args:
       loss_fn: mean loss of some rows; it sees whole parameters and runs on each device alone.
-      mesh: one that `can_gather_once`.
+      mesh: one that `check_mesh` lets pass.
       shardings: tree of NamedSharding of the parameters. Rows are split over data and fsdp.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)

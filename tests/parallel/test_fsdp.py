@@ -8,6 +8,7 @@ from backbones.parity import example
 from uvit_golden import fill
 
 from scaling_dit import backbones, trees
+from scaling_dit.errors import UserError
 from scaling_dit.parallel import fsdp, rules
 from scaling_dit.parallel.mesh import make_mesh
 
@@ -76,6 +77,31 @@ def test_devices_in_no_order_make_one_ring():
 
 
 def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():
-    assert fsdp.can_gather_once(make_mesh(data=2, fsdp=4))
-    assert not fsdp.can_gather_once(make_mesh(data=2, fsdp=2, tensor=2))
-    assert not fsdp.can_gather_once(make_mesh(data=8))
+    fsdp.check_mesh(make_mesh(data=2, fsdp=4))
+    for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"data": 1, "fsdp": 4, "context": 2}):
+        with pytest.raises(
+            UserError, match="mesh.gather_once needs fsdp above 1, and context and tensor of 1"
+        ):
+            fsdp.check_mesh(make_mesh(**axes))
+
+
+@pytest.mark.slow
+def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
+    from scaling_dit.experiments import shapes
+
+    from scaling_dit import train
+    from scaling_dit.monitor.writers import read_metrics
+
+    losses = {}
+    for once in (False, True):
+        config = shapes.get_config("smoke")
+        config.mesh.update({"data": 2, "fsdp": 4, "gather_once": once})
+        config.update({"steps": 3, "batch": 16})
+        config.log.update({"every": 1, "tensorboard": False})
+        config.eval.every = 0
+        train.train(config, tmp_path / str(once))
+        losses[once] = [
+            row["train/loss"] for row in read_metrics(tmp_path / str(once)) if "train/loss" in row
+        ]
+    assert len(losses[True]) == 3
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)

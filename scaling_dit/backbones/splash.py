@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from scaling_dit.backbones.layers import ATTENTION
 
@@ -108,7 +108,10 @@ def attend(
     """
     _, device_kind = target()
     run = functools.partial(_on_one_device, device_kind=device_kind, interpret=interpret)
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(
+        kind == AxisType.Manual for kind in mesh.axis_types
+    ):  # no mesh, or one whose devices run alone already
         return run(q_BTNH, k_BSKH, v_BSKH, key_mask)
     batch, length, heads = _mesh_axes()
     queries = q_BTNH.shape[1]

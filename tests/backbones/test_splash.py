@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from scaling_dit import backbones, trees
 from scaling_dit.backbones import attention as attention_lib
@@ -104,6 +105,18 @@ def test_on_a_mesh_each_device_takes_its_examples_heads_and_queries(axes):
     mesh = make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
     with rules.activate(mesh):
         assert_same(value_and_grads(interpreted, qkv, mask), wanted)
+
+
+def test_where_devices_run_alone_already_it_runs_as_it_is():
+    qkv, mask = inputs(queries=33, keys=20, heads=2, kv_heads=2, size=64)
+    mesh = make_mesh(devices=jax.devices()[:2])
+    rows = PartitionSpec("data")
+    with rules.activate(mesh):
+        local = jax.shard_map(
+            lambda *args: interpreted(*args), in_specs=(rows,) * 4, out_specs=rows, check_vma=False
+        )
+        found = jax.jit(local)(*qkv, mask)
+    assert_same([found], [jax.jit(xla)(*qkv, mask)])
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,6 @@ LAYOUTS = {
 QUICK = [
     ("uvit", "FSDP2xCTX2xTP2", {}),
     ("pixart", "DP2xFSDP2xTP2", {}),
-    ("large_dit", "FSDP4xTP2", {}),
-    ("next_dit", "DP2xFSDP4", {}),
-    ("unet", "FSDP2xCTX2xTP2", {}),
-    ("unet_if", "FSDP8", {}),
 ]
 SLOW = [(name, layout, {}) for name in FIELDS for layout in LAYOUTS]
 SLOW += [(name, "DP2xFSDP2xTP2", {"scan_layers": True}) for name in SCANNED]

@@ -1,0 +1,117 @@
+"""The state of a real run on every layout: where its parts lie, that a checkpoint moves between layouts, the step."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from parallel.test_every_backbone import LAYOUTS
+from uvit_golden import fill
+
+from scaling_dit import config as config_lib
+from scaling_dit import pipeline, trees
+from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.parallel import rules
+from scaling_dit.program import StepProgram, run_mesh
+
+MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}
+BACKBONES = {
+    "uvit": {"hidden": 32, "depth": 2, "heads": 2, "patch": 8},
+    "unet": {
+        "channels": 32,
+        "channel_mult": (1, 2),
+        "res_blocks": 1,
+        "transformer_depth": (0, 1),
+        "head_dim": 16,
+    },
+}
+
+
+@functools.cache
+def program(name, layout, accumulate=1):
+    """(config, program) of a tiny run whose widths divide by every layout; layout None: one device."""
+    config = config_lib.load("experiments/shapes.py:smoke")
+    with config.unlocked():
+        config.backbone = ConfigDict({"name": name} | BACKBONES[name])
+        config.batch, config.optim.accumulate = 16, accumulate
+        config.mesh = ConfigDict(LAYOUTS[layout] if layout else {})
+    config = config_lib.resolve(config)
+    source = pipeline.create_source(config)
+    model = pipeline.build(config, pipeline.make_tokenizer(config, source), source)
+    mesh = run_mesh(config, None if layout else jax.devices()[:1])
+    return config, StepProgram.build(config, model, mesh)
+
+
+@pytest.mark.parametrize("layout", MESHES)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_moments_and_averages_lie_where_their_parameters_do(name, layout):
+    """By the shardings that the jitted step takes and gives back."""
+    _, found = program(name, layout)
+    placed = {path: leaf.sharding for path, leaf in trees.by_path(found.state).items()}
+    params = {path[1:]: sharding for path, sharding in placed.items() if path[0] == "params"}
+    followed = 0
+    for path, sharding in placed.items():
+        owner = next((path[i:] for i in range(1, len(path)) if path[i:] in params), None)
+        if owner is not None:
+            assert sharding == params[owner], path
+            followed += path[0] != "params"
+    averages = len(found.state.emas)
+    assert followed == (2 + averages) * len(params)
+    split = sum(not sharding.is_fully_replicated for sharding in params.values())
+    assert (split > len(params) / 4) == (layout != "DP8")
+
+
+def test_a_checkpoint_of_any_layout_is_read_on_any_other(tmp_path):
+    """Around all five, then across to the one before: each is written once, and read twice."""
+    names = [*MESHES, *MESHES]
+    values = fill(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state_of("DP8")))
+    for written, *readers in itertools.islice(zip(names, names[1:], names[4:], strict=False), len(MESHES)):
+        state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), values, state_of(written))
+        with Checkpoints(tmp_path / written) as store:
+            store.save(3, state, {}, wait=True)
+            for reader in readers:
+                target = state_of(reader)
+                found, _ = store.restore(3, target)
+                for path, leaf in trees.by_path(found).items():
+                    assert leaf.sharding == trees.by_path(target)[path].sharding
+                    np.testing.assert_array_equal(leaf, trees.by_path(values)[path])
+
+
+def state_of(layout):
+    return program("uvit", layout)[1].state
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_whole_step_is_that_of_one_device(name, accumulate):
+    """Noise, loss, optimiser and averages included; with both encoders in the program."""
+    results = []
+    for layout in (None, "FSDP2xCTX2xTP2"):
+        config, made = program(name, layout, accumulate)
+        state = made.init(jax.random.key(config.seed))
+        model_frozen = jax.tree.map(
+            lambda x, leaf: jax.device_put(x, leaf.sharding), fill(made.frozen), made.frozen
+        )
+        rng = np.random.default_rng(0)
+        batch = {
+            key: rng.integers(0, 2 if leaf.dtype == bool else 5, leaf.shape).astype(leaf.dtype)
+            for key, leaf in made.batch.items()
+        }
+        losses = []
+        with rules.activate(made.mesh):
+            for _ in range(2):
+                state, metrics = made.step(
+                    state, model_frozen, rules.to_global(batch, made.mesh, config.batch)
+                )
+                losses.append(float(metrics["loss"]))
+        results.append((losses, trees.by_path(jax.device_get(state.params))))
+    (losses, params), (wanted_losses, wanted) = results[1], results[0]
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    # Adam's first steps follow the sign of a gradient, so an entry that is only rounding may move either way.
+    moved = 2 * 2 * config.optim.learning_rate
+    for path, value in wanted.items():
+        np.testing.assert_allclose(params[path], value, atol=moved)

@@ -155,4 +155,4 @@ def _parse(where: str, number: int, line: bytes) -> Row:
         what = f"file_name {file_name!r} leaves the folder; it must be relative to it"
         raise DamagedRecord("outside_folder", where, what)
     metadata = {key: value for key, value in entry.items() if key not in KEYS}
-    return Row(normal, *(tuple(column) for column in zip(*told, strict=True)), metadata, number)
+    return Row(normal, tuple(text for text, _ in told), tuple(kind for _, kind in told), metadata, number)

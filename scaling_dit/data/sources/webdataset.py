@@ -86,16 +86,14 @@ class WebdatasetSource(EncodedSource):
     def _fields(self) -> CaptionFields:
         return CaptionFields(self.alt_fields, self.synthetic_fields, self.long_fields)
 
-    def _read(self, shard: int, row: int) -> RawSample:
-        return self._parse(shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON)))
+    def _read(self, shard: int, row: int, file: IO[bytes] | None = None) -> RawSample:
+        return self._parse(shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON), file))
 
     def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
         path, index = self._shard(shard).rows
         with path.open("rb") as file:
             for row in range(len(index.hashes)):
-                yield lambda row=row: self._parse(
-                    shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON), file)
-                )
+                yield functools.partial(self._read, shard, row, file)
 
     def _members(
         self, shard: int, row: int, wanted: tuple[int, ...], file: IO[bytes] | None = None

@@ -345,7 +345,7 @@ def test_a_disk_that_is_full_for_small_files_too(raw, tmp_path, monkeypatch):
 
 def test_sources_and_processes_that_do_not_fit(tmp_path):
     config = config_lib.load("shapes:smoke", [])
-    with pytest.raises(UserError, match=r"'shapes' holds no image files to prepare"):
+    with pytest.raises(UserError, match=r"'shapes' holds no image files"):
         job.main(config, str(tmp_path), job.Options())
     assert job.process_of(None, None) == (0, 1)
     assert job.process_of(3, 8) == (3, 8)

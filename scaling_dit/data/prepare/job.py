@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from scaling_dit import files
 from scaling_dit.data.prepare import encode, filters, identity, manifest, shape, sidecar
 from scaling_dit.data.prepare.progress import Progress
-from scaling_dit.data.sources import create_source
+from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.encoded import EncodedSource
 from scaling_dit.encoders.codec import create_codec
 from scaling_dit.errors import UserError
@@ -84,21 +83,12 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
 
 
 def open_source(config: ConfigDict) -> EncodedSource:
-    """The raw source of a config; damage in it is counted, whatever its limit for training is.
+    """The raw source of a config; its shards are opened one by one, and no damage in it is too much.
 
     Raises:
       UserError: the source holds no encoded images.
     """
-    fields = config.source.to_dict()
-    if "max_damaged" in fields:
-        fields["max_damaged"] = sys.maxsize
-    source = create_source(**fields)
-    if not isinstance(source, EncodedSource):
-        raise UserError(
-            f"source {config.source.name!r} holds no image files to prepare; "
-            "config.source.name can be webdataset:GLOB, folder:PATH, parquet:GLOB or tfds:NAME"
-        )
-    return source
+    return create_raw_source(**config.source.to_dict())
 
 
 def request(config: ConfigDict, source: EncodedSource, options: Options, batch: int) -> dict[str, Any]:

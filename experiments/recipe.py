@@ -29,6 +29,8 @@ def recipe(backbone: str, **fields: Any) -> ConfigDict:
     modes = {name: value for name, value in modes.items() if name in known}
     config.backbone = ConfigDict({"name": backbone} | modes | fields)
     stand_ins(config)
+    # Alt-text, or half of the time one of five synthetic captions ("Top-5 Syn", Table 4). Shapes have but one kind.
+    config.captions.update({"policy": "mix", "alt": 0.5, "synthetic": 0.5, "long": 0.0})
     config.diffusion.update(
         {
             "schedule": "scaled_linear",  # 1000 steps, "the setup of LDM"

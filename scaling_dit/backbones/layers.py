@@ -311,7 +311,7 @@ def stack(
             return one.apply({"params": params}, x, own, *all_)
 
         params = trees.unbox(layers.variables["params"])
-        return scan_layers(layer, "/".join(layers.path), params, x, per_layer, broadcast)
+        return scan_layers(layer, params, x, per_layer, broadcast)
     outputs: list[Any] = []
     inputs: Sequence[Any] = [None] * count if per_layer is None else per_layer
     for i in range(count):

@@ -180,3 +180,22 @@ def test_mistakes(folder, tmp_path):
         UserError, match=r"frames a text by the ids \(49406, 49407\) and has 49408 ids; T5's has"
     ):
         T5Text(SubwordTokenizer.read({"tokenizer_files": str(text_towers.clip_vocabulary())}))
+
+
+def test_gradients_of_what_all_layers_share_are_those_of_torch(folder, ids):
+    """The bias by distance reaches the loss through each layer of the scan."""
+    encoder = T5Text(weights=str(folder), size="tiny", length=LENGTH)
+    signs = np.cos(np.arange(3 * LENGTH * 32)).reshape(3, LENGTH, 32).astype(np.float32)
+    grads = jax.jit(jax.grad(lambda params: (encoder.apply(params, *ids)[0] * signs).sum()))(encoder.load())
+    model = text_towers.build(transformers.T5EncoderModel, config())
+    tokens = model(torch.tensor(ids[0], dtype=torch.long), attention_mask=torch.tensor(ids[1]).long())
+    (tokens.last_hidden_state * torch.tensor(signs)).sum().backward()
+    theirs = dict(model.named_parameters())
+    pairs = {
+        "distances": theirs["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+        "words": theirs["shared.weight"],
+    }
+    for name, parameter in pairs.items():
+        np.testing.assert_allclose(
+            grads[name], parameter.grad.numpy(), atol=2e-4 * float(parameter.grad.abs().max())
+        )

@@ -1,6 +1,8 @@
 """Pretrained text encoders inside runs: sharded, frozen or trained, with the tokenizer that the workdir keeps."""
 
 import json
+import pathlib
+import re
 import shutil
 
 import jax
@@ -13,6 +15,7 @@ from etils import epath
 import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit import encoders, pipeline, train, trees
+from scaling_dit.encoders import clip, clip_vision, t5, vocabularies
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.encoders.t5 import T5Text
@@ -134,3 +137,16 @@ def test_a_tower_that_is_trained_starts_at_its_weights(tmp_path):
     )
     words, start = state.params["text_encoder"]["words"], loaded["words"]
     assert (np.asarray(words) != start).any()
+
+
+def test_the_page_names_every_size_and_every_file():
+    page = (pathlib.Path(__file__).parents[2] / "docs/text_encoders.md").read_text()
+    for name, module in (("clip", clip), ("t5", t5)):
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
+        assert re.findall(r"`([\w-]+)`", row.split("|")[3]) == list(module.SIZES)
+        fields = encoders.text_encoder_fields(name)
+        assert {"weights", "size", "length", "tokenizer_files", "dtype", "param_dtype"} <= set(fields)
+    assert clip_vision.SIZES.keys() == clip.SIZES.keys()
+    assert clip.SIZES["openclip-h"].pad_id == 0 and clip.SIZES["clip-l"].pad_id == 49_407
+    for file in vocabularies._KINDS.replace(" or ", ", ").replace(" with ", ", ").split(", "):
+        assert f"`{file}`" in page

@@ -256,15 +256,24 @@ def _groups(attributes: str, world: int) -> list[np.ndarray]:
         devices = np.arange(world).reshape([int(size) for size in iota[3].split(",")])
         order = [int(axis) for axis in iota[4].split(",")] if iota[4] else list(range(devices.ndim))
         return list(devices.transpose(order).reshape(int(iota[1]), int(iota[2])))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes)
     if mesh:  # mesh['a'=4,'b'=16] {'b'}: one group for each place on the other axes
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        names, used = list(sizes), re.findall(r"'(\w+)'", mesh[2])
-        devices = np.arange(world).reshape(list(sizes.values()))
+        names, used = list(sizes), re.findall(r"'(\w+)'", mesh[3])
+        devices = _device_ids(mesh[2] or "", world).reshape(list(sizes.values()))
         others = [axis for axis, name in enumerate(names) if name not in used]
         inside = [names.index(name) for name in used]
         return list(devices.transpose(others + inside).reshape(-1, math.prod(sizes[name] for name in used)))
     return [np.arange(world)]
+
+
+def _device_ids(text: str, world: int) -> np.ndarray:
+    """The order of the devices of a mesh: "" for 0, 1, ..., else "[2,4]T(1,0)" or the numbers themselves."""
+    turned = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if turned:
+        devices = np.arange(world).reshape([int(size) for size in turned[1].split(",")])
+        return devices.transpose([int(axis) for axis in turned[2].split(",")]) if turned[2] else devices
+    return np.array(text.split(","), int) if text else np.arange(world)
 
 
 def hbm_bytes(program: Program, visit: Visit) -> int:

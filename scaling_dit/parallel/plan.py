@@ -9,18 +9,20 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from scaling_dit import generate, pipeline
+from scaling_dit import encoders, generate, pipeline
 from scaling_dit.backbones.attention import recorded_choices
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import hlo_cost, rules
 from scaling_dit.parallel.hlo import Program
 from scaling_dit.parallel.roofline import Roofline, roofline
-from scaling_dit.parallel.topologies import GIB, Topology
+from scaling_dit.parallel.topologies import GIB, TPUS, Topology
 from scaling_dit.program import StepProgram, run_mesh
 from scaling_dit.scaling.count import count
 
@@ -149,9 +151,28 @@ def settings(config: ConfigDict, step: str) -> dict[str, Any]:
 
 
 def abstract_model(config: ConfigDict) -> pipeline.Model:
-    """The model of a config, built as a new run builds it, without weights."""
+    """The model of a config, built as a new run builds it, without weights, and without tokenizer files if need be."""
     source = pipeline.create_source(config)
-    return pipeline.build(config, pipeline.make_tokenizer(config, source), source)
+    tokenizer = pipeline.make_tokenizer(config, source)
+    model = pipeline.build(config, tokenizer, source)
+    if tokenizer is None:
+        return dataclasses.replace(model, text_encoder=_WithoutTokenizer(model.text_encoder))
+    return model
+
+
+class _WithoutTokenizer:
+    """A text encoder that makes the same ids of every caption: which ones changes nothing in a plan."""
+
+    def __init__(self, encoder: encoders.TextEncoder) -> None:
+        self._encoder = encoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Captions -> (ids int32 [B, L], mask bool [B, L])."""
+        shape = (len(captions), self._encoder.length)
+        return np.zeros(shape, np.int32), np.ones(shape, bool)
 
 
 def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
@@ -177,13 +198,13 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[A
         needed, limit = out_of_memory(str(error), limit)
         return None, Memory(arguments, None, needed, limit, fits=False)
     analysis = compiled.memory_analysis()
-    taken = analysis.argument_size_in_bytes
-    # Some backends state no peak; outputs that are not the donated state lie beside all the rest.
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    # Compilers for other chips than TPUs leave arguments out of their peak. Results that do not take the place of the
+    # donated state lie beside all the rest.
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    peak = getattr(analysis, "peak_memory_in_bytes", 0) or taken + analysis.temp_size_in_bytes + fresh
-    return compiled, Memory(
-        taken, analysis.temp_size_in_bytes, peak, limit, fits=limit is None or peak <= limit
-    )
+    on_tpu = topology.chip is not None and topology.chip.name in TPUS
+    peak = analysis.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
+    return compiled, Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
 
 
 def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:

@@ -100,6 +100,9 @@ GROUPS = {
     "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}": ("fsdp",),
     "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}": ("data",),
     "replica_groups=mesh['axis_0'=8] {'axis_0'}": ("data", "fsdp"),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}": ("fsdp",),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}": ("data",),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=(0,4,1,5,2,6,3,7) {'axis_1'}": ("data",),
     "replica_groups={}": ("data", "fsdp"),
     "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}": ("fsdp",),
 }

@@ -1,0 +1,283 @@
+"""Plans: the memory of the real state, what does not fit, searches, and the paper's sizes on the papers' slices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_dit import config as config_lib
+from scaling_dit.data.loader import make_loader
+from scaling_dit.errors import UserError
+from scaling_dit.parallel import hlo_cost, plan, plan_report, plan_search, rules, topologies
+from scaling_dit.parallel.hlo_cost import Collective, Statistics
+from scaling_dit.parallel.roofline import roofline
+from scaling_dit.parallel.topologies import CHIPS, GIB, LOCAL, parse
+from scaling_dit.run import Run
+
+SMOKE = "experiments/shapes.py:smoke"
+FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
+
+
+def command(*flags, code=0):
+    """Runs `scaling-dit plan` in a process of its own, as it sets up jax; returns what it prints."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "scaling_dit", "plan", *flags], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def local():
+    """A plan of the smoke experiment on the eight devices here."""
+    return plan.make(config_lib.load(SMOKE, FSDP), parse(LOCAL))
+
+
+def test_argument_bytes_are_those_of_the_real_state(local, tmp_path):
+    from etils import epath
+
+    run = Run.open(config_lib.load(SMOKE, FSDP), epath.Path(tmp_path / "run"))
+    state = run.init(jax.random.key(run.config.seed))
+    loader = make_loader(
+        run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=0, positions=run.positions
+    )
+    batch = rules.to_global(next(loader), run.mesh, run.config.batch)
+    loader.close()
+    device = run.mesh.devices.flat[0]
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves((state, run.frozen, batch))
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+    assert local.memory.arguments == held
+    assert local.memory.peak >= held and local.memory.fits
+
+
+def test_a_plan_counts_the_program_that_it_compiled(local):
+    assert local.mesh == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    statistics = local.statistics
+    assert statistics.unknown_loops == 0 and local.constraints > 20
+    # The text encoder trains along, and the oldest activations need no gradient.
+    assert 0.9 < statistics.flops * local.chips / local.model_flops < 1.5
+    kinds = {(row.kind, row.axes) for row in statistics.collectives}
+    assert ("all-gather", ("fsdp",)) in kinds and ("all-reduce", ("data",)) in kinds
+    assert local.roofline is None and "fits" in plan_report.report(local)
+    assert json.loads(json.dumps(local.to_dict()))["memory"]["arguments"] == local.memory.arguments
+
+
+def test_the_verb_compiles_for_a_tpu_that_is_not_there():
+    done = command("--config=shapes:smoke", "--topology=v5e:2x2", "--json")
+    (found,) = json.loads(done.stdout)
+    assert found["chips"] == 4 and found["mesh"]["data"] * found["mesh"]["fsdp"] == 4
+    memory, statistics, times = found["memory"], found["statistics"], found["roofline"]
+    assert (
+        memory["fits"] and memory["limit"] == round(15.75 * GIB) and 0 < memory["arguments"] < memory["peak"]
+    )
+    assert statistics["unknown_loops"] == 0 and statistics["cycles"] > 0
+    assert sum(statistics["parts"].values()) == statistics["cycles"]
+    assert times["limit"] == max(times[name] for name in ("compute", "hbm", "ici", "dcn")) < times["estimate"]
+    assert found["constraints"] > 20
+
+
+def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1():
+    done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", code=1)
+    assert "does not fit" in done.stdout and "of 15.75 GiB" in done.stdout
+    needed = float(done.stdout.split("needs at least ")[1].split(" ")[0])
+    assert 27 < needed < 30  # parameters, two moments and an average of 7.6B in float32, over 4 chips
+
+
+@pytest.mark.parametrize(
+    "message, needed, there",
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (256.00G) exceeds available HBM (15.75G). HLO module: jit_step.",
+            256 * GIB,
+            15.75 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+            "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5 * GIB,
+            15.75 * GIB,
+        ),
+    ],
+)
+def test_the_compilers_numbers_are_read(message, needed, there):
+    assert plan.out_of_memory(message, None) == (needed, there)
+
+
+def test_another_error_of_the_compiler_is_one_line():
+    with pytest.raises(UserError, match="the compiler fails: INTERNAL: something") as error:
+        plan.out_of_memory("INTERNAL: something\nat some place", None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_does_not_split_is_one_line():
+    with pytest.raises(UserError, match="batch 12 cannot be split"):
+        plan.make(config_lib.load(SMOKE, [*FSDP[:2], "--config.batch=12"]), parse(LOCAL))
+
+
+def statistics(collectives=(), **changes):
+    fields = {"flops": 459e12, "kernel_flops": 0, "undeclared_kernels": 0, "hbm_bytes": 2.765e11, "cycles": 0}
+    fields |= {"parts": {}, "unknown_loops": 0} | changes
+    return Statistics(collectives=tuple(collectives), **fields)
+
+
+def test_a_roofline_by_hand():
+    topology = parse("v5p:4x4x4", slices=2)
+    ring = Collective("all-gather", ("fsdp",), (0, 1, 2), False, True, 1, 0, 300 * 10**9)
+    exposed = Collective("all-reduce", ("tensor",), (0,), False, False, 1, 0, 50 * 10**9)
+    across = Collective("all-reduce", ("data",), (), True, False, 1, 0, 6_250_000_000)
+    found = roofline(
+        topology, statistics([ring, exposed, across], cycles=1_750_000_000), 128 * 459 * 10**12, 3600, 2.0
+    )
+    assert found.compute == pytest.approx(1.0) and found.hbm == pytest.approx(0.1)
+    assert found.ici == pytest.approx(0.5 + 0.25) and found.dcn == pytest.approx(1.0)
+    assert found.exposed == pytest.approx(0.25 + 1.0)
+    assert found.limit == pytest.approx(1.0) and found.mfu_limit == pytest.approx(1.0)
+    assert found.estimate == pytest.approx(2.25) and found.mfu_estimate == pytest.approx(1 / 2.25)
+    assert found.chip_hours_limit == pytest.approx(128) and found.price == 2.0
+    assert "x $2.00 = $256" in "\n".join(plan_report.roofline_lines(found))
+
+
+def test_the_bound_is_the_slowest_and_no_chip_has_no_roofline():
+    found = roofline(parse("v5p:4x4x4"), statistics(hbm_bytes=2.765e12 * 3), None, None)
+    assert (found.bound, found.estimate, found.mfu_limit, found.chip_hours_limit) == ("HBM", None, None, None)
+    assert found.price == CHIPS["v5p"].price
+    assert roofline(parse(LOCAL), statistics(), 1, 1) is None
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Instead of compiling: a program whose memory halves with each saving and whose time grows with it."""
+    tried = []
+
+    def make(config, topology, step, price):
+        remat = plan_search.REMAT.index(config.backbone.remat)
+        saving = remat + plan_search.MICROBATCHES.index(config.optim.accumulate)
+        mesh = config.mesh.to_dict()
+        tried.append((mesh["fsdp"], config.optim.accumulate, config.backbone.remat))
+        peak = int(100 * GIB / 2**saving)
+        time = (1 + saving) * (2 if mesh["tensor"] > 1 else 1)
+        counted = statistics(cycles=int(time * CHIPS["v5e"].clock))
+        return plan.Plan(
+            topology.name, 1, topology.chips, topology.hosts, step, mesh, plan.settings(config, step),
+            rules.Replicated(1, 0, ()), [], plan.Memory(GIB, 0, peak, 16 * GIB, peak < 16 * GIB), 10**12, counted,
+            roofline(topology, counted, 10**12, 10, price), 1, 0.0, 0.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(plan, "make", make)
+    monkeypatch.setattr(topologies.Topology, "devices", lambda self: jax.devices())
+    return tried
+
+
+def test_a_search_tries_the_cheapest_first_and_ranks_what_fits(made):
+    config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", ["--config.batch=64"])
+    found = plan_search.search(config, parse("v5e:2x4"), "train", None, limit=9)
+    assert made[0] == (8, 1, "none") and len(made) == len(found) == 9
+    assert [row.memory.fits for row in found] == sorted((row.memory.fits for row in found), reverse=True)
+    fitting = [row.roofline.estimate for row in found if row.memory.fits]
+    assert fitting == sorted(fitting) and fitting
+    table = plan_report.search_table(parse("v5e:2x4"), found)
+    assert len(table.splitlines()) == 2 + len(found) and " yes " in table and " no " in table
+
+
+def test_a_search_does_not_compile_what_must_need_more_than_what_failed(made):
+    config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", ["--config.batch=64"])
+    plan_search.search(config, parse("v5e:2x4"), "train", None, limit=100)
+    own = [(microbatches, remat) for fsdp, microbatches, remat in made if fsdp == 8]
+    assert len(own) == len(set(own))
+    place = {pair: at for at, pair in enumerate(own)}
+    for microbatches, remat in own:  # whatever saves less comes earlier, or was known to fail
+        for other in plan_search.REMAT[: plan_search.REMAT.index(remat)]:
+            assert place.get((microbatches, other), -1) < place[(microbatches, remat)]
+
+
+def test_meshes_begin_with_the_config_s_own_and_cover_all_chips():
+    own = {"data": 1, "fsdp": 64, "context": 1, "tensor": 1}
+    found = plan_search.meshes(own, 64, 1)
+    assert found[0] == own and len(found) > 5
+    assert all(np.prod(list(mesh.values())) == 64 for mesh in found)
+    assert all(mesh["data"] % 4 == 0 for mesh in plan_search.meshes(own, 64, 4)[1:])
+
+
+# Slow: the papers' sizes on the papers' slices, compiled. (config, topology, flags, most GiB at the peak)
+PAPER = [
+    ("dit_scaling:uvit-h2048-d42-n16", "v5e:16x16", [], 8.0),
+    ("dit_scaling:large_dit-h4096-d32-n32", "v5p:4x4x4", ["--config.backbone.remat=full"], 40.0),
+]
+BATCH = 2304  # nine images for each of 256 chips, a number that no width has
+
+
+@pytest.fixture(scope="module", params=PAPER, ids=lambda case: case[0])
+def paper(request):
+    """A plan of a paper's config, and the budget it has."""
+    spec, topology, flags, budget = request.param
+    done = command(f"--config={spec}", f"--topology={topology}", f"--config.batch={BATCH}", "--json", *flags)
+    return json.loads(done.stdout)[0], budget
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_paper_s_size_fits_within_its_budget(paper):
+    found, budget = paper
+    assert found["memory"]["fits"] and found["memory"]["peak"] < budget * GIB
+    assert found["lower_seconds"] < 20
+    assert found["replicated"]["whole"] < 0.01 * found["replicated"]["total"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(paper):
+    found, _ = paper
+    rows = found["statistics"]["collectives"]
+    assert {tuple(row["axes"]) for row in rows} == {("fsdp",)}
+    parameters = found["replicated"]["total"] // 2  # bytes in bfloat16
+    moved = sum(row["size"] for row in rows)
+    # Gathered forward, backward, and once more where a layer is computed again; gradients reduced once.
+    assert 2.5 * parameters < moved < 4.5 * parameters
+    assert {row["kind"] for row in rows} <= {
+        "all-gather",
+        "all-reduce",
+        "reduce-scatter",
+        "collective-permute",
+        "all-to-all",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("row", ["uvit-h1024-d20-n16", "pixart-h1024-d28", "large_dit-h1024-d16-n16"])
+def test_without_rematerialisation_the_program_does_the_model_s_flops(row):
+    done = command(
+        f"--config=dit_scaling:{row}", "--topology=v5p:2x2x1", "--config.batch=64", "--config.backbone.remat=none",
+        "--config.backbone.attention=xla", "--json",
+    )  # fmt: skip
+    (found,) = json.loads(done.stdout)
+    assert found["statistics"]["flops"] * found["chips"] == pytest.approx(found["model_flops"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_no_array_of_a_program_holds_the_whole_batch():
+    from scaling_dit.parallel.hlo import Program
+    from scaling_dit.program import StepProgram, run_mesh
+
+    config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", [
+        "--config.backbone.hidden=128", "--config.backbone.depth=2", "--config.batch=72", "--config.backbone.heads=2",
+    ])  # fmt: skip
+    mesh = run_mesh(config)
+    step = StepProgram.build(config, plan.abstract_model(config), mesh)
+    program = Program(step.lower().compile().as_text())
+    largest = max(
+        (array for visit in program.walk() for array in visit.instruction.arrays if 72 in array.dims),
+        key=lambda array: array.size,
+    )
+    assert largest.size <= 72 * 8 * 4  # timesteps, keys: numbers for each image, never its latents
+    assert hlo_cost.statistics(program, hlo_cost.Layout.of(mesh)).collectives

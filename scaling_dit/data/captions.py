@@ -15,7 +15,11 @@ an image without synthetic captions shows alt-text in 5 of 7 cases. If all kinds
 are chosen uniformly.
 """
 
+import bisect
+import collections
 import dataclasses
+import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,26 +73,31 @@ class CaptionPolicy:
         """The probability of each caption of an image whose captions are of these kinds; they sum to 1."""
         weights = [1.0] * len(kinds)
         if self.policy == "mix":
-            held = {kind: kinds.count(kind) for kind in set(kinds)}
+            held = collections.Counter(kinds)
             weights = [getattr(self, kind) / held[kind] for kind in kinds]
         total = sum(weights)
         return [weight / total for weight in weights] if total else [1 / len(kinds)] * len(kinds)
 
     def _draw(self, captions: Sequence[str], kinds: Sequence[str] | None, rng: np.random.Generator) -> int:
         """The place of a caption, by `shares`."""
+        _checked(captions)
         if kinds is None:
-            _checked(captions)
             return int(rng.integers(len(captions)))
-        if isinstance(kinds, str) or len(kinds) != len(_checked(captions)):
+        if isinstance(kinds, str) or len(kinds) != len(captions):
             raise UserError(
                 f"a record's kinds must be a list with one for each of its captions, not {kinds!r}"
             )
-        drawn = rng.random()
-        for place, share in enumerate(self.shares(_known(tuple(kinds)))):
-            drawn -= share
-            if drawn < 0:
-                return place
-        return len(captions) - 1  # the shares sum to a rounding error less than 1
+        return bisect.bisect_right(_edges(self, tuple(kinds)), rng.random())
+
+
+@functools.lru_cache(4096)  # few records differ in their kinds
+def _edges(policy: CaptionPolicy, kinds: tuple[str, ...]) -> tuple[float, ...]:
+    """Where each caption's part of [0, 1) ends."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"a caption's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    sums = list(itertools.accumulate(policy.shares(kinds)))
+    return tuple(edge / sums[-1] for edge in sums)  # the last is 1, so what is drawn is below it
 
 
 UNIFORM = CaptionPolicy()
@@ -127,10 +136,3 @@ def _checked(captions: Sequence[str]) -> Sequence[str]:
     if isinstance(captions, str) or not len(captions):
         raise UserError(f"a record's captions must be a list with at least one text, not {captions!r}")
     return captions
-
-
-def _known(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UserError(f"a caption's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    return kinds

@@ -145,8 +145,8 @@ def note(args: argparse.Namespace, whole: dict[int, float], parts: dict[str, flo
         *header("Loading prepared latents", "benchmarks/loader.py"),
         "",
         f"{args.records:,} records of 32 x 32 x 8 moments in bfloat16 (16 KiB) with six captions, in {SHARDS} shards, "
-        f"in memory; batches of {BATCH}, CLIP tokens [77], {args.steps} batches a measurement; one process. Load of the "
-        f"machine when it ended: {os.getloadavg()[0]:.1f}.",
+        f"in memory; batches of {BATCH}, CLIP tokens [77], {args.steps} batches a measurement; one process. "
+        f"Load of the machine when it ended: {os.getloadavg()[0]:.1f}.",
         "",
         "| reading threads | samples/s |",
         "|---|---|",
@@ -161,9 +161,9 @@ def note(args: argparse.Namespace, whole: dict[int, float], parts: dict[str, flo
         "## What this implies for a v5p-128 at batch 2048 (on paper)",
         "",
         f"A v5p-128 slice has {V5P_128_HOSTS} hosts, so a process reads {BATCH // V5P_128_HOSTS} rows of a batch. At "
-        f"the rate above it makes {best / (BATCH / V5P_128_HOSTS):.0f} batches a second on two cores; training takes the "
-        f"fraction that it runs steps, a few a second at most. The network carries {BATCH // V5P_128_HOSTS} records of "
-        f"16.4 KB a step to each host, {BATCH / V5P_128_HOSTS * 16.4e-3:.1f} MB.",
+        f"the best rate above it makes {best / (BATCH / V5P_128_HOSTS):.0f} shares of a batch a second on "
+        f"{os.cpu_count()} cores; training takes a few a second. The network carries "
+        f"{BATCH / V5P_128_HOSTS * 16.4e-3:.1f} MB to each host a step: records of 16.4 KB.",
     ]
     return "\n".join(lines) + "\n"
 

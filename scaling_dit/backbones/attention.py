@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from scaling_dit.backbones import splash
-from scaling_dit.backbones.layers import ATTENTION, NORMAL_002, Dense, Initializer, constrain
+from scaling_dit.backbones.layers import ATTENTION, NORMAL_002, WEIGHTS, Dense, Initializer, constrain
 from scaling_dit.errors import UserError, nearest
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -120,15 +120,47 @@ def _attend_xla(
     `jax.nn.dot_product_attention` contracts in place instead, which was slower on CPUs. Queries that share a key head
     are stacked along the length.
     """
-    kv_heads, head_size = k_BSKH.shape[2:]
+    kv_heads = k_BSKH.shape[2]
     q = rearrange(q_BTNH, "b t (k g) h -> b k (g t) h", k=kv_heads)
     k, v = (rearrange(x, "b s k h -> b k s h") for x in (k_BSKH, v_BSKH))
-    logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * head_size**-0.5
-    if mask_B11S is not None:
-        logits = jnp.where(mask_B11S, logits, jnp.finfo(jnp.float32).min / 2)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkts,bksh->bkth", weights, v)
+    out = _core(q, k, v, mask_B11S)
     return rearrange(out, "b k (g t) h -> b t (k g) h", t=q_BTNH.shape[1])
+
+
+@jax.custom_vjp
+def _core(q_BKTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B11S: jax.Array | None) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v -> [B, K, T, H], whose gradient keeps the weights in the type they are used in.
+
+    Differentiated step by step it keeps them in float32 as well, which is most of what a layer keeps.
+    """
+    return _core_forward(q_BKTH, k_BKSH, v_BKSH, mask_B11S)[0]
+
+
+def _core_forward(
+    q_BKTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B11S: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    scale = q_BKTH.shape[-1] ** -0.5
+    logits_BKTS = jnp.einsum("bkth,bksh->bkts", q_BKTH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    if mask_B11S is not None:
+        logits_BKTS = jnp.where(mask_B11S, logits_BKTS, jnp.finfo(jnp.float32).min / 2)
+    weights_BKTS = checkpoint_name(jax.nn.softmax(logits_BKTS, axis=-1).astype(v_BKSH.dtype), WEIGHTS)
+    out_BKTH = jnp.einsum("bkts,bksh->bkth", weights_BKTS, v_BKSH)
+    return out_BKTH, (q_BKTH, k_BKSH, v_BKSH, weights_BKTS)
+
+
+def _core_backward(kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights = kept
+    d_weights = jnp.einsum("bkth,bksh->bkts", d_out, v, preferred_element_type=jnp.float32)
+    wide = weights.astype(jnp.float32)
+    d_logits = wide * (d_weights - (wide * d_weights).sum(axis=-1, keepdims=True)) * q.shape[-1] ** -0.5
+    d_logits = d_logits.astype(q.dtype)
+    d_q = jnp.einsum("bkts,bksh->bkth", d_logits, k)
+    d_k = jnp.einsum("bkts,bkth->bksh", d_logits, q)
+    d_v = jnp.einsum("bkts,bkth->bksh", weights, d_out)
+    return d_q, d_k, d_v, None
+
+
+_core.defvjp(_core_forward, _core_backward)
 
 
 def check_implementation(implementation: str) -> None:

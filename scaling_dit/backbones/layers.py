@@ -22,6 +22,7 @@ Initializer = Callable[..., jax.Array]
 Axes = tuple[str | None, ...]
 NORMAL_002 = nn.initializers.normal(0.02)
 ATTENTION = "attention"  # name of what attention gives, for the remat policy
+WEIGHTS = "attention_weights"  # the same of its softmax, where XLA computes it
 
 
 def _from_input(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -55,6 +56,11 @@ _REMAT_POLICIES: dict[str, Any] = {
     "attention": jax.checkpoint_policies.save_only_these_names(
         ATTENTION
     ),  # keep what attention gives, redo the rest
+    # Keep every product, and of attention the weights and what it gives; redo norms and activations.
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION, WEIGHTS),
+    ),
     # As "dots", kept in the host's memory between the passes.
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
@@ -286,7 +292,7 @@ def stack(
       name: of the parameters: `{name}_{i}`, or `name` with a leading layer axis ("layers") when scanned.
       per_layer: what layer i alone gets: a sequence, a stacked array when scanned, or None.
       broadcast: what every layer gets.
-      remat: "none", "full", "dots", "attention" or "offload", see `check_remat`.
+      remat: "none", "full", "dots", "products", "attention" or "offload", see `check_remat`.
       scan: one traced block and `jax.lax.scan`, which compiles in a time that does not grow with depth.
 
     Returns:
@@ -303,7 +309,8 @@ def stack(
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(name=name, **fields)
-        if layers.is_initializing():
+        # What `offload` keeps is in another memory, where only jax's own scan stacks it.
+        if layers.is_initializing() or check_remat(remat) == "offload":
             return layers(x, per_layer, *broadcast)
         one = block(parent=None, **fields)
 

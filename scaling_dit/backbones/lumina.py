@@ -38,7 +38,7 @@ class Lumina(nn.Module):
     qk_norm: bool = True
     learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | attention | offload
+    remat: bool | str = "none"  # none | full | dots | products | attention | offload
     scan_layers: bool = False
     dtype: str = "float32"  # of products and the residual stream
     param_dtype: str = "float32"

@@ -42,7 +42,7 @@ class PixArt(nn.Module):
     learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
     base_size: int = 16  # side of the grid of tokens at which positions are whole numbers
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | attention | offload
+    remat: bool | str = "none"  # none | full | dots | products | attention | offload
     scan_layers: bool = False
     dtype: str = "float32"  # of products and the residual stream
     param_dtype: str = "float32"

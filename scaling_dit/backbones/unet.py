@@ -55,7 +55,9 @@ class UNet(nn.Module):
     text_time: bool | None = None
     pooled_dim: int = 1280
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | attention | offload, of residual and transformer blocks
+    remat: bool | str = (
+        "none"  # none | full | dots | products | attention | offload, of residual and transformer blocks
+    )
     scan_layers: bool = False  # over the blocks of each transformer
     dtype: str = "float32"  # of products and feature maps
     param_dtype: str = "float32"

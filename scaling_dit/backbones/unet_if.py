@@ -52,7 +52,9 @@ class UNetIF(nn.Module):
     attention_levels: tuple[int, ...] | None = None
     head_dim: int | None = None
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | attention | offload, of residual blocks and attentions
+    remat: bool | str = (
+        "none"  # none | full | dots | products | attention | offload, of residual blocks and attentions
+    )
     dtype: str = "float32"  # of products and feature maps
     param_dtype: str = "float32"
 

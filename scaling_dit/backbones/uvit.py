@@ -49,7 +49,7 @@ class UViT(nn.Module):
     mask_text: bool = True  # hide padded text as attention keys; the published code attends to all of it
     positions: str = "learned"  # initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | attention | offload
+    remat: bool | str = "none"  # none | full | dots | products | attention | offload
     scan_layers: bool = False
     dtype: str = "float32"  # of products and the residual stream
     param_dtype: str = "float32"

@@ -1,11 +1,14 @@
 """The shared pieces of backbones against closed forms and torch."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.ad_checkpoint import checkpoint_name
 
 from scaling_dit.backbones import layers
 from scaling_dit.backbones.attention import SelfAttention
@@ -133,6 +136,7 @@ class Step(nn.Module):
     @nn.compact
     def __call__(self, x, given, shared):
         out = layers.Dense(x.shape[-1], (None, None), use_bias=False, name="w")(jnp.tanh(x)) + shared
+        out = checkpoint_name(out, layers.ATTENTION)
         return (out if given is None else out + given), x
 
 
@@ -145,7 +149,7 @@ class Stack(nn.Module):
         return layers.stack(Step, 3, "steps", x, given, shared, remat=self.remat, scan=self.scan)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "products", "attention", "offload"])
 @pytest.mark.parametrize("has_input", [True, False])
 def test_stack_scanned_equals_unrolled(remat, has_input):
     x, given = normal(2, 4), normal(3, 2, 4) if has_input else None
@@ -178,3 +182,31 @@ def test_remat_saves_less():
 
     assert recomputed("none") == 3
     assert recomputed("full") > 3
+
+
+class TwoProducts(nn.Module):
+    """x + tanh(n) w2 with n = tanh(x) w1, to which the name of what attention gives is put."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = functools.partial(layers.Dense, x.shape[-1], (None, None), use_bias=False)
+        named = checkpoint_name(dense(name="w1")(jnp.tanh(x)), layers.ATTENTION)
+        return x + dense(name="w2")(jnp.tanh(named)), None
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "products", "attention", "offload", "full"])
+def test_what_a_policy_makes_again(remat):
+    """Of two products a layer the first is needed again: `full` makes it so, all others keep it. All redo tanh."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.stack(TwoProducts, 3, "steps", x, None, remat=remat, scan=False)[0]
+
+    x = normal(2, 4)
+    params = unbox(Model().init(jax.random.key(0), x))
+    program = str(jax.make_jaxpr(jax.grad(lambda p: (Model().apply(p, x) ** 2).sum()))(params))
+    # Forward 6, for weights 6, for inputs all but that of the first layer's first.
+    assert program.count(" dot_general[") == 6 + 6 + 5 + (3 if remat == "full" else 0)
+    assert program.count(" tanh ") == (6 if remat == "none" else 12)
+    assert ("<host>" in program) == (remat == "offload")

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_models
-from note import header
+from header import header
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit.interop import diffusers_config

@@ -11,11 +11,8 @@ import argparse
 import ast
 import dataclasses
 import functools
-import gzip
-import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -161,7 +158,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gather-once", action="store_true", help="gather by hand, once a step")
     parser.add_argument("--text-mask", action="store_true")
     parser.add_argument("--mesh", nargs="*", type=pairs, default=[], metavar="AXIS=N")
-    parser.add_argument("--set", nargs="*", type=pairs, default=[], metavar="FIELD=VALUE", help="of the backbone")
+    parser.add_argument(
+        "--set", nargs="*", type=pairs, default=[], metavar="FIELD=VALUE", help="of the backbone"
+    )
     parser.add_argument("--options", nargs="*", type=pairs, default=[], metavar="NAME=VALUE", help="of XLA")
     parser.add_argument("--hlo", type=pathlib.Path, help="file for the compiled program's text, gzipped")
     parser.add_argument("--json", type=pathlib.Path, help="file for the statistics")

@@ -6,21 +6,17 @@ Every figure comes from the run's own files (`evaluation/**/result.json`, `metri
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 
 import numpy as np
 from etils import epath
+from header import header
 
 from scaling_dit.evaluation import METRICS
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
 from scaling_dit.monitor.writers import read_metrics
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SETTINGS = ("n", "seed", "step", "ema", "sampler", "steps", "guidance")
 
 
@@ -62,32 +58,12 @@ def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def header(title: str, script: str, how: str = "") -> list[str]:
-    """The first lines of a note: title, date, hardware, versions, and the script that wrote it."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    return [
-        f"# {title}",
-        "",
-        f"{datetime.date.today()}; {processor()}, {os.cpu_count()} cores; "
-        f"Python {platform.python_version()}, {versions}.",
-        f"Written by `{script}`{' ' if how else ''}{how}.",
-    ]
-
-
 def training_rate(run: pathlib.Path) -> tuple[float, float]:
     """Pictures per second of a run, without compilation and evaluation, and the share of time waiting for data."""
     rows = read_metrics(run)
     names = ("speed/mean_images_per_second", "speed/mean_data_wait")
     rate, wait = (next(row[name] for row in reversed(rows) if name in row) for name in names)
     return rate, wait
-
-
-def processor() -> str:
-    """The CPU's name as the kernel gives it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def picture(folder: pathlib.Path, count: int) -> np.ndarray:

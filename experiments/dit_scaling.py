@@ -17,7 +17,9 @@ LargeDiT, and h2048-d42-n16 meets the SDXL UNet. On the stand-in data only cost 
 """
 
 from ml_collections import ConfigDict
-from scaling_dit.experiments.recipe import recipe
+from scaling_dit.experiments.recipe import OPTIONS, recipe
+
+__all__ = ["ARGUMENTS", "LADDERS", "OPTIONS", "get_config"]
 
 LADDERS: dict[str, tuple[str, ...]] = {
     "uvit": (
@@ -48,6 +50,7 @@ ARGUMENTS = tuple(f"{family}-{size}" for family, sizes in LADDERS.items() for si
 
 
 def get_config(arg: str = "uvit-h2048-d42-n16") -> ConfigDict:
-    """The recipe with the transformer of the row `arg`."""
-    family, _, size = arg.partition("-")
-    return recipe(family, size=size)
+    """The recipe with the transformer of the row `arg`, after which `,pretrained` may stand."""
+    row, _, option = arg.partition(",")
+    family, _, size = row.partition("-")
+    return recipe(family, option=option, size=size)

@@ -3,11 +3,15 @@
 What P1 says is set as it says. What it leaves open has a line of its own below, marked "open", with what Stable
 Diffusion did, which P1 follows. arXiv 2412.12391 reports the same learning rate, warm-up, batch and guidance.
 
-Data and encoders are stand-ins. P1 trains on 250M pairs, through the frozen autoencoder of SDXL and the frozen
+Data and encoders are stand-ins by default. P1 trains on 250M pairs, through the frozen autoencoder of SDXL and the frozen
 text encoder of OpenCLIP-H. Here the built-in shapes at 64 px go through a fixed transform, and captions through a small
 text encoder that is trained along: no weights and no data set are needed, and every tensor has the papers' shape,
-latents 32 x 32 x 4 and text 77 x 1024. So cost, memory and speed are the papers'; quality is that on shapes. For data
-of your own replace `source`, `codec` and `text_encoder`, with `train_text_encoder` and `text_mask`.
+latents 32 x 32 x 4 and text 77 x 1024. So cost, memory and speed are the papers'; quality is that on shapes.
+
+`,pretrained` after the row, as in `unet_scaling:sdxl-td4_4,pretrained`, puts the papers' encoders in their place: SDXL's
+autoencoder and OpenCLIP-H's text, frozen, on a set that `prepare` made. Their weights and the set are yours to name:
+
+    --config.codec.weights=PLACE --config.text_encoder.weights=PLACE --config.source.name=latents:FOLDER
 """
 
 from typing import Any
@@ -18,8 +22,11 @@ from scaling_dit import backbones
 from scaling_dit import config as config_lib
 
 
-def recipe(backbone: str, **fields: Any) -> ConfigDict:
-    """The recipe for a backbone and its fields, such as `size`."""
+OPTIONS = ("pretrained",)  # what may follow a row, after a comma
+
+
+def recipe(backbone: str, *, option: str = "", **fields: Any) -> ConfigDict:
+    """The recipe for a backbone and its fields, such as `size`; `option` is "" or one of OPTIONS."""
     config = config_lib.defaults()
     config.steps = 600_000
     config.batch = 2048
@@ -60,6 +67,8 @@ def recipe(backbone: str, **fields: Any) -> ConfigDict:
     config.checkpoint.update({"every": 5000, "keep_last": 2, "keep_every": 50_000})
     config.log.every = 100
     config.compile_cache = "workdir"  # a preempted run is back in minutes
+    if option == "pretrained":
+        pretrained(config)
     return config
 
 
@@ -72,3 +81,15 @@ def stand_ins(config: ConfigDict) -> None:
     )
     config.train_text_encoder = True  # P1: False, its encoder has learned already
     config.text_mask = True  # P1: False, CLIP's 77 positions are all attended to
+
+
+def pretrained(config: ConfigDict) -> None:
+    """Sets the papers' encoders, frozen, and a prepared set at 256 px; the places of weights and data stay to be set."""
+    config.source = ConfigDict({"name": "latents:data/latents", "image_size": 256})
+    config.codec = ConfigDict({"name": "vae", "size": "sdxl", "dtype": "bfloat16"})
+    config.text_encoder = ConfigDict(
+        {"name": "clip", "size": "openclip-h", "layer": "penultimate", "dtype": "bfloat16"}
+    )
+    config.train_text_encoder = False
+    config.text_mask = False  # all 77 positions are attended to, as Stable Diffusion 2 does
+    config.eval.metrics = ()  # the exact TIFA knows the built-in shapes only

@@ -21,7 +21,9 @@ fewer parameters and 28 % less compute. On the stand-in data only cost and speed
 """
 
 from ml_collections import ConfigDict
-from scaling_dit.experiments.recipe import recipe
+from scaling_dit.experiments.recipe import OPTIONS, recipe
+
+__all__ = ["ARGUMENTS", "OPTIONS", "get_config"]
 
 ARGUMENTS = (
     "sd2",
@@ -44,5 +46,6 @@ ARGUMENTS = (
 
 
 def get_config(arg: str = "sdxl-td4_4") -> ConfigDict:
-    """The recipe with the UNet of the row `arg`."""
-    return recipe("unet_if" if arg.startswith("if-") else "unet", size=arg)
+    """The recipe with the UNet of the row `arg`, after which `,pretrained` may stand."""
+    row, _, option = arg.partition(",")
+    return recipe("unet_if" if row.startswith("if-") else "unet", option=option, size=row)

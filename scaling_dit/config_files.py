@@ -1,7 +1,8 @@
 """Where a config comes from: experiment files found by path or name, and typed overrides from the command line.
 
 An experiment is a Python file with `get_config(arg="") -> ConfigDict`. A file that takes arguments lists them in
-`ARGUMENTS`, a tuple of strings, so that a mistyped one is caught and each has its golden dump.
+`ARGUMENTS`, a tuple of strings, so that a mistyped one is caught and each has its golden dump. One of `OPTIONS`, if the
+file has them, may follow an argument after a comma.
 """
 
 import contextlib
@@ -185,5 +186,9 @@ def _check_argument(module: types.ModuleType, get_config: Any, argument: str, wh
     if not inspect.signature(get_config).parameters:
         raise UserError(f"get_config of {where} takes no argument; leave out ':{argument}'")
     known = [name for name in experiment_arguments(module) if name]
-    if hasattr(module, "ARGUMENTS") and argument not in known:
-        raise UserError(f"{where} has no argument {argument!r}; {nearest(argument, known)}")
+    options = getattr(module, "OPTIONS", ())
+    row, comma, option = argument.partition(",") if options else (argument, "", "")
+    if hasattr(module, "ARGUMENTS") and row not in known:
+        raise UserError(f"{where} has no argument {row!r}; {nearest(row, known)}")
+    if comma and option not in options:
+        raise UserError(f"{where} has no option {option!r} after the comma; {nearest(option, options)}")

@@ -70,6 +70,8 @@ class Run:
         frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, program.boxed_frozen)
         identity.check_source(source, config, model.codec, frozen["codec"])
         looks = InTraining(model, source, mesh, config)
+        frozen_hash = frozen_weights.frozen_hash(frozen, *model.encoders)
+        check_kept(workdir, frozen_hash)
         frozen_weights.save_frozen(workdir, model, frozen)
         claim_workdir(workdir, config, tokenizer)
         return cls(
@@ -83,7 +85,7 @@ class Run:
             target=program.state,
             boxed_params=program.boxed_params,
             frozen=frozen,
-            frozen_hash=frozen_weights.frozen_hash(frozen, *model.encoders),
+            frozen_hash=frozen_hash,
             step_fn=program.step,
             looks=looks,
         )
@@ -150,6 +152,20 @@ def open_workdir(workdir: epath.Path, config: ConfigDict, source: Source | None 
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
     return tokenizer
+
+
+def check_kept(workdir: epath.Path, frozen_hash: str) -> None:
+    """Makes sure that a run goes on with the frozen weights of its newest checkpoint, before its config is replaced.
+
+    Raises:
+      UserError: they are others.
+    """
+    if not (workdir / pipeline.CHECKPOINTS).exists():
+        return
+    with Checkpoints(workdir / pipeline.CHECKPOINTS, read_only=True) as store:
+        step = store.latest_step()
+        if step is not None:
+            frozen_weights.check_frozen(frozen_hash, store.extra(step), str(store.directory))
 
 
 def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 # Rows of a ladder differ in the backbone's size alone, and docs/models.md has all of them: one of a kind will do here.
 ROWS = {
-    "unet_scaling": ("", "sd2", "if-xl-c512"),
+    "unet_scaling": ("", "sd2", "if-xl-c512", "sdxl-td4_4,pretrained"),
     "dit_scaling": ("", "pixart-h1536-d28", "large_dit-h2048-d28-n16", "next_dit-h2304-d24-n32"),
 }
 

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 import scaling_dit
@@ -19,6 +20,7 @@ from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics
+from scaling_dit.parallel import plan_report
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -195,9 +197,17 @@ def test_exit_codes_are_those_of_the_program():
         train.NONFINITE,
         train.SPIKE,
         train.PREEMPTED,
+        plan_report.FITS_NOT,
         cli.USER_ERROR,
         cli.INTERRUPTED,
     }
+
+
+def test_the_flags_of_plan_are_those_of_the_program():
+    values = flags.FlagValues()
+    cli.VERBS["plan"].define(values)
+    listed = re.findall(r"--(\w+)", " ".join(first_column("plan.md", "Flags")))
+    assert listed == [name for name in values if name != "config"]
 
 
 def test_the_error_lines_are_in_the_code():

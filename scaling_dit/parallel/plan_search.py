@@ -18,7 +18,7 @@ from scaling_dit.parallel.plan import Plan
 from scaling_dit.parallel.topologies import Topology
 from scaling_dit.program import run_mesh
 
-REMAT = ("none", "dots", "attention", "full")  # from what keeps most to what keeps least
+REMAT = ("none", "products", "dots", "attention", "full")  # from what keeps most to what keeps least
 MICROBATCHES = (1, 2, 4, 8)
 
 

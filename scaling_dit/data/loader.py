@@ -136,7 +136,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         ids, mask = self._tokenize(captions)
         for record in records:
             self._check(record)
-        return HostBatch(**stack_pictures(records), ids=ids, mask=mask)
+        return {**stack_pictures(records), "ids": ids, "mask": mask}
 
     def _read(self, indices: list[int]) -> Sequence[Record]:
         if hasattr(self._source, "__getitems__"):

@@ -148,6 +148,7 @@ def test_a_prepared_set_tells_its_codec(ready, vae):
     assert mean.std() > 0 and logvar.std() > 0
 
 
+@pytest.mark.slow
 def test_training_from_moments_and_a_resume(ready, vae, tmp_path):
     """Losses, validation and the grid of a run; killed after a checkpoint, it goes on to the same parameters."""
     whole = train.train(run_config(ready, vae), tmp_path / "whole")

@@ -32,7 +32,8 @@ from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
 
 WRITER_OPTIONS = "group_size:1"  # each record by itself, for random access
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _PLAIN = (str, int, float, bool)
 
 

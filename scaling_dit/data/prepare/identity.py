@@ -25,11 +25,12 @@ def codec_weights(config: ConfigDict, codec: Codec) -> Any:
     Raises:
       UserError: it needs weights and none are named.
     """
-    if hasattr(codec, "load"):
-        if codec.weights == pretrained.NONE:
+    component: Any = codec
+    if hasattr(component, "load"):
+        if component.weights == pretrained.NONE:
             raise pretrained.missing("codec.weights")
-        if pretrained.is_place(codec.weights):
-            return codec.load()
+        if pretrained.is_place(component.weights):
+            return component.load()
     return jax.jit(lambda key: trees.unbox(init_codec(codec, key)))(jax.random.key(config.seed))
 
 

@@ -68,13 +68,8 @@ def decode(data: bytes) -> Prepared:
         raise ValueError(f"{len(data) - end} bytes of moments do not make up {shape}")
     moments = np.frombuffer(data, DTYPE, offset=end).reshape(shape)
     try:
-        return Prepared(moments, **{name: _TUPLES.get(name, _same)(value) for name, value in fields.items()})
-    except TypeError as error:
+        for name in ("captions", "kinds", "crop"):
+            fields[name] = tuple(fields[name])
+        return Prepared(moments, **fields)
+    except (KeyError, TypeError) as error:
         raise ValueError(f"its header is that of another format: {error}") from None
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-_TUPLES = dict.fromkeys(("captions", "kinds", "crop"), tuple)

@@ -18,7 +18,7 @@ from scaling_dit.program import StepProgram, run_mesh
 
 MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}
 BACKBONES = {
-    "uvit": {"hidden": 32, "depth": 2, "heads": 2, "patch": 8},
+    "uvit": {"hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": True},
     "unet": {
         "channels": 32,
         "channel_mult": (1, 2),
@@ -63,6 +63,8 @@ def test_moments_and_averages_lie_where_their_parameters_do(name, layout):
     assert (split > len(params) / 4) == (layout != "DP8")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_checkpoint_of_any_layout_is_read_on_any_other(tmp_path):
     """Around all five, then across to the one before: each is written once, and read twice."""
     names = [*MESHES, *MESHES]

@@ -1,0 +1,26 @@
+"""What the TPU's compiler makes of meshes, of gradients and of what remat keeps on the host; no TPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from backbones.test_splash import TPU_ENVIRONMENT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_slices_sums_over_devices_and_host_memory():
+    worker = Path(__file__).with_name("tpu_worker.py")
+    environment = os.environ | TPU_ENVIRONMENT
+    done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["slices"] == [[0], [1]]  # a row of the mesh along data is one slice
+    assert found["bfloat16"] == ["bf16"]
+    assert found["float32"] == ["f32"]
+    without, offloaded = found["on host"]
+    # Products of 3 layers on 8 of 64 rows of 128 tokens, 2,048 and 512 wide in bfloat16; not all are read again.
+    assert without == 0 < offloaded <= 3 * 8 * 128 * (2048 + 512) * 2

@@ -161,8 +161,26 @@ def _flag_help(flag: flags.Flag) -> str:
 def _define_train(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     _define_config(values)
-    string("workdir", None, "folder of the run, local or gs://; a run found there goes on")
+    string(
+        "workdir",
+        None,
+        "folder of the run, local or gs://; a run found there goes on, without --config as well",
+    )
     _define_processes(values)
+
+
+def _config_of_run(workdir: str, overrides: list[str]) -> Any:
+    """The config that a workdir was started with, overridden."""
+    from etils import epath
+
+    from scaling_dit import config as config_lib
+    from scaling_dit import pipeline
+
+    if not (epath.Path(workdir) / pipeline.CONFIG_FILE).exists():
+        raise UserError(
+            f"train needs --config, for {workdir} holds no run; for example: {VERBS['train'].example}"
+        )
+    return config_lib.resolve(pipeline.read_config(workdir), overrides)
 
 
 def _define_processes(values: flags.FlagValues) -> None:
@@ -192,10 +210,11 @@ def _define_config(values: flags.FlagValues) -> None:
 
 def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
     began = time.time()  # before the slow imports, for goodput
-    _required(values, "train", "config", "workdir")
+    _required(values, "train", "workdir")
     from scaling_dit import config as config_lib
 
-    config = config_lib.load(values.config, overrides)
+    spec, workdir = values.config, values.workdir
+    config = config_lib.load(spec, overrides) if spec else _config_of_run(workdir, overrides)
 
     def train() -> int:
         from scaling_dit.train import main
@@ -386,7 +405,7 @@ def _plan(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
 
 def _define_import(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
-    string("from", None, "safetensors file, index of shards, or folder that diffusers' save_pretrained wrote")
+    string("from", None, "safetensors file, index of shards, or folder of a model or pipeline of diffusers")
     string("workdir", None, "folder of the new run, local or gs://")
     to = "safetensors: converts a pickle that you trust (.bin, .pt, .ckpt) instead of starting a run; needs --out"
     flags.DEFINE_enum("to", None, ("safetensors",), to, flag_values=values)
@@ -416,9 +435,9 @@ def _define_export(values: flags.FlagValues) -> None:
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     string("workdir", None, "folder of the trained run")
     string("out", None, "folder to write; it must not exist or be empty")
-    formats = ("diffusers", "safetensors")
-    to = "a folder that diffusers loads, or weights alone in the names of the published code"
-    flags.DEFINE_enum("to", None, formats, f"{' or '.join(formats)}: {to}", flag_values=values)
+    formats = ("diffusers", "diffusers-pipeline", "safetensors")
+    to = "diffusers: the backbone, as diffusers loads it; diffusers-pipeline: the whole run; safetensors: weights alone"
+    flags.DEFINE_enum("to", None, formats, f"{to}, in the names of the published code", flag_values=values)
     flags.DEFINE_integer(
         "step", None, "checkpoint to write; the latest by default", lower_bound=0, flag_values=values
     )

@@ -25,7 +25,7 @@ def text_entries(
     """
     if any(name.endswith("token_embedding.weight") and "embeddings." not in name for name in tensors):
         names = _below(tensors, "text.", others=("visual.", "logit_"))
-        rows = [
+        rows: list[table.Row | table.Copy | table.Unread] = [
             table.Row("token_embedding.weight", "words"),
             table.Row("positional_embedding", "positions"),
             *open_clip_rows(depth),
@@ -35,16 +35,21 @@ def text_entries(
         unread: set[str] = {"attn_mask"} | (set() if project else {"text_projection"})
     else:
         names = _below(tensors, "text_model.", others=("vision_model.", "visual_projection.", "logit_scale"))
-        rows = [
-            table.Row("embeddings.token_embedding.weight", "words"),
-            table.Row("embeddings.position_embedding.weight", "positions"),
-            *hugging_face_rows(depth),
-            *table.norm("final_layer_norm", "norm"),
-            *(table.linear("text_projection", "projection", bias=False) if project else []),
-        ]
+        rows = text_rows(depth)
+        rows += table.linear("text_projection", "projection", bias=False) if project else []
         unread = {"embeddings.position_ids"} | (set() if project else {"text_projection.weight"})
     wanted = {to: name for to, name in names.items() if to not in unread and not _beyond(to, depth, layers)}
     return wanted, rows
+
+
+def text_rows(depth: int) -> list[table.Row | table.Copy | table.Unread]:
+    """The table of transformers' CLIPTextModel of so many layers, without its prefix `text_model.`."""
+    return [
+        table.Row("embeddings.token_embedding.weight", "words"),
+        table.Row("embeddings.position_embedding.weight", "positions"),
+        *hugging_face_rows(depth),
+        *table.norm("final_layer_norm", "norm"),
+    ]
 
 
 def vision_entries(tensors: Iterable[str], layers: int, patch: int) -> tuple[dict[str, str], table.Table]:

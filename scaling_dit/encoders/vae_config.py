@@ -98,3 +98,25 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             f"the config.json of {where} makes no {CLASS_NAME}: widths {found.widths} and groups {found.groups}"
         )
     return found
+
+
+def write_architecture(architecture: Architecture, sample_size: int) -> dict[str, Any]:
+    """The `config.json` of an architecture, for images of `sample_size` px; the inverse of `read_architecture`."""
+    levels = len(architecture.widths)
+    return {
+        "_class_name": CLASS_NAME,
+        **_FIXED,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(architecture.widths),
+        "layers_per_block": architecture.res_blocks,
+        "latent_channels": architecture.latent_channels,
+        "norm_num_groups": architecture.groups,
+        "use_quant_conv": architecture.quant_conv,
+        "use_post_quant_conv": architecture.post_quant_conv,
+        "mid_block_add_attention": architecture.mid_attention,
+        "scaling_factor": architecture.scale,
+        "shift_factor": architecture.shift or None,
+        "sample_size": sample_size,
+        "force_upcast": True,
+    }

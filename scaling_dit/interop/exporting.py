@@ -1,6 +1,8 @@
 """Weights of a run to a folder that other code reads: the `export` verb."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,10 +11,12 @@ from etils import epath
 
 from scaling_dit import interop, pipeline
 from scaling_dit.errors import UserError
-from scaling_dit.interop import diffusers_config, weight_files
+from scaling_dit.files import is_remote
+from scaling_dit.interop import diffusers_config, pipelines, weight_files
 from scaling_dit.interop.diffusers_families import FAMILIES
 
 IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
+PIPELINE = "diffusers-pipeline"
 _CONFIG = "config.json"
 
 
@@ -25,13 +29,14 @@ def main(
     ema: str | None = None,
     shard_bytes: int = weight_files.SHARD_BYTES,
 ) -> int:
-    """The `export` verb: writes the backbone of a run and says where; returns the exit code.
+    """The `export` verb: writes the backbone of a run, or all of it, and says where; returns the exit code.
 
     Args:
       workdir: folder of the run.
       out: folder to write; it must not exist or be empty.
-      to: "diffusers" (config.json and diffusion_pytorch_model.safetensors, for `from_pretrained`) or "safetensors"
-        (model.safetensors, in the names of the published code).
+      to: "diffusers" (config.json and diffusion_pytorch_model.safetensors, for `from_pretrained`), "safetensors"
+        (model.safetensors, in the names of the published code), or "diffusers-pipeline" (the whole run, see
+        `pipelines.py`).
       step: checkpoint; the latest by default.
       ema: average to write, as in `pipeline.load`, "none" for the raw weights; `config.sample.ema` by default.
       shard_bytes: weights beyond this are split over several files.
@@ -50,11 +55,18 @@ def main(
     config = pipeline.read_config(workdir)
     decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
     pipe = pipeline.load(workdir, step=step, ema=decay)
-    described = describe(pipe, epath.Path(workdir)) if to == "diffusers" else None
+    if to == PIPELINE:
+        pipelines.kind_of(pipe)
+    described = None if to == "safetensors" else describe(pipe, epath.Path(workdir))
     backbone: Any = pipe.model.backbone
     weights = interop.to_state_dict(backbone, {"params": pipe.params["backbone"]})
     if jax.process_index() == 0:
-        files = write_folder(folder, weights, described, shard_bytes)
+        with whole_folder(folder) as partial:
+            if described is not None and to == PIPELINE:
+                pipelines.write(partial, pipe, weights, described, shard_bytes)
+                files = [pipelines.INDEX, "and the folders it names"]
+            else:
+                files = write_backbone(partial, weights, described, shard_bytes)
         total = sum(array.nbytes for array in weights.values())
         about = f"step {pipe.step}, ema {decay or 'none'}, {total / 1e6:,.1f} MB"
         print(f"{config.backbone.name} in {folder}: {', '.join(files)} ({about})")
@@ -71,25 +83,31 @@ def describe(pipe: pipeline.Pipeline, workdir: epath.Path) -> dict[str, Any]:
     return diffusers_config.keep_spelling(FAMILIES[name], described, weight_files.read_json(imported))
 
 
-def write_folder(
-    folder: epath.Path, weights: dict[str, np.ndarray], described: dict[str, Any] | None, shard_bytes: int
-) -> list[str]:
-    """Writes weights and, if there is one, config.json; the folder appears under its name only when it is whole.
+@contextlib.contextmanager
+def whole_folder(folder: epath.Path) -> Iterator[epath.Path]:
+    """A folder to write to, which appears as `folder` only when the block has ended without an error.
 
-    A remote store cannot rename: there config.json, which every reader opens first, is written last.
+    A remote store cannot rename: there the file that every reader opens first should be written last.
     """
-    remote = "://" in str(folder)
+    remote = is_remote(folder)
     partial = folder if remote else folder.with_name(folder.name + ".partial")
     if not remote and partial.exists():
         partial.rmtree()  # of an export that was killed
     partial.mkdir(parents=True, exist_ok=True)
-    stem = weight_files.STEMS[1 if described is None else 0]
-    files = weight_files.write(partial, stem, weights, shard_bytes)
-    if described is not None:
-        (partial / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        files.append(_CONFIG)
+    yield partial
     if not remote:
         if folder.exists():
             folder.rmdir()  # empty, as was checked
         partial.rename(folder)
+
+
+def write_backbone(
+    folder: epath.Path, weights: dict[str, np.ndarray], described: dict[str, Any] | None, shard_bytes: int
+) -> list[str]:
+    """Writes weights and, if there is one, config.json; returns the names of the files."""
+    stem = weight_files.STEMS[1 if described is None else 0]
+    files = weight_files.write(folder, stem, weights, shard_bytes)
+    if described is not None:
+        (folder / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        files.append(_CONFIG)
     return files

@@ -17,7 +17,7 @@ from scaling_dit import config as config_lib
 from scaling_dit import config_files, files, frozen_weights, interop, optim, pipeline, trees
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.interop import diffusers_config, weight_files
+from scaling_dit.interop import diffusers_config, pipelines, weight_files
 from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.parallel import rules
 from scaling_dit.program import run_mesh
@@ -34,7 +34,8 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
 
     Args:
       source: a safetensors file, an index of shards, or a folder with one of these. A `config.json` of diffusers in
-        the folder decides the fields of the backbone.
+        the folder decides the fields of the backbone. The folder of a whole pipeline also decides codec, text encoder
+        and noise schedule; the run reads its autoencoder and text encoder from there.
       workdir: folder of the new run; it must hold none.
       spec: experiment that the run belongs to, as in `config.load`.
       overrides: arguments such as `--config.batch=8`.
@@ -47,8 +48,12 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
     for name in (pipeline.CONFIG_FILE, pipeline.CHECKPOINTS):
         if (folder / name).exists():
             raise UserError(f"{folder} holds a run already; give another --workdir")
+    experiment = config_files.read_experiment(spec).copy_and_resolve_references()
+    if pipelines.is_pipeline(path):
+        pipelines.set_components(experiment, path)
+        path = pipelines.backbone_folder(path)
     described = read_described(path)
-    config = run_config(spec, overrides, described, source)
+    config = run_config(experiment, overrides, described, source)
     weights = weight_files.read(path)
     start_run(config, folder, weights, described, source)
     print(
@@ -64,18 +69,23 @@ def read_described(path: epath.Path) -> dict[str, Any] | None:
 
 
 def run_config(
-    spec: str, overrides: Sequence[str], described: Mapping[str, Any] | None, source: str
+    config: ConfigDict, overrides: Sequence[str], described: Mapping[str, Any] | None, source: str
 ) -> ConfigDict:
     """The config of the new run: the experiment's, its backbone filled from a diffusers folder if there is one.
+
+    Args:
+      config: of the experiment; its backbone is replaced in place if an override names another.
+      overrides: arguments such as `--config.batch=8`.
+      described: the folder's `config.json`.
+      source: what the user gave, for errors.
 
     Raises:
       UserError: a backbone, or a field of it, that the experiment or an override sets to something else than the
         folder.
     """
     if described is None:
-        return config_lib.load(spec, overrides)
+        return config_lib.resolve(config, overrides)
     family = diffusers_config.family_of(described, source)
-    config = config_files.read_experiment(spec).copy_and_resolve_references()
     there = config.get("backbone", ConfigDict()).get("name", config_lib.defaults().backbone.name)
     name = config_files.component_names(overrides, ("backbone",)).get("backbone", there)
     if name != family.name:

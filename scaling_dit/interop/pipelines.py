@@ -1,0 +1,204 @@
+"""A run as a folder that `diffusers.DiffusionPipeline.from_pretrained` loads, and the config that such a folder means.
+
+The folder holds `model_index.json` and one folder each for backbone, autoencoder, text encoder, tokenizer and
+scheduler. UNets become a StableDiffusionPipeline, which feeds CLIP's padding to the backbone; PixArt becomes a
+PixArtAlphaPipeline, which hides T5's. A run that does otherwise cannot be drawn by these classes and is refused.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from scaling_dit import pipeline, trees
+from scaling_dit.encoders import clip, t5, vae, vae_config
+from scaling_dit.errors import UserError
+from scaling_dit.interop import (
+    autoencoder_kl,
+    diffusers_config,
+    schedulers,
+    table,
+    text_encoders,
+    weight_files,
+)
+from scaling_dit.interop.diffusers_families import FAMILIES
+
+INDEX = "model_index.json"
+VAE, TEXT_ENCODER, TOKENIZER, SCHEDULER = "vae", "text_encoder", "tokenizer", "scheduler"
+_CONFIG = "config.json"
+_SCHEDULER_CONFIG = "scheduler_config.json"
+_BACKBONES = ("unet", "transformer")  # their folders
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A pipeline class of diffusers.
+
+    Attributes:
+      class_name: its name.
+      folder: of the backbone.
+      backbone: class of the backbone in diffusers.
+      text_encoder: ours, with the names of its class and of its tokenizer's in transformers.
+      text_mask: whether the pipeline hides padding from the backbone.
+      absent: optional components, which are left out.
+    """
+
+    class_name: str
+    folder: str
+    backbone: str
+    text_encoder: tuple[type[Any], str, str]
+    text_mask: bool
+    absent: tuple[str, ...] = ()
+
+
+_CLIP = (clip.ClipText, "CLIPTextModel", "CLIPTokenizer")
+_T5 = (t5.T5Text, "T5EncoderModel", "T5Tokenizer")
+KINDS = (
+    Kind(
+        "StableDiffusionPipeline", "unet", "UNet2DConditionModel", _CLIP, text_mask=False,
+        absent=("safety_checker", "feature_extractor", "image_encoder"),
+    ),
+    Kind("PixArtAlphaPipeline", "transformer", "PixArtTransformer2DModel", _T5, text_mask=True),
+)  # fmt: skip
+
+
+def kind_of(pipe: pipeline.Pipeline) -> Kind:
+    """The pipeline class that draws what a run does.
+
+    Raises:
+      UserError: there is none; says which part of the run is the reason.
+    """
+    name, model = pipe.config.backbone.name, pipe.model
+    theirs = FAMILIES[name].class_name if name in FAMILIES else None
+    kind = next((kind for kind in KINDS if kind.backbone == theirs), None)
+    if kind is None:
+        raise UserError(
+            f"no pipeline of diffusers draws with backbone {name!r} from CLIP or T5; --to=diffusers or "
+            "--to=safetensors writes its weights alone"
+        )
+    encoder, class_name, _ = kind.text_encoder
+    if not isinstance(model.text_encoder, encoder):
+        raise UserError(
+            f"{kind.class_name} needs a {class_name}; this run has text encoder {pipe.config.text_encoder.name!r}"
+        )
+    if not isinstance(model.codec, vae.Autoencoder):
+        raise UserError(
+            f"{kind.class_name} needs an {vae_config.CLASS_NAME}; this run has codec {pipe.config.codec.name!r}"
+        )
+    if model.text_mask != kind.text_mask:
+        does = "hides padding from" if kind.text_mask else "shows padding to"
+        raise UserError(
+            f"{kind.class_name} {does} the backbone; this run was trained with text_mask {model.text_mask}"
+        )
+    return kind
+
+
+def write(
+    folder: epath.Path, pipe: pipeline.Pipeline, weights: Any, described: dict[str, Any], shard_bytes: int
+) -> None:
+    """Writes all parts of a run into an existing folder, `model_index.json` last.
+
+    Args:
+      pipe: the run.
+      weights: of the backbone, by upstream name.
+      described: `config.json` of the backbone.
+      shard_bytes: weights beyond this are split over several files.
+
+    Raises:
+      UserError: diffusers has no pipeline for this run.
+    """
+    kind, model = kind_of(pipe), pipe.model
+    scheduler = schedulers.write(pipe.config)
+    encoder: Any = model.text_encoder
+    codec: Any = model.codec
+    text_params = (pipe.params if model.train_text_encoder else pipe.frozen)[TEXT_ENCODER]
+    vae_params = trees.unbox(pipe.frozen["codec"])
+    vae_weights = table.save(
+        autoencoder_kl.rows(codec.architecture), vae_params, vae_params, vae_config.CLASS_NAME
+    )
+    parts = {
+        kind.folder: (described, weights, weight_files.STEMS[0]),
+        VAE: (
+            vae_config.write_architecture(codec.architecture, model.image_size),
+            vae_weights,
+            weight_files.STEMS[0],
+        ),
+        TEXT_ENCODER: (
+            text_encoders.describe(encoder),
+            text_encoders.state_dict(encoder, text_params),
+            weight_files.STEMS[1],
+        ),
+    }
+    for name, (config, arrays, stem) in parts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        weight_files.write(folder / name, stem, arrays, shard_bytes)
+        (folder / name / _CONFIG).write_text(_json(config))
+    text_encoders.write_tokenizer(encoder, folder / TOKENIZER)
+    (folder / SCHEDULER).mkdir(exist_ok=True)
+    (folder / SCHEDULER / _SCHEDULER_CONFIG).write_text(_json(scheduler))
+    _, text_class, tokenizer_class = kind.text_encoder
+    index: dict[str, Any] = {
+        "_class_name": kind.class_name,
+        "_diffusers_version": diffusers_config.DIFFUSERS_VERSION,
+        kind.folder: ["diffusers", kind.backbone],
+        VAE: ["diffusers", vae_config.CLASS_NAME],
+        TEXT_ENCODER: ["transformers", text_class],
+        TOKENIZER: ["transformers", tokenizer_class],
+        SCHEDULER: ["diffusers", scheduler["_class_name"]],
+        **{name: [None, None] for name in kind.absent},
+    }
+    if kind.absent:
+        index["requires_safety_checker"] = False
+    (folder / INDEX).write_text(_json(index))
+
+
+def is_pipeline(path: epath.Path) -> bool:
+    """Whether a place is the folder of a whole pipeline."""
+    return path.is_dir() and (path / INDEX).exists()
+
+
+def backbone_folder(path: epath.Path) -> epath.Path:
+    """The folder of a pipeline's backbone.
+
+    Raises:
+      UserError: it has none.
+    """
+    for name in _BACKBONES:
+        if (path / name / _CONFIG).exists():
+            return path / name
+    raise UserError(
+        f"{path} is a pipeline without a backbone; one of {', '.join(_BACKBONES)} must hold a {_CONFIG}"
+    )
+
+
+def set_components(config: ConfigDict, path: epath.Path) -> None:
+    """Sets what a pipeline's folder decides of a run, in place: codec, text encoder and noise schedule.
+
+    Autoencoder and text encoder stay where they are, frozen: the config names the folder.
+
+    Raises:
+      UserError: a part that is missing, or of an architecture that is not here.
+    """
+    if "://" not in str(path):
+        path = path.absolute()
+    for part in (VAE, TEXT_ENCODER, SCHEDULER):
+        if not (path / part).is_dir():
+            raise UserError(f"{path} is a pipeline without the folder {part!r}, which a run needs")
+    text = text_encoders.read_fields(path)
+    config.codec = ConfigDict({"name": "vae", "weights": str(path)})
+    config.text_encoder = ConfigDict(text)
+    config.train_text_encoder = False
+    config.text_mask = text["name"] == "t5"
+    file = path / SCHEDULER / _SCHEDULER_CONFIG
+    diffusion, sample = schedulers.read(weight_files.read_json(file), str(file))
+    for section, fields in (("diffusion", diffusion), ("sample", sample)):
+        if section not in config:
+            config[section] = ConfigDict()
+        for name, value in fields.items():
+            config[section][name] = value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

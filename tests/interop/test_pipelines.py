@@ -1,0 +1,275 @@
+"""Whole pipelines of diffusers in and out: the same pictures from the same noise, before and after training goes on."""
+
+import dataclasses
+import io
+import json
+import warnings
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import transformers
+from backbones.parity import randomise_
+from encoders import text_towers
+
+from scaling_dit import cli, pipeline
+from scaling_dit import config as config_lib
+from scaling_dit.encoders import vocabularies
+from scaling_dit.encoders.vae import Autoencoder
+from scaling_dit.errors import UserError
+from scaling_dit.generate import Sampler
+from scaling_dit.interop import pipelines, schedulers, text_encoders
+
+PIXELS, STEPS, GUIDANCE = 16, 10, 3.0
+PROMPTS = ["a red circle left of a blue square", "", "two small green triangles, quite far apart " * 12]
+SMOKE = "--config=experiments/shapes.py:smoke"
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (16, 32),
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "scaling_factor": 0.7,
+    "sample_size": PIXELS,
+}
+
+
+class FloatPictures(Autoencoder):
+    """Pictures before they are rounded to 256 levels, in [0, 1]."""
+
+    def decode(self, params, latents):
+        return jnp.clip((self.decode_float(params, latents) + 1) / 2, 0, 1)
+
+
+def ours(workdir):
+    """Pictures [N, H, W, 3] in [0, 1] of a run, and the noise they were drawn from."""
+    pipe = pipeline.load(workdir)
+    model = dataclasses.replace(pipe.model, codec=FloatPictures(**dataclasses.asdict(pipe.model.codec)))
+    sampler = Sampler.of(model, pipe.mesh, pipe.config.sample, steps=STEPS, guidance=GUIDANCE)
+    pictures = sampler(pipe.params, pipe.frozen, PROMPTS, seed=5)
+    return pictures, np.asarray(model.noise(jax.random.key(5), jnp.arange(len(PROMPTS))))
+
+
+def theirs(pipe, noise, **options):
+    """Pictures of a pipeline of diffusers from our noise."""
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        return pipe(
+            prompt=PROMPTS, negative_prompt=[""] * len(PROMPTS), latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
+            num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np", **options,
+        ).images  # fmt: skip
+
+
+def load(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
+def run(*arguments):
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+def autoencoder():
+    return randomise_(diffusers.AutoencoderKL(**VAE), 1).eval()
+
+
+def stable_diffusion(folder):
+    """A tiny one as diffusers saves it, with a text tower that lacks its last layer, as that of version 2."""
+    text_towers.save_clip_words(folder / "words")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=PIXELS // 2, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(4, 8), use_linear_projection=True,
+    )  # fmt: skip
+    diffusers.StableDiffusionPipeline(
+        unet=randomise_(unet, 0).eval(),
+        vae=autoencoder(),
+        text_encoder=text_towers.clip_text(2),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words", pad_token="!", model_max_length=77),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "pipeline")  # fmt: skip
+    return folder / "pipeline"
+
+
+def pixart(folder):
+    text = [f"a {c} {s} {p} a {d} {s}" for c in ("red", "blue") for s in ("circle", "square", "triangle")
+            for p in ("above", "left of") for d in ("green", "small", "large")]  # fmt: skip
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=30, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    pieces, _, charsmap = vocabularies._sentence_piece(model.getvalue())
+    pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    tiny = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 32_128}
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, num_layers=2, in_channels=4, out_channels=8,
+        cross_attention_dim=64, sample_size=PIXELS // 2, patch_size=2, caption_channels=32,
+        use_additional_conditions=False, interpolation_scale=1,
+    )  # fmt: skip
+    diffusers.PixArtAlphaPipeline(
+        transformer=randomise_(transformer, 0).eval(),
+        vae=autoencoder(),
+        text_encoder=text_towers.build(
+            transformers.T5EncoderModel, transformers.T5Config(feed_forward_proj="gated-gelu", **tiny)
+        ),
+        tokenizer=transformers.T5Tokenizer(
+            vocab=pieces, _spm_precompiled_charsmap=charsmap, model_max_length=40
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_schedule="linear",
+            beta_start=0.0001,
+            beta_end=0.02,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+# maker, backbone, how diffusers' pipeline is called, fields of the run
+CASES = {
+    "unet": (stable_diffusion, {}, []),
+    "pixart": (
+        pixart,
+        {"max_sequence_length": 40, "use_resolution_binning": False, "clean_caption": False},
+        ["--config.text_encoder.length=40"],
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param("unet", marks=pytest.mark.slow), "pixart"])
+def case(request, tmp_path_factory):
+    """(folder that diffusers saved, workdir it was imported to, options of diffusers' call)."""
+    make, options, fields = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    saved = make(folder)
+    fields = [f"--config.backbone.name={request.param}", *fields, "--config.log.tensorboard=false"]
+    run("import", f"--from={saved}", SMOKE, f"--workdir={folder / 'run'}", *fields)
+    return saved, folder / "run", options
+
+
+def test_an_imported_pipeline_draws_the_same_pictures(case):
+    saved, workdir, options = case
+    pictures, noise = ours(workdir)
+    np.testing.assert_allclose(pictures, theirs(load(saved), noise, **options), rtol=0, atol=1e-3)
+    assert pictures.std() > 0.05  # they are not blank
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_its_exported_pipeline_draws_the_same_pictures(case, tmp_path):
+    saved, workdir, options = case
+    settings = json.loads((workdir / "config.json").read_text())
+    run("train", f"--workdir={workdir}", "--config.eval.every=0")
+    pictures, noise = ours(workdir)
+    run(
+        "export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--to=diffusers-pipeline", "--ema=none"
+    )
+    exported = load(tmp_path / "out")
+    np.testing.assert_allclose(pictures, theirs(exported, noise, **options), rtol=0, atol=1e-3)
+    before = theirs(load(saved), noise, **options)
+    assert np.abs(pictures - before).max() > 1e-3  # training changed them
+    assert type(exported) is type(load(saved))
+    # The tokenizers that were written split captions as those that came.
+    first, again = load(saved).tokenizer, exported.tokenizer
+    hard = [text for text in text_towers.HARD if "<" not in text]
+    assert again(hard)["input_ids"] == first(hard)["input_ids"]
+    assert (again.pad_token, again.model_max_length) == (first.pad_token, settings["text_encoder"]["length"])
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpmpp_2m"])
+def test_a_scheduler_is_written_and_read(sampler, schedule, zero_snr):
+    config = config_lib.resolve(config_lib.defaults()).copy_and_resolve_references()
+    config.diffusion.update({"schedule": schedule, "prediction": "v", "zero_snr": zero_snr})
+    config.sample.sampler = sampler
+    if sampler == "heun" and zero_snr:
+        with pytest.raises(UserError, match="no zero terminal SNR"):
+            schedulers.write(config)
+        return
+    described = schedulers.write(config)
+    kind = getattr(diffusers, described["_class_name"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        scheduler = kind.from_config(described)
+    assert {
+        name: scheduler.config[name] for name in described if not name.startswith("_")
+    }.items() <= described.items()
+    diffusion, sample = schedulers.read({**scheduler.config, "_class_name": described["_class_name"]}, "here")
+    assert diffusion == {"schedule": schedule, "prediction": "v", "zero_snr": zero_snr}
+    assert sample == {"sampler": sampler}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"beta_end": 0.5}, "betas scaled_linear from 0.00085 to 0.5"),
+        ({"trained_betas": [0.1]}, "betas of its own"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "rectified flow"),
+        ({"prediction_type": "flow"}, "prediction_type 'flow'"),
+    ],
+)
+def test_schedulers_that_are_not_here(changes, line):
+    config = config_lib.resolve(config_lib.defaults())
+    with pytest.raises(UserError, match=line):
+        schedulers.read(schedulers.write(config) | changes, "scheduler_config.json")
+
+
+def test_a_sampler_that_is_not_here_leaves_the_runs(tmp_path):
+    described = schedulers.write(config_lib.resolve(config_lib.defaults())) | {"_class_name": "PNDMScheduler"}
+    assert schedulers.read(described, "here")[1] == {}
+
+
+def test_runs_that_no_pipeline_draws(smoke_run):
+    pipe = pipeline.load(smoke_run)
+    with pytest.raises(UserError, match="no pipeline of diffusers draws with backbone 'uvit'"):
+        pipelines.kind_of(pipe)
+    with pipe.config.unlocked():
+        pipe.config.backbone.name = "unet"
+    with pytest.raises(UserError, match="needs a CLIPTextModel; this run has text encoder 'scratch'"):
+        pipelines.kind_of(pipe)
+    config = pipe.config.copy_and_resolve_references()
+    config.diffusion.update({"schedule": "flow", "prediction": "flow"})
+    with pytest.raises(UserError, match="which no pipeline of diffusers"):
+        schedulers.write(config)
+
+
+@pytest.mark.parametrize("missing", ["vae", "scheduler", "text_encoder"])
+def test_parts_that_are_missing(tmp_path, missing, capsys):
+    for part in ("vae", "scheduler", "text_encoder"):
+        (tmp_path / part).mkdir()
+    (tmp_path / missing).rmdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    arguments = ["import", f"--from={tmp_path}", SMOKE, f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(arguments) == 2
+    assert f"is a pipeline without the folder {missing!r}" in capsys.readouterr().err
+
+
+def test_text_encoders_that_are_not_here(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    file = tmp_path / "text_encoder" / "config.json"
+    for config, line in (
+        ({"architectures": ["GemmaModel"]}, "is a GemmaModel; here are CLIP's and T5's"),
+        ({"architectures": ["T5EncoderModel"], "d_model": 33}, "has no size of"),
+        ({"architectures": ["CLIPTextModel"], "hidden_size": 33}, "has no size of"),
+    ):
+        file.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=line):
+            text_encoders.read_fields(tmp_path)
+
+
+def test_train_needs_a_config_or_a_run(tmp_path, capsys):
+    assert cli.main(["train", f"--workdir={tmp_path}"]) == 2
+    assert f"{tmp_path} holds no run, so train needs --config" in capsys.readouterr().err

@@ -3,13 +3,13 @@
 What P1 says is set as it says. What it leaves open has a line of its own below, marked "open", with what Stable
 Diffusion did, which P1 follows. arXiv 2412.12391 reports the same learning rate, warm-up, batch and guidance.
 
-Data and encoders are stand-ins by default. P1 trains on 250M pairs, through the frozen autoencoder of SDXL and the frozen
-text encoder of OpenCLIP-H. Here the built-in shapes at 64 px go through a fixed transform, and captions through a small
+Data and encoders are stand-ins by default. P1 trains on 250M pairs, through the frozen autoencoder of SDXL and the
+frozen text encoder of OpenCLIP-H. Here the built-in shapes at 64 px go through a fixed transform, and captions through a small
 text encoder that is trained along: no weights and no data set are needed, and every tensor has the papers' shape,
 latents 32 x 32 x 4 and text 77 x 1024. So cost, memory and speed are the papers'; quality is that on shapes.
 
-`,pretrained` after the row, as in `unet_scaling:sdxl-td4_4,pretrained`, puts the papers' encoders in their place: SDXL's
-autoencoder and OpenCLIP-H's text, frozen, on a set that `prepare` made. Their weights and the set are yours to name:
+`,pretrained` after the row, as in `unet_scaling:sdxl-td4_4,pretrained`, puts the papers' encoders in their place:
+SDXL's autoencoder and OpenCLIP-H's text, frozen, on a set that `prepare` made. Their weights and the set are yours to name:
 
     --config.codec.weights=PLACE --config.text_encoder.weights=PLACE --config.source.name=latents:FOLDER
 """
@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones
 from scaling_dit import config as config_lib
-
 
 OPTIONS = ("pretrained",)  # what may follow a row, after a comma
 
@@ -84,7 +83,7 @@ def stand_ins(config: ConfigDict) -> None:
 
 
 def pretrained(config: ConfigDict) -> None:
-    """Sets the papers' encoders, frozen, and a prepared set at 256 px; the places of weights and data stay to be set."""
+    """Sets the papers' encoders, frozen, and a prepared set at 256 px; the places of both are still to be set."""
     config.source = ConfigDict({"name": "latents:data/latents", "image_size": 256})
     config.codec = ConfigDict({"name": "vae", "size": "sdxl", "dtype": "bfloat16"})
     config.text_encoder = ConfigDict(

@@ -12,6 +12,7 @@ from docs.model_table import PRINTED
 from scaling_dit import backbones, optim, pipeline, train_step
 from scaling_dit import config as config_lib
 from scaling_dit.encoders import scratch
+from scaling_dit.errors import UserError
 from scaling_dit.scaling import count_table
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
@@ -168,3 +169,18 @@ def test_the_recipe_trains_in_miniature(tmp_path):
         lambda a, b: float(np.abs(a - np.asarray(b)).max()), started, jax.device_get(state.params)
     )
     assert 0 < max(jax.tree.leaves(moved)) < 2 * 8e-5  # one step of warm-up from zero, and no more
+
+
+def test_the_papers_encoders_take_the_stand_ins_place():
+    plain, pretrained = (load(f"unet_scaling:sdxl-td4_4{option}") for option in ("", ",pretrained"))
+    assert pretrained.backbone == plain.backbone and pretrained.optim == plain.optim
+    assert (pretrained.codec.name, pretrained.text_encoder.name) == ("vae", "clip")
+    assert not pretrained.train_text_encoder and not pretrained.text_mask
+    shapes = pipeline.abstract_params(pretrained)
+    # evaluated sizes of SDXL's autoencoder, and of OpenCLIP-H's text tower without its last layer
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(shapes[name])) for name in ("codec", "text_encoder")
+    }
+    assert sizes["codec"] == 83_653_863 and round(sizes["text_encoder"] / 1e6, 1) == 340.4
+    with pytest.raises(UserError, match="no option 'pretraind' after the comma; did you mean 'pretrained'"):
+        load("unet_scaling:sdxl-td4_4,pretraind")

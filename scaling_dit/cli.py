@@ -178,7 +178,7 @@ def _config_of_run(workdir: str, overrides: list[str]) -> Any:
 
     if not (epath.Path(workdir) / pipeline.CONFIG_FILE).exists():
         raise UserError(
-            f"train needs --config, for {workdir} holds no run; for example: {VERBS['train'].example}"
+            f"{workdir} holds no run, so train needs --config; for example: {VERBS['train'].example}"
         )
     return config_lib.resolve(pipeline.read_config(workdir), overrides)
 

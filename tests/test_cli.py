@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+import types
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_version(capsys):
     [
         (["trian"], "no verb 'trian'; did you mean 'train'? See scaling-dit --help"),
         (["train", "--confg=shapes"], "train has no flag --confg; did you mean 'config'?"),
-        (["train", "--workdir=x"], "train needs --config; for example: scaling-dit train"),
+        (["train", "--workdir=x"], "x holds no run, so train needs --config; for example: scaling-dit train"),
         (["train", "--config=shapes"], "train needs --workdir"),
         (["train", "shapes"], "train takes flags only, not 'shapes'; see scaling-dit train --help"),
         (["train", "--config"], "train: "),
@@ -198,7 +199,8 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
     calls = behind(monkeypatch, "scaling_dit.train")
     started = time.time()
     loads = []
-    monkeypatch.setattr(config_lib, "load", lambda *args: loads.append(args) or "config")
+    loaded = types.SimpleNamespace(processes={"heartbeat": 100, "start_up": 300})
+    monkeypatch.setattr(config_lib, "load", lambda *args: loads.append(args) or loaded)
     arguments = [
         "--config=shapes:smoke",
         "--config.steps=5",
@@ -211,7 +213,7 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
         == 75
     )
     (((config, workdir, began), kwargs),) = calls
-    assert (config, workdir, kwargs) == ("config", "runs/x", {})
+    assert (config, workdir, kwargs) == (loaded, "runs/x", {})
     assert started <= began <= time.time()  # for goodput
     overrides = [
         "config.steps=5",

@@ -51,7 +51,7 @@ class Instruction:
     arrays: tuple[Array, ...]  # of the result, in order
     operands: tuple[str, ...]  # names
     attributes: str  # the rest of the line
-    value: int | None = None  # of an integer constant
+    value: int | None = None  # of an integer constant; of a parameter its number
     root: bool = False
 
     @property
@@ -177,7 +177,7 @@ class Program:
         while pending:
             for instruction in self.computations.get(pending.pop(), ()):
                 less |= instruction.opcode == "compare" and "direction=LT" in instruction.attributes
-                if instruction.value is not None:
+                if instruction.opcode == "constant" and instruction.value is not None:
                     bounds.append(instruction.value)
                 pending += instruction.called
         return bounds[0] if less and len(bounds) == 1 else None
@@ -190,12 +190,12 @@ def _parse(name: str, rest: str, root: bool) -> Instruction | None:
     if not opcode:
         return None
     inside, attributes = _split_operands(tail)
-    value = re.fullmatch(r"-?\d+", inside) if opcode[1] == "constant" else None
+    value = re.fullmatch(r"-?\d+", inside) if opcode[1] in ("constant", "parameter") else None
     arrays = tuple(
         Array(dtype, _dims(dims), "S(" not in layout or "S(0)" in layout)
         for dtype, dims, layout in _SHAPE.findall(head)
     )
-    integer = value is not None and bool(arrays) and arrays[0].dtype[0] in "su"
+    integer = opcode[1] == "parameter" or (bool(arrays) and arrays[0].dtype[0] in "su")
     return Instruction(
         name,
         opcode[1],

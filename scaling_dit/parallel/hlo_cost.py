@@ -41,7 +41,7 @@ _SCOPES = (
     ("text encoder", re.compile(r"\(text_encoder\)|(?:^|/)text_encoder/")),
     ("codec", re.compile(r"\(codec\)|(?:^|/)codec/")),
     ("norms", re.compile(r"(?:^|/)\w*norm\w*/[\w;./]*$")),
-    ("MLP", re.compile(r"(?:^|/)(?:mlp|ff|feed_forward|ffn|geglu)\w*/")),
+    ("MLP", re.compile(r"(?:^|/)(?:mlp|ff|feed_forward|ffn|geglu|fc[12])\w*/")),
     ("convolutions", re.compile(r"conv_general_dilated|(?:^|/)\w*conv\w*/")),
 )
 
@@ -292,10 +292,10 @@ def hbm_bytes(program: Program, visit: Visit) -> int:
         return _in_hbm(instruction) + sum(map(_in_hbm, operands))
     body = program.computations.get(instruction.called[0], []) if instruction.called else []
     by_name = {inner.name: inner for inner in body}
-    parameters = [inner for inner in body if inner.opcode == "parameter"]
+    parameters = {inner.value: inner for inner in body if inner.opcode == "parameter"}
     total = 0
     for place, operand in enumerate(operands):
-        inner = parameters[place] if len(parameters) == len(operands) else None
+        inner = parameters.get(place)
         if any(array.in_hbm for array in operand.arrays):
             total += _read(inner, body, by_name) if inner is not None else operand.size
     roots = [inner for inner in body if inner.root]
@@ -341,10 +341,7 @@ def _part(program: Program, instruction: Instruction) -> str:
     for part, pattern in _SCOPES:
         if pattern.search(scope):
             return part
-    if _ATTENTION.search(scope):
-        return (
-            "projections"
-            if _PROJECTION.search(scope[_ATTENTION.search(scope).end() - 1 :])
-            else "attention core"
-        )
+    attention = _ATTENTION.search(scope)
+    if attention:
+        return "projections" if _PROJECTION.search(scope[attention.end() - 1 :]) else "attention core"
     return "projections" if is_product else "other"

@@ -178,8 +178,9 @@ class _WithoutTokenizer:
 def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
     """FLOPs of one train step over all chips, of the backbone alone; None for one that cannot be counted."""
     text = (model.text_encoder.length, model.text_encoder.dim)
+    backbone: Any = model.backbone
     try:
-        return count(model.backbone, model.latent_shape, text).train_flops(config.batch, 1)
+        return count(backbone, model.latent_shape, text).train_flops(config.batch, 1)
     except UserError:
         return None
 

@@ -99,7 +99,10 @@ def roofline(
         return None if time is None or steps is None else topology.chips * steps * time / 3600
 
     return Roofline(
-        *times.values(),
+        compute=times["compute"],
+        hbm=times["HBM"],
+        ici=times["ICI"],
+        dcn=times["DCN"],
         exposed=exposed,
         bound=bound,
         limit=limit,

@@ -43,7 +43,7 @@ class Run:
     boxed_params: pipeline.Params  # its parameters with their logical axes
     frozen: pipeline.Params
     frozen_hash: str
-    step_fn: Callable[..., Any]  # the jitted `make_train_step`; the state given to it is donated
+    step_fn: Any  # the jitted `make_train_step`; the state given to it is donated
     looks: InTraining
 
     @classmethod

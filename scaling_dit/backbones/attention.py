@@ -107,7 +107,7 @@ def attend(
 
     While a module is initialised only shapes matter, on whatever device that is: XLA's form is traced then.
     """
-    implementation = "xla" if module.is_initializing() else module.implementation  # type: ignore[attr-defined]
+    implementation = "xla" if module.is_initializing() else module.implementation
     o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=implementation)
     return checkpoint_name(o_BTNH, ATTENTION)
 
@@ -229,7 +229,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x to a context: x [B, T, D], context [B, S, E], key_mask [B, S] -> [B, T, D].
 
-    One fused product makes k and v.
+    The kernels of k and v lie in one array.
     """
 
     heads: int
@@ -249,11 +249,11 @@ class CrossAttention(nn.Module):
         inputs: dict[str, Any] = {"use_bias": self.qkv_bias, "kernel_init": self.kernel_init, **types}
         inputs["bias_init"] = self.bias_init
         q_BTD = Dense(width, ("embed", "heads"), name="q", **inputs)(x)
-        kv_BS2D = Dense((2, width), ("text", None, "heads"), name="kv", **inputs)(context)
+        k_BSD, v_BSD = Dense((2, width), ("text", None, "heads"), apart=True, name="kv", **inputs)(context)
         axes = ("batch", self.length_axis, "act_heads", None)
         q_BTNH, k_BSNH, v_BSNH = (
             constrain(rearrange(part, "b t (n h) -> b t n h", n=self.heads), *axes)
-            for part in (q_BTD, kv_BS2D[:, :, 0], kv_BS2D[:, :, 1])
+            for part in (q_BTD, k_BSD, v_BSD)
         )
         o_BTNH = attend(self, q_BTNH, k_BSNH, v_BSNH, key_mask)
         out_init = self.out_init or self.kernel_init

@@ -143,7 +143,7 @@ def _on_one_device(
     if key_mask is not None or cut.keys != keys:  # hidden keys and padding are of segment 0, the rest of 1
         shown = jnp.ones((q_BTNH.shape[0], keys), bool) if key_mask is None else key_mask
         of_keys = jnp.pad(shown.astype(jnp.int32), ((0, 0), (0, cut.keys - keys)))
-        segments = kernels.SegmentIds(q=jnp.ones((cut.queries,), jnp.int32), kv=of_keys)  # type: ignore[arg-type]
+        segments = kernels.SegmentIds(q=jnp.ones((cut.queries,), jnp.int32), kv=of_keys)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([masks.FullMask((cut.queries, cut.keys))] * heads),
         block_sizes=_block_sizes(cut),

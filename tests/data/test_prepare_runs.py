@@ -193,6 +193,8 @@ def test_a_run_with_another_codec_is_refused(ready, vae, tmp_path):
     (other / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"prepared with codec scale 0\.5; the run has 0\.6"):
         train.train(run_config(ready, other), tmp_path / "run")
+    data = (f"--config.source.name=latents:{ready}", f"--config.source.image_size={SIDE}")
+    run = config.load("shapes:smoke", [*data, "--config.eval.metrics=()", "--config.codec.name=dct"])
     with pytest.raises(UserError, match="prepared with codec name 'vae'; the run has 'dct'"):
-        train.train(run_config(ready, other, "--config.codec.name=dct"), tmp_path / "run")
+        train.train(run, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()

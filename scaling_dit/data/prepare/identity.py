@@ -83,5 +83,5 @@ def check_codec(made_by: Mapping[str, Any], here: Mapping[str, Any], place: str)
                 f"{str(then)[:12] or 'none'}, here {str(now)[:12] or 'none'}); set config.codec.weights to those"
             )
         raise UserError(
-            f"{place} was prepared with codec {key} {then!r}, and the run's is {now!r}; set config.codec so"
+            f"{place} was prepared with codec {key} {then!r}; the run has {now!r}; set config.codec so"
         )

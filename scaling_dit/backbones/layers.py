@@ -58,7 +58,10 @@ _REMAT_POLICIES: dict[str, Any] = {
     ),  # keep what attention gives, redo the rest
     # Keep every product, and of attention the weights and what it gives; redo norms and activations.
     "products": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        lambda primitive, *args, **options: (
+            primitive is jax.lax.conv_general_dilated_p
+            or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **options)
+        ),
         jax.checkpoint_policies.save_only_these_names(ATTENTION, WEIGHTS),
     ),
     # As "dots", kept in the host's memory between the passes.
@@ -120,11 +123,15 @@ class Dense(nn.Module):
     """Linear map of the last axis: [..., in] -> [..., *features], with logical axes on its kernel [in, *features].
 
     Several feature axes keep what is split apart afterwards (q, k, v) on an axis of its own, so that the split needs no
-    communication when the last axis is sharded.
+    communication when the last axis is sharded. `apart` computes these parts one by one, which spares a TPU the copies
+    that cut them out and put their gradients together; it pays where each part is wide, as in a gated MLP.
     """
 
     features: int | tuple[int, ...]
     axes: Axes  # of the kernel
+    apart: bool = (
+        False  # a list of one product for each entry of the first feature axis, in place of one for all
+    )
     use_bias: bool = True
     kernel_init: Initializer = NORMAL_002
     bias_init: Initializer = nn.initializers.zeros
@@ -132,20 +139,24 @@ class Dense(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.dtype(self.param_dtype))
         dtype = jnp.dtype(self.dtype)
-        y = jax.lax.dot_general(
-            jnp.asarray(x, dtype),
-            gathered(jnp.asarray(kernel, dtype), self.axes),
-            (((x.ndim - 1,), (0,)), ((), ())),
-        )
+        kernel = gathered(jnp.asarray(kernel, dtype), self.axes)
+        bias = None
         if self.use_bias:
             init = nn.with_logical_partitioning(self.bias_init, (None,) * len(features))
-            y += jnp.asarray(self.param("bias", init, features, jnp.dtype(self.param_dtype)), dtype)
-        return y
+            bias = jnp.asarray(self.param("bias", init, features, jnp.dtype(self.param_dtype)), dtype)
+
+        def product(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+            y = jax.lax.dot_general(jnp.asarray(x, dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+            return y if bias is None else y + bias
+
+        if not self.apart:
+            return product(kernel, bias)
+        return [product(kernel[:, i], None if bias is None else bias[i]) for i in range(features[0])]
 
 
 def gathered(kernel: jax.Array, axes: Axes) -> jax.Array:

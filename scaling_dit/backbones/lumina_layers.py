@@ -82,7 +82,7 @@ def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:
 class SwiGLU(nn.Module):
     """W2(silu(W1 x) * W3 x) without biases, of width 256 * ceil(floor(8D/3) / 256): [B, T, D] -> [B, T, D].
 
-    One fused product makes W1 x and W3 x.
+    W1 and W3 lie in one kernel.
     """
 
     dtype: Any = jnp.float32
@@ -99,8 +99,8 @@ class SwiGLU(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        fused = dense((2, width), ("embed", None, "mlp"), name="w13")(x)
-        x = layers.constrain(jax.nn.silu(fused[:, :, 0]) * fused[:, :, 1], "batch", "length", "act_mlp")
+        gate, value = dense((2, width), ("embed", None, "mlp"), apart=True, name="w13")(x)
+        x = layers.constrain(layers.ACTIVATIONS["silu"](gate) * value, "batch", "length", "act_mlp")
         return dense(features, ("mlp", "embed"), name="w2")(x)
 
 

@@ -55,7 +55,8 @@ def start_from(state: TrainState, given: Params) -> TrainState:
     `given` holds whole entries of `params`, such as {"text_encoder": tree}.
     """
     params = state.params | given
-    return state.replace(params=params, emas={name: _average(params) for name in state.emas})
+    new: Any = state  # flax adds `replace`, unseen by type checkers
+    return new.replace(params=params, emas={name: _average(params) for name in state.emas})  # type: ignore[no-any-return]
 
 
 def _average(params: Params) -> Params:

@@ -5,7 +5,7 @@ Diffusion did, which P1 follows. arXiv 2412.12391 reports the same learning rate
 
 Data and encoders are stand-ins by default. P1 trains on 250M pairs, through the frozen autoencoder of SDXL and the
 frozen text encoder of OpenCLIP-H. Here the built-in shapes at 64 px go through a fixed transform, and captions through
-a small text encoder that is trained along: no weights and no data set are needed, and every tensor has the papers' shape,
+a small text encoder that is trained along: neither weights nor data are needed, and every tensor has the papers' shape,
 latents 32 x 32 x 4 and text 77 x 1024. So cost, memory and speed are the papers'; quality is that on shapes.
 
 `,pretrained` after the row, as in `unet_scaling:sdxl-td4_4,pretrained`, puts the papers' encoders in their place:

@@ -56,7 +56,7 @@ def start_from(state: TrainState, given: Params) -> TrainState:
     """
     params = state.params | given
     new: Any = state  # flax adds `replace`, unseen by type checkers
-    return new.replace(params=params, emas={name: _average(params) for name in state.emas})  # type: ignore[no-any-return]
+    return new.replace(params=params, emas={name: _average(params) for name in state.emas})
 
 
 def _average(params: Params) -> Params:

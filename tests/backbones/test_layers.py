@@ -210,3 +210,27 @@ def test_what_a_policy_makes_again(remat):
     assert program.count(" dot_general[") == 6 + 6 + 5 + (3 if remat == "full" else 0)
     assert program.count(" tanh ") == (6 if remat == "none" else 12)
     assert ("<host>" in program) == (remat == "offload")
+
+
+def test_products_apart_are_the_parts_of_one_product():
+    x = normal(2, 5, 6)
+    one = layers.Dense((3, 8), ("embed", None, "mlp"))
+    apart = layers.Dense((3, 8), ("embed", None, "mlp"), apart=True)
+    params = unbox(one.init(jax.random.key(0), x))
+    whole, parts = one.apply(params, x), apart.apply(params, x)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, unbox(apart.init(jax.random.key(0), x)))
+    np.testing.assert_allclose(jnp.stack(parts, axis=2), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations_and_their_gradients_are_jax_own(name):
+    own = {
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+        "silu": jax.nn.silu,
+    }[name]
+    x = jnp.linspace(-8, 8, 401)
+    for of in (lambda f: f, lambda f: jax.vmap(jax.grad(f))):
+        np.testing.assert_allclose(of(layers.ACTIVATIONS[name])(x), of(own)(x), rtol=1e-5, atol=2e-6)
+    kept = jax.eval_shape(lambda x: jax.vjp(layers.ACTIVATIONS[name], x)[1], x.astype(jnp.bfloat16))
+    assert [leaf.dtype for leaf in jax.tree.leaves(kept)] == [jnp.bfloat16]  # its input and nothing else

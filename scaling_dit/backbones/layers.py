@@ -142,10 +142,10 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> Any:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], *features), jnp.dtype(self.param_dtype))
+        stored = self.param("kernel", init, (x.shape[-1], *features), jnp.dtype(self.param_dtype))
         dtype = jnp.dtype(self.dtype)
-        kernel = gathered(jnp.asarray(kernel, dtype), self.axes)
-        bias = None
+        kernel = gathered(jnp.asarray(stored, dtype), self.axes)
+        bias: jax.Array | None = None
         if self.use_bias:
             init = nn.with_logical_partitioning(self.bias_init, (None,) * len(features))
             bias = jnp.asarray(self.param("bias", init, features, jnp.dtype(self.param_dtype)), dtype)

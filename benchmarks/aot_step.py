@@ -1,7 +1,8 @@
 """Compiles the train step of a backbone for a TPU slice that is not there, and prints what the compiler says of it.
 
-    python benchmarks/aot_step.py --backbone=unet --size=sdxl --topology=v5p:4x4x4
+    python benchmarks/aot_step.py --backbone=unet --size=sdxl --topology=v5p:4x4x4 --gather-once --set remat=products
     python benchmarks/aot_step.py --backbone=uvit --size=h2048-d42-n16 --topology=v5e:16x16 --set remat=full
+    python benchmarks/aot_step.py --table benchmarks/aot/*.json      # figures of several as a markdown table
 
 The step is the one of training (`train_step.make_train_step`) on precomputed latents and text embeddings: noise,
 forward, loss, gradients, AdamW with clipping and the guard against NaN, and averages. Needs `libtpu` from PyPI, no TPU.
@@ -10,9 +11,14 @@ forward, loss, gradients, AdamW with clipping and the guard against NaN, and ave
 import argparse
 import ast
 import dataclasses
+import datetime
 import functools
+import gzip
+import importlib.metadata
+import json
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -29,13 +35,16 @@ for _name, _value in ENVIRONMENT.items():
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 
 from scaling_dit import backbones, optim, pipeline  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
 from scaling_dit.diffusion import schedules  # noqa: E402
-from scaling_dit.parallel import fsdp, rules  # noqa: E402
+from scaling_dit.parallel import fsdp, hlo_cost, rules  # noqa: E402
+from scaling_dit.parallel import topologies as slices  # noqa: E402
+from scaling_dit.parallel.hlo import Program  # noqa: E402
 from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
+from scaling_dit.parallel.roofline import roofline  # noqa: E402
+from scaling_dit.scaling.count import count  # noqa: E402
 from scaling_dit.train_step import init_state, make_train_step  # noqa: E402
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
@@ -80,10 +89,14 @@ class Embeddings:
         return ids.reshape(len(ids), *TEXT), mask, ids[:, :1]
 
 
+def mesh_of(args: argparse.Namespace) -> Any:
+    """The mesh of the arguments over the devices of a topology that is only described."""
+    return make_mesh(**({"data": 1, "fsdp": -1} | args.mesh), devices=slices.parse(args.topology).devices())
+
+
 def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]]:
     """(jitted step, mesh, backbone, abstract inputs) of what the arguments describe."""
-    topology = topologies.get_topology_desc(args.topology, platform="tpu")
-    mesh = make_mesh(**({"data": 1, "fsdp": -1} | args.mesh), devices=topology.devices)
+    mesh = mesh_of(args)
     config = config_lib.defaults()
     config.batch = args.batch
     config.optim.update({"accumulate": args.accumulate, "ema": (0.9999,) if args.ema else ()})
@@ -135,6 +148,86 @@ def compile_step(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
     return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}, backbone
 
 
+def figures(
+    args: argparse.Namespace, compiled: Any, seconds: dict[str, Any], backbone: Any
+) -> dict[str, Any]:
+    """What the compiler says of the step, per chip: memory [GiB], FLOPs, cycles by part, collectives, MFU."""
+    topology = slices.parse(args.topology)
+    mesh = mesh_of(args)
+    found = hlo_cost.statistics(Program(compiled.as_text()), hlo_cost.Layout.of(mesh))
+    flops = count(backbone, LATENTS, TEXT).train_flops(args.batch, 1, convention="total")
+    roof = roofline(topology, found, flops, None)
+    memory = compiled.memory_analysis()
+    wire = {True: 0, False: 0}
+    for row in found.collectives:
+        wire[row.asynchronous] += row.wire
+    return {
+        "date": str(datetime.date.today()),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "command": " ".join(sys.argv[1:]),
+        "label": args.label or f"{args.backbone} {args.size}",
+        "topology": args.topology,
+        "batch": args.batch,
+        "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "peak_gib": memory.peak_memory_in_bytes / 2**30,
+        "model_tflop": flops / topology.chips / 1e12,
+        "program_tflop": found.flops / 1e12,
+        "cycles_m": found.cycles / 1e6,
+        "parts_m": {name: cycles / 1e6 for name, cycles in found.parts.items() if cycles},
+        "wire_sync_gb": wire[False] / 1e9,
+        "wire_async_gb": wire[True] / 1e9,
+        "exposed_ms": 1e3 * roof.exposed,
+        "mfu_estimate": roof.mfu_estimate,
+        "collectives": [
+            f"{row.count} {row.kind} over {row.axes}, {row.wire / 1e9:.2f} GB" for row in found.collectives
+        ],
+        **seconds,
+    }
+
+
+HEAD = (
+    "step", "slice", "arguments GiB", "peak GiB", "TFLOP model", "TFLOP program", "M cycles", "GB sent sync", "async",
+    "exposed ms", "MFU estimate", "compile s", "M cycles by part",
+)  # fmt: skip
+
+
+def table(files: list[pathlib.Path]) -> str:
+    """Figures that were saved, as a markdown table in the order given."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    for file in files:
+        row = json.loads(file.read_text())
+        parts = sorted(row["parts_m"].items(), key=lambda part: -part[1])
+        cells = [
+            row["label"],
+            f"{row['topology']}, batch {row['batch']}",
+            *(f"{row[name]:.2f}" for name in ("arguments_gib", "peak_gib", "model_tflop", "program_tflop")),
+            f"{row['cycles_m']:.0f}",
+            *(f"{row[name]:.2f}" for name in ("wire_sync_gb", "wire_async_gb")),
+            f"{row['exposed_ms']:.0f}",
+            f"{row['mfu_estimate']:.1%}",
+            f"{row['compile_s']:.0f}",
+            ", ".join(f"{name} {cycles:.0f}" for name, cycles in parts if cycles >= 0.5),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Compiles one step and prints its figures, or prints a table of those saved."""
+    args = parse()
+    if args.table:
+        print(table(args.table))
+        return
+    compiled, seconds, backbone = compile_step(args)
+    found = figures(args, compiled, seconds, backbone)
+    print(json.dumps(found, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.hlo:
+        with gzip.open(args.hlo, "wt") as file:
+            file.write(compiled.as_text())
+
+
 def pairs(text: str) -> tuple[str, Any]:
     """A `name=value` of the command line, the value as Python reads it, else as text."""
     name, _, value = text.partition("=")
@@ -162,8 +255,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--set", nargs="*", type=pairs, default=[], metavar="FIELD=VALUE", help="of the backbone"
     )
     parser.add_argument("--options", nargs="*", type=pairs, default=[], metavar="NAME=VALUE", help="of XLA")
+    parser.add_argument("--label", help="name of the row in a table")
+    parser.add_argument(
+        "--table", nargs="*", type=pathlib.Path, help="files to print as a table, in place of compiling"
+    )
     parser.add_argument("--hlo", type=pathlib.Path, help="file for the compiled program's text, gzipped")
     parser.add_argument("--json", type=pathlib.Path, help="file for the statistics")
     args = parser.parse_args(argv)
     args.mesh, args.set, args.options = dict(args.mesh), dict(args.set), dict(args.options)
     return args
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,9 @@
 Left to itself XLA gathers a kernel split over all 64 chips of a v5p:4x4x4 by writing it into zeros and reducing that
 over all chips, and reduces gradients whole before it slices them: twice the bytes of a gather and of a scatter, besides
 the zeros (libtpu 0.0.51). Here each device runs its share of the batch alone: kernels are cast to the type they are
-read in and gathered one dimension of the torus after the other; gradients are summed and scattered on the same way
-back. Costs memory for one whole copy of the parameters and of the gradients, so it is for chips that have it.
+read in and gathered over one dimension of the torus, then over the plane of the other two; gradients are summed and
+scattered on the same way back. Costs memory for one whole copy of the parameters and of the gradients, so it is for
+chips that have it.
 """
 
 import math
@@ -141,9 +142,13 @@ def _casts(jaxpr: Any) -> list[Any]:
 
 
 def _rings(mesh: Mesh) -> list[list[list[int]]]:
-    """Groups of positions on fsdp to gather over one after the other, the fastest varying first."""
-    size = mesh.shape["fsdp"]
-    ids = np.arange(size).reshape(_torus([getattr(d, "coords", None) for d in mesh.devices[0, :, 0, 0]]))
+    """Groups of positions on fsdp to gather over one after the other, the fastest varying first.
+
+    Two dimensions of the torus at a time, and those that carry most come last: XLA gathers over a plane by all its
+    links at once, but not over three dimensions.
+    """
+    sizes = _torus([getattr(device, "coords", None) for device in mesh.devices[0, :, 0, 0]])
+    ids = np.arange(mesh.shape["fsdp"]).reshape(math.prod(sizes[:2]), *sizes[2:])
     return [
         np.moveaxis(ids, axis, -1).reshape(-1, ids.shape[axis]).tolist() for axis in reversed(range(ids.ndim))
     ]

@@ -7,7 +7,7 @@
 
 A cell is one size on one slice; its plan is kept as one JSON file, so the table can be made in pieces, on several
 machines. A size is tried with the settings of `ATTEMPTS` in turn until it fits. The text encoder is OpenCLIP-H, frozen;
-latents are read prepared. No accelerator is used: nothing in the table is measured.
+latents come of the fixed transform `dct`, as in the experiments. No accelerator is used: nothing in the table is measured.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
             "Plans of the papers' sizes", "benchmarks/aot_table.py", "compiled with libtpu, nothing measured"
         ),
         "",
-        "Per chip, global batch 2048, text encoder OpenCLIP-H, latents prepared; columns as [planning](plan.md) "
+        "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
         "explains them. Each size is shown with the first of these settings that fits: as in its experiment; "
         "`remat=full`; and four microbatches as well.",
         "",

@@ -7,7 +7,7 @@
 
 A cell is one size on one slice; its plan is kept as one JSON file, so the table can be made in pieces, on several
 machines. A size is tried with the settings of `ATTEMPTS` in turn until it fits. The text encoder is OpenCLIP-H, frozen;
-latents come of the fixed transform `dct`, as in the experiments. No accelerator is used: nothing in the table is measured.
+latents come of the fixed transform `dct`, as in the experiments. No accelerator is used: nothing is measured.
 """
 
 import argparse

@@ -48,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(
         0, os.getcwd()
     )  # a console script lacks it, and a user's backbone or experiment lies there
+    return _told(lambda: _dispatch(arguments))
+
+
+def _told(run: Callable[[], int]) -> int:
+    """The exit code of what runs; a mistake is told in one line."""
     try:
-        return _dispatch(arguments)
+        return run()
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -200,7 +205,8 @@ def _in_processes(
 
     membership = processes.from_flags(values.coordinator, values.processes, values.process)
     given = [values[flag].serialize() for flag in values if values[flag].present]
-    return processes.run_supervised(main, membership, settings, [verb, *given, *overrides])
+    command = [verb, *given, *overrides]
+    return processes.run_supervised(lambda: _told(main), membership, settings, command)
 
 
 def _define_config(values: flags.FlagValues) -> None:
@@ -331,7 +337,7 @@ def _prepare(values: flags.FlagValues, _: list[str], overrides: list[str]) -> in
     from scaling_dit.data.prepare import job
 
     names = ("batch", "min_size", "buckets", "filter", "kept", "captions")
-    given = {name: values[name].value for name in names}
+    given: dict[str, Any] = {name: values[name].value for name in names}
     process = job.process_of(values.process, values.processes)
     return job.main(config, values.out, job.Options(**given, columns=tuple(values.columns), process=process))
 

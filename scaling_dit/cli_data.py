@@ -1,6 +1,7 @@
 """The verbs over whole data sets, for `cli`: their flags, and the calls they become."""
 
 import functools
+from typing import Any
 
 from absl import flags
 
@@ -74,7 +75,7 @@ def run_stats(values: flags.FlagValues, arguments: list[str], overrides: list[st
     from scaling_dit.data.prepare.raw import raw_name
 
     names = ("captions", "kept", "aesthetic", "nouns", "questions", "runner")
-    given = {name: values[name].value for name in names}
+    given: dict[str, Any] = {name: values[name].value for name in names}
     source = raw_name(values.source, overrides)
     return stats_pipeline.main(source, values.out, **given, beam_options=arguments, as_json=values.json)
 
@@ -111,7 +112,7 @@ def run_caption(values: flags.FlagValues, _: list[str], overrides: list[str]) ->
     from scaling_dit.data.prepare.raw import raw_name
 
     names = ("kind", "batch", "seed", "process", "processes")
-    given = {name: values[name].value for name in names}
+    given: dict[str, Any] = {name: values[name].value for name in names}
     source = raw_name(values.source, overrides)
     return runner.main(source, values.captioner, values.out, options=options, **given)
 

@@ -1,6 +1,7 @@
 """Compiled programs kept on disk, so that a run that starts again compiles nothing."""
 
 import os
+from typing import Any
 
 import jax
 from etils import epath
@@ -20,11 +21,12 @@ def use(place: str, workdir: epath.PathLike) -> None:
       place: `config.compile_cache`: "" for none, "workdir" for a folder in the workdir, else a folder, local or gs://.
       workdir: of the run.
     """
-    if not place or jax.config.jax_compilation_cache_dir:
+    settings: Any = jax.config
+    if not place or settings.jax_compilation_cache_dir:
         return
     folder = epath.Path(workdir) / FOLDER if place == IN_WORKDIR else epath.Path(place)
     compilation_cache.reset_cache()  # it may have decided already that there is none
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    settings.update("jax_compilation_cache_dir", os.fspath(folder))
     # Programs that compile fast too: a start has hundreds of them.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    settings.update("jax_persistent_cache_min_entry_size_bytes", -1)

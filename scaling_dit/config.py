@@ -207,7 +207,9 @@ def defaults() -> ConfigDict:
             "max_nonfinite": 10,  # consecutive skipped updates before the run stops
         }
     )
-    config.compile_cache = ""  # folder of compiled programs, so that a restart compiles nothing: a path, or "workdir"
+    config.compile_cache = (
+        ""  # folder of compiled programs, so that a restart compiles nothing: a path, or "workdir"
+    )
     config.processes = ConfigDict(
         {
             "heartbeat": 100,  # seconds without a sign of life after which a process is lost and the others stop

@@ -77,7 +77,10 @@ class Damage:
         if self._met:
             first = next(iter(self._met.values()))
             logging.warning(
-                "%d damaged records left out (%s); the first: %s", len(self._met), _by_kind(self.counts()), first
+                "%d damaged records left out (%s); the first: %s",
+                len(self._met),
+                _by_kind(self.counts()),
+                first,
             )
 
     def counts(self) -> dict[str, int]:

@@ -191,7 +191,8 @@ class ClipText:
 
     def apply(self, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Ids, mask [B, length] -> (tokens [B, length, dim], mask, pooled [B, P]), float32; `mask` is handed on."""
-        tokens, pooled = self.module.apply({"params": params}, ids)  # type: ignore[misc]
+        towers: Any = self.module.apply({"params": params}, ids)
+        tokens, pooled = towers
         return tokens, mask, pooled
 
     def load(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def run_supervised(
     """`main()` in a process joined with the others of its run, under a parent that tells how it ends.
 
     Args:
-      main: the work of the verb, in one process.
+      main: the work of the verb, in one process, to its exit code: mistakes are told already.
       membership: of the flags; on a TPU host None means what jax detects.
       settings: `config.processes`: seconds of `heartbeat` and `start_up`.
       arguments: of the command line, to start this process again as a child.
@@ -149,21 +150,19 @@ def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:
 def together(main: Callable[[], int], heartbeat: float) -> int:
     """`main()`, such that no process waits for one that has failed.
 
-    A mistake is told and ends this process at once, without jax's shutdown, which would wait for the others; they
-    notice within the heartbeat. An error of a collective, which is how a lost peer shows on some networks, waits for
-    the runtime to say whose loss it was.
+    A process that fails ends at once, without jax's shutdown, which would wait for the others for minutes while its
+    heartbeat goes on; so they notice within the heartbeat. An error of a collective, which is how a lost peer shows
+    on some networks, waits for the runtime to say whose loss it was.
     """
     import jax
 
-    code: int
+    code = 1  # that of a traceback
     try:
         code = main()
-    except jax.errors.JaxRuntimeError:
-        time.sleep(heartbeat + 15)  # the runtime ends this process in the meantime if a peer is lost
-        raise
-    except (UserError, OSError) as error:
-        print(f"scaling-dit: error: {error}", file=sys.stderr)
-        code = 2
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            time.sleep(heartbeat + 15)  # the runtime ends this process in the meantime if a peer is lost
+        traceback.print_exc()
     if code not in (0, supervise.LOST):  # every process comes to these two
         sys.stdout.flush()
         sys.stderr.flush()

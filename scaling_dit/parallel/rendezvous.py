@@ -87,6 +87,8 @@ def _call(
     for _ in _until(deadline):
         try:
             with socket.create_connection((host, port), timeout=_ANSWER) as server:
+                if server.getsockname() == server.getpeername():
+                    continue  # nobody listens, and the system gave this end the very port that it calls
                 _tell(server, json.dumps(hello))
                 server.settimeout(max(0.001, deadline - time.monotonic()) + _ANSWER)
                 answer = server.makefile().readline()

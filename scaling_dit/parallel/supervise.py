@@ -47,6 +47,7 @@ def run(command: Sequence[str]) -> int:
         command,
         stderr=subprocess.PIPE,
         env={**os.environ, CHILD: str(parent)},
+        process_group=0,  # or Ctrl-C reaches it twice, once from the terminal and once from here
         preexec_fn=die_with_parent if sys.platform == "linux" else None,
     ) as child:
 
@@ -74,7 +75,8 @@ def run(command: Sequence[str]) -> int:
 
 def forward(source: IO[bytes], out: IO[bytes]) -> str:
     """Copies bytes as they come, without the runtime's dump and what it says just before; returns the dump."""
-    rest, dump, skipping = b"", [], False
+    rest, skipping = b"", False
+    dump: list[bytes] = []
     while chunk := os.read(source.fileno(), 1 << 16):
         *lines, rest = re.split(rb"(?<=[\n\r])", rest + chunk)
         kept = []
@@ -111,8 +113,9 @@ def lost_line(dump: str) -> str:
     advice = "the same command goes on from the last checkpoint, with as many processes or others"
     unhealthy = re.search(r"stopped sending heartbeats\):\n((?:.*\d\n)+)", dump)
     if unhealthy:
-        numbers = ", ".join(re.findall(r"(\d+)\n", unhealthy[1]))
-        return f"process {numbers} is lost: it stopped answering, so this one stops; {advice}"
+        numbers = re.findall(r"(\d+)\n", unhealthy[1])
+        who = f"process {numbers[0]} is lost: it" if len(numbers) == 1 else f"processes {', '.join(numbers)} are lost: they"
+        return f"{who} stopped answering, so this one stops; {advice}"
     if "Failed to send RPC to coordination service" in dump:
         return f"process 0 is lost: it cannot be reached any more, so this one stops; {advice}"
     status = re.search(r"absl::Status: (.*)", dump)

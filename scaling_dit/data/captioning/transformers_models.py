@@ -94,18 +94,19 @@ class TransformersCaptioner:
             )
         log_probabilities = nucleus.log_probabilities()
         made = sequences[:, -log_probabilities.shape[1] :].cpu().numpy()
-        found = []
+        found: list[Scored] = []
         for tokens, each in zip(made, log_probabilities, strict=True):
             ended = np.isin(tokens, self._ends)
             length = int(ended.argmax()) + 1 if ended.any() else len(tokens)
             text = self._processor.decode(tokens[:length].tolist(), skip_special_tokens=True).strip()
             found.append((text, float(each[:length].mean())))
         rows = [found[i : i + self.captions] for i in range(0, len(found), self.captions)]
-        return self._ranked(images, rows) if self._clip else rows
+        return rows if self._clip is None else self._ranked(images, rows, *self._clip)
 
-    def _ranked(self, images: Sequence[Image.Image], rows: list[list[Scored]]) -> list[list[Scored]]:
+    def _ranked(
+        self, images: Sequence[Image.Image], rows: list[list[Scored]], model: Any, processor: Any
+    ) -> list[list[Scored]]:
         """The captions with CLIP's cosines as scores."""
-        model, processor = self._clip
         texts = [text for row in rows for text, _ in row]
         encoded = processor(
             text=texts, images=list(images), return_tensors="pt", padding=True, truncation=True
@@ -115,7 +116,8 @@ class TransformersCaptioner:
         cosines = (
             (output.image_embeds @ output.text_embeds.T).float().cpu().numpy()
         )  # [images, texts], of unit length
-        ranked, start = [], 0
+        ranked: list[list[Scored]] = []
+        start = 0
         for number, row in enumerate(rows):
             ranked.append([(text, float(cosines[number, start + n])) for n, (text, _) in enumerate(row)])
             start += len(row)

@@ -77,10 +77,11 @@ def write_shards(rows: beam.PCollection[tuple[str, Any]], folder: epath.PathLike
     None names a shard that may have no rows.
     """
     grouped = rows | "ByShard" >> beam.GroupByKey()
-    _ = grouped | "WriteShard" >> beam.Map(lambda group: _write_shard(*group, str(folder)))
+    _ = grouped | "WriteShard" >> beam.Map(_write_shard, str(folder))
 
 
-def _write_shard(shard: str, rows: Iterable[tuple[int, dict[str, Any]] | None], folder: str) -> None:
+def _write_shard(group: tuple[str, Iterable[tuple[int, dict[str, Any]] | None]], folder: str) -> None:
+    shard, rows = group
     ordered = sorted((row for row in rows if row is not None), key=lambda row: row[0])
     path = sidecar.path_of(folder, shard, sidecar.FILTER)
     sidecar.write_lines(path, (row for _, row in ordered))

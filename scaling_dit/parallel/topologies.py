@@ -7,7 +7,7 @@ libtpu (`pip install 'scaling-dit[tpu]'`). Figures are per chip and per directio
 - one-way bandwidth of a link: https://jax-ml.github.io/scaling-book/tpus
 - HBM that a program can use: the limit that the compiler of libtpu 0.0.51 names when a program does not fit
 - clock: peak FLOP/s / FLOPs a cycle of the matrix units named on those pages; v6e's is not published: that of v5p
-- price: list price in US dollars of a chip-hour on demand in the US in 2025, https://cloud.google.com/tpu/pricing
+- price: US dollars of a chip-hour on demand, about the list price of 2025; not checked against a page, so give yours
 - GPUs: https://www.nvidia.com/en-us/data-center/h200, /h100, /a100; dense FLOP/s
 """
 
@@ -41,7 +41,7 @@ class Chip:
     link_bandwidth: float  # bytes/s that one link takes one way; two links for each axis of a torus
     dcn_bandwidth: float  # bytes/s between slices
     clock: float  # Hz of the matrix units
-    price: float  # US dollars of an hour; 0 if there is no one list price
+    price: float  # US dollars of an hour, about; 0 if there is no one price
 
 
 CHIPS: dict[str, Chip] = {

@@ -384,7 +384,7 @@ def _define_plan(values: flags.FlagValues) -> None:
         "search", False, "try meshes, microbatches and remat policies, and rank them", flag_values=values
     )
     integer("search_limit", 12, "programs that a search compiles at most", lower_bound=1)
-    price = "US dollars of a chip-hour; the list price by default"
+    price = "US dollars of a chip-hour; a rough list price of 2025 by default"
     flags.DEFINE_float("price", None, price, lower_bound=0.0, flag_values=values)
     flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
 

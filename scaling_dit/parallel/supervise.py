@@ -114,7 +114,11 @@ def lost_line(dump: str) -> str:
     unhealthy = re.search(r"stopped sending heartbeats\):\n((?:.*\d\n)+)", dump)
     if unhealthy:
         numbers = re.findall(r"(\d+)\n", unhealthy[1])
-        who = f"process {numbers[0]} is lost: it" if len(numbers) == 1 else f"processes {', '.join(numbers)} are lost: they"
+        who = (
+            f"process {numbers[0]} is lost: it"
+            if len(numbers) == 1
+            else f"processes {', '.join(numbers)} are lost: they"
+        )
         return f"{who} stopped answering, so this one stops; {advice}"
     if "Failed to send RPC to coordination service" in dump:
         return f"process 0 is lost: it cannot be reached any more, so this one stops; {advice}"

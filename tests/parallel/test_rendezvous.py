@@ -53,6 +53,21 @@ def test_no_process_0(address):
     assert told == f"process 0 did not answer at {address} within 0.5 s; is it started, and is the port open?"
 
 
+def test_a_call_that_meets_itself_is_no_answer(address, monkeypatch):
+    """Linux may give a caller of a free port that very port, and then joins the two ends of the call."""
+
+    def to_itself(place, timeout):
+        met = socket.socket()
+        met.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        met.bind(("127.0.0.1", place[1]))
+        met.connect(("127.0.0.1", place[1]))
+        return met
+
+    monkeypatch.setattr(rendezvous.socket, "create_connection", to_itself)
+    with pytest.raises(UserError, match="process 0 did not answer"):
+        rendezvous.meet(address, 2, 1, 0.5, ABOUT)
+
+
 def test_other_versions_are_told_in_all(address):
     told = meet_all(address, [(0, ABOUT), (1, {"jax": "1.2.4"})], 2)
     assert told == ["process 1 has jax 1.2.4, process 0 has 1.2.3; start all of them alike"] * 2

@@ -192,16 +192,39 @@ def test_sigterm_is_noticed_by_one_process():
     assert signal.getsignal(signal.SIGTERM) == old
 
 
-def test_a_mistake_ends_the_process_without_jaxs_shutdown(monkeypatch, capsys):
-    codes = []
+def test_a_process_that_fails_ends_without_jaxs_shutdown(monkeypatch, capsys):
+    codes, slept = [], []
     monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
 
-    def wrong():
-        raise UserError("what is wrong")
+    def raises(error):
+        def main():
+            raise error
 
-    assert processes.together(wrong, 100) == 2 and codes == [2]
-    assert capsys.readouterr().err == "scaling-dit: error: what is wrong\n"
-    assert (
-        processes.together(lambda: 0, 100) == 0 and processes.together(lambda: 75, 100) == 75 and codes == [2]
-    )
-    assert processes.together(lambda: 3, 100) == 3 and codes == [2, 3]
+        return main
+
+    assert processes.together(lambda: 0, 100) == 0 and processes.together(lambda: 75, 100) == 75
+    assert codes == []  # all processes come to these ends, and jax's shutdown is theirs together
+    assert processes.together(lambda: 3, 100) == 3 and codes == [3]
+    processes.together(raises(ValueError("unforeseen")), 100)
+    processes.together(raises(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")), 100)
+    assert codes == [3, 1, 1] and slept == []
+    processes.together(raises(jax.errors.JaxRuntimeError("Gloo: connection closed")), 100)
+    assert codes == [3, 1, 1, 1] and slept == [115]  # the runtime may know better in the meantime
+    told = capsys.readouterr().err
+    assert told.count("Traceback") == 3 and "ValueError: unforeseen" in told
+
+
+def test_mistakes_are_told_by_the_process_that_makes_them(monkeypatch, tmp_path, capsys):
+    """What the verb hands over to run in company ends in an exit code, not in an exception that all would wait for."""
+    from scaling_dit import cli, train
+
+    codes = []
+    monkeypatch.setattr(processes, "run_supervised", lambda main, *_: codes.append(main()) or codes[-1])
+    for error in (UserError("wrong"), OSError(28, "full", "disk"), KeyboardInterrupt()):
+        monkeypatch.setattr(train, "main", lambda *_, error=error: (_ for _ in ()).throw(error))
+        cli.main(["train", "--config=experiments/shapes.py:smoke", f"--workdir={tmp_path}"])
+    assert codes == [2, 2, 130]
+    assert capsys.readouterr().err.splitlines() == [
+        "scaling-dit: error: wrong", "scaling-dit: error: full: disk", "scaling-dit: interrupted",
+    ]  # fmt: skip

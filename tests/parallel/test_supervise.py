@@ -70,7 +70,7 @@ def test_what_follows_the_runtimes_message_is_passed_on():
     ("dump", "start"),
     [
         (UNHEALTHY.format("1\n"), "process 1 is lost: it stopped answering"),
-        (UNHEALTHY.format("3\n11\n"), "process 3, 11 is lost"),
+        (UNHEALTHY.format("3\n11\n"), "processes 3, 11 are lost: they stopped answering"),
         (UNHEALTHY.format("/job:jax_worker/replica:0/task:2\n"), "process 2 is lost"),
         (LEADER, "process 0 is lost: it cannot be reached"),
         ("DEADLINE_EXCEEDED: late\n", "the processes lost touch (DEADLINE_EXCEEDED: late)"),
@@ -82,7 +82,7 @@ def test_the_line_names_the_process(dump, start):
     assert "goes on from the last checkpoint" in line
 
 
-def supervised(program: str) -> subprocess.Popen:
+def supervised(program: str, **options) -> subprocess.Popen:
     """A supervisor with a child that runs `program`."""
     parent = "import sys; from scaling_dit.parallel import supervise; sys.exit(supervise.run(sys.argv[1:]))"
     return subprocess.Popen(
@@ -90,6 +90,7 @@ def supervised(program: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
@@ -108,10 +109,12 @@ def test_exit_codes_and_output():
 
 
 def test_a_dump_becomes_a_line_and_the_code_of_a_lost_process():
-    process = supervised(f"import os, sys; sys.stderr.write({HEAD + UNHEALTHY.format('1')!r}); os.abort()")
+    process = supervised(
+        f"import os, sys; sys.stderr.write({HEAD + UNHEALTHY.format('1' + chr(10))!r}); os.abort()"
+    )
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == supervise.LOST
-    assert errors.count("\n") == 1 and errors.startswith("scaling-dit: the processes lost touch")
+    assert errors.count("\n") == 1 and errors.startswith("scaling-dit: process 1 is lost: ")
 
 
 def test_a_signal_is_told():
@@ -136,6 +139,25 @@ def test_sigterm_reaches_the_child():
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
+
+
+def test_ctrl_c_reaches_the_child_once():
+    """A terminal sends SIGINT to the whole group of the command that it runs."""
+    process = supervised(
+        """
+        import signal, sys, time
+        caught = []
+        signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+        print("ready")
+        time.sleep(1)
+        print(len(caught))
+        """,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60) == ("1\n", "")
+    assert process.returncode == 0
 
 
 def test_the_child_does_not_outlive_its_parent():

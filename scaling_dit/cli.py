@@ -160,7 +160,7 @@ def _verb_help(name: str, verb: Verb) -> str:
 
 def _flag_help(flag: flags.Flag) -> str:
     text = (flag.help or "").partition("\n")[0].rstrip(";")  # absl adds lines of its own to repeatable flags
-    return f"{text}; {flag.default} by default" if flag.default not in (None, False, []) else text
+    return f"{text}; {flag.default} by default" if flag.default not in (None, False, [], "") else text
 
 
 def _define_train(values: flags.FlagValues) -> None:
@@ -501,7 +501,7 @@ VERBS: dict[str, Verb] = {
         overrides=True,
     ),
     "filter": Verb(
-        "Lists which samples of a raw data set to keep: by their columns, without duplicates.",
+        "Lists which samples of a data set to keep: by columns, without duplicates.",
         f"{PROGRAM} filter --source='webdataset:data/*.tar' --filter='aesthetic>=5' --duplicates=near --out=data/kept",
         cli_data.define_filter,
         _needing("filter", cli_data.run_filter, "source", "out"),
@@ -509,7 +509,7 @@ VERBS: dict[str, Verb] = {
         overrides=True,
     ),
     "stats": Verb(
-        "Counts a raw data set: images, aesthetic score, image-noun pairs, words and nouns of its captions.",
+        "Counts a data set: images, aesthetic score, words and nouns of its captions.",
         f"{PROGRAM} stats --source='webdataset:data/*.tar' --kept=data/kept --out=data/stats",
         cli_data.define_stats,
         _needing("stats", cli_data.run_stats, "source", "out"),

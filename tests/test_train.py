@@ -267,14 +267,6 @@ def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
     assert len(after) == 1 and after[0]["validation/loss"] == before[0]["validation/loss"]
 
 
-def test_the_handler_of_sigterm_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with train.sigterm_flag() as flag:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert flag.wait(5)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def test_rectified_flow_trains_and_draws(tmp_path):
     flow = {"schedule": "flow", "prediction": "flow", "time_sampling": "logit_normal", "time_shift": 2.0}
     config = tiny(

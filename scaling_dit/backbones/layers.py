@@ -329,7 +329,8 @@ def stack(
             return one.apply({"params": params}, x, own, *all_)
 
         params = trees.unbox(layers.variables["params"])
-        return scan_layers(layer, params, x, per_layer, broadcast)
+        with jax.named_scope(name):  # as linen names what a module computes
+            return scan_layers(layer, params, x, per_layer, broadcast)
     outputs: list[Any] = []
     inputs: Sequence[Any] = [None] * count if per_layer is None else per_layer
     for i in range(count):

@@ -128,19 +128,22 @@ def test_activations_of_rematerialised_blocks():
 
 @pytest.mark.slow
 def test_activations_grow_as_xla_says():
-    """The memory that XLA takes for one more example's gradient: what is kept, and some that is passing."""
-    backbone = backbones.create("uvit", size="h64-d2-n2", text_dim=32, attention="xla")
+    """The memory that XLA takes for four more layers of one more example: what is kept, and some that is passing."""
     shapes = {"latents": (16, 16, 4), "text": (15, 32)}
 
-    def temporary(batch):
-        inputs = contract.example_inputs(backbone, **shapes, batch=batch)
-        variables = contract.abstract_variables(backbone, inputs)
-        grad = jax.grad(lambda variables, *inputs: (backbone.apply(variables, *inputs) ** 2).mean())
-        return jax.jit(grad).lower(variables, *inputs).compile().memory_analysis().temp_size_in_bytes
+    def measured(depth):
+        backbone = backbones.create("uvit", size=f"h64-d{depth}-n2", text_dim=32, attention="xla")
 
-    per_example = (temporary(24) - temporary(8)) / 16
-    kept = count(backbone, **shapes).activation_bytes
-    assert per_example == pytest.approx(kept, rel=0.2)
+        def temporary(batch):
+            inputs = contract.example_inputs(backbone, **shapes, batch=batch)
+            variables = contract.abstract_variables(backbone, inputs)
+            grad = jax.grad(lambda variables, *inputs: (backbone.apply(variables, *inputs) ** 2).mean())
+            return jax.jit(grad).lower(variables, *inputs).compile().memory_analysis().temp_size_in_bytes
+
+        return (temporary(24) - temporary(8)) / 16, count(backbone, **shapes).activation_bytes
+
+    (few, few_kept), (many, many_kept) = measured(2), measured(6)
+    assert many - few == pytest.approx(many_kept - few_kept, rel=0.2)
 
 
 def test_train_flops():

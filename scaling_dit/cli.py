@@ -517,7 +517,7 @@ VERBS: dict[str, Verb] = {
         overrides=True,
     ),
     "caption": Verb(
-        "Writes captions for the images of a raw data set, beside it, with a model or a server.",
+        "Writes captions for the images of a data set, with a model or a server.",
         f"{PROGRAM} caption --source='webdataset:data/*.tar' --captioner=transformers:models/blip2 --out=data/captions",
         cli_data.define_caption,
         _needing("caption", cli_data.run_caption, "source", "captioner", "out"),
@@ -538,7 +538,7 @@ VERBS: dict[str, Verb] = {
         overrides=True,
     ),
     "plan": Verb(
-        "Compiles a run for TPU slices that are not there: memory, FLOPs, collectives, speed at best, cost.",
+        "Compiles a run for TPUs that are not there: memory, FLOPs, speed, cost.",
         f"{PROGRAM} plan --config=dit_scaling:uvit-h2048-d42-n16 --topology=v5p:4x4x4",
         _define_plan,
         _plan,

@@ -99,7 +99,7 @@ class TextTower(nn.Module):
         fields: dict[str, Any] = {"heads": size.heads, "mlp": size.mlp, "activation": size.activation}
         x_BLD = transformer.blocks(x_BLD, self.depth, jnp.asarray(causal), **fields, **types)
         norm = layer_norm("norm", epsilon=transformer.NORM_EPSILON, param_dtype=self.param_dtype)
-        tokens_BLD = norm(x_BLD)
+        tokens_BLD = constrain(norm(x_BLD), *transformer.TOKEN_AXES)
         ends = jnp.argmax(ids, axis=1)  # argmax gives the first
         pooled_BD = jnp.take_along_axis(tokens_BLD, ends[:, None, None], axis=1)[:, 0]
         if self.project:

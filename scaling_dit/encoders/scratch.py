@@ -141,7 +141,8 @@ class ScratchTextEncoder(nn.Module):
         for i in range(self.depth):
             # Each branch adds a variance of 1 / (2 depth), so that all of them together add about 1.
             x_BLD = Block(self.heads, 1 / (2 * self.depth), self.dtype, name=f"blocks_{i}")(x_BLD, mask)
-        tokens_BLD = layer_norm("norm", epsilon=EPSILON)(x_BLD)
+        # Named, or XLA splits them as the kernels that read them are split, and gathers the batch to do so.
+        tokens_BLD = constrain(layer_norm("norm", epsilon=EPSILON)(x_BLD), "batch", "length", "act_embed")
         weights_BL1 = mask[..., None].astype(jnp.float32)
         pooled_BD = (tokens_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1.0)
         return tokens_BLD, mask, pooled_BD

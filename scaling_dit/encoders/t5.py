@@ -128,7 +128,7 @@ class T5Encoder(nn.Module):
         x_BLD, _ = stack(
             Block, size.layers, "blocks", x_BLD, None, bias_BNTS, remat="none", scan=True, size=size, **types
         )
-        return RmsNorm(self.param_dtype, name="norm")(x_BLD)
+        return constrain(RmsNorm(self.param_dtype, name="norm")(x_BLD), *transformer.TOKEN_AXES)
 
 
 def buckets(length: int) -> np.ndarray:

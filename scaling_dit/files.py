@@ -6,13 +6,14 @@ same file do not meet.
 """
 
 import hashlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 
@@ -33,6 +34,39 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         return
     with staged(path) as local:
         local.write_bytes(data)
+
+
+def to_json(value: Any) -> str:
+    """The same text for the same value."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+
+
+def claim(path: epath.Path, asked: Mapping[str, Any], made: str) -> None:
+    """Notes in `path` what the other files of its folder are made with, or checks that it is the same.
+
+    Args:
+      made: how the folder came to be, such as "prepared".
+
+    Raises:
+      UserError: they were made with something else, or the note is damaged.
+    """
+    text = to_json(asked)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+        return
+    now = json.loads(text)
+    try:
+        then = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged; give another --out, or delete that folder") from None
+    differs = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    if differs:
+        key = differs[0]
+        raise UserError(
+            f"{path.parent} was {made} in another way: {', '.join(differs)} differ ({key} is {then.get(key)!r} "
+            f"there, {now.get(key)!r} here); give another --out"
+        )
 
 
 @contextmanager

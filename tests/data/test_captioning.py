@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -108,12 +109,33 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tars, made, tmp_path, capsys):
 
 
 def test_other_settings_do_not_mix(tars, made):
-    with pytest.raises(UserError, match="captions made with seed 0, not 1; give another --out"):
+    with pytest.raises(
+        UserError,
+        match=r"captioned in another way: seed differ \(seed is 0 there, 1 here\); give another --out",
+    ):
         runner.main(tars, "mean_captioner:Mean", str(made), seed=1)
-    with pytest.raises(UserError, match="made with options"):
+    with pytest.raises(UserError, match="another way: options differ"):
         runner.main(tars, "mean_captioner:Mean", str(made), options={"captions": "2"})
     with pytest.raises(UserError, match="--kind=alt"):
         runner.main(tars, "mean_captioner:Mean", str(made), kind="alt")
+
+
+def test_a_captioner_that_fails_leaves_nothing_that_refuses_the_corrected_command(
+    tars, tmp_path, monkeypatch
+):
+    class Down(Mean):
+        def caption(self, images, seeds):
+            raise UserError("no server")
+
+    module = types.SimpleNamespace(Mean=Mean, Down=Down)
+    monkeypatch.setitem(sys.modules, "mean_captioner", module)
+    with pytest.raises(UserError, match="no field 'caption'"):
+        runner.main(tars, "mean_captioner:Mean", str(tmp_path), options={"caption": "2"})
+    with pytest.raises(UserError, match="no server"):
+        runner.main(tars, "mean_captioner:Down", str(tmp_path))
+    assert not files(tmp_path)
+    runner.main(tars, "mean_captioner:Mean", str(tmp_path))
+    assert len(files(tmp_path)) == 4
 
 
 def test_options_are_typed_and_checked(monkeypatch):
@@ -315,6 +337,8 @@ def test_clip_ranks_the_captions(blip2, pictures, tmp_path):
 def test_what_is_no_model_is_told(tmp_path):
     with pytest.raises(UserError, match="holds no AutoModelForImageTextToText with its processor"):
         create_captioner(f"transformers:{tmp_path}", {})
+    with pytest.raises(UserError, match="no folder '.*nowhere' .*; download the model and name its folder"):
+        create_captioner(f"transformers:{tmp_path}/nowhere", {})
     with pytest.raises(UserError, match="top_p in"):
         create_captioner(f"transformers:{tmp_path}", {"top_p": "0"})
     with pytest.raises(UserError, match="dtype=float8"):

@@ -241,6 +241,25 @@ def test_folders_that_are_no_finished_set(own_set, tmp_path):
         open_set(own_set)
 
 
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("codec", "vae", "codec is no object"),
+        ("moments", [16], "moments is no object"),
+        ("shards", [{"records": "11"}], "file, records and bytes"),
+        ("shards", [{"extra": 1}], "unexpected keyword"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_told_in_one_line(own_set, key, value, told):
+    path = own_set / manifest.MANIFEST
+    fields = json.loads(path.read_text())
+    fields[key] = [fields["shards"][0] | value[0]] if key == "shards" else value
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=f"manifest.json is damaged .*{told}") as error:
+        open_set(own_set)
+    assert "\n" not in str(error.value)
+
+
 def test_another_image_size_or_no_records(own_set):
     with pytest.raises(UserError, match=r"holds no images of 256x256 px; it holds 16x16"):
         create_source(f"latents:{own_set}")

@@ -226,7 +226,7 @@ def small_raw(folder, count=12):
     return folder
 
 
-def test_filters_and_columns(tmp_path):
+def test_filters_and_columns(tmp_path, capsys):
     raw = small_raw(tmp_path / "raw")
     prepare(
         raw, tmp_path / "set", filter="score != 3 and width < 70", min_size=28, columns=("score", "x", "none")
@@ -235,6 +235,10 @@ def test_filters_and_columns(tmp_path):
     assert {reason: left["count"] for reason, left in told.left_out.items()} == {"too_small": 2, "filter": 3}
     assert sorted(read_all(tmp_path / "set")) == [f"a/{i:03d}" for i in (2, 4, 5, 6, 7, 8, 9)]
     assert told.request["filter"] == "score != 3 and width < 70"
+    prepare(raw, tmp_path / "none", filter="scroe != 3")
+    assert (
+        "0 records (0 held out) of 12 samples in 1 raw shards; nothing to train on" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="filter"):
         prepare(raw, tmp_path / "other", filter="score >=")
 
@@ -257,7 +261,13 @@ def test_lists_of_filter_and_captions_of_caption(tmp_path):
     sidecar.write_lines(sidecar.path_of(tmp_path / "kept", "a.tar", sidecar.FILTER), rows)
     made = [("a/000", [sidecar.MadeCaption("longer", "long", 1.0)]), ("a/003", [])]
     sidecar.write_captions(tmp_path / "captions", "a.tar", made)
-    prepare(raw, out, kept=str(tmp_path / "kept"), captions=str(tmp_path / "captions"))
+    lists = {"kept": str(tmp_path / "kept"), "captions": str(tmp_path / "captions")}
+    with pytest.raises(UserError, match=r"no file .*filter\.json; `scaling-dit filter` writes it"):
+        prepare(raw, out, **lists)
+    assert not (out / manifest.REQUEST).exists()  # the corrected command is not refused
+    (tmp_path / "kept/filter.json").write_text("{}")
+    (tmp_path / "captions/caption.json").write_text("{}")
+    prepare(raw, out, **lists)
     records = read_all(out)
     assert {key: record["captions"] for key, record in records.items()} == {
         "a/000": ("number 0", "longer"),
@@ -265,6 +275,9 @@ def test_lists_of_filter_and_captions_of_caption(tmp_path):
     }
     assert records["a/000"]["kinds"] == ("alt", "long")
     assert manifest.read(epath.Path(out)).left_out["not_kept"]["count"] == 2
+    (tmp_path / "kept/filter.json").write_text('{"kept": 3}')  # filtered anew into the same folder
+    with pytest.raises(UserError, match="prepared in another way: kept_sha256 differ"):
+        prepare(raw, out, **lists)
 
 
 def test_the_table_of_buckets():

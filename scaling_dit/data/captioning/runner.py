@@ -5,12 +5,11 @@ that have none. Several processes take every n-th shard each. Captions depend on
 the process, the order or what was done before.
 """
 
+import functools
 import hashlib
-import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 from PIL import Image
@@ -22,10 +21,9 @@ from scaling_dit.data.prepare import sidecar
 from scaling_dit.data.prepare.raw import RawName, open_raw
 from scaling_dit.data.sources.encoded import EncodedSource, RawSample
 from scaling_dit.errors import UserError
-from scaling_dit.files import write_whole
+from scaling_dit.files import claim
 
 MADE_KINDS = ("synthetic", "long")  # of data.captions.KINDS, those that a model writes
-SETTINGS = "caption.json"  # in the folder of the side-cars
 
 
 def main(
@@ -68,32 +66,15 @@ def main(
         "kind": kind,
         "seed": seed,
     }
-    _claim(folder, settings)
+    noted = folder / sidecar.SETTINGS[sidecar.CAPTIONS]
+    if noted.exists():
+        claim(noted, settings, "captioned")
     print(f"{len(mine)} shards, {len(mine) - len(left)} of them captioned before", flush=True)
     if left:
         made = create_captioner(captioner, options or {})
-        _caption_shards(opened, made, folder, left, kind=kind, batch=batch, seed=seed)
+        note = functools.partial(claim, noted, settings, "captioned")
+        _caption_shards(opened, made, folder, left, note, kind=kind, batch=batch, seed=seed)
     return 0
-
-
-def _claim(folder: epath.Path, settings: Mapping[str, Any]) -> None:
-    """Notes what the side-cars of a folder are made with, or checks that it is the same.
-
-    Raises:
-      UserError: they were made with other settings.
-    """
-    text, path = json.dumps(settings, indent=1) + "\n", folder / SETTINGS
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
-        return
-    there, now = json.loads(path.read_text()), json.loads(text)
-    different = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    if different:
-        key = different[0]
-        raise UserError(
-            f"{folder} holds captions made with {key} {there.get(key)!r}, not {now.get(key)!r}; give another --out"
-        )
 
 
 def _caption_shards(
@@ -101,15 +82,21 @@ def _caption_shards(
     captioner: Captioner,
     folder: epath.Path,
     names: Sequence[str],
+    note: Callable[[], None],
     *,
     kind: str,
     batch: int,
     seed: int,
 ) -> None:
-    """Captions shard after shard and prints a line for each: images, those without captions, speed, time left."""
+    """Captions shard after shard and prints a line for each: images, those without captions, speed, time left.
+
+    `note` is called before a file is written, not at the start: a captioner that fails at once leaves nothing behind
+    that would refuse the corrected command.
+    """
     began, total = time.monotonic(), 0
     for done, name in enumerate(names, start=1):
         rows = list(caption_shard(source, captioner, name, kind=kind, batch=batch, seed=seed))
+        note()
         sidecar.write_captions(folder, name, rows)
         total += len(rows)
         took = time.monotonic() - began

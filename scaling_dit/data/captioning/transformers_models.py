@@ -5,6 +5,7 @@ with p = 0.9. Every image has random numbers of its own, so a batch is captioned
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,22 +18,21 @@ from scaling_dit.errors import UserError
 
 @dataclasses.dataclass
 class TransformersCaptioner:
-    """A model and its processor from a folder or a hub id.
+    """A model and its processor from a folder.
 
     A caption's score is the mean log-probability of its tokens under the model, its end included, or with `rank_by` the
     cosine of its CLIP embedding with the image's.
 
     Attributes:
-      folder: what `save_pretrained` wrote, weights as safetensors; or a hub id.
+      folder: what `save_pretrained` wrote, weights as safetensors.
       captions: per image.
       prompt: what the model goes on from; only what it adds is the caption.
       top_p: share of the probability that tokens are drawn from.
       temperature: of sampling.
       max_tokens: longest caption.
-      rank_by: folder or hub id of a CLIP model of transformers; "" ranks by the captioner's own probability.
+      rank_by: folder of a CLIP model of transformers; "" ranks by the captioner's own probability.
       dtype: float32 | bfloat16 | float16, of the weights.
       device: of torch, such as cuda:0; "" takes a GPU if there is one.
-      revision: of a hub id: a branch, tag or commit.
 
     Raises:
       UserError: torch or transformers is missing, or the folder holds no such model.
@@ -47,7 +47,6 @@ class TransformersCaptioner:
     rank_by: str = ""
     dtype: str = "float32"
     device: str = ""
-    revision: str = "main"
 
     def __post_init__(self) -> None:
         if self.captions < 1 or self.max_tokens < 1 or not 0 < self.top_p <= 1 or self.temperature <= 0:
@@ -127,11 +126,15 @@ class TransformersCaptioner:
         """A model in its place, and its processor."""
         import transformers
 
+        if not pathlib.Path(folder).is_dir():  # transformers would ask the hub, for whatever is there today
+            raise UserError(
+                f"no folder {folder!r} with a {kind.__name__}; download the model and name its folder"
+            )
         try:
             model = kind.from_pretrained(
-                folder, dtype=getattr(self._torch, self.dtype), use_safetensors=True, revision=self.revision
+                folder, dtype=getattr(self._torch, self.dtype), use_safetensors=True, local_files_only=True
             )
-            processor = transformers.AutoProcessor.from_pretrained(folder, revision=self.revision)
+            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             why = str(error).strip().partition("\n")[0]
             raise UserError(f"{folder!r} holds no {kind.__name__} with its processor: {why}") from error

@@ -28,14 +28,14 @@ from etils import epath
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepare import beam as engine
-from scaling_dit.data.prepare import filters
+from scaling_dit.data.prepare import filters, sidecar
 from scaling_dit.data.prepare.columns import columns
 from scaling_dit.data.prepare.duplicates import bands, first_near, perceptual_hash
 from scaling_dit.data.prepare.raw import RawName, open_raw
 from scaling_dit.data.sources.encoded import RawSample
 
 KEPT, EXACT, NEAR = "kept", "exact_duplicate", "near_duplicate"
-SUMMARY = "filter.json"
+SUMMARY = sidecar.SETTINGS[sidecar.FILTER]
 DUPLICATES = ("none", "exact", "near")
 Rank = tuple[int, int, int]  # minus pixels, shard, position: the least is the best
 Verdict = tuple[str, tuple[int, dict[str, str]]]  # shard, position, row of its file

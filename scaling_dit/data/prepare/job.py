@@ -8,7 +8,6 @@ they write the same bytes.
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,11 +91,18 @@ def open_source(config: ConfigDict) -> EncodedSource:
 
 
 def request(config: ConfigDict, source: EncodedSource, options: Options, batch: int) -> dict[str, Any]:
-    """What decides the bytes of a set, apart from the codec: source, shards, options."""
+    """What decides the bytes of a set, apart from the codec: source, shards, options.
+
+    Raises:
+      UserError: `kept` or `captions` is no folder of such files.
+    """
     names = source.shards()
     asked = dataclasses.asdict(options) | {"batch": batch}
     del asked["process"]
     fields = {key: value for key, value in config.source.to_dict().items() if key != "max_damaged"}
+    for name, what in (("kept", sidecar.FILTER), ("captions", sidecar.CAPTIONS)):
+        if folder := asked[name]:  # lists of the same folder may have been made anew
+            asked[f"{name}_sha256"] = sidecar.settings_sha256(folder, what)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"source": fields, "inputs": {"count": len(names), "sha256": digest}, **asked}
 
@@ -107,25 +113,9 @@ def claim(folder: epath.Path, asked: Mapping[str, Any]) -> None:
     Raises:
       UserError: it holds a set that was prepared in another way.
     """
-    text = manifest.to_json({"format": manifest.FORMAT, **asked})
-    path = folder / manifest.REQUEST
     for name in (manifest.PARTS, manifest.SHARDS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        files.write_whole(path, text.encode())
-        return
-    try:
-        then = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged; give another --out, or delete that folder") from None
-    now = json.loads(text)
-    differs = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    if differs:
-        key = differs[0]
-        raise UserError(
-            f"{folder} was prepared in another way: {', '.join(differs)} differ ({key} is {then.get(key)!r} there, "
-            f"{now.get(key)!r} here); give another --out"
-        )
+    files.claim(folder / manifest.REQUEST, {"format": manifest.FORMAT, **asked}, "prepared")
 
 
 def make_parts(
@@ -174,9 +164,10 @@ def finish(folder: epath.Path, count: int, about: Mapping[str, Any]) -> int:
 def summary(folder: epath.Path, made: manifest.Manifest) -> str:
     """What a finished set holds, in a few lines."""
     total = sum(made.records.values())
+    use = f"use --config.source.name=latents:{folder}" if made.records["train"] else "nothing to train on"
     lines = [
         f"{folder}: {total:,} records ({made.records['held_out']:,} held out) of {made.read:,} samples "
-        f"in {made.inputs:,} raw shards; use --config.source.name=latents:{folder}"
+        f"in {made.inputs:,} raw shards; {use}"
     ]
     for reason, found in made.left_out.items():
         example = f", such as {found['examples'][0]['where']}" if found["examples"] else ""

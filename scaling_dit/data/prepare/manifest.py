@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.errors import UserError
 
 FORMAT = 1
@@ -57,7 +58,7 @@ class Part:
 
     def to_json(self) -> str:
         """Sorted JSON; `from_json` gives back an equal one."""
-        return to_json(dataclasses.asdict(self))
+        return files.to_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -97,12 +98,7 @@ class Manifest:
         """Sorted JSON with a line for each shard; `read` gives back an equal one."""
         fields = dataclasses.asdict(self)
         rows = ",\n  ".join(json.dumps(row, sort_keys=True) for row in fields.pop("shards"))
-        return to_json(fields)[: -len("\n}\n")] + f',\n "shards": [\n  {rows}\n ]\n}}\n'
-
-
-def to_json(value: Any) -> str:
-    """The same text for the same value."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+        return files.to_json(fields)[: -len("\n}\n")] + f',\n "shards": [\n  {rows}\n ]\n}}\n'
 
 
 def merge(parts: Sequence[Part], **about: Any) -> Manifest:
@@ -152,6 +148,9 @@ def read(folder: epath.Path) -> Manifest:
             raise UserError(
                 f"{path} is of format {fields['format']}; this version reads {FORMAT}, so prepare the set again"
             )
+        for name in ("codec", "moments", "request", "records", "left_out"):
+            if not isinstance(fields[name], dict):
+                raise TypeError(f"{name} is no object")
         return Manifest(**{**fields, "shards": tuple(_shard(row) for row in fields["shards"])})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -161,7 +160,14 @@ def read(folder: epath.Path) -> Manifest:
 
 
 def _shard(row: Mapping[str, Any]) -> Shard:
-    return Shard(**{**row, "size": tuple(row["size"])})
+    shard = Shard(**{**row, "size": tuple(row["size"])})
+    if (
+        not isinstance(shard.file, str)
+        or not isinstance(shard.records, int)
+        or not isinstance(shard.bytes, int)
+    ):
+        raise TypeError(f"a shard has a file, records and bytes, not {row}")
+    return shard
 
 
 def size_name(size: Sequence[int]) -> str:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from scaling_dit.errors import UserError
-from scaling_dit.files import write_whole
+from scaling_dit.files import sha256, write_whole
 
 CAPTIONS, FILTER = "captions", "filter"  # kinds of files
+SETTINGS = {CAPTIONS: "caption.json", FILTER: "filter.json"}  # beside them: what they were made with
+_MAKERS = {CAPTIONS: "scaling-dit caption", FILTER: "scaling-dit filter"}
 
 
 class MadeCaption(NamedTuple):
@@ -27,6 +29,18 @@ class MadeCaption(NamedTuple):
 def path_of(folder: epath.PathLike, shard: str, what: str) -> epath.Path:
     """The file of one shard; `what` is CAPTIONS or FILTER."""
     return epath.Path(folder) / f"{shard}.{what}.jsonl"
+
+
+def settings_sha256(folder: epath.PathLike, what: str) -> str:
+    """The checksum of what the side-cars in a folder were made with: others made there later have another.
+
+    Raises:
+      UserError: no such file; the folder is not theirs, or not finished.
+    """
+    path = epath.Path(folder) / SETTINGS[what]
+    if not path.exists():
+        raise UserError(f"no file {path}; `{_MAKERS[what]}` writes it")
+    return sha256(path)
 
 
 def share(shards: Sequence[str], process: int, processes: int) -> list[str]:
@@ -55,7 +69,7 @@ def read_captions(folder: epath.PathLike, shard: str) -> dict[str, list[MadeCapt
       UserError: no such file, or a line that `write_captions` would not write.
     """
     found = {}
-    for where, row in _lines(path_of(folder, shard, CAPTIONS), "scaling-dit caption"):
+    for where, row in _lines(folder, shard, CAPTIONS):
         try:
             found[str(row["key"])] = [
                 MadeCaption(str(made["text"]), str(made["kind"]), made["score"]) for made in row["captions"]
@@ -74,7 +88,7 @@ def read_kept(folder: epath.PathLike, shard: str) -> set[str]:
       UserError: no such file, or a line that `filter` would not write.
     """
     kept = set()
-    for where, row in _lines(path_of(folder, shard, FILTER), "scaling-dit filter"):
+    for where, row in _lines(folder, shard, FILTER):
         if "key" not in row:
             raise UserError(f'{where} has no "key"')
         if "dropped" not in row:
@@ -88,9 +102,10 @@ def write_lines(path: epath.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _lines(path: epath.Path, maker: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(folder: epath.PathLike, shard: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = path_of(folder, shard, what)
     if not path.exists():
-        raise UserError(f"no file {path}; `{maker}` writes one for each shard, of the same source")
+        raise UserError(f"no file {path}; `{_MAKERS[what]}` writes one for each shard, of the same source")
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         where = f"{path} line {number}"
         try:

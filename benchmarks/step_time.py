@@ -159,9 +159,8 @@ def zeros(inputs: Any) -> Any:
 
 def peak() -> float | None:
     """The dense bfloat16 peak of all devices together, FLOP/s; None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    matching = [chip for chip in topologies.CHIPS.values() if kind.startswith(chip.kind)]
-    return max(matching, key=lambda chip: len(chip.kind)).peak * jax.device_count() if matching else None
+    chip = topologies.find_chip(jax.devices()[0].device_kind)
+    return None if chip is None else chip.peak * jax.device_count()
 
 
 def cells(row: Row) -> list[str]:

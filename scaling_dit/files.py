@@ -41,11 +41,11 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
 
 
-def claim(path: epath.Path, asked: Mapping[str, Any], made: str) -> None:
+def claim(path: epath.Path, asked: Mapping[str, Any], told: str) -> None:
     """Notes in `path` what the other files of its folder are made with, or checks that it is the same.
 
     Args:
-      made: how the folder came to be, such as "prepared".
+      told: what the folder is if they were not, such as "was prepared in another way".
 
     Raises:
       UserError: they were made with something else, or the note is damaged.
@@ -64,7 +64,7 @@ def claim(path: epath.Path, asked: Mapping[str, Any], made: str) -> None:
     if differs:
         key = differs[0]
         raise UserError(
-            f"{path.parent} was {made} in another way: {', '.join(differs)} differ ({key} is {then.get(key)!r} "
+            f"{path.parent} {told}: {', '.join(differs)} differ ({key} is {then.get(key)!r} "
             f"there, {now.get(key)!r} here); give another --out"
         )
 

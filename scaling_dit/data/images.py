@@ -101,8 +101,3 @@ def fit(image: Image.Image, width: int, height: int) -> np.ndarray:
     Antialiased bicubic resampling; an image of that size already is returned as it is.
     """
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-
-
-def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """`to_rgb`, then `fit` to uint8 [size, size, 3]; raises as `to_rgb`."""
-    return fit(to_rgb(image), size, size)

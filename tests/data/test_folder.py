@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scaling_dit.data.images import to_square
+from scaling_dit.data.images import fit, to_rgb
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import create_source, source_fields
 from scaling_dit.data.sources.encoded import key_hash
@@ -70,6 +70,10 @@ def test_a_small_folder_has_a_split_and_an_empty_one_is_told(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no images in the train split"):
         FolderSource(str(tmp_path))
+
+
+def to_square(image, size):
+    return fit(to_rgb(image), size, size)
 
 
 def test_square_of_the_same_size_is_unchanged():

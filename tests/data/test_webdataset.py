@@ -256,6 +256,16 @@ def test_long_names_folders_and_other_members(tmp_path):
         assert {source[i]["key"] for i in range(len(source))} == {f"set/{long}", "set/short"}
 
 
+def test_files_that_begin_with_a_byte_order_mark(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for row in range(2):
+            add(tar, f"{row}.png", picture(row))
+            add(tar, f"{row}.txt", f"\ufeffnumber {row}".encode())
+            add(tar, f"{row}.json", b"\xef\xbb\xbf" + json.dumps({"row": row}).encode())
+    (_, sample) = create_raw_source(f"webdataset:{tmp_path}/*.tar").samples(0)
+    assert sample.captions == ("number 1",) and sample.metadata == {"row": 1}
+
+
 # The kept index
 
 

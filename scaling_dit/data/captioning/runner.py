@@ -23,6 +23,7 @@ from scaling_dit.data.sources.encoded import EncodedSource, RawSample
 from scaling_dit.errors import UserError
 from scaling_dit.files import claim
 
+_OTHERWISE = "was captioned in another way"
 MADE_KINDS = ("synthetic", "long")  # of data.captions.KINDS, those that a model writes
 
 
@@ -68,11 +69,11 @@ def main(
     }
     noted = folder / sidecar.SETTINGS[sidecar.CAPTIONS]
     if noted.exists():
-        claim(noted, settings, "captioned")
+        claim(noted, settings, _OTHERWISE)
     print(f"{len(mine)} shards, {len(mine) - len(left)} of them captioned before", flush=True)
     if left:
         made = create_captioner(captioner, options or {})
-        note = functools.partial(claim, noted, settings, "captioned")
+        note = functools.partial(claim, noted, settings, _OTHERWISE)
         _caption_shards(opened, made, folder, left, note, kind=kind, batch=batch, seed=seed)
     return 0
 

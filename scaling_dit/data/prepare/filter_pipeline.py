@@ -36,7 +36,6 @@ from scaling_dit.data.sources.encoded import RawSample
 
 KEPT, EXACT, NEAR = "kept", "exact_duplicate", "near_duplicate"
 SUMMARY = sidecar.SETTINGS[sidecar.FILTER]
-DUPLICATES = ("none", "exact", "near")
 Rank = tuple[int, int, int]  # minus pixels, shard, position: the least is the best
 Verdict = tuple[str, tuple[int, dict[str, str]]]  # shard, position, row of its file
 

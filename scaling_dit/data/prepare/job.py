@@ -115,7 +115,9 @@ def claim(folder: epath.Path, asked: Mapping[str, Any]) -> None:
     """
     for name in (manifest.PARTS, manifest.SHARDS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    files.claim(folder / manifest.REQUEST, {"format": manifest.FORMAT, **asked}, "prepared")
+    files.claim(
+        folder / manifest.REQUEST, {"format": manifest.FORMAT, **asked}, "was prepared in another way"
+    )
 
 
 def make_parts(

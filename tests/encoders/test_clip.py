@@ -12,6 +12,7 @@ from encoders import text_towers
 from safetensors.numpy import load_file, save_file
 
 from scaling_dit import encoders, trees
+from scaling_dit.encoders import clip
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.errors import UserError
@@ -137,8 +138,6 @@ def test_names_of_open_clip(clip_folder, tmp_path, prefix):
 
 def test_quick_gelu_and_the_end_that_also_pads(monkeypatch, tmp_path, tokenizer):
     """As OpenAI's towers: the pooled state is that of the first of many ends."""
-    from scaling_dit.encoders import clip
-
     size = clip.Size(32, 2, 4, 64, "quick_gelu", 16, pad_id=49_407)
     monkeypatch.setitem(clip.SIZES, "openai", size)
     model = text_towers.clip_text(2, hidden_act="quick_gelu")
@@ -259,3 +258,13 @@ def test_the_pooled_end_follows_either_rule_of_transformers():
     params = jax.jit(tower.init)(jax.random.key(0), ids)
     tokens, pooled = tower.apply(params, ids)
     np.testing.assert_array_equal(pooled, tokens[[0, 1], [2, 1]])
+
+
+@pytest.mark.parametrize("size", text_towers.OPEN_CLIP)
+def test_the_published_sizes_are_open_clip_s(size):
+    config = text_towers.open_clip_config(size)
+    text, ours = config["text_cfg"], clip.SIZES[size]
+    assert (ours.width, ours.layers, ours.heads) == (text["width"], text["layers"], text["heads"])
+    assert (ours.mlp, ours.projection) == (4 * text["width"], config["embed_dim"])
+    assert ours.activation == ("quick_gelu" if config.get("quick_gelu") else "gelu")
+    assert (clip.VOCABULARY, ClipText().length) == (text["vocab_size"], text["context_length"])

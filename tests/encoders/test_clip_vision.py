@@ -85,6 +85,17 @@ def test_sizes(size, millions):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == round(millions * 1e6)
 
 
+@pytest.mark.parametrize("size", text_towers.OPEN_CLIP)
+def test_the_published_sizes_are_open_clip_s(size):
+    config = text_towers.open_clip_config(size)
+    image, ours = config["vision_cfg"], SIZES[size]
+    assert (ours.width, ours.layers, ours.patch) == (image["width"], image["layers"], image["patch_size"])
+    assert (ours.image, ours.projection) == (image["image_size"], config["embed_dim"])
+    assert ours.heads == image["width"] // image.get("head_width", 64)
+    assert ours.mlp == int(image["width"] * image.get("mlp_ratio", 4.0))
+    assert ours.activation == ("quick_gelu" if config.get("quick_gelu") else "gelu")
+
+
 def test_pictures_are_resized_as_pillow_does():
     side = 96
     picture = np.asarray(Image.linear_gradient("L").resize((side, side)).convert("RGB")).copy()

@@ -99,3 +99,18 @@ def clip(**vision: Any) -> torch.nn.Module:
     image = {"hidden_act": "gelu", **sizes, **HEAD, **vision}
     config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=16)
     return build(transformers.CLIPModel, config)
+
+
+# Our name of a size -> open_clip's, whose configurations lie beside its code.
+OPEN_CLIP = {
+    "openclip-h": "ViT-H-14",
+    "openclip-bigg": "ViT-bigG-14",
+    "clip-l": "ViT-L-14-quickgelu",
+    "clip-b": "ViT-B-32-quickgelu",
+}
+
+
+def open_clip_config(size):
+    """open_clip's configuration of a size; the package itself is not imported."""
+    folder = clip_vocabulary().parent
+    return json.loads((folder / "model_configs" / f"{OPEN_CLIP[size]}.json").read_text())

@@ -128,7 +128,7 @@ class TransformersCaptioner:
 
         if not pathlib.Path(folder).is_dir():  # transformers would ask the hub, for whatever is there today
             raise UserError(
-                f"no folder {folder!r} with a {kind.__name__}; download the model and name its folder"
+                f"no folder {folder!r} to load {kind.__name__} from; download the model and name its folder"
             )
         try:
             model = kind.from_pretrained(

@@ -218,7 +218,13 @@ def test_an_interval_of_guidance_is_two_timesteps_in_order(interval):
 def test_every_field_is_checked():
     config = config_lib.defaults()
     own = {"optim.groups", "eval.metrics", "sample.ema"}
-    own |= {"train_text_encoder", "text_mask", "log.tensorboard", "diffusion.zero_snr", "mesh.gather_once"}  # any bool
+    own |= {
+        "train_text_encoder",
+        "text_mask",
+        "log.tensorboard",
+        "diffusion.zero_snr",
+        "mesh.gather_once",
+    }  # any bool
     own |= {"compile_cache"}  # any text
     fields = {key for key in config_lib.flatten(config) if key.split(".")[0] not in config_lib.COMPONENTS}
     assert fields == {*config_lib.CHOICES, *config_lib.RANGES, *own}

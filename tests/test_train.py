@@ -143,7 +143,9 @@ def test_a_microbatch_holds_every_nth_row():
         jax.debug.callback(lambda x: seen.append(x.tolist()), rows["x"])
         return (p["w"] * rows["x"]).mean()
 
-    value, grads = train_step.accumulate(jax.value_and_grad(loss), params, jax.tree.map(jax.numpy.asarray, rows), 2)
+    value, grads = train_step.accumulate(
+        jax.value_and_grad(loss), params, jax.tree.map(jax.numpy.asarray, rows), 2
+    )
     jax.effects_barrier()
     assert sorted(seen) == [[0.0, 2.0, 4.0, 6.0], [1.0, 3.0, 5.0, 7.0]]
     assert float(value) == 3.5 and float(grads["w"]) == 3.5
@@ -170,7 +172,9 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path
     other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
     with pytest.raises(UserError, match="other frozen weights"):
         frozen_weights.check_frozen(
-            frozen_weights.frozen_hash(other), {"frozen_sha256": frozen_weights.frozen_hash(pipe.frozen)}, "here"
+            frozen_weights.frozen_hash(other),
+            {"frozen_sha256": frozen_weights.frozen_hash(pipe.frozen)},
+            "here",
         )
 
 

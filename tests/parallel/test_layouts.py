@@ -63,6 +63,13 @@ def test_moments_and_averages_lie_where_their_parameters_do(name, layout):
     assert (split > len(params) / 4) == (layout != "DP8")
 
 
+def test_only_transformers_run_with_their_tokens_split():
+    """`context` of a UNet's run is a part of `data`, whatever its config says."""
+    shapes = {name: dict(program(name, "FSDP2xCTX2xTP2")[1].mesh.shape) for name in BACKBONES}
+    assert shapes["uvit"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
+    assert shapes["unet"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_checkpoint_of_any_layout_is_read_on_any_other(tmp_path):

@@ -41,7 +41,6 @@ def make_train_step(
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
-    empty_ids, empty_mask = model.text_encoder.tokenize([""])
 
     def loss_fn(params: pipeline.Params, rows: Any, frozen: pipeline.Params) -> jax.Array:
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
@@ -59,38 +58,12 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: pipeline.Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
-        latents = model.batch_latents(frozen, batch, encode_key)
-        ids, mask = objectives.drop_captions(
-            drop_key,
-            batch["ids"],
-            batch["mask"],
-            jnp.asarray(empty_ids[0]),
-            jnp.asarray(empty_mask[0]),
-            diffusion.caption_drop,
-        )
-        rows: dict[str, Any] = {
-            "latents": latents,
-            "ids": ids,
-            "mask": mask,
-            "noise": jax.random.normal(noise_key, latents.shape),
-            "rngs": jax.random.split(model_key, config.batch),  # of a microbatch the first is used
-            "timesteps": sample_timesteps(
-                time_key,
-                config.batch,
-                diffusion.time_sampling,
-                model.schedule,
-                location=diffusion.time_location,
-                scale=diffusion.time_scale,
-            ),
-        }
+        rows = draw_rows(model, config, frozen, batch, key)
         if value_and_grad is None:
             grad_fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen))
         else:
-            if (
-                not model.train_text_encoder
-            ):  # its weights may be split as well, and rows need nothing else of it
-                rows["text"] = model.encode_text(state.params, frozen, ids, mask)[:2]
+            if not model.train_text_encoder:  # its weights may be split as well
+                rows["text"] = model.encode_text(state.params, frozen, rows["ids"], rows["mask"])[:2]
             grad_fn = value_and_grad(functools.partial(loss_fn, frozen={}))
         loss, grads = accumulate(grad_fn, state.params, rows, config.optim.accumulate)
         with jax.named_scope("optimizer"):  # a plan tells its time apart by this name
@@ -109,6 +82,39 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def draw_rows(
+    model: pipeline.Model, config: ConfigDict, frozen: pipeline.Params, batch: Batch, key: jax.Array
+) -> dict[str, Any]:
+    """What one update draws for the rows of a batch [B, ...]: latents, noise, timesteps, dropped captions, keys."""
+    diffusion = config.diffusion
+    encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
+    empty_ids, empty_mask = model.text_encoder.tokenize([""])
+    latents = model.batch_latents(frozen, batch, encode_key)
+    ids, mask = objectives.drop_captions(
+        drop_key,
+        batch["ids"],
+        batch["mask"],
+        jnp.asarray(empty_ids[0]),
+        jnp.asarray(empty_mask[0]),
+        diffusion.caption_drop,
+    )
+    return {
+        "latents": latents,
+        "ids": ids,
+        "mask": mask,
+        "noise": jax.random.normal(noise_key, latents.shape),
+        "rngs": jax.random.split(model_key, config.batch),  # of a microbatch the first is used
+        "timesteps": sample_timesteps(
+            time_key,
+            config.batch,
+            diffusion.time_sampling,
+            model.schedule,
+            location=diffusion.time_location,
+            scale=diffusion.time_scale,
+        ),
+    }
 
 
 def accumulate(

@@ -12,6 +12,7 @@ from uvit_golden import QUICK, fill
 
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline, trees
+from scaling_dit import program as program_lib
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.parallel import rules
 from scaling_dit.program import StepProgram, run_mesh
@@ -68,6 +69,21 @@ def test_only_transformers_run_with_their_tokens_split():
     shapes = {name: dict(program(name, "FSDP2xCTX2xTP2")[1].mesh.shape) for name in BACKBONES}
     assert shapes["uvit"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
     assert shapes["unet"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+
+
+def test_a_step_is_compiled_as_its_mesh_and_the_table_of_options_say(monkeypatch):
+    """Neither gathering by hand nor XLA's options change a loss, so only the program shows that they are there."""
+    config, plain = program("uvit", "DP2xFSDP4")
+    assert "all_gather" not in plain.lower().as_text()
+    with config.copy_and_resolve_references().unlocked() as changed:
+        changed.mesh.gather_once = True
+    source = pipeline.create_source(changed)
+    model = pipeline.build(changed, pipeline.make_tokenizer(changed, source), source)
+    monkeypatch.setattr(program_lib.xla_flags, "options", lambda devices: {"xla_of_another_world": True})
+    lowered = StepProgram.build(changed, model, run_mesh(changed)).lower()
+    assert "all_gather" in lowered.as_text()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_another_world"):
+        lowered.compile()
 
 
 @pytest.mark.slow

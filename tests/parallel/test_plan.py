@@ -276,9 +276,8 @@ def test_no_array_of_a_program_holds_the_whole_batch():
     mesh = run_mesh(config)
     step = StepProgram.build(config, plan.abstract_model(config), mesh)
     program = Program(step.lower().compile().as_text())
-    largest = max(
-        (array for visit in program.walk() for array in visit.instruction.arrays if 72 in array.dims),
-        key=lambda array: array.size,
-    )
-    assert largest.size <= 72 * 8 * 4  # timesteps, keys: numbers for each image, never its latents
+    arrays = [array for visit in program.walk() for array in visit.instruction.arrays]
+    assert any(9 in array.dims for array in arrays)  # an eighth of it
+    whole = [array.size for array in arrays if 72 in array.dims]
+    assert max(whole, default=0) <= 72 * 8 * 4  # timesteps, keys: numbers for each image, never its latents
     assert hlo_cost.statistics(program, hlo_cost.Layout.of(mesh)).collectives

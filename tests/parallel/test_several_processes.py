@@ -48,7 +48,7 @@ def start(workdir: pathlib.Path, count: int, *overrides: str) -> list[subprocess
 
 def finish(started: list[subprocess.Popen], code: int = 0) -> list[str]:
     """What each said on stderr; all must end with `code`."""
-    told = [process.communicate(timeout=400)[1] for process in started]
+    told = [process.communicate(timeout=900)[1] for process in started]
     assert [process.returncode for process in started] == [code] * len(started), "\n----\n".join(told)
     return told
 
@@ -72,6 +72,7 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
     for name, count in {"one": 1, "two": 2, "two again": 2, "four": 4}.items():
         finish(start(tmp_path / name, count, "--config.steps=20"))
@@ -91,6 +92,7 @@ def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_lost_process_ends_the_others_and_another_count_goes_on(tmp_path, lost):
     started = start(tmp_path, 2, "--config.steps=100000", "--config.eval.every=0")

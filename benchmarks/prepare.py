@@ -33,7 +33,6 @@ from scaling_dit.data.sources import create_raw_source
 from scaling_dit.encoders.codec import create_codec
 
 SIDE, RAW_SIDE = 256, 384
-FLOPS_PER_IMAGE = 273e9  # of SDXL's encoder at 256 px: 2 x multiply-accumulates
 V5P_PEAK, CHIPS, UTILISATION = 459e12, 64, 0.3  # bf16 FLOP/s of a chip; of a v5p-128; assumed for a convnet
 BATCH, STEPS_PER_SECOND = 2048, 3  # of training
 
@@ -50,8 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tar(pathlib.Path(folder) / "00000.tar", args.images)
         rates = stage_rates(pathlib.Path(folder))
-    rates["encode"] = encode_rate(args.encoded)
-    args.note.write_text(note(args, rates))
+    rates["encode"], flops = encode_rate(args.encoded)
+    args.note.write_text(note(args, rates, flops))
 
 
 def write_tar(path: pathlib.Path, count: int) -> None:
@@ -101,8 +100,8 @@ def stage_rates(folder: pathlib.Path) -> dict[str, float]:
     return rates
 
 
-def encode_rate(count: int) -> float:
-    """Images per second through SDXL's encoder, one batch, without compilation."""
+def encode_rate(count: int) -> tuple[float, float]:
+    """Images per second through SDXL's encoder, one batch, without compilation; FLOPs of an image, as XLA counts."""
     codec = create_codec("vae", weights="random")
     params = jax.jit(lambda key: trees.unbox(codec.init(key)))(jax.random.key(0))
     encoder = encode.Encoder(codec, params, count)
@@ -110,13 +109,15 @@ def encode_rate(count: int) -> float:
     encoder(pictures).block_until_ready()
     start = time.perf_counter()
     encoder(pictures).block_until_ready()
-    return count / (time.perf_counter() - start)
+    rate = count / (time.perf_counter() - start)
+    one = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)
+    return rate, jax.jit(codec.moments).lower(params, one).cost_analysis()["flops"]
 
 
-def note(args: argparse.Namespace, rates: dict[str, float]) -> str:
+def note(args: argparse.Namespace, rates: dict[str, float], flops: float) -> str:
     """The markdown."""
     host = 1 / sum(1 / rate for name, rate in rates.items() if name != "encode")
-    chips = V5P_PEAK * CHIPS * UTILISATION / FLOPS_PER_IMAGE
+    chips = V5P_PEAK * CHIPS * UTILISATION / flops
     threads = chips / (CHIPS / 4) / host
     lines = [
         *header("Preparing images, stage by stage", "benchmarks/prepare.py"),
@@ -133,7 +134,7 @@ def note(args: argparse.Namespace, rates: dict[str, float]) -> str:
         "## What this implies for a v5p-128 (on paper)",
         "",
         f"At {UTILISATION:.0%} of {V5P_PEAK / 1e12:.0f} TFLOP/s, assumed, {CHIPS} chips encode {chips:,.0f} images a "
-        f"second ({FLOPS_PER_IMAGE / 1e9:.0f} GFLOP each): 600 million in {600e6 / chips / 3600:.1f} hours. To keep "
+        f"second ({flops / 1e9:.0f} GFLOP each): 600 million in {600e6 / chips / 3600:.1f} hours. To keep "
         f"up, each of the {CHIPS // 4} hosts decodes {chips / (CHIPS / 4):,.0f} images a second, which at the rate "
         f"above takes {threads:.0f} threads. Training at batch {BATCH} and {STEPS_PER_SECOND} steps a second takes "
         f"{BATCH * STEPS_PER_SECOND:,} images a second; to encode them in the step would take "

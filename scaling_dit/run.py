@@ -97,10 +97,12 @@ class Run:
         """
         with rules.activate(self.mesh), recorded_choices() as chosen:
             self.step_fn.trace(self.target, self.frozen, batch_shapes(self.config, self.model, self.mesh))
-        return {
-            "attention": "; ".join(sorted(map(str, chosen))),
-            "replicated": str(rules.replicated(self.mesh, self.boxed_params)),
-        }
+        decided = {"attention": "; ".join(sorted(map(str, chosen)))}
+        if (
+            self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+        ):  # else all of them are whole, as was asked for
+            decided["replicated"] = str(rules.replicated(self.mesh, self.boxed_params))
+        return decided
 
     def begin(self, store: Checkpoints, rewinds: Sequence[Rewind]) -> tuple[TrainState, SpikeDetector, Any]:
         """(state, spike detector, loader) from the newest checkpoint that `rewinds` leave, else from step 0.

@@ -59,7 +59,9 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     assert attention(q, k, v).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("word, hint", [("xla2", "'xla'"), ("ring", "known: auto, cudnn, splash, xla")])
+@pytest.mark.parametrize(
+    "word, hint", [("xla2", "'xla'"), ("ring", "known: auto, cudnn, short, splash, xla")]
+)
 def test_unknown_implementation(word, hint):
     with pytest.raises(UserError, match=f"unknown attention '{word}'.*{hint}"):
         attention(*qkv(), implementation=word)
@@ -145,7 +147,7 @@ def test_cross_attention_is_each_head_alone():
     module = CrossAttention(2, qkv_bias=True, kernel_init=nn.initializers.normal(0.5))
     params = trees.unbox(module.init(jax.random.key(0), x, context, mask))["params"]
     q = x @ params["q"]["kernel"]
-    k, v = (context @ params["kv"]["kernel"][:, i] for i in range(2))
+    k, v = (context @ params["kv"]["kernel"][i] for i in range(2))
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
         scores = jnp.where(mask[:, None], q[..., head] @ k[..., head].swapaxes(1, 2) / 2, -jnp.inf)

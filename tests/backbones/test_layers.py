@@ -215,11 +215,23 @@ def test_what_a_policy_makes_again(remat):
 def test_products_apart_are_the_parts_of_one_product():
     x = normal(2, 5, 6)
     one = layers.Dense((3, 8), ("embed", None, "mlp"))
-    apart = layers.Dense((3, 8), ("embed", None, "mlp"), apart=True)
-    params = unbox(one.init(jax.random.key(0), x))
-    whole, parts = one.apply(params, x), apart.apply(params, x)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, unbox(apart.init(jax.random.key(0), x)))
+    apart = layers.Dense((3, 8), (None, "embed", "mlp"), apart=True)
+    fused, parted = (unbox(module.init(jax.random.key(0), x))["params"] for module in (one, apart))
+    assert parted["kernel"].shape == (3, 6, 8) and parted["bias"].shape == fused["bias"].shape == (3, 8)
+    fused["bias"] = parted["bias"] = normal(3, 8)
+    whole, parts = one.apply({"params": fused}, x), apart.apply({"params": parted}, x)
+    assert isinstance(parts, list)
     np.testing.assert_allclose(jnp.stack(parts, axis=2), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", [layers.NORMAL_002, nn.initializers.xavier_uniform()])
+def test_a_kernel_apart_starts_with_the_spread_of_the_fused_one(init):
+    """An initialiser that looks at the shape sees the parts where the fused kernel has them."""
+    x = jnp.ones((1, 6))
+    one = layers.Dense((3, 8), ("embed", None, "mlp"), kernel_init=init)
+    apart = layers.Dense((3, 8), (None, "embed", "mlp"), apart=True, kernel_init=init)
+    fused, parted = (unbox(m.init(jax.random.key(1), x))["params"]["kernel"] for m in (one, apart))
+    np.testing.assert_array_equal(parted, np.moveaxis(fused, 1, 0))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])

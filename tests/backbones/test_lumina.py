@@ -11,6 +11,7 @@ from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, trees
 from scaling_dit.backbones import contract, lumina_layers
+from scaling_dit.backbones import rotary as rotary_tables
 from scaling_dit.errors import UserError
 
 BOTH = pytest.mark.parametrize("name", ["large_dit", "next_dit"])
@@ -79,7 +80,7 @@ def test_padded_text_has_no_influence_and_a_row_may_be_all_padding(name):
 def test_a_mask_of_numpy_stays_as_it_was_and_may_be_of_integers():
     attend = lumina_layers.TextGatedAttention(heads=1, kv_heads=1, qk_norm=False)
     x, text = np.ones((2, 1, 4), "f4"), inputs()[2][..., :4]
-    rotary = lumina_layers.rotary_1d(1, 4)
+    rotary = rotary_tables.rotary_1d(1, 4)
     mask = np.array([[True, True, False, False, False], [False] * 5])
     kept = mask.copy()
     variables = variables_of(attend, (x, text, mask, rotary))
@@ -147,7 +148,7 @@ def test_one_set_of_weights_runs_at_every_shape(name):
 def test_rotary_positions_turn_pairs_by_their_angle():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 7, 2, 8)).astype("f4")
-    turned = lumina_layers.rotate(jnp.asarray(x), lumina_layers.rotary_1d(7, 8))
+    turned = rotary_tables.rotate(jnp.asarray(x), rotary_tables.rotary_1d(7, 8))
     angles = np.arange(7)[:, None] * 10000.0 ** (-np.arange(4) / 4)
     wanted = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[None, :, None]
     np.testing.assert_allclose(turned[..., ::2], wanted.real, atol=1e-6)
@@ -155,7 +156,7 @@ def test_rotary_positions_turn_pairs_by_their_angle():
 
 
 def test_rotary_positions_of_a_grid_alternate_between_row_and_column():
-    cos, sin = lumina_layers.rotary_2d(2, 3, 8)
+    cos, sin = rotary_tables.rotary_2d(2, 3, 8)
     angles = [
         [row * f if axis == 0 else column * f for f in (1.0, 0.01) for axis in (0, 1)]
         for row in range(2)

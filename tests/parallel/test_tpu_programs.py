@@ -1,20 +1,19 @@
 """What the TPU's compiler makes of meshes, of gradients and of what remat keeps on the host; no TPU is needed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from backbones.test_splash import TPU_ENVIRONMENT
+from backbones.attention_checks import tpu_environment
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_slices_sums_over_devices_and_host_memory():
     worker = Path(__file__).with_name("tpu_worker.py")
-    environment = os.environ | TPU_ENVIRONMENT
+    environment = tpu_environment("v5e:2x4")
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scaling_dit.backbones.attention import attention, recorded_choices
 from scaling_dit.parallel import rules, topologies
+from scaling_dit.parallel.hlo import Program
 from scaling_dit.parallel.mesh import make_mesh
 
 
@@ -37,9 +38,10 @@ def compile_case(mesh, implementation, queries, keys, heads, kv_heads, size, mas
 
 
 def declared_cycles(text):
-    """Of each kernel of a program; its attributes may span lines."""
-    calls = re.findall(r'custom_call_target="tpu_custom_call"(.*?)(?=\n\s+(?:ROOT )?%|\n\})', text, re.DOTALL)
-    found = [re.search(r'"estimated_cycles":\s*"(\d+)"', call) for call in calls]
+    """Of each Pallas kernel of a program."""
+    calls = [visit.instruction.attributes for visit in Program(text).walk()]
+    calls = [attributes for attributes in calls if 'custom_call_target="tpu_custom_call"' in attributes]
+    found = [re.search(r'"estimated_cycles":"(\d+)"', attributes) for attributes in calls]
     return [int(cycles[1]) if cycles else 0 for cycles in found]
 
 

@@ -126,7 +126,7 @@ def test_every_parameter_names_its_axes(name, scan_layers):
         assert len(set(named)) == len(named)  # none twice
     layer = params["layers"] if scan_layers else params["layers_1"]
     stacked = ("layers",) if scan_layers else ()
-    assert layer["attention"]["text_kv"]["kernel"].names == (*stacked, "text", None, "heads")
+    assert layer["attention"]["text_kv"]["kernel"].names == (*stacked, None, "text", "heads")
     assert layer["attention"]["kv"]["kernel"].value.shape == (*([2] if scan_layers else []), 32, 2, 16)
     assert layer["feed_forward"]["w2"]["kernel"].names == (*stacked, "mlp", "embed")
 

@@ -209,3 +209,40 @@ def test_a_loop_without_a_bound_is_told():
     text = TPU.replace("direction=LT", "direction=NE")
     found = hlo_cost.statistics(hlo.Program(text), Layout(AXES))
     assert found.unknown_loops == 1 and found.flops == 2 * 32 * 16 * 8
+
+
+# What a kernel says of itself stands on lines of its own, and again at each part of its result.
+NOTES = 'frontend_attributes={kernel_metadata={\n"estimated_cycles":"700"\n}}'
+SCOPE = 'metadata={op_name="jit(step)/transpose(jvp(UViT))/out_blocks/attn/backward_kernel/pallas_call"}'
+KERNEL = f"""HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[4,8], d: bf16[4,8]) -> bf16[4,8] {{
+  %q = bf16[4,8]{{1,0}} parameter(0)
+  %d = bf16[4,8]{{1,0}} parameter(1)
+  %backward_kernel.1 = (bf16[4,8]{{1,0}}, bf16[4,8]{{1,0}}) custom-call(%q, %d), custom_call_target="tpu_custom_call", {NOTES}, {SCOPE}, backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"640"}}}}}}
+  %d_q = bf16[4,8]{{1,0}} get-tuple-element(%backward_kernel.1), index=0, {NOTES}, {SCOPE}
+  %d_k = bf16[4,8]{{1,0}} get-tuple-element(%backward_kernel.1), index=1, {NOTES}, {SCOPE}
+  ROOT %sum = bf16[4,8]{{1,0}} fusion(%d_q, %d_k), kind=kLoop, calls=%add, backend_config={{"estimated_cycles":"30"}}
+}}
+"""  # noqa: E501
+
+
+def test_an_instruction_whose_notes_span_lines_is_read_whole():
+    body = hlo.Program(KERNEL).computations["main"]
+    assert [instruction.name for instruction in body] == ["q", "d", "backward_kernel.1", "d_q", "d_k", "sum"]
+    kernel, part = body[2], body[3]
+    assert kernel.opcode == "custom-call" and kernel.operands == ("q", "d") and kernel.size == 2 * 4 * 8 * 2
+    for noted in (kernel, part):
+        assert '"estimated_cycles":"700"' in noted.attributes and noted.scope.endswith(
+            "backward_kernel/pallas_call"
+        )
+
+
+def test_the_cycles_that_a_kernel_declares_count_once():
+    found = hlo_cost.statistics(hlo.Program(KERNEL), Layout(AXES))
+    assert {part: cycles for part, cycles in found.parts.items() if cycles} == {
+        "attention core": 700,
+        "copies": 30,
+    }
+    assert (found.flops, found.kernel_flops, found.undeclared_kernels) == (640, 640, 0)
+    assert found.hbm_bytes == (4 + 3) * 4 * 8 * 2  # the kernel's four arrays, the three of the sum

@@ -14,11 +14,12 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from scaling_dit.backbones import splash
+from scaling_dit.backbones import per_device, short_attention, splash
 from scaling_dit.backbones.layers import ATTENTION, NORMAL_002, WEIGHTS, Dense, Initializer, constrain
 from scaling_dit.errors import UserError, nearest
 
-IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "short", "splash", "cudnn")
+_TPU_KERNELS = {"short": short_attention.attend, "splash": splash.attend}
 SPLASH_FROM = 512  # keys from which "auto" takes splash on TPUs; below, the padding to its blocks costs more
 
 
@@ -64,21 +65,23 @@ def attention(
       k_BSNH, v_BSNH: keys and values; fewer heads than queries (a divisor) make grouped-query attention.
       key_mask: [B, S] bool, False hides a key from every query. Where it hides all of them, none is hidden: what the
         published code makes of a large negative number on every score.
-      implementation: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": the kernel of the device where it can run (on
-        TPUs from SPLASH_FROM keys), else xla. An explicit one never falls back.
+      implementation: "xla", "short" (TPU, up to 512 tokens in bfloat16), "splash" (TPU), "cudnn" (GPU), or "auto": the
+        first kernel of the device that can run (splash from SPLASH_FROM keys), else xla. An explicit one never falls
+        back.
 
     Raises:
       UserError: an unknown implementation, or an explicit one that cannot run here.
     """
     check_implementation(implementation)
     obstacles = {
+        "short": short_attention.obstacle(q_BTNH, k_BSNH),
         "splash": splash.obstacle(q_BTNH, k_BSNH),
         "cudnn": cudnn_obstacle(q_BTNH, k_BSNH, key_mask),
     }
     if implementation == "auto":
         able = [name for name, obstacle in obstacles.items() if not obstacle]
-        short = k_BSNH.shape[1] < SPLASH_FROM
-        implementation = next((name for name in able if not (name == "splash" and short)), "xla")
+        few = k_BSNH.shape[1] < SPLASH_FROM
+        implementation = next((name for name in able if not (name == "splash" and few)), "xla")
     elif obstacle := obstacles.get(implementation):
         raise UserError(f"attention={implementation!r} cannot run: {obstacle}; use attention='xla' or 'auto'")
     if (found := _choices.get()) is not None:
@@ -86,8 +89,8 @@ def attention(
 
     if key_mask is not None:
         key_mask = key_mask | ~key_mask.any(axis=1, keepdims=True)
-    if implementation == "splash":
-        return splash.attend(q_BTNH, k_BSNH, v_BSNH, key_mask)
+    if implementation in _TPU_KERNELS:
+        return _TPU_KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, key_mask)
     mask_B11S = None if key_mask is None else key_mask[:, None, None, :]
     if implementation == "cudnn":
         if mask_B11S is not None:  # cuDNN takes a bias over all pairs of queries and keys
@@ -109,7 +112,9 @@ def attend(
     """
     implementation = "xla" if module.is_initializing() else module.implementation
     o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=implementation)
-    return checkpoint_name(o_BTNH, ATTENTION)
+    # Named with its heads side by side: cut apart, heads of 64 would be kept in tiles of 128.
+    o_BTD = checkpoint_name(rearrange(o_BTNH, "b t n h -> b t (n h)"), ATTENTION)
+    return rearrange(o_BTD, "b t (n h) -> b t n h", n=o_BTNH.shape[2])
 
 
 def _attend_xla(
@@ -171,7 +176,7 @@ def check_implementation(implementation: str) -> None:
 
 def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | None) -> str | None:
     """Why cuDNN's fused attention cannot take these inputs on the default backend; None if it can."""
-    platform, _ = splash.target()
+    platform, _ = per_device.target()
     if platform != "gpu":
         return f"the backend is {platform}, it needs gpu"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
@@ -229,7 +234,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x to a context: x [B, T, D], context [B, S, E], key_mask [B, S] -> [B, T, D].
 
-    The kernels of k and v lie in one array.
+    The kernels of k and v lie in one array [2, E, D].
     """
 
     heads: int
@@ -249,7 +254,7 @@ class CrossAttention(nn.Module):
         inputs: dict[str, Any] = {"use_bias": self.qkv_bias, "kernel_init": self.kernel_init, **types}
         inputs["bias_init"] = self.bias_init
         q_BTD = Dense(width, ("embed", "heads"), name="q", **inputs)(x)
-        k_BSD, v_BSD = Dense((2, width), ("text", None, "heads"), apart=True, name="kv", **inputs)(context)
+        k_BSD, v_BSD = Dense((2, width), (None, "text", "heads"), apart=True, name="kv", **inputs)(context)
         axes = ("batch", self.length_axis, "act_heads", None)
         q_BTNH, k_BSNH, v_BSNH = (
             constrain(rearrange(part, "b t (n h) -> b t n h", n=self.heads), *axes)

@@ -19,12 +19,11 @@ from scaling_dit.backbones.layers import NORMAL_002
 from scaling_dit.backbones.lumina import Lumina
 from scaling_dit.backbones.lumina_layers import (
     Modulation,
-    Rotary,
     SwiGLU,
     TextGatedAttention,
     rms_norm,
-    rotary_1d,
 )
+from scaling_dit.backbones.rotary import Rotary, rotary_1d
 
 SIZES: dict[str, dict[str, int]] = {
     "h1024-d16-n16": {"hidden": 1024, "depth": 16, "heads": 16},  # 0.3B

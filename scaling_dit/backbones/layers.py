@@ -124,14 +124,13 @@ class Dense(nn.Module):
 
     Several feature axes keep what is split apart afterwards (q, k, v) on an axis of its own, so that the split needs no
     communication when the last axis is sharded. `apart` computes these parts one by one, which spares a TPU the copies
-    that cut them out and put their gradients together; it pays where each part is wide, as in a gated MLP.
+    that cut them out and put their gradients together; it pays where each part is wide, as in a gated MLP. Its kernel
+    is [parts, in, features], so that a part is one piece of memory.
     """
 
     features: int | tuple[int, ...]
     axes: Axes  # of the kernel
-    apart: bool = (
-        False  # a list of one product for each entry of the first feature axis, in place of one for all
-    )
+    apart: bool = False  # give a list with one product for each entry of the first feature axis
     use_bias: bool = True
     kernel_init: Initializer = NORMAL_002
     bias_init: Initializer = nn.initializers.zeros
@@ -141,8 +140,11 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        stored = self.param("kernel", init, (x.shape[-1], *features), jnp.dtype(self.param_dtype))
+        shape, kernel_init = (x.shape[-1], *features), self.kernel_init
+        if self.apart:
+            shape, kernel_init = (features[0], x.shape[-1], *features[1:]), _parts_first(kernel_init)
+        init = nn.with_logical_partitioning(kernel_init, self.axes)
+        stored = self.param("kernel", init, shape, jnp.dtype(self.param_dtype))
         dtype = jnp.dtype(self.dtype)
         kernel = gathered(jnp.asarray(stored, dtype), self.axes)
         bias: jax.Array | None = None
@@ -156,7 +158,16 @@ class Dense(nn.Module):
 
         if not self.apart:
             return product(kernel, bias)
-        return [product(kernel[:, i], None if bias is None else bias[i]) for i in range(features[0])]
+        return [product(kernel[i], None if bias is None else bias[i]) for i in range(features[0])]
+
+
+def _parts_first(init: Initializer) -> Initializer:
+    """The values that `init` gives a kernel [in, parts, ...], as [parts, in, ...]."""
+
+    def values(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.moveaxis(init(key, (shape[1], shape[0], *shape[2:]), dtype), 1, 0)
+
+    return values
 
 
 def gathered(kernel: jax.Array, axes: Axes) -> jax.Array:

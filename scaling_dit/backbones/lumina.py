@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers
 from scaling_dit.backbones.layers import Dense
-from scaling_dit.backbones.lumina_layers import Conditioning, Head, Rotary, xavier_uniform
+from scaling_dit.backbones.lumina_layers import Conditioning, Head, xavier_uniform
+from scaling_dit.backbones.rotary import Rotary
 from scaling_dit.errors import UserError
 
 CONDITIONING_WIDTH = 1024  # at most; hidden where that is less

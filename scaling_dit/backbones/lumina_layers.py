@@ -11,17 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.backbones import layers
 from scaling_dit.backbones.attention import attend
 from scaling_dit.backbones.layers import NORMAL_002, Dense, layer_norm
+from scaling_dit.backbones.rotary import Rotary, rotate
 
 EPSILON = 1e-5  # of every norm but the last
 TIME_FEATURES = 256  # width of the sinusoidal time embedding
-Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -39,44 +38,6 @@ def rms_norm(name: str, *, param_dtype: Any = jnp.float32) -> nn.RMSNorm:
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         name=name,
     )
-
-
-def rotary_1d(length: int, head_size: int) -> Rotary:
-    """Tables [length, head_size/2] of rotary positions (RoPE, arXiv 2104.09864) for the indices of a sequence.
-
-    angle[t, i] = t * 10000^(-2i/head_size).
-    """
-    return _tables(np.outer(np.arange(length), _frequencies(head_size)))
-
-
-def rotary_2d(rows: int, columns: int, head_size: int) -> Rotary:
-    """Tables [rows * columns, head_size/2] for a grid of tokens, row-major.
-
-    Half of the pairs turns with the row, half with the column, taking turns: pair 2i has angle row * f_i, pair 2i + 1
-    column * f_i, with f_i = 10000^(-4i/head_size).
-    """
-    frequencies = _frequencies(head_size // 2)
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    angles = np.stack([np.outer(row, frequencies), np.outer(column, frequencies)], axis=-1)
-    return _tables(angles.reshape(rows * columns, head_size // 2))
-
-
-def _frequencies(size: int) -> np.ndarray:
-    return 10000.0 ** (-np.arange(0, size, 2) / size)
-
-
-def _tables(angles: np.ndarray) -> Rotary:
-    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-
-
-def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turns each pair (x[2i], x[2i+1]) of a head by its angle: [B, T, N, H] -> [B, T, N, H] float32."""
-    cos, sin = (jnp.repeat(table, 2, axis=-1)[:, None] for table in rotary)
-    # Neighbours are swapped by rolling: cut into pairs, an array has two numbers where a TPU's lanes hold 128.
-    x = x_BTNH.astype(jnp.float32)
-    even = np.arange(x.shape[-1]) % 2 == 0
-    partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    return x * cos + partner * sin
 
 
 class SwiGLU(nn.Module):
@@ -99,7 +60,7 @@ class SwiGLU(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        gate, value = dense((2, width), ("embed", None, "mlp"), apart=True, name="w13")(x)
+        gate, value = dense((2, width), (None, "embed", "mlp"), apart=True, name="w13")(x)
         x = layers.constrain(layers.ACTIVATIONS["silu"](gate) * value, "batch", "length", "act_mlp")
         return dense(features, ("mlp", "embed"), name="w2")(x)
 
@@ -142,8 +103,7 @@ class TextGatedAttention(nn.Module):
             q = dense(width, ("embed", "heads"), name="q")(x)
             kv = dense(kv_shape, ("embed", None, "heads"), name="kv")(x)
             k, v = kv[:, :, 0], kv[:, :, 1]
-        text_kv = dense(kv_shape, ("text", None, "heads"), name="text_kv")(text)
-        text_k, text_v = text_kv[:, :, 0], text_kv[:, :, 1]
+        text_k, text_v = dense(kv_shape, (None, "text", "heads"), apart=True, name="text_kv")(text)
         if self.qk_norm:
             norm = functools.partial(layer_norm, epsilon=EPSILON, param_dtype=self.param_dtype)
             q, k, text_k = norm("q_norm")(q), norm("k_norm")(k), norm("text_k_norm")(text_k)
@@ -154,7 +114,11 @@ class TextGatedAttention(nn.Module):
         )
         q_BTNH, k_BTKH, v_BTKH, text_k_BSKH, text_v_BSKH = (
             layers.constrain(part.astype(self.dtype), "batch", "length", "act_heads", None)
-            for part in (rotate(q_BTNH, rotary), rotate(k_BTKH, rotary), v_BTKH, text_k_BSKH, text_v_BSKH)
+            for part in (
+                rotate(q_BTNH, rotary, self.dtype),
+                rotate(k_BTKH, rotary, self.dtype),
+                *(v_BTKH, text_k_BSKH, text_v_BSKH),
+            )
         )
         o_BTNH = attend(self, q_BTNH, k_BTKH, v_BTKH)
         gate_N: Any = self.param(

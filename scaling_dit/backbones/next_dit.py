@@ -17,12 +17,11 @@ from scaling_dit.backbones.layers import NORMAL_002
 from scaling_dit.backbones.lumina import Lumina
 from scaling_dit.backbones.lumina_layers import (
     Modulation,
-    Rotary,
     SwiGLU,
     TextGatedAttention,
     rms_norm,
-    rotary_2d,
 )
+from scaling_dit.backbones.rotary import Rotary, rotary_2d
 
 SIZES: dict[str, dict[str, int]] = {
     "h2304-d24-n32": {

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from scaling_dit.backbones import per_device
+
 # (parameters of a layer, x, what it alone gets, what every layer gets) -> (x, out)
 Layer = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
@@ -99,12 +101,10 @@ def _scan(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, *, reverse: bool = False
 ) -> tuple[Any, Any]:
     """`jax.lax.scan`, but for what its stacked results start as; every entry is written before it is read."""
-    from scaling_dit.backbones import splash  # it builds on layers.py, which builds on this module
-
     count = len(jax.tree.leaves(inputs)[0])
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
     outs, tree = jax.tree.flatten(jax.eval_shape(step, carry, first)[1])
-    empty = jax.lax.empty if splash.target()[0] == "tpu" else jnp.zeros
+    empty = jax.lax.empty if per_device.target().platform == "tpu" else jnp.zeros
     stacks = [empty((count, *out.shape), out.dtype) for out in outs]
 
     def body(turn: Any, state: Any) -> Any:

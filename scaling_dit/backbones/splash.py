@@ -8,16 +8,14 @@ attention.py.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import linen as nn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import AxisType, PartitionSpec
 
+from scaling_dit.backbones import per_device
 from scaling_dit.backbones.layers import ATTENTION
 
 LANES = 128  # blocks are multiples of it
@@ -62,35 +60,12 @@ def blocks(queries: int, keys: int, device_kind: str) -> Blocks:
     return Blocks(padded[0], padded[1], (forward[0], forward[1]), (backward[0], backward[1]))
 
 
-class Target(NamedTuple):
-    """What a program is compiled for."""
-
-    platform: str  # cpu, gpu, tpu
-    device_kind: str
-
-
-def target() -> Target:
-    """The devices of the mesh of the context, which may be those of a described topology; else the default device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.abstract_device is not None:
-        return Target(mesh.abstract_device.platform, mesh.abstract_device.device_kind)
-    return Target(jax.default_backend(), getattr(jax.devices()[0], "device_kind", ""))
-
-
 def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
     """Why the kernel cannot take these inputs on the mesh of the context; None if it can."""
-    platform, _ = target()
+    platform, _ = per_device.target()
     if platform != "tpu":
         return f"the backend is {platform}, it needs tpu"
-    batch, _, heads = _mesh_axes()
-    for what, size, axes in (
-        ("examples", q_BTNH.shape[0], batch),
-        ("heads", q_BTNH.shape[2], heads),
-        ("key heads", k_BSKH.shape[2], heads),
-    ):
-        if size % _parts(axes):
-            return f"{size} {what} cannot be split over {' x '.join(axes)} = {_parts(axes)}"
-    return None
+    return per_device.obstacle(q_BTNH, k_BSKH)
 
 
 def attend(
@@ -106,25 +81,9 @@ def attend(
     On a mesh each device runs the kernel on its examples, heads and part of the queries; keys and values are gathered
     over the axis that splits lengths. `interpret`: run on any device, slowly, for tests.
     """
-    _, device_kind = target()
+    _, device_kind = per_device.target()
     run = functools.partial(_on_one_device, device_kind=device_kind, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if all(
-        kind == AxisType.Manual for kind in mesh.axis_types
-    ):  # no mesh, or one whose devices run alone already
-        return run(q_BTNH, k_BSKH, v_BSKH, key_mask)
-    batch, length, heads = _mesh_axes()
-    queries = q_BTNH.shape[1]
-    q_BTNH = _pad(q_BTNH, -(-queries // _parts(length)) * _parts(length))
-    of_queries = PartitionSpec(batch, length, heads)
-    of_keys = PartitionSpec(batch, None, heads)
-    out_BTNH = jax.shard_map(
-        run,
-        in_specs=(of_queries, of_keys, of_keys, PartitionSpec(batch)),
-        out_specs=of_queries,
-        check_vma=False,  # the kernel does not say over which axes its results vary
-    )(q_BTNH, k_BSKH, v_BSKH, key_mask)
-    return out_BTNH[:, :queries]
+    return per_device.run(run, q_BTNH, k_BSKH, v_BSKH, key_mask)
 
 
 def _on_one_device(
@@ -180,14 +139,3 @@ def _block_sizes(cut: Blocks) -> kernels.BlockSizes:
 
 def _pad(x_BTNH: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x_BTNH, ((0, 0), (0, length - x_BTNH.shape[1]), (0, 0), (0, 0)))
-
-
-def _mesh_axes() -> tuple[tuple[str, ...], ...]:
-    """The mesh axes of examples, lengths and heads under the rules of the context."""
-    spec = nn.logical_to_mesh_axes(("batch", "length", "act_heads")) or (None,) * 3
-    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
-
-
-def _parts(axes: tuple[str, ...]) -> int:
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)

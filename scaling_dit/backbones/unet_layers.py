@@ -141,7 +141,7 @@ class TransformerBlock(nn.Module):
         )
         x += SelfAttention(name="attn", **attend)(norm1(x))
         x += CrossAttention(name="cross_attn", **attend)(norm2(x), text, text_mask)
-        fc1 = linear("fc1", width, (2, 4 * width), ("embed", None, "mlp"), apart=True, **types)
+        fc1 = linear("fc1", width, (2, 4 * width), (None, "embed", "mlp"), apart=True, **types)
         value, gate = (layers.constrain(part, "batch", None, "act_mlp") for part in fc1(norm3(x)))
         x += linear("fc2", 4 * width, width, ("mlp", "embed"), **types)(value * ACTIVATIONS["gelu"](gate))
         return layers.constrain(x, "batch", None, "act_embed"), None

@@ -25,7 +25,10 @@ def rows(backbone: LargeDiT) -> Table:
         *_attention("layers.{i}.attention", "layers_{i}/attention", depth, backbone),
         *norm("layers.{i}.ffn_norm", "layers_{i}/ffn_norm", depth, bias=False),
         *linear(
-            ("layers.{i}.feed_forward.w1", "layers.{i}.feed_forward.w3"), "layers_{i}/feed_forward/w13", depth
+            ("layers.{i}.feed_forward.w1", "layers.{i}.feed_forward.w3"),
+            "layers_{i}/feed_forward/w13",
+            depth,
+            apart=True,
         ),
         *linear("layers.{i}.feed_forward.w2", "layers_{i}/feed_forward/w2", depth, bias=False),
         *linear("final_layer.adaLN_modulation.1", "head/modulation/linear", parts=2),
@@ -37,7 +40,7 @@ def _attention(upstream: str, ours: str, layers: int, backbone: LargeDiT) -> lis
     q, k, v = (f"{upstream}.w{name}" for name in "qkv")
     table = [
         Row(f"{upstream}.gate", f"{ours}/gate", layers=layers),
-        *linear((f"{upstream}.wk_y", f"{upstream}.wv_y"), f"{ours}/text_kv", layers),
+        *linear((f"{upstream}.wk_y", f"{upstream}.wv_y"), f"{ours}/text_kv", layers, apart=True),
         *linear(f"{upstream}.wo", f"{ours}/out", layers, bias=False),
     ]
     if backbone.grouped:

@@ -26,7 +26,7 @@ def rows(backbone: NextDiT) -> Table:
         *_attention(block, "layers_{i}/attention", depth, backbone),
         *norm(f"{block}.norm2", "layers_{i}/attention_out_norm", depth, bias=False),
         *norm(f"{block}.ffn_norm1", "layers_{i}/ffn_norm", depth, bias=False),
-        *linear((f"{ffn}.linear_1", f"{ffn}.linear_3"), "layers_{i}/feed_forward/w13", depth),
+        *linear((f"{ffn}.linear_1", f"{ffn}.linear_3"), "layers_{i}/feed_forward/w13", depth, apart=True),
         *linear(f"{ffn}.linear_2", "layers_{i}/feed_forward/w2", depth, bias=False),
         *norm(f"{block}.ffn_norm2", "layers_{i}/ffn_out_norm", depth, bias=False),
         *linear("norm_out.linear_1", "head/modulation/linear", parts=1),
@@ -40,7 +40,7 @@ def _attention(block: str, ours: str, layers: int, backbone: NextDiT) -> Table:
     shared = [f"{name}.weight" for name in (("to_q", "norm_q") if backbone.qk_norm else ("to_q",))]
     table: list[Row | Copy] = [
         Row(f"{block}.gate", f"{ours}/gate", layers=layers),
-        *linear((f"{text}.to_k", f"{text}.to_v"), f"{ours}/text_kv", layers),
+        *linear((f"{text}.to_k", f"{text}.to_v"), f"{ours}/text_kv", layers, apart=True),
         *linear(f"{text}.to_out.0", f"{ours}/out", layers, bias=False),
     ]
     if backbone.grouped:

@@ -34,19 +34,21 @@ def transpose() -> Transform:
     return Transform(load=lambda w: w.T, save=lambda p: (p.T,))
 
 
-def fused(parts: int) -> Transform:
-    """One Linear weight [parts*out, in] (such as q, k, v) <-> our kernel [in, parts, out]."""
+def fused(parts: int, *, apart: bool = False) -> Transform:
+    """One Linear weight [parts*out, in] (such as q, k, v) <-> our kernel [in, parts, out], `apart` [parts, in, out]."""
+    ours = "n d e" if apart else "d n e"
     return Transform(
-        load=lambda w: rearrange(w, "(n e) d -> d n e", n=parts),
-        save=lambda p: (rearrange(p, "d n e -> (n e) d"),),
+        load=lambda w: rearrange(w, f"(n e) d -> {ours}", n=parts),
+        save=lambda p: (rearrange(p, f"{ours} -> (n e) d"),),
     )
 
 
-def joined(parts: int) -> Transform:
-    """Linear weights [out, in] of several layers (such as q, k, v) <-> our kernel [in, parts, out]."""
+def joined(parts: int, *, apart: bool = False) -> Transform:
+    """Weights [out, in] of several Linears (q, k, v) <-> our kernel [in, parts, out], `apart` [parts, in, out]."""
+    axis = 0 if apart else 1
     return Transform(
-        load=lambda *w: np.stack([part.T for part in w], axis=1),
-        save=lambda p: tuple(p[:, i].T for i in range(parts)),
+        load=lambda *w: np.stack([part.T for part in w], axis=axis),
+        save=lambda p: tuple(p.take(i, axis).T for i in range(parts)),
     )
 
 
@@ -116,20 +118,21 @@ def linear(
     *,
     bias: bool | None = None,
     parts: int | None = None,
+    apart: bool = False,
 ) -> list[Row]:
     """The rows of a torch Linear: `upstream`.weight and .bias <-> `ours`/kernel and /bias.
 
-    Several names, or one Linear of several `parts`, make one kernel [in, parts, out] and one bias [parts, out].
-    `bias`: whether there is one; None: where `upstream` is one name.
+    Several names, or one Linear of several `parts`, make one kernel [in, parts, out], [parts, in, out] where ours is a
+    `Dense` with `apart`, and one bias [parts, out]. `bias`: whether there is one; None: where `upstream` is one name.
     """
     weights: str | tuple[str, ...]
     biases: str | tuple[str, ...]
     if isinstance(upstream, tuple):
         weights, biases = (tuple(f"{name}.{end}" for name in upstream) for end in ("weight", "bias"))
-        transforms = joined(len(upstream)), stacked(len(upstream))
+        transforms = joined(len(upstream), apart=apart), stacked(len(upstream))
     else:
         weights, biases = f"{upstream}.weight", f"{upstream}.bias"
-        transforms = (transpose(), SAME) if parts is None else (fused(parts), split(parts))
+        transforms = (transpose(), SAME) if parts is None else (fused(parts, apart=apart), split(parts))
     rows = [Row(weights, f"{ours}/kernel", transforms[0], layers)]
     has_bias = isinstance(upstream, str) if bias is None else bias
     return rows + ([Row(biases, f"{ours}/bias", transforms[1], layers)] if has_bias else [])

@@ -108,10 +108,10 @@ def _transformer(place: Place, depth: int) -> list[Row]:
         *linear(f"{theirs}.attn1.to_out.0", f"{mine}/attn/proj", depth),
         *norm(f"{theirs}.norm2", f"{mine}/norm2", depth),
         *linear(f"{theirs}.attn2.to_q", f"{mine}/cross_attn/q", depth, bias=False),
-        *linear(tuple(f"{theirs}.attn2.to_{n}" for n in "kv"), f"{mine}/cross_attn/kv", depth),
+        *linear(tuple(f"{theirs}.attn2.to_{n}" for n in "kv"), f"{mine}/cross_attn/kv", depth, apart=True),
         *linear(f"{theirs}.attn2.to_out.0", f"{mine}/cross_attn/proj", depth),
         *norm(f"{theirs}.norm3", f"{mine}/norm3", depth),
-        *linear(f"{theirs}.ff.net.0.proj", f"{mine}/fc1", depth, parts=2),
+        *linear(f"{theirs}.ff.net.0.proj", f"{mine}/fc1", depth, parts=2, apart=True),
         *linear(f"{theirs}.ff.net.2", f"{mine}/fc2", depth),
         *linear(f"{place.upstream}.proj_out", f"{place.ours}/proj_out"),
     ]

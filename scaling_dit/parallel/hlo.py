@@ -20,6 +20,9 @@ _OPCODE = re.compile(r"([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|async_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_KERNEL_NOTES = re.compile(
+    r"kernel_metadata=\{\n[^{}]*\}"
+)  # the one attribute that is printed on several lines
 # Their computations are applied to single numbers; what they hold is no work of its own.
 _ELEMENTWISE = {"reduce", "reduce-window", "scatter", "sort", "select-and-scatter", "map", "all-reduce",
                 "reduce-scatter", "all-reduce-start"}  # fmt: skip
@@ -101,7 +104,7 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] = []
-        for line in text.splitlines():
+        for line in _KERNEL_NOTES.sub(lambda found: found[0].replace("\n", ""), text).splitlines():
             if line[:1] not in (" ", "}", ""):
                 header = _HEADER.match(line)
                 if header:

@@ -163,7 +163,9 @@ def statistics(program: Program, layout: Layout) -> Statistics:
         if not visit.fused:
             hbm += times * hbm_bytes(program, visit)
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-        if cycles:
+        if (
+            cycles and opcode != "get-tuple-element"
+        ):  # parts of a kernel's result repeat what it says of itself
             parts[_part(program, instruction)] += times * int(cycles[1])
     rows = [Collective(*key, *entry) for key, entry in sorted(sums.items(), key=lambda item: -item[1][1])]
     total = flops + kernel_flops

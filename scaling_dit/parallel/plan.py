@@ -147,7 +147,12 @@ def settings(config: ConfigDict, step: str) -> dict[str, Any]:
     if step == "sample":
         return {"batch": config.sample.batch, "sampler": config.sample.sampler, "steps": config.sample.steps}
     remat = config.backbone.get("remat", "none")
-    return {"batch": config.batch, "microbatches": config.optim.accumulate, "remat": remat}
+    return {
+        "batch": config.batch,
+        "microbatches": config.optim.accumulate,
+        "remat": remat,
+        "gather_once": config.mesh.gather_once,
+    }
 
 
 def abstract_model(config: ConfigDict) -> pipeline.Model:

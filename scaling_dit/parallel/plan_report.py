@@ -161,8 +161,9 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     time, mfu = (
         (found.estimate or found.limit, found.mfu_estimate or found.mfu_limit) if found else (None, None)
     )
+    once = " gather_once" if plan.settings.get("gather_once") else ""
     values: tuple[Any, ...] = (
-        " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1),
+        " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) + once,
         plan.settings.get("microbatches", ""),
         plan.settings.get("remat", ""),
         f"{plan.memory.peak / _GIB:.2f}",

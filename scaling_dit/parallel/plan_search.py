@@ -1,4 +1,4 @@
-"""Tries meshes, microbatches and remat policies for a topology, and ranks those that fit.
+"""Tries meshes, `mesh.gather_once`, microbatches and remat policies for a topology, and ranks those that fit.
 
 What costs least is tried first: as few microbatches and as little rematerialisation as possible, on the config's own
 mesh. What a compiled combination has shown not to fit is not tried with even less saving, and what cannot hold its
@@ -7,6 +7,7 @@ state is not compiled.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.parallel import plan as plan_lib
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.plan import Plan
-from scaling_dit.parallel.topologies import Topology
+from scaling_dit.parallel.topologies import TPUS, Topology
 from scaling_dit.program import run_mesh
 
 REMAT = ("none", "products", "dots", "attention", "full")  # from what keeps most to what keeps least
@@ -39,11 +40,16 @@ def search(
       UserError: no combination splits the batch over the topology.
     """
     plans: list[Plan] = []
-    failed: list[tuple[dict[str, int], int, int]] = []
+    failed: list[tuple[dict[str, int], tuple[int, ...]]] = []
     tried = 0
     for mesh, microbatches, remat in candidates(config, topology, step):
-        saving = MICROBATCHES.index(microbatches), REMAT.index(remat) if remat in REMAT else 0
-        if any(mesh == other and saving[0] <= m and saving[1] <= r for other, m, r in failed):
+        saving = (
+            MICROBATCHES.index(microbatches),
+            REMAT.index(remat) if remat in REMAT else 0,
+            -mesh["gather_once"],  # it costs a copy of the parameters and of the gradients
+        )
+        sizes = mesh | {"gather_once": False}
+        if any(sizes == other and all(map(operator.le, saving, most)) for other, most in failed):
             continue
         tried += 1
         chosen = variant(config, mesh, microbatches, remat)
@@ -53,7 +59,7 @@ def search(
             tell(f"{told(mesh, microbatches, remat)}: {error}")
             continue
         if not plan.memory.fits:
-            failed.append((mesh, *saving))
+            failed.append((sizes, saving))
         tell(
             f"{told(mesh, microbatches, remat)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}"
         )
@@ -75,13 +81,14 @@ def rank(plan: Plan) -> tuple[bool, float, int]:
 def told(mesh: dict[str, int], microbatches: int, remat: str) -> str:
     """A combination as text."""
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
-    return f"{sizes}, {microbatches} microbatches, remat {remat}"
+    once = " gather_once" if mesh["gather_once"] else ""
+    return f"{sizes}{once}, {microbatches} microbatches, remat {remat}"
 
 
 def candidates(
     config: ConfigDict, topology: Topology, step: str = "train"
 ) -> Iterator[tuple[dict[str, int], int, str]]:
-    """(mesh, microbatches, remat) that split the batch, the cheapest first.
+    """(fields of config.mesh, microbatches, remat) that split the batch, the cheapest first.
 
     Rematerialisation costs up to a third of the FLOPs and a microbatch repeats the gathers of parameters, so both rise
     together, over all meshes, before either goes to its end.
@@ -91,18 +98,40 @@ def candidates(
     )
     counts = [n for n in MICROBATCHES if config.batch % n == 0] if step == "train" else [1]
     own = run_mesh(config, topology.devices())
-    order = meshes(dict(own.shape), topology.chips, topology.slices)
+    layouts = [
+        (place, sizes | {"gather_once": once})
+        for place, sizes in enumerate(meshes(dict(own.shape), topology.chips, topology.slices))
+        for once in gathers(config, sizes, topology, step)
+    ]
     combinations = sorted(
-        itertools.product(range(len(order)), counts, range(len(remats))),
-        key=lambda item: (MICROBATCHES.index(item[1]) + item[2] + item[0], item),
+        itertools.product(range(len(layouts)), counts, range(len(remats))),
+        key=lambda item: (MICROBATCHES.index(item[1]) + item[2] + layouts[item[0]][0], item),
     )
-    for mesh, microbatches, remat in combinations:
-        sizes = order[mesh]
+    for layout, microbatches, remat in combinations:
+        _, sizes = layouts[layout]
         rows = (
             config.batch // microbatches if step == "train" else rules.round_batch(own, config.sample.batch)
         )
         if rows % (sizes["data"] * sizes["fsdp"]) == 0:
             yield sizes, microbatches, remats[remat]
+
+
+def gathers(config: ConfigDict, sizes: dict[str, int], topology: Topology, step: str) -> tuple[bool, ...]:
+    """The values of `mesh.gather_once` to try on a mesh of such sizes, the config's own first.
+
+    True only to train on a TPU, whose rings it is for, and on meshes that it can run on; of these only on those that
+    have no more replicas than slices, where it gathers most. So the list stays short.
+    """
+    on_tpu = topology.chip is not None and topology.chip.name in TPUS
+    if not on_tpu or step != "train" or sizes["data"] > topology.slices:
+        return (False,)
+    changed = variant(config, sizes | {"gather_once": True}, config.optim.accumulate, REMAT[0])
+    try:
+        run_mesh(changed, topology.devices())
+    except UserError:
+        return (False,)
+    own = config.mesh.gather_once
+    return (own, not own)
 
 
 def meshes(own: dict[str, int], chips: int, slices: int) -> list[dict[str, int]]:
@@ -118,7 +147,7 @@ def meshes(own: dict[str, int], chips: int, slices: int) -> list[dict[str, int]]
 
 
 def variant(config: ConfigDict, mesh: dict[str, int], microbatches: int, remat: str) -> ConfigDict:
-    """The config with these settings."""
+    """The config with these settings; `mesh` holds fields of config.mesh."""
     changed = config.copy_and_resolve_references().unlock()
     changed.mesh.update(mesh)
     changed.optim.accumulate = microbatches

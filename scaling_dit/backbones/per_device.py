@@ -1,0 +1,105 @@
+"""Runs an attention kernel on each device of a mesh, on its examples and heads: XLA cannot split kernels itself.
+
+Shape suffixes as in attention.py.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+
+# (queries, keys, values, mask of keys) -> [B, T, N, H]
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+class Target(NamedTuple):
+    """What a program is compiled for."""
+
+    platform: str  # cpu, gpu, tpu
+    device_kind: str
+
+
+def target() -> Target:
+    """The devices of the mesh of the context, which may be those of a described topology; else the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return Target(mesh.abstract_device.platform, mesh.abstract_device.device_kind)
+    return Target(jax.default_backend(), getattr(jax.devices()[0], "device_kind", ""))
+
+
+def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
+    """What of these inputs the mesh of the context cannot split evenly; None if it can."""
+    batch, _, heads = _mesh_axes()
+    for what, size, axes in (
+        ("examples", q_BTNH.shape[0], batch),
+        ("heads", q_BTNH.shape[2], heads),
+        ("key heads", k_BSKH.shape[2], heads),
+    ):
+        if size % _parts(axes):
+            return f"{size} {what} cannot be split over {' x '.join(axes)} = {_parts(axes)}"
+    return None
+
+
+def heads(count: int) -> int:
+    """How many of so many heads a device has."""
+    return count // _parts(_mesh_axes()[2])
+
+
+def keeps_lengths() -> bool:
+    """Whether no axis of the mesh of the context splits lengths."""
+    return _parts(_mesh_axes()[1]) == 1
+
+
+def run_on_rows(kernel: Callable[..., jax.Array], x_BTNH: jax.Array, *tables: jax.Array) -> jax.Array:
+    """The kernel (x, *tables) -> [B, T, N, H] on each device's examples and heads; tables are whole everywhere."""
+    if _alone():
+        return kernel(x_BTNH, *tables)
+    batch, _, heads = _mesh_axes()
+    rows = PartitionSpec(batch, None, heads)
+    return jax.shard_map(
+        kernel, in_specs=(rows, *[PartitionSpec()] * len(tables)), out_specs=rows, check_vma=False
+    )(x_BTNH, *tables)
+
+
+def _alone() -> bool:
+    """Whether there is no mesh, or one whose devices run alone already."""
+    return all(kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
+
+
+def run(
+    kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, key_mask: jax.Array | None
+) -> jax.Array:
+    """The kernel on each device's examples, heads and part of the queries -> [B, T, N, H].
+
+    Keys and values are gathered over the axis that splits lengths.
+    """
+    if _alone():
+        return kernel(q_BTNH, k_BSKH, v_BSKH, key_mask)
+    batch, length, heads = _mesh_axes()
+    queries = q_BTNH.shape[1]
+    padded = -(-queries // _parts(length)) * _parts(length)
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, padded - queries), (0, 0), (0, 0)))
+    of_queries = PartitionSpec(batch, length, heads)
+    of_keys = PartitionSpec(batch, None, heads)
+    out_BTNH = jax.shard_map(
+        kernel,
+        in_specs=(of_queries, of_keys, of_keys, PartitionSpec(batch)),
+        out_specs=of_queries,
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )(q_BTNH, k_BSKH, v_BSKH, key_mask)
+    return out_BTNH[:, :queries]
+
+
+def _mesh_axes() -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of examples, lengths and heads under the rules of the context."""
+    spec = nn.logical_to_mesh_axes(("batch", "length", "act_heads")) or (None,) * 3
+    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+
+
+def _parts(axes: tuple[str, ...]) -> int:
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in axes)

@@ -1,0 +1,129 @@
+"""Rotary positions (RoPE, arXiv 2104.09864): tables of angles, and turning heads by them.
+
+For XLA neighbours on the last axis are swapped by rolling it, which a TPU does by copies of two cuts; there a kernel
+rolls the lanes where they lie.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from scaling_dit.backbones import per_device
+
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
+LANES = 128
+_LONGEST = 1024  # tokens that a grid step takes
+_MOST_LANES = 512
+_BYTES_PER_CYCLE = 551  # what the compiler expects of an elementwise fusion on v5p
+
+
+def rotary_1d(length: int, head_size: int) -> Rotary:
+    """Tables [length, head_size/2] for the indices of a sequence.
+
+    angle[t, i] = t * 10000^(-2i/head_size).
+    """
+    return _tables(np.outer(np.arange(length), _frequencies(head_size)))
+
+
+def rotary_2d(rows: int, columns: int, head_size: int) -> Rotary:
+    """Tables [rows * columns, head_size/2] for a grid of tokens, row-major.
+
+    Half of the pairs turns with the row, half with the column, taking turns: pair 2i has angle row * f_i, pair 2i + 1
+    column * f_i, with f_i = 10000^(-4i/head_size).
+    """
+    frequencies = _frequencies(head_size // 2)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = np.stack([np.outer(row, frequencies), np.outer(column, frequencies)], axis=-1)
+    return _tables(angles.reshape(rows * columns, head_size // 2))
+
+
+def _frequencies(size: int) -> np.ndarray:
+    return 10000.0 ** (-np.arange(0, size, 2) / size)
+
+
+def _tables(angles: np.ndarray) -> Rotary:
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def rotate(x_BTNH: jax.Array, rotary: Rotary, dtype: Any = jnp.float32) -> jax.Array:
+    """Turns each pair (x[2i], x[2i+1]) of a head by its angle: [B, T, N, H] -> the same in `dtype`.
+
+    Computed in float32.
+    """
+    cos_TH, sin_TH = (jnp.repeat(table, 2, axis=-1) for table in rotary)
+    even = np.arange(cos_TH.shape[-1]) % 2 == 0
+    sin_TH = jnp.where(even, -sin_TH, sin_TH)  # x[2i] takes its partner with the other sign
+    if not _has_kernel(x_BTNH):
+        x = x_BTNH.astype(jnp.float32)
+        partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+        return (x * cos_TH[:, None] + partner * sin_TH[:, None]).astype(dtype)
+    return per_device.run_on_rows(functools.partial(_on_one_device, dtype=dtype), x_BTNH, cos_TH, sin_TH)
+
+
+def _has_kernel(x_BTNH: jax.Array) -> bool:
+    width = per_device.heads(x_BTNH.shape[2]) * x_BTNH.shape[3]
+    able = per_device.target().platform == "tpu" and per_device.keeps_lengths()
+    fits = width % LANES == 0 and x_BTNH.shape[3] % 2 == 0 and x_BTNH.shape[1] <= _LONGEST
+    return able and fits and per_device.obstacle(x_BTNH, x_BTNH) is None
+
+
+def _on_one_device(
+    x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, *, dtype: Any, interpret: bool = False
+) -> jax.Array:
+    x_BTD = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+    lanes = _block_lanes(x_BTD.shape[2], x_BTNH.shape[3])
+    heads = lanes // x_BTNH.shape[3]
+    cos_TL, sin_TL = jnp.tile(cos_TH, (1, heads)), jnp.tile(sin_TH, (1, heads))
+    return _turn(jnp.dtype(dtype), interpret, x_BTD, cos_TL, sin_TL).reshape(x_BTNH.shape)
+
+
+def _block_lanes(width: int, size: int) -> int:
+    """Lanes of a grid step: whole heads on whole tiles, about _MOST_LANES at most."""
+    least = int(np.lcm(size, LANES))
+    return max((n for n in range(least, _MOST_LANES + 1, least) if width % n == 0), default=least)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _turn(dtype: Any, interpret: bool, x_BTD: jax.Array, cos_TL: jax.Array, sin_TL: jax.Array) -> jax.Array:
+    (batch, length, width), lanes = x_BTD.shape, cos_TL.shape[1]
+    block = pl.BlockSpec((1, length, lanes), lambda example, part: (example, 0, part))
+    table = pl.BlockSpec((length, lanes), lambda example, part: (0, 0))
+    moved = x_BTD.size * (x_BTD.dtype.itemsize + dtype.itemsize)
+    return pl.pallas_call(
+        _kernel,
+        grid=(batch, width // lanes),
+        in_specs=[block, table, table],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(x_BTD.shape, dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
+        metadata={"estimated_cycles": str(int(moved / _BYTES_PER_CYCLE))},
+        name="rotary",
+        interpret=interpret,
+    )(x_BTD, cos_TL, sin_TL)
+
+
+def _forward(dtype: Any, interpret: bool, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[Any, Any]:
+    return _turn(dtype, interpret, x, cos, sin), (jnp.zeros((), x.dtype), cos, sin)
+
+
+def _backward(dtype: Any, interpret: bool, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    example, cos, sin = kept
+    return _turn(example.dtype, interpret, gradient, cos, -sin), None, None
+
+
+_turn.defvjp(_forward, _backward)
+
+
+def _kernel(x_ref: Any, cos_ref: Any, sin_ref: Any, out_ref: Any) -> None:
+    x = x_ref[0].astype(jnp.float32)
+    lanes = x.shape[1]
+    even = lax.broadcasted_iota(jnp.int32, x.shape, 1) % 2 == 0
+    partner = jnp.where(even, pltpu.roll(x, lanes - 1, 1), pltpu.roll(x, 1, 1))
+    out_ref[0] = (x * cos_ref[...] + partner * sin_ref[...]).astype(out_ref.dtype)

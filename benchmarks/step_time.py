@@ -29,14 +29,16 @@ from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.scaling.count import count
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
+_TWO_LEVELS = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_dim": 32}
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "uvit": {"hidden": 128, "depth": 4, "heads": 2},
         "pixart": {"hidden": 128, "depth": 4, "heads": 2},
         "large_dit": {"hidden": 128, "depth": 4, "heads": 2},
         "next_dit": {"hidden": 128, "depth": 4, "heads": 2},
-        "unet": {"size": "sd2", "channels": 32, "head_dim": 32},
-        "unet_if": {"size": "if-xl", "channels": 32, "head_dim": 32},
+        # Two levels: with the four of a published size XLA compiles them for minutes on a CPU.
+        "unet": {**_TWO_LEVELS, "transformer_depth": (0, 1)},
+        "unet_if": {**_TWO_LEVELS, "attention_levels": (1,)},
     },
     "large": {
         "uvit": {"size": "h2048-d42-n16"},
@@ -134,7 +136,9 @@ def measure(name: str, fields: dict[str, Any], batch: int, args: argparse.Namesp
     boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed))
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    # Weights are random and no more; a UNet's many by jax's own generator take longer to compile than its step.
+    seed = jax.random.key(0, impl="unsafe_rbg")
+    state = jax.jit(init, out_shardings=shardings)(seed)
     with rules.activate(mesh):
         run = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         seconds = []

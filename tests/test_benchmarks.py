@@ -1,0 +1,49 @@
+"""The benchmarks' scripts run as their first lines say, each in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FEW = ROOT / "tests/few_packages.py"
+FAMILIES = ("uvit", "unet_if")  # one of each kind
+
+
+def run(*command):
+    """What a command prints; one device, as a user has it who simulates none."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_few_packages_are_few(tmp_path):
+    script = tmp_path / "script.py"
+    for line, there in (("import einops, jax, scaling_dit", True), ("import ml_collections", False)):
+        script.write_text(line)
+        done = subprocess.run([sys.executable, FEW, script], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode == 0) is there, done.stderr
+    assert "No module named 'ml_collections'" in done.stderr
+
+
+def test_step_time_starts_with_few_packages():
+    assert "--families" in run(FEW, "benchmarks/step_time.py", "--help")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_step_time_measures_backbones_with_few_packages(tmp_path):
+    flags = [f"--families={','.join(FAMILIES)}", "--steps=1", f"--note={tmp_path / 'note.md'}"]
+    told = run(FEW, "benchmarks/step_time.py", *flags).splitlines()
+    assert [line.split(",")[0] for line in told] == [f"backbone {name}" for name in FAMILIES]
+    rows = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(FAMILIES)
+    for row in rows[1:]:
+        _, parameters, batch, milliseconds, *rest = row.strip("| ").split(" | ")
+        assert float(parameters.split()[0]) < 3 and batch == "4" and float(milliseconds) > 0
+        assert all(float(figure) > 0 for figure in rest[:3]) and rest[3:] == ["-", "-"]  # a CPU has no peak

@@ -6,7 +6,7 @@ import os
 import pathlib
 import platform
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def header(title: str, script: str, how: str = "") -> list[str]:

@@ -164,9 +164,10 @@ def made(monkeypatch):
         remat = plan_search.REMAT.index(config.backbone.remat)
         saving = remat + plan_search.MICROBATCHES.index(config.optim.accumulate)
         mesh = config.mesh.to_dict()
-        tried.append((mesh["fsdp"], config.optim.accumulate, config.backbone.remat))
-        peak = int(100 * GIB / 2**saving)
-        time = (1 + saving) * (2 if mesh["tensor"] > 1 else 1)
+        once = mesh["gather_once"]
+        tried.append((mesh["fsdp"], config.optim.accumulate, config.backbone.remat, once))
+        peak = int((200 if once else 100) * GIB / 2**saving)
+        time = (1 + saving) * (2 if mesh["tensor"] > 1 else 1) * (0.7 if once else 1)
         counted = statistics(cycles=int(time * CHIPS["v5e"].clock))
         return plan.Plan(
             topology.name, 1, topology.chips, topology.hosts, step, mesh, plan.settings(config, step),
@@ -182,7 +183,7 @@ def made(monkeypatch):
 def test_a_search_tries_the_cheapest_first_and_ranks_what_fits(made):
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", ["--config.batch=64"])
     found = plan_search.search(config, parse("v5e:2x4"), "train", None, limit=9)
-    assert made[0] == (8, 1, "none") and len(made) == len(found) == 9
+    assert made[0] == (8, 1, "none", False) and len(made) == len(found) == 9
     assert [row.memory.fits for row in found] == sorted((row.memory.fits for row in found), reverse=True)
     fitting = [row.roofline.estimate for row in found if row.memory.fits]
     assert fitting == sorted(fitting) and fitting
@@ -193,12 +194,36 @@ def test_a_search_tries_the_cheapest_first_and_ranks_what_fits(made):
 def test_a_search_does_not_compile_what_must_need_more_than_what_failed(made):
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", ["--config.batch=64"])
     plan_search.search(config, parse("v5e:2x4"), "train", None, limit=100)
-    own = [(microbatches, remat) for fsdp, microbatches, remat in made if fsdp == 8]
-    assert len(own) == len(set(own))
-    place = {pair: at for at, pair in enumerate(own)}
-    for microbatches, remat in own:  # whatever saves less comes earlier, or was known to fail
+    own = [rest for fsdp, *rest in made if fsdp == 8]
+    place = {tuple(settings): at for at, settings in enumerate(own)}
+    assert len(place) == len(own)
+    for microbatches, remat, once in place:  # whatever saves less comes earlier, or was known to fail
         for other in plan_search.REMAT[: plan_search.REMAT.index(remat)]:
-            assert place.get((microbatches, other), -1) < place[(microbatches, remat)]
+            assert place.get((microbatches, other, once), -1) < place[(microbatches, remat, once)]
+    # 50 GiB without gathering once do not fit, so twice that was not compiled; half of 16 was.
+    assert (1, "products", False) in place and (1, "products", True) not in place
+    assert (2, "dots", False) in place and (2, "dots", True) in place
+
+
+def test_a_search_gathers_once_where_a_mesh_and_the_chip_allow_it(made):
+    config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", ["--config.batch=64"])
+    found = plan_search.search(config, parse("v5e:2x4"), "train", None, limit=100)
+    assert {(row.mesh["data"], row.mesh["tensor"]) for row in found if row.settings["gather_once"]} == {
+        (1, 1)
+    }
+    best = plan_report.search_table(parse("v5e:2x4"), found).splitlines()[2]
+    assert found[0].settings["gather_once"] and best.strip().startswith("fsdp=8 gather_once ")
+    with config.unlocked():
+        config.mesh.gather_once = True
+    for sizes, topology, step, wanted in (
+        ((1, 8, 1, 1), "v5e:2x4", "train", (True, False)),  # the config's own first
+        ((1, 4, 1, 2), "v5e:2x4", "train", (False,)),
+        ((2, 4, 1, 1), "v5e:2x4", "train", (False,)),
+        ((1, 8, 1, 1), "v5e:2x4", "sample", (False,)),
+        ((1, 8, 1, 1), LOCAL, "train", (False,)),
+    ):
+        mesh = dict(zip(("data", "fsdp", "context", "tensor"), sizes, strict=True))
+        assert plan_search.gathers(config, mesh, parse(topology), step) == wanted
 
 
 def test_meshes_begin_with_the_config_s_own_and_cover_all_chips():

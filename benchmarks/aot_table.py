@@ -1,26 +1,32 @@
 """Plans of every size of the papers on four slices, compiled ahead of time, as a table for the docs.
 
     python benchmarks/aot_table.py run --cells=benchmarks/aot_cells          # every cell that is not there yet
-    python benchmarks/aot_table.py run --cells=benchmarks/aot_cells --only=uvit-h2048-d42-n16@v5p:4x4x4
-    python benchmarks/aot_table.py commands --cells=benchmarks/aot_cells     # the command of each cell
+    python benchmarks/aot_table.py run --cells=benchmarks/aot_cells --sizes=uvit-h2048-d42-n16,sdxl --slices=v5p:4x4x4
+    python benchmarks/aot_table.py commands --cells=benchmarks/aot_cells     # the first command of each cell
     python benchmarks/aot_table.py write --cells=benchmarks/aot_cells --note=docs/plan_table.md
 
 A cell is one size on one slice; its plan is kept as one JSON file, so the table can be made in pieces, on several
-machines. A size is tried with the settings of `ATTEMPTS` in turn until it fits. The text encoder is OpenCLIP-H, frozen;
-latents come of the fixed transform `dct`, as in the experiments. No accelerator is used: nothing is measured.
+machines. A size is tried with the settings that `ATTEMPTS` has for the slice, in turn, until it fits. Where the last of
+them fails, the file and the table hold its error, and the next run tries that cell again. The text encoder is
+OpenCLIP-H, frozen; latents come of the fixed transform `dct`, and parameters are split over all chips, as in the
+experiments. No accelerator is used: nothing is measured.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import note
 from scaling_dit.experiments import dit_scaling, unet_scaling
 
-SLICES = ("v5e:16x16", "v5p:4x4x4", "v4:4x4x4", "v6e:16x16")
+from scaling_dit.errors import UserError, nearest
+
 CONFIGS = {size: f"dit_scaling:{size}" for size in dit_scaling.ARGUMENTS} | {
     size: f"unet_scaling:{size}" for size in unet_scaling.ARGUMENTS
 }
@@ -30,12 +36,16 @@ PAPER = (
     "--config.text_encoder.size=openclip-h",
     "--config.train_text_encoder=False",
 )
-# From the cheapest step to the smallest memory.
-ATTEMPTS = (
-    (),
+# From the fastest step to the smallest memory. Gathering once is for the three axes of the tori of v5p and v4; for the
+# copy of the parameters and gradients that it costs, a v5e has too little memory at most sizes.
+_SAVING = (
     ("--config.backbone.remat=full",),
     ("--config.backbone.remat=full", "--config.optim.accumulate=4"),
 )
+_GATHERED = (("--config.mesh.gather_once=True", "--config.backbone.remat=products"), *_SAVING)
+_BY_LAYER = (("--config.backbone.remat=products",), *_SAVING)
+ATTEMPTS = {"v5e:16x16": _BY_LAYER, "v5p:4x4x4": _GATHERED, "v4:4x4x4": _GATHERED, "v6e:16x16": _BY_LAYER}
+SLICES = tuple(ATTEMPTS)
 GIB = 2**30
 HEADS = (
     "size", "slice", "settings", "arguments GiB", "peak GiB", "of", "TFLOP model", "TFLOP program", "GB sent",
@@ -43,17 +53,12 @@ HEADS = (
 )  # fmt: skip
 
 
-def command(size: str, topology: str, attempt: int) -> list[str]:
-    """The command that plans one cell."""
+def command(size: str, topology: str, flags: Sequence[str]) -> list[str]:
+    """The command that plans one cell with the flags of one attempt."""
     config = f"--config={CONFIGS[size]}"
-    flags = [config, f"--topology={topology}", "--json", *PAPER, *ATTEMPTS[attempt]]
-    return [sys.executable, "-m", "scaling_dit", "plan", *flags]
-
-
-def cells(only: str | None) -> list[tuple[str, str]]:
-    """(size, slice) of every cell, or of the one named "SIZE@SLICE"."""
-    every = [(size, topology) for size in CONFIGS for topology in SLICES]
-    return [cell for cell in every if only is None or "@".join(cell) == only]
+    return [
+        sys.executable, "-m", "scaling_dit", "plan", config, f"--topology={topology}", "--json", *PAPER, *flags
+    ]  # fmt: skip
 
 
 def place(folder: pathlib.Path, size: str, topology: str) -> pathlib.Path:
@@ -61,24 +66,39 @@ def place(folder: pathlib.Path, size: str, topology: str) -> pathlib.Path:
     return folder / f"{size}@{topology.replace(':', '-')}.json"
 
 
-def make(folder: pathlib.Path, size: str, topology: str) -> None:
-    """Plans a cell with each attempt until one fits, and keeps the last plan."""
-    for attempt in range(len(ATTEMPTS)):
-        done = subprocess.run(command(size, topology, attempt), capture_output=True, text=True)
-        if done.returncode not in (0, 1):
-            raise SystemExit(f"{size}@{topology}: {done.stderr.strip()}")
-        (plan,) = json.loads(done.stdout)
-        if plan["memory"]["fits"]:
+def missing(file: pathlib.Path) -> bool:
+    """Whether a cell is still to be planned: its file is not there, or holds an error."""
+    return not file.exists() or "error" in json.loads(file.read_text())
+
+
+def make(folder: pathlib.Path, size: str, topology: str) -> bool:
+    """Plans a cell with each attempt until one fits, and keeps the last plan or its error; False with an error."""
+    found: dict[str, Any] = {}
+    failed = []
+    for flags in ATTEMPTS[topology]:
+        done = subprocess.run(command(size, topology, flags), capture_output=True, text=True)
+        if done.returncode in (0, 1):
+            (found,) = json.loads(done.stdout)
+        else:
+            last = done.stderr.strip().rpartition("\n")[2]
+            found = {"topology": topology, "error": last or f"exit code {done.returncode}"}
+            failed.append(f"{' '.join(flags)}: {found['error']}")
+        found["flags"] = list(flags)
+        if "error" not in found and found["memory"]["fits"]:
             break
     folder.mkdir(parents=True, exist_ok=True)
-    place(folder, size, topology).write_text(json.dumps(plan | {"attempt": attempt}, indent=1) + "\n")
-    print(f"{size}@{topology}: " + " | ".join(row(size, plan)[2:]), flush=True)
+    place(folder, size, topology).write_text(json.dumps(found | {"failed": failed}, indent=1) + "\n")
+    print(f"{size}@{topology}: {' | '.join(row(size, found)[2:])}", flush=True)
+    return "error" not in found
 
 
 def row(size: str, plan: dict) -> list[str]:
-    """The cells of the table's line of a plan."""
+    """The cells of the table's line of a plan, or of the error in its place."""
+    if "error" in plan:
+        told = f"{' '.join(plan['flags'])}: {plan['error']}".replace("|", "/")
+        return [size, plan["topology"], told, *[""] * (len(HEADS) - 3)]
     memory, found, times = plan["memory"], plan["statistics"], plan["roofline"]
-    settings = f"remat {plan['settings']['remat']}"
+    settings = f"gather_once {plan['settings']['gather_once']}, remat {plan['settings']['remat']}"
     if plan["settings"]["microbatches"] > 1:
         settings += f", {plan['settings']['microbatches']} microbatches"
     line = [
@@ -116,17 +136,30 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         ),
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
-        "explains them. Each size is shown with the first of these settings that fits: as in its experiment; "
-        "`remat=full`; and four microbatches as well.",
+        "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p and v4 "
+        "with `gather_once`; `remat=full`; and four microbatches as well.",
         "",
         f"| {' | '.join(HEADS)} |",
         f"|{' --- |' * len(HEADS)}",
     ]
-    for size, topology in cells(None):
+    for size, topology in itertools.product(CONFIGS, SLICES):
         file = place(folder, size, topology)
         if file.exists():
             lines.append(f"| {' | '.join(row(size, json.loads(file.read_text())))} |")
     target.write_text("\n".join(lines) + "\n")
+
+
+def names(text: str | None, known: Sequence[str]) -> list[str]:
+    """The names in a list with commas, all that are known for None.
+
+    Raises:
+      UserError: one is not known.
+    """
+    found = list(known) if text is None else text.split(",")
+    for name in found:
+        if name not in known:
+            raise UserError(f"unknown {name!r}; {nearest(name, known)}")
+    return found
 
 
 def main() -> None:
@@ -136,22 +169,27 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("run", "commands", "write"))
     parser.add_argument("--cells", type=pathlib.Path, required=True, help="folder of the JSON files")
-    parser.add_argument("--only", help="one cell, SIZE@SLICE")
+    parser.add_argument("--sizes", help="of the cells to plan, separated by commas; all if not given")
+    parser.add_argument("--slices", help="the same")
     parser.add_argument("--note", type=pathlib.Path, help="page to write")
     args = parser.parse_args()
-    chosen = cells(args.only)
-    if not chosen:
-        parser.error(f"no cell {args.only}; see the list of `commands`")
+    try:
+        chosen = list(itertools.product(names(args.sizes, tuple(CONFIGS)), names(args.slices, SLICES)))
+    except UserError as error:
+        parser.error(str(error))
     if args.what == "write":
         if args.note is None:
             parser.error("write needs --note")
         write(args.cells, args.note)
         return
-    for size, topology in chosen:
-        if args.what == "commands":
-            print(shlex.join(command(size, topology, 0)))
-        elif not place(args.cells, size, topology).exists():
-            make(args.cells, size, topology)
+    if args.what == "commands":
+        for size, topology in chosen:
+            print(shlex.join(command(size, topology, ATTEMPTS[topology][0])))
+        return
+    left = [cell for cell in chosen if missing(place(args.cells, *cell))]
+    failed = [f"{size}@{topology}" for size, topology in left if not make(args.cells, size, topology)]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""The table of plans: which settings a cell tries, what it keeps, and that a failed cell stops no other."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from scaling_dit import config as config_lib
+from scaling_dit.parallel.topologies import GIB
+
+PLAN = {
+    "topology": "v5p:4x4x4",
+    "chips": 64,
+    "settings": {"batch": 2048, "microbatches": 1, "remat": "products", "gather_once": True},
+    "memory": {"arguments": GIB, "peak": 2 * GIB, "limit": 95 * GIB, "fits": True},
+    "model_flops": 64 * 10**12,
+    "statistics": None,
+    "compile_seconds": 3.0,
+    "roofline": None,
+}
+
+
+@pytest.fixture(scope="module")
+def table():
+    """benchmarks/aot_table.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(pathlib.Path(__file__).parent.parent / "benchmarks")
+        import aot_table
+
+    return aot_table
+
+
+@pytest.fixture
+def planned(table, monkeypatch):
+    """(calls, answers) instead of planning: a command gets the answer to words that it holds, else a plan that fits."""
+    calls, answers = [], {}
+
+    def run(command, **_):
+        calls.append(command)
+        for words, (code, memory, told) in answers.items():
+            if set(words) <= set(command):
+                text = json.dumps([PLAN | {"memory": PLAN["memory"] | memory}]) if code < 2 else ""
+                return subprocess.CompletedProcess(command, code, text, told)
+        return subprocess.CompletedProcess(command, 0, json.dumps([PLAN]), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls, answers
+
+
+def run(table, monkeypatch, folder, *flags, what="run"):
+    monkeypatch.setattr(sys, "argv", ["aot_table.py", what, f"--cells={folder}", *flags])
+    table.main()
+
+
+def test_each_attempt_is_a_config_that_splits_the_parameters_over_all_chips(table):
+    for topology, attempts in table.ATTEMPTS.items():
+        once = [any("gather_once" in flag for flag in flags) for flags in attempts]
+        assert once == [topology in ("v5p:4x4x4", "v4:4x4x4"), False, False]
+        assert "--config.backbone.remat=products" in attempts[0]
+    for size in ("uvit-h2048-d42-n16", "sdxl", "if-xl-c512"):
+        for flags in {flags for attempts in table.ATTEMPTS.values() for flags in attempts}:
+            mesh = config_lib.load(table.CONFIGS[size], [*table.PAPER, *flags]).mesh
+            assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == (1, -1, 1, 1)
+
+
+def test_a_cell_is_tried_until_it_fits_and_its_settings_are_told(
+    table, planned, monkeypatch, tmp_path, capsys
+):
+    calls, answers = planned
+    answers["--config.mesh.gather_once=True",] = (1, {"fits": False}, "")
+    run(table, monkeypatch, tmp_path, "--sizes=sdxl", "--slices=v5p:4x4x4")
+    assert len(calls) == 2 and "--config.backbone.remat=full" in calls[1]
+    assert "--config.optim.accumulate=4" not in calls[1]
+    kept = json.loads((tmp_path / "sdxl@v5p-4x4x4.json").read_text())
+    assert kept["flags"] == ["--config.backbone.remat=full"] and kept["memory"]["fits"] and not kept["failed"]
+    assert "gather_once True, remat products" in capsys.readouterr().out  # as the plan itself has it
+    run(table, monkeypatch, tmp_path, "--sizes=sdxl", "--slices=v5p:4x4x4")
+    assert len(calls) == 2  # what is there is not planned again
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeypatch, tmp_path, capsys):
+    calls, answers = planned
+    answers["--config=unet_scaling:sdxl", "--topology=v5e:16x16"] = (
+        2,
+        {},
+        "noise\nscaling-dit: it | fails\n",
+    )
+    chosen = ("--sizes=uvit-h2048-d42-n16,sdxl", "--slices=v5e:16x16,v6e:16x16")
+    with pytest.raises(SystemExit, match="failed: sdxl@v5e:16x16$"):
+        run(table, monkeypatch, tmp_path, *chosen)
+    assert len(calls) == 3 + 3 and len(list(tmp_path.glob("*.json"))) == 4
+    kept = json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
+    assert kept["error"] == "scaling-dit: it | fails" and len(kept["failed"]) == 3
+    run(table, monkeypatch, tmp_path, f"--note={tmp_path / 'note.md'}", what="write")
+    lines = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {len(table.HEADS) + 1}
+    (told,) = [line for line in lines if "it / fails" in line]
+    assert told.startswith("| sdxl | v5e:16x16 | --config.backbone.remat=full --config.optim.accumulate=4: ")
+    answers.clear()
+    run(table, monkeypatch, tmp_path, *chosen)  # tries the failed one again, and no other
+    assert len(calls) == 7 and "error" not in json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
+
+
+def test_an_error_of_one_attempt_is_kept_beside_the_plan_of_another(table, planned, monkeypatch, tmp_path):
+    _, answers = planned
+    answers["--config.mesh.gather_once=True",] = (-9, {}, "")
+    run(table, monkeypatch, tmp_path, "--sizes=sdxl", "--slices=v4:4x4x4")
+    kept = json.loads((tmp_path / "sdxl@v4-4x4x4.json").read_text())
+    assert kept["memory"]["fits"]
+    assert kept["failed"] == ["--config.mesh.gather_once=True --config.backbone.remat=products: exit code -9"]
+
+
+def test_an_unknown_size_or_slice_is_one_line(table, planned, monkeypatch, tmp_path, capsys):
+    for flag, hint in (
+        ("--sizes=sdx", "did you mean 'sdxl'"),
+        ("--slices=v5p:4x4x", "did you mean 'v5p:4x4x4'"),
+    ):
+        with pytest.raises(SystemExit):
+            run(table, monkeypatch, tmp_path, flag)
+        assert hint in capsys.readouterr().err
+    assert not planned[0]

@@ -20,6 +20,7 @@ from scaling_dit.errors import UserError, nearest
 
 IMPLEMENTATIONS = ("auto", "xla", "short", "splash", "cudnn")
 _TPU_KERNELS = {"short": short_attention.attend, "splash": splash.attend}
+ROWS = 16  # of a tile of bfloat16
 SPLASH_FROM = 512  # keys from which "auto" takes splash on TPUs; below, the padding to its blocks costs more
 
 
@@ -88,7 +89,7 @@ def attention(
         found.add(Choice(implementation, q_BTNH.shape[1], k_BSNH.shape[1], *q_BTNH.shape[2:]))
 
     if key_mask is not None:
-        key_mask = key_mask | ~key_mask.any(axis=1, keepdims=True)
+        key_mask = _readable(key_mask)
     if implementation in _TPU_KERNELS:
         return _TPU_KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, key_mask)
     mask_B11S = None if key_mask is None else key_mask[:, None, None, :]
@@ -115,6 +116,26 @@ def attend(
     # Named with its heads side by side: cut apart, heads of 64 would be kept in tiles of 128.
     o_BTD = checkpoint_name(rearrange(o_BTNH, "b t n h -> b t (n h)"), ATTENTION)
     return rearrange(o_BTD, "b t (n h) -> b t n h", n=o_BTNH.shape[2])
+
+
+def padded_context(
+    context_BSE: jax.Array, key_mask: jax.Array | None, dtype: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Text and its mask [B, S] with hidden tokens at the end, so that S is whole tiles of a TPU; as they are elsewhere.
+
+    What reads 77 tokens of many captions as rows of one matrix is then no copy: an eighth of the cycles of SDXL's
+    transformer blocks. `dtype` is that of the products.
+    """
+    missing = -context_BSE.shape[1] % ROWS
+    if per_device.target().platform != "tpu" or jnp.dtype(dtype) != jnp.bfloat16 or not missing:
+        return context_BSE, key_mask
+    shown = jnp.ones(context_BSE.shape[:2], bool) if key_mask is None else _readable(key_mask)
+    return jnp.pad(context_BSE, ((0, 0), (0, missing), (0, 0))), jnp.pad(shown, ((0, 0), (0, missing)))
+
+
+def _readable(key_mask: jax.Array) -> jax.Array:
+    """The mask, where it hides all keys of an example hiding none."""
+    return key_mask | ~key_mask.any(axis=1, keepdims=True)
 
 
 def _attend_xla(

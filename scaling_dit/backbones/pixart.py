@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers
-from scaling_dit.backbones.attention import CrossAttention, SelfAttention
+from scaling_dit.backbones.attention import CrossAttention, SelfAttention, padded_context
 from scaling_dit.backbones.layers import NORMAL_002, Dense, Mlp, layer_norm
 from scaling_dit.errors import UserError
 
@@ -118,6 +118,7 @@ class PixArt(nn.Module):
         if self.embeds_caption:
             text = CaptionEmbedding(hidden, name="caption_embed", **types)(text)
         key_mask = None if text_mask is None else text_mask.astype(bool)
+        text, key_mask = padded_context(text, key_mask, self.dtype)
 
         x, _ = layers.stack(
             Block,

@@ -26,11 +26,11 @@ from scaling_dit.backbones import per_device
 LANES, SUBLANES = 128, 8
 LONGEST = 512  # queries and keys: four float32 arrays of scores are to fit the 16 MiB of a core's scoped VMEM
 _BLOCK_BYTES = 2**20  # of the longest array in a grid step
-_MOST_HEADS = 8  # of a grid step where scores are many; the kernel's code grows with them
+_MOST_HEADS = 10  # of a grid step where scores are many; the kernel's code grows with them
 _FEW_SCORES = LANES * LANES
 _HIDDEN = float(jnp.finfo(jnp.float32).min) / 2
 # Cycles of a head by the compiler's schedule for v5p: constant, and for each 8 x 128 scores (`python
-# benchmarks/kernel_cycles.py`); the other generations are within a third of it.
+# benchmarks/kernel_cycles.py`). v5e is within a third of it; v4 takes up to twice as many, v6e down to 0.6 times.
 _FORWARD_CYCLES, _BACKWARD_CYCLES = (40, 5.8), (210, 11.5)
 _TWO_CORES = ("TPU v4", "TPU v5")  # device kinds whose chips share out the grid
 
@@ -44,15 +44,17 @@ def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
         return f"dtype is {q_BTNH.dtype}, it needs bfloat16"
     if q_BTNH.shape[2] != k_BSKH.shape[2]:
         return f"{k_BSKH.shape[2]} key heads for {q_BTNH.shape[2]} heads, it needs as many"
-    longest = max(q_BTNH.shape[1], k_BSKH.shape[1])
-    if longest > LONGEST:
+    if (longest := max(q_BTNH.shape[1], k_BSKH.shape[1])) > LONGEST:
         return f"{longest} tokens, it takes {LONGEST} at most"
     if unsplit := per_device.obstacle(q_BTNH, k_BSKH):
         return unsplit
     heads, size = per_device.heads(q_BTNH.shape[2]), q_BTNH.shape[3]
     if heads * size % LANES:
         return f"{heads} heads of {size} on a device are {heads * size} wide, it needs a multiple of {LANES}"
-    together = math.lcm(size, LANES) // size
+    least = math.lcm(size, LANES)
+    if 2 * longest * least > _BLOCK_BYTES:
+        return f"heads of {size} lie in {least} lanes of whole tiles, too many at {longest} tokens"
+    together = least // size
     if together > _MOST_HEADS and q_BTNH.shape[1] * k_BSKH.shape[1] > _FEW_SCORES:
         return f"{together} heads of {size} lie in whole tiles of {LANES}, it takes {_MOST_HEADS} at once"
     return None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract, layers, unet_layers
+from scaling_dit.backbones.attention import padded_context
 from scaling_dit.backbones.layers import conv3x3
 from scaling_dit.backbones.unet_layers import Embedding, ResBlock, Transformer2D, Upsample
 from scaling_dit.errors import UserError
@@ -120,6 +121,7 @@ class UNet(nn.Module):
         unet_layers.check_halvings("UNet", latents.shape, len(shape.widths))
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         key_mask = None if text_mask is None else text_mask.astype(bool)
+        text, key_mask = padded_context(text, key_mask, self.dtype)
         time = self._time_embedding(timesteps, extras or {})
         res_block = layers.rematerialised(ResBlock, self.remat)
 

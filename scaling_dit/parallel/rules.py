@@ -124,7 +124,11 @@ def replicated(mesh: Mesh, abstract_variables: Any, most: int = 3) -> Replicated
 
 
 def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """The partition of one named parameter; each mesh axis is used at most once."""
+    """The partition of one named parameter; each mesh axis is used at most once.
+
+    Where another axis can take fsdp it does not split the last one: on TPUs that lies along the lanes, and XLA sums a
+    gradient that is to be cut there whole, with twice the bytes sent.
+    """
     parts: list[str | None] = [None] * len(shape)
     known = {name for name, _ in _RULES}
     wants_fsdp = any(name is not None and name not in known for name in names)
@@ -139,6 +143,11 @@ def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> Part
         fixed = [name == "layers" or part is not None for name, part in zip(names, parts, strict=True)]
         fallback = _largest_axis(mesh, shape, fixed)
         parts = [new if new is not None else old for new, old in zip(fallback, parts, strict=True)]
+    if parts[-1:] == ["fsdp"]:
+        free = [part is None and name != "layers" for part, name in zip(parts, names, strict=True)]
+        usable = [i for i, size in enumerate(shape) if free[i] and _splits(mesh, "fsdp", size)]
+        if usable:
+            parts[usable[-1]], parts[-1] = "fsdp", None
     return PartitionSpec(*parts)
 
 

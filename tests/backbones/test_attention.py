@@ -9,6 +9,7 @@ from uvit_golden import run
 
 from scaling_dit import trees
 from scaling_dit.backbones import attention as attention_lib
+from scaling_dit.backbones import per_device
 from scaling_dit.backbones.attention import CrossAttention, SelfAttention, attention
 from scaling_dit.errors import UserError
 
@@ -154,3 +155,20 @@ def test_cross_attention_is_each_head_alone():
         heads.append(jax.nn.softmax(scores) @ v[..., head])
     expected = jnp.concatenate(heads, axis=-1) @ params["proj"]["kernel"]
     np.testing.assert_allclose(module.apply({"params": params}, x, context, mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_the_context_for_a_tpu_changes_no_value(masked, monkeypatch):
+    q, k, v = (jax.random.normal(jax.random.key(i), (3, 5 + 2 * (i > 0), 2, 8)) for i in range(3))
+    mask = jnp.array([[True] * 4 + [False] * 3, [False] * 7, [True] * 7]) if masked else None
+    wanted = attention(q, k, v, key_mask=mask, implementation="xla")
+    same, none = attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.bfloat16)
+    assert same.shape == (3, 7, 16) and none is mask  # not for a TPU
+
+    monkeypatch.setattr(per_device, "target", lambda: per_device.Target("tpu", "TPU v5"))
+    assert attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.float32)[0].shape == (3, 7, 16)
+    longer, shown = attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.bfloat16)
+    assert longer.shape == (3, 16, 16) and shown.shape == (3, 16)
+    k, v = (jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=3.0) for x in (k, v))
+    found = attention(q, k, v, key_mask=shown, implementation="xla")
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)

@@ -105,7 +105,7 @@ def test_block_lanes_are_whole_heads_on_whole_tiles_that_divide_the_width():
     "width, size, queries, keys, lanes",
     [
         (2048, 64, 64, 77, 2048),  # few scores: all heads at once
-        (1280, 64, 256, 77, 256),  # 5 heads are no whole tiles, 10 too many
+        (1280, 64, 256, 77, 640),  # 20 heads are too many, 10 are not
         (2048, 128, 334, 334, 1024),
         (1536, 96, 334, 334, 768),
         (1152, 72, 64, 64, 1152),  # 16 heads fill the first whole tile
@@ -140,7 +140,11 @@ OBSTACLES = [
     ({"heads": 3, "kv_heads": 3}, "3 heads of 64 on a device are 192 wide, it needs a multiple of 128"),
     (
         {"heads": 16, "kv_heads": 16, "size": 72, "queries": 129, "keys": 128},
-        "16 heads of 72 lie in whole tiles of 128, it takes 8 at once",
+        "16 heads of 72 lie in whole tiles of 128, it takes 10 at once",
+    ),
+    (
+        {"heads": 64, "kv_heads": 64, "size": 90, "queries": 128},
+        "heads of 90 lie in 5760 lanes of whole tiles, too many at 128 tokens",
     ),
 ]
 
@@ -214,7 +218,9 @@ def test_a_module_of_short_is_initialised_anywhere_and_computes_what_xla_does(mo
     assert_same([found], [plain.apply(params, x, context, mask)], 2e-2)
 
 
-TPU_CASES = ["64:64:64", "64:77:64", "256:256:64", "334:334:128", "334:334:96", "512:512:128"]
+# Queries, keys, heads, head size: blocks as large as they get, so that memory is at its limit.
+TPU_CASES = ["64:64:8:64", "64:77:8:64", "256:256:10:64", "334:334:8:128", "334:334:8:96", "512:512:10:64",
+             "512:512:8:128"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -222,14 +228,14 @@ TPU_CASES = ["64:64:64", "64:77:64", "256:256:64", "334:334:128", "334:334:96", 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_forward_and_backward_compile_for_tpus_and_declare_their_cycles(topology):
     cases = []
-    for case in TPU_CASES:  # blocks as large as they get, so that memory is at its limit
-        queries, keys, size = case.split(":")
-        cases.append(f"{queries}:{keys}:8:8:{size}{':unmasked' if queries == keys else ''}")
+    for case in TPU_CASES:
+        queries, keys, heads, size = case.split(":")
+        cases.append(f"{queries}:{keys}:{heads}:{heads}:{size}{':unmasked' if queries == keys else ''}")
     found = compiled(topology, "short", cases, tensor=1)
     assert list(found) == cases
     for cycles, implementation in found.values():
         assert implementation == "short" and len(cycles) == 2 and min(cycles) > 0
-    # The kernels of 512 tokens do 64 times the work of those of 64, in heads twice as wide.
+    # Those of 512 tokens do 64 times the work of those of 64, in heads twice as wide.
     assert sum(found[cases[-1]][0]) > 20 * sum(found[cases[0]][0])
 
 

@@ -235,8 +235,9 @@ def test_forward_and_backward_compile_for_tpus_and_declare_their_cycles(topology
     assert list(found) == cases
     for cycles, implementation in found.values():
         assert implementation == "short" and len(cycles) == 2 and min(cycles) > 0
-    # Those of 512 tokens do 64 times the work of those of 64, in heads twice as wide.
-    assert sum(found[cases[-1]][0]) > 20 * sum(found[cases[0]][0])
+    # Scores of 512 x 512 tokens fill 32 times the registers of 64 x 64; a head's constant cost lessens the ratio.
+    ratios = [long / short for long, short in zip(found[cases[-1]][0], found[cases[0]][0], strict=True)]
+    assert all(8 < ratio < 32 for ratio in ratios)
 
 
 @pytest.mark.slow

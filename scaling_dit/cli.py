@@ -20,7 +20,7 @@ from scaling_dit import __version__, cli_data
 from scaling_dit.errors import UserError, nearest
 
 PROGRAM = "scaling-dit"
-USER_ERROR, INTERRUPTED = 2, 130  # exit codes; a verb returns its own, see `train.main`
+USER_ERROR, INTERRUPTED = UserError.exit_code, 130  # exit codes; a verb returns its own, see `train.main`
 _OVERRIDES_HELP = (
     "any field of the config, for example --config.optim.learning_rate=1e-3 --config.backbone.name=uvit"
 )
@@ -57,7 +57,7 @@ def _told(run: Callable[[], int]) -> int:
         return run()
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except OSError as error:  # a path that cannot be read or written
         print(f"{PROGRAM}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         return USER_ERROR

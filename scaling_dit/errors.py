@@ -7,8 +7,10 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake in a command, config, file or call; `str(error)` is the one line that is shown.
 
-    The command line prints it as `scaling-dit: error: ...` and exits with code 2, without a traceback.
+    The command line prints it as `scaling-dit: error: ...` and exits with `exit_code`, without a traceback.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -124,13 +124,17 @@ class Damage:
         Random, so that neighbouring damaged records do not all fall to the same sound one.
 
         Args:
-          index: in [0, length).
+          index: in [0, length); NumPy's integers too.
           length: of the source.
           read: gives a record or raises DamagedRecord.
 
         Raises:
+          IndexError: past either end.
           UserError: too many damaged records, in all or in that sequence.
         """
+        index = int(index)
+        if not 0 <= index < length:
+            raise IndexError(f"{index} is not in [0, {length})")
         for tried in _sequence(index, length):
             try:
                 return read(tried)

@@ -123,7 +123,8 @@ def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:
       start_up: seconds to wait for all processes.
 
     Raises:
-      UserError: processes that did not come or were started differently.
+      MissingProcess: processes that did not come.
+      UserError: some that were started differently.
     """
     import jax
 

@@ -12,10 +12,18 @@ import time
 from collections.abc import Iterator, Mapping
 
 from scaling_dit.errors import UserError
+from scaling_dit.parallel import supervise
 
 _RETRY = 0.2  # seconds between calls of a process that found nobody
 _ANSWER = 10.0  # seconds that a caller may take to say who it is
 _SHOWN = 8  # missing processes named
+_MISSING, _DIFFERENT = "missing ", "different "  # begin the line that ends all of them
+
+
+class MissingProcess(UserError):
+    """Processes that did not come in time: no mistake, the same command may find them."""
+
+    exit_code = supervise.LOST
 
 
 def meet(coordinator: str, processes: int, process: int, seconds: float, about: Mapping[str, str]) -> None:
@@ -29,7 +37,8 @@ def meet(coordinator: str, processes: int, process: int, seconds: float, about: 
       about: what must be equal in all of them, by name, such as the version of a library.
 
     Raises:
-      UserError: processes that did not come, came twice, or were started differently; the same line in all that came.
+      MissingProcess: processes that did not come.
+      UserError: some that came twice or were started differently. Either is the same line in all that came.
     """
     host, port = split_address(coordinator)
     about = {"--processes": str(processes), **about}
@@ -55,14 +64,16 @@ def _gather(
     callers: list[socket.socket] = []
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(host, port))
-        fault = None
+        fault: UserError | None = None
         while len(came) < processes - 1 and fault is None:
             server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 caller = stack.enter_context(server.accept()[0])
             except TimeoutError:
                 absent = sorted(set(range(1, processes)) - came)
-                fault = f"{_named(absent)} of {processes} did not come to {host}:{port} within {seconds:g} s"
+                fault = MissingProcess(
+                    f"{_named(absent)} of {processes} did not come to {host}:{port} within {seconds:g} s"
+                )
                 break
             hello = _read(caller)
             if hello is None:  # someone else's call
@@ -71,13 +82,13 @@ def _gather(
             number = hello["process"]
             fault = _difference(number, hello["about"], about)
             if fault is None and number in came:
-                fault = f"process {number} came twice; give each process its own --process"
+                fault = UserError(f"process {number} came twice; give each process its own --process")
             came.add(number)
             callers.append(caller)
         for caller in callers:
-            _tell(caller, fault or "")
+            _tell(caller, _line(fault))
     if fault is not None:
-        raise UserError(fault)
+        raise fault
 
 
 def _call(
@@ -95,10 +106,12 @@ def _call(
         except OSError:
             continue
         if answer.endswith("\n"):
+            if answer.startswith(_MISSING):
+                raise MissingProcess(answer.removeprefix(_MISSING))
             if answer.strip():
-                raise UserError(answer.strip())
+                raise UserError(answer.removeprefix(_DIFFERENT))
             return
-    raise UserError(
+    raise MissingProcess(
         f"process 0 did not answer at {host}:{port} within {seconds:g} s; is it started, and is the port open?"
     )
 
@@ -136,10 +149,18 @@ def _tell(other: socket.socket, line: str) -> None:
         other.sendall(line.encode() + b"\n")
 
 
-def _difference(process: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+def _line(fault: UserError | None) -> str:
+    if fault is None:
+        return ""
+    return f"{_MISSING if isinstance(fault, MissingProcess) else _DIFFERENT}{fault}"
+
+
+def _difference(process: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> UserError | None:
     for name, value in ours.items():
         if theirs.get(name) != value:
-            return f"process {process} has {name} {theirs.get(name)}, process 0 has {value}; start all of them alike"
+            return UserError(
+                f"process {process} has {name} {theirs.get(name)}, process 0 has {value}; start all of them alike"
+            )
     return None
 
 

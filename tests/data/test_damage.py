@@ -183,6 +183,14 @@ def test_stand_ins_depend_on_the_index_alone(folders):
     assert len(stand_ins) == 24 and len(set(stand_ins)) > 20  # spread over the folder
 
 
+def test_an_index_past_either_end_is_refused():
+    damage = Damage()
+    assert damage.read(np.int64(2), 3, lambda index: type(index)) is int
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match=rf"{index} is not in \[0, 3\)"):
+            damage.read(index, 3, lambda index: index)
+
+
 def test_the_split_of_sound_images_does_not_move(folders):
     train = open_mixed(folders, held_out_fraction=0.3)
     held_out = train.held_out()

@@ -228,9 +228,7 @@ def small_raw(folder, count=12):
 
 def test_filters_and_columns(tmp_path, capsys):
     raw = small_raw(tmp_path / "raw")
-    prepare(
-        raw, tmp_path / "set", filter="score != 3 and width < 70", min_size=28, columns=("score", "x", "none")
-    )
+    prepare(raw, tmp_path / "set", filter="score != 3 and width < 70", min_size=28, columns=("score", "x"))
     told = manifest.read(epath.Path(tmp_path / "set"))
     assert {reason: left["count"] for reason, left in told.left_out.items()} == {"too_small": 2, "filter": 3}
     assert sorted(read_all(tmp_path / "set")) == [f"a/{i:03d}" for i in (2, 4, 5, 6, 7, 8, 9)]
@@ -241,6 +239,11 @@ def test_filters_and_columns(tmp_path, capsys):
     )
     with pytest.raises(UserError, match="filter"):
         prepare(raw, tmp_path / "other", filter="score >=")
+    with pytest.raises(
+        UserError, match=r"--columns=scroe: none of the first 12 samples has it; did you mean 'score'"
+    ):
+        prepare(raw, tmp_path / "other", columns=("x", "scroe"))
+    assert not (tmp_path / "other").exists()  # nothing is claimed by a typo
 
 
 def test_what_a_record_tells_of_its_picture(tmp_path):

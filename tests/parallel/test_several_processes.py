@@ -136,7 +136,7 @@ def test_a_mistake_of_one_process_and_one_that_is_missing_are_told(tmp_path):
     started[1].kill()
     started[1].communicate()
     told = started[0].communicate(timeout=120)[1]
-    assert started[0].returncode == 2
+    assert started[0].returncode == 75
     assert (
         told.strip()
         .splitlines()[-1]

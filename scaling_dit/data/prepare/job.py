@@ -8,8 +8,9 @@ they write the same bytes.
 
 import dataclasses
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +18,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import files
+from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepare import encode, filters, identity, manifest, shape, sidecar
 from scaling_dit.data.prepare.progress import Progress
 from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.encoded import EncodedSource
 from scaling_dit.encoders.codec import create_codec
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, nearest
 
 THREADS = max(2, os.cpu_count() or 2)  # that decode
+_LOOKED_AT = 1000  # samples, for the names of their metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
     moments = {manifest.size_name(size): encoder.moments_shape(size) for size in selection.sizes}
     made_by = identity.codec_identity(config, codec, params)
     asked = request(config, source, options, encoder.batch)
+    check_columns(source, options.columns)
     claim(folder, {"codec": made_by, **asked})
     make_parts(source, selection, encoder, folder, options)
     about = {"codec": made_by, "image_size": source.image_size, "moments": moments, "request": asked}
@@ -88,6 +92,29 @@ def open_source(config: ConfigDict) -> EncodedSource:
       UserError: the source holds no encoded images.
     """
     return create_raw_source(**config.source.to_dict())
+
+
+def check_columns(source: EncodedSource, columns: Sequence[str]) -> None:
+    """Makes sure that the metadata to keep is there: each name in one of the first `_LOOKED_AT` sound samples.
+
+    The samples of a source may differ in what is known of them. Reading stops as soon as every name was seen.
+
+    Raises:
+      UserError: a name was not.
+    """
+    missing, seen, looked = list(columns), set[str](), 0
+    shards = range(len(source.shards())) if missing else ()
+    samples = itertools.chain.from_iterable(map(source.samples, shards))
+    sound = (sample for sample in samples if not isinstance(sample, DamagedRecord))
+    for sample in itertools.islice(sound, _LOOKED_AT):
+        looked += 1
+        seen |= sample.metadata.keys()
+        missing = [name for name in missing if name not in seen]
+        if not missing:
+            return
+    if missing and looked:
+        hint = nearest(missing[0], seen) if seen else "they have no metadata"
+        raise UserError(f"--columns={missing[0]}: none of the first {looked} samples has it; {hint}")
 
 
 def request(config: ConfigDict, source: EncodedSource, options: Options, batch: int) -> dict[str, Any]:

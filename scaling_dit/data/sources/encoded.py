@@ -149,9 +149,7 @@ class EncodedSource(abc.ABC):
           IndexError: past the end.
           UserError: more damaged records than `max_damaged`.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} is not in [0, {len(self)})")
-        return self.damage.read(int(index), len(self), self._record)
+        return self.damage.read(index, len(self), self._record)
 
     def describe(self) -> str:
         """One line for logs."""

@@ -99,9 +99,7 @@ class LatentsSource:
           IndexError: past the end.
           UserError: more damaged records than `max_damaged`.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} is not in [0, {len(self)})")
-        return self.damage.read(int(index), len(self), self._read)
+        return self.damage.read(index, len(self), self._read)
 
     def __getitems__(self, indices: Sequence[int], /) -> list[Record]:
         """`[self[index] for index in indices]`, with one read for all records of a shard."""

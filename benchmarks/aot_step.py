@@ -20,6 +20,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 ENVIRONMENT = {
@@ -164,7 +165,7 @@ def figures(
     return {
         "date": str(datetime.date.today()),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
-        "command": " ".join(sys.argv[1:]),
+        "command": told(sys.argv[1:]),
         "label": args.label or f"{args.backbone} {args.size}",
         "topology": args.topology,
         "batch": args.batch,
@@ -183,6 +184,17 @@ def figures(
         ],
         **seconds,
     }
+
+
+def told(argv: Sequence[str]) -> str:
+    """The arguments that decide the program: without the row's label, and the files written."""
+    kept, skip = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skip = word.partition("=")[0] in ("--label", "--json", "--hlo")
+        if not skip:
+            kept.append(word)
+    return " ".join(kept)
 
 
 HEAD = (

@@ -27,10 +27,10 @@ LANES, SUBLANES = 128, 8
 LONGEST = 512  # queries and keys: four float32 arrays of scores are to fit the 16 MiB of a core's scoped VMEM
 _BLOCK_BYTES = 2**20  # of the longest array in a grid step
 _MOST_HEADS = 10  # of a grid step where scores are many; the kernel's code grows with them
-_FEW_SCORES = LANES * LANES
+_FEW_SCORES, _MANY_SCORES = LANES**2, (3 * LANES) ** 2  # of a head
 _HIDDEN = float(jnp.finfo(jnp.float32).min) / 2
 # Cycles of a head by the compiler's schedule for v5p: constant, and for each 8 x 128 scores (`python
-# benchmarks/kernel_cycles.py`). v5e is within a third of it; v4 takes up to twice as many, v6e down to 0.6 times.
+# benchmarks/kernel_cycles.py`). v5e is within a quarter of it; v4 takes up to twice as many, v6e down to half.
 _FORWARD_CYCLES, _BACKWARD_CYCLES = (40, 5.8), (210, 11.5)
 _TWO_CORES = ("TPU v4", "TPU v5")  # device kinds whose chips share out the grid
 
@@ -55,8 +55,10 @@ def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
     if 2 * longest * least > _BLOCK_BYTES:
         return f"heads of {size} lie in {least} lanes of whole tiles, too many at {longest} tokens"
     together = least // size
-    if together > _MOST_HEADS and q_BTNH.shape[1] * k_BSKH.shape[1] > _FEW_SCORES:
-        return f"{together} heads of {size} lie in whole tiles of {LANES}, it takes {_MOST_HEADS} at once"
+    scores = q_BTNH.shape[1] * k_BSKH.shape[1]
+    most = _MOST_HEADS if scores > _MANY_SCORES else 16 if scores > _FEW_SCORES else together
+    if together > most:
+        return f"{together} heads of {size} lie in whole tiles of {LANES}, it takes {most} at once at these lengths"
     return None
 
 

@@ -139,8 +139,8 @@ OBSTACLES = [
     ({"keys": 600}, "600 tokens, it takes 512 at most"),
     ({"heads": 3, "kv_heads": 3}, "3 heads of 64 on a device are 192 wide, it needs a multiple of 128"),
     (
-        {"heads": 16, "kv_heads": 16, "size": 72, "queries": 129, "keys": 128},
-        "16 heads of 72 lie in whole tiles of 128, it takes 10 at once",
+        {"heads": 16, "kv_heads": 16, "size": 72, "queries": 400, "keys": 384},
+        "16 heads of 72 lie in whole tiles of 128, it takes 10 at once at these lengths",
     ),
     (
         {"heads": 64, "kv_heads": 64, "size": 90, "queries": 128},

@@ -7,7 +7,9 @@ figure for the real run, and FLOPs and collectives are counted in the program it
 
 import dataclasses
 import math
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +24,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.parallel import hlo_cost, rules
 from scaling_dit.parallel.hlo import Program
 from scaling_dit.parallel.roofline import Roofline, roofline
-from scaling_dit.parallel.topologies import GIB, TPUS, Topology
+from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
 from scaling_dit.program import StepProgram, run_mesh
 from scaling_dit.scaling.count import count
 
@@ -118,7 +120,7 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
     compiled_at = time.perf_counter()
     statistics = None
     if compiled is not None:
-        statistics = hlo_cost.statistics(Program(compiled.as_text()), hlo_cost.Layout.of(mesh))
+        statistics = hlo_cost.statistics(compiled, hlo_cost.Layout.of(mesh))
     model_flops = train_flops(config, model) if step == "train" else None
     return Plan(
         topology=topology.name,
@@ -190,7 +192,7 @@ def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
         return None
 
 
-def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[Any, Memory]:
+def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[Program | None, Memory]:
     """(the compiled program, or None if it does not fit, its memory on one chip).
 
     `arguments` are the bytes of what it takes; where they alone do not fit, nothing is compiled.
@@ -198,11 +200,14 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[A
     limit = int(topology.chip.usable_hbm) if topology.chip else None
     if limit is not None and arguments > limit:
         return None, Memory(arguments, None, arguments, limit, fits=False)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed, limit = out_of_memory(str(error), limit)
-        return None, Memory(arguments, None, needed, limit, fits=False)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = None if topology.name == LOCAL else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=dump)
+        except jax.errors.JaxRuntimeError as error:
+            needed, limit = out_of_memory(str(error), limit)
+            return None, Memory(arguments, None, needed, limit, fits=False)
+        program = Program(_text(compiled, pathlib.Path(folder)))
     analysis = compiled.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     # Compilers for other chips than TPUs leave arguments out of their peak. Results that do not take the place of the
@@ -210,7 +215,21 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[A
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     on_tpu = topology.chip is not None and topology.chip.name in TPUS
     peak = analysis.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
-    return compiled, Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
+    return program, Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
+
+
+def _text(compiled: Any, dumped: pathlib.Path) -> str:
+    """The text of a compiled program, from the compiler's own dump where jax cannot read the program back.
+
+    It cannot where a v5p's SparseCores look up the embeddings of text tokens (jax 0.10.2 with libtpu 0.0.51).
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        texts = sorted(dumped.glob("*after_codegen.txt"), key=lambda file: file.stat().st_size)
+        if not texts:
+            raise
+        return texts[-1].read_text()
 
 
 def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:

@@ -298,22 +298,52 @@ def hbm_bytes(program: Program, visit: Visit) -> int:
     for place, operand in enumerate(operands):
         inner = parameters.get(place)
         if any(array.in_hbm for array in operand.arrays):
-            total += _read(inner, body, by_name) if inner is not None else operand.size
-    roots = [inner for inner in body if inner.root]
-    updated = [by_name[root.operands[1]] for root in roots if root.opcode == "dynamic-update-slice"]
-    return total + (sum(inner.size for inner in updated) if updated else _in_hbm(instruction))
+            total += _read(inner, body, program) if inner is not None else operand.size
+    return total + _written(instruction, body, by_name)
 
 
-def _read(parameter: Instruction, body: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> int:
-    """Bytes that a fusion reads of one of its parameters."""
-    users = [inner for inner in body if parameter.name in inner.operands]
-    if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-        return min(parameter.size, sum(user.size for user in users))
-    if users and all(
-        user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users
-    ):
-        return sum(by_name[user.operands[1]].size for user in users)
-    return parameter.size
+def _written(fusion: Instruction, body: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> int:
+    """Bytes that a fusion writes: of each result that is an array with a slice replaced, the slice."""
+    root = next((inner for inner in body if inner.root), None)
+    results = [] if root is None else [root]
+    if root is not None and root.opcode == "tuple":
+        results = [by_name[name] for name in root.operands]
+    if len(results) != len(fusion.arrays):
+        return _in_hbm(fusion)
+    total = 0
+    for result, array in zip(results, fusion.arrays, strict=True):
+        while result.opcode == "bitcast" and result.operands[0] in by_name:
+            result = by_name[result.operands[0]]
+        if result.opcode == "dynamic-update-slice":
+            total += by_name[result.operands[1]].size
+        elif array.in_hbm:
+            total += array.size
+    return total
+
+
+def _read(parameter: Instruction, body: Sequence[Instruction], program: Program) -> int:
+    """Bytes that a fusion reads of one of its parameters, of one that is only sliced or updated that part."""
+    by_name = {inner.name: inner for inner in body}
+    names, total = [parameter.name], 0
+    for name in names:  # grows by what is the parameter under another name
+        users = [inner for inner in body if name in inner.operands]
+        if not users:
+            return parameter.size
+        for user in users:
+            inside = program.computations.get(user.called[0], []) if user.opcode == "fusion" else []
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += user.size
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                total += by_name[user.operands[1]].size
+            elif inside:
+                places = [place for place, operand in enumerate(user.operands) if operand == name]
+                given = [inner for inner in inside if inner.opcode == "parameter" and inner.value in places]
+                total += sum(_read(inner, inside, program) for inner in given)
+            else:
+                return parameter.size
+    return min(parameter.size, total)
 
 
 def _in_hbm(instruction: Instruction) -> int:

@@ -187,6 +187,36 @@ def test_what_is_no_product_by_part(scope, opcode, part):
     assert hlo_cost._part(hlo.Program(""), instruction) == part
 
 
+def test_hbm_bytes_of_nested_fusions_count_slices_not_stacks():
+    program = hlo.Program("""\
+%inner (p0: f32[8,16], p1: s32[]) -> f32[1,16] {
+  %p0 = f32[8,16]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %cut = f32[1,16]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,16}
+}
+%outer (a: f32[8,16], b: f32[8,16], i: s32[]) -> (f32[8,16], f32[16]) {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[8,16]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %flat = f32[8,16]{1,0} bitcast(%a)
+  %row = f32[1,16]{1,0} fusion(%b, %i), kind=kLoop, calls=%inner
+  %new = f32[1,16]{1,0} negate(%row)
+  %put = f32[8,16]{1,0} dynamic-update-slice(%flat, %new, %i, %i)
+  %line = f32[16]{0} bitcast(%new)
+  ROOT %both = (f32[8,16]{1,0}, f32[16]{0}) tuple(%put, %line)
+}
+ENTRY %main (x: f32[8,16], y: f32[8,16], j: s32[]) -> (f32[8,16], f32[16]) {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[8,16]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %f = (f32[8,16]{1,0}, f32[16]{0}) fusion(%x, %y, %j), kind=kLoop, calls=%outer
+}
+""")
+    found = {visit.instruction.name: hlo_cost.hbm_bytes(program, visit) for visit in program.walk()}
+    # A row of y and the index are read, a row of x replaced (counted read and written), and a row given besides.
+    assert found["f"] == 4 * 16 * 4 + 4
+
+
 def test_hbm_bytes_of_a_loop_count_slices_not_stacks():
     n, layers = 4096, 12
 

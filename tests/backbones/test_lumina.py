@@ -171,7 +171,7 @@ def test_width_of_the_feed_forward(hidden, width):
     """11008 is that of LLaMA 7B, whose rule it is."""
     x = jax.ShapeDtypeStruct((1, 2, hidden), jnp.float32)
     params = trees.unbox(jax.eval_shape(lumina_layers.SwiGLU().init, jax.random.key(0), x))["params"]
-    assert params["w13"]["kernel"].shape == (hidden, 2, width)
+    assert params["w13"]["kernel"].shape == (2, hidden, width)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling_dit.backbones import scanning, splash
+from scaling_dit.backbones import per_device, scanning
 
 LAYERS, WIDTH = 3, 8
 
@@ -63,5 +63,5 @@ def test_on_tpus_stacks_start_as_they_lie_in_memory(inputs, monkeypatch):
         return str(step.trace(params, x, own).jaxpr)
 
     assert " empty[" not in program()
-    monkeypatch.setattr(splash, "target", lambda: ("tpu", "TPU v5"))
+    monkeypatch.setattr(per_device, "target", lambda: per_device.Target("tpu", "TPU v5"))
     assert " empty[" in program()

@@ -188,7 +188,7 @@ def test_another_request_does_not_mix(raw, whole):
     for options, key in (
         ({"min_size": 40}, "min_size"),
         ({"batch": 32}, "batch"),
-        ({"columns": ("a",)}, "columns"),
+        ({"columns": ("aesthetic",)}, "columns"),
     ):
         with pytest.raises(UserError, match=rf"prepared in another way: {key} differ .*; give another --out"):
             prepare(raw[0], whole, **options)

@@ -157,8 +157,9 @@ def test_rows_grow_slowly_with_the_length_of_a_start(tmp_path):
 def test_a_loop_that_is_held_up_still_tells_its_time(tmp_path):
     with Recorder(tmp_path, Stopwatch()) as recorder:
         recorder.tell("resumed", 3)
-        time.sleep(1.3)
-        told = goodput.summary(tmp_path)  # as a kill at this moment would leave it
+        until = time.monotonic() + 60
+        while (told := goodput.summary(tmp_path))["wall"] <= 0.9 and time.monotonic() < until:
+            time.sleep(0.1)  # as a kill at this moment would leave it; a loaded machine writes late
     assert told["wall"] > 0.9 and told["step"] == 3
 
 

@@ -96,7 +96,7 @@ def spec(sizes, leaf):
         (box((64, 16), "mlp", "embed"), P("tensor", "fsdp")),
         (box((2, 16, 32), "layers", "embed", "heads"), P(None, "fsdp", "tensor")),
         (box((16,), "norm"), P(None)),
-        (box((12, 16), "text", "embed"), P(None, "fsdp")),  # embed goes first, fsdp only once
+        (box((12, 16), "text", "embed"), P("fsdp", None)),  # rows rather than columns, fsdp only once
         (box((12, 8), "text", None), P("fsdp", None)),
         (box((16, 16), "embed", "embed"), P("fsdp", None)),
         (box((6, 64), "embed", "mlp"), P(None, "tensor")),  # 6 does not split by 4, mlp is taken by tensor
@@ -303,3 +303,11 @@ def test_less_than_a_hundredth_of_any_named_size_stays_whole(name, size):
     variables = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)
     found = rules.replicated(FSDP64, variables)
     assert found.whole < 0.01 * found.total, str(found)
+
+
+def test_without_tensor_parallelism_rows_are_split_and_not_lanes():
+    sizes = {"fsdp": 8}
+    assert spec(sizes, box((64, 16), "mlp", "embed")) == P("fsdp", None)
+    assert spec(sizes, box((5, 3, 64, 16), "layers", None, "heads", "embed")) == P(None, None, "fsdp", None)
+    assert spec(sizes, box((8, 16), "layers", "embed")) == P(None, "fsdp")  # layers are never split
+    assert spec(sizes, box((12, 16), "mlp", "embed")) == P(None, "fsdp")  # 12 does not divide

@@ -77,7 +77,9 @@ def make(folder: pathlib.Path, size: str, topology: str) -> bool:
     failed = []
     for flags in ATTEMPTS[topology]:
         done = subprocess.run(command(size, topology, flags), capture_output=True, text=True)
-        if done.returncode in (0, 1) and done.stdout.strip():  # Python ends with 1 for an error of its own as well
+        if (
+            done.returncode in (0, 1) and done.stdout.strip()
+        ):  # Python ends with 1 for an error of its own as well
             (found,) = json.loads(done.stdout)
         else:
             last = done.stderr.strip().rpartition("\n")[2]

@@ -31,7 +31,7 @@ def recipe(backbone: str, *, option: str = "", **fields: Any) -> ConfigDict:
     config.steps = 600_000
     config.batch = 2048
     # bfloat16 products, float32 parameters. How layers are compiled and what is recomputed changes cost, not results.
-    modes = {"dtype": "bfloat16", "scan_layers": True, "remat": "dots"}
+    modes = {"dtype": "bfloat16", "scan_layers": True, "remat": "products"}
     known = backbones.backbone_fields(backbone)
     modes = {name: value for name, value in modes.items() if name in known}
     config.backbone = ConfigDict({"name": backbone} | modes | fields)

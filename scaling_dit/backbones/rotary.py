@@ -19,6 +19,7 @@ from scaling_dit.backbones import per_device
 Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
 LANES = 128
 _LONGEST = 1024  # tokens that a grid step takes
+_BLOCK = 2**19  # numbers of a grid step: two tables and two blocks in float32 are to fit 16 MiB twice
 _MOST_LANES = 512
 _BYTES_PER_CYCLE = 551  # what the compiler expects of an elementwise fusion on v5p
 
@@ -59,18 +60,21 @@ def rotate(x_BTNH: jax.Array, rotary: Rotary, dtype: Any = jnp.float32) -> jax.A
     cos_TH, sin_TH = (jnp.repeat(table, 2, axis=-1) for table in rotary)
     even = np.arange(cos_TH.shape[-1]) % 2 == 0
     sin_TH = jnp.where(even, -sin_TH, sin_TH)  # x[2i] takes its partner with the other sign
-    if not _has_kernel(x_BTNH):
+    if not _has_kernel(x_BTNH, jnp.dtype(dtype)):
         x = x_BTNH.astype(jnp.float32)
         partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
         return (x * cos_TH[:, None] + partner * sin_TH[:, None]).astype(dtype)
     return per_device.run_on_rows(functools.partial(_on_one_device, dtype=dtype), x_BTNH, cos_TH, sin_TH)
 
 
-def _has_kernel(x_BTNH: jax.Array) -> bool:
+def _has_kernel(x_BTNH: jax.Array, dtype: Any) -> bool:
+    length, size = x_BTNH.shape[1], x_BTNH.shape[3]
     width = per_device.heads(x_BTNH.shape[2]) * x_BTNH.shape[3]
     able = per_device.target().platform == "tpu" and per_device.keeps_lengths()
-    fits = width % LANES == 0 and x_BTNH.shape[3] % 2 == 0 and x_BTNH.shape[1] <= _LONGEST
-    return able and fits and per_device.obstacle(x_BTNH, x_BTNH) is None
+    fits = width % LANES == 0 and size % 2 == 0 and length <= _LONGEST
+    fits = fits and length * int(np.lcm(size, LANES)) <= _BLOCK
+    known = {x_BTNH.dtype, dtype} <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+    return able and fits and known and per_device.obstacle(x_BTNH, x_BTNH) is None
 
 
 def _on_one_device(

@@ -40,8 +40,9 @@ def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
     platform, _ = per_device.target()
     if platform != "tpu":
         return f"the backend is {platform}, it needs tpu"
-    if q_BTNH.dtype != jnp.bfloat16:
-        return f"dtype is {q_BTNH.dtype}, it needs bfloat16"
+    for x in (q_BTNH, k_BSKH):
+        if x.dtype != jnp.bfloat16:
+            return f"dtype is {x.dtype}, it needs bfloat16"
     if q_BTNH.shape[2] != k_BSKH.shape[2]:
         return f"{k_BSKH.shape[2]} key heads for {q_BTNH.shape[2]} heads, it needs as many"
     if (longest := max(q_BTNH.shape[1], k_BSKH.shape[1])) > LONGEST:

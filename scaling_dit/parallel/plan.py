@@ -238,7 +238,8 @@ def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:
     Raises:
       UserError: an error of another kind, in one line.
     """
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+    known = "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message
+    if not known or "space vmem" in message:  # a kernel's own memory is no matter of what fits the chip
         raise UserError(f"the compiler fails: {message.strip().partition(chr(10))[0]}")
     found = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM])", message) or re.search(
         r"\(([\d.]+)([GM])\) exceeds available \w+ \(([\d.]+)([GM])\)", message

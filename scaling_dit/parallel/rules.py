@@ -53,6 +53,9 @@ def logical_rules() -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
     return _RULES
 
 
+_ROWS = ("heads", "mlp", "text")  # axes of rows that fsdp splits rather than the last one
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh) -> Iterator[None]:
     """Enter the mesh and the logical rules together; trace or call jitted functions inside.
@@ -126,8 +129,9 @@ def replicated(mesh: Mesh, abstract_variables: Any, most: int = 3) -> Replicated
 def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """The partition of one named parameter; each mesh axis is used at most once.
 
-    Where another axis can take fsdp it does not split the last one: on TPUs that lies along the lanes, and XLA sums a
-    gradient that is to be cut there whole, with twice the bytes sent.
+    Where the rows of a matrix can take fsdp it does not split its last axis: on TPUs that lies along the lanes, and XLA
+    sums a gradient that is to be cut there whole, with twice the bytes sent. Not so for a table of words, whose rows
+    are looked up: split by these, every device would look up the ids of the whole batch.
     """
     parts: list[str | None] = [None] * len(shape)
     known = {name for name, _ in _RULES}
@@ -144,10 +148,10 @@ def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> Part
         fallback = _largest_axis(mesh, shape, fixed)
         parts = [new if new is not None else old for new, old in zip(fallback, parts, strict=True)]
     if parts[-1:] == ["fsdp"]:
-        free = [part is None and name != "layers" for part, name in zip(parts, names, strict=True)]
-        usable = [i for i, size in enumerate(shape) if free[i] and _splits(mesh, "fsdp", size)]
-        if usable:
-            parts[usable[-1]], parts[-1] = "fsdp", None
+        for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+            if name in _ROWS and parts[i] is None and _splits(mesh, "fsdp", size):
+                parts[i], parts[-1] = "fsdp", None
+                break
     return PartitionSpec(*parts)
 
 

@@ -118,6 +118,12 @@ def test_another_error_of_the_compiler_is_one_line():
     with pytest.raises(UserError, match="the compiler fails: INTERNAL: something") as error:
         plan.out_of_memory("INTERNAL: something\nat some place", None)
     assert "\n" not in str(error.value)
+    with pytest.raises(
+        UserError, match="the compiler fails: RESOURCE_EXHAUSTED.* vmem"
+    ):  # of a core, not of the chip
+        plan.out_of_memory(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 28.33M of 16.00M vmem.", None
+        )
 
 
 def test_a_batch_that_does_not_split_is_one_line():

@@ -309,5 +309,7 @@ def test_without_tensor_parallelism_rows_are_split_and_not_lanes():
     sizes = {"fsdp": 8}
     assert spec(sizes, box((64, 16), "mlp", "embed")) == P("fsdp", None)
     assert spec(sizes, box((5, 3, 64, 16), "layers", None, "heads", "embed")) == P(None, None, "fsdp", None)
+    assert spec(sizes, box((64, 16), "vocab", "embed")) == P(None, "fsdp")  # rows of words are looked up
+    assert spec(sizes, box((8, 16), None, "embed")) == P(None, "fsdp")
     assert spec(sizes, box((8, 16), "layers", "embed")) == P(None, "fsdp")  # layers are never split
     assert spec(sizes, box((12, 16), "mlp", "embed")) == P(None, "fsdp")  # 12 does not divide

@@ -200,17 +200,17 @@ def test_names_of_sources(tmp_path, monkeypatch):
         ("foldr:/data", "did you mean 'folder'"),
         ("folder", "names no folder; write folder:PATH"),
         ("no_such_module:Source", "no module 'no_such_module' on the Python path"),
-        ("my_source:Mine2", "my_source has no class 'Mine2'; did you mean 'Mine'"),
+        ("source_of_mine:Mine2", "source_of_mine has no class 'Mine2'; did you mean 'Mine'"),
     ):
-        (tmp_path / "my_source.py").write_text(
+        (tmp_path / "source_of_mine.py").write_text(
             "class Mine:\n    def __init__(self, length=3, step=1):\n        self.length, self.step = length, step\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError, match=message):
             create_source(name)
-    assert source_fields("my_source:Mine") == {"length": 3, "step": 1}
-    assert create_source("my_source:Mine", length=5).length == 5
-    monkeypatch.delitem(sys.modules, "my_source")
+    assert source_fields("source_of_mine:Mine") == {"length": 3, "step": 1}
+    assert create_source("source_of_mine:Mine", length=5).length == 5
+    del sys.modules["source_of_mine"]
 
 
 def test_a_folder_feeds_the_loader(tmp_path):

@@ -76,7 +76,7 @@ def attention(
     check_implementation(implementation)
     obstacles = {
         "short": short_attention.obstacle(q_BTNH, k_BSNH),
-        "splash": splash.obstacle(q_BTNH, k_BSNH),
+        "splash": per_device.obstacle(q_BTNH, k_BSNH),
         "cudnn": cudnn_obstacle(q_BTNH, k_BSNH, key_mask),
     }
     if implementation == "auto":

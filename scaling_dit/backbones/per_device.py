@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
+LANES = 128  # of a TPU's vectors, the last axis of a tile
+
 # (queries, keys, values, mask of keys) -> [B, T, N, H]
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -32,7 +34,9 @@ def target() -> Target:
 
 
 def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
-    """What of these inputs the mesh of the context cannot split evenly; None if it can."""
+    """Why a TPU's kernel cannot take these inputs: no TPU, or a mesh that cannot split them evenly; None if it can."""
+    if (platform := target().platform) != "tpu":
+        return f"the backend is {platform}, it needs tpu"
     batch, _, heads = _mesh_axes()
     for what, size, axes in (
         ("examples", q_BTNH.shape[0], batch),

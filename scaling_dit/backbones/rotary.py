@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from scaling_dit.backbones import per_device
+from scaling_dit.backbones.per_device import LANES
 
 Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
-LANES = 128
 _LONGEST = 1024  # tokens that a grid step takes
 _BLOCK = 2**19  # numbers of a grid step: two tables and two blocks in float32 are to fit 16 MiB twice
 _MOST_LANES = 512
@@ -70,11 +70,11 @@ def rotate(x_BTNH: jax.Array, rotary: Rotary, dtype: Any = jnp.float32) -> jax.A
 def _has_kernel(x_BTNH: jax.Array, dtype: Any) -> bool:
     length, size = x_BTNH.shape[1], x_BTNH.shape[3]
     width = per_device.heads(x_BTNH.shape[2]) * x_BTNH.shape[3]
-    able = per_device.target().platform == "tpu" and per_device.keeps_lengths()
     fits = width % LANES == 0 and size % 2 == 0 and length <= _LONGEST
     fits = fits and length * int(np.lcm(size, LANES)) <= _BLOCK
     known = {x_BTNH.dtype, dtype} <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
-    return able and fits and known and per_device.obstacle(x_BTNH, x_BTNH) is None
+    able = per_device.obstacle(x_BTNH, x_BTNH) is None and per_device.keeps_lengths()
+    return able and fits and known
 
 
 def _on_one_device(

@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from scaling_dit.backbones import per_device
+from scaling_dit.backbones.per_device import LANES
 
-LANES, SUBLANES = 128, 8
+SUBLANES = 8
 LONGEST = 512  # queries and keys: four float32 arrays of scores are to fit the 16 MiB of a core's scoped VMEM
 _BLOCK_BYTES = 2**20  # of the longest array in a grid step
 _MOST_HEADS = 10  # of a grid step where scores are many; the kernel's code grows with them
@@ -37,9 +38,8 @@ _TWO_CORES = ("TPU v4", "TPU v5")  # device kinds whose chips share out the grid
 
 def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
     """Why the kernel cannot take these inputs on the mesh of the context; None if it can."""
-    platform, _ = per_device.target()
-    if platform != "tpu":
-        return f"the backend is {platform}, it needs tpu"
+    if refused := per_device.obstacle(q_BTNH, k_BSKH):
+        return refused
     for x in (q_BTNH, k_BSKH):
         if x.dtype != jnp.bfloat16:
             return f"dtype is {x.dtype}, it needs bfloat16"
@@ -47,8 +47,6 @@ def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
         return f"{k_BSKH.shape[2]} key heads for {q_BTNH.shape[2]} heads, it needs as many"
     if (longest := max(q_BTNH.shape[1], k_BSKH.shape[1])) > LONGEST:
         return f"{longest} tokens, it takes {LONGEST} at most"
-    if unsplit := per_device.obstacle(q_BTNH, k_BSKH):
-        return unsplit
     heads, size = per_device.heads(q_BTNH.shape[2]), q_BTNH.shape[3]
     if heads * size % LANES:
         return f"{heads} heads of {size} on a device are {heads * size} wide, it needs a multiple of {LANES}"
@@ -242,6 +240,6 @@ def _select(own: jax.Array | None, x: jax.Array) -> jax.Array:
 def _store(ref: Any, x: jax.Array, low: int, high: int, own: jax.Array | None, first: int) -> None:
     """Writes a head's lanes and leaves those before them, which are there already; later heads write those after."""
     x = x.astype(ref.dtype)
-    if own is not None and (first or high - low > LANES):
+    if own is not None and first:
         x = jnp.where(own, x, ref[0, :, low:high])
     ref[0, :, low:high] = x

@@ -17,8 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from scaling_dit.backbones import per_device
 from scaling_dit.backbones.layers import ATTENTION
-
-LANES = 128  # blocks are multiples of it
+from scaling_dit.backbones.per_device import LANES
 
 # Largest block of queries and keys by device kind: (forward, backward). The backward pass holds four blocks of scores
 # in float32, the forward pass two, and a core's scoped VMEM has 16 MiB by default.
@@ -58,14 +57,6 @@ def blocks(queries: int, keys: int, device_kind: str) -> Blocks:
         forward.append(joined * block)
         backward.append(block)
     return Blocks(padded[0], padded[1], (forward[0], forward[1]), (backward[0], backward[1]))
-
-
-def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
-    """Why the kernel cannot take these inputs on the mesh of the context; None if it can."""
-    platform, _ = per_device.target()
-    if platform != "tpu":
-        return f"the backend is {platform}, it needs tpu"
-    return per_device.obstacle(q_BTNH, k_BSKH)
 
 
 def attend(

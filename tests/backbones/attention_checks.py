@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from scaling_dit.backbones import per_device
 from scaling_dit.backbones.attention import attention
-from scaling_dit.parallel import topologies
+from scaling_dit.parallel import rules, topologies
+from scaling_dit.parallel.mesh import make_mesh
 
 
 def inputs(queries, keys, heads, kv_heads, size, batch=2, dtype=jnp.float32):
@@ -59,6 +61,24 @@ def assert_same(found, wanted, tolerance=2e-5):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, float(np.abs(b).max())))
+
+
+on_meshes = pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 1, "context": 2},
+        pytest.param({"data": 2, "fsdp": 1, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+
+
+def assert_same_on_a_mesh(attend, axes, kv_heads, tolerance=2e-5):
+    """As XLA's on one device; the 33 queries do not divide over context."""
+    qkv, mask = inputs(queries=33, keys=20, heads=4, kv_heads=kv_heads, size=64)
+    wanted = value_and_grads(xla, qkv, mask)
+    mesh = make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
+    with rules.activate(mesh):
+        assert_same(value_and_grads(attend, qkv, mask), wanted, tolerance)
 
 
 def pretend_tpu(monkeypatch, kind="TPU v5"):

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backbones.attention_checks import pretend_tpu
 
-from scaling_dit.backbones import per_device, rotary
-
-TPU = per_device.Target("tpu", "TPU v5")
+from scaling_dit.backbones import rotary
 
 
 @pytest.mark.parametrize(
@@ -19,7 +18,7 @@ def test_the_kernel_turns_as_xla_does_forward_and_back(length, heads, size, into
     x, gradient = (jax.random.normal(jax.random.key(i), (2, length, heads, size)) for i in (0, 1))
     tables = rotary.rotary_1d(length, size)
     wanted, pull = jax.vjp(lambda x: rotary.rotate(x, tables, into), x)
-    monkeypatch.setattr(per_device, "target", lambda: TPU)
+    pretend_tpu(monkeypatch)
     interpreted = functools.partial(rotary._on_one_device, interpret=True)
     monkeypatch.setattr(rotary, "_on_one_device", interpreted)
     found, kernel_pull = jax.vjp(lambda x: rotary.rotate(x, tables, into), x)
@@ -46,6 +45,6 @@ def test_the_kernel_turns_as_xla_does_forward_and_back(length, heads, size, into
 def test_where_the_kernel_can_run(shape, dtype, able, monkeypatch):
     x = jax.ShapeDtypeStruct(shape, dtype)
     assert not rotary._has_kernel(x, jnp.dtype(jnp.bfloat16))  # no TPU here
-    monkeypatch.setattr(per_device, "target", lambda: TPU)
+    pretend_tpu(monkeypatch)
     assert rotary._has_kernel(x, jnp.dtype(jnp.bfloat16)) == able
     assert not rotary._has_kernel(x, jnp.dtype(jnp.float16))

@@ -116,20 +116,9 @@ def test_block_lanes_of_the_papers_backbones(width, size, queries, keys, lanes):
     assert short_attention.block_lanes(width, size, queries, keys) == lanes
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [
-        {"data": 1, "context": 2},
-        pytest.param({"data": 2, "fsdp": 1, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
-    ],
-)
+@attention_checks.on_meshes
 def test_on_a_mesh_each_device_takes_its_examples_heads_and_queries(axes):
-    """The 33 queries do not divide over context."""
-    qkv, mask = inputs(queries=33, keys=20, heads=4, kv_heads=4, size=64)
-    wanted = value_and_grads(xla, qkv, mask)
-    mesh = make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
-    with rules.activate(mesh):
-        assert_same(value_and_grads(interpreted, qkv, mask), wanted, 1e-5)
+    attention_checks.assert_same_on_a_mesh(interpreted, axes, kv_heads=4, tolerance=1e-5)
 
 
 OBSTACLES = [

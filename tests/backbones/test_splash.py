@@ -45,20 +45,10 @@ def test_many_blocks_of_keys_take_the_unfused_backward_pass(monkeypatch):
     assert_same(value_and_grads(interpreted, qkv, mask), value_and_grads(xla, qkv, mask))
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [
-        {"data": 1, "context": 2},
-        pytest.param({"data": 2, "fsdp": 1, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
-    ],
-)
+@attention_checks.on_meshes
 def test_on_a_mesh_each_device_takes_its_examples_heads_and_queries(axes):
-    """The 33 queries do not divide over context; heads of keys are split with those of queries."""
-    qkv, mask = inputs(queries=33, keys=20, heads=4, kv_heads=2, size=64)
-    wanted = value_and_grads(xla, qkv, mask)
-    mesh = make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
-    with rules.activate(mesh):
-        assert_same(value_and_grads(interpreted, qkv, mask), wanted)
+    """Heads of keys are split with those of queries."""
+    attention_checks.assert_same_on_a_mesh(interpreted, axes, kv_heads=2)
 
 
 def test_where_devices_run_alone_already_it_runs_as_it_is():

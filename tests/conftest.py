@@ -21,6 +21,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 
+SLOW_TEST_SECONDS = 900  # on a machine that does other work too; the others have what pyproject.toml says
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TEST_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only."""

@@ -40,9 +40,9 @@ import numpy as np  # noqa: E402
 from scaling_dit import backbones, optim, pipeline  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
 from scaling_dit.diffusion import schedules  # noqa: E402
-from scaling_dit.parallel import fsdp, hlo_cost, rules  # noqa: E402
+from scaling_dit.parallel import fsdp, hlo_cost, hlo_timeline, rules, xla_flags  # noqa: E402
 from scaling_dit.parallel import topologies as slices  # noqa: E402
-from scaling_dit.parallel.hlo import Program  # noqa: E402
+from scaling_dit.parallel.hlo import Program, compiled_text  # noqa: E402
 from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
 from scaling_dit.parallel.roofline import roofline  # noqa: E402
 from scaling_dit.scaling.count import count  # noqa: E402
@@ -128,7 +128,9 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]
     batch = {k: jax.ShapeDtypeStruct(*v, sharding=by_batch) for k, v in rows.items()}
     gather = None
     if args.gather_once:
-        gather = functools.partial(fsdp.value_and_grad, mesh=mesh, shardings=shardings.params)
+        gather = functools.partial(
+            fsdp.value_and_grad, mesh=mesh, shardings=shardings.params, sparse_core=args.sparse_core
+        )
     step = jax.jit(
         make_train_step(model, optimizer, config, gather),
         in_shardings=(shardings, {"codec": {}, "text_encoder": {}}, by_batch),
@@ -138,27 +140,48 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]
     return step, mesh, backbone, (state, {"codec": {}, "text_encoder": {}}, batch)
 
 
-def compile_step(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
-    """(compiled step, seconds of lowering and compiling, backbone)."""
+def compile_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
+    """(text of the compiled step, backbone, its memory [GiB] and the seconds of lowering and compiling)."""
     step, mesh, backbone, inputs = build_step(args)
     start = time.perf_counter()
     with rules.activate(mesh):
         lowered = step.lower(*inputs)
         middle = time.perf_counter()
-        compiled = lowered.compile(compiler_options=args.options or None)
-    return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}, backbone
+        options = xla_flags.options(list(mesh.devices.flat), args.sparse_core) | args.options
+        compiled, text = compiled_text(lowered, options)
+    memory = compiled.memory_analysis()
+    return text, backbone, {
+        "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "peak_gib": memory.peak_memory_in_bytes / 2**30,
+        "lower_s": middle - start,
+        "compile_s": time.perf_counter() - middle,
+    }  # fmt: skip
 
 
-def figures(
-    args: argparse.Namespace, compiled: Any, seconds: dict[str, Any], backbone: Any
-) -> dict[str, Any]:
-    """What the compiler says of the step, per chip: memory [GiB], FLOPs, cycles by part, collectives, MFU."""
+def saved_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
+    """`compile_step` of a program that was compiled and saved before, by the same arguments."""
+    with gzip.open(args.again, "rt") as file:
+        text = file.read()
+    before = json.loads(args.json.read_text())
+    _, _, backbone, _ = build_step(args)
+    return (
+        text,
+        backbone,
+        {name: before[name] for name in ("arguments_gib", "peak_gib", "lower_s", "compile_s")},
+    )
+
+
+def figures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler says of the step, per chip: memory [GiB], FLOPs, cycles by part, collectives, MFU.
+
+    `known` are the figures that are not in the program's text.
+    """
     topology = slices.parse(args.topology)
     mesh = mesh_of(args)
-    found = hlo_cost.statistics(Program(compiled.as_text()), hlo_cost.Layout.of(mesh))
+    program, layout = Program(text), hlo_cost.Layout.of(mesh)
+    found = hlo_cost.statistics(program, layout)
     flops = count(backbone, LATENTS, TEXT).train_flops(args.batch, 1, convention="total")
-    roof = roofline(topology, found, flops, None)
-    memory = compiled.memory_analysis()
+    roof = roofline(topology, found, flops, None, exposed=hlo_timeline.waiting(program, layout, topology))
     wire = {True: 0, False: 0}
     for row in found.collectives:
         wire[row.asynchronous] += row.wire
@@ -169,8 +192,6 @@ def figures(
         "label": args.label or f"{args.backbone} {args.size}",
         "topology": args.topology,
         "batch": args.batch,
-        "arguments_gib": memory.argument_size_in_bytes / 2**30,
-        "peak_gib": memory.peak_memory_in_bytes / 2**30,
         "model_tflop": flops / topology.chips / 1e12,
         "program_tflop": found.flops / 1e12,
         "cycles_m": found.cycles / 1e6,
@@ -182,7 +203,7 @@ def figures(
         "collectives": [
             f"{row.count} {row.kind} over {row.axes}, {row.wire / 1e9:.2f} GB" for row in found.collectives
         ],
-        **seconds,
+        **known,
     }
 
 
@@ -191,7 +212,7 @@ def told(argv: Sequence[str]) -> str:
     kept, skip = [], False
     for word in argv:
         if word.startswith("--"):
-            skip = word.partition("=")[0] in ("--label", "--json", "--hlo")
+            skip = word.partition("=")[0] in ("--label", "--json", "--hlo", "--again")
         if not skip:
             kept.append(word)
     return " ".join(kept)
@@ -230,14 +251,14 @@ def main() -> None:
     if args.table:
         print(table(args.table))
         return
-    compiled, seconds, backbone = compile_step(args)
-    found = figures(args, compiled, seconds, backbone)
+    text, backbone, known = saved_step(args) if args.again else compile_step(args)
+    found = figures(args, text, backbone, known)
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.hlo:
         with gzip.open(args.hlo, "wt") as file:
-            file.write(compiled.as_text())
+            file.write(text)
 
 
 def pairs(text: str) -> tuple[str, Any]:
@@ -261,6 +282,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--ema", action="store_true")
     parser.add_argument("--gather-once", action="store_true", help="gather by hand, once a step")
+    parser.add_argument("--sparse-core", action="store_true", help="gathers on SparseCores")
     parser.add_argument("--text-mask", action="store_true")
     parser.add_argument("--mesh", nargs="*", type=pairs, default=[], metavar="AXIS=N")
     parser.add_argument(
@@ -272,6 +294,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--table", nargs="*", type=pathlib.Path, help="files to print as a table, in place of compiling"
     )
     parser.add_argument("--hlo", type=pathlib.Path, help="file for the compiled program's text, gzipped")
+    parser.add_argument(
+        "--again",
+        type=pathlib.Path,
+        help="a file of --hlo whose figures to make anew; --json names the old ones",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="file for the statistics")
     args = parser.parse_args(argv)
     args.mesh, args.set, args.options = dict(args.mesh), dict(args.set), dict(args.options)

@@ -220,6 +220,8 @@ def defaults() -> ConfigDict:
     # Each device gathers all parameters once a step, ring by ring, in place of layer by layer: faster on v4 and v5p,
     # for the memory of one copy of the parameters and of the gradients in backbone.dtype. Not with context or tensor.
     config.mesh.gather_once = False
+    # With gather_once, on TPUs with SparseCores (v5p, v6e): these gather and sum, beside the computation.
+    config.mesh.sparse_core = False
     config.sample = ConfigDict(
         {
             "sampler": "ddim",  # ddim | dpmpp_2m | euler | heun

@@ -44,14 +44,19 @@ class StepProgram:
         frozen_shardings = rules.param_shardings(mesh, boxed_frozen)
         gathered = None
         if config.mesh.gather_once:
-            gathered = functools.partial(fsdp.value_and_grad, mesh=mesh, shardings=shardings.params)
+            gathered = functools.partial(
+                fsdp.value_and_grad,
+                mesh=mesh,
+                shardings=shardings.params,
+                sparse_core=config.mesh.sparse_core,
+            )
         step = jax.jit(
             make_train_step(model, optimizer, config, gathered),
             in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
             out_shardings=(shardings, None),
             donate_argnums=0,
             keep_unused=True,  # the state as a whole is what lies in memory, and what a plan tells
-            compiler_options=xla_flags.options(list(mesh.devices.flat)) or None,
+            compiler_options=xla_flags.options(list(mesh.devices.flat), config.mesh.sparse_core) or None,
         )
         return cls(
             mesh=mesh,
@@ -74,14 +79,17 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     """The mesh of `config.mesh` as the run's backbone can use it, over all devices by default.
 
     Raises:
-      UserError: sizes that do not fit the devices, or `gather_once` on a mesh that cannot.
+      UserError: sizes that do not fit the devices, `gather_once` on a mesh that cannot, or `sparse_core` without it or
+        without SparseCores.
     """
     splits = backbones.splits_tokens(config.backbone.name)
     sizes = config.mesh.to_dict()
-    gather_once = sizes.pop("gather_once")
+    gather_once, sparse_core = sizes.pop("gather_once"), sizes.pop("sparse_core")
     mesh = mesh_lib.make_mesh(**sizes, devices=devices, splits_tokens=splits)
     if gather_once:
         fsdp.check_mesh(mesh)
+    if sparse_core:
+        fsdp.check_sparse_core(mesh, gather_once)
     return mesh
 
 

@@ -224,6 +224,7 @@ def test_every_field_is_checked():
         "log.tensorboard",
         "diffusion.zero_snr",
         "mesh.gather_once",
+        "mesh.sparse_core",
     }  # any bool
     own |= {"compile_cache"}  # any text
     fields = {key for key in config_lib.flatten(config) if key.split(".")[0] not in config_lib.COMPONENTS}

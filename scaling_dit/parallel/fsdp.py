@@ -4,10 +4,12 @@ Left to itself XLA gathers a kernel split over all 64 chips of a v5p:4x4x4 by wr
 over all chips, and reduces gradients whole before it slices them: twice the bytes of a gather and of a scatter, besides
 the zeros (libtpu 0.0.51). Here each device runs its share of the batch alone: kernels are cast to the type they are
 read in and gathered over one dimension of the torus, then over the plane of the other two; gradients are summed and
-scattered on the same way back. Costs memory for one whole copy of the parameters and of the gradients, so it is for
-chips that have it.
+scattered on the same way back. With `config.mesh.sparse_core` the rings are such that SparseCores do both, beside the
+computation (`xla_flags` has the options). Costs memory for one whole copy of the parameters and of the gradients, so it
+is for chips that have it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +22,14 @@ from jax.extend import core as jex
 from jax.sharding import Mesh, PartitionSpec
 
 from scaling_dit.errors import UserError
+from scaling_dit.parallel import topologies
 from scaling_dit.parallel.rules import BATCH_AXES
 
 Params = Any
 LossFn = Callable[
     [Params, Any], jax.Array
 ]  # (whole parameters, rows of the batch) -> mean loss of these rows
+Rings = list[list[list[int]]]  # for each stage, groups of positions on fsdp
 _CALLS = {
     "jit",
     "pjit",
@@ -52,8 +56,22 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
+def check_sparse_core(mesh: Mesh, gather_once: bool) -> None:
+    """Makes sure that there is something for SparseCores to gather, and that a TPU has some.
+
+    Raises:
+      UserError: `mesh.sparse_core` without `mesh.gather_once`, or for a TPU without them.
+    """
+    if not gather_once:
+        raise UserError("mesh.sparse_core is for the gathers of mesh.gather_once, which is off")
+    chip = topologies.find_chip(mesh.devices.flat[0].device_kind)
+    if chip is not None and chip.torus and chip.name not in topologies.SPARSE_CORES:
+        known = " and ".join(topologies.SPARSE_CORES)
+        raise UserError(f"mesh.sparse_core is for {known}; the mesh is of {chip.name}")
+
+
 def value_and_grad(
-    loss_fn: LossFn, mesh: Mesh, shardings: Any
+    loss_fn: LossFn, mesh: Mesh, shardings: Any, sparse_core: bool = False
 ) -> Callable[[Params, Any], tuple[jax.Array, Params]]:
     """(params, rows) -> mean loss over all rows and its gradients, laid out as the parameters are.
 
@@ -61,18 +79,15 @@ def value_and_grad(
       loss_fn: mean loss of some rows; it sees whole parameters and runs on each device alone.
       mesh: one that `check_mesh` lets pass.
       shardings: tree of NamedSharding of the parameters. Rows are split over data and fsdp.
+      sparse_core: over such rings as SparseCores gather and sum over beside the computation.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    groups, shards = _rings(mesh), math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    along = _gatherer(*_rings(mesh, sparse_core))
 
     def gather(shard: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
-        whole = shard.astype(dtype)
-        if "fsdp" in spec:
-            for ring in groups:
-                whole = jax.lax.all_gather(
-                    whole, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True, axis_index_groups=ring
-                )
-        return whole
+        read = shard.astype(dtype)
+        return along(read, tuple(spec).index("fsdp")) if "fsdp" in spec else read
 
     def local(params: Params, rows: Any) -> tuple[jax.Array, Params]:
         whole = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(s.shape, p.dtype), params, shapes)
@@ -141,17 +156,46 @@ def _casts(jaxpr: Any) -> list[Any]:
     return [one(var) for var in jaxpr.invars]
 
 
-def _rings(mesh: Mesh) -> list[list[list[int]]]:
-    """Groups of positions on fsdp to gather over one after the other, the fastest varying first.
+def _gatherer(gathers: Rings, sums: Rings) -> Callable[[jax.Array, int], jax.Array]:
+    """(shard, axis) -> the whole, gathered over `gathers`; its gradient is summed and scattered over `sums`."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def along(shard: jax.Array, axis: int) -> jax.Array:
+        for ring in gathers:
+            shard = jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True, axis_index_groups=ring)
+        return shard
+
+    def forward(shard: jax.Array, axis: int) -> tuple[jax.Array, None]:
+        return along(shard, axis), None
+
+    def backward(axis: int, _: None, whole: jax.Array) -> tuple[jax.Array]:
+        for ring in reversed(sums):
+            whole = jax.lax.psum_scatter(
+                whole, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=ring
+            )
+        return (whole,)
+
+    along.defvjp(forward, backward)
+    return along
+
+
+def _rings(mesh: Mesh, sparse_core: bool) -> tuple[Rings, Rings]:
+    """Groups of positions on fsdp to gather over one after the other, the fastest varying first, and those to sum over.
 
     Two dimensions of the torus at a time, and those that carry most come last: XLA gathers over a plane by all its
-    links at once, but not over three dimensions.
+    links at once, but not over three dimensions. SparseCores gather over one dimension at a time, and sum over a plane
+    of a torus of three: over one that is all of the torus XLA does not scatter (libtpu 0.0.51).
     """
-    sizes = _torus([getattr(device, "coords", None) for device in mesh.devices[0, :, 0, 0]])
-    ids = np.arange(mesh.shape["fsdp"]).reshape(math.prod(sizes[:2]), *sizes[2:])
-    return [
-        np.moveaxis(ids, axis, -1).reshape(-1, ids.shape[axis]).tolist() for axis in reversed(range(ids.ndim))
-    ]
+    torus = _torus([getattr(device, "coords", None) for device in mesh.devices[0, :, 0, 0]])
+
+    def rings(joined: int) -> Rings:
+        ids = np.arange(mesh.shape["fsdp"]).reshape(math.prod(torus[:joined]), *torus[joined:])
+        return [
+            np.moveaxis(ids, axis, -1).reshape(-1, ids.shape[axis]).tolist()
+            for axis in reversed(range(ids.ndim))
+        ]
+
+    return rings(1 if sparse_core else 2), rings(1 if sparse_core and len(torus) < 3 else 2)
 
 
 def _torus(coords: list[Any]) -> tuple[int, ...]:

@@ -7,8 +7,13 @@ of itself is not enough: `cost_analysis` counts the body of a loop once, and pro
 import dataclasses
 import functools
 import math
+import pathlib
 import re
+import tempfile
 from collections.abc import Iterator
+from typing import Any
+
+import jax
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0} | {
     f"{kind}{bits}": bits for kind in "su" for bits in (2, 4, 8, 16, 32, 64)
@@ -131,35 +136,43 @@ class Program:
         self.unknown_loops = 0
         yield from self._walk(Visit(_START, self.entry, 1, False, False, False))
 
+    def inside(self, instruction: Instruction, computation: str) -> Iterator[Visit]:
+        """One instruction of a computation, then all that it runs, with how often for each time that it runs."""
+        return self._instruction(Visit(instruction, computation, 1, False, False, False))
+
     def _walk(self, at: Visit) -> Iterator[Visit]:
         """The instructions of `at.computation`, each with the rest of `at`."""
         for instruction in self.computations.get(at.computation, ()):
-            yield dataclasses.replace(at, instruction=instruction)
-            opcode, called = instruction.opcode, instruction.called
-            if not called or opcode in _ELEMENTWISE or opcode.endswith(("-done", "-update")):
-                continue
-            times = at.times
-            if opcode == "while":
-                trips = self.trip_count(instruction)
-                self.unknown_loops += trips is None
-                times *= 1 if trips is None else trips
-            elif opcode == "conditional":
-                called = [max(called, key=self._length)]
-            started = "async-collective-start" in instruction.name or opcode == "async-start"
-            for name in called:
-                goes_on = "async-collective-done" in instruction.name or name.startswith(
-                    "async_collective_fusion"
+            yield from self._instruction(dataclasses.replace(at, instruction=instruction))
+
+    def _instruction(self, at: Visit) -> Iterator[Visit]:
+        yield at
+        instruction = at.instruction
+        opcode, called = instruction.opcode, instruction.called
+        if not called or opcode in _ELEMENTWISE or opcode.endswith(("-done", "-update")):
+            return
+        times = at.times
+        if opcode == "while":
+            trips = self.trip_count(instruction)
+            self.unknown_loops += trips is None
+            times *= 1 if trips is None else trips
+        elif opcode == "conditional":
+            called = [max(called, key=self._length)]
+        started = "async-collective-start" in instruction.name or opcode == "async-start"
+        for name in called:
+            goes_on = "async-collective-done" in instruction.name or name.startswith(
+                "async_collective_fusion"
+            )
+            yield from self._walk(
+                Visit(
+                    instruction,
+                    name,
+                    times,
+                    fused=at.fused or opcode == "fusion",
+                    asynchronous=at.asynchronous or started,
+                    repeated=at.repeated or goes_on,
                 )
-                yield from self._walk(
-                    Visit(
-                        instruction,
-                        name,
-                        times,
-                        fused=at.fused or opcode == "fusion",
-                        asynchronous=at.asynchronous or started,
-                        repeated=at.repeated or goes_on,
-                    )
-                )
+            )
 
     def _length(self, computation: str) -> int:
         return sum(
@@ -232,3 +245,23 @@ def _split_operands(tail: str) -> tuple[str, str]:
 
 def _dims(text: str) -> tuple[int, ...]:
     return tuple(int(size.strip("<=")) for size in text.split(",") if size.strip("<="))
+
+
+def compiled_text(lowered: Any, options: dict[str, Any] | None = None, dump: bool = True) -> tuple[Any, str]:
+    """Compiles a lowered program -> (the compiled program, its text).
+
+    The text is the compiler's own dump, if it makes one, where jax cannot read a program back: it cannot where a TPU's
+    SparseCores look up embeddings or gather parameters (jax 0.10.2 with libtpu 0.0.51).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dump else {}
+        compiled = lowered.compile(compiler_options=(options or {}) | dumped or None)
+        try:
+            return compiled, compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            texts = sorted(
+                pathlib.Path(folder).glob("*after_codegen.txt"), key=lambda file: file.stat().st_size
+            )
+            if not texts:
+                raise
+            return compiled, texts[-1].read_text()

@@ -151,10 +151,10 @@ def statistics(program: Program, layout: Layout) -> Statistics:
             operands = [operand.arrays for operand in program.operands(visit)]
             product = _dot_flops if opcode == "dot" else _convolution_flops
             flops += times * product(instruction, *(arrays[0] for arrays in operands[:2]))
-        elif opcode in COLLECTIVES and not visit.repeated:
-            key, size, wire = _collective(program, visit, opcode, layout)
-            entry = sums.setdefault(key, [0, 0, 0])
-            for place, value in enumerate((1, size, wire)):
+        elif collective := collective_of(program, visit, layout):
+            *key, count, size, wire = dataclasses.astuple(collective)
+            entry = sums.setdefault(tuple(key), [0, 0, 0])
+            for place, value in enumerate((count, size, wire)):
                 entry[place] += value * times
         elif opcode == "custom-call" and _is_kernel(instruction):
             declared = re.search(r'"flops":"?(\d+)', instruction.attributes)
@@ -162,10 +162,8 @@ def statistics(program: Program, layout: Layout) -> Statistics:
             kernel_flops += times * (int(declared[1]) if declared else 0)
         if not visit.fused:
             hbm += times * hbm_bytes(program, visit)
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-        # Parts of a kernel's result repeat what it says of itself; of SparseCores 2^63 - 1 cycles are expected.
-        if cycles and opcode != "get-tuple-element" and int(cycles[1]) < 2**62:
-            parts[_part(program, instruction)] += times * int(cycles[1])
+        if cycles := cycles_of(instruction):
+            parts[_part(program, instruction)] += times * cycles
     rows = [Collective(*key, *entry) for key, entry in sorted(sums.items(), key=lambda item: -item[1][1])]
     total = flops + kernel_flops
     return Statistics(
@@ -178,6 +176,14 @@ def statistics(program: Program, layout: Layout) -> Statistics:
         tuple(rows),
         program.unknown_loops,
     )
+
+
+def cycles_of(instruction: Instruction) -> int:
+    """The cycles that the TPU's compiler expects of one instruction, 0 where it says none."""
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+    # Parts of a kernel's result repeat what it says of itself; of SparseCores 2^63 - 1 cycles are expected.
+    known = cycles and instruction.opcode != "get-tuple-element" and int(cycles[1]) < 2**62
+    return int(cycles[1]) if cycles and known else 0
 
 
 def _is_kernel(instruction: Instruction) -> bool:
@@ -229,9 +235,11 @@ def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> i
     return 2 * macs
 
 
-def _collective(program: Program, visit: Visit, kind: str, layout: Layout) -> tuple[tuple, int, int]:
-    """(kind, axes, torus axes, slices, asynchronous), bytes of the whole arrays and bytes that one device sends."""
-    instruction = visit.instruction
+def collective_of(program: Program, visit: Visit, layout: Layout) -> Collective | None:
+    """The collective that an instruction is or starts, once; None for any other instruction."""
+    instruction, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES or visit.repeated:
+        return None
     taken = sum(operand.size for operand in program.operands(visit))
     groups = _groups(instruction.attributes, layout.size)
     n = max(map(len, groups))
@@ -241,7 +249,7 @@ def _collective(program: Program, visit: Visit, kind: str, layout: Layout) -> tu
         kind = "reduce-scatter"
     wire = size if kind == "collective-permute" else size * (n - 1) * (2 if kind == "all-reduce" else 1) // n
     asynchronous = visit.asynchronous or instruction.opcode.endswith("-start")
-    return (kind, *layout.moved(groups), asynchronous), size, wire
+    return Collective(kind, *layout.moved(groups), asynchronous, 1, size, wire)
 
 
 def _groups(attributes: str, world: int) -> list[np.ndarray]:

@@ -7,9 +7,7 @@ figure for the real run, and FLOPs and collectives are counted in the program it
 
 import dataclasses
 import math
-import pathlib
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +19,7 @@ from ml_collections import ConfigDict
 from scaling_dit import encoders, generate, pipeline
 from scaling_dit.backbones.attention import recorded_choices
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import hlo_cost, rules
-from scaling_dit.parallel.hlo import Program
+from scaling_dit.parallel import hlo, hlo_cost, hlo_timeline, rules
 from scaling_dit.parallel.roofline import Roofline, roofline
 from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
 from scaling_dit.program import StepProgram, run_mesh
@@ -118,10 +115,13 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
     lowered_at = time.perf_counter()
     compiled, memory = compile_program(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
     compiled_at = time.perf_counter()
-    statistics = None
-    if compiled is not None:
-        statistics = hlo_cost.statistics(compiled, hlo_cost.Layout.of(mesh))
+    statistics = found = None
     model_flops = train_flops(config, model) if step == "train" else None
+    if compiled is not None:
+        layout, steps = hlo_cost.Layout.of(mesh), config.steps if step == "train" else None
+        statistics = hlo_cost.statistics(compiled, layout)
+        waiting = hlo_timeline.waiting(compiled, layout, topology)
+        found = roofline(topology, statistics, model_flops, steps, price, waiting)
     return Plan(
         topology=topology.name,
         slices=topology.slices,
@@ -135,9 +135,7 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
         memory=memory,
         model_flops=model_flops,
         statistics=statistics,
-        roofline=None
-        if statistics is None
-        else roofline(topology, statistics, model_flops, config.steps if step == "train" else None, price),
+        roofline=found,
         constraints=lowered.as_text().count("sharding_constraint"),
         lower_seconds=lowered_at - began,
         compile_seconds=compiled_at - lowered_at,
@@ -154,6 +152,7 @@ def settings(config: ConfigDict, step: str) -> dict[str, Any]:
         "microbatches": config.optim.accumulate,
         "remat": remat,
         "gather_once": config.mesh.gather_once,
+        "sparse_core": config.mesh.sparse_core,
     }
 
 
@@ -192,7 +191,7 @@ def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
         return None
 
 
-def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[Program | None, Memory]:
+def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
     """(the compiled program, or None if it does not fit, its memory on one chip).
 
     `arguments` are the bytes of what it takes; where they alone do not fit, nothing is compiled.
@@ -200,14 +199,11 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[P
     limit = int(topology.chip.usable_hbm) if topology.chip else None
     if limit is not None and arguments > limit:
         return None, Memory(arguments, None, arguments, limit, fits=False)
-    with tempfile.TemporaryDirectory() as folder:
-        dump = None if topology.name == LOCAL else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            compiled = lowered.compile(compiler_options=dump)
-        except jax.errors.JaxRuntimeError as error:
-            needed, limit = out_of_memory(str(error), limit)
-            return None, Memory(arguments, None, needed, limit, fits=False)
-        program = Program(_text(compiled, pathlib.Path(folder)))
+    try:
+        compiled, text = hlo.compiled_text(lowered, dump=topology.name != LOCAL)
+    except jax.errors.JaxRuntimeError as error:
+        needed, limit = out_of_memory(str(error), limit)
+        return None, Memory(arguments, None, needed, limit, fits=False)
     analysis = compiled.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     # Compilers for other chips than TPUs leave arguments out of their peak. Results that do not take the place of the
@@ -215,21 +211,7 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[P
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     on_tpu = topology.chip is not None and topology.chip.name in TPUS
     peak = analysis.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
-    return program, Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
-
-
-def _text(compiled: Any, dumped: pathlib.Path) -> str:
-    """The text of a compiled program, from the compiler's own dump where jax cannot read the program back.
-
-    It cannot where a v5p's SparseCores look up the embeddings of text tokens (jax 0.10.2 with libtpu 0.0.51).
-    """
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        texts = sorted(dumped.glob("*after_codegen.txt"), key=lambda file: file.stat().st_size)
-        if not texts:
-            raise
-        return texts[-1].read_text()
+    return hlo.Program(text), Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
 
 
 def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:

@@ -161,7 +161,7 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     time, mfu = (
         (found.estimate or found.limit, found.mfu_estimate or found.mfu_limit) if found else (None, None)
     )
-    once = " gather_once" if plan.settings.get("gather_once") else ""
+    once = "".join(f" {name}" for name in ("gather_once", "sparse_core") if plan.settings.get(name))
     values: tuple[Any, ...] = (
         " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) + once,
         plan.settings.get("microbatches", ""),

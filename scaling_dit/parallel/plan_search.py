@@ -150,6 +150,7 @@ def variant(config: ConfigDict, mesh: dict[str, int], microbatches: int, remat: 
     """The config with these settings; `mesh` holds fields of config.mesh."""
     changed = config.copy_and_resolve_references().unlock()
     changed.mesh.update(mesh)
+    changed.mesh.sparse_core &= changed.mesh.gather_once
     changed.optim.accumulate = microbatches
     if "remat" in changed.backbone:
         changed.backbone.remat = remat

@@ -1,11 +1,12 @@
 """How fast a step can be at best, and what a run then costs: stated assumptions on top of counted work.
 
 Nothing here is measured. Two figures are told apart: the limit, in which everything overlaps perfectly and each unit
-runs at its peak, and the estimate, which takes the compiler's own cycles and adds collectives that are not
-asynchronous. A run is slower than both.
+runs at its peak, and the estimate, which takes the compiler's own cycles and adds the time that a device waits for
+collectives. A run is slower than both.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from scaling_dit.parallel.hlo_cost import Collective, Statistics
@@ -17,7 +18,7 @@ ASSUMPTIONS = (
     "HBM: every kernel reads its inputs and writes its outputs once",
     "ICI: bytes a chip sends in a ring / links of the torus axes that the collective spans, both ways where they close",
     "DCN: the same over the network between slices",
-    "estimate: cycles that the compiler expects / clock, plus collectives that are not asynchronous",
+    "estimate: cycles that the compiler expects / clock, plus waiting for collectives in the compiler's order",
     "MFU: 6 x multiply-accumulates of the backbone x images (attention in full, no rematerialisation) / peak / time",
     "the run: all steps at that speed; no evaluation, checkpoints, restarts or waiting for data",
 )
@@ -29,7 +30,7 @@ class Roofline:
 
     Attributes:
       compute, hbm, ici, dcn: seconds if that alone were the limit.
-      exposed: seconds of the collectives that are not asynchronous.
+      exposed: seconds that the device waits for collectives.
       bound: name of the slowest of the four.
       limit: its seconds.
       estimate: seconds by the compiler's cycles plus `exposed`; None without cycles.
@@ -57,12 +58,20 @@ class Roofline:
         return dataclasses.asdict(self)
 
 
+def collective_seconds(topology: Topology, row: Collective) -> float:
+    """How long collectives take on the wire of a topology whose chip is known, each network at its peak."""
+    assert topology.chip is not None
+    bandwidth = topology.chip.dcn_bandwidth if row.slices else topology.ici_bandwidth(row.torus_axes)
+    return row.wire / bandwidth
+
+
 def roofline(
     topology: Topology,
     statistics: Statistics,
     model_flops: int | None,
     steps: int | None,
     price: float | None = None,
+    exposed: float | None = None,
 ) -> Roofline | None:
     """The roofline of a program on one chip of a topology; None if nothing is known of the chip.
 
@@ -72,22 +81,21 @@ def roofline(
       model_flops: FLOPs of the step by `scaling.count`, over all chips; None for what is not training.
       steps: of the run; None for what is not training.
       price: US dollars of a chip-hour; the list price if not given.
+      exposed: seconds that a device waits for collectives, see `hlo_timeline.waiting`; if not given, the time of those
+        that are not asynchronous.
     """
     chip = topology.chip
     if chip is None:
         return None
-
-    def seconds(row: Collective) -> float:
-        bandwidth = chip.dcn_bandwidth if row.slices else topology.ici_bandwidth(row.torus_axes)
-        return row.wire / bandwidth
-
+    seconds = functools.partial(collective_seconds, topology)
     times = {
         "compute": statistics.flops / chip.peak,
         "HBM": statistics.hbm_bytes / chip.hbm_bandwidth,
         "ICI": sum(seconds(row) for row in statistics.collectives if not row.slices),
         "DCN": sum(seconds(row) for row in statistics.collectives if row.slices),
     }
-    exposed = sum(seconds(row) for row in statistics.collectives if not row.asynchronous)
+    if exposed is None:
+        exposed = sum(seconds(row) for row in statistics.collectives if not row.asynchronous)
     bound = max(times, key=lambda name: times[name])
     limit = times[bound]
     estimate = statistics.cycles / chip.clock + exposed if statistics.cycles else None

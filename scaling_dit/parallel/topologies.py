@@ -59,6 +59,7 @@ CHIPS: dict[str, Chip] = {
     )
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus)
+SPARSE_CORES = ("v5p", "v6e")  # whose SparseCores libtpu lets gather and sum
 EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x4x4", "v6e": "v6e:16x16"}
 # For libtpu on a machine without TPUs: it must not look for any, nor for their metadata server.
 _ENVIRONMENT = {

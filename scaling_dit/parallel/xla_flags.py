@@ -22,6 +22,7 @@ class Option:
       reason: why.
       chips: the generations it is for.
       least_slices: the least number of slices it is for.
+      sparse_core: whether it is only for runs with `mesh.sparse_core`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Option:
     reason: str
     chips: Sequence[str] = topologies.TPUS
     least_slices: int = 1
+    sparse_core: bool = False
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -49,15 +51,33 @@ OPTIONS: tuple[Option, ...] = (
         "lets the former join all-reduces of unequal sizes, as the layers of a model have",
         least_slices=2,
     ),
+    Option(
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+        True,
+        "gathers parameters beside the computation; a v5p has no other asynchronous gather",
+        chips=topologies.SPARSE_CORES,
+        sparse_core=True,
+    ),
+    Option(
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+        True,
+        "sums and scatters gradients beside the computation",
+        chips=topologies.SPARSE_CORES,
+        sparse_core=True,
+    ),
 )
 
 
-def options(devices: Sequence[Any]) -> dict[str, Any]:
-    """The options of programs for these jax devices, or those of a topology description."""
+def options(devices: Sequence[Any], sparse_core: bool = False) -> dict[str, Any]:
+    """The options of programs for these jax devices, or those of a topology description.
+
+    `sparse_core`: whether SparseCores are to gather and sum, `config.mesh.sparse_core`.
+    """
     chip = topologies.find_chip(devices[0].device_kind)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     return {
         option.name: option.value
         for option in OPTIONS
         if chip is not None and chip.name in option.chips and slices >= option.least_slices
+        if sparse_core or not option.sparse_core
     }

@@ -1,5 +1,7 @@
 """Gathering by hand gives the loss and gradients of one device, and casts only what is read cast."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,18 @@ def mean_loss(backbone):
     return loss
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 4}])
-def test_loss_and_gradients_are_those_of_one_device(axes):
+@pytest.mark.parametrize(
+    "axes, torus, sparse_core",
+    [
+        ({"fsdp": 8, "data": 1}, (8,), False),
+        ({"data": 2, "fsdp": 4}, (4,), False),
+        ({"fsdp": 8, "data": 1}, (2, 2, 2), False),
+        ({"fsdp": 8, "data": 1}, (2, 2, 2), True),
+        ({"fsdp": 8, "data": 1}, (4, 2), True),
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_device(axes, torus, sparse_core, monkeypatch):
+    monkeypatch.setattr(fsdp, "_torus", lambda coords: torus)
     backbone = backbones.create("uvit", text_dim=12, scan_layers=True, **FIELDS)
     inputs = example(backbone, 4, 4, batch=8)
     boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
@@ -35,7 +47,7 @@ def test_loss_and_gradients_are_those_of_one_device(axes):
     shardings = rules.param_shardings(mesh, boxed)
     params = jax.device_put(params, shardings)
     with rules.activate(mesh):
-        found, grads = jax.jit(fsdp.value_and_grad(loss, mesh, shardings))(params, inputs)
+        found, grads = jax.jit(fsdp.value_and_grad(loss, mesh, shardings, sparse_core))(params, inputs)
 
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     for path, grad in trees.by_path(grads).items():
@@ -74,6 +86,38 @@ def test_the_dimensions_of_a_torus_are_read_off_the_coordinates(shape, torus):
 def test_devices_in_no_order_make_one_ring():
     assert fsdp._torus([(0, 0), (1, 1), (0, 1), (1, 0)]) == (4,)
     assert fsdp._torus([None] * 4) == (4,)
+
+
+def test_rings_are_planes_and_lines_of_the_torus(monkeypatch):
+    mesh = make_mesh(data=1, fsdp=8)
+
+    def stages(torus, sparse_core):
+        monkeypatch.setattr(fsdp, "_torus", lambda coords: torus)
+        return [[ring[0] for ring in rings] for rings in fsdp._rings(mesh, sparse_core)]
+
+    plane, lines = [[0, 1], [0, 2, 4, 6]], [[0, 1], [0, 2], [0, 4]]
+    assert stages((2, 2, 2), False) == [plane, plane]
+    assert stages((2, 2, 2), True) == [lines, plane]
+    assert stages((4, 2), False) == [[list(range(8))]] * 2
+    assert stages((4, 2), True) == [[[0, 1], [0, 2, 4, 6]]] * 2
+
+
+@pytest.mark.parametrize(
+    "kind, gather_once, told",
+    [
+        ("cpu", False, "for the gathers of mesh.gather_once, which is off"),
+        ("TPU v5 lite", True, "mesh.sparse_core is for v5p and v6e; the mesh is of v5e"),
+        ("TPU v4", True, "the mesh is of v4"),
+    ],
+)
+def test_sparse_cores_are_refused_where_there_are_none_or_nothing_to_gather(kind, gather_once, told):
+    def mesh(kind):
+        return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)]))
+
+    for there in ("cpu", "TPU v5", "TPU v6 lite"):
+        fsdp.check_sparse_core(mesh(there), True)
+    with pytest.raises(UserError, match=told):
+        fsdp.check_sparse_core(mesh(kind), gather_once)
 
 
 def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():

@@ -197,6 +197,16 @@ def test_a_search_tries_the_cheapest_first_and_ranks_what_fits(made):
     assert len(table.splitlines()) == 2 + len(found) and " yes " in table and " no " in table
 
 
+def test_a_search_keeps_sparse_cores_where_it_gathers_once(made):
+    flags = ["--config.batch=64", "--config.mesh.gather_once=True", "--config.mesh.sparse_core=True"]
+    config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", flags)
+    found = plan_search.search(config, parse("v5p:2x2x2"), "train", None, limit=9)
+    kept = {(row.settings["gather_once"], row.settings["sparse_core"]) for row in found}
+    assert kept == {(True, True), (False, False)}
+    table = plan_report.search_table(parse("v5p:2x2x2"), found)
+    assert " gather_once sparse_core " in table
+
+
 def test_a_search_does_not_compile_what_must_need_more_than_what_failed(made):
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", ["--config.batch=64"])
     plan_search.search(config, parse("v5e:2x4"), "train", None, limit=100)
@@ -294,6 +304,25 @@ def test_without_rematerialisation_the_program_does_the_model_s_flops(row):
     )  # fmt: skip
     (found,) = json.loads(done.stdout)
     assert found["statistics"]["flops"] * found["chips"] == pytest.approx(found["model_flops"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:16x16"])
+def test_sparse_cores_gather_and_sum_beside_the_computation(topology):
+    """All kernels are gathered and their gradients summed; what is left are scales, biases and the loss."""
+    done = command(
+        "--config=dit_scaling:uvit-h1024-d20-n16", f"--topology={topology}", "--config.batch=2048", "--json",
+        "--config.backbone.depth=2", "--config.backbone.scan_layers=False", "--config.backbone.remat=none",
+        "--config.mesh.gather_once=True", "--config.mesh.sparse_core=True",
+    )  # fmt: skip
+    (found,) = json.loads(done.stdout)
+    rows = found["statistics"]["collectives"]
+    beside = [row for row in rows if row["asynchronous"]]
+    assert {"all-gather", "reduce-scatter"} <= {row["kind"] for row in beside}
+    assert sum(row["wire"] for row in beside) > 0.9 * sum(row["wire"] for row in rows)
+    times = found["roofline"]
+    assert 0 < times["exposed"] < times["ici"]
+    assert found["settings"]["sparse_core"]
 
 
 @pytest.mark.slow

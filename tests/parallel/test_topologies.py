@@ -111,7 +111,13 @@ def test_options_go_by_generation_and_slices():
     assert xla_flags.options(fake_devices("cpu")) == xla_flags.options(fake_devices("NVIDIA H200")) == {}
     one, two = (xla_flags.options(fake_devices("TPU v5p", slices)) for slices in (1, 2))
     assert one and one.items() < two.items()
-    assert set(two) == {option.name for option in xla_flags.OPTIONS if "v5p" in option.chips}
+    of_v5p = [option for option in xla_flags.OPTIONS if "v5p" in option.chips]
+    assert set(two) == {option.name for option in of_v5p if not option.sparse_core}
+    assert set(xla_flags.options(fake_devices("TPU v5p", 2), sparse_core=True)) == {
+        option.name for option in of_v5p
+    }
+    lite = fake_devices("TPU v5 lite")
+    assert xla_flags.options(lite, sparse_core=True) == xla_flags.options(lite)
 
 
 def test_no_option_is_known_to_be_refused_and_each_has_a_reason():

@@ -54,10 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(run: Callable[[], int]) -> int:
     """The exit code of what runs; a mistake is told in one line."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except (
+        BrokenPipeError
+    ):  # of `| head` and the like: nobody reads the rest, nor what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
     except OSError as error:  # a path that cannot be read or written
         print(f"{PROGRAM}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         return USER_ERROR
@@ -381,7 +388,10 @@ def _define_plan(values: flags.FlagValues) -> None:
         "step", "train", ("train", "sample"), "train or sample: the program to plan", flag_values=values
     )
     flags.DEFINE_boolean(
-        "search", False, "try meshes, microbatches and remat policies, and rank them", flag_values=values
+        "search",
+        False,
+        "try meshes, gather_once, microbatches and remat policies, and rank them",
+        flag_values=values,
     )
     integer("search_limit", 12, "programs that a search compiles at most", lower_bound=1)
     price = "US dollars of a chip-hour; a rough list price of 2025 by default"

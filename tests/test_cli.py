@@ -194,6 +194,15 @@ def test_the_working_directory_is_on_the_path(tmp_path, monkeypatch):
 # What the verbs call
 
 
+def test_a_pipe_that_nobody_reads_ends_it_without_a_word():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "scaling_dit", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (cli.INTERRUPTED, "")
+
+
 def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
     calls = behind(monkeypatch, "scaling_dit.train")
     started = time.time()

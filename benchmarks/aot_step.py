@@ -127,6 +127,8 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]
     }
     batch = {k: jax.ShapeDtypeStruct(*v, sharding=by_batch) for k, v in rows.items()}
     gather = None
+    if args.sparse_core:
+        fsdp.check_sparse_core(mesh, args.gather_once)
     if args.gather_once:
         gather = functools.partial(
             fsdp.value_and_grad, mesh=mesh, shardings=shardings.params, sparse_core=args.sparse_core
@@ -151,6 +153,8 @@ def compile_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
         compiled, text = compiled_text(lowered, options)
     memory = compiled.memory_analysis()
     return text, backbone, {
+        "date": str(datetime.date.today()),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
         "peak_gib": memory.peak_memory_in_bytes / 2**30,
         "lower_s": middle - start,
@@ -164,11 +168,7 @@ def saved_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
         text = file.read()
     before = json.loads(args.json.read_text())
     _, _, backbone, _ = build_step(args)
-    return (
-        text,
-        backbone,
-        {name: before[name] for name in ("arguments_gib", "peak_gib", "lower_s", "compile_s")},
-    )
+    return text, backbone, {name: before[name] for name in KNOWN}
 
 
 def figures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str, Any]) -> dict[str, Any]:
@@ -186,8 +186,6 @@ def figures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str,
     for row in found.collectives:
         wire[row.asynchronous] += row.wire
     return {
-        "date": str(datetime.date.today()),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "command": told(sys.argv[1:]),
         "label": args.label or f"{args.backbone} {args.size}",
         "topology": args.topology,
@@ -218,6 +216,8 @@ def told(argv: Sequence[str]) -> str:
     return " ".join(kept)
 
 
+# Figures that are not in the text of a program.
+KNOWN = ("date", "versions", "arguments_gib", "peak_gib", "lower_s", "compile_s")
 HEAD = (
     "step", "slice", "arguments GiB", "peak GiB", "TFLOP model", "TFLOP program", "M cycles", "GB sent sync", "async",
     "exposed ms", "MFU estimate", "compile s", "M cycles by part",
@@ -301,6 +301,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=pathlib.Path, help="file for the statistics")
     args = parser.parse_args(argv)
+    if args.again and not args.json:
+        parser.error("--again needs --json, the file with the figures of that program")
     args.mesh, args.set, args.options = dict(args.mesh), dict(args.set), dict(args.options)
     return args
 

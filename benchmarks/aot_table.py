@@ -36,8 +36,8 @@ PAPER = (
     "--config.text_encoder.size=openclip-h",
     "--config.train_text_encoder=False",
 )
-# From the fastest step to the smallest memory. For the copy of the parameters and gradients that gathering once costs, a
-# v5e has too little memory at most sizes, and its gathers layer by layer are asynchronous, as no other's are.
+# From the fastest step to the smallest memory. For the copy of the parameters and gradients that gathering once costs,
+# a v5e has too little memory at most sizes; its gathers layer by layer are asynchronous, which no other's are.
 _SAVING = (
     ("--config.backbone.remat=full",),
     ("--config.backbone.remat=full", "--config.optim.accumulate=4"),
@@ -138,8 +138,8 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         ),
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
-        "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p and v4 "
-        "with `gather_once`; `remat=full`; and four microbatches as well.",
+        "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p, v4 "
+        "and v6e with `gather_once`; `remat=full`; and four microbatches as well.",
         "",
         f"| {' | '.join(HEADS)} |",
         f"|{' --- |' * len(HEADS)}",

@@ -157,7 +157,7 @@ class Program:
             self.unknown_loops += trips is None
             times *= 1 if trips is None else trips
         elif opcode == "conditional":
-            called = [max(called, key=self._length)]
+            called = [self.longest(called)]
         started = "async-collective-start" in instruction.name or opcode == "async-start"
         for name in called:
             goes_on = "async-collective-done" in instruction.name or name.startswith(
@@ -173,6 +173,10 @@ class Program:
                     repeated=at.repeated or goes_on,
                 )
             )
+
+    def longest(self, branches: list[str]) -> str:
+        """The branch of a conditional that counts: the one of most instructions."""
+        return max(branches, key=self._length)
 
     def _length(self, computation: str) -> int:
         return sum(

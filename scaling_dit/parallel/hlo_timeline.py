@@ -3,7 +3,8 @@
 Computation takes the cycles that the compiler expects; a collective takes what it sends over the links that it spans
 (`roofline.collective_seconds`). One that is not asynchronous stops the device. An asynchronous one runs from the place
 of its start on; the device waits at the place of its end for what is left of it. One collective is on a network at a
-time, in the order of their starts.
+time, in the order of their starts. What the body of a loop, or a branch, has started ends with it, and one that sends
+waits for what was started before it.
 """
 
 import dataclasses
@@ -69,15 +70,19 @@ class _Timeline:
                 self._inner(at, instruction)
             else:
                 self._step(at, instruction, computation)
+        at.wait(max(at.free.values(), default=0.0))
         return at
 
     def _inner(self, at: _Clock, instruction: Instruction) -> None:
-        times = 1
+        times, called = 1, instruction.called
         if instruction.opcode == "while":
-            times = self.program.trip_count(instruction) or 1
-        runs = [self.run(name) for name in instruction.called]
-        if instruction.opcode == "conditional":
-            runs = [max(runs, key=lambda run: run.now)]
+            trips = self.program.trip_count(instruction)
+            times = 1 if trips is None else trips
+        elif instruction.opcode == "conditional":
+            called = [self.program.longest(called)]
+        runs = [self.run(name) for name in called]
+        if any(run.free for run in runs):
+            at.wait(max(at.free.values(), default=0.0))
         at.now += times * sum(run.now for run in runs)
         at.waited += times * sum(run.waited for run in runs)
 

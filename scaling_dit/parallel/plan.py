@@ -120,7 +120,7 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
     if compiled is not None:
         layout, steps = hlo_cost.Layout.of(mesh), config.steps if step == "train" else None
         statistics = hlo_cost.statistics(compiled, layout)
-        waiting = hlo_timeline.waiting(compiled, layout, topology)
+        waiting = hlo_timeline.waiting(compiled, layout, topology) if statistics.cycles else None
         found = roofline(topology, statistics, model_flops, steps, price, waiting)
     return Plan(
         topology=topology.name,

@@ -84,19 +84,33 @@ def test_fusions_that_go_on_with_a_gather_hand_it_on():
     assert waits(body, *(part.replace("NAME", name) for name in names)) == 2
 
 
-def test_loops_wait_as_often_as_they_run_and_of_branches_the_longest_counts():
-    body = (
-        "%body (x: f32[4]) -> f32[4] {\n  %x = f32[4]{0} parameter(0)\n"
-        + START
-        + compute("a", 1)
-        + DONE
-        + "}"
+def loop(times):
+    noted = f'backend_config={{"known_trip_count":{{"n":"{times}"}}}}'
+    return f"  %w = f32[4]{{0}} while(%x), condition=%other, body=%body, {noted}\n"
+
+
+def branch(name, *lines):
+    return "\n".join(
+        [f"%{name} (x: f32[4]) -> f32[4] {{", "  %x = f32[4]{0} parameter(0)", "".join(lines) + "}"]
     )
-    other = "%other (x: f32[4]) -> f32[4] {\n  %x = f32[4]{0} parameter(0)\n" + compute("a", 100) + "}"
-    loop = '  %w = f32[4]{0} while(%x), condition=%other, body=%body, backend_config={"known_trip_count":{"n":"3"}}\n'
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_loops_wait_as_often_as_they_run(times):
+    assert waits(loop(times), branch("body", START, compute("a", 1), DONE), branch("other")) == times * 5
+
+
+def test_of_branches_the_one_of_most_instructions_counts_as_in_the_other_figures():
     branches = "  %c = f32[4]{0} conditional(%x, %x, %x), branch_computations={%body, %other}\n"
-    assert waits(loop, body, other.replace("100", "0")) == 3 * 5
-    assert waits(branches, body, other) == 0
+    assert waits(branches, branch("body", START, DONE), branch("other", compute("a", 100))) == 6
+    assert waits(branches, branch("body", START), branch("other", *(compute(n, 9) for n in "abcd"))) == 0
+
+
+def test_what_a_loop_has_not_waited_for_ends_with_each_of_its_runs():
+    assert waits(loop(2), branch("body", START, compute("a", 1)), branch("other")) == 2 * 5
+    held = START + loop(2) + DONE  # a loop that sends nothing runs beside what was started before it
+    assert waits(held, branch("body", compute("a", 2)), branch("other")) == 2
+    assert waits(held, branch("body", SHARD, GATHER), branch("other")) == 6 + 2 * 6
 
 
 def test_nothing_is_said_of_a_chip_that_is_not_known():

@@ -1,0 +1,60 @@
+"""benchmarks/aot_step.py: figures of a step compiled for a TPU, and the same made anew of what was saved."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "aot_step.py"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    for name in (
+        "TPU_SKIP_MDS_QUERY",
+        "TPU_WORKER_HOSTNAMES",
+        "TPU_ACCELERATOR_TYPE",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD",
+    ):
+        monkeypatch.setenv(
+            name, os.environ.get(name, "")
+        )  # the script sets what is missing; that ends with the test
+        monkeypatch.delenv(name)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("aot_step")
+
+
+def test_the_command_of_a_row_is_what_decides_its_program(script):
+    told = ["--backbone", "uvit", "--set", "remat=none", "depth=2", "--gather-once"]
+    assert script.told(
+        [*told, "--json", "a.json", "--hlo=b.gz", "--label", "a b", "--again", "c.gz"]
+    ) == " ".join(told)
+
+
+def test_figures_made_anew_need_those_there_were(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse(["--again", "program.gz"])
+    assert "--again needs --json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_saved_program_gives_the_same_figures_again(tmp_path):
+    figures, program = tmp_path / "figures.json", tmp_path / "program.gz"
+    command = [
+        sys.executable, str(SCRIPT), "--backbone=uvit", "--size=h1024-d20-n16", "--topology=v5e:2x4", "--batch=64",
+        f"--json={figures}", "--set", "hidden=128", "depth=2", "heads=2",
+    ]  # fmt: skip
+    subprocess.run([*command, f"--hlo={program}"], check=True, capture_output=True)
+    first = json.loads(figures.read_text())
+    assert first["cycles_m"] > 0 and first["peak_gib"] > first["arguments_gib"] > 0
+    assert first["wire_sync_gb"] > 0 and 0 < first["mfu_estimate"] < 1
+    subprocess.run([*command, f"--again={program}"], check=True, capture_output=True)
+    assert json.loads(figures.read_text()) == first
+    row = subprocess.run(
+        [sys.executable, str(SCRIPT), "--table", str(figures)], capture_output=True, text=True
+    ).stdout
+    assert row.splitlines()[2].startswith("| uvit h1024-d20-n16 | v5e:2x4, batch 64 | ")

@@ -95,6 +95,8 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeyp
     assert kept["error"] == "scaling-dit: it | fails" and len(kept["failed"]) == 3
     run(table, monkeypatch, tmp_path, f"--note={tmp_path / 'note.md'}", what="write")
     lines = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("|")]
+    cells = len(table.CONFIGS) * len(table.SLICES)
+    assert f"{cells - 4} of {cells} plans are still to be made" in (tmp_path / "note.md").read_text()
     assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {len(table.HEADS) + 1}
     (told,) = [line for line in lines if "it / fails" in line]
     assert told.startswith("| sdxl | v5e:16x16 | --config.backbone.remat=full --config.optim.accumulate=4: ")

@@ -63,7 +63,9 @@ def check_sparse_core(mesh: Mesh, gather_once: bool) -> None:
       UserError: `mesh.sparse_core` without `mesh.gather_once`, or for a TPU without them.
     """
     if not gather_once:
-        raise UserError("mesh.sparse_core is for the gathers of mesh.gather_once, which is off")
+        raise UserError(
+            "mesh.sparse_core is for the gathers of mesh.gather_once, which is off; mesh.gather_once=True turns it on"
+        )
     chip = topologies.find_chip(mesh.devices.flat[0].device_kind)
     if chip is not None and chip.torus and chip.name not in topologies.SPARSE_CORES:
         known = " and ".join(topologies.SPARSE_CORES)

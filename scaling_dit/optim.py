@@ -80,8 +80,10 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     """
 
     def init(params: Params) -> optax.OptState:
-        zero = jnp.zeros([], jnp.int32)
-        return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, inner.init(params))
+        none, in_all = (
+            jnp.zeros([], jnp.int32) for _ in range(2)
+        )  # buffers of their own, as a state is donated
+        return optax.ApplyIfFiniteState(none, jnp.array(True), in_all, inner.init(params))
 
     def update(
         grads: Params, state: optax.OptState, params: Any = None, *, loss: jax.Array, **_: Any

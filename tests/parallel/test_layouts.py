@@ -76,10 +76,12 @@ def test_a_step_is_compiled_as_its_mesh_and_the_table_of_options_say(monkeypatch
     config, plain = program("uvit", "DP2xFSDP4")
     assert "all_gather" not in plain.lower().as_text()
     with config.copy_and_resolve_references().unlocked() as changed:
-        changed.mesh.gather_once = True
+        changed.mesh.update({"gather_once": True, "sparse_core": True})
     source = pipeline.create_source(changed)
     model = pipeline.build(changed, pipeline.make_tokenizer(changed, source), source)
-    monkeypatch.setattr(program_lib.xla_flags, "options", lambda devices: {"xla_of_another_world": True})
+    monkeypatch.setattr(
+        program_lib.xla_flags, "options", lambda devices, sparse_core: {"xla_of_another_world": sparse_core}
+    )
     lowered = StepProgram.build(changed, model, run_mesh(changed)).lower()
     assert "all_gather" in lowered.as_text()
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_another_world"):

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import note
+from header import header
 from scaling_dit.experiments import dit_scaling, unet_scaling
 
 from scaling_dit.errors import UserError, nearest
@@ -133,8 +133,10 @@ def row(size: str, plan: dict) -> list[str]:
 def write(folder: pathlib.Path, target: pathlib.Path) -> None:
     """The page with the table of all cells that are there."""
     lines = [
-        *note.header(
-            "Plans of the papers' sizes", "benchmarks/aot_table.py", "compiled with libtpu, nothing measured"
+        *header(
+            "Plans of the papers' sizes",
+            "benchmarks/aot_table.py",
+            "from programs compiled with libtpu beside other work, which `compile s` shows; nothing was measured",
         ),
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "

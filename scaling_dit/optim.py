@@ -80,9 +80,8 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     """
 
     def init(params: Params) -> optax.OptState:
-        none, in_all = (
-            jnp.zeros([], jnp.int32) for _ in range(2)
-        )  # buffers of their own, as a state is donated
+        # Two buffers, not one twice: a state is donated.
+        none, in_all = (jnp.zeros([], jnp.int32) for _ in range(2))
         return optax.ApplyIfFiniteState(none, jnp.array(True), in_all, inner.init(params))
 
     def update(

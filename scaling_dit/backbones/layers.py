@@ -305,6 +305,7 @@ def stack(
     *broadcast: Any,
     remat: bool | str,
     scan: bool,
+    last_first: bool = False,
     **fields: Any,
 ) -> tuple[jax.Array, Any]:
     """Runs `count` blocks one after the other inside a compact method: layer i is `x, out_i = block(x, in_i, ...)`.
@@ -316,6 +317,7 @@ def stack(
       broadcast: what every layer gets.
       remat: "none", "full", "dots", "products", "attention" or "offload", see `check_remat`.
       scan: one traced block and `jax.lax.scan`, which compiles in a time that does not grow with depth.
+      last_first: whether `per_layer` starts with what the last layer gets.
 
     Returns:
       The last x, and the out_i as a list, stacked when scanned.
@@ -333,7 +335,8 @@ def stack(
         layers = scanned(name=name, **fields)
         # What `offload` keeps is in another memory, where only jax's own scan stacks it.
         if layers.is_initializing() or check_remat(remat) == "offload":
-            return layers(x, per_layer, *broadcast)
+            turned = jax.tree.map(lambda a: a[::-1], per_layer) if last_first else per_layer
+            return layers(x, turned, *broadcast)
         one = block(parent=None, **fields)
 
         def layer(params: Any, x: jax.Array, own: Any, all_: Any) -> tuple[jax.Array, Any]:
@@ -341,10 +344,11 @@ def stack(
 
         params = trees.unbox(layers.variables["params"])
         with jax.named_scope(name):  # as linen names what a module computes
-            return scan_layers(layer, params, x, per_layer, broadcast)
+            return scan_layers(layer, last_first, params, x, per_layer, broadcast)
     outputs: list[Any] = []
     inputs: Sequence[Any] = [None] * count if per_layer is None else per_layer
     for i in range(count):
-        x, out = block(name=f"{name}_{i}", **fields)(x, inputs[i], *broadcast)
+        own = inputs[count - 1 - i if last_first else i]
+        x, out = block(name=f"{name}_{i}", **fields)(x, own, *broadcast)
         outputs.append(out)
     return x, outputs

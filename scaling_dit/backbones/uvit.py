@@ -117,15 +117,15 @@ class UViT(nn.Module):
                 text_mask.astype(bool), ((0, 0), (1, image_tokens.shape[1])), constant_values=True
             )
 
-        # Blocks; what a long skip carries is stacked over layers when they are scanned, else a list.
+        # Blocks; what a long skip carries is stacked over layers when they are scanned, else a list. The last out of
+        # the first half is the first into the second.
         run = functools.partial(layers.stack, Block, depth // 2, remat=self.remat, scan=self.scan_layers)
         fields = self._block_fields()
         x, skips = run("in_blocks", x, None, key_mask, emits_skip=self.long_skips, **fields)
         middle = layers.rematerialised(Block, self.remat)(name="mid_block", **fields)
         x, _ = middle(x, None, key_mask)
-        x, _ = run(
-            "out_blocks", x, skips[::-1] if self.long_skips and depth > 1 else None, key_mask, **fields
-        )
+        merged = skips if self.long_skips and depth > 1 else None
+        x, _ = run("out_blocks", x, merged, key_mask, last_first=True, **fields)
 
         # Head on the image tokens, in float32: it is small, and its rounding would be the prediction's.
         x = layer_norm("norm", epsilon=EPSILON, param_dtype=self.param_dtype)(x[:, 1 + text_length :])

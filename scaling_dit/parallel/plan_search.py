@@ -56,13 +56,11 @@ def search(
         try:
             plan = plan_lib.make(chosen, topology, step, price)
         except UserError as error:
-            tell(f"{told(mesh, microbatches, remat)}: {error}")
+            tell(f"{told(chosen, mesh)}: {error}")
             continue
         if not plan.memory.fits:
             failed.append((sizes, saving))
-        tell(
-            f"{told(mesh, microbatches, remat)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}"
-        )
+        tell(f"{told(chosen, mesh)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}")
         plans.append(plan)
         if len(plans) >= limit:
             break
@@ -78,11 +76,12 @@ def rank(plan: Plan) -> tuple[bool, float, int]:
     return not plan.memory.fits, time, plan.memory.peak
 
 
-def told(mesh: dict[str, int], microbatches: int, remat: str) -> str:
-    """A combination as text."""
-    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
-    once = " gather_once" if mesh["gather_once"] else ""
-    return f"{sizes}{once}, {microbatches} microbatches, remat {remat}"
+def told(config: ConfigDict, mesh: dict[str, int]) -> str:
+    """A combination as text: what `variant` made of it, and the sizes of its mesh."""
+    words = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
+    words += [name for name in ("gather_once", "sparse_core") if config.mesh[name]]
+    remat = config.backbone.get("remat", "none")
+    return f"{' '.join(words)}, {config.optim.accumulate} microbatches, remat {remat}"
 
 
 def candidates(

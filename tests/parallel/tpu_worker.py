@@ -1,6 +1,7 @@
 """Compiles a stack of layers for TPUs that are not here; a process of its own, for libtpu wants its environment.
 
-Prints one JSON object: slices of the mesh's rows, types of the sums over devices, bytes that remat keeps on the host.
+Prints one JSON object: slices of the mesh's rows, types of the sums over devices, bytes that remat keeps on the host,
+and the compiler's cycles for cutting layers out of stacks that were gathered at once.
 """
 
 import json
@@ -12,11 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from scaling_dit import trees
-from scaling_dit.backbones import layers
-from scaling_dit.parallel import rules
+from scaling_dit.backbones import layers, scanning
+from scaling_dit.parallel import fsdp, hlo_cost, rules
+from scaling_dit.parallel.hlo import Program
 from scaling_dit.parallel.mesh import make_mesh
-
-WIDTH = 512
 
 
 class Layer(nn.Module):
@@ -24,22 +24,24 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        return x + layers.Mlp(4 * WIDTH, dtype=self.dtype, name="mlp")(x), None
+        return x + layers.Mlp(4 * x.shape[-1], dtype=self.dtype, name="mlp")(x), None
 
 
 class Stack(nn.Module):
     dtype: str = "bfloat16"
     remat: str = "none"
+    depth: int = 3
 
     @nn.compact
     def __call__(self, x):
-        return layers.stack(Layer, 3, "layers", x, None, remat=self.remat, scan=True, dtype=self.dtype)[0]
+        run = {"remat": self.remat, "scan": True, "dtype": self.dtype}
+        return layers.stack(Layer, self.depth, "layers", x, None, **run)[0]
 
 
-def compile_stack(mesh, **fields):
-    """The compiled gradients of a stack, 64 rows of 128 tokens over the mesh."""
+def compile_stack(mesh, rows=64, width=512, gather_once=False, **fields):
+    """The compiled gradients of a stack, `rows` of 128 tokens over the mesh."""
     stack = Stack(**fields)
-    x = jax.ShapeDtypeStruct((64, 128, WIDTH), jnp.dtype(stack.dtype), sharding=rules.batch_sharding(mesh))
+    x = jax.ShapeDtypeStruct((rows, 128, width), jnp.dtype(stack.dtype), sharding=rules.batch_sharding(mesh))
     boxed = jax.eval_shape(stack.init, jax.random.key(0), x)
     shardings = rules.param_shardings(mesh, boxed)
     params = jax.tree.map(
@@ -47,7 +49,17 @@ def compile_stack(mesh, **fields):
         trees.unbox(boxed),
         shardings,
     )
-    grad = jax.grad(lambda params, x: jnp.square(stack.apply(params, x).astype(jnp.float32)).mean())
+
+    def loss(params, x):
+        return jnp.square(stack.apply(params, x).astype(jnp.float32)).mean()
+
+    grad = jax.grad(loss)
+    if gather_once:
+        whole = fsdp.value_and_grad(loss, mesh, shardings)
+
+        def grad(params, x):
+            return whole(params, x)[1]
+
     with rules.activate(mesh):
         return jax.jit(grad, out_shardings=shardings).lower(params, x).compile()
 
@@ -63,6 +75,16 @@ def summed_types(compiled):
     return sorted(found)
 
 
+def cutting(compiled):
+    """Cycles for cutting layers out of stacks, a share of all."""
+    program, cycles = Program(compiled.as_text()), {True: 0, False: 0}
+    for visit in program.walk():
+        scope = re.search(r'op_name="([^"]*)"', visit.instruction.attributes)
+        cut = scope is not None and scope[1].endswith("/dynamic_slice")
+        cycles[cut] += visit.times * hlo_cost.cycles_of(visit.instruction)
+    return cycles[True] / sum(cycles.values())
+
+
 if __name__ == "__main__":
     two = topologies.get_topology_desc("v5e:2x4", platform="tpu", num_slices=2)
     across = make_mesh(data=2, fsdp=8, slices=2, devices=two.devices)
@@ -70,10 +92,17 @@ if __name__ == "__main__":
     mesh = make_mesh(data=1, fsdp=8, devices=one.devices)
     plain = compile_stack(mesh)
     offloaded = compile_stack(mesh, remat="offload")
+    v6e = topologies.get_topology_desc("v6e:16x16", platform="tpu")
+    many = make_mesh(data=1, fsdp=256, devices=v6e.devices)
+    cut = []
+    for lay_out in (scanning._layer_by_layer, lambda stacks: stacks):
+        scanning._layer_by_layer = lay_out
+        cut.append(cutting(compile_stack(many, rows=2048, width=1280, depth=10, gather_once=True)))
     told = {
         "slices": [sorted({device.slice_index for device in row.flat}) for row in across.devices],
         "bfloat16": summed_types(plain),
         "float32": summed_types(compile_stack(mesh, dtype="float32")),
         "on host": [c.memory_analysis().host_temp_size_in_bytes for c in (plain, offloaded)],
+        "cut out": cut,
     }
     print(json.dumps(told))

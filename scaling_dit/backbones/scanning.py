@@ -110,10 +110,15 @@ def _inexact(tree: Any) -> Any:
 
 
 def _layer_by_layer(stacks: Any) -> Any:
-    """The arrays, on TPUs with the layers outermost in memory."""
+    """The arrays, on TPUs with the layers outermost in memory, then axes too short to fill the 8 rows of a tile."""
     if per_device.target().platform != "tpu":
         return stacks
-    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), stacks)
+
+    def place(x: jax.Array) -> jax.Array:
+        inner = sorted(range(1, x.ndim - 1), key=lambda axis: x.shape[axis] >= 8)
+        return with_layout_constraint(x, Layout((0, *inner, *range(max(x.ndim - 1, 1), x.ndim))))
+
+    return jax.tree.map(place, stacks)
 
 
 def _entry(tree: Any, index: Any) -> Any:

@@ -36,8 +36,8 @@ PAPER = (
     "--config.text_encoder.size=openclip-h",
     "--config.train_text_encoder=False",
 )
-# From the fastest step to the smallest memory. For the copy of the parameters and gradients that gathering once costs,
-# a v5e has too little memory at most sizes; its gathers layer by layer are asynchronous, which no other's are.
+# From the fastest step to the smallest memory. The copy of the parameters and gradients that gathering once costs does
+# not fit a v5e at the largest sizes; a part of its gathers layer by layer is asynchronous, which no other's are.
 _SAVING = (
     ("--config.backbone.remat=full",),
     ("--config.backbone.remat=full", "--config.optim.accumulate=4"),

@@ -115,8 +115,9 @@ def _layer_by_layer(stacks: Any) -> Any:
         return stacks
 
     def place(x: jax.Array) -> jax.Array:
-        inner = sorted(range(1, x.ndim - 1), key=lambda axis: x.shape[axis] >= 8)
-        return with_layout_constraint(x, Layout((0, *inner, *range(max(x.ndim - 1, 1), x.ndim))))
+        short = [axis for axis in range(1, x.ndim - 1) if x.shape[axis] < 8]
+        long = [axis for axis in range(1, x.ndim) if axis not in short]
+        return with_layout_constraint(x, Layout((0, *short, *long)))
 
     return jax.tree.map(place, stacks)
 
@@ -124,6 +125,11 @@ def _layer_by_layer(stacks: Any) -> Any:
 def _entry(tree: Any, index: Any) -> Any:
     """What a layer reads of stacked arrays."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _filled(stacks: Any, entries: Any, index: Any) -> Any:
+    """Stacked arrays with what a layer gives in its place."""
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, index, 0), stacks, entries)
 
 
 def _scan(
@@ -150,15 +156,8 @@ def _scan(
         carry, stacks = state
         places = [turn, count - 1 - turn]
         at, own_at = places[backward], places[backward != last_first]
-        carry, *out = step(carry, _entry(inputs, at), _entry(per_layer, own_at))
-        new = [
-            jax.tree.map(
-                lambda stack, one, place=place: jax.lax.dynamic_update_index_in_dim(stack, one, place, 0),
-                *pair,
-            )
-            for pair, place in zip(zip(stacks, out, strict=True), (at, own_at), strict=True)
-        ]
-        return carry, tuple(new)
+        carry, out, own_out = step(carry, _entry(inputs, at), _entry(per_layer, own_at))
+        return carry, (_filled(stacks[0], out, at), _filled(stacks[1], own_out, own_at))
 
     # Not a scan: XLA sees that every entry is written only where the loop's own counter is the index.
     carry, stacks = jax.lax.fori_loop(0, count, body, (carry, stacks))

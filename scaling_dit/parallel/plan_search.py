@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import plan as plan_lib
 from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import AXES
 from scaling_dit.parallel.plan import Plan
 from scaling_dit.parallel.topologies import TPUS, Topology
 from scaling_dit.program import run_mesh
@@ -56,11 +57,11 @@ def search(
         try:
             plan = plan_lib.make(chosen, topology, step, price)
         except UserError as error:
-            tell(f"{told(chosen, mesh)}: {error}")
+            tell(f"{told(chosen)}: {error}")
             continue
         if not plan.memory.fits:
             failed.append((sizes, saving))
-        tell(f"{told(chosen, mesh)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}")
+        tell(f"{told(chosen)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}")
         plans.append(plan)
         if len(plans) >= limit:
             break
@@ -76,9 +77,9 @@ def rank(plan: Plan) -> tuple[bool, float, int]:
     return not plan.memory.fits, time, plan.memory.peak
 
 
-def told(config: ConfigDict, mesh: dict[str, int]) -> str:
-    """A combination as text: what `variant` made of it, and the sizes of its mesh."""
-    words = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
+def told(config: ConfigDict) -> str:
+    """The settings that `variant` gave a config, as text."""
+    words = [f"{axis}={config.mesh[axis]}" for axis in AXES if config.mesh[axis] > 1]
     words += [name for name in ("gather_once", "sparse_core") if config.mesh[name]]
     remat = config.backbone.get("remat", "none")
     return f"{' '.join(words)}, {config.optim.accumulate} microbatches, remat {remat}"

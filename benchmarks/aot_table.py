@@ -2,14 +2,16 @@
 
     python benchmarks/aot_table.py run --cells=benchmarks/aot_cells          # every cell that is not there yet
     python benchmarks/aot_table.py run --cells=benchmarks/aot_cells --sizes=uvit-h2048-d42-n16,sdxl --slices=v5p:4x4x4
+    python benchmarks/aot_table.py run --quick --cells=benchmarks/aot_cells  # as `plan --quick`, without cycles
     python benchmarks/aot_table.py commands --cells=benchmarks/aot_cells     # the first command of each cell
     python benchmarks/aot_table.py write --cells=benchmarks/aot_cells --note=docs/plan_table.md
 
 A cell is one size on one slice; its plan is kept as one JSON file, so the table can be made in pieces, on several
 machines. A size is tried with the settings that `ATTEMPTS` has for the slice, in turn, until it fits. Where the last of
-them fails, the file and the table hold its error, and the next run tries that cell again. The text encoder is
-OpenCLIP-H, frozen; latents come of the fixed transform `dct`, and parameters are split over all chips, as in the
-experiments. No accelerator is used: nothing is measured.
+them fails, the file and the table hold its error, and the next run tries that cell again. A cell made with `--quick`
+has no cycles; the next run without that flag makes it whole. The text encoder is OpenCLIP-H, frozen; latents come of
+the fixed transform `dct`, and parameters are split over all chips, as in the experiments. No accelerator is used:
+nothing is measured.
 """
 
 import argparse
@@ -53,11 +55,12 @@ HEADS = (
 )  # fmt: skip
 
 
-def command(size: str, topology: str, flags: Sequence[str]) -> list[str]:
+def command(size: str, topology: str, flags: Sequence[str], quick: bool = False) -> list[str]:
     """The command that plans one cell with the flags of one attempt."""
     config = f"--config={CONFIGS[size]}"
     return [
-        sys.executable, "-m", "scaling_dit", "plan", config, f"--topology={topology}", "--json", *PAPER, *flags
+        sys.executable, "-m", "scaling_dit", "plan", config, f"--topology={topology}", "--json",
+        *["--quick"] * quick, *PAPER, *flags,
     ]  # fmt: skip
 
 
@@ -66,17 +69,20 @@ def place(folder: pathlib.Path, size: str, topology: str) -> pathlib.Path:
     return folder / f"{size}@{topology.replace(':', '-')}.json"
 
 
-def missing(file: pathlib.Path) -> bool:
-    """Whether a cell is still to be planned: its file is not there, or holds an error."""
-    return not file.exists() or "error" in json.loads(file.read_text())
+def missing(file: pathlib.Path, quick: bool = False) -> bool:
+    """Whether a cell is still to be planned: its file is not there, holds an error, or less than is asked for."""
+    if not file.exists():
+        return True
+    plan = json.loads(file.read_text())
+    return "error" in plan or not (quick or plan.get("kernels", True))
 
 
-def make(folder: pathlib.Path, size: str, topology: str) -> bool:
+def make(folder: pathlib.Path, size: str, topology: str, quick: bool = False) -> bool:
     """Plans a cell with each attempt until one fits, and keeps the last plan or its error; False with an error."""
     found: dict[str, Any] = {}
     failed = []
     for flags in ATTEMPTS[topology]:
-        done = subprocess.run(command(size, topology, flags), capture_output=True, text=True)
+        done = subprocess.run(command(size, topology, flags, quick), capture_output=True, text=True)
         if (
             done.returncode in (0, 1) and done.stdout.strip()
         ):  # Python ends with 1 for an error of its own as well
@@ -121,12 +127,21 @@ def row(size: str, plan: dict) -> list[str]:
         f"{found['flops'] / 1e12:.2f}",
         f"{sent / 1e9:.2f}",
         f"{hidden / max(sent, 1):.0%}",
-        f"{found['cycles'] / 1e6:.0f}",
+        f"{found['cycles'] / 1e6:.0f}" if found["cycles"] else "",
         f"{1e3 * times['limit']:.0f}",
+        *_estimated(times),
+        f"{plan['compile_seconds']:.0f}",
+    ]
+
+
+def _estimated(times: dict) -> list[str]:
+    """Milliseconds, MFU and chip-hours by cycles; empty for a plan without them."""
+    if times["estimate"] is None:
+        return [""] * 3
+    return [
         f"{1e3 * times['estimate']:.0f}",
         f"{times['mfu_estimate']:.1%}",
         f"{times['chip_hours_estimate']:,.0f}",
-        f"{plan['compile_seconds']:.0f}",
     ]
 
 
@@ -141,7 +156,8 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
         "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p, v4 "
-        "and v6e with `gather_once`; `remat=full`; and four microbatches as well.",
+        "and v6e with `gather_once`; `remat=full`; and four microbatches as well. Rows without cycles were made with "
+        "`plan --quick`; their peak counts the gaps between arrays too.",
         "",
         f"| {' | '.join(HEADS)} |",
         f"|{' --- |' * len(HEADS)}",
@@ -178,6 +194,9 @@ def main() -> None:
     parser.add_argument("--cells", type=pathlib.Path, required=True, help="folder of the JSON files")
     parser.add_argument("--sizes", help="of the cells to plan, separated by commas; all if not given")
     parser.add_argument("--slices", help="the same")
+    parser.add_argument(
+        "--quick", action="store_true", help="plan without kernels: all but cycles and estimates"
+    )
     parser.add_argument("--note", type=pathlib.Path, help="page to write")
     args = parser.parse_args()
     try:
@@ -191,10 +210,12 @@ def main() -> None:
         return
     if args.what == "commands":
         for size, topology in chosen:
-            print(shlex.join(command(size, topology, ATTEMPTS[topology][0])))
+            print(shlex.join(command(size, topology, ATTEMPTS[topology][0], args.quick)))
         return
-    left = [cell for cell in chosen if missing(place(args.cells, *cell))]
-    failed = [f"{size}@{topology}" for size, topology in left if not make(args.cells, size, topology)]
+    left = [cell for cell in chosen if missing(place(args.cells, *cell), args.quick)]
+    failed = [
+        f"{size}@{topology}" for size, topology in left if not make(args.cells, size, topology, args.quick)
+    ]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

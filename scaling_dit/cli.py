@@ -394,6 +394,8 @@ def _define_plan(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     integer("search_limit", 12, "programs that a search compiles at most", lower_bound=1)
+    quick = "leave the kernels out: all but cycles and the estimate, in a fraction of the time; not for local"
+    flags.DEFINE_boolean("quick", False, quick, flag_values=values)
     price = "US dollars of a chip-hour; a rough list price of 2025 by default"
     flags.DEFINE_float("price", None, price, lower_bound=0.0, flag_values=values)
     flags.DEFINE_boolean("json", False, "print the figures as JSON", flag_values=values)
@@ -414,6 +416,7 @@ def _plan(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
         step=values.step,
         search=values.search,
         search_limit=values.search_limit,
+        quick=values.quick,
         price=values.price,
         as_json=values.json,
     )

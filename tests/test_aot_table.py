@@ -123,3 +123,28 @@ def test_an_unknown_size_or_slice_is_one_line(table, planned, monkeypatch, tmp_p
             run(table, monkeypatch, tmp_path, flag)
         assert hint in capsys.readouterr().err
     assert not planned[0]
+
+
+def test_a_quick_cell_has_no_cycles_and_is_made_whole_by_a_run_without(table, planned, monkeypatch, tmp_path):
+    calls, _ = planned
+    chosen = ("--sizes=sdxl", "--slices=v5p:4x4x4")
+    counted = {"flops": 10**12, "cycles": 0, "collectives": []}
+    monkeypatch.setitem(PLAN, "statistics", counted)
+    monkeypatch.setitem(PLAN, "roofline", {"limit": 0.02, "estimate": None})
+    monkeypatch.setitem(PLAN, "kernels", False)
+    for _ in range(2):  # the second has nothing to do
+        run(table, monkeypatch, tmp_path, "--quick", *chosen)
+    assert ["--quick" in call for call in calls] == [True]
+    run(table, monkeypatch, tmp_path, f"--note={tmp_path / 'note.md'}", what="write")
+    (line,) = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("| sdxl")]
+    cells = dict(zip(table.HEADS, [cell.strip() for cell in line.strip("|").split("|")], strict=True))
+    assert cells["TFLOP program"] == "1.00" and cells["ms limit"] == "20"
+    assert not any(cells[name] for name in ("M cycles", "ms estimate", "MFU estimate", "chip-hours"))
+    monkeypatch.setitem(PLAN, "statistics", counted | {"cycles": 3_000_000})
+    estimated = {"estimate": 0.03, "mfu_estimate": 0.5, "chip_hours_estimate": 1234.0}
+    monkeypatch.setitem(PLAN, "roofline", {"limit": 0.02} | estimated)
+    monkeypatch.setitem(PLAN, "kernels", True)
+    for _ in range(2):
+        run(table, monkeypatch, tmp_path, *chosen)
+    assert ["--quick" in call for call in calls] == [True, False]
+    assert json.loads((tmp_path / "sdxl@v5p-4x4x4.json").read_text())["kernels"]

@@ -6,8 +6,6 @@ figure for the real run, and FLOPs and collectives are counted in the program it
 """
 
 import dataclasses
-import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,32 +17,14 @@ from ml_collections import ConfigDict
 from scaling_dit import encoders, generate, pipeline
 from scaling_dit.backbones.attention import recorded_choices
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import hlo, hlo_cost, hlo_timeline, rules
+from scaling_dit.parallel import hlo_cost, hlo_timeline, rules
+from scaling_dit.parallel.plan_compile import Memory, compile_program, outline_program, shard_bytes
 from scaling_dit.parallel.roofline import Roofline, roofline
-from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
+from scaling_dit.parallel.topologies import Topology
 from scaling_dit.program import StepProgram, run_mesh
 from scaling_dit.scaling.count import count
 
 STEPS = ("train", "sample")
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """HBM of one chip, in bytes.
-
-    Attributes:
-      arguments: state, frozen weights and batch, as they lie between steps. Sums of shards, padding included.
-      temporaries: what a step needs on top; None for a program that was not compiled to its end.
-      peak: most at any time; for a program that does not fit, what it needs at least.
-      limit: what a program can have; None if not known.
-      fits: whether the compiler accepts the program and the peak is within the limit.
-    """
-
-    arguments: int
-    temporaries: int | None
-    peak: int
-    limit: int | None
-    fits: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +44,7 @@ class Plan:
       roofline: None without statistics, or for an unknown chip.
       constraints: sharding constraints in the traced program.
       lower_seconds, compile_seconds: what tracing and lowering, and compiling took here.
+      kernels: whether the compiler went on to the kernels; without them it expects no cycles, and there is no estimate.
     """
 
     topology: str
@@ -82,18 +63,27 @@ class Plan:
     constraints: int
     lower_seconds: float
     compile_seconds: float
+    kernels: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return dataclasses.asdict(self)
 
 
-def make(config: ConfigDict, topology: Topology, step: str = "train", price: float | None = None) -> Plan:
+def make(
+    config: ConfigDict,
+    topology: Topology,
+    step: str = "train",
+    price: float | None = None,
+    kernels: bool = True,
+) -> Plan:
     """Compiles a resolved config for a topology.
 
     Args:
       step: "train", or "sample" for one batch of `config.sample`.
       price: US dollars of a chip-hour; the list price if not given.
+      kernels: False for a plan without them, see `plan_compile.outline_program`. The compiler cannot be stopped, so
+        that is for a process that then ends: `plan_quick.make` starts one.
 
     Raises:
       UserError: a mesh or batch that the topology does not divide, or a shape that libtpu does not know.
@@ -113,7 +103,8 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
             held = (program.state.params, program.frozen)
             lowered = generate.Sampler.of(model, mesh, config.sample).lower(*held)
     lowered_at = time.perf_counter()
-    compiled, memory = compile_program(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
+    compiler = compile_program if kernels else outline_program
+    compiled, memory = compiler(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
     compiled_at = time.perf_counter()
     statistics = found = None
     model_flops = train_flops(config, model) if step == "train" else None
@@ -139,6 +130,7 @@ def make(config: ConfigDict, topology: Topology, step: str = "train", price: flo
         constraints=lowered.as_text().count("sharding_constraint"),
         lower_seconds=lowered_at - began,
         compile_seconds=compiled_at - lowered_at,
+        kernels=kernels,
     )
 
 
@@ -189,49 +181,3 @@ def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
         return count(backbone, model.latent_shape, text).train_flops(config.batch, 1)
     except UserError:
         return None
-
-
-def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
-    """(the compiled program, or None if it does not fit, its memory on one chip).
-
-    `arguments` are the bytes of what it takes; where they alone do not fit, nothing is compiled.
-    """
-    limit = int(topology.chip.usable_hbm) if topology.chip else None
-    if limit is not None and arguments > limit:
-        return None, Memory(arguments, None, arguments, limit, fits=False)
-    try:
-        compiled, text = hlo.compiled_text(lowered, dump=topology.name != LOCAL)
-    except jax.errors.JaxRuntimeError as error:
-        needed, limit = out_of_memory(str(error), limit)
-        return None, Memory(arguments, None, needed, limit, fits=False)
-    analysis = compiled.memory_analysis()
-    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    # Compilers for other chips than TPUs leave arguments out of their peak. Results that do not take the place of the
-    # donated state lie beside all the rest.
-    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    on_tpu = topology.chip is not None and topology.chip.name in TPUS
-    peak = analysis.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
-    return hlo.Program(text), Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
-
-
-def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:
-    """(bytes needed, bytes there) from the compiler's error.
-
-    Raises:
-      UserError: an error of another kind, in one line.
-    """
-    known = "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message
-    if not known or "space vmem" in message:  # a kernel's own memory is no matter of what fits the chip
-        raise UserError(f"the compiler fails: {message.strip().partition(chr(10))[0]}")
-    found = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM])", message) or re.search(
-        r"\(([\d.]+)([GM])\) exceeds available \w+ \(([\d.]+)([GM])\)", message
-    )
-    if found is None:
-        raise UserError(f"the program does not fit: {message.strip().partition(chr(10))[0]}")
-    unit = {"G": GIB, "M": 2**20}
-    return int(float(found[1]) * unit[found[2]]), int(float(found[3]) * unit[found[4]])
-
-
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of one device's part of an abstract array with a sharding, without the padding of a memory layout."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

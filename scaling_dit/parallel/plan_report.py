@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_dit import config as config_lib
 from scaling_dit.parallel import plan as plan_lib
-from scaling_dit.parallel import plan_search, topologies
+from scaling_dit.parallel import plan_quick, plan_search, topologies
 from scaling_dit.parallel.hlo_cost import Collective
 from scaling_dit.parallel.plan import Memory, Plan
 from scaling_dit.parallel.roofline import ASSUMPTIONS, Roofline
@@ -25,6 +25,7 @@ def main(
     step: str = "train",
     search: bool = False,
     search_limit: int = 12,
+    quick: bool = False,
     price: float | None = None,
     as_json: bool = False,
 ) -> int:
@@ -33,15 +34,16 @@ def main(
         overrides = [*overrides, f"--config.mesh.slices={slices}"]
     config = config_lib.load(spec, overrides)
     found = [topologies.parse(name, slices) for name in topology_names]
+    make = plan_quick.make if quick else plan_lib.make
     fits, documents = False, []
     for topology in found:
         if search:
-            tried = plan_search.search(config, topology, step, price, search_limit, tell=_tell)
+            tried = plan_search.search(config, topology, step, price, search_limit, _tell, make)
             fits |= any(plan.memory.fits for plan in tried)
             documents += [plan.to_dict() for plan in tried]
             text = search_table(topology, tried)
         else:
-            plan = plan_lib.make(config, topology, step, price)
+            plan = make(config, topology, step, price)
             fits |= plan.memory.fits
             documents.append(plan.to_dict())
             text = report(plan)
@@ -94,8 +96,9 @@ def report(plan: Plan) -> str:
             lines.append(f"  cycles       {statistics.cycles / 1e6:.1f} M expected: {', '.join(shares)}")
     if plan.roofline is not None:
         lines += roofline_lines(plan.roofline)
+    how = "" if plan.kernels else " without kernels: no cycles, no estimate"
     lines.append(
-        f"  compiled     in {plan.compile_seconds:.0f} s here, traced and lowered in {plan.lower_seconds:.1f} s; "
+        f"  compiled     in {plan.compile_seconds:.0f} s here{how}; traced and lowered in {plan.lower_seconds:.1f} s; "
         f"{plan.constraints} sharding constraints"
     )
     return "\n".join(lines)

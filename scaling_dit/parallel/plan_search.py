@@ -31,11 +31,13 @@ def search(
     price: float | None,
     limit: int,
     tell: Callable[[str], None] = lambda line: None,
+    make: Callable[..., Plan] | None = None,
 ) -> list[Plan]:
     """At most `limit` compiled plans, those that fit first, by their expected time.
 
     Args:
       tell: takes a line about each combination as it is done.
+      make: `plan.make` if not given, or `plan_quick.make`, whose plans are ranked by their limit.
 
     Raises:
       UserError: no combination splits the batch over the topology.
@@ -55,7 +57,7 @@ def search(
         tried += 1
         chosen = variant(config, mesh, microbatches, remat)
         try:
-            plan = plan_lib.make(chosen, topology, step, price)
+            plan = (make or plan_lib.make)(chosen, topology, step, price)
         except UserError as error:
             tell(f"{told(chosen)}: {error}")
             continue

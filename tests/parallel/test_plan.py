@@ -12,7 +12,7 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.data.loader import make_loader
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import hlo_cost, plan, plan_report, plan_search, rules, topologies
+from scaling_dit.parallel import hlo_cost, plan, plan_compile, plan_report, plan_search, rules, topologies
 from scaling_dit.parallel.hlo_cost import Collective, Statistics
 from scaling_dit.parallel.roofline import roofline
 from scaling_dit.parallel.topologies import CHIPS, GIB, LOCAL, parse
@@ -72,9 +72,15 @@ def test_a_plan_counts_the_program_that_it_compiled(local):
     assert json.loads(json.dumps(local.to_dict()))["memory"]["arguments"] == local.memory.arguments
 
 
-def test_the_verb_compiles_for_a_tpu_that_is_not_there():
-    done = command("--config=shapes:smoke", "--topology=v5e:2x2", "--json")
-    (found,) = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def verb():
+    """What the verb prints of the smoke experiment on four chips that are not there."""
+    (found,) = json.loads(command("--config=shapes:smoke", "--topology=v5e:2x2", "--json").stdout)
+    return found
+
+
+def test_the_verb_compiles_for_a_tpu_that_is_not_there(verb):
+    found = verb
     assert found["chips"] == 4 and found["mesh"]["data"] * found["mesh"]["fsdp"] == 4
     memory, statistics, times = found["memory"], found["statistics"], found["roofline"]
     assert (
@@ -86,8 +92,66 @@ def test_the_verb_compiles_for_a_tpu_that_is_not_there():
     assert found["constraints"] > 20
 
 
-def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1():
-    done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", code=1)
+def test_a_quick_plan_is_the_plan_but_for_cycles(verb):
+    done = command("--config=shapes:smoke", "--topology=v5e:2x2", "--json", "--quick")
+    (found,) = json.loads(done.stdout)
+    for name in ("arguments", "limit", "fits"):
+        assert found["memory"][name] == verb["memory"][name]
+    # Kernels may ask for some more; the peak of many small arrays is far below what lies between them.
+    assert found["memory"]["temporaries"] == pytest.approx(verb["memory"]["temporaries"], rel=0.01)
+    assert found["memory"]["peak"] >= verb["memory"]["peak"]
+    assert found["statistics"] == verb["statistics"] | {
+        "cycles": 0,
+        "parts": dict.fromkeys(verb["statistics"]["parts"], 0),
+    }
+    times = ("compute", "hbm", "ici", "dcn", "limit", "mfu_limit", "price")
+    assert {name: found["roofline"][name] for name in times} == {
+        name: verb["roofline"][name] for name in times
+    }
+    assert found["roofline"]["estimate"] is None and (found["kernels"], verb["kernels"]) == (False, True)
+    for name in ("mesh", "settings", "replicated", "attention", "model_flops", "constraints"):
+        assert found[name] == verb[name]
+
+
+def test_a_quick_plan_says_what_it_leaves_out_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = command("--config=shapes:smoke", "--topology=v5p:2x2x1", "--step=sample", "--quick")
+    assert "without kernels: no cycles, no estimate" in done.stdout and "  limit " in done.stdout
+    assert "  estimate " not in done.stdout and "cycles  " not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--topology=local", "--config=shapes:smoke"], "it cannot go together with --topology=local"),
+        (["--topology=v5e:2x2", "--config=shapes:smoke", "--config.batch=6"], "batch 6 cannot be split"),
+    ],
+)
+def test_a_mistake_in_a_quick_plan_is_one_line(flags, told):
+    done = command(*flags, "--quick", code=2)
+    assert told in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_places_in_memory_are_added_up():
+    text = """BufferAssignment:
+allocation 0: size 512, page 0, thread-local:
+ value: <68 reduce_sum.20 @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 4096, page 0, parameter 3, shape |bf16[3,3,640,640]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 100, page 0, parameter 12, shape |bf16[32,16,16,320]| at ShapeIndex {}:
+allocation 3: size 7, color 1, page 0, preallocated-temp:
+allocation 4: size 30, page 0, preallocated-temp:
+allocation 5: size 2, page 0, maybe-live-out:
+allocation 6: size 8, page 0, output shape is |(f32[640], bf16[3,3,640,640])|, maybe-live-out:
+allocation 7: size 512, page 0, constant:
+allocation 8: size 9, color 5, page 0, parameter 13, shape |f32[9]| at ShapeIndex {}:
+"""
+    assert plan_compile.allocated(text) == (4196, 30, 10)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quick"]])
+def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1(flags):
+    done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", *flags, code=1)
     assert "does not fit" in done.stdout and "of 15.75 GiB" in done.stdout
     needed = float(done.stdout.split("needs at least ")[1].split(" ")[0])
     assert 27 < needed < 30  # parameters, two moments and an average of 7.6B in float32, over 4 chips
@@ -111,17 +175,17 @@ def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1():
     ],
 )
 def test_the_compilers_numbers_are_read(message, needed, there):
-    assert plan.out_of_memory(message, None) == (needed, there)
+    assert plan_compile.out_of_memory(message, None) == (needed, there)
 
 
 def test_another_error_of_the_compiler_is_one_line():
     with pytest.raises(UserError, match="the compiler fails: INTERNAL: something") as error:
-        plan.out_of_memory("INTERNAL: something\nat some place", None)
+        plan_compile.out_of_memory("INTERNAL: something\nat some place", None)
     assert "\n" not in str(error.value)
     with pytest.raises(
         UserError, match="the compiler fails: RESOURCE_EXHAUSTED.* vmem"
     ):  # of a core, not of the chip
-        plan.out_of_memory(
+        plan_compile.out_of_memory(
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 28.33M of 16.00M vmem.", None
         )
 
@@ -250,7 +314,7 @@ def test_meshes_begin_with_the_config_s_own_and_cover_all_chips():
     assert all(mesh["data"] % 4 == 0 for mesh in plan_search.meshes(own, 64, 4)[1:])
 
 
-# Slow: the papers' sizes on the papers' slices, compiled. (config, topology, flags, most GiB at the peak)
+# Slow: the papers' sizes on the papers' slices, laid out in memory. (config, topology, flags, most GiB at the peak)
 PAPER = [
     ("dit_scaling:uvit-h2048-d42-n16", "v5e:16x16", [], 8.0),
     ("dit_scaling:large_dit-h4096-d32-n32", "v5p:4x4x4", ["--config.backbone.remat=full"], 40.0),
@@ -262,7 +326,9 @@ BATCH = 2304  # nine images for each of 256 chips, a number that no width has
 def paper(request):
     """A plan of a paper's config, and the budget it has."""
     spec, topology, flags, budget = request.param
-    done = command(f"--config={spec}", f"--topology={topology}", f"--config.batch={BATCH}", "--json", *flags)
+    done = command(
+        f"--config={spec}", f"--topology={topology}", f"--config.batch={BATCH}", "--json", "--quick", *flags
+    )
     return json.loads(done.stdout)[0], budget
 
 
@@ -300,7 +366,7 @@ def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(paper):
 def test_without_rematerialisation_the_program_does_the_model_s_flops(row):
     done = command(
         f"--config=dit_scaling:{row}", "--topology=v5p:2x2x1", "--config.batch=64", "--config.backbone.remat=none",
-        "--config.backbone.attention=xla", "--json",
+        "--config.backbone.attention=xla", "--json", "--quick",
     )  # fmt: skip
     (found,) = json.loads(done.stdout)
     assert found["statistics"]["flops"] * found["chips"] == pytest.approx(found["model_flops"], rel=0.05)

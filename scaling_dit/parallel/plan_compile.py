@@ -77,14 +77,15 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
 def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
     """As `compile_program`, without kernels: the program has no cycles, and the peak counts gaps between arrays too.
 
-    All else is the same. The compiler cannot be stopped: it goes on, in a thread, with files in the folder for
-    temporary ones. So this is for a process that then ends, and whose such folder is removed.
+    All else is the same; a kernel that the compiler would refuse stays unseen. The compiler cannot be stopped: it goes
+    on, in a thread, with files in the folder for temporary ones. So this is for a process that then ends, and whose
+    such folder is removed.
 
     Args:
       topology: a description of TPUs, not the devices here.
 
     Raises:
-      UserError: the compiler fails, for another reason than memory.
+      UserError: the compiler fails, for another reason than memory, or is one that does not write these files.
     """
     assert topology.name != LOCAL and topology.chip is not None
     limit = int(topology.chip.usable_hbm)
@@ -107,8 +108,13 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
     if failed:
         needed, of = out_of_memory(str(failed[0]), limit)
         return None, Memory(arguments, None, needed, of, fits=False)
-    # Programs of SparseCores are dumped as well, without the file that tells the main one.
-    stem = next(folder.glob(f"*{_LAST}")).name.removesuffix(_LAST)
+    # Programs of SparseCores are written as well, without the file that tells the main one.
+    last = next(folder.glob(f"*{_LAST}"), None)
+    if last is None:
+        raise UserError(
+            "this version of libtpu does not tell how it lays a program out: plan without --quick"
+        )
+    stem = last.name.removesuffix(_LAST)
     arguments, temporaries, fresh = allocated((folder / f"{stem}{_PLACES}").read_text())
     peak = arguments + temporaries + fresh
     # Cycles stand there of hand-written kernels alone: their sum would pass for the step's.

@@ -95,7 +95,11 @@ def make(folder: pathlib.Path, size: str, topology: str, quick: bool = False) ->
         if "error" not in found and found["memory"]["fits"]:
             break
     folder.mkdir(parents=True, exist_ok=True)
-    place(folder, size, topology).write_text(json.dumps(found | {"failed": failed}, indent=1) + "\n")
+    file = place(folder, size, topology)
+    if "error" in found and not missing(file, quick=True):
+        print(f"{size}@{topology}: {'; '.join(failed)}; the quick plan stays", flush=True)
+        return False
+    file.write_text(json.dumps(found | {"failed": failed}, indent=1) + "\n")
     print(f"{size}@{topology}: {' | '.join(row(size, found)[2:])}", flush=True)
     return "error" not in found
 

@@ -10,7 +10,7 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.parallel.topologies import GIB
 
-PLAN = {
+PLAN: dict = {
     "topology": "v5p:4x4x4",
     "chips": 64,
     "settings": {"batch": 2048, "microbatches": 1, "remat": "products", "gather_once": True},
@@ -148,3 +148,16 @@ def test_a_quick_cell_has_no_cycles_and_is_made_whole_by_a_run_without(table, pl
         run(table, monkeypatch, tmp_path, *chosen)
     assert ["--quick" in call for call in calls] == [True, False]
     assert json.loads((tmp_path / "sdxl@v5p-4x4x4.json").read_text())["kernels"]
+
+
+def test_a_quick_cell_outlives_a_run_that_fails(table, planned, monkeypatch, tmp_path, capsys):
+    _, answers = planned
+    chosen = ("--sizes=sdxl", "--slices=v5p:4x4x4")
+    monkeypatch.setitem(PLAN, "kernels", False)
+    run(table, monkeypatch, tmp_path, "--quick", *chosen)
+    before = (tmp_path / "sdxl@v5p-4x4x4.json").read_text()
+    answers["--config=unet_scaling:sdxl",] = (2, {}, "scaling-dit: it fails\n")
+    with pytest.raises(SystemExit, match="failed: sdxl@v5p:4x4x4$"):
+        run(table, monkeypatch, tmp_path, *chosen)
+    assert (tmp_path / "sdxl@v5p-4x4x4.json").read_text() == before
+    assert "it fails; the quick plan stays" in capsys.readouterr().out

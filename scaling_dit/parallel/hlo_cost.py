@@ -227,12 +227,37 @@ def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> i
         def field(name: str, default: str, axis: int = axis) -> int:
             return int(fields[name].split("x")[axis].split("_")[0]) if name in fields else int(default)
 
-        size, taps = left.dims[inputs.index(label)], right.dims[kernel.index(label)]
-        step, dilation = field("stride", "1"), field("lhs_dilate", "1")
-        first = np.arange(out[outputs.index(label)])[:, None] * step - field("pad", "0")
-        met = first + np.arange(taps) * field("rhs_dilate", "1")
-        macs *= int(((met >= 0) & (met <= (size - 1) * dilation) & (met % dilation == 0)).sum())
+        macs *= places_that_meet(
+            left.dims[inputs.index(label)],
+            right.dims[kernel.index(label)],
+            out[outputs.index(label)],
+            stride=field("stride", "1"),
+            pad=field("pad", "0"),
+            spread=field("lhs_dilate", "1"),
+            dilation=field("rhs_dilate", "1"),
+        )
     return 2 * macs
+
+
+def places_that_meet(
+    size: int, taps: int, outputs: int, stride: int = 1, pad: int = 0, spread: int = 1, dilation: int = 1
+) -> int:
+    """Pairs of output and tap of a convolution along one axis for which the tap lies on a number of the input.
+
+    Tap k of output o lies at o * stride - pad + k * dilation; the numbers of the input lie at 0, spread, 2 spread, ...
+
+    Args:
+      size: numbers of the input.
+    """
+    first = np.arange(outputs) * stride - pad
+    low = np.maximum(0, -(first // dilation))
+    high = np.minimum(taps - 1, ((size - 1) * spread - first) // dilation)
+    # Of these taps one in `every` lies on a number, from `start` on, or none does.
+    common = math.gcd(dilation, spread)
+    every = spread // common
+    start = (-first // common) * pow(dilation // common, -1, every) % every
+    count = (high - start) // every - (low - 1 - start) // every
+    return int(np.where((first % common == 0) & (high >= low), count, 0).sum())
 
 
 def collective_of(program: Program, visit: Visit, layout: Layout) -> Collective | None:

@@ -20,7 +20,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.parallel import hlo
 from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
 
-# Files that the compiler writes, in this order, when all arrays have their places: with the last the others are whole.
+# Files that the compiler writes when all arrays have their places, the last one after the others.
 _ORDERED = "after_optimizations.txt"
 _PLACES = "after_optimizations-buffer-assignment.txt"
 _LAST = "after_optimizations_after_buffer_assignment.txt"
@@ -85,7 +85,7 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
       topology: a description of TPUs, not the devices here.
 
     Raises:
-      UserError: the compiler fails, for another reason than memory, or is one that does not write these files.
+      UserError: the compiler fails, for another reason than memory, or its files are not there or cut short.
     """
     assert topology.name != LOCAL and topology.chip is not None
     limit = int(topology.chip.usable_hbm)
@@ -112,14 +112,17 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
     last = next(folder.glob(f"*{_LAST}"), None)
     if last is None:
         raise UserError(
-            "this version of libtpu does not tell how it lays a program out: plan without --quick"
+            "the compiler does not write how it lays a program out: plan without --quick, or mend XLA_FLAGS if set"
         )
     stem = last.name.removesuffix(_LAST)
-    arguments, temporaries, fresh = allocated((folder / f"{stem}{_PLACES}").read_text())
-    peak = arguments + temporaries + fresh
+    text, places = ((folder / f"{stem}{name}").read_text() for name in (_ORDERED, _PLACES))
+    held, temporaries, fresh = allocated(places)
+    if not (text.endswith("}\n\n") and places.endswith("\n") and held):
+        raise UserError(f"the layout that the compiler writes is cut short: is {folder.parent} full?")
+    peak = held + temporaries + fresh
     # Cycles stand there of hand-written kernels alone: their sum would pass for the step's.
-    text = re.sub(r'"estimated_cycles":"\d+"', "", (folder / f"{stem}{_ORDERED}").read_text())
-    return hlo.Program(text), Memory(arguments, temporaries, peak, limit, fits=peak <= limit)
+    program = hlo.Program(re.sub(r'"estimated_cycles":"\d+"', "", text))
+    return program, Memory(held, temporaries, peak, limit, fits=peak <= limit)
 
 
 def allocated(places: str) -> tuple[int, int, int]:

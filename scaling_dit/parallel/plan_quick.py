@@ -6,9 +6,13 @@ A process, because the compiler has no way to be told that its kernels are not w
 import os
 import pathlib
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from typing import TYPE_CHECKING
 
 from scaling_dit.errors import UserError
@@ -20,6 +24,16 @@ if TYPE_CHECKING:
     from scaling_dit.parallel.plan import Plan
 
 _REQUEST, _REPLY = "request", "reply"  # files
+_FAILED = 70  # exit code of the process for what is no mistake of the user's; an error in Python ends with 1 as well
+
+
+def require_described(name: str) -> None:
+    """Raises UserError for the topology of the devices here, which is none that is described."""
+    if name == topologies.LOCAL:
+        raise UserError(
+            f"--quick is for described slices, such as {topologies.EXAMPLES['v5p']}; it cannot go together with "
+            f"--topology={topologies.LOCAL}"
+        )
 
 
 def make(
@@ -28,49 +42,72 @@ def make(
     """As `plan.make` with `kernels=False`.
 
     Raises:
-      UserError: as `plan.make`; or the topology is that of the devices here.
-      RuntimeError: the process ended without a reply.
+      UserError: as `plan.make`; the topology is that of the devices here; or the process ended without a plan.
     """
-    if topology.name == topologies.LOCAL:
-        raise UserError(
-            f"--quick is for described slices, such as {topologies.EXAMPLES['v5p']}; it cannot go together with "
-            f"--topology={topologies.LOCAL}"
-        )
+    require_described(topology.name)
+    path = [
+        entry or os.getcwd() for entry in sys.path
+    ]  # what can be imported here can be there, and nothing else
     with tempfile.TemporaryDirectory(prefix="scaling-dit-plan-") as name:
         folder = pathlib.Path(name)
-        (folder / _REQUEST).write_bytes(pickle.dumps((config, topology, step, price)))
+        request = (os.getpid(), config, topology.name, topology.slices, step, price)
+        (folder / _REQUEST).write_bytes(pickle.dumps(request))
         done = subprocess.run(
-            [sys.executable, "-m", __name__, name],
-            env={**os.environ, "TMPDIR": name},  # the compiler's files are removed with the others
+            [sys.executable, "-P", "-m", __name__, name],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path),
+                "TMPDIR": name,
+            },  # where the compiler writes
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         if not (folder / _REPLY).exists():
-            raise RuntimeError(f"no plan, exit code {done.returncode}:\n{done.stderr}")
+            raise UserError(_how_it_ended(done.returncode))
         reply = pickle.loads((folder / _REPLY).read_bytes())
-    if isinstance(reply, UserError):
+    if isinstance(reply, Exception):
         raise reply
     return reply
 
 
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"the process that compiles ended with code {code}; what it says is above"
+    return f"the process that compiles was ended by {signal.Signals(-code).name}; is there too little memory?"
+
+
 def main(name: str) -> None:
-    """The process: takes the request in a folder, and leaves the plan, or the user's mistake, as the reply."""
+    """The process: takes the request in a folder, and leaves the plan, or the mistake found, as the reply."""
     folder = pathlib.Path(name)
-    config, topology, step, price = pickle.loads((folder / _REQUEST).read_bytes())
-    topologies.prepare_environment([topology.name])
+    parent, config, topology, slices, step, price = pickle.loads((folder / _REQUEST).read_bytes())
+    threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
+    topologies.prepare_environment([topology])
     from scaling_dit.parallel import plan  # not before: it imports jax
 
-    reply: Plan | UserError
+    reply: Plan | Exception
     try:
-        reply = plan.make(config, topology, step, price, kernels=False)
-    except UserError as error:
+        reply = plan.make(config, topologies.parse(topology, slices), step, price, kernels=False)
+    except (UserError, OSError) as error:
         reply = error
     partial = folder / f"{_REPLY}.partial"
     partial.write_bytes(pickle.dumps(reply))
     partial.rename(folder / _REPLY)
-    os._exit(0)  # the compiler's threads still run
+
+
+def _end_with(parent: int, folder: pathlib.Path) -> None:
+    """Ends this process, and removes its folder, when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(_FAILED)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+        code = 0
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            sys.excepthook(type(error), error, error.__traceback__)
+        code = _FAILED
+    sys.stderr.flush()
+    os._exit(code)  # the compiler's threads still run

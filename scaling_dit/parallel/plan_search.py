@@ -40,9 +40,10 @@ def search(
       make: `plan.make` if not given, or `plan_quick.make`, whose plans are ranked by their limit.
 
     Raises:
-      UserError: no combination splits the batch over the topology.
+      UserError: no combination splits the batch over the topology; or none came through, then the last one's error.
     """
     plans: list[Plan] = []
+    mistake: UserError | None = None
     failed: list[tuple[dict[str, int], tuple[int, ...]]] = []
     tried = 0
     for mesh, microbatches, remat in candidates(config, topology, step):
@@ -60,6 +61,7 @@ def search(
             plan = (make or plan_lib.make)(chosen, topology, step, price)
         except UserError as error:
             tell(f"{told(chosen)}: {error}")
+            mistake = error
             continue
         if not plan.memory.fits:
             failed.append((sizes, saving))
@@ -69,6 +71,8 @@ def search(
             break
     if not tried:
         raise UserError(f"no mesh over {topology.chips} chips splits a batch of {config.batch}")
+    if mistake is not None and not plans:
+        raise mistake
     return sorted(plans, key=rank)
 
 

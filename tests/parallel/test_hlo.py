@@ -42,6 +42,19 @@ def test_products_in_nested_loops_count_as_often_as_they_run():
     assert found.unknown_loops == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_places_that_meet_are_those_found_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(200):
+        size, taps, outputs, stride, spread, dilation = map(int, rng.integers(1, 8, 6))
+        pad = int(rng.integers(-4, 7))
+        at = np.arange(outputs)[:, None] * stride - pad + np.arange(taps) * dilation
+        wanted = int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
+        assert hlo_cost.places_that_meet(size, taps, outputs, stride, pad, spread, dilation) == wanted
+    batch = 2**16  # of a product over a batch, which XLA writes as a window as large
+    assert hlo_cost.places_that_meet(batch, batch, 1) == batch
+
+
 @pytest.mark.parametrize(
     "stride, padding, dilation, transposed",
     [

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -12,7 +14,16 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.data.loader import make_loader
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import hlo_cost, plan, plan_compile, plan_report, plan_search, rules, topologies
+from scaling_dit.parallel import (
+    hlo_cost,
+    plan,
+    plan_compile,
+    plan_quick,
+    plan_report,
+    plan_search,
+    rules,
+    topologies,
+)
 from scaling_dit.parallel.hlo_cost import Collective, Statistics
 from scaling_dit.parallel.roofline import roofline
 from scaling_dit.parallel.topologies import CHIPS, GIB, LOCAL, parse
@@ -115,16 +126,93 @@ def test_a_quick_plan_is_the_plan_but_for_cycles(verb):
 
 def test_a_quick_plan_says_what_it_leaves_out_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # what is found here is found by the process that compiles
     done = command("--config=shapes:smoke", "--topology=v5p:2x2x1", "--step=sample", "--quick")
     assert "without kernels: no cycles, no estimate" in done.stdout and "  limit " in done.stdout
-    assert "  estimate " not in done.stdout and "cycles  " not in done.stdout
+    assert (
+        "  estimate " not in done.stdout and "cycles  " not in done.stdout and "estimate:" not in done.stdout
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_search_ranks_by_the_limit():
+    done = command("--config=shapes:smoke", "--topology=v5e:2x2", "--search", "--search_limit=1", "--quick")
+    assert "1 compiled" in done.stdout and "ms limit  MFU limit" in done.stdout
+    assert done.stderr.count("fits: True") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "program, places, told",
+    [
+        ("HloModule m\n\nENTRY %main {\n}\n\n", None, "does not write how it lays a program out"),
+        ("HloModule m\n\nENTRY %main {\n}\n\n", "", "cut short"),
+        ("HloModule m\n\nENTRY %main {\n}\n\n", "BufferAssignment:\nallocation 0: si", "cut short"),
+        (
+            "HloModule m\n\nENTRY %ma",
+            "allocation 1: size 8, page 0, parameter 0, shape |f32[2]|:\n",
+            "cut short",
+        ),
+    ],
+)
+def test_a_layout_that_is_not_there_or_cut_short_is_no_plan(program, places, told):
+    class Lowered:
+        """Writes what a compiler writes."""
+
+        def compile(self, compiler_options):
+            folder = pathlib.Path(compiler_options["xla_dump_to"])
+            files = {"after_optimizations.txt": program}
+            if places is not None:
+                files["after_optimizations-buffer-assignment.txt"] = places
+                files["after_optimizations_after_buffer_assignment.txt"] = program
+            for name, text in files.items():
+                (folder / f"module_0000.jit_step.{name}").write_text(text)
+
+    with pytest.raises(UserError, match=told):
+        plan_compile.outline_program(Lowered(), 8, parse("v5e:2x2"))
+
+
+def test_a_process_that_is_killed_is_one_line(monkeypatch):
+    monkeypatch.setattr(plan_quick, "__name__", "this_is_no_module")
+    config = config_lib.load(SMOKE, FSDP)
+    with pytest.raises(UserError, match="ended with code 1; what it says is above"):
+        plan_quick.make(config, parse("v5e:2x2"))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9))
+    with pytest.raises(UserError, match="ended by SIGKILL; is there too little memory"):
+        plan_quick.make(config, parse("v5e:2x2"))
+
+
+def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    verb = [
+        sys.executable,
+        "-m",
+        "scaling_dit",
+        "plan",
+        "--config=shapes:smoke",
+        "--topology=v5e:2x2",
+        "--quick",
+    ]
+    with subprocess.Popen(
+        verb, env=environment | {"TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
+    ) as parent:
+        while not list(tmp_path.glob("*/request")):
+            time.sleep(0.1)
+        time.sleep(1)  # Python of the child starts
+        parent.terminate()
+    for _ in range(300):
+        if not list(tmp_path.iterdir()):
+            break
+        time.sleep(0.1)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--topology=local", "--config=shapes:smoke"], "it cannot go together with --topology=local"),
+        (
+            ["--topology=local", "--config=shapes:smoke", "--search"],
+            "it cannot go together with --topology=local",
+        ),
         (["--topology=v5e:2x2", "--config=shapes:smoke", "--config.batch=6"], "batch 6 cannot be split"),
     ],
 )

@@ -46,7 +46,14 @@ _SAVING = (
 )
 _GATHERED = (("--config.mesh.gather_once=True", "--config.backbone.remat=products"), *_SAVING)
 _BY_LAYER = (("--config.backbone.remat=products",), *_SAVING)
-ATTEMPTS = {"v5e:16x16": _BY_LAYER, "v5p:4x4x4": _GATHERED, "v4:4x4x4": _GATHERED, "v6e:16x16": _GATHERED}
+# Over 256 chips the parameters of a width that 256 does not divide stay whole (IF-XL's 704): over 64 they are split.
+_OVER_64 = (("--config.mesh.data=4", "--config.backbone.remat=products"),)
+ATTEMPTS = {
+    "v5e:16x16": _BY_LAYER + _OVER_64,
+    "v5p:4x4x4": _GATHERED,
+    "v4:4x4x4": _GATHERED,
+    "v6e:16x16": _GATHERED + _OVER_64,
+}
 SLICES = tuple(ATTEMPTS)
 GIB = 2**30
 HEADS = (
@@ -110,7 +117,8 @@ def row(size: str, plan: dict) -> list[str]:
         told = f"{' '.join(plan['flags'])}: {plan['error']}".replace("|", "/")
         return [size, plan["topology"], told, *[""] * (len(HEADS) - 3)]
     memory, found, times = plan["memory"], plan["statistics"], plan["roofline"]
-    settings = f"gather_once {plan['settings']['gather_once']}, remat {plan['settings']['remat']}"
+    settings = "" if plan["mesh"]["data"] == 1 else f"data {plan['mesh']['data']}, "
+    settings += f"gather_once {plan['settings']['gather_once']}, remat {plan['settings']['remat']}"
     if plan["settings"]["microbatches"] > 1:
         settings += f", {plan['settings']['microbatches']} microbatches"
     line = [
@@ -160,8 +168,9 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
         "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p, v4 "
-        "and v6e with `gather_once`; `remat=full`; and four microbatches as well. Rows without cycles were made with "
-        "`plan --quick`; their peak counts the gaps between arrays too.",
+        "and v6e with `gather_once`; `remat=full`; four microbatches as well; and on 256 chips `remat=products` with "
+        "the parameters split over 64 and `data` 4. Rows without cycles come of `plan --quick`; their peak counts "
+        "the gaps between arrays too.",
         "",
         f"| {' | '.join(HEADS)} |",
         f"|{' --- |' * len(HEADS)}",

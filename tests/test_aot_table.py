@@ -13,6 +13,7 @@ from scaling_dit.parallel.topologies import GIB
 PLAN: dict = {
     "topology": "v5p:4x4x4",
     "chips": 64,
+    "mesh": {"data": 1, "fsdp": 64, "context": 1, "tensor": 1},
     "settings": {"batch": 2048, "microbatches": 1, "remat": "products", "gather_once": True},
     "memory": {"arguments": GIB, "peak": 2 * GIB, "limit": 95 * GIB, "fits": True},
     "model_flops": 64 * 10**12,
@@ -57,12 +58,14 @@ def run(table, monkeypatch, folder, *flags, what="run"):
 def test_each_attempt_is_a_config_that_splits_the_parameters_over_all_chips(table):
     for topology, attempts in table.ATTEMPTS.items():
         once = [any("gather_once" in flag for flag in flags) for flags in attempts]
-        assert once == [topology != "v5e:16x16", False, False]
+        assert once[:3] == [topology != "v5e:16x16", False, False] and not any(once[3:])
+        assert len(once) == (4 if topology.endswith("16x16") else 3)
         assert "--config.backbone.remat=products" in attempts[0]
     for size in ("uvit-h2048-d42-n16", "sdxl", "if-xl-c512"):
         for flags in {flags for attempts in table.ATTEMPTS.values() for flags in attempts}:
             mesh = config_lib.load(table.CONFIGS[size], [*table.PAPER, *flags]).mesh
-            assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == (1, -1, 1, 1)
+            data = 4 if "--config.mesh.data=4" in flags else 1
+            assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == (data, -1, 1, 1)
 
 
 def test_a_cell_is_tried_until_it_fits_and_its_settings_are_told(
@@ -90,19 +93,19 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeyp
     chosen = ("--sizes=uvit-h2048-d42-n16,sdxl", "--slices=v5e:16x16,v6e:16x16")
     with pytest.raises(SystemExit, match="failed: sdxl@v5e:16x16$"):
         run(table, monkeypatch, tmp_path, *chosen)
-    assert len(calls) == 3 + 3 and len(list(tmp_path.glob("*.json"))) == 4
+    assert len(calls) == 3 + 4 and len(list(tmp_path.glob("*.json"))) == 4
     kept = json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
-    assert kept["error"] == "scaling-dit: it | fails" and len(kept["failed"]) == 3
+    assert kept["error"] == "scaling-dit: it | fails" and len(kept["failed"]) == 4
     run(table, monkeypatch, tmp_path, f"--note={tmp_path / 'note.md'}", what="write")
     lines = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("|")]
     cells = len(table.CONFIGS) * len(table.SLICES)
     assert f"{cells - 4} of {cells} plans are still to be made" in (tmp_path / "note.md").read_text()
     assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {len(table.HEADS) + 1}
     (told,) = [line for line in lines if "it / fails" in line]
-    assert told.startswith("| sdxl | v5e:16x16 | --config.backbone.remat=full --config.optim.accumulate=4: ")
+    assert told.startswith("| sdxl | v5e:16x16 | --config.mesh.data=4 --config.backbone.remat=products: ")
     answers.clear()
     run(table, monkeypatch, tmp_path, *chosen)  # tries the failed one again, and no other
-    assert len(calls) == 7 and "error" not in json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
+    assert len(calls) == 8 and "error" not in json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
 
 
 def test_an_error_of_one_attempt_is_kept_beside_the_plan_of_another(table, planned, monkeypatch, tmp_path):

@@ -44,15 +44,15 @@ _SAVING = (
     ("--config.backbone.remat=full",),
     ("--config.backbone.remat=full", "--config.optim.accumulate=4"),
 )
-_GATHERED = (("--config.mesh.gather_once=True", "--config.backbone.remat=products"), *_SAVING)
-_BY_LAYER = (("--config.backbone.remat=products",), *_SAVING)
+_GATHERED = ("--config.mesh.gather_once=True", "--config.backbone.remat=products")
+_BY_LAYER = ("--config.backbone.remat=products",)
 # Over 256 chips the parameters of a width that 256 does not divide stay whole (IF-XL's 704): over 64 they are split.
-_OVER_64 = (("--config.mesh.data=4", "--config.backbone.remat=products"),)
+_OVER_64 = ("--config.mesh.data=4", "--config.backbone.remat=products")
 ATTEMPTS = {
-    "v5e:16x16": _BY_LAYER + _OVER_64,
-    "v5p:4x4x4": _GATHERED,
-    "v4:4x4x4": _GATHERED,
-    "v6e:16x16": _GATHERED + _OVER_64,
+    "v5e:16x16": (_BY_LAYER, _OVER_64, *_SAVING),
+    "v5p:4x4x4": (_GATHERED, *_SAVING),
+    "v4:4x4x4": (_GATHERED, *_SAVING),
+    "v6e:16x16": (_GATHERED, _OVER_64, *_SAVING),
 }
 SLICES = tuple(ATTEMPTS)
 GIB = 2**30
@@ -168,8 +168,8 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
         "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p, v4 "
-        "and v6e with `gather_once`; `remat=full`; four microbatches as well; and on 256 chips `remat=products` with "
-        "the parameters split over 64 and `data` 4. Rows without cycles come of `plan --quick`; their peak counts "
+        "and v6e with `gather_once`; on 256 chips the parameters split over 64, with `data` 4; `remat=full`; and four "
+        "microbatches as well. Rows without cycles come of `plan --quick`; their peak counts "
         "the gaps between arrays too.",
         "",
         f"| {' | '.join(HEADS)} |",

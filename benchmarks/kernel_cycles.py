@@ -4,7 +4,7 @@
 
 libtpu writes the instruction bundles of a kernel, one bundle a cycle, to files on request. Those inside the loop over
 the grid, times its steps, are the cycles of the kernel if no memory keeps it waiting. XLA knows nothing of them: it
-takes the `estimated_cycles` that scaling_dit/backbones/short_attention.py declares. Needs `libtpu` from PyPI, no TPU.
+takes the `estimated_cycles` that scaling_dit/nn/short_attention.py declares. Needs `libtpu` from PyPI, no TPU.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def measure(topology: str, queries: int, keys: int, size: int, width: int) -> di
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from scaling_dit.backbones import short_attention
+    from scaling_dit.nn import short_attention
     from scaling_dit.parallel import rules
     from scaling_dit.parallel.mesh import make_mesh
 
@@ -141,7 +141,7 @@ def note(found: dict[str, list[dict]]) -> str:
     lines = [
         *header("Cycles of the attention kernel for short sequences", "benchmarks/kernel_cycles.py"),
         "",
-        "The compiler's schedule of the kernel in `scaling_dit/backbones/short_attention.py`, by libtpu; no TPU was "
+        "The compiler's schedule of the kernel in `scaling_dit/nn/short_attention.py`, by libtpu; no TPU was "
         "used. A cycle is an instruction bundle. Waiting for memory is not in it, nor are the copies between HBM and "
         "VMEM, which run beside. Cycles are of a head and a chip: v4 and v5p share the grid over two cores. Bytes are "
         "what the pass reads and writes of a head; above 100 % of the HBM's bandwidth, memory sets the time and not "

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit import files, frozen_weights, pipeline, rewind
-from scaling_dit.backbones.attention import recorded_choices
+from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.backbones.attention import check_implementation
-from scaling_dit.backbones.layers import check_remat
+from scaling_dit.nn.attention import check_implementation
+from scaling_dit.nn.layers import check_remat
 from scaling_dit.errors import UserError, nearest
 
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]

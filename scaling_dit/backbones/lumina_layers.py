@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from scaling_dit.backbones import layers
-from scaling_dit.backbones.attention import attend
-from scaling_dit.backbones.layers import NORMAL_002, Dense, layer_norm
-from scaling_dit.backbones.rotary import Rotary, rotate
+from scaling_dit.nn import layers
+from scaling_dit.nn.attention import attend
+from scaling_dit.nn.layers import NORMAL_002, Dense, layer_norm
+from scaling_dit.nn.rotary import Rotary, rotate
 
 EPSILON = 1e-5  # of every norm but the last
 TIME_FEATURES = 256  # width of the sinusoidal time embedding

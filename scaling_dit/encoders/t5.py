@@ -19,7 +19,7 @@ from einops import rearrange
 
 from scaling_dit import trees
 from scaling_dit.backbones.contract import parse_dtype
-from scaling_dit.backbones.layers import Dense, constrain, stack
+from scaling_dit.nn.layers import Dense, constrain, stack
 from scaling_dit.encoders import pretrained, transformer
 from scaling_dit.encoders.subwords import NO_TOKENIZER, SubwordTokenizer
 from scaling_dit.errors import UserError, nearest

@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from scaling_dit.backbones.layers import ACTIVATIONS, Dense, constrain, layer_norm, stack
+from scaling_dit.nn.layers import ACTIVATIONS, Dense, constrain, layer_norm, stack
 from scaling_dit.interop import table
 
 NORM_EPSILON = 1e-5

@@ -18,18 +18,10 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.backbones.attention import SelfAttention
+from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.backbones.contract import parse_dtype
-from scaling_dit.backbones.layers import conv3x3
-from scaling_dit.backbones.unet_layers import (
-    CONV_AXES,
-    Upsample,
-    flatten,
-    group_norm,
-    linear,
-    torch_kernel,
-    whole,
-)
+from scaling_dit.nn.layers import conv3x3
+from scaling_dit.nn.unet_layers import CONV_AXES, Upsample, flatten, group_norm, linear, torch_kernel, whole
 from scaling_dit.encoders import pretrained
 from scaling_dit.encoders.codec import Pixels
 from scaling_dit.encoders.vae_config import ARCHITECTURES, CLASS_NAME, Architecture, read_architecture

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_dit import encoders, generate, pipeline
-from scaling_dit.backbones.attention import recorded_choices
+from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import hlo_cost, hlo_timeline, rules
 from scaling_dit.parallel.plan_compile import Memory, compile_program, outline_program, shard_bytes

@@ -17,7 +17,7 @@ import jax
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.attention import IMPLEMENTATIONS
+from scaling_dit.nn.attention import IMPLEMENTATIONS
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.scaling.trace import Walker
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling_dit.backbones import per_device
-from scaling_dit.backbones.attention import attention
+from scaling_dit.nn import per_device
+from scaling_dit.nn.attention import attention
 from scaling_dit.parallel import rules, topologies
 from scaling_dit.parallel.mesh import make_mesh
 

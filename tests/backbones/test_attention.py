@@ -8,9 +8,9 @@ from flax import linen as nn
 from uvit_golden import run
 
 from scaling_dit import trees
-from scaling_dit.backbones import attention as attention_lib
-from scaling_dit.backbones import per_device
-from scaling_dit.backbones.attention import CrossAttention, SelfAttention, attention
+from scaling_dit.nn import attention as attention_lib
+from scaling_dit.nn import per_device
+from scaling_dit.nn.attention import CrossAttention, SelfAttention, attention
 from scaling_dit.errors import UserError
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from jax.ad_checkpoint import checkpoint_name
 
-from scaling_dit.backbones import layers
-from scaling_dit.backbones.attention import SelfAttention
+from scaling_dit.nn import layers
+from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.errors import UserError
 from scaling_dit.trees import unbox
 

@@ -11,7 +11,7 @@ from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, trees
 from scaling_dit.backbones import contract, lumina_layers
-from scaling_dit.backbones import rotary as rotary_tables
+from scaling_dit.nn import rotary as rotary_tables
 from scaling_dit.errors import UserError
 
 BOTH = pytest.mark.parametrize("name", ["large_dit", "next_dit"])

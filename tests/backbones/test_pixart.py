@@ -10,7 +10,8 @@ from backbones import parity
 from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, interop, trees
-from scaling_dit.backbones import contract, layers, pixart
+from scaling_dit.backbones import contract, pixart
+from scaling_dit.nn import layers
 from scaling_dit.errors import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from backbones.attention_checks import pretend_tpu
 
-from scaling_dit.backbones import rotary
+from scaling_dit.nn import rotary
 
 
 @pytest.mark.parametrize(

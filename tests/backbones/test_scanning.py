@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaling_dit.backbones import per_device, scanning
+from scaling_dit.nn import per_device, scanning
 
 LAYERS, WIDTH = 3, 8
 

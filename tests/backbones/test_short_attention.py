@@ -12,9 +12,9 @@ from backbones.attention_checks import assert_same, compiled, inputs, pretend_tp
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.backbones import attention as attention_lib
-from scaling_dit.backbones import short_attention
-from scaling_dit.backbones.attention import CrossAttention, attention, recorded_choices
+from scaling_dit.nn import attention as attention_lib
+from scaling_dit.nn import short_attention
+from scaling_dit.nn.attention import CrossAttention, attention, recorded_choices
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 
 from scaling_dit import backbones as backbones_lib
 from scaling_dit import trees
-from scaling_dit.backbones import attention as attention_lib
-from scaling_dit.backbones import splash
-from scaling_dit.backbones.attention import attention, recorded_choices
+from scaling_dit.nn import attention as attention_lib
+from scaling_dit.nn import splash
+from scaling_dit.nn.attention import attention, recorded_choices
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh

@@ -22,7 +22,8 @@ from unet_reference import (
 from uvit_golden import fill, run
 
 from scaling_dit import backbones, trees
-from scaling_dit.backbones import contract, unet, unet_layers
+from scaling_dit.backbones import contract, unet
+from scaling_dit.nn import unet_layers
 from scaling_dit.errors import UserError
 
 CASES = [

@@ -8,7 +8,8 @@ import uvit_golden
 from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, interop, trees
-from scaling_dit.backbones import contract, layers, uvit
+from scaling_dit.backbones import contract, uvit
+from scaling_dit.nn import layers
 from scaling_dit.errors import UserError
 
 MODES = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from scaling_dit import trees
-from scaling_dit.backbones import layers, scanning
+from scaling_dit.nn import layers, scanning
 from scaling_dit.parallel import fsdp, hlo_cost, rules
 from scaling_dit.parallel.hlo import Program
 from scaling_dit.parallel.mesh import make_mesh

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.backbones.scanning import scan_layers
+from scaling_dit.nn.scanning import scan_layers
 from scaling_dit.errors import UserError, nearest
 
 Initializer = Callable[..., jax.Array]

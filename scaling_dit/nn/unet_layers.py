@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import linen as nn
 
-from scaling_dit.backbones import layers
-from scaling_dit.backbones.attention import CrossAttention, SelfAttention
-from scaling_dit.backbones.layers import ACTIVATIONS, Dense, conv3x3, layer_norm, torch_uniform
+from scaling_dit.nn import layers
+from scaling_dit.nn.attention import CrossAttention, SelfAttention
+from scaling_dit.nn.layers import ACTIVATIONS, Dense, conv3x3, layer_norm, torch_uniform
 from scaling_dit.errors import UserError, nearest
 
 GROUPS = 32  # of every GroupNorm

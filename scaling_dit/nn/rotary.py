@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from scaling_dit.backbones import per_device
-from scaling_dit.backbones.per_device import LANES
+from scaling_dit.nn import per_device
+from scaling_dit.nn.per_device import LANES
 
 Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
 _LONGEST = 1024  # tokens that a grid step takes

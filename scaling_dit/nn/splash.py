@@ -15,9 +15,9 @@ from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from scaling_dit.backbones import per_device
-from scaling_dit.backbones.layers import ATTENTION
-from scaling_dit.backbones.per_device import LANES
+from scaling_dit.nn import per_device
+from scaling_dit.nn.layers import ATTENTION
+from scaling_dit.nn.per_device import LANES
 
 # Largest block of queries and keys by device kind: (forward, backward). The backward pass holds four blocks of scores
 # in float32, the forward pass two, and a core's scoped VMEM has 16 MiB by default.

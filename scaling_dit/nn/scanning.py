@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from scaling_dit.backbones import per_device
+from scaling_dit.nn import per_device
 
 # (parameters of a layer, x, what it alone gets, what every layer gets) -> (x, out)
 Layer = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]

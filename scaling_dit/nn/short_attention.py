@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from scaling_dit.backbones import per_device
-from scaling_dit.backbones.per_device import LANES
+from scaling_dit.nn import per_device
+from scaling_dit.nn.per_device import LANES
 
 SUBLANES = 8
 LONGEST = 512  # queries and keys: four float32 arrays of scores are to fit the 16 MiB of a core's scoped VMEM

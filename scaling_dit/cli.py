@@ -439,7 +439,7 @@ def _import(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int
             raise UserError(
                 "import --to=safetensors converts a file and starts no run; leave --workdir and --config out"
             )
-        from scaling_dit.interop import converting
+        from scaling_dit.weights import pickles as converting
 
         return converting.main(str(values["from"].value), values.out)
     if values.out:

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from scaling_dit import trees
-from scaling_dit.encoders import pretrained
+from scaling_dit.weights import places as pretrained
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
 from scaling_dit.parallel import rules

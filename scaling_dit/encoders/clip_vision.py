@@ -16,7 +16,8 @@ from einops import rearrange
 
 from scaling_dit import trees
 from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm
-from scaling_dit.encoders import clip_weights, pretrained, transformer
+from scaling_dit.encoders import clip_weights, transformer
+from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders.clip import CLASSES as WHOLE_CLASSES
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.errors import UserError, nearest

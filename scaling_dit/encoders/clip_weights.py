@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from scaling_dit.encoders.transformer import hugging_face_rows, open_clip_rows
-from scaling_dit.interop import table
+from scaling_dit.weights import table
 
 _LAYER = re.compile(r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 

@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 from etils import epath
 
-from scaling_dit.encoders import pretrained, vocabularies
+from scaling_dit.weights import places as pretrained
+from scaling_dit.encoders import vocabularies
 from scaling_dit.errors import UserError
 
 NO_TOKENIZER = (

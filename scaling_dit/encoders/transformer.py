@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.nn.layers import ACTIVATIONS, Dense, constrain, layer_norm, stack
-from scaling_dit.interop import table
+from scaling_dit.weights import table
 
 NORM_EPSILON = 1e-5
 HIDDEN = float(

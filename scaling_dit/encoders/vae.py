@@ -22,7 +22,7 @@ from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.backbones.contract import parse_dtype
 from scaling_dit.nn.layers import conv3x3
 from scaling_dit.nn.unet_layers import CONV_AXES, Upsample, flatten, group_norm, linear, torch_kernel, whole
-from scaling_dit.encoders import pretrained
+from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders.codec import Pixels
 from scaling_dit.encoders.vae_config import ARCHITECTURES, CLASS_NAME, Architecture, read_architecture
 from scaling_dit.errors import UserError, nearest

@@ -4,7 +4,7 @@ Its `pad_token`, which only fills sequences up, is dropped from what is read, an
 """
 
 from scaling_dit.backbones.large_dit import LargeDiT
-from scaling_dit.interop.table import Row, Table, Unread, linear, norm, patch_linear
+from scaling_dit.weights.table import Row, Table, Unread, linear, norm, patch_linear
 
 
 def rows(backbone: LargeDiT) -> Table:

@@ -5,7 +5,7 @@ attn2: a file where they differ is refused, and both are written.
 """
 
 from scaling_dit.backbones.next_dit import NextDiT
-from scaling_dit.interop.table import Copy, Row, Table, linear, norm, patch_linear
+from scaling_dit.weights.table import Copy, Row, Table, linear, norm, patch_linear
 
 
 def rows(backbone: NextDiT) -> Table:

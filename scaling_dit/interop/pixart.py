@@ -4,7 +4,7 @@ Its positions are computed, not stored. Files that do store them, under `pos_emb
 """
 
 from scaling_dit.backbones.pixart import PixArt
-from scaling_dit.interop.table import Row, Table, linear, patch_conv
+from scaling_dit.weights.table import Row, Table, linear, patch_conv
 
 
 def rows(backbone: PixArt) -> Table:

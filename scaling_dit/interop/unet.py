@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scaling_dit.backbones.unet import UNet
-from scaling_dit.interop.table import Row, Table, Transform, conv, linear, norm
+from scaling_dit.weights.table import Row, Table, Transform, conv, linear, norm
 
 
 class Place(NamedTuple):

@@ -1,7 +1,7 @@
 """U-ViT's parameters in the names of its published code (baofff/U-ViT `libs/uvit_t2i.py`)."""
 
 from scaling_dit.backbones.uvit import UViT
-from scaling_dit.interop.table import Row, conv, fused, leading_axis, linear, norm, patch_conv
+from scaling_dit.weights.table import Row, conv, fused, leading_axis, linear, norm, patch_conv
 
 
 def rows(backbone: UViT) -> list[Row]:

@@ -10,10 +10,10 @@ import torch
 from etils import epath
 from huggingface_hub import constants, utils
 
-from scaling_dit.encoders import pretrained
-from scaling_dit.encoders.pretrained import locate, open_weights, read_config
+from scaling_dit.weights import places as pretrained
+from scaling_dit.weights.places import locate, open_weights, read_config
 from scaling_dit.errors import UserError
-from scaling_dit.interop import weight_files
+from scaling_dit.weights import files as weight_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float16)}

@@ -10,8 +10,8 @@ import safetensors
 import torch
 
 from scaling_dit import cli
-from scaling_dit.encoders import pretrained
-from scaling_dit.interop import weight_files
+from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import files as weight_files
 
 
 def convert(source, out):

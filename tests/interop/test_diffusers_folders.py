@@ -16,7 +16,8 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 import scaling_dit
 from scaling_dit import backbones, cli
 from scaling_dit.errors import UserError
-from scaling_dit.interop import diffusers_config, exporting, weight_files
+from scaling_dit.interop import diffusers_config, exporting
+from scaling_dit.weights import files as weight_files
 from scaling_dit.interop.diffusers_families import FAMILIES
 
 SMOKE = "experiments/shapes.py:smoke"

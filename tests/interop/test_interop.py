@@ -9,7 +9,7 @@ import uvit_golden
 from scaling_dit import backbones, interop, trees
 from scaling_dit.backbones import contract
 from scaling_dit.errors import UserError
-from scaling_dit.interop import table
+from scaling_dit.weights import table
 
 
 @pytest.mark.parametrize("name", uvit_golden.NAMES)

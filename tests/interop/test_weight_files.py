@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors import torch as safetensors_torch
 
 from scaling_dit.errors import UserError
-from scaling_dit.interop import weight_files
+from scaling_dit.weights import files as weight_files
 
 STEM = "diffusion_pytorch_model"
 

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from scaling_dit.errors import UserError
-from scaling_dit.interop.weight_files import INDEX_SUFFIX, SUFFIX, read_json
+from scaling_dit.weights.files import INDEX_SUFFIX, SUFFIX, read_json
 
 _PICKLED_INDEX = ".bin.index.json"
 _NESTED = "state_dict"  # the key under which trainers keep the weights beside other things

@@ -14,7 +14,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import compile_cache, files, pipeline, rewind
+from scaling_dit.parallel import compile_cache
+from scaling_dit import files, pipeline, rewind
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.data.damage import damage_of

@@ -9,7 +9,7 @@ import textwrap
 import jax
 import pytest
 
-from scaling_dit import compile_cache
+from scaling_dit.parallel import compile_cache
 
 START = """
     import collections, json, sys

@@ -40,11 +40,12 @@ import numpy as np  # noqa: E402
 from scaling_dit import backbones, optim, pipeline  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
 from scaling_dit.diffusion import schedules  # noqa: E402
-from scaling_dit.parallel import fsdp, hlo_cost, hlo_timeline, rules, xla_flags  # noqa: E402
+from scaling_dit.parallel import fsdp, rules, xla_flags
+from scaling_dit.planning import hlo_cost, hlo_timeline  # noqa: E402
 from scaling_dit.parallel import topologies as slices  # noqa: E402
-from scaling_dit.parallel.hlo import Program, compiled_text  # noqa: E402
+from scaling_dit.planning.hlo import Program, compiled_text  # noqa: E402
 from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
-from scaling_dit.parallel.roofline import roofline  # noqa: E402
+from scaling_dit.planning.roofline import roofline  # noqa: E402
 from scaling_dit.scaling.count import count  # noqa: E402
 from scaling_dit.train_step import init_state, make_train_step  # noqa: E402
 

@@ -19,7 +19,7 @@ import tempfile
 from header import header
 
 from scaling_dit.parallel import topologies
-from scaling_dit.parallel.hlo import Program
+from scaling_dit.planning.hlo import Program
 
 TOPOLOGIES = ("v5p:2x2x1", "v4:2x2x1", "v5e:2x2", "v6e:2x2")
 TWO_CORES = ("v4", "v5p")  # chips whose cores share out the grid

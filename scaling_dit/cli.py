@@ -406,7 +406,7 @@ def _plan(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
     from scaling_dit.parallel import topologies
 
     topologies.prepare_environment(values.topology)  # before jax is imported
-    from scaling_dit.parallel import plan_report
+    from scaling_dit.planning import report as plan_report
 
     return plan_report.main(
         values.config,

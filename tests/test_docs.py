@@ -20,7 +20,7 @@ from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics
-from scaling_dit.parallel import plan_report
+from scaling_dit.planning import report as plan_report
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from scaling_dit.nn.attention import attention, recorded_choices
 from scaling_dit.parallel import rules, topologies
-from scaling_dit.parallel.hlo import Program
+from scaling_dit.planning.hlo import Program
 from scaling_dit.parallel.mesh import make_mesh
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from scaling_dit.parallel import hlo, hlo_cost
-from scaling_dit.parallel.hlo_cost import Layout
+from scaling_dit.planning import hlo, hlo_cost
+from scaling_dit.planning.hlo_cost import Layout
 from scaling_dit.parallel.mesh import make_mesh
 
 AXES = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}

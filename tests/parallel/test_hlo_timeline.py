@@ -5,8 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from scaling_dit.parallel import hlo, hlo_timeline, topologies
-from scaling_dit.parallel.hlo_cost import Layout
+from scaling_dit.planning import hlo, hlo_timeline
+from scaling_dit.parallel import topologies
+from scaling_dit.planning.hlo_cost import Layout
 
 # Four chips in a line: a link takes 1 byte a second each way, so a ring of four takes 2; a cycle is a second.
 CHIP = types.SimpleNamespace(dcn_bandwidth=0.5, clock=1.0)

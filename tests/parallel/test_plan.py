@@ -14,18 +14,17 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.data.loader import make_loader
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import (
+from scaling_dit.planning import (
     hlo_cost,
     plan,
-    plan_compile,
-    plan_quick,
-    plan_report,
-    plan_search,
-    rules,
-    topologies,
+    compile as plan_compile,
+    quick as plan_quick,
+    report as plan_report,
+    search as plan_search,
 )
-from scaling_dit.parallel.hlo_cost import Collective, Statistics
-from scaling_dit.parallel.roofline import roofline
+from scaling_dit.parallel import rules, topologies
+from scaling_dit.planning.hlo_cost import Collective, Statistics
+from scaling_dit.planning.roofline import roofline
 from scaling_dit.parallel.topologies import CHIPS, GIB, LOCAL, parse
 from scaling_dit.run import Run
 
@@ -480,7 +479,7 @@ def test_sparse_cores_gather_and_sum_beside_the_computation():
 
 @pytest.mark.slow
 def test_no_array_of_a_program_holds_the_whole_batch():
-    from scaling_dit.parallel.hlo import Program
+    from scaling_dit.planning.hlo import Program
     from scaling_dit.program import StepProgram, run_mesh
 
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", [

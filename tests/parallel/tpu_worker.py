@@ -14,8 +14,9 @@ from jax.experimental import topologies
 
 from scaling_dit import trees
 from scaling_dit.nn import layers, scanning
-from scaling_dit.parallel import fsdp, hlo_cost, rules
-from scaling_dit.parallel.hlo import Program
+from scaling_dit.parallel import fsdp, rules
+from scaling_dit.planning import hlo_cost
+from scaling_dit.planning.hlo import Program
 from scaling_dit.parallel.mesh import make_mesh
 
 

@@ -21,7 +21,7 @@ from scaling_dit.parallel import topologies
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from scaling_dit.parallel.plan import Plan
+    from scaling_dit.planning.plan import Plan
 
 _REQUEST, _REPLY = "request", "reply"  # files
 _FAILED = 70  # exit code of the process for what is no mistake of the user's; an error in Python ends with 1 as well
@@ -81,7 +81,7 @@ def main(name: str) -> None:
     parent, config, topology, slices, step, price = pickle.loads((folder / _REQUEST).read_bytes())
     threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
     topologies.prepare_environment([topology])
-    from scaling_dit.parallel import plan  # not before: it imports jax
+    from scaling_dit.planning import plan  # not before: it imports jax
 
     reply: Plan | Exception
     try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from scaling_dit.parallel.hlo import Array, Instruction, Program, Visit
+from scaling_dit.planning.hlo import Array, Instruction, Program, Visit
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Parts of a step for `Statistics.parts`; the first whose pattern the scope holds (see `_part`).

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from scaling_dit import encoders, generate, pipeline
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import hlo_cost, hlo_timeline, rules
-from scaling_dit.parallel.plan_compile import Memory, compile_program, outline_program, shard_bytes
-from scaling_dit.parallel.roofline import Roofline, roofline
+from scaling_dit.planning import hlo_cost, hlo_timeline
+from scaling_dit.parallel import rules
+from scaling_dit.planning.compile import Memory, compile_program, outline_program, shard_bytes
+from scaling_dit.planning.roofline import Roofline, roofline
 from scaling_dit.parallel.topologies import Topology
 from scaling_dit.program import StepProgram, run_mesh
 from scaling_dit.scaling.count import count

@@ -10,9 +10,9 @@ waits for what was started before it.
 import dataclasses
 from collections.abc import Iterator
 
-from scaling_dit.parallel.hlo import Instruction, Program
-from scaling_dit.parallel.hlo_cost import Collective, Layout, collective_of, cycles_of
-from scaling_dit.parallel.roofline import collective_seconds
+from scaling_dit.planning.hlo import Instruction, Program
+from scaling_dit.planning.hlo_cost import Collective, Layout, collective_of, cycles_of
+from scaling_dit.planning.roofline import collective_seconds
 from scaling_dit.parallel.topologies import Topology
 
 

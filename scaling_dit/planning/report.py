@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scaling_dit import config as config_lib
-from scaling_dit.parallel import plan as plan_lib
-from scaling_dit.parallel import plan_quick, plan_search, topologies
-from scaling_dit.parallel.hlo_cost import Collective
-from scaling_dit.parallel.plan import Memory, Plan
-from scaling_dit.parallel.roofline import ASSUMPTIONS, Roofline
+from scaling_dit.planning import plan as plan_lib
+from scaling_dit.planning import quick as plan_quick, search as plan_search
+from scaling_dit.parallel import topologies
+from scaling_dit.planning.hlo_cost import Collective
+from scaling_dit.planning.plan import Memory, Plan
+from scaling_dit.planning.roofline import ASSUMPTIONS, Roofline
 
 FITS, FITS_NOT = 0, 1  # exit codes
 _GIB = topologies.GIB

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import hlo
+from scaling_dit.planning import hlo
 from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
 
 # Files that the compiler writes when all arrays have their places, the last one after the others.

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from scaling_dit.parallel.hlo_cost import Collective, Statistics
+from scaling_dit.planning.hlo_cost import Collective, Statistics
 from scaling_dit.parallel.topologies import Topology
 
 ASSUMPTIONS = (

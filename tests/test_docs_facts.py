@@ -10,7 +10,7 @@ from test_docs import DOCS, blocks, first_column
 
 from docs import diagram, figures
 from scaling_dit import backbones
-from scaling_dit.data.sources.shapes import ShapesSource
+from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.diffusion.objectives import PREDICTIONS, WEIGHTINGS
 from scaling_dit.diffusion.samplers import SAMPLERS
 from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule

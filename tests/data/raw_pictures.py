@@ -10,7 +10,7 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from scaling_dit.data.shapes import ShapesSpec, draw_scene, render
+from scaling_dit.data.shapes.scenes import ShapesSpec, draw_scene, render
 
 FORMATS = {
     "jpg": {"format": "JPEG", "quality": 90},

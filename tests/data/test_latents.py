@@ -16,7 +16,7 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.data.loader import make_loader
-from scaling_dit.data.prepare import manifest, records
+from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 from tests import fake_store

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from etils import epath
 
 from scaling_dit import cli, config, pipeline, train
-from scaling_dit.data.prepare import manifest
+from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import read_metrics

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from scaling_dit.data.shapes import (
+from scaling_dit.data.shapes.scenes import (
     BACKGROUND,
     PALETTE,
     PRESETS,
@@ -25,7 +25,7 @@ from scaling_dit.data.shapes import (
     render,
 )
 from scaling_dit.data.sources import create_source, source_fields
-from scaling_dit.data.sources.shapes import ShapesSource
+from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
 
 ALL = sorted(PRESETS)

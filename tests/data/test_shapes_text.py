@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from scaling_dit.data.shapes import PRESETS, Draws, Object, Scene, ShapesSpec, draw_scene, relations
-from scaling_dit.data.shapes_text import SYNONYMS, Captions, caption, describe, facts, questions
-from scaling_dit.data.sources.shapes import ShapesSource
+from scaling_dit.data.shapes.scenes import PRESETS, Draws, Object, Scene, ShapesSpec, draw_scene, relations
+from scaling_dit.data.shapes.text import SYNONYMS, Captions, caption, describe, facts, questions
+from scaling_dit.data.shapes.source import ShapesSource
 
 TWO = Scene(
     "grid16", (Object("circle", "red", "large", 3, 3), Object("square", "blue", "small", 11, 11))

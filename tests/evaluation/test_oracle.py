@@ -11,11 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from scaling_dit.data.shapes import PALETTE, PRESETS, Object, Scene, fits, relations, render
-from scaling_dit.data.shapes_text import questions
-from scaling_dit.data.sources.shapes import ShapesSource
+from scaling_dit.data.shapes.scenes import PALETTE, PRESETS, Object, Scene, fits, relations, render
+from scaling_dit.data.shapes.text import questions
+from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation import oracle, tifa
+from scaling_dit.data.shapes import oracle
+from scaling_dit.evaluation import tifa
 
 ALL = sorted(PRESETS)
 SCENES = 40

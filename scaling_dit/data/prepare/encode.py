@@ -22,7 +22,8 @@ from etils import epath
 from scaling_dit import files
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.prepare import columns, manifest, records, shape
+from scaling_dit.data.prepare import columns, shape
+from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.prepare.filters import Filter
 from scaling_dit.data.prepare.sidecar import MadeCaption
 from scaling_dit.data.sources.encoded import EncodedSource, RawSample, key_hash

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import frozen_weights, trees
 from scaling_dit.data.sources import Source
-from scaling_dit.data.sources.latents import LatentsSource
+from scaling_dit.data.prepared.source import LatentsSource
 from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError

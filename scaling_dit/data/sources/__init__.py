@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 _REGISTRY = Registry(
     "source",
     {
-        "shapes": "scaling_dit.data.sources.shapes:ShapesSource",
+        "shapes": "scaling_dit.data.shapes.scenes.source:ShapesSource",
         "folder": "scaling_dit.data.sources.folder:FolderSource",
         "webdataset": "scaling_dit.data.sources.webdataset:WebdatasetSource",
         "tfds": "scaling_dit.data.sources.tfds:TfdsSource",
         "parquet": "scaling_dit.data.sources.parquet:ParquetSource",
-        "latents": "scaling_dit.data.sources.latents:LatentsSource",
+        "latents": "scaling_dit.data.prepared.source:LatentsSource",
     },
 )
 # Source -> what stands after the colon in its name, which fills its field `path`, and an example.

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, overload
 
-from scaling_dit.data.shapes import INVERSE, PALETTE, PRESETS, Draws, Object, Scene, relations
+from scaling_dit.data.shapes.scenes import INVERSE, PALETTE, PRESETS, Draws, Object, Scene, relations
 
 Fact = tuple[str, int] | tuple[str, int, int]
 

@@ -23,8 +23,8 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.data.damage import Damage, DamagedRecord
-from scaling_dit.data.prepare import manifest as manifest_lib
-from scaling_dit.data.prepare import records
+from scaling_dit.data.prepared import manifest as manifest_lib
+from scaling_dit.data.prepared import records
 from scaling_dit.data.sources import Record
 from scaling_dit.errors import UserError, nearest
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from scaling_dit.data.shapes import (
+from scaling_dit.data.shapes.scenes import (
     PALETTE,
     PRESETS,
     UNLIMITED,
@@ -15,7 +15,7 @@ from scaling_dit.data.shapes import (
     draw_scene,
     render,
 )
-from scaling_dit.data.shapes_text import OPENINGS, SYNONYMS, Captions, caption, questions
+from scaling_dit.data.shapes.text import OPENINGS, SYNONYMS, Captions, caption, questions
 from scaling_dit.data.sources import Record
 from scaling_dit.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from scaling_dit.data.shapes import BACKGROUND, PALETTE, PRESETS, Object, glyph, relations
+from scaling_dit.data.shapes.scenes import BACKGROUND, PALETTE, PRESETS, Object, glyph, relations
 from scaling_dit.errors import UserError
 
 VQA_MODEL = "shapes-oracle-1"  # raise the number when answers can change: scores compare only within one

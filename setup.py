@@ -86,7 +86,7 @@ setup(
     # experiments/ stands at the root, where a reader looks for it, and installs inside the package.
     packages=[*find_packages(include=["scaling_dit", "scaling_dit.*"]), "scaling_dit.experiments"],
     package_dir={"scaling_dit": "scaling_dit", "scaling_dit.experiments": "experiments"},
-    package_data={"scaling_dit.data.prepare": ["nouns.txt"]},
+    package_data={"scaling_dit.curation": ["nouns.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli:main"]},

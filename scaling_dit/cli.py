@@ -341,7 +341,7 @@ def _prepare(values: flags.FlagValues, _: list[str], overrides: list[str]) -> in
     from scaling_dit import config as config_lib
 
     config = config_lib.load(values.config, overrides)
-    from scaling_dit.data.prepare import job
+    from scaling_dit.curation import job
 
     names = ("batch", "min_size", "buckets", "filter", "kept", "captions")
     given: dict[str, Any] = {name: values[name].value for name in names}

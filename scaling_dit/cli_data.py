@@ -39,8 +39,8 @@ def define_filter(values: flags.FlagValues) -> None:
 def run_filter(values: flags.FlagValues, arguments: list[str], overrides: list[str]) -> int:
     """The verb `filter`."""
     _need_beam()
-    from scaling_dit.data.prepare import filter_pipeline
-    from scaling_dit.data.prepare.raw import raw_name
+    from scaling_dit.curation import filter_pipeline
+    from scaling_dit.curation.raw import raw_name
 
     return filter_pipeline.main(
         raw_name(values.source, overrides),
@@ -71,8 +71,8 @@ def define_stats(values: flags.FlagValues) -> None:
 def run_stats(values: flags.FlagValues, arguments: list[str], overrides: list[str]) -> int:
     """The verb `stats`."""
     _need_beam()
-    from scaling_dit.data.prepare import stats_pipeline
-    from scaling_dit.data.prepare.raw import raw_name
+    from scaling_dit.curation import stats_pipeline
+    from scaling_dit.curation.raw import raw_name
 
     names = ("captions", "kept", "aesthetic", "nouns", "questions", "runner")
     given: dict[str, Any] = {name: values[name].value for name in names}
@@ -108,8 +108,8 @@ def run_caption(values: flags.FlagValues, _: list[str], overrides: list[str]) ->
         if not equals:
             raise UserError(f"--option={option}: write FIELD=VALUE, such as --option=captions=5")
         options[field] = value
-    from scaling_dit.data.captioning import runner
-    from scaling_dit.data.prepare.raw import raw_name
+    from scaling_dit.curation.captioning import runner
+    from scaling_dit.curation.raw import raw_name
 
     names = ("kind", "batch", "seed", "process", "processes")
     given: dict[str, Any] = {name: values[name].value for name in names}

@@ -9,8 +9,8 @@ from PIL import Image
 from test_docs import DOCS, commands, first_column
 
 from scaling_dit import cli
-from scaling_dit.data import captioning
-from scaling_dit.data.prepare import filters
+from scaling_dit.curation import captioning
+from scaling_dit.curation import filters
 from scaling_dit.data.sources import create_source
 
 

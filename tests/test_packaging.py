@@ -205,7 +205,7 @@ def test_modules_outside_the_writer_import_no_tensorflow_torch_or_clu():
         if forbidden.search(p.read_text())
     }
     # These two are torch's: pickles, and captioning models of transformers; each imports it inside a function.
-    torch = {"scaling_dit/weights/pickles.py", "scaling_dit/data/captioning/transformers_models.py"}
+    torch = {"scaling_dit/weights/pickles.py", "scaling_dit/curation/captioning/transformers_models.py"}
     assert found <= {"scaling_dit/monitor/writers.py"} | torch
 
 

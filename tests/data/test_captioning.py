@@ -16,10 +16,10 @@ import pytest
 from data import small_webdataset
 from PIL import Image
 
-from scaling_dit.data import captioning
-from scaling_dit.data.captioning import create_captioner, endpoint, runner, transformers_models
-from scaling_dit.data.prepare import sidecar
-from scaling_dit.data.prepare.raw import RawName
+from scaling_dit.curation import captioning
+from scaling_dit.curation.captioning import create_captioner, endpoint, runner, transformers_models
+from scaling_dit.curation import sidecar
+from scaling_dit.curation.raw import RawName
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 
@@ -92,8 +92,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tars, made, tmp_path, capsys):
     out = tmp_path / "killed"
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from scaling_dit.data.captioning import runner\n"
-        "from scaling_dit.data.prepare.raw import RawName\n"
+        "from scaling_dit.curation.captioning import runner\n"
+        "from scaling_dit.curation.raw import RawName\n"
         "import data.test_captioning as t\n"
         "sys.modules['mean_captioner'] = t\n"
         "t.Mean.__init__.__defaults__ = (3, 8)\n"  # an option would be a setting of the captions

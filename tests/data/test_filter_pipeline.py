@@ -11,9 +11,9 @@ import scipy.fft
 from data import small_webdataset
 from PIL import Image
 
-from scaling_dit.data.prepare import duplicates, filter_pipeline, filters, sidecar
-from scaling_dit.data.prepare.columns import columns
-from scaling_dit.data.prepare.raw import RawName, open_raw, raw_name
+from scaling_dit.curation import duplicates, filter_pipeline, filters, sidecar
+from scaling_dit.curation.columns import columns
+from scaling_dit.curation.raw import RawName, open_raw, raw_name
 from scaling_dit.errors import UserError
 
 KEEP = "min(width, height) >= 24 and aesthetic > 4.5 and nsfw != 'NSFW'"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling_dit.data.prepare import filters
+from scaling_dit.curation import filters
 from scaling_dit.errors import UserError
 
 ROW = {

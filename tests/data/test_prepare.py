@@ -17,9 +17,9 @@ from PIL import Image
 from scaling_dit import config as config_lib
 from scaling_dit import files
 from scaling_dit.data import images
-from scaling_dit.data.prepare import encode, job, shape, sidecar
+from scaling_dit.curation import encode, job, shape, sidecar
 from scaling_dit.data.prepared import manifest
-from scaling_dit.data.prepare.progress import Progress
+from scaling_dit.curation.progress import Progress
 from scaling_dit.data.sources import create_source
 from scaling_dit.data.sources.encoded import key_hash
 from scaling_dit.encoders.codec import create_codec

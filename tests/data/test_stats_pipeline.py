@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from data import small_webdataset
 
-from scaling_dit.data.prepare import sidecar, statistics, stats_pipeline, words
-from scaling_dit.data.prepare.raw import RawName
-from scaling_dit.data.prepare.sidecar import MadeCaption
+from scaling_dit.curation import sidecar, statistics, stats_pipeline, words
+from scaling_dit.curation.raw import RawName
+from scaling_dit.curation.sidecar import MadeCaption
 from scaling_dit.errors import UserError
 
 THINGS = ["dog", "cat", "boy", "box", "cherry", "car", "tree", "horse", "leaf", "puppy"]

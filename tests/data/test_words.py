@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from scaling_dit.data.prepare import density, words
+from scaling_dit.curation import density, words
 from scaling_dit.errors import UserError
 
 

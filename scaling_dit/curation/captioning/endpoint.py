@@ -17,7 +17,7 @@ from typing import Any
 from absl import logging
 from PIL import Image
 
-from scaling_dit.data.captioning import Scored
+from scaling_dit.curation.captioning import Scored
 from scaling_dit.errors import UserError
 
 _REFUSED = (

@@ -13,8 +13,8 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from etils import epath
 
-from scaling_dit.data.prepare import sidecar
-from scaling_dit.data.prepare.raw import RawName, open_raw
+from scaling_dit.curation import sidecar
+from scaling_dit.curation.raw import RawName, open_raw
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
 

@@ -18,9 +18,9 @@ Scored = tuple[
 _REGISTRY = Registry(
     "captioner",
     {
-        "transformers": "scaling_dit.data.captioning.transformers_models:TransformersCaptioner",
-        "openai": "scaling_dit.data.captioning.endpoint:EndpointCaptioner",
-        "shapes": "scaling_dit.data.captioning.scenes:ShapesCaptioner",
+        "transformers": "scaling_dit.curation.captioning.transformers_models:TransformersCaptioner",
+        "openai": "scaling_dit.curation.captioning.endpoint:EndpointCaptioner",
+        "shapes": "scaling_dit.curation.captioning.scenes:ShapesCaptioner",
     },
 )
 _PLACES = {"transformers": "folder", "openai": "url"}  # field that stands after the colon of a name

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scaling_dit.data.captioning import Scored
+from scaling_dit.curation.captioning import Scored
 from scaling_dit.errors import UserError
 
 

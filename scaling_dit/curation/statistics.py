@@ -22,8 +22,8 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit.data.prepare import density
-from scaling_dit.data.prepare.words import Nouns, words
+from scaling_dit.curation import density
+from scaling_dit.curation.words import Nouns, words
 
 LAST_CLASS = 60  # the axes of figure 18 end here
 ALT, ALL = "alt", "with synthetic"  # rows of table 3

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from scaling_dit.data.shapes import text as shapes_text
-from scaling_dit.data.captioning import Scored
+from scaling_dit.curation.captioning import Scored
 from scaling_dit.data.shapes.scenes import PRESETS, Draws, Scene
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.data.shapes import oracle

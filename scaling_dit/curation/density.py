@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit.data.prepare.words import plurals, singulars
+from scaling_dit.curation.words import plurals, singulars
 from scaling_dit.errors import UserError
 
 _TOKEN = re.compile(r"[^\W_]+")

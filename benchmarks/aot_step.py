@@ -46,7 +46,7 @@ from scaling_dit.parallel import topologies as slices  # noqa: E402
 from scaling_dit.planning.hlo import Program, compiled_text  # noqa: E402
 from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
 from scaling_dit.planning.roofline import roofline  # noqa: E402
-from scaling_dit.scaling.count import count  # noqa: E402
+from scaling_dit.costs.count import count  # noqa: E402
 from scaling_dit.train_step import init_state, make_train_step  # noqa: E402
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text

@@ -13,7 +13,7 @@ import pathlib
 from typing import Any
 
 from scaling_dit import backbones
-from scaling_dit.scaling.count import Count, count
+from scaling_dit.costs.count import Count, count
 
 NAMES = {"params": "parameters", "gmacs": "GMACs", "attention": "attention", "share": "its share"}
 PAGE = pathlib.Path(__file__).parent / "models.md"

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from scaling_dit import interop as interop
     from scaling_dit.backbones import create as create
     from scaling_dit.pipeline import load as load
-    from scaling_dit.scaling.count import count as count
+    from scaling_dit.costs.count import count as count
     from scaling_dit.train import train as train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "count", "create", "interop", "load", "train"]
 
 _LAZY = {  # public name -> (module, attribute, or None for the module itself)
-    "count": ("scaling_dit.scaling.count", "count"),
+    "count": ("scaling_dit.costs.count", "count"),
     "create": ("scaling_dit.backbones", "create"),
     "interop": ("scaling_dit.interop", None),
     "load": ("scaling_dit.pipeline", "load"),

@@ -364,7 +364,7 @@ def _define_count(values: flags.FlagValues) -> None:
 
 
 def _count(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
-    from scaling_dit.scaling import count_table
+    from scaling_dit.costs import count_table
 
     return count_table.main(
         values.config,

@@ -13,7 +13,7 @@ from scaling_dit import backbones, optim, pipeline, train_step
 from scaling_dit import config as config_lib
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import count_table
+from scaling_dit.costs import count_table
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
 ROWS = [f"{name}:{row}" for name, file in FILES.items() for row in file.ARGUMENTS]

@@ -90,7 +90,7 @@ def test_public_names():
 
 
 def test_the_public_count_and_create_are_the_functions():
-    assert scaling_dit.count is importlib.import_module("scaling_dit.scaling.count").count
+    assert scaling_dit.count is importlib.import_module("scaling_dit.costs.count").count
     assert scaling_dit.create is importlib.import_module("scaling_dit.backbones").create
     assert scaling_dit.load is importlib.import_module("scaling_dit.pipeline").load
     assert isinstance(scaling_dit.interop, types.ModuleType)

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from uvit_golden import relative_error
 
 from scaling_dit import backbones, interop
-from scaling_dit.scaling.count import count
+from scaling_dit.costs.count import count
 
 # fields of ours, height and width of the latents
 CASES = [

@@ -8,7 +8,7 @@ import pytest
 from scaling_dit import backbones
 from scaling_dit.backbones import contract
 from scaling_dit.errors import UserError
-from scaling_dit.scaling.count import Cost, count
+from scaling_dit.costs.count import Cost, count
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from scaling_dit import backbones
 from scaling_dit.backbones import contract
-from scaling_dit.scaling.count import count
+from scaling_dit.costs.count import count
 
 H, D, TEXT_LENGTH, TEXT_DIM = 48, 3, 9, 20
 ROWS, COLUMNS = 4, 6  # of tokens

@@ -6,8 +6,8 @@ import pytest
 
 from scaling_dit import backbones
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import count_table
-from scaling_dit.scaling.count import count
+from scaling_dit.costs import count_table
+from scaling_dit.costs.count import count
 
 FIELDS = {"hidden": 32, "depth": 2, "heads": 2, "patch": 2}
 OVERRIDES = [f"--config.backbone.{name}={value}" for name, value in FIELDS.items()]

@@ -9,7 +9,7 @@ import pytest
 from docs import model_table
 from docs.model_table import PRINTED, REASONS, T5, Row
 from scaling_dit import backbones
-from scaling_dit.scaling.count import count
+from scaling_dit.costs.count import count
 
 FAST = {"sdxl", "sdxl-td4_4", "if-xl-c512"}  # UNets take seconds to trace
 

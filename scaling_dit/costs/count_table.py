@@ -14,7 +14,7 @@ from scaling_dit.errors import UserError
 if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
     from flax import linen as nn
 
-    from scaling_dit.scaling.count import Cost, Count
+    from scaling_dit.costs.count import Cost, Count
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256-pixel images through an 8x autoencoder; CLIP-H text
 
@@ -66,7 +66,7 @@ def main(
         latents_HWC, text_LD = latents_HWC or LATENTS, text_LD or TEXT
         module = _create(fields, latents_HWC, text_LD)
         training = {}
-    from scaling_dit.scaling.count import count
+    from scaling_dit.costs.count import count
 
     height, width, channels = latents_HWC
     length, dim = text_LD

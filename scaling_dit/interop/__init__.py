@@ -15,7 +15,14 @@ from scaling_dit.backbones.unet import UNet
 from scaling_dit.backbones.unet_if import UNetIF
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.errors import UserError
-from scaling_dit.interop import large_dit, next_dit, pixart, unet, unet_if, uvit
+from scaling_dit.backbones import (
+    large_dit_weights as large_dit,
+    next_dit_weights as next_dit,
+    pixart_weights as pixart,
+    unet_weights as unet,
+    unet_if_weights as unet_if,
+    uvit_weights as uvit,
+)
 from scaling_dit.weights import table
 
 __all__ = ["TABLES", "load_state_dict", "to_state_dict"]

@@ -15,7 +15,7 @@ from einops import rearrange
 from scaling_dit.encoders.vae_config import Architecture
 from scaling_dit.weights import table
 from scaling_dit.weights.table import Row, Transform, norm, stacked
-from scaling_dit.interop.unet import POINTWISE, convolution
+from scaling_dit.backbones.unet_weights import POINTWISE, convolution
 
 _PREFIX = "first_stage_model."  # of a whole checkpoint
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from scaling_dit.backbones.unet_if import UNetIF
 from scaling_dit.weights.table import Row, Table, Transform, linear, norm
-from scaling_dit.interop.unet import Place, ends, places, res_block
+from scaling_dit.backbones.unet_weights import Place, ends, places, res_block
 
 
 def rows(backbone: UNetIF) -> Table:

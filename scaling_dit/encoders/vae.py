@@ -254,7 +254,7 @@ class Autoencoder:
         Raises:
           UserError: weights that are not there, damaged, or of another architecture.
         """
-        from scaling_dit.interop import autoencoder_kl  # which imports every backbone
+        from scaling_dit.encoders import vae_weights as autoencoder_kl  # which imports every backbone
 
         found = pretrained.open_weights(self.weights, **_PLACE)
         abstract = trees.unbox(jax.eval_shape(self.init, jax.random.key(0)))

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from scaling_dit import pipeline, trees
 from scaling_dit.encoders import clip, t5, vae, vae_config
 from scaling_dit.errors import UserError
-from scaling_dit.interop import autoencoder_kl, diffusers_config, schedulers, text_encoders
+from scaling_dit.encoders import vae_weights as autoencoder_kl
+from scaling_dit.interop import diffusers_config, schedulers, text_encoders
 from scaling_dit.weights import table, files as weight_files
 from scaling_dit.interop.diffusers_families import FAMILIES
 

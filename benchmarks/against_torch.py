@@ -28,7 +28,7 @@ import torch_models
 from header import header
 
 from scaling_dit import backbones, interop, trees
-from scaling_dit.interop import diffusers_config
+from scaling_dit.interop.diffusers import config as diffusers_config
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
 # 30 to 60 million parameters each, and the papers' scale.

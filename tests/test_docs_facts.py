@@ -16,7 +16,7 @@ from scaling_dit.diffusion.samplers import SAMPLERS
 from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule
 from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
 from scaling_dit.evaluation import METRICS
-from scaling_dit.interop.diffusers_families import FAMILIES
+from scaling_dit.interop.diffusers.families import FAMILIES
 
 NAMES = sorted(backbones.BACKBONES)
 TRANSFORMERS = ("large_dit", "next_dit", "pixart", "uvit")

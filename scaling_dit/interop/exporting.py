@@ -12,9 +12,9 @@ from etils import epath
 from scaling_dit import interop, pipeline
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
-from scaling_dit.interop import diffusers_config, pipelines
+from scaling_dit.interop.diffusers import config as diffusers_config, pipelines
 from scaling_dit.weights import files as weight_files
-from scaling_dit.interop.diffusers_families import FAMILIES
+from scaling_dit.interop.diffusers.families import FAMILIES
 
 IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
 PIPELINE = "diffusers-pipeline"

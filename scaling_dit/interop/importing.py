@@ -17,7 +17,7 @@ from scaling_dit import config as config_lib
 from scaling_dit import config_files, files, frozen_weights, interop, optim, pipeline, trees
 from scaling_dit.checkpoints import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.interop import diffusers_config, pipelines
+from scaling_dit.interop.diffusers import config as diffusers_config, pipelines
 from scaling_dit.weights import files as weight_files
 from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.parallel import rules

@@ -22,7 +22,7 @@ from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.vae import Autoencoder
 from scaling_dit.errors import UserError
 from scaling_dit.generate import Sampler
-from scaling_dit.interop import pipelines, schedulers, text_encoders
+from scaling_dit.interop.diffusers import pipelines, schedulers, text_encoders
 
 PIXELS, STEPS, GUIDANCE = 16, 10, 3.0
 PROMPTS = ["a red circle left of a blue square", "", "two small green triangles, quite far apart " * 12]

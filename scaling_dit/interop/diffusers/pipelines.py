@@ -16,9 +16,9 @@ from scaling_dit import pipeline, trees
 from scaling_dit.encoders import clip, t5, vae, vae_config
 from scaling_dit.errors import UserError
 from scaling_dit.encoders import vae_weights as autoencoder_kl
-from scaling_dit.interop import diffusers_config, schedulers, text_encoders
+from scaling_dit.interop.diffusers import config as diffusers_config, schedulers, text_encoders
 from scaling_dit.weights import table, files as weight_files
-from scaling_dit.interop.diffusers_families import FAMILIES
+from scaling_dit.interop.diffusers.families import FAMILIES
 
 INDEX = "model_index.json"
 VAE, TEXT_ENCODER, TOKENIZER, SCHEDULER = "vae", "text_encoder", "tokenizer", "scheduler"

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.interop.diffusers_config import DIFFUSERS_VERSION
+from scaling_dit.interop.diffusers.config import DIFFUSERS_VERSION
 
 # Our name -> diffusers', with the first and last beta where they are parameters.
 _SCHEDULES: dict[str, tuple[str, float, float]] = {

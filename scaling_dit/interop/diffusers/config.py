@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.interop.diffusers_families import FAMILIES, Family
+from scaling_dit.interop.diffusers.families import FAMILIES, Family
 
 DIFFUSERS_VERSION = "0.42.1"  # whose classes and files these are
 

@@ -17,9 +17,10 @@ from note import header
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline, posthoc_ema
-from scaling_dit.checkpoints import Checkpoints
-from scaling_dit.state import power_name
+from scaling_dit import pipeline
+from scaling_dit.checkpoints import posthoc_ema
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.state import power_name
 
 DECAYS = (0.9, 0.99, 0.995, 0.999, 0.9995)
 WIDTHS = (0.05, 0.1)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from scaling_dit import trees
 from scaling_dit.config import WIDEST_EMA_POWER, parse_group
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.state import Params, TrainState, ema_name, power_name
+from scaling_dit.checkpoints.state import Params, TrainState, ema_name, power_name
 
 # (regex over parameter paths, learning-rate factor, weight decay)
 Group = tuple[str, float, float]

@@ -16,7 +16,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, checkpoints, encoders, frozen_weights, posthoc_ema, state, trees
+from scaling_dit import backbones, encoders, frozen_weights, trees
+from scaling_dit.checkpoints import store as checkpoints, posthoc_ema, state
 from scaling_dit import config as config_lib
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.data import sources
@@ -26,7 +27,7 @@ from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
-from scaling_dit.state import POWER, power_name
+from scaling_dit.checkpoints.state import POWER, power_name
 
 Params = dict[str, Any]
 TOKENIZER_FILE = "tokenizer.json"

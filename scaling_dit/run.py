@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit import files, frozen_weights, pipeline, rewind
 from scaling_dit.nn.attention import recorded_choices
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.prepare import identity
@@ -25,7 +25,7 @@ from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.parallel import rules
 from scaling_dit.program import StepProgram, batch_shapes, run_mesh
 from scaling_dit.rewind import Rewind, SpikeDetector
-from scaling_dit.state import TrainState, start_from
+from scaling_dit.checkpoints.state import TrainState, start_from
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from scaling_dit.parallel import compile_cache
 from scaling_dit import files, pipeline, rewind
 from scaling_dit import config as config_lib
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.data.damage import damage_of
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
@@ -25,10 +25,10 @@ from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer, read_metrics
 from scaling_dit.parallel import processes, rules
-from scaling_dit.posthoc_ema import Snapshots
+from scaling_dit.checkpoints.posthoc_ema import Snapshots
 from scaling_dit.rewind import Rewind, Spike
 from scaling_dit.run import Run, claim_workdir, open_workdir
-from scaling_dit.state import TrainState
+from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.train_step import make_train_step
 
 # Used elsewhere under these names.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from scaling_dit import optim, pipeline, trees
 from scaling_dit.diffusion import objectives
 from scaling_dit.diffusion.time_sampling import sample_timesteps
-from scaling_dit.state import TrainState, create_state
+from scaling_dit.checkpoints.state import TrainState, create_state
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

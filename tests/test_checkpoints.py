@@ -18,7 +18,7 @@ from etils import epath
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.parallel.rules import param_shardings, state_shardings

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from scaling_dit import checkpoints, cli, frozen_weights, pipeline, train, trees
+from scaling_dit.checkpoints import store as checkpoints
+from scaling_dit import cli, frozen_weights, pipeline, train, trees
 from scaling_dit import config as config_lib
 from scaling_dit.encoders.scratch import Scratch
 from scaling_dit.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from scaling_dit import optim as optim_lib
 from scaling_dit.config import defaults
 from scaling_dit.errors import UserError
-from scaling_dit.state import create_state
+from scaling_dit.checkpoints.state import create_state
 
 
 def section(**fields):

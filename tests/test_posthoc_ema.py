@@ -10,11 +10,12 @@ from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import optim, pipeline, posthoc_ema
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit import optim, pipeline
+from scaling_dit.checkpoints import posthoc_ema
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.posthoc_ema import Snapshots, fit, missing_shares, thinned
-from scaling_dit.state import TrainState, create_state, ema_name, power_name
+from scaling_dit.checkpoints.posthoc_ema import Snapshots, fit, missing_shares, thinned
+from scaling_dit.checkpoints.state import TrainState, create_state, ema_name, power_name
 
 WIDTHS = (0.05, 0.1)
 TRACKS = [power_name(width) for width in WIDTHS]

@@ -15,7 +15,7 @@ from test_train import assert_same_bits, tiny
 
 from scaling_dit import config as config_lib
 from scaling_dit import rewind, train
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.data.loader import HostBatches
 from scaling_dit.errors import UserError
 from scaling_dit.monitor import report

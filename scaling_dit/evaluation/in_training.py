@@ -11,7 +11,7 @@ from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.generate import Sampler
 from scaling_dit.monitor.grid import captioned_grid
-from scaling_dit.state import TrainState
+from scaling_dit.checkpoints.state import TrainState
 
 
 class InTraining:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit import config_files, files, frozen_weights, interop, optim, pipeline, trees
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import config as diffusers_config, pipelines
 from scaling_dit.weights import files as weight_files
@@ -23,7 +23,7 @@ from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.parallel import rules
 from scaling_dit.program import run_mesh
 from scaling_dit.run import claim_workdir, open_workdir
-from scaling_dit.state import TrainState, start_from
+from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.train_step import init_state
 
 # Fields that the codec and the text encoder of the run decide, and what to set.

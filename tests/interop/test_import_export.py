@@ -11,7 +11,7 @@ from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
 from scaling_dit import cli, config, interop, optim, pipeline, train
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.interop import exporting
 from scaling_dit.run import open_workdir
 from scaling_dit.train_step import init_state

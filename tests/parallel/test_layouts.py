@@ -13,7 +13,7 @@ from uvit_golden import QUICK, fill
 from scaling_dit import config as config_lib
 from scaling_dit import pipeline, trees
 from scaling_dit import program as program_lib
-from scaling_dit.checkpoints import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.parallel import rules
 from scaling_dit.program import StepProgram, run_mesh
 

@@ -37,7 +37,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from scaling_dit import backbones, optim, pipeline  # noqa: E402
+from scaling_dit import backbones, optim
+from scaling_dit.model import model as pipeline  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
 from scaling_dit.diffusion import schedules  # noqa: E402
 from scaling_dit.parallel import fsdp, rules, xla_flags

@@ -17,7 +17,8 @@ import sys
 
 from note import header, training_rate
 
-from scaling_dit import backbones, count, pipeline
+from scaling_dit import backbones, count
+from scaling_dit.model import model as pipeline
 from scaling_dit.encoders import scratch
 
 MARGIN, COLOUR = 0.2, 0.7

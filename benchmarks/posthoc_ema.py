@@ -17,7 +17,7 @@ from note import header
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.state import power_name

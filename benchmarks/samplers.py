@@ -15,7 +15,8 @@ from typing import Any
 
 from note import header
 
-from scaling_dit import generate, pipeline
+from scaling_dit import generate
+from scaling_dit.model import model as pipeline
 from scaling_dit.evaluation import METRICS, tifa
 from scaling_dit.evaluation.metric import Item
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scaling_dit import interop as interop
     from scaling_dit.backbones import create as create
-    from scaling_dit.pipeline import load as load
+    from scaling_dit.model.model import load as load
     from scaling_dit.costs.count import count as count
     from scaling_dit.train import train as train
 
@@ -29,7 +29,7 @@ _LAZY = {  # public name -> (module, attribute, or None for the module itself)
     "count": ("scaling_dit.costs.count", "count"),
     "create": ("scaling_dit.backbones", "create"),
     "interop": ("scaling_dit.interop", None),
-    "load": ("scaling_dit.pipeline", "load"),
+    "load": ("scaling_dit.model.model", "load"),
     "train": ("scaling_dit.train", None),  # a callable module, see below
 }
 

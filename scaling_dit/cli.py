@@ -186,7 +186,7 @@ def _config_of_run(workdir: str, overrides: list[str]) -> Any:
     from etils import epath
 
     from scaling_dit import config as config_lib
-    from scaling_dit import pipeline
+    from scaling_dit.model import model as pipeline
 
     if not (epath.Path(workdir) / pipeline.CONFIG_FILE).exists():
         raise UserError(

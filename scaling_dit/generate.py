@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.diffusion import guidance as guidance_lib
 from scaling_dit.diffusion import samplers
 from scaling_dit.errors import UserError

@@ -11,12 +11,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import files, frozen_weights, pipeline, rewind
+from scaling_dit import files, rewind
+from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
-from scaling_dit.data.prepare import identity
+from scaling_dit.model import codec_identity as identity
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders import Tokenizer
 from scaling_dit.encoders.subwords import NO_TOKENIZER

@@ -15,7 +15,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit.parallel import compile_cache
-from scaling_dit import files, pipeline, rewind
+from scaling_dit import files, rewind
+from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.data.damage import damage_of

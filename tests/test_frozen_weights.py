@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from scaling_dit.checkpoints import store as checkpoints
-from scaling_dit import cli, frozen_weights, pipeline, train, trees
+from scaling_dit import cli, train, trees
+from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.encoders.scratch import Scratch
 from scaling_dit.errors import UserError

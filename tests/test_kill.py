@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.monitor.writers import read_metrics
 
 STEPS = 30

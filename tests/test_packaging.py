@@ -57,7 +57,7 @@ def stand_in(tmp_path_factory):
         "import scaling_dit.train",
         "import scaling_dit; scaling_dit.train; import scaling_dit.train",
         "from scaling_dit.train import main",
-        "from scaling_dit import train; import scaling_dit.pipeline, scaling_dit.train",
+        "from scaling_dit import train; import scaling_dit.model.model, scaling_dit.train",
         "from scaling_dit import load",
         "import importlib; importlib.import_module('scaling_dit.train')",
     ],
@@ -92,7 +92,7 @@ def test_public_names():
 def test_the_public_count_and_create_are_the_functions():
     assert scaling_dit.count is importlib.import_module("scaling_dit.costs.count").count
     assert scaling_dit.create is importlib.import_module("scaling_dit.backbones").create
-    assert scaling_dit.load is importlib.import_module("scaling_dit.pipeline").load
+    assert scaling_dit.load is importlib.import_module("scaling_dit.model.model").load
     assert isinstance(scaling_dit.interop, types.ModuleType)
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import frozen_weights, pipeline
+from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError

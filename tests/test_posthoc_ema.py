@@ -10,7 +10,8 @@ from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import optim, pipeline
+from scaling_dit import optim
+from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from parallel.test_every_backbone import FIELDS
 
-from scaling_dit import backbones, optim, pipeline, program, trees
+from scaling_dit import backbones, optim, program, trees
+from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.train_step import init_state, make_train_step
 

@@ -83,7 +83,7 @@ def params_text(tree: object) -> str:
 
 def _dump(spec: str) -> tuple[str, str]:
     from scaling_dit import config as config_lib
-    from scaling_dit import pipeline
+    from scaling_dit.model import model as pipeline
 
     config = config_lib.load(spec)
     return config_lib.dump(config), params_text(pipeline.abstract_params(config))

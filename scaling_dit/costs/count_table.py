@@ -86,7 +86,7 @@ def _of_experiment(
     config: ConfigDict, latents: tuple[int, ...] | None, text: tuple[int, ...] | None
 ) -> tuple["nn.Module", tuple[int, ...], tuple[int, ...]]:
     """The experiment's backbone and the shapes that its data and text encoder give it, where none are given."""
-    from scaling_dit import pipeline  # imports what a run needs, which counting a backbone alone does not
+    from scaling_dit.model import model as pipeline  # imports what a run needs, which counting a backbone alone does not
 
     model = pipeline.build(config, pipeline.make_tokenizer(config))
     latents = latents or model.latent_shape

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from scaling_dit import files
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.curation import encode, filters, shape, sidecar
-from scaling_dit.data.prepare import identity
+from scaling_dit.model import codec_identity as identity
 from scaling_dit.data.prepared import manifest
 from scaling_dit.curation.progress import Progress
 from scaling_dit.data.sources import create_raw_source

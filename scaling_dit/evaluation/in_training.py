@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.data.sources import Source
 from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.validation import ValidationLoss

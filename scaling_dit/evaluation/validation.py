@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.data.loader import stack_pictures
 from scaling_dit.data.sources import Source
 from scaling_dit.diffusion import objectives, schedules

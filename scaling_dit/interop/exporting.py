@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from scaling_dit import interop, pipeline
+from scaling_dit import interop
+from scaling_dit.model import model as pipeline
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
 from scaling_dit.interop.diffusers import config as diffusers_config, pipelines

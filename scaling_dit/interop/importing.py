@@ -14,7 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files, files, frozen_weights, interop, optim, pipeline, trees
+from scaling_dit import config_files, files, interop, optim, trees
+from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import config as diffusers_config, pipelines

@@ -14,7 +14,8 @@ from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import encoders, pipeline, train, trees
+from scaling_dit import encoders, train, trees
+from scaling_dit.model import model as pipeline
 from scaling_dit.encoders import clip, clip_vision, t5, vocabularies
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.encoders.subwords import SubwordTokenizer

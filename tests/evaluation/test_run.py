@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.data import digits
 from scaling_dit.data.sources import create_source
 from scaling_dit.diffusion.schedules import make_schedule

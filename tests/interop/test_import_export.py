@@ -10,7 +10,8 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
-from scaling_dit import cli, config, interop, optim, pipeline, train
+from scaling_dit import cli, config, interop, optim, train
+from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.interop import exporting
 from scaling_dit.run import open_workdir

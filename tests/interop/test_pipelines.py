@@ -16,7 +16,8 @@ import transformers
 from backbones.parity import randomise_
 from encoders import text_towers
 
-from scaling_dit import cli, pipeline
+from scaling_dit import cli
+from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.vae import Autoencoder

@@ -11,7 +11,8 @@ from parallel.test_every_backbone import LAYOUTS
 from uvit_golden import QUICK, fill
 
 from scaling_dit import config as config_lib
-from scaling_dit import pipeline, trees
+from scaling_dit.model import model as pipeline
+from scaling_dit import trees
 from scaling_dit import program as program_lib
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.parallel import rules

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_dit import pipeline
+from scaling_dit.model import model as pipeline
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.parallel import processes

@@ -12,7 +12,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import pipeline, trees
+from scaling_dit.model import model as pipeline
+from scaling_dit import trees
 from scaling_dit.encoders import clip, t5, vae, vae_config
 from scaling_dit.errors import UserError
 from scaling_dit.encoders import vae_weights as autoencoder_kl

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit import frozen_weights, trees
+from scaling_dit.model import frozen as frozen_weights
+from scaling_dit import trees
 from scaling_dit.data.sources import Source
 from scaling_dit.data.prepared.source import LatentsSource
 from scaling_dit.weights import places as pretrained

@@ -16,7 +16,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, encoders, frozen_weights, trees
+from scaling_dit import backbones, encoders, trees
+from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.checkpoints import store as checkpoints, posthoc_ema, state
 from scaling_dit import config as config_lib
 from scaling_dit.backbones.contract import Backbone

@@ -22,7 +22,7 @@ from scaling_dit.files import write_whole
 from scaling_dit.parallel import rules
 
 if TYPE_CHECKING:
-    from scaling_dit.pipeline import Model
+    from scaling_dit.model.model import Model
 
 Params = dict[str, Any]
 FROZEN_FILE = "frozen.npz"

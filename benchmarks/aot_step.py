@@ -37,7 +37,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from scaling_dit import backbones, optim
+from scaling_dit import backbones
+from scaling_dit.training import optim
 from scaling_dit.model import model as pipeline  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
 from scaling_dit.diffusion import schedules  # noqa: E402
@@ -48,7 +49,7 @@ from scaling_dit.planning.hlo import Program, compiled_text  # noqa: E402
 from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
 from scaling_dit.planning.roofline import roofline  # noqa: E402
 from scaling_dit.costs.count import count  # noqa: E402
-from scaling_dit.train_step import init_state, make_train_step  # noqa: E402
+from scaling_dit.training.step import init_state, make_train_step  # noqa: E402
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scaling_dit.backbones import create as create
     from scaling_dit.model.model import load as load
     from scaling_dit.costs.count import count as count
-    from scaling_dit.train import train as train
+    from scaling_dit.training.loop import train as train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "count", "create", "interop", "load", "train"]

@@ -230,7 +230,7 @@ def _train(values: flags.FlagValues, _: list[str], overrides: list[str]) -> int:
     config = config_lib.load(spec, overrides) if spec else _config_of_run(workdir, overrides)
 
     def train() -> int:
-        from scaling_dit.train import main
+        from scaling_dit.training.loop import main
 
         return main(config, values.workdir, began)
 
@@ -479,7 +479,7 @@ def _report(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int
     runs = [*arguments, *([values.workdir] if values.workdir else [])]
     if len(runs) != 1:
         raise UserError(f"report takes one run, not {len(runs)}; for example: {VERBS['report'].example}")
-    from scaling_dit.monitor import report
+    from scaling_dit.training import report
 
     return report.main(runs[0], as_json=values.json)
 

@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only."""
-    from scaling_dit import config, train
+    from scaling_dit import config
+    from scaling_dit.training import loop as train
 
     workdir = tmp_path_factory.mktemp("smoke")
     train.train(config.load("experiments/shapes.py:smoke"), workdir)

@@ -15,7 +15,8 @@ from absl import flags
 from PIL import Image
 
 import scaling_dit
-from scaling_dit import cli, config, train
+from scaling_dit import cli, config
+from scaling_dit.training import loop as train
 from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput

@@ -12,13 +12,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from scaling_dit.checkpoints import store as checkpoints
-from scaling_dit import cli, train, trees
+from scaling_dit import cli, trees
+from scaling_dit.training import loop as train
 from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.encoders.scratch import Scratch
 from scaling_dit.errors import UserError
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.run import Run
+from scaling_dit.training.run import Run
 
 KEY = jax.random.key(0)
 

@@ -9,7 +9,8 @@ import pytest
 from scaling_dit.experiments import dit_scaling, unet_scaling
 
 from docs.model_table import PRINTED
-from scaling_dit import backbones, optim, train_step
+from scaling_dit import backbones
+from scaling_dit.training import optim, step as train_step
 from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.encoders import scratch

@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from scaling_dit import optim as optim_lib
+from scaling_dit.training import optim as optim_lib
 from scaling_dit.config import defaults
 from scaling_dit.errors import UserError
 from scaling_dit.checkpoints.state import create_state

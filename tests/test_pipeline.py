@@ -16,8 +16,8 @@ from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
-from scaling_dit.rewind import SpikeDetector
-from scaling_dit.run import Run
+from scaling_dit.training.rewind import SpikeDetector
+from scaling_dit.training.run import Run
 
 
 @pytest.fixture(scope="module")

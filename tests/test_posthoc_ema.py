@@ -10,7 +10,7 @@ from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import optim
+from scaling_dit.training import optim
 from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.store import Checkpoints

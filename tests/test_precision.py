@@ -9,10 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 from parallel.test_every_backbone import FIELDS
 
-from scaling_dit import backbones, optim, program, trees
+from scaling_dit import backbones, trees
+from scaling_dit.training import optim, program
 from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
-from scaling_dit.train_step import init_state, make_train_step
+from scaling_dit.training.step import init_state, make_train_step
 
 MICROBATCHES = 2
 # What loses digits in bfloat16: sums, and functions that are steep somewhere.

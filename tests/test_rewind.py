@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from test_train import assert_same_bits, tiny
 
 from scaling_dit import config as config_lib
-from scaling_dit import rewind, train
+from scaling_dit.training import rewind, loop as train
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.data.loader import HostBatches
 from scaling_dit.errors import UserError
-from scaling_dit.monitor import report
+from scaling_dit.training import report
 from scaling_dit.monitor.writers import MultiWriter, read_metrics
-from scaling_dit.rewind import Rewind, SpikeDetector
-from scaling_dit.run import Run, claim_workdir, open_workdir
+from scaling_dit.training.rewind import Rewind, SpikeDetector
+from scaling_dit.training.run import Run, claim_workdir, open_workdir
 
 SETTINGS = ConfigDict({"factor": 3.0, "window": 3, "back": 2, "ahead": 1, "limit": 2})
 

@@ -8,7 +8,7 @@ import pytest
 
 from scaling_dit.config import defaults
 from scaling_dit.errors import UserError
-from scaling_dit.optim import apply_gradients, make_optimizer
+from scaling_dit.training.optim import apply_gradients, make_optimizer
 from scaling_dit.checkpoints.state import create_state, ema_name
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.model import frozen as frozen_weights, model as pipeline
-from scaling_dit import train, train_step
+from scaling_dit.training import loop as train, step as train_step
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import JsonlWriter, MultiWriter, read_metrics
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.optim import power_exponent, warm_limit
+from scaling_dit.training.optim import power_exponent, warm_limit
 from scaling_dit.checkpoints.state import POWER, Params, TrainState, power_name
 
 SNAPSHOTS = "ema_snapshots"  # folder in the workdir

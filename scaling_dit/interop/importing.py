@@ -14,7 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files, files, interop, optim, trees
+from scaling_dit import config_files, files, interop, trees
+from scaling_dit.training import optim
 from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
@@ -22,10 +23,10 @@ from scaling_dit.interop.diffusers import config as diffusers_config, pipelines
 from scaling_dit.weights import files as weight_files
 from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.parallel import rules
-from scaling_dit.program import run_mesh
-from scaling_dit.run import claim_workdir, open_workdir
+from scaling_dit.training.program import run_mesh
+from scaling_dit.training.run import claim_workdir, open_workdir
 from scaling_dit.checkpoints.state import TrainState, start_from
-from scaling_dit.train_step import init_state
+from scaling_dit.training.step import init_state
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
 _FROM_RUN = {"in_channels": "config.codec.name", "text_dim": "config.text_encoder.dim"}

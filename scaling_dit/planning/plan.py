@@ -23,7 +23,7 @@ from scaling_dit.parallel import rules
 from scaling_dit.planning.compile import Memory, compile_program, outline_program, shard_bytes
 from scaling_dit.planning.roofline import Roofline, roofline
 from scaling_dit.parallel.topologies import Topology
-from scaling_dit.program import StepProgram, run_mesh
+from scaling_dit.training.program import StepProgram, run_mesh
 from scaling_dit.costs.count import count
 
 STEPS = ("train", "sample")

@@ -18,7 +18,7 @@ from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import AXES
 from scaling_dit.planning.plan import Plan
 from scaling_dit.parallel.topologies import TPUS, Topology
-from scaling_dit.program import run_mesh
+from scaling_dit.training.program import run_mesh
 
 REMAT = ("none", "products", "dots", "attention", "full")  # from what keeps most to what keeps least
 MICROBATCHES = (1, 2, 4, 8)

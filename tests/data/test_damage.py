@@ -292,7 +292,7 @@ def test_captions_of_any_script_and_length(tmp_path):
 @pytest.mark.slow
 def test_a_run_tells_its_damage(folders, tmp_path):
     from scaling_dit import config as config_lib
-    from scaling_dit import train
+    from scaling_dit.training import loop as train
     from scaling_dit.monitor.writers import read_metrics
 
     config = config_lib.load(
@@ -324,7 +324,7 @@ def test_the_list_keeps_what_earlier_starts_met(tmp_path):
 
 
 def test_a_run_that_damage_ends_lists_it(tmp_path):
-    from scaling_dit.train import damage_listed
+    from scaling_dit.training.loop import damage_listed
 
     damage = Damage(limit=1, field="config.source.max_damaged")
     run = types.SimpleNamespace(source=types.SimpleNamespace(damage=damage), workdir=epath.Path(tmp_path))

@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from etils import epath
 
-from scaling_dit import cli, config, train
+from scaling_dit import cli, config
+from scaling_dit.training import loop as train
 from scaling_dit.model import model as pipeline
 from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_source

@@ -258,7 +258,7 @@ def test_a_known_set_needs_no_fields(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_tfds_set_trains(sound, tmp_path):
     from scaling_dit import config as config_lib
-    from scaling_dit import train
+    from scaling_dit.training import loop as train
 
     config = config_lib.load(
         "shapes:smoke",

@@ -14,7 +14,8 @@ from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit import encoders, train, trees
+from scaling_dit import encoders, trees
+from scaling_dit.training import loop as train
 from scaling_dit.model import model as pipeline
 from scaling_dit.encoders import clip, clip_vision, t5, vocabularies
 from scaling_dit.encoders.clip import ClipText
@@ -23,7 +24,7 @@ from scaling_dit.encoders.t5 import T5Text
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.run import claim_workdir, open_workdir
+from scaling_dit.training.run import claim_workdir, open_workdir
 
 CLIP = {"text_encoder.name": "clip", "text_encoder.size": "tiny", "text_encoder.length": 16}
 

@@ -10,12 +10,13 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
-from scaling_dit import cli, config, interop, optim, train
+from scaling_dit import cli, config, interop
+from scaling_dit.training import optim, loop as train
 from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.interop import exporting
-from scaling_dit.run import open_workdir
-from scaling_dit.train_step import init_state
+from scaling_dit.training.run import open_workdir
+from scaling_dit.training.step import init_state
 
 SMOKE = "experiments/shapes.py:smoke"
 

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from scaling_dit import cli
-from scaling_dit.monitor import goodput, report
+from scaling_dit.monitor import goodput
+from scaling_dit.training import report
 from scaling_dit.monitor.writers import read_metrics
 
 

@@ -13,10 +13,10 @@ from uvit_golden import QUICK, fill
 from scaling_dit import config as config_lib
 from scaling_dit.model import model as pipeline
 from scaling_dit import trees
-from scaling_dit import program as program_lib
+from scaling_dit.training import program as program_lib
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.parallel import rules
-from scaling_dit.program import StepProgram, run_mesh
+from scaling_dit.training.program import StepProgram, run_mesh
 
 MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}
 BACKBONES = {

@@ -26,7 +26,7 @@ from scaling_dit.parallel import rules, topologies
 from scaling_dit.planning.hlo_cost import Collective, Statistics
 from scaling_dit.planning.roofline import roofline
 from scaling_dit.parallel.topologies import CHIPS, GIB, LOCAL, parse
-from scaling_dit.run import Run
+from scaling_dit.training.run import Run
 
 SMOKE = "experiments/shapes.py:smoke"
 FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
@@ -480,7 +480,7 @@ def test_sparse_cores_gather_and_sum_beside_the_computation():
 @pytest.mark.slow
 def test_no_array_of_a_program_holds_the_whole_batch():
     from scaling_dit.planning.hlo import Program
-    from scaling_dit.program import StepProgram, run_mesh
+    from scaling_dit.training.program import StepProgram, run_mesh
 
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", [
         "--config.backbone.hidden=128", "--config.backbone.depth=2", "--config.batch=72", "--config.backbone.heads=2",

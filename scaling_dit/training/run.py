@@ -11,7 +11,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import files, rewind
+from scaling_dit import files
+from scaling_dit.training import rewind
 from scaling_dit.model import frozen as frozen_weights, model as pipeline
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.checkpoints.store import Checkpoints
@@ -24,8 +25,8 @@ from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.parallel import rules
-from scaling_dit.program import StepProgram, batch_shapes, run_mesh
-from scaling_dit.rewind import Rewind, SpikeDetector
+from scaling_dit.training.program import StepProgram, batch_shapes, run_mesh
+from scaling_dit.training.rewind import Rewind, SpikeDetector
 from scaling_dit.checkpoints.state import TrainState, start_from
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from scaling_dit.model import model as pipeline
-from scaling_dit import rewind
+from scaling_dit.training import rewind
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics

@@ -15,7 +15,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit.parallel import compile_cache
-from scaling_dit import files, rewind
+from scaling_dit import files
+from scaling_dit.training import rewind
 from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.store import Checkpoints
@@ -27,10 +28,10 @@ from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer, read_metrics
 from scaling_dit.parallel import processes, rules
 from scaling_dit.checkpoints.posthoc_ema import Snapshots
-from scaling_dit.rewind import Rewind, Spike
-from scaling_dit.run import Run, claim_workdir, open_workdir
+from scaling_dit.training.rewind import Rewind, Spike
+from scaling_dit.training.run import Run, claim_workdir, open_workdir
 from scaling_dit.checkpoints.state import TrainState
-from scaling_dit.train_step import make_train_step
+from scaling_dit.training.step import make_train_step
 
 # Used elsewhere under these names.
 __all__ = ["Stopped", "claim_workdir", "main", "make_train_step", "open_workdir", "train"]

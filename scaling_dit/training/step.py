@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from scaling_dit import optim, trees
+from scaling_dit.training import optim
+from scaling_dit import trees
 from scaling_dit.model import model as pipeline
 from scaling_dit.diffusion import objectives
 from scaling_dit.diffusion.time_sampling import sample_timesteps

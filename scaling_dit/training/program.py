@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, optim, trees
+from scaling_dit import backbones, trees
+from scaling_dit.training import optim
 from scaling_dit.model import model as pipeline
 from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel import mesh as mesh_lib
-from scaling_dit.train_step import init_state, make_train_step
+from scaling_dit.training.step import init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

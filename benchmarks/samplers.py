@@ -15,7 +15,7 @@ from typing import Any
 
 from note import header
 
-from scaling_dit import generate
+from scaling_dit.sampling import sampler as generate
 from scaling_dit.model import model as pipeline
 from scaling_dit.evaluation import METRICS, tifa
 from scaling_dit.evaluation.metric import Item

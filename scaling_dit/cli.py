@@ -288,10 +288,10 @@ def _trained(values: flags.FlagValues) -> dict[str, Any]:
 
 def _sample(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int:
     _required(values, "sample", "workdir")
-    from scaling_dit.evaluation.prompts import gather_prompts
+    from scaling_dit.sampling.prompts import gather_prompts
 
     prompts = gather_prompts([*values.prompt, *arguments], values.prompts_file)
-    from scaling_dit import generate
+    from scaling_dit.sampling import sampler as generate
 
     return generate.main(
         values.workdir, prompts, values.out, num=values.num, batch=values.batch, **_trained(values)

@@ -234,7 +234,7 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
 
 
 def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
-    calls = behind(monkeypatch, "scaling_dit.generate")
+    calls = behind(monkeypatch, "scaling_dit.sampling.sampler")
     (tmp_path / "more.txt").write_text("c\n")
     file = tmp_path / "more.txt"
     flags = ["--guidance=2", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7"]
@@ -259,7 +259,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
 
 
 def test_a_caption_may_start_with_a_dash_after_the_separator(monkeypatch):
-    calls = behind(monkeypatch, "scaling_dit.generate")
+    calls = behind(monkeypatch, "scaling_dit.sampling.sampler")
     cli.main(["sample", "--workdir=w", "--", "--help", "-x"])
     assert [caption for _, caption in calls[0][0][1]] == ["--help", "-x"]
 

@@ -10,9 +10,9 @@ from etils import epath
 from PIL import Image
 
 import scaling_dit
-from scaling_dit import generate
+from scaling_dit.sampling import sampler as generate
 from scaling_dit.errors import UserError
-from scaling_dit.generate import Sampler
+from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.parallel.mesh import make_mesh
 
 PROMPTS = [

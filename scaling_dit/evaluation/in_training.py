@@ -9,7 +9,7 @@ from scaling_dit.model import model as pipeline
 from scaling_dit.data.sources import Source
 from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.validation import ValidationLoss
-from scaling_dit.generate import Sampler
+from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.monitor.grid import captioned_grid
 from scaling_dit.checkpoints.state import TrainState
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit import generate
+from scaling_dit.sampling import sampler as generate
 from scaling_dit.model import model as pipeline
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import METRICS, tifa

@@ -280,7 +280,7 @@ class Pipeline:
         Picture i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched. `sampler`,
         `steps` and `guidance` default to the run's `config.sample`.
         """
-        from scaling_dit import generate  # generate builds on this module
+        from scaling_dit.sampling import sampler as generate  # generate builds on this module
 
         wanted = (sampler, steps, guidance)
         if wanted not in self._samplers:  # each is compiled once

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from scaling_dit import encoders, generate
+from scaling_dit import encoders
+from scaling_dit.sampling import sampler as generate
 from scaling_dit.model import model as pipeline
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.errors import UserError

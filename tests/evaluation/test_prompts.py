@@ -5,7 +5,7 @@ import re
 import pytest
 
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation.prompts import gather_prompts
+from scaling_dit.sampling.prompts import gather_prompts
 
 
 def test_arguments_are_numbered():

@@ -22,7 +22,7 @@ from scaling_dit import config as config_lib
 from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.vae import Autoencoder
 from scaling_dit.errors import UserError
-from scaling_dit.generate import Sampler
+from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.interop.diffusers import pipelines, schedulers, text_encoders
 
 PIXELS, STEPS, GUIDANCE = 16, 10, 3.0

@@ -52,13 +52,13 @@ format: .venv/.installed-lint
 	$(BIN)/ruff format .
 
 golden: .venv/.installed-test
-	$(BIN)/python tests/update_golden.py
+	$(BIN)/python tools/update_golden.py
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 figures: .venv/.installed-docs
-	$(BIN)/python -m docs.figures
+	$(BIN)/python -m tools.figures
 
 clean:
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

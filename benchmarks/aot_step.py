@@ -37,18 +37,18 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from scaling_dit import backbones
-from scaling_dit.training import optim
-from scaling_dit.model import model as pipeline  # noqa: E402
+from scaling_dit import backbones  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
-from scaling_dit.diffusion import schedules  # noqa: E402
-from scaling_dit.parallel import fsdp, rules, xla_flags
-from scaling_dit.planning import hlo_cost, hlo_timeline  # noqa: E402
-from scaling_dit.parallel import topologies as slices  # noqa: E402
-from scaling_dit.planning.hlo import Program, compiled_text  # noqa: E402
-from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
-from scaling_dit.planning.roofline import roofline  # noqa: E402
 from scaling_dit.costs.count import count  # noqa: E402
+from scaling_dit.diffusion import schedules  # noqa: E402
+from scaling_dit.model.model import Model  # noqa: E402
+from scaling_dit.parallel import fsdp, rules, xla_flags  # noqa: E402
+from scaling_dit.parallel import topologies as slices  # noqa: E402
+from scaling_dit.parallel.mesh import make_mesh  # noqa: E402
+from scaling_dit.planning import hlo_cost, hlo_timeline  # noqa: E402
+from scaling_dit.planning.hlo import Program, compiled_text  # noqa: E402
+from scaling_dit.planning.roofline import roofline  # noqa: E402
+from scaling_dit.training import optim  # noqa: E402
 from scaling_dit.training.step import init_state, make_train_step  # noqa: E402
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
@@ -106,7 +106,7 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]
     config.optim.update({"accumulate": args.accumulate, "ema": (0.9999,) if args.ema else ()})
     fields = {"dtype": "bfloat16", "scan_layers": True} | args.set
     backbone = backbones.create_for(args.backbone, in_channels=4, text_dim=TEXT[1], size=args.size, **fields)
-    model = pipeline.Model(
+    model = Model(
         codec=Latents(),
         text_encoder=Embeddings(),
         backbone=backbone,

@@ -18,8 +18,9 @@ import sys
 from note import header, training_rate
 
 from scaling_dit import backbones, count
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.encoders import scratch
+from scaling_dit.model.build import build_model, open_source
 
 MARGIN, COLOUR = 0.2, 0.7
 
@@ -41,11 +42,11 @@ def main() -> int:
 
 def figures(run: pathlib.Path) -> dict:
     """What one run's files say."""
-    config = pipeline.read_config(run)
+    config = read_config(run)
     (found,) = run.glob("evaluation/**/tifa/result.json")
     result = json.loads(found.read_text())
     low, high = result["interval"]
-    model = pipeline.build(config, scratch.build_tokenizer(pipeline.create_source(config)))
+    model = build_model(config, scratch.build_tokenizer(open_source(config)))
     shape, text = model.latent_shape, (model.text_encoder.length, model.text_encoder.dim)
     fields = config.backbone.to_dict()
     cost = count(backbones.create_for(in_channels=shape[2], text_dim=text[1], **fields), shape, text)

@@ -24,9 +24,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from note import header
 
 from scaling_dit import encoders, files
+from scaling_dit.curation import encode
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import KeyedGenerator, make_loader, stack_pictures
-from scaling_dit.curation import encode
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources import create_source
 from scaling_dit.encoders.subwords import SubwordTokenizer

@@ -17,10 +17,12 @@ from note import header
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints import posthoc_ema
+from scaling_dit.checkpoints.ema import power_name
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.state import power_name
+from scaling_dit.checkpoints.workdir import CHECKPOINTS
+from scaling_dit.sampling import pipeline
+from scaling_dit.trees import Params
 
 DECAYS = (0.9, 0.99, 0.995, 0.999, 0.9995)
 WIDTHS = (0.05, 0.1)
@@ -64,7 +66,7 @@ def compare(workdir: epath.Path, step: int) -> list[tuple[int, float, float, flo
     tracks = [power_name(width) for width in WIDTHS]
     basis = [(name, at) for at in range(EVERY, step + 1, EVERY) for name in tracks]
     rows = []
-    with Checkpoints(workdir / pipeline.CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
         for decay in DECAYS:
             kept = pipeline.load(workdir, step=step, ema=decay).params
             rebuilt = posthoc_ema.rebuild(workdir, store, step, raw, str(decay), tracks)
@@ -74,12 +76,12 @@ def compare(workdir: epath.Path, step: int) -> list[tuple[int, float, float, flo
     return rows
 
 
-def length(tree: pipeline.Params) -> float:
+def length(tree: Params) -> float:
     """Euclidean norm of all leaves together, in float64."""
     return float(np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(tree))))
 
 
-def distance(a: pipeline.Params, b: pipeline.Params) -> float:
+def distance(a: Params, b: Params) -> float:
     """`length` of the difference."""
     return length(jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b))
 

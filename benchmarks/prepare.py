@@ -27,8 +27,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from scaling_dit import trees
-from scaling_dit.data import images
 from scaling_dit.curation import encode, shape
+from scaling_dit.data import images
 from scaling_dit.data.prepared import records
 from scaling_dit.data.sources import create_raw_source
 from scaling_dit.encoders.codec import create_codec

@@ -15,10 +15,11 @@ from typing import Any
 
 from note import header
 
-from scaling_dit.sampling import sampler as generate
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.evaluation import METRICS, tifa
 from scaling_dit.evaluation.metric import Item
+from scaling_dit.model.build import open_source
+from scaling_dit.sampling.pipeline import open_for_sampling
 
 BAR = ("ddim", 50)
 # Each at the numbers of steps it is used with; of Heun a step costs two calls of the model.
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=500, help="held-out scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise and of the bootstrap")
     args = parser.parse_args()
-    source = pipeline.create_source(pipeline.read_config(args.run))
+    source = open_source(read_config(args.run))
     items = METRICS["tifa"].items(source, args.items)
     rows = []
     for sampler, steps in ROWS:
@@ -54,9 +55,7 @@ def main() -> None:
 
 def measure(workdir: str, items: list[Item], sampler: str, steps: int, seed: int) -> dict[str, Any]:
     """One row: settings, seconds, TIFA and the scores by scene."""
-    pipe, chosen, about = generate.open_for_sampling(
-        workdir, step=None, ema=None, sampler=sampler, steps=steps
-    )
+    pipe, chosen, about = open_for_sampling(workdir, step=None, ema=None, sampler=sampler, steps=steps)
     prompts = [item.prompt for item in items]
     chosen(pipe.params, pipe.frozen, prompts[: chosen.batch], seed=seed)  # compiles
     start = time.perf_counter()
@@ -73,7 +72,7 @@ def measure(workdir: str, items: list[Item], sampler: str, steps: int, seed: int
 
 def note(run: pathlib.Path, rows: list[dict[str, Any]], seed: int) -> str:
     """The markdown of all rows; the first is the bar."""
-    config, bar = pipeline.read_config(run), rows[0]
+    config, bar = read_config(run), rows[0]
     settings = f"{len(bar['scores'])} held-out scenes, seed {seed}, step {bar['step']}, ema {bar['ema']}"
     lines = [
         *header("Samplers", "benchmarks/samplers.py"),

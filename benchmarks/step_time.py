@@ -24,9 +24,9 @@ from header import header
 
 from scaling_dit import backbones, trees
 from scaling_dit.backbones import contract
+from scaling_dit.costs.count import count
 from scaling_dit.parallel import rules, topologies
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.costs.count import count
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
 _TWO_LEVELS = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_dim": 32}

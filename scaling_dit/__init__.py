@@ -11,51 +11,27 @@ The public API is what `__all__` lists; everything else may move. Each name is l
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
+
+from scaling_dit._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from scaling_dit import interop as interop
     from scaling_dit.backbones import create as create
-    from scaling_dit.model.model import load as load
     from scaling_dit.costs.count import count as count
+    from scaling_dit.sampling.pipeline import load as load
     from scaling_dit.training.loop import train as train
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "count", "create", "interop", "load", "train"]
 
-_LAZY = {  # public name -> (module, attribute, or None for the module itself)
+# Public name -> (module, attribute, or None for the module itself).
+_LAZY = {
     "count": ("scaling_dit.costs.count", "count"),
     "create": ("scaling_dit.backbones", "create"),
     "interop": ("scaling_dit.interop", None),
-    "load": ("scaling_dit.model.model", "load"),
-    "train": ("scaling_dit.train", None),  # a callable module, see below
+    "load": ("scaling_dit.sampling.pipeline", "load"),
+    "train": ("scaling_dit.training.loop", "train"),
 }
-
-
-class _CallableTrain(types.ModuleType):
-    """The module `scaling_dit.train`, which calls its function of that name."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["train"](*args, **kwargs)
-
-
-class _Package(types.ModuleType):
-    """This package, whose `train` is both a public function and the module that holds it.
-
-    Importing that module anywhere binds it here, whatever was bound before. So the module answers the call:
-    `scaling_dit.train` is one object in every order of imports, `scaling_dit.train(config, workdir)` works, and
-    so does `scaling_dit.train.main`.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train" and isinstance(value, types.ModuleType):
-            value.__class__ = _CallableTrain
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from scaling_dit import __version__, cli_data
+from scaling_dit import cli_data
+from scaling_dit._version import __version__
 from scaling_dit.errors import UserError, nearest
 
 PROGRAM = "scaling-dit"
@@ -186,13 +187,13 @@ def _config_of_run(workdir: str, overrides: list[str]) -> Any:
     from etils import epath
 
     from scaling_dit import config as config_lib
-    from scaling_dit.model import model as pipeline
+    from scaling_dit.checkpoints.workdir import CONFIG_FILE, read_config
 
-    if not (epath.Path(workdir) / pipeline.CONFIG_FILE).exists():
+    if not (epath.Path(workdir) / CONFIG_FILE).exists():
         raise UserError(
             f"{workdir} holds no run, so train needs --config; for example: {VERBS['train'].example}"
         )
-    return config_lib.resolve(pipeline.read_config(workdir), overrides)
+    return config_lib.resolve(read_config(workdir), overrides)
 
 
 def _define_processes(values: flags.FlagValues) -> None:
@@ -291,9 +292,10 @@ def _sample(values: flags.FlagValues, arguments: list[str], _: list[str]) -> int
     from scaling_dit.sampling.prompts import gather_prompts
 
     prompts = gather_prompts([*values.prompt, *arguments], values.prompts_file)
-    from scaling_dit.sampling import sampler as generate
 
-    return generate.main(
+    from scaling_dit.sampling.sample import sample_prompts
+
+    return sample_prompts(
         values.workdir, prompts, values.out, num=values.num, batch=values.batch, **_trained(values)
     )
 

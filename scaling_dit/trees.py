@@ -5,6 +5,9 @@ from typing import Any
 import jax
 from flax.core import meta
 
+# A tree of arrays: nested dicts with texts for keys.
+Params = dict[str, Any]
+
 
 def is_box(leaf: Any) -> bool:
     """Whether a leaf is a box of flax's: a value with the logical names of its axes."""

@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(items):
 def smoke_run(tmp_path_factory):
     """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only."""
     from scaling_dit import config
-    from scaling_dit.training import loop as train
+    from scaling_dit.training import loop
 
     workdir = tmp_path_factory.mktemp("smoke")
-    train.train(config.load("experiments/shapes.py:smoke"), workdir)
+    loop.train(config.load("experiments/shapes.py:smoke"), workdir)
     return workdir

@@ -3,13 +3,14 @@
 import importlib
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "aot_step.py"
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "aot_step.py"
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The table of plans: which settings a cell tries, what it keeps, and that a failed cell stops no other."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from scaling_dit import config as config_lib
 from scaling_dit.parallel.topologies import GIB
+from tests.support.paths import ROOT
 
 PLAN: dict = {
     "topology": "v5p:4x4x4",
@@ -27,7 +27,7 @@ PLAN: dict = {
 def table():
     """benchmarks/aot_table.py as a module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(pathlib.Path(__file__).parent.parent / "benchmarks")
+        patch.syspath_prepend(ROOT / "benchmarks")
         import aot_table
 
     return aot_table

@@ -1,14 +1,14 @@
 """The benchmarks' scripts run as their first lines say, each in a process of its own."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FEW = ROOT / "tests/few_packages.py"
+from tests.support.paths import ROOT
+
+FEW = ROOT / "tests/support/few_packages.py"
 FAMILIES = ("uvit", "unet_if")  # one of each kind
 
 

@@ -16,14 +16,14 @@ from PIL import Image
 
 import scaling_dit
 from scaling_dit import cli, config
-from scaling_dit.training import loop as train
 from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.planning import report as plan_report
+from scaling_dit.training import loop
+from tests.support.paths import DOCS
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
@@ -206,10 +206,10 @@ def test_the_parts_of_goodput_are_explained():
 def test_exit_codes_are_those_of_the_program():
     codes = {int(code) for code in first_column("errors_and_exit_codes.md", "Exit codes")}
     assert codes == {
-        train.DONE,
-        train.NONFINITE,
-        train.SPIKE,
-        train.PREEMPTED,
+        loop.DONE,
+        loop.NONFINITE,
+        loop.SPIKE,
+        loop.PREEMPTED,
         plan_report.FITS_NOT,
         cli.USER_ERROR,
         cli.INTERRUPTED,

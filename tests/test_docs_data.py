@@ -8,13 +8,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from test_docs import DOCS, blocks, commands
 
 from scaling_dit import cli, config
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import _REGISTRY, create_source, source_fields
 from scaling_dit.errors import UserError
+from tests.test_docs import DOCS, blocks, commands
 
 PAGE = "data.md"
 FORMATS = ("webdataset", "tfds", "parquet")

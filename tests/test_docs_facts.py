@@ -6,9 +6,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from test_docs import DOCS, blocks, first_column
 
-from docs import diagram, figures
 from scaling_dit import backbones
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.diffusion.objectives import PREDICTIONS, WEIGHTINGS
@@ -17,6 +15,8 @@ from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule
 from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
 from scaling_dit.evaluation import METRICS
 from scaling_dit.interop.diffusers.families import FAMILIES
+from tests.test_docs import DOCS, blocks, first_column
+from tools import diagram, figures
 
 NAMES = sorted(backbones.BACKBONES)
 TRANSFORMERS = ("large_dit", "next_dit", "pixart", "uvit")

@@ -6,7 +6,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-import update_golden
+
+from tools import update_golden
 
 EXPERIMENT = """
 from scaling_dit import config as config_lib

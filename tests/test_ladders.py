@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from scaling_dit.experiments import dit_scaling, unet_scaling
 
-from docs.model_table import PRINTED
 from scaling_dit import backbones
-from scaling_dit.training import optim, step as train_step
-from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
+from scaling_dit.costs import count_table
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
-from scaling_dit.costs import count_table
+from scaling_dit.model.build import abstract_params, build_model, open_source
+from scaling_dit.training import optim
+from scaling_dit.training import step as train_step
+from tools.model_table import PRINTED
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
 ROWS = [f"{name}:{row}" for name, file in FILES.items() for row in file.ARGUMENTS]
@@ -114,7 +115,7 @@ def test_every_row_of_the_first_papers_tables_is_there():
 def test_a_train_step_of_the_real_size(row):
     """Initial state and one update, optimiser and average included, at the papers' shapes; nothing is allocated."""
     config = loaded(row)
-    model = pipeline.build(config, _tokenizer())
+    model = build_model(config, _tokenizer())
     assert model.latent_shape == count_table.LATENTS
     assert (model.text_encoder.length, model.text_encoder.dim) == count_table.TEXT
     optimizer = optim.make_optimizer(config.optim, config.steps)
@@ -137,7 +138,7 @@ def test_a_train_step_of_the_real_size(row):
 
 @functools.cache
 def _tokenizer():
-    return scratch.build_tokenizer(pipeline.create_source(loaded(ROWS[0])))
+    return scratch.build_tokenizer(open_source(loaded(ROWS[0])))
 
 
 MINIATURE = {
@@ -178,7 +179,7 @@ def test_the_papers_encoders_take_the_stand_ins_place():
     assert pretrained.backbone == plain.backbone and pretrained.optim == plain.optim
     assert (pretrained.codec.name, pretrained.text_encoder.name) == ("vae", "clip")
     assert not pretrained.train_text_encoder and not pretrained.text_mask
-    shapes = pipeline.abstract_params(pretrained)
+    shapes = abstract_params(pretrained)
     # evaluated sizes of SDXL's autoencoder, and of OpenCLIP-H's text tower without its last layer
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(shapes[name])) for name in ("codec", "text_encoder")

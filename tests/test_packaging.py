@@ -3,7 +3,6 @@
 import ast
 import importlib
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import pytest
 
 import scaling_dit
 from scaling_dit import cli
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 def python(code, cwd=ROOT):
@@ -43,10 +41,13 @@ def stand_in(tmp_path_factory):
     package = tmp_path_factory.mktemp("stand_in") / "scaling_dit"
     package.mkdir()
     (package / "__init__.py").write_text((ROOT / "scaling_dit" / "__init__.py").read_text())
-    (package / "train.py").write_text(
-        "def train(config, workdir):\n    return config, workdir\nmain = train\n"
-    )
-    (package / "pipeline.py").write_text("import scaling_dit.train\nload = None\n")
+    (package / "_version.py").write_text('__version__ = "0"\n')
+    for folder, file, names in (("training", "loop", "train"), ("sampling", "pipeline", "load")):
+        (package / folder).mkdir()
+        (package / folder / "__init__.py").touch()
+        (package / folder / f"{file}.py").write_text(
+            f"def {names}(*args, **kwargs):\n    return args, kwargs\n"
+        )
     return package.parent
 
 
@@ -54,31 +55,27 @@ def stand_in(tmp_path_factory):
     "first",
     [
         "import scaling_dit",
-        "import scaling_dit.train",
-        "import scaling_dit; scaling_dit.train; import scaling_dit.train",
-        "from scaling_dit.train import main",
-        "from scaling_dit import train; import scaling_dit.model.model, scaling_dit.train",
+        "import scaling_dit.training.loop",
+        "import scaling_dit; scaling_dit.train; import scaling_dit.training.loop",
+        "from scaling_dit.training.loop import train",
+        "from scaling_dit import train; import scaling_dit.sampling.pipeline",
         "from scaling_dit import load",
-        "import importlib; importlib.import_module('scaling_dit.train')",
     ],
 )
 def test_train_is_called_whatever_was_imported_first(first, stand_in):
     check = """
-import sys, types
+import types
 import scaling_dit
-assert scaling_dit.train("config", workdir="dir") == ("config", "dir")
-assert scaling_dit.train is sys.modules["scaling_dit.train"]
+assert scaling_dit.train("config", workdir="dir") == (("config",), {"workdir": "dir"})
 from scaling_dit import train
-assert train("c", "d") == ("c", "d")
-assert callable(train.main) and isinstance(train, types.ModuleType)
+assert isinstance(train, types.FunctionType) and train is scaling_dit.train
 print("right")
 """
     assert python(f"{first}\n{check}", cwd=stand_in) == "right"
 
 
-def test_the_real_train_is_callable():
-    assert callable(scaling_dit.train)
-    assert scaling_dit.train is importlib.import_module("scaling_dit.train")
+def test_the_real_train_is_the_function():
+    assert scaling_dit.train is importlib.import_module("scaling_dit.training.loop").train
 
 
 def test_public_names():
@@ -92,7 +89,7 @@ def test_public_names():
 def test_the_public_count_and_create_are_the_functions():
     assert scaling_dit.count is importlib.import_module("scaling_dit.costs.count").count
     assert scaling_dit.create is importlib.import_module("scaling_dit.backbones").create
-    assert scaling_dit.load is importlib.import_module("scaling_dit.model.model").load
+    assert scaling_dit.load is importlib.import_module("scaling_dit.sampling.pipeline").load
     assert isinstance(scaling_dit.interop, types.ModuleType)
 
 

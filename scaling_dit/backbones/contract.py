@@ -32,16 +32,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.nn.attention import check_implementation
-from scaling_dit.nn.layers import check_remat
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.attention import check_implementation
+from scaling_dit.nn.layers import check_remat, parse_dtype
 
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
 Extras = Mapping[str, jax.Array]
 Shape = tuple[int, ...]
 
 _TRANSFORMER_SIZE = re.compile(r"h(\d+)-d(\d+)-n(\d+)")
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @runtime_checkable
@@ -205,21 +204,6 @@ def size_row(size: str, sizes: Mapping[str, Mapping[str, int]]) -> Mapping[str, 
             f"unknown size {size!r}: a name or h<hidden>-d<depth>-n<heads>; {nearest(size, sizes)}"
         )
     return dict(zip(("hidden", "depth", "heads"), map(int, parsed.groups()), strict=True))
-
-
-def parse_dtype(name: Any, field: str) -> jnp.dtype:
-    """The dtype that a `dtype` or `param_dtype` field names.
-
-    Raises:
-      UserError: not one of float32, bfloat16, float16.
-    """
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in _DTYPES:
-        raise UserError(f"{field}={name!r} is not a floating type; {nearest(str(name), _DTYPES)}")
-    return dtype
 
 
 def _describe(thing: Any) -> str:

@@ -12,11 +12,11 @@ import jax
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.lumina_layers import Conditioning, Head, xavier_uniform
+from scaling_dit.errors import UserError
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import Dense
-from scaling_dit.backbones.lumina_layers import Conditioning, Head, xavier_uniform
 from scaling_dit.nn.rotary import Rotary
-from scaling_dit.errors import UserError
 
 CONDITIONING_WIDTH = 1024  # at most; hidden where that is less
 

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
-from scaling_dit.nn import layers
-from scaling_dit.nn.layers import NORMAL_002
 from scaling_dit.backbones.lumina import Lumina
 from scaling_dit.backbones.lumina_layers import (
     Modulation,
@@ -22,6 +20,8 @@ from scaling_dit.backbones.lumina_layers import (
     TextGatedAttention,
     rms_norm,
 )
+from scaling_dit.nn import layers
+from scaling_dit.nn.layers import NORMAL_002
 from scaling_dit.nn.rotary import Rotary, rotary_2d
 
 SIZES: dict[str, dict[str, int]] = {

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.errors import UserError
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import CrossAttention, SelfAttention, padded_context
 from scaling_dit.nn.layers import NORMAL_002, Dense, Mlp, layer_norm
-from scaling_dit.errors import UserError
 
 EPSILON = 1e-6  # of every LayerNorm
 TIME_FEATURES = 256  # width of the sinusoidal time embedding

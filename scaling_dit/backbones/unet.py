@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.errors import UserError
 from scaling_dit.nn import layers, unet_layers
 from scaling_dit.nn.attention import padded_context
 from scaling_dit.nn.layers import conv3x3
 from scaling_dit.nn.unet_layers import Embedding, ResBlock, Transformer2D, Upsample
-from scaling_dit.errors import UserError
 
 SIZE_FEATURES = 256  # sinusoidal features of each of the six numbers in the extra `sizes`
 

@@ -16,11 +16,11 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.errors import UserError
 from scaling_dit.nn import layers, unet_layers
 from scaling_dit.nn.attention import attend
 from scaling_dit.nn.layers import conv3x3
 from scaling_dit.nn.unet_layers import Embedding, ResBlock, linear
-from scaling_dit.errors import UserError
 
 ACTIVATION = "gelu"
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from scaling_dit.backbones.unet_if import UNetIF
-from scaling_dit.weights.table import Row, Table, Transform, linear, norm
 from scaling_dit.backbones.unet_weights import Place, ends, places, res_block
+from scaling_dit.weights.table import Row, Table, Transform, linear, norm
 
 
 def rows(backbone: UNetIF) -> Table:

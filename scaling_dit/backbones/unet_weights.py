@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from scaling_dit.backbones.unet import UNet
-from scaling_dit.weights.table import Row, Table, Transform, conv, linear, norm
+from scaling_dit.weights.table import POINTWISE, Row, Table, convolution, linear, norm
 
 
 class Place(NamedTuple):
@@ -87,15 +87,6 @@ def res_block(place: Place, widths: tuple[int, ...], *, scale_shift: bool = Fals
                 Row(f"{upstream}.conv_shortcut.bias", f"{ours}/shortcut/bias"),
             ]
     return table
-
-
-def convolution(upstream: str, ours: str) -> list[Row]:
-    """The rows of a torch Conv2d."""
-    return [Row(f"{upstream}.weight", f"{ours}/kernel", conv()), Row(f"{upstream}.bias", f"{ours}/bias")]
-
-
-# Weight [out, in, 1, 1] of a convolution <-> our kernel [in, out] of a linear map.
-POINTWISE = Transform(load=lambda w: w[:, :, 0, 0].T, save=lambda p: (p.T[:, :, None, None],))
 
 
 def _transformer(place: Place, depth: int) -> list[Row]:

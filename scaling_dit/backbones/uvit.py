@@ -16,10 +16,10 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
+from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.nn.layers import Dense, Mlp, layer_norm
-from scaling_dit.errors import UserError, nearest
 
 EPSILON = 1e-5  # of every LayerNorm
 POSITIONS = ("learned", "sincos_init")

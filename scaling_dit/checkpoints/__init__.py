@@ -1,1 +1,1 @@
-"""TODO."""
+"""What is kept of a run: its folder, its checkpoints, its averages."""

@@ -25,10 +25,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from scaling_dit.checkpoints.ema import POWER, power_exponent, power_name, warm_limit
+from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.training.optim import power_exponent, warm_limit
-from scaling_dit.checkpoints.state import POWER, Params, TrainState, power_name
+from scaling_dit.trees import Params
 
 SNAPSHOTS = "ema_snapshots"  # folder in the workdir
 LARGEST_RESIDUAL = 0.2

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from scaling_dit.errors import UserError
-
-Params = dict[str, Any]
-POWER = "power-"  # begins the names of averages with power-function profiles
+from scaling_dit.checkpoints.ema import ema_name, power_name
+from scaling_dit.trees import Params
 
 
 @flax.struct.dataclass
@@ -63,26 +61,3 @@ def _average(params: Params) -> Params:
     """An average that begins with these parameters: copies, for a donated state must not hold one buffer twice."""
     average: Params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return average
-
-
-def ema_name(decay: float) -> str:
-    """The key of an average in `TrainState.emas`.
-
-    >>> ema_name(0.999)
-    '0.999'
-
-    Raises:
-      UserError: a decay outside [0, 1).
-    """
-    if not 0.0 <= decay < 1.0:
-        raise UserError(f"optim.ema: decay {decay} must be at least 0 and less than 1")
-    return repr(float(decay))
-
-
-def power_name(sigma_rel: float) -> str:
-    """The key in `TrainState.emas` of an average with a power-function profile of that relative width.
-
-    >>> power_name(0.05)
-    'power-0.05'
-    """
-    return f"{POWER}{float(sigma_rel)!r}"

@@ -17,9 +17,9 @@ import jax
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
-from scaling_dit.nn.attention import IMPLEMENTATIONS
-from scaling_dit.errors import UserError, nearest
 from scaling_dit.costs.trace import Walker
+from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.attention import IMPLEMENTATIONS
 
 Path = tuple[str, ...]  # names of modules from the outside in
 _ATTENTION = re.compile(r"attn|attention|transformer", re.IGNORECASE)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit import config_files
 from scaling_dit.errors import UserError
+from scaling_dit.model.build import build_model, make_tokenizer
 
 if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
     from flax import linen as nn
@@ -86,9 +87,7 @@ def _of_experiment(
     config: ConfigDict, latents: tuple[int, ...] | None, text: tuple[int, ...] | None
 ) -> tuple["nn.Module", tuple[int, ...], tuple[int, ...]]:
     """The experiment's backbone and the shapes that its data and text encoder give it, where none are given."""
-    from scaling_dit.model import model as pipeline  # imports what a run needs, which counting a backbone alone does not
-
-    model = pipeline.build(config, pipeline.make_tokenizer(config))
+    model = build_model(config, make_tokenizer(config))
     latents = latents or model.latent_shape
     text = text or (model.text_encoder.length, model.text_encoder.dim)
     return _create(config.backbone.to_dict(), latents, text), latents, text

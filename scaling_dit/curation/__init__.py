@@ -1,1 +1,1 @@
-"""TODO."""
+"""Jobs over whole data sets: filter, stats, caption and prepare."""

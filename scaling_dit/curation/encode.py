@@ -20,12 +20,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from scaling_dit import files
-from scaling_dit.data import images
-from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.curation import columns, shape
-from scaling_dit.data.prepared import manifest, records
 from scaling_dit.curation.filters import Filter
 from scaling_dit.curation.sidecar import MadeCaption
+from scaling_dit.data import images
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources.encoded import EncodedSource, RawSample, key_hash
 from scaling_dit.encoders.codec import Codec
 from scaling_dit.errors import UserError

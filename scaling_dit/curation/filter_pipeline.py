@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from etils import epath
 
-from scaling_dit.data import images
-from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.curation import beam as engine
 from scaling_dit.curation import filters, sidecar
 from scaling_dit.curation.columns import columns
 from scaling_dit.curation.duplicates import bands, first_near, perceptual_hash
 from scaling_dit.curation.raw import RawName, open_raw
+from scaling_dit.data import images
+from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.encoded import RawSample
 
 KEPT, EXACT, NEAR = "kept", "exact_duplicate", "near_duplicate"

@@ -18,15 +18,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import files
-from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.curation import encode, filters, shape, sidecar
-from scaling_dit.model import codec_identity as identity
-from scaling_dit.data.prepared import manifest
 from scaling_dit.curation.progress import Progress
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.encoded import EncodedSource
 from scaling_dit.encoders.codec import create_codec
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.model import codec_identity as identity
 
 THREADS = max(2, os.cpu_count() or 2)  # that decode
 _LOOKED_AT = 1000  # samples, for the names of their metadata

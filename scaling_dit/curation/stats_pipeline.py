@@ -10,11 +10,11 @@ from typing import Any
 import apache_beam as beam
 from etils import epath
 
-from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.curation import beam as engine
 from scaling_dit.curation import density, sidecar, statistics
 from scaling_dit.curation.raw import RawName, open_raw
 from scaling_dit.curation.words import Nouns, find_nouns
+from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.errors import UserError
 
 TALLY = "counts.json"

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_dit import trees
-from scaling_dit.backbones.contract import parse_dtype
-from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm
 from scaling_dit.encoders import clip_weights, transformer
-from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders.subwords import NO_TOKENIZER, SubwordTokenizer
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm, parse_dtype
+from scaling_dit.weights import places as pretrained
 
 VOCABULARY = 49_408  # of every CLIP; the last two ids begin and end a text
 POSITIONS = 77

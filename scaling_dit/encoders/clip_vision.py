@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from scaling_dit import trees
-from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm
 from scaling_dit.encoders import clip_weights, transformer
-from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders.clip import CLASSES as WHOLE_CLASSES
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm
+from scaling_dit.weights import places as pretrained
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue in [0, 1], over CLIP's training set
 STD = (0.26862954, 0.26130258, 0.27577711)

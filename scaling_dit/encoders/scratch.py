@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from scaling_dit.nn.attention import SelfAttention
-from scaling_dit.backbones.contract import parse_dtype
-from scaling_dit.nn.layers import Initializer, Mlp, constrain, layer_norm
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
+from scaling_dit.nn.attention import SelfAttention
+from scaling_dit.nn.layers import Initializer, Mlp, constrain, layer_norm, parse_dtype
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 from etils import epath
 
-from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders import vocabularies
 from scaling_dit.errors import UserError
+from scaling_dit.weights import places as pretrained
 
 NO_TOKENIZER = (
     "the text encoder has no tokenizer: set config.text_encoder.weights to a folder that holds one, "

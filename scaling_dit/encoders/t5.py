@@ -18,12 +18,11 @@ import numpy as np
 from einops import rearrange
 
 from scaling_dit import trees
-from scaling_dit.backbones.contract import parse_dtype
-from scaling_dit.nn.layers import Dense, constrain, stack
-from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders import transformer
 from scaling_dit.encoders.subwords import NO_TOKENIZER, SubwordTokenizer
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.layers import Dense, constrain, parse_dtype, stack
+from scaling_dit.weights import places as pretrained
 from scaling_dit.weights import table
 
 VOCABULARY = 32_128  # rows of the table; the tokenizer has 32,100 ids

@@ -18,14 +18,13 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.nn.attention import SelfAttention
-from scaling_dit.backbones.contract import parse_dtype
-from scaling_dit.nn.layers import conv3x3
-from scaling_dit.nn.unet_layers import CONV_AXES, Upsample, flatten, group_norm, linear, torch_kernel, whole
-from scaling_dit.weights import places as pretrained
 from scaling_dit.encoders.codec import Pixels
 from scaling_dit.encoders.vae_config import ARCHITECTURES, CLASS_NAME, Architecture, read_architecture
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.attention import SelfAttention
+from scaling_dit.nn.layers import conv3x3, parse_dtype
+from scaling_dit.nn.unet_layers import CONV_AXES, Upsample, flatten, group_norm, linear, torch_kernel, whole
+from scaling_dit.weights import places as pretrained
 
 EPSILON = 1e-6  # of every GroupNorm
 LOGVAR_RANGE = -30.0, 20.0

@@ -14,8 +14,7 @@ from einops import rearrange
 
 from scaling_dit.encoders.vae_config import Architecture
 from scaling_dit.weights import table
-from scaling_dit.weights.table import Row, Transform, norm, stacked
-from scaling_dit.backbones.unet_weights import POINTWISE, convolution
+from scaling_dit.weights.table import POINTWISE, Row, Transform, convolution, norm, stacked
 
 _PREFIX = "first_stage_model."  # of a whole checkpoint
 

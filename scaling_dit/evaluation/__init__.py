@@ -1,7 +1,7 @@
 """Metrics of generated pictures, by name; each is a `metric.Metric`."""
 
+from scaling_dit.evaluation.metric import Metric
 from scaling_dit.evaluation.metrics.digits import DigitAccuracy
 from scaling_dit.evaluation.metrics.shapes_tifa import ExactTifa
-from scaling_dit.evaluation.metric import Metric
 
 METRICS: dict[str, Metric] = {"tifa": ExactTifa(), "digits": DigitAccuracy()}

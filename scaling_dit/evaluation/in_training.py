@@ -5,13 +5,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.ema import find_ema
+from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.data.sources import Source
 from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.validation import ValidationLoss
-from scaling_dit.sampling.sampler import Sampler
+from scaling_dit.model.model import Model
 from scaling_dit.monitor.grid import captioned_grid
-from scaling_dit.checkpoints.state import TrainState
+from scaling_dit.sampling.sampler import Sampler
+from scaling_dit.trees import Params
 
 
 class InTraining:
@@ -20,9 +22,7 @@ class InTraining:
     Pictures and metrics use the weights that `config.sample.ema` names, the validation loss the raw ones.
     """
 
-    def __init__(
-        self, model: pipeline.Model, source: Source, mesh: jax.sharding.Mesh, config: ConfigDict
-    ) -> None:
+    def __init__(self, model: Model, source: Source, mesh: jax.sharding.Mesh, config: ConfigDict) -> None:
         self._config = config
         if not config.eval.every:
             return
@@ -38,14 +38,14 @@ class InTraining:
         held_out = source.held_out()
         self._captions = [held_out[i % len(held_out)]["captions"][0] for i in range(config.eval.grid)]
         self._items = {name: METRICS[name].items(source, config.eval.prompts) for name in config.eval.metrics}
-        self._ema = pipeline.ema_name(config, config.sample.ema)
+        self._ema = find_ema(config, config.sample.ema)
 
     def due(self, step: int) -> bool:
         """Whether the config asks for an evaluation at this step: every so many, and at the end."""
         every = self._config.eval.every
         return bool(every) and (step % every == 0 or step == self._config.steps)
 
-    def write(self, writer: Any, step: int, state: TrainState, frozen: pipeline.Params) -> None:
+    def write(self, writer: Any, step: int, state: TrainState, frozen: Params) -> None:
         """Runs every evaluation on `state` and hands the results to the run's writer."""
         scalars = {f"validation/{name}": value for name, value in self._loss(state.params, frozen).items()}
         params = state.params if self._ema is None else state.emas[self._ema]

@@ -6,10 +6,12 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit.sampling import sampler as generate
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import METRICS, tifa
+from scaling_dit.model.build import open_source
+from scaling_dit.sampling.folder import GRID, sample_to_folder, tag
+from scaling_dit.sampling.pipeline import open_for_sampling
 
 RESULT = "result.json"
 
@@ -38,7 +40,7 @@ def main(
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
     """
-    config = pipeline.read_config(workdir)
+    config = read_config(workdir)
     names = tuple(metrics or config.eval.metrics)
     if not names:
         raise UserError(
@@ -47,23 +49,19 @@ def main(
     for name in names:
         if name not in METRICS:
             raise UserError(f"--metrics names {name!r}; {nearest(name, METRICS)}")
-    source = pipeline.create_source(config)
+    source = open_source(config)
     # Before loading, so that a metric that does not fit the data shows at once.
     wanted = {name: METRICS[name].items(source, items) for name in names}
-    pipe, chosen, about = generate.open_for_sampling(
+    pipe, chosen, about = open_for_sampling(
         workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance,
         guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
     )  # fmt: skip
-    root = (
-        epath.Path(out)
-        if out
-        else epath.Path(workdir) / "evaluation" / f"{generate.tag(about, seed)}-n{items}"
-    )
+    root = epath.Path(out) if out else epath.Path(workdir) / "evaluation" / f"{tag(about, seed)}-n{items}"
     results: dict[str, Any] = {}
     for name, metric_items in wanted.items():
         folder = root / name
         prompts = [(item.id, item.prompt) for item in metric_items]
-        images = generate.sample_to_folder(chosen, pipe, prompts, folder, seed=seed, about=about)
+        images = sample_to_folder(chosen, pipe, prompts, folder, seed=seed, about=about)
         result = METRICS[name].score(list(images), metric_items, seed=seed)
         head = {"metric": name, "workdir": str(workdir), "seed": seed, "n": len(metric_items)}
         results[name] = head | about | result
@@ -74,7 +72,7 @@ def main(
             settings = ", ".join(f"{key} {value}" for key, value in about.items())
             print(f"{name} of {workdir}: n {len(metric_items)}, seed {seed}, {settings}")
             print(METRICS[name].table(results[name]))
-            print(f"pictures: {folder / generate.GRID}\nfigures:  {folder / RESULT}")
+            print(f"pictures: {folder / GRID}\nfigures:  {folder / RESULT}")
     if as_json:
         print(json.dumps(results))
     return 0

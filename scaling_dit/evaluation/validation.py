@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 
-from scaling_dit.model import model as pipeline
 from scaling_dit.data.loader import stack_pictures
 from scaling_dit.data.sources import Source
 from scaling_dit.diffusion import objectives, schedules
+from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
+from scaling_dit.trees import Params
 
 _SEED = 20_000  # of the noise: the same for every run, whatever its own seed
 
@@ -28,7 +29,7 @@ class ValidationLoss:
 
     def __init__(
         self,
-        model: pipeline.Model,
+        model: Model,
         source: Source,
         mesh: jax.sharding.Mesh,
         *,
@@ -57,7 +58,7 @@ class ValidationLoss:
         self._batch = rules.round_batch(mesh, min(batch, images))
         self._run = jax.jit(self._errors)
 
-    def __call__(self, params: pipeline.Params, frozen: pipeline.Params) -> dict[str, float]:
+    def __call__(self, params: Params, frozen: Params) -> dict[str, float]:
         """{"loss": mean, "loss_t0000-0199": mean of that bin, ...}; every process gets the same."""
         count = len(self._rows["number"])
         held = rules.local_positions(self._mesh, self._batch)
@@ -81,7 +82,7 @@ class ValidationLoss:
         return {"loss": float(sums.sum() / counts.sum())} | by_bin
 
     def _errors(
-        self, params: pipeline.Params, frozen: pipeline.Params, rows: dict[str, jax.Array]
+        self, params: Params, frozen: Params, rows: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         model = self._model
         key = jax.random.key(_SEED)

@@ -8,6 +8,24 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
+from scaling_dit.backbones import (
+    large_dit_weights as large_dit,
+)
+from scaling_dit.backbones import (
+    next_dit_weights as next_dit,
+)
+from scaling_dit.backbones import (
+    pixart_weights as pixart,
+)
+from scaling_dit.backbones import (
+    unet_if_weights as unet_if,
+)
+from scaling_dit.backbones import (
+    unet_weights as unet,
+)
+from scaling_dit.backbones import (
+    uvit_weights as uvit,
+)
 from scaling_dit.backbones.large_dit import LargeDiT
 from scaling_dit.backbones.next_dit import NextDiT
 from scaling_dit.backbones.pixart import PixArt
@@ -15,14 +33,6 @@ from scaling_dit.backbones.unet import UNet
 from scaling_dit.backbones.unet_if import UNetIF
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.errors import UserError
-from scaling_dit.backbones import (
-    large_dit_weights as large_dit,
-    next_dit_weights as next_dit,
-    pixart_weights as pixart,
-    unet_weights as unet,
-    unet_if_weights as unet_if,
-    uvit_weights as uvit,
-)
 from scaling_dit.weights import table
 
 __all__ = ["TABLES", "load_state_dict", "to_state_dict"]

@@ -10,12 +10,16 @@ import numpy as np
 from etils import epath
 
 from scaling_dit import interop
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.ema import find_ema
+from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
-from scaling_dit.interop.diffusers import config as diffusers_config, pipelines
-from scaling_dit.weights import files as weight_files
+from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.interop.diffusers import pipelines
 from scaling_dit.interop.diffusers.families import FAMILIES
+from scaling_dit.sampling import pipeline
+from scaling_dit.sampling.pipeline import Pipeline
+from scaling_dit.weights import files as weight_files
 
 IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
 PIPELINE = "diffusers-pipeline"
@@ -54,8 +58,8 @@ def main(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
-    config = pipeline.read_config(workdir)
-    decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
+    config = read_config(workdir)
+    decay = find_ema(config, config.sample.ema if ema is None else ema)
     pipe = pipeline.load(workdir, step=step, ema=decay)
     if to == PIPELINE:
         pipelines.kind_of(pipe)
@@ -75,7 +79,7 @@ def main(
     return 0
 
 
-def describe(pipe: pipeline.Pipeline, workdir: epath.Path) -> dict[str, Any]:
+def describe(pipe: Pipeline, workdir: epath.Path) -> dict[str, Any]:
     """The `config.json` of a run's backbone; one that was imported keeps the spelling of the file it came with."""
     name = pipe.config.backbone.name
     described = diffusers_config.write_config(name, pipe.model.backbone, pipe.model.latent_shape[:2])

@@ -15,18 +15,21 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit import config_files, files, interop, trees
-from scaling_dit.training import optim
-from scaling_dit.model import frozen as frozen_weights, model as pipeline
-from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.errors import UserError
-from scaling_dit.interop.diffusers import config as diffusers_config, pipelines
-from scaling_dit.weights import files as weight_files
-from scaling_dit.interop.exporting import IMPORTED_CONFIG
-from scaling_dit.parallel import rules
-from scaling_dit.training.program import run_mesh
-from scaling_dit.training.run import claim_workdir, open_workdir
 from scaling_dit.checkpoints.state import TrainState, start_from
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import CHECKPOINTS, CONFIG_FILE, claim_workdir, open_workdir
+from scaling_dit.errors import UserError
+from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.interop.diffusers import pipelines
+from scaling_dit.interop.exporting import IMPORTED_CONFIG
+from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.model.build import build_model, open_source
+from scaling_dit.model.model import Model
+from scaling_dit.parallel import rules
+from scaling_dit.training import optim
+from scaling_dit.training.program import run_mesh
 from scaling_dit.training.step import init_state
+from scaling_dit.weights import files as weight_files
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
 _FROM_RUN = {"in_channels": "config.codec.name", "text_dim": "config.text_encoder.dim"}
@@ -48,7 +51,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
         config that contradicts the folder's.
     """
     path, folder = epath.Path(source), epath.Path(workdir)
-    for name in (pipeline.CONFIG_FILE, pipeline.CHECKPOINTS):
+    for name in (CONFIG_FILE, CHECKPOINTS):
         if (folder / name).exists():
             raise UserError(f"{folder} holds a run already; give another --workdir")
     experiment = config_files.read_experiment(spec).copy_and_resolve_references()
@@ -141,9 +144,9 @@ def start_run(
     The config is written last: a folder with a config has everything else.
     """
     mesh = run_mesh(config)
-    source = pipeline.create_source(config)
+    source = open_source(config)
     tokenizer = open_workdir(workdir, config, source)
-    model = pipeline.build(config, tokenizer, source)
+    model = build_model(config, tokenizer, source)
     if described is not None:
         _check_described(config, model, described, origin)
     backbone: Any = model.backbone
@@ -168,7 +171,7 @@ def start_run(
     given = {"backbone": host, **frozen_weights.open_trained(model, mesh, boxed)}
     shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
     start = jax.jit(make, out_shardings=shardings)(given)
-    with Checkpoints(workdir / pipeline.CHECKPOINTS) as store:
+    with Checkpoints(workdir / CHECKPOINTS) as store:
         store.save(
             0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True
         )
@@ -178,9 +181,7 @@ def start_run(
     claim_workdir(workdir, config, tokenizer)
 
 
-def _check_described(
-    config: ConfigDict, model: pipeline.Model, described: Mapping[str, Any], source: str
-) -> None:
+def _check_described(config: ConfigDict, model: Model, described: Mapping[str, Any], source: str) -> None:
     family = diffusers_config.family_of(described, source)
     backbone: Any = model.backbone
     fields = diffusers_config.read_fields(family, described, source)
@@ -192,7 +193,7 @@ def _check_described(
     diffusers_config.check_same(family, described, backbone, model.latent_shape[:2], source)
 
 
-def _check_shapes(found: Mapping[Any, Any], wanted: Mapping[Any, Any], model: pipeline.Model) -> None:
+def _check_shapes(found: Mapping[Any, Any], wanted: Mapping[Any, Any], model: Model) -> None:
     """A table of positions may have any length in a state dict, but it must fit this run's inputs."""
     for path, target in wanted.items():
         if found[path].shape != target.shape:

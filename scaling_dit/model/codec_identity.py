@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit.model import frozen as frozen_weights
 from scaling_dit import trees
-from scaling_dit.data.sources import Source
 from scaling_dit.data.prepared.source import LatentsSource
-from scaling_dit.weights import places as pretrained
+from scaling_dit.data.sources import Source
 from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError
+from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.weights import places as pretrained
 
 # Fields of a codec that say where its weights lie or how it runs; `size` stands for its architecture.
 _NOT_IDENTITY = ("weights", "dtype", "tile", "size")

@@ -16,15 +16,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from scaling_dit import trees
-from scaling_dit.weights import places as pretrained
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
 from scaling_dit.parallel import rules
+from scaling_dit.trees import Params
+from scaling_dit.weights import places as pretrained
 
 if TYPE_CHECKING:
     from scaling_dit.model.model import Model
 
-Params = dict[str, Any]
 FROZEN_FILE = "frozen.npz"
 _SEPARATOR = "/"  # between the keys of a weight's path in that file
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Layers that backbones and encoders are made of: attention, norms, embeddings, scanned stacks."""

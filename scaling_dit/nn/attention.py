@@ -14,9 +14,9 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import per_device, short_attention, splash
 from scaling_dit.nn.layers import ATTENTION, NORMAL_002, WEIGHTS, Dense, Initializer, constrain
-from scaling_dit.errors import UserError, nearest
 
 IMPLEMENTATIONS = ("auto", "xla", "short", "splash", "cudnn")
 _TPU_KERNELS = {"short": short_attention.attend, "splash": splash.attend}

@@ -15,8 +15,10 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit import trees
-from scaling_dit.nn.scanning import scan_layers
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.nn.scanning import scan_layers
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 Initializer = Callable[..., jax.Array]
 Axes = tuple[str | None, ...]
@@ -352,3 +354,18 @@ def stack(
         x, out = block(name=f"{name}_{i}", **fields)(x, own, *broadcast)
         outputs.append(out)
     return x, outputs
+
+
+def parse_dtype(name: Any, field: str) -> jnp.dtype:
+    """The dtype that a `dtype` or `param_dtype` field names.
+
+    Raises:
+      UserError: not one of float32, bfloat16, float16.
+    """
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _DTYPES:
+        raise UserError(f"{field}={name!r} is not a floating type; {nearest(str(name), _DTYPES)}")
+    return dtype

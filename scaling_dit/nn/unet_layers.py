@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import linen as nn
 
+from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import CrossAttention, SelfAttention
 from scaling_dit.nn.layers import ACTIVATIONS, Dense, conv3x3, layer_norm, torch_uniform
-from scaling_dit.errors import UserError, nearest
 
 GROUPS = 32  # of every GroupNorm
 EPSILON = 1e-5  # of every norm but a transformer's GroupNorm, which has 1e-6

@@ -128,7 +128,7 @@ def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:
     """
     import jax
 
-    from scaling_dit import __version__
+    from scaling_dit._version import __version__
 
     rendezvous.meet(
         membership.coordinator,

@@ -250,3 +250,8 @@ def to_global(host_batch: Mapping[str, Any], mesh: Mesh, batch: int) -> dict[str
         return jax.make_array_from_process_local_data(sharding, rows, (batch, *rows.shape[1:]))
 
     return jax.tree.map(place, dict(host_batch))
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `abstract` with the places of `shardings`: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

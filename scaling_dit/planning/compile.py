@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 from scaling_dit.errors import UserError
-from scaling_dit.planning import hlo
 from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
+from scaling_dit.planning import hlo
 
 # Files that the compiler writes when all arrays have their places, the last one after the others.
 _ORDERED = "after_optimizations.txt"

@@ -10,10 +10,10 @@ waits for what was started before it.
 import dataclasses
 from collections.abc import Iterator
 
+from scaling_dit.parallel.topologies import Topology
 from scaling_dit.planning.hlo import Instruction, Program
 from scaling_dit.planning.hlo_cost import Collective, Layout, collective_of, cycles_of
 from scaling_dit.planning.roofline import collective_seconds
-from scaling_dit.parallel.topologies import Topology
 
 
 @dataclasses.dataclass

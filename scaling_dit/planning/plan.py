@@ -15,17 +15,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_dit import encoders
-from scaling_dit.sampling import sampler as generate
-from scaling_dit.model import model as pipeline
-from scaling_dit.nn.attention import recorded_choices
+from scaling_dit.costs.count import count
 from scaling_dit.errors import UserError
-from scaling_dit.planning import hlo_cost, hlo_timeline
+from scaling_dit.model.build import build_model, make_tokenizer, open_source
+from scaling_dit.model.model import Model
+from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import rules
+from scaling_dit.parallel.topologies import Topology
+from scaling_dit.planning import hlo_cost, hlo_timeline
 from scaling_dit.planning.compile import Memory, compile_program, outline_program, shard_bytes
 from scaling_dit.planning.roofline import Roofline, roofline
-from scaling_dit.parallel.topologies import Topology
+from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.training.program import StepProgram, run_mesh
-from scaling_dit.costs.count import count
 
 STEPS = ("train", "sample")
 
@@ -104,7 +105,7 @@ def make(
             lowered = program.lower()
         else:
             held = (program.state.params, program.frozen)
-            lowered = generate.Sampler.of(model, mesh, config.sample).lower(*held)
+            lowered = Sampler.of(model, mesh, config.sample).lower(*held)
     lowered_at = time.perf_counter()
     compiler = compile_program if kernels else outline_program
     compiled, memory = compiler(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
@@ -151,11 +152,11 @@ def settings(config: ConfigDict, step: str) -> dict[str, Any]:
     }
 
 
-def abstract_model(config: ConfigDict) -> pipeline.Model:
+def abstract_model(config: ConfigDict) -> Model:
     """The model of a config, built as a new run builds it, without weights, and without tokenizer files if need be."""
-    source = pipeline.create_source(config)
-    tokenizer = pipeline.make_tokenizer(config, source)
-    model = pipeline.build(config, tokenizer, source)
+    source = open_source(config)
+    tokenizer = make_tokenizer(config, source)
+    model = build_model(config, tokenizer, source)
     if tokenizer is None:
         return dataclasses.replace(model, text_encoder=_WithoutTokenizer(model.text_encoder))
     return model
@@ -176,7 +177,7 @@ class _WithoutTokenizer:
         return np.zeros(shape, np.int32), np.ones(shape, bool)
 
 
-def train_flops(config: ConfigDict, model: pipeline.Model) -> int | None:
+def train_flops(config: ConfigDict, model: Model) -> int | None:
     """FLOPs of one train step over all chips, of the backbone alone; None for one that cannot be counted."""
     text = (model.text_encoder.length, model.text_encoder.dim)
     backbone: Any = model.backbone

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scaling_dit import config as config_lib
-from scaling_dit.planning import plan as plan_lib
-from scaling_dit.planning import quick as plan_quick, search as plan_search
 from scaling_dit.parallel import topologies
+from scaling_dit.planning import plan as plan_lib
+from scaling_dit.planning import quick as plan_quick
+from scaling_dit.planning import search as plan_search
 from scaling_dit.planning.hlo_cost import Collective
 from scaling_dit.planning.plan import Memory, Plan
 from scaling_dit.planning.roofline import ASSUMPTIONS, Roofline

@@ -9,8 +9,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from scaling_dit.planning.hlo_cost import Collective, Statistics
 from scaling_dit.parallel.topologies import Topology
+from scaling_dit.planning.hlo_cost import Collective, Statistics
 
 ASSUMPTIONS = (
     "limit: the slowest of compute, HBM, ICI and DCN, each at its peak, all at the same time",

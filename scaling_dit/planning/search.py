@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from scaling_dit.errors import UserError
-from scaling_dit.planning import plan as plan_lib
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import AXES
-from scaling_dit.planning.plan import Plan
 from scaling_dit.parallel.topologies import TPUS, Topology
+from scaling_dit.planning import plan as plan_lib
+from scaling_dit.planning.plan import Plan
 from scaling_dit.training.program import run_mesh
 
 REMAT = ("none", "products", "dots", "attention", "full")  # from what keeps most to what keeps least

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Prompts to images with a trained run."""

@@ -7,36 +7,28 @@ taken up again.
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit.model import model as pipeline
 from scaling_dit.diffusion import guidance as guidance_lib
 from scaling_dit.diffusion import samplers
-from scaling_dit.errors import UserError
-from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
+from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules, xla_flags
-
-MANIFEST = "manifest.jsonl"
-GRID = "grid.png"
-_GRID_MOST = 64  # pictures in the grid of a request
+from scaling_dit.trees import Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
     """Prompts to pictures for one model on one mesh; compiled once for a batch size."""
 
-    model: pipeline.Model
+    model: Model
     mesh: jax.sharding.Mesh
     sampler: str
     steps: int
@@ -46,9 +38,7 @@ class Sampler:
     batch: int  # pictures at once; rounded up to what the mesh divides
 
     @classmethod
-    def of(
-        cls, model: pipeline.Model, mesh: jax.sharding.Mesh, settings: ConfigDict, **changes: Any
-    ) -> "Sampler":
+    def of(cls, model: Model, mesh: jax.sharding.Mesh, settings: ConfigDict, **changes: Any) -> "Sampler":
         """From `config.sample`; `changes` that are not None replace fields.
 
         Raises:
@@ -74,8 +64,8 @@ class Sampler:
 
     def __call__(
         self,
-        params: pipeline.Params,
-        frozen: pipeline.Params,
+        params: Params,
+        frozen: Params,
         prompts: Sequence[str],
         seed: int = 0,
         numbers: Sequence[int] | None = None,
@@ -104,7 +94,7 @@ class Sampler:
             else np.zeros((0, *([self.model.image_size] * 2), 3), np.uint8)
         )
 
-    def lower(self, params: pipeline.Params, frozen: pipeline.Params) -> Any:
+    def lower(self, params: Params, frozen: Params) -> Any:
         """The program of one batch, lowered for the mesh's devices, which need not be there: a `jax.stages.Lowered`.
 
         `params` and `frozen` are abstract, with shardings.
@@ -126,7 +116,7 @@ class Sampler:
         return jax.jit(self._images, out_shardings=sharding, compiler_options=options)
 
     def _images(
-        self, params: pipeline.Params, frozen: pipeline.Params, inputs: dict[str, jax.Array], seed: jax.Array
+        self, params: Params, frozen: Params, inputs: dict[str, jax.Array], seed: jax.Array
     ) -> jax.Array:
         model = self.model
         noise = model.noise(jax.random.key(seed), inputs["numbers"])
@@ -157,144 +147,3 @@ class Sampler:
             clip=model.codec.bounded,
         )
         return model.decode(frozen, latents)
-
-
-def sample_to_folder(
-    sampler: Sampler,
-    pipe: "pipeline.Pipeline",
-    items: Sequence[tuple[str, str]],
-    out: epath.Path,
-    *,
-    seed: int,
-    about: dict[str, Any],
-) -> np.ndarray:
-    """Pictures of (id, prompt) items as PNG files with a manifest and a captioned grid; finished ones are not redone.
-
-    Writes `ID.png`, `manifest.jsonl` (one line a picture: id, prompt, seed, number, path and `about`) and `grid.png`.
-
-    Args:
-      about: what the pictures were made with, such as step and guidance; part of each manifest line.
-
-    Returns:
-      uint8 [N, H, W, 3].
-
-    Raises:
-      UserError: `out` holds pictures of another request, or an id occurs twice.
-    """
-    rows = [
-        {"id": id_, "prompt": prompt, "seed": seed, "number": i, "path": f"{id_}.png", **about}
-        for i, (id_, prompt) in enumerate(items)
-    ]
-    if len({row["id"] for row in rows}) < len(rows):
-        raise UserError("two prompts have the same id; ids name the picture files and must differ")
-    if any(row["path"] == GRID for row in rows):
-        raise UserError(
-            f"a prompt has the id {GRID.removesuffix('.png')!r}, the name of the overview page; give another id"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    done = _read_finished(out, rows)
-    images: list[np.ndarray | None] = [
-        read_png(out / row["path"]) if i in done else None for i, row in enumerate(rows)
-    ]
-    todo = [i for i, image in enumerate(images) if image is None]
-    writes = jax.process_index() == 0
-    for start in range(0, len(todo), sampler.batch):
-        chunk = todo[start : start + sampler.batch]
-        made = sampler(pipe.params, pipe.frozen, [rows[i]["prompt"] for i in chunk], seed=seed, numbers=chunk)
-        for i, image in zip(chunk, made, strict=True):
-            images[i] = image
-            if writes:
-                write_png(out / rows[i]["path"], image)
-        if writes:  # listed only once written: a line of the manifest is a promise that the file is whole
-            finished = [row for row, image in zip(rows, images, strict=True) if image is not None]
-            (out / MANIFEST).write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished)
-            )
-    pictures = np.stack([image for image in images if image is not None])
-    if writes:
-        shown = pictures[:_GRID_MOST]
-        write_png(out / GRID, captioned_grid(shown, [prompt for _, prompt in items[:_GRID_MOST]]))
-    return pictures
-
-
-def _read_finished(out: epath.Path, rows: list[dict[str, Any]]) -> set[int]:
-    """Numbers of the pictures that the folder's manifest lists."""
-    manifest = out / MANIFEST
-    if not manifest.exists():
-        return set()
-    finished = set()
-    for line in manifest.read_text().split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line cut off by a kill: that picture is made again
-        number = row.get("number", -1)
-        if not 0 <= number < len(rows) or row != rows[number]:
-            wanted = rows[number] if 0 <= number < len(rows) else {}
-            differs = [name for name in row if row[name] != wanted.get(name)]
-            raise UserError(
-                f"{out} holds pictures of another request ({', '.join(differs)} differ at id {row.get('id')!r}); "
-                "give another --out, or delete that folder"
-            )
-        if (out / row["path"]).exists():
-            finished.add(number)
-    return finished
-
-
-def open_for_sampling(
-    workdir: str, *, step: int | None, ema: str | None, **changes: Any
-) -> tuple["pipeline.Pipeline", Sampler, dict[str, Any]]:
-    """A run with its sampler for the verbs that sample, and what to note in manifests.
-
-    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` replace fields
-    of `config.sample` where they are not None.
-    """
-    config = pipeline.read_config(workdir)
-    decay = pipeline.ema_name(config, config.sample.ema if ema is None else ema)
-    pipe = pipeline.load(workdir, step=step, ema=decay)
-    sampler = Sampler.of(pipe.model, pipe.mesh, config.sample, **changes)
-    return pipe, sampler, {"step": pipe.step, "ema": decay or "none", **sampler.about}
-
-
-def tag(about: dict[str, Any], seed: int) -> str:
-    """A folder name for pictures made with these settings."""
-    how = f"{about['sampler']}{about['steps']}-guidance{about['guidance']}"
-    if "guidance_rescale" in about:
-        how += f"-rescale{about['guidance_rescale']}"
-    if "guidance_interval" in about:
-        how += "-interval{}-{}".format(*about["guidance_interval"])
-    return f"step{about['step']}-ema{about['ema']}-{how}-seed{seed}"
-
-
-def main(
-    workdir: str,
-    prompts: Sequence[tuple[str, str]],
-    out: str | None = None,
-    *,
-    num: int = 1,
-    seed: int = 0,
-    step: int | None = None,
-    ema: str | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_rescale: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    batch: int | None = None,
-) -> int:
-    """The `sample` verb: pictures, grid and manifest of (id, prompt) pairs; returns the exit code.
-
-    Without `out` they go to a folder of this request under `samples/` in the workdir: the same request again adds what
-    is missing there, another one gets its own.
-    """
-    pipe, chosen, about = open_for_sampling(
-        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance,
-        guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, batch=batch,
-    )  # fmt: skip
-    items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
-    asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
-    folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"
-    sample_to_folder(chosen, pipe, items, folder, seed=seed, about=about)
-    settings = ", ".join(f"{name} {value}" for name, value in about.items())
-    print(f"{len(items)} pictures in {folder} ({settings}); all on one page: {folder / GRID}")
-    return 0

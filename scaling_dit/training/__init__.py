@@ -1,1 +1,1 @@
-"""TODO."""
+"""The train step, the loop around it, and what a run begins from."""

@@ -14,23 +14,22 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit.parallel import compile_cache
-from scaling_dit import files
-from scaling_dit.training import rewind
-from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
+from scaling_dit import files
+from scaling_dit.checkpoints.posthoc_ema import Snapshots
+from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import CHECKPOINTS, claim_workdir, open_workdir
 from scaling_dit.data.damage import damage_of
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
 from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer, read_metrics
-from scaling_dit.parallel import processes, rules
-from scaling_dit.checkpoints.posthoc_ema import Snapshots
+from scaling_dit.parallel import compile_cache, processes, rules
+from scaling_dit.training import rewind
 from scaling_dit.training.rewind import Rewind, Spike
-from scaling_dit.training.run import Run, claim_workdir, open_workdir
-from scaling_dit.checkpoints.state import TrainState
+from scaling_dit.training.run import Run
 from scaling_dit.training.step import make_train_step
 
 # Used elsewhere under these names.
@@ -165,7 +164,7 @@ def train(
 def open_checkpoints(run: Run) -> Checkpoints:
     """The run's checkpoints, kept as its config says."""
     keep = run.config.checkpoint
-    folder = run.workdir / pipeline.CHECKPOINTS
+    folder = run.workdir / CHECKPOINTS
     # A rewind goes back to regular ones, so that where it goes does not depend on signals.
     every = keep.every if run.config.rewind.factor else 1
     return Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, every=every)

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
-from scaling_dit.config import WIDEST_EMA_POWER, parse_group
+from scaling_dit.checkpoints.ema import update_emas, update_power_emas
+from scaling_dit.checkpoints.state import TrainState
+from scaling_dit.config import parse_group
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.checkpoints.state import Params, TrainState, ema_name, power_name
+from scaling_dit.trees import Params
 
 # (regex over parameter paths, learning-rate factor, weight decay)
 Group = tuple[str, float, float]
@@ -197,64 +198,3 @@ def apply_gradients(
     )
     emas |= update_power_emas(state.emas, params, ema_power, state.step)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, emas=emas)
-
-
-def update_emas(
-    emas: dict[str, Params], params: Params, decays: Iterable[float], step: jax.Array
-) -> dict[str, Params]:
-    """Each average moved towards `params`, float32: ema <- d ema + (1 - d) params.
-
-    d = min(decay, (1 + step) / (10 + step)), `step` counting the updates before this one: early on an
-    average spans about a ninth of the run so far, so that short runs too get one that has left its starting
-    point.
-    """
-    warm = warm_limit(step)
-    return {
-        ema_name(decay): _moved(emas[ema_name(decay)], params, 1.0 - jnp.minimum(decay, warm))
-        for decay in decays
-    }
-
-
-def warm_limit(step: Any) -> Any:
-    """What no decay of `update_emas` exceeds after `step` updates: (1 + step) / (10 + step), elementwise."""
-    return (1.0 + step) / (10.0 + step)
-
-
-def update_power_emas(
-    emas: dict[str, Params], params: Params, widths: Iterable[float], step: jax.Array
-) -> dict[str, Params]:
-    """Each power average moved towards `params`, float32 (arXiv 2312.02696, equation 127).
-
-    ema <- b ema + (1 - b) params, b = (1 - 1 / t)^exponent, t = step + 1: after t updates, parameters before update
-    j have the weight ((j - 1) / t)^exponent together. The first update replaces the starting point.
-    """
-    log_ratio = jnp.log1p(-1.0 / (1.0 + step))  # -inf at step 0, where b is 0
-
-    return {
-        power_name(width): _moved(
-            emas[power_name(width)], params, -jnp.expm1(power_exponent(width) * log_ratio)
-        )
-        for width in widths
-    }
-
-
-def _moved(ema: Params, params: Params, rate: jax.Array) -> Params:
-    """An average moved by the share `rate` [] of the way to `params`, float32."""
-    return jax.tree.map(lambda mean, value: mean + rate * (value.astype(jnp.float32) - mean), ema, params)
-
-
-def power_exponent(sigma_rel: float) -> float:
-    """gamma + 1 of the power profile t^gamma on [0, 1] whose standard deviation is `sigma_rel`.
-
-    sigma^2 = (gamma + 1) (gamma + 2)^-2 (gamma + 3)^-1 (arXiv 2312.02696, equation 126 and algorithm 2).
-
-    Raises:
-      UserError: not between 0 and 12^-1/2 = 0.2887, that of the plain mean.
-    """
-    if not 0.0 < sigma_rel < WIDEST_EMA_POWER:
-        raise UserError(
-            f"optim.ema_power: width {sigma_rel} must be above 0 and below 0.2887, that of the plain mean"
-        )
-    inverse = sigma_rel**-2.0
-    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
-    return float(roots[np.isreal(roots)].real.max()) + 1.0

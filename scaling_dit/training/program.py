@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
-from scaling_dit.training import optim
-from scaling_dit.model import model as pipeline
+from scaling_dit.model.model import Model
 from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel import mesh as mesh_lib
+from scaling_dit.training import optim
 from scaling_dit.training.step import init_state, make_train_step
 
 
@@ -32,7 +32,7 @@ class StepProgram:
     batch: Mapping[str, jax.ShapeDtypeStruct]  # the global batch
 
     @classmethod
-    def build(cls, config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> Self:
+    def build(cls, config: ConfigDict, model: Model, mesh: Mesh) -> Self:
         """Builds the programs of a resolved config; nothing is allocated and nothing compiled.
 
         No operation runs on the mesh's devices, so they may be those of a topology description.
@@ -64,8 +64,8 @@ class StepProgram:
             mesh=mesh,
             init=jax.jit(init, out_shardings=shardings),
             step=step,
-            state=pipeline.with_shardings(abstract, shardings),
-            frozen=pipeline.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
+            state=rules.with_shardings(abstract, shardings),
+            frozen=rules.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
             boxed_params=boxed_params,
             boxed_frozen=boxed_frozen,
             batch=batch_shapes(config, model, mesh),
@@ -95,7 +95,7 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     return mesh
 
 
-def batch_shapes(config: ConfigDict, model: pipeline.Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch of a train step: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L].
 
     Of a prepared set the batch has `latents` in place of images, the moments bfloat16 [B, h, w, M].

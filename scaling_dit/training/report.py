@@ -5,11 +5,11 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit.model import model as pipeline
-from scaling_dit.training import rewind
 from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import CHECKPOINTS, read_config
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics
+from scaling_dit.training import rewind
 
 _LOSSES = 5  # last training losses told
 _SPEED = "speed/"
@@ -27,7 +27,7 @@ def report(workdir: epath.PathLike) -> dict[str, Any]:
       UserError: the folder holds no run.
     """
     workdir = epath.Path(workdir)
-    config = pipeline.read_config(workdir)
+    config = read_config(workdir)
     metrics = read_metrics(workdir)
     losses = [(row["step"], row["train/loss"]) for row in metrics if "train/loss" in row]
     speed: dict[str, float] = {}
@@ -38,7 +38,7 @@ def report(workdir: epath.PathLike) -> dict[str, Any]:
                 speed[name.removeprefix(_SPEED)] = value
             elif name.startswith(("validation/", "evaluation/")):
                 evaluation[name] = {"step": row["step"], "value": value}
-    with Checkpoints(workdir / pipeline.CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
         checkpoints = store.all_steps()
     return {
         "workdir": str(workdir),

@@ -11,23 +11,23 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import files
-from scaling_dit.training import rewind
-from scaling_dit.model import frozen as frozen_weights, model as pipeline
-from scaling_dit.nn.attention import recorded_choices
+from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import check_kept, claim_workdir, open_workdir
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
-from scaling_dit.model import codec_identity as identity
 from scaling_dit.data.sources import Source
-from scaling_dit.encoders import Tokenizer
-from scaling_dit.encoders.subwords import NO_TOKENIZER
-from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.model import codec_identity as identity
+from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.model.build import build_model, open_source
+from scaling_dit.model.model import Model
+from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import rules
+from scaling_dit.training import rewind
 from scaling_dit.training.program import StepProgram, batch_shapes, run_mesh
 from scaling_dit.training.rewind import Rewind, SpikeDetector
-from scaling_dit.checkpoints.state import TrainState, start_from
+from scaling_dit.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Run:
     workdir: epath.Path
     mesh: jax.sharding.Mesh
     source: Source
-    model: pipeline.Model
+    model: Model
     positions: np.ndarray  # of the global batch, which this process reads
     init: Callable[[jax.Array], TrainState]  # key -> the state of step 0, in its shardings
     target: TrainState  # shapes, dtypes and shardings of the state
-    boxed_params: pipeline.Params  # its parameters with their logical axes
-    frozen: pipeline.Params
+    boxed_params: Params  # its parameters with their logical axes
+    frozen: Params
     frozen_hash: str
     step_fn: Any  # the jitted `make_train_step`; the state given to it is donated
     looks: InTraining
@@ -63,9 +63,9 @@ class Run:
         rules.local_positions(
             mesh, config.batch // config.optim.accumulate
         )  # a microbatch must split as well
-        source = pipeline.create_source(config)
+        source = open_source(config)
         tokenizer = open_workdir(workdir, config, source)
-        model = pipeline.build(config, tokenizer, source)
+        model = build_model(config, tokenizer, source)
 
         # Shapes first, then straight into their shardings.
         program = StepProgram.build(config, model, mesh)
@@ -137,50 +137,3 @@ class Run:
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
         """What a checkpoint says next to the state."""
         return {"frozen_sha256": self.frozen_hash, "rewinds": len(rewinds), "losses": spikes.recent}
-
-
-def open_workdir(workdir: epath.Path, config: ConfigDict, source: Source | None = None) -> Tokenizer:
-    """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
-
-    Where a new run's tokenizer is built from `source`, that is opened here unless it is given.
-
-    Raises:
-      UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
-    """
-    if (workdir / pipeline.CONFIG_FILE).exists():
-        config_lib.check_same_run(pipeline.read_config(workdir), config)
-        return pipeline.load_tokenizer(config, workdir)
-    if (workdir / pipeline.CHECKPOINTS).exists():
-        raise UserError(f"{workdir} has checkpoints but no {pipeline.CONFIG_FILE}; give another --workdir")
-    tokenizer = pipeline.make_tokenizer(config, source)
-    if tokenizer is None:
-        raise UserError(NO_TOKENIZER)
-    return tokenizer
-
-
-def check_kept(workdir: epath.Path, frozen_hash: str) -> None:
-    """Makes sure that a run goes on with the frozen weights of its newest checkpoint, before its config is replaced.
-
-    Raises:
-      UserError: they are others.
-    """
-    if not (workdir / pipeline.CHECKPOINTS).exists():
-        return
-    with Checkpoints(workdir / pipeline.CHECKPOINTS, read_only=True) as store:
-        step = store.latest_step()
-        if step is not None:
-            frozen_weights.check_frozen(frozen_hash, store.extra(step), str(store.directory))
-
-
-def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Makes a workdir this run's: tokenizer and config; what is there stays, but for the config.
-
-    The config is written last, so a folder with a config has everything else, and anew at each start, for some of its
-    sections may change between starts.
-    """
-    if jax.process_index() != 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / pipeline.TOKENIZER_FILE).exists():
-        tokenizer.save(workdir / pipeline.TOKENIZER_FILE)
-    files.write_whole(workdir / pipeline.CONFIG_FILE, config_lib.to_json(config).encode())

@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from scaling_dit.training import optim
 from scaling_dit import trees
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.state import TrainState, create_state
 from scaling_dit.diffusion import objectives
 from scaling_dit.diffusion.time_sampling import sample_timesteps
-from scaling_dit.checkpoints.state import TrainState, create_state
+from scaling_dit.model.model import Model
+from scaling_dit.training import optim
+from scaling_dit.trees import Params
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 def init_state(
-    model: pipeline.Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
+    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
 ) -> TrainState:
     """The state before the first step, without sharding names; pure."""
     params, _ = model.init(key)
@@ -29,11 +30,11 @@ def init_state(
 
 
 def make_train_step(
-    model: pipeline.Model,
+    model: Model,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     value_and_grad: Callable[[Any], Any] | None = None,
-) -> Callable[[TrainState, pipeline.Params, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
     `batch` holds the global batch: images uint8 [B, H, W, 3] or, of a prepared set, latents (their moments, bfloat16
@@ -44,7 +45,7 @@ def make_train_step(
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
 
-    def loss_fn(params: pipeline.Params, rows: Any, frozen: pipeline.Params) -> jax.Array:
+    def loss_fn(params: Params, rows: Any, frozen: Params) -> jax.Array:
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
         if "text" in rows:
             text, text_mask = rows["text"]
@@ -58,7 +59,7 @@ def make_train_step(
         )  # fmt: skip
         return losses.mean()
 
-    def train_step(state: TrainState, frozen: pipeline.Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rows = draw_rows(model, config, frozen, batch, key)
         if value_and_grad is None:
@@ -87,7 +88,7 @@ def make_train_step(
 
 
 def draw_rows(
-    model: pipeline.Model, config: ConfigDict, frozen: pipeline.Params, batch: Batch, key: jax.Array
+    model: Model, config: ConfigDict, frozen: Params, batch: Batch, key: jax.Array
 ) -> dict[str, Any]:
     """What one update draws for the rows of a batch [B, ...]: latents, noise, timesteps, dropped captions, keys."""
     diffusion = config.diffusion
@@ -121,10 +122,10 @@ def draw_rows(
 
 def accumulate(
     grad_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
-    params: pipeline.Params,
+    params: Params,
     rows: Any,
     microbatches: int,
-) -> tuple[jax.Array, pipeline.Params]:
+) -> tuple[jax.Array, Params]:
     """Mean loss and gradients that `grad_fn(params, rows)` gives over microbatches; number j of n holds rows j::n.
 
     Strided, because a device holds neighbouring rows: each microbatch then takes the same share of every device.

@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.errors import UserError
-from scaling_dit.weights import table, files as weight_files
+from scaling_dit.weights import files as weight_files
+from scaling_dit.weights import table
 
 NONE, RANDOM = "", "random"  # values of a `weights` field that name no place
 _HUB = "hub:"

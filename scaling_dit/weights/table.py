@@ -363,3 +363,12 @@ def _compare_shapes(entry: Entry, arrays: Arrays, wanted: Sequence[tuple[int, ..
 
 def _fixed(shape: tuple[int, ...], free: tuple[int, ...]) -> tuple[int | None, ...]:
     return tuple(None if axis in free else size for axis, size in enumerate(shape))
+
+
+def convolution(upstream: str, ours: str) -> list[Row]:
+    """The rows of a torch Conv2d."""
+    return [Row(f"{upstream}.weight", f"{ours}/kernel", conv()), Row(f"{upstream}.bias", f"{ours}/bias")]
+
+
+# Weight [out, in, 1, 1] of a convolution <-> our kernel [in, out] of a linear map.
+POINTWISE = Transform(load=lambda w: w[:, :, 0, 0].T, save=lambda p: (p.T[:, :, None, None],))

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-import uvit_golden
-from uvit_golden import relative_error, run
 
 from scaling_dit import interop
+from tests.support import uvit_golden
+from tests.support.uvit_golden import relative_error, run
 
 MODES = {
     "unrolled": {},

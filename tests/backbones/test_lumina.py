@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbones import parity
-from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, trees
 from scaling_dit.backbones import contract, lumina_layers
-from scaling_dit.nn import rotary as rotary_tables
 from scaling_dit.errors import UserError
+from scaling_dit.nn import rotary as rotary_tables
+from tests.support import parity
+from tests.support.uvit_golden import fill, relative_error, run
 
 BOTH = pytest.mark.parametrize("name", ["large_dit", "next_dit"])
 

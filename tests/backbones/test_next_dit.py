@@ -4,12 +4,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from backbones import parity
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-from uvit_golden import relative_error
 
 from scaling_dit import backbones, interop
 from scaling_dit.costs.count import count
+from tests.support import parity
+from tests.support.uvit_golden import relative_error
 
 # fields of ours, height and width of the latents
 CASES = [

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from backbones import parity
-from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit.backbones import contract, pixart
-from scaling_dit.nn import layers
 from scaling_dit.errors import UserError
+from scaling_dit.nn import layers
+from tests.support import parity
+from tests.support.uvit_golden import fill, relative_error, run
 
 
 def small(**fields):

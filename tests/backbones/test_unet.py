@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import unet_reference
-from backbones import parity
-from unet_reference import (
+
+from scaling_dit import backbones, trees
+from scaling_dit.backbones import contract, unet
+from scaling_dit.errors import UserError
+from scaling_dit.nn import unet_layers
+from tests.support import parity, unet_reference
+from tests.support.unet_reference import (
     ONE_LEVEL,
     SCANNED,
     SCANNED_DOTS,
@@ -19,12 +23,7 @@ from unet_reference import (
     inputs,
     small,
 )
-from uvit_golden import fill, run
-
-from scaling_dit import backbones, trees
-from scaling_dit.backbones import contract, unet
-from scaling_dit.nn import unet_layers
-from scaling_dit.errors import UserError
+from tests.support.uvit_golden import fill, run
 
 CASES = [
     pytest.param(SDXL_CUT | TEXT_TIME | SCANNED, (8, 8), id="official_cut"),

@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-import unet_reference
-from backbones import parity
-from unet_reference import IF, IF_CUT, IF_ONE_LEVEL, inputs, small_if
-from uvit_golden import fill
 
 from scaling_dit import backbones, trees
 from scaling_dit.backbones import contract, unet_if
 from scaling_dit.errors import UserError
+from tests.support import parity, unet_reference
+from tests.support.unet_reference import IF, IF_CUT, IF_ONE_LEVEL, inputs, small_if
+from tests.support.uvit_golden import fill
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import uvit_golden
-from uvit_golden import fill, relative_error, run
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit.backbones import contract, uvit
-from scaling_dit.nn import layers
 from scaling_dit.errors import UserError
+from scaling_dit.nn import layers
+from tests.support import uvit_golden
+from tests.support.uvit_golden import fill, relative_error, run
 
 MODES = {
     "unrolled": {},

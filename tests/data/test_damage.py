@@ -16,6 +16,7 @@ from scaling_dit.data.sources.encoded import key_hash, scan
 from scaling_dit.data.sources.folder import FolderSource
 from scaling_dit.encoders.scratch import build_tokenizer
 from scaling_dit.errors import UserError
+from scaling_dit.training.loop import train
 
 COUNT, BATCH, SIZE = 2000, 50, 8
 PLANNED = {
@@ -292,7 +293,6 @@ def test_captions_of_any_script_and_length(tmp_path):
 @pytest.mark.slow
 def test_a_run_tells_its_damage(folders, tmp_path):
     from scaling_dit import config as config_lib
-    from scaling_dit.training import loop as train
     from scaling_dit.monitor.writers import read_metrics
 
     config = config_lib.load(
@@ -303,7 +303,7 @@ def test_a_run_tells_its_damage(folders, tmp_path):
             "--config.batch=64", "--config.steps=2",
         ],
     )  # fmt: skip
-    train.train(config, tmp_path)
+    train(config, tmp_path)
     row = {name: value for row in read_metrics(tmp_path) for name, value in row.items()}
     assert row["data/damaged_bad_json"] == PLANNED["bad_json"]
     listed = [json.loads(text)["kind"] for text in (tmp_path / "damaged.jsonl").read_text().splitlines()]

@@ -1,7 +1,6 @@
 """What a loader yields depends on the seed, the step and the positions asked for, and on nothing else."""
 
 import os
-import pathlib
 import runpy
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from scaling_dit.data.captions import choose_caption
 from scaling_dit.data.loader import KeyedGenerator, make_loader
 from scaling_dit.errors import UserError
+from tests.support.paths import SUPPORT
 
 SIZE = 4
 PARAPHRASES = 5
@@ -232,7 +232,7 @@ def test_keyed_generator_is_philox_at_that_counter():
 
 
 # Real processes. Each writes the rows of its positions; together they must hold what this process reads alone.
-WORKER = pathlib.Path(__file__).parent / "loader_worker.py"
+WORKER = SUPPORT / "loader_worker.py"
 
 
 def assert_processes_read_the_same(folder, processes, address=""):

@@ -6,12 +6,19 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from encoded_sets import SIZE, TOO_LARGE, UNREADABLE, check_same_rows_for_any_split, colour, picture
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import create_source, parquet, source_fields
 from scaling_dit.data.sources.encoded import scan
 from scaling_dit.errors import UserError
+from tests.support.encoded_sets import (
+    SIZE,
+    TOO_LARGE,
+    UNREADABLE,
+    check_same_rows_for_any_split,
+    colour,
+    picture,
+)
 
 FILES, ROWS, GROUP = 3, 50, 8
 FIELDS = {"image_size": SIZE, "held_out_fraction": 0.0, "max_pixels": 10_000, "max_damaged": 100}

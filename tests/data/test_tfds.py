@@ -8,11 +8,19 @@ import subprocess
 import sys
 
 import pytest
-from encoded_sets import SIZE, TOO_LARGE, UNREADABLE, check_same_rows_for_any_split, colour, picture
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import create_source, tfds
 from scaling_dit.errors import UserError
+from scaling_dit.training.loop import train
+from tests.support.encoded_sets import (
+    SIZE,
+    TOO_LARGE,
+    UNREADABLE,
+    check_same_rows_for_any_split,
+    colour,
+    picture,
+)
 
 # Number -> the kind of damage planted there.
 PLAN = {
@@ -27,7 +35,7 @@ FIELDS = {"image_size": SIZE, "held_out_fraction": 0.0, "max_pixels": 10_000, "m
 
 
 def prepare(folder, **options):
-    from tiny_tfds import TinySet
+    from tests.support.tiny_tfds import TinySet
 
     builder = TinySet(data_dir=folder, file_format="array_record", **options)
     builder.download_and_prepare()
@@ -246,7 +254,7 @@ def test_the_known_sets_have_these_fields():
 
 def test_a_known_set_needs_no_fields(tmp_path, monkeypatch):
     """A set of the name and the features of coco_captions opens by its name alone."""
-    from tiny_tfds import TinySet
+    from tests.support.tiny_tfds import TinySet
 
     monkeypatch.setattr(TinySet, "name", "coco_captions")
     prepare(tmp_path)
@@ -258,7 +266,6 @@ def test_a_known_set_needs_no_fields(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_tfds_set_trains(sound, tmp_path):
     from scaling_dit import config as config_lib
-    from scaling_dit.training import loop as train
 
     config = config_lib.load(
         "shapes:smoke",
@@ -270,13 +277,13 @@ def test_a_tfds_set_trains(sound, tmp_path):
             "--config.batch=16", "--config.steps=4",
         ],
     )  # fmt: skip
-    assert int(train.train(config, tmp_path).step) == 4
+    assert int(train(config, tmp_path).step) == 4
 
 
 @pytest.mark.slow
 def test_the_convert_command_makes_a_set_that_is_read(tmp_path):
     """A TFRecord set is refused, the command of the line runs, and the set then opens with the same records."""
-    from tiny_tfds import TinySet
+    from tests.support.tiny_tfds import TinySet
 
     builder = TinySet(data_dir=tmp_path, file_format="tfrecord")
     builder.download_and_prepare()

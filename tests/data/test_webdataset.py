@@ -8,7 +8,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from encoded_sets import SIZE, TOO_LARGE, UNREADABLE, check_same_rows_for_any_split, colour, picture
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
@@ -16,6 +15,14 @@ from scaling_dit.data.sources import create_raw_source, create_source, source_fi
 from scaling_dit.data.sources.encoded import key_hash, scan
 from scaling_dit.data.sources.webdataset import WebdatasetSource, matching
 from scaling_dit.errors import UserError
+from tests.support.encoded_sets import (
+    SIZE,
+    TOO_LARGE,
+    UNREADABLE,
+    check_same_rows_for_any_split,
+    colour,
+    picture,
+)
 
 TARS, PER_TAR = 3, 60
 # Sample of a tar -> the kind of damage planted there; each kind has another count.

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encoders import text_towers
 from safetensors.numpy import load_file, save_file
 
 from scaling_dit import encoders, trees
@@ -16,6 +15,7 @@ from scaling_dit.encoders import clip
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.errors import UserError
+from tests.support import text_towers
 
 TOLERANCE = 1e-4
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from encoders import text_towers
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -13,6 +12,7 @@ from scaling_dit import trees
 from scaling_dit.encoders import clip_vision
 from scaling_dit.encoders.clip_vision import SIZES, Clip, VisionTower
 from scaling_dit.errors import UserError
+from tests.support import text_towers
 
 
 @pytest.fixture(scope="module")

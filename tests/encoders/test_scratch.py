@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling_dit import encoders
-from scaling_dit.nn import attention
 from scaling_dit.encoders import scratch
 from scaling_dit.encoders.scratch import BOS, EOS, PAD, UNK, WordTokenizer
 from scaling_dit.errors import UserError
+from scaling_dit.nn import attention
 
 CAPTIONS = ["a red circle", "A red square, left of a blue circle.", "a Triangle"]
 

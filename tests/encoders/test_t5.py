@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encoders import text_towers
 from safetensors.numpy import load_file, save_file
 
 from scaling_dit import encoders, trees
@@ -15,6 +14,7 @@ from scaling_dit.encoders import t5
 from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.encoders.t5 import T5Text
 from scaling_dit.errors import UserError
+from tests.support import text_towers
 
 TINY = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 32_128}
 LENGTH = 40

@@ -1,7 +1,6 @@
 """Pretrained text encoders inside runs: sharded, frozen or trained, with the tokenizer that the workdir keeps."""
 
 import json
-import pathlib
 import re
 import shutil
 
@@ -9,22 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import text_towers
 from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit import encoders, trees
-from scaling_dit.training import loop as train
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.workdir import TOKENIZER_FILE, claim_workdir, open_workdir
 from scaling_dit.encoders import clip, clip_vision, t5, vocabularies
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.encoders.t5 import T5Text
 from scaling_dit.errors import UserError
+from scaling_dit.model.build import abstract_params, make_tokenizer
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.training.run import claim_workdir, open_workdir
+from scaling_dit.training.loop import train
+from tests.support import text_towers
+from tests.support.paths import DOCS
 
 CLIP = {"text_encoder.name": "clip", "text_encoder.size": "tiny", "text_encoder.length": 16}
 
@@ -74,8 +74,8 @@ def test_sizes_need_no_tokenizer():
     """What counting and planning build."""
     for name, size in (("clip", "openclip-h"), ("t5", "xxl")):
         config = tiny(text_encoder__name=name, text_encoder__size=size)
-        assert pipeline.make_tokenizer(config) is None
-        shapes = pipeline.abstract_params(config)["text_encoder"]
+        assert make_tokenizer(config) is None
+        shapes = abstract_params(config)["text_encoder"]
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         assert count == {"clip": 340_387_840, "t5": 4_762_310_656}[name]
 
@@ -92,10 +92,10 @@ def test_a_workdir_keeps_the_tokenizer(vocabulary, tmp_path):
     assert open_workdir(workdir, tiny(text_encoder__weights="random")) == tokenizer  # a place may change
     with pytest.raises(UserError, match=r"text_encoder.size is 'tiny' there and 'clip-l' here"):
         open_workdir(workdir, tiny(text_encoder__weights="random", text_encoder__size="clip-l"))
-    (workdir / pipeline.TOKENIZER_FILE).write_text(json.dumps({"words": []}))
+    (workdir / TOKENIZER_FILE).write_text(json.dumps({"words": []}))
     with pytest.raises(UserError, match=r"tokenizer.json is damaged or no tokenizer"):
         open_workdir(workdir, config)
-    (workdir / pipeline.TOKENIZER_FILE).unlink()
+    (workdir / TOKENIZER_FILE).unlink()
     with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer.json; `train` writes it"):
         open_workdir(workdir, config)
     with pytest.raises(UserError, match=r"has no tokenizer: set config.text_encoder.weights"):
@@ -113,7 +113,7 @@ def test_encoders_without_one_of_their_own_get_words_of_the_captions():
 def test_a_run_with_a_frozen_random_tower(vocabulary, tmp_path):
     """Padding is shown, as Stable Diffusion 2 does; the run is drawn from after the vocabulary is gone."""
     config = tiny(steps=2, text_encoder__weights="random", text_encoder__tokenizer_files=vocabulary)
-    train.train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     shutil.rmtree(vocabulary)
     pipe = scaling_dit.load(tmp_path / "run")
     assert set(pipe.params) == {"backbone"}
@@ -132,7 +132,7 @@ def test_a_tower_that_is_trained_starts_at_its_weights(tmp_path):
     text_towers.clip_text(2).save_pretrained(tmp_path / "text_encoder")
     text_towers.save_clip_words(tmp_path / "tokenizer")
     places = {"text_encoder__weights": tmp_path, "optim__learning_rate": 1e-9, "optim__warmup_steps": 0}
-    state = train.train(tiny(steps=1, train_text_encoder=True, **places), tmp_path / "run")
+    state = train(tiny(steps=1, train_text_encoder=True, **places), tmp_path / "run")
     loaded = ClipText(weights=str(tmp_path), size="tiny").load()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.params["text_encoder"], loaded
@@ -142,7 +142,7 @@ def test_a_tower_that_is_trained_starts_at_its_weights(tmp_path):
 
 
 def test_the_page_names_every_size_and_every_file():
-    page = (pathlib.Path(__file__).parents[2] / "docs/text_encoders.md").read_text()
+    page = (DOCS / "text_encoders.md").read_text()
     for name, module in (("clip", clip), ("t5", t5)):
         (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
         assert re.findall(r"`([\w-]+)`", row.split("|")[3]) == list(module.SIZES)

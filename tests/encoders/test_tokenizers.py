@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import transformers
-from encoders import text_towers
-from encoders.text_towers import HARD
 from etils import epath
 
 from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.errors import UserError
+from tests.support import text_towers
+from tests.support.text_towers import HARD
 
 BEGIN, END = 49_406, 49_407
 

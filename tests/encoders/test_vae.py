@@ -14,13 +14,13 @@ from safetensors import torch as safetensors_torch
 
 from scaling_dit import trees
 from scaling_dit.encoders import codec
+from scaling_dit.encoders import vae_weights as autoencoder_kl
 from scaling_dit.encoders.vae import Autoencoder, decode_tiles
 from scaling_dit.encoders.vae_config import ARCHITECTURES, Architecture, read_architecture
 from scaling_dit.errors import UserError
-from scaling_dit.encoders import vae_weights as autoencoder_kl
-from scaling_dit.weights import table
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.weights import table
 
 SIDE = 32  # px
 KEY = jax.random.key(0)

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 
 from scaling_dit import config as config_lib
-from scaling_dit.model import model as pipeline
+from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.data import digits
 from scaling_dit.data.sources import create_source
 from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, run
 from scaling_dit.evaluation.validation import ValidationLoss
+from scaling_dit.model.build import open_source
+from scaling_dit.model.model import Model
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.sampling import pipeline
 
 
 def test_true_pictures_score_1_and_the_baseline_is_low():
@@ -62,7 +65,7 @@ def test_the_verb_writes_figures_pictures_and_tifa_files(smoke_run, tmp_path, ca
     assert run.main(str(smoke_run), str(tmp_path), items=5) == 0
     said = capsys.readouterr().out
     assert (
-        f"guidance {pipeline.read_config(smoke_run).sample.guidance}" in said
+        f"guidance {read_config(smoke_run).sample.guidance}" in said
         and "n 5" in said
         and "95 % interval" in said
     )
@@ -93,9 +96,9 @@ def test_training_wrote_validation_loss_by_bin_metrics_and_a_grid(smoke_run):
 
 
 def test_validation_loss_does_not_depend_on_batches_layout_or_the_prediction_kind(smoke_run):
-    config = pipeline.read_config(smoke_run)
+    config = read_config(smoke_run)
     pipe = pipeline.load(smoke_run)
-    source = pipeline.create_source(config)
+    source = open_source(config)
 
     def measure(batch, mesh=pipe.mesh):
         return ValidationLoss(pipe.model, source, mesh, images=20, bins=4, batch=batch)(
@@ -111,7 +114,7 @@ def test_validation_loss_does_not_depend_on_batches_layout_or_the_prediction_kin
 
 
 @dataclasses.dataclass(frozen=True)
-class WhiteLatents(pipeline.Model):
+class WhiteLatents(Model):
     """Predicts the best x0 for latents that are white noise, which depends on noise to signal alone."""
 
     def predict(self, params, latents, timesteps, *text, **options):
@@ -121,7 +124,7 @@ class WhiteLatents(pipeline.Model):
 
 def test_validation_loss_compares_models_of_other_schedules(smoke_run):
     pipe = pipeline.load(smoke_run)
-    source = pipeline.create_source(pipeline.read_config(smoke_run))
+    source = open_source(read_config(smoke_run))
     scores = {}
     for name, zero_snr in (
         ("scaled_linear", False),

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scaling_dit.data.shapes import oracle
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, tifa
-from scaling_dit.data.shapes import oracle
 
 
 def row(key: str, question: str, answer: str, kind: str) -> dict[str, Any]:

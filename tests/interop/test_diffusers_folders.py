@@ -16,10 +16,10 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 import scaling_dit
 from scaling_dit import backbones, cli
 from scaling_dit.errors import UserError
-from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.interop import exporting
-from scaling_dit.weights import files as weight_files
+from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.interop.diffusers.families import FAMILIES
+from scaling_dit.weights import files as weight_files
 
 SMOKE = "experiments/shapes.py:smoke"
 SIZE, CHANNELS, TEXT = 16, 3, 32  # of that run: pixels, and the width of the text

@@ -11,11 +11,12 @@ from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
 from scaling_dit import cli, config, interop
-from scaling_dit.training import optim, loop as train
-from scaling_dit.model import model as pipeline
 from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import open_workdir
 from scaling_dit.interop import exporting
-from scaling_dit.training.run import open_workdir
+from scaling_dit.model.build import build_model
+from scaling_dit.training import optim
+from scaling_dit.training.loop import train
 from scaling_dit.training.step import init_state
 
 SMOKE = "experiments/shapes.py:smoke"
@@ -120,14 +121,14 @@ def test_train_goes_on_from_it_as_from_its_own_start(imported, weights, tmp_path
     workdir = tmp_path / "run"
     shutil.copytree(imported, workdir)
     tokenizer = open_workdir(epath.Path(workdir), resolved)
-    model = pipeline.build(resolved, tokenizer)
+    model = build_model(resolved, tokenizer)
     optimizer = optim.make_optimizer(resolved.optim, resolved.steps)
     fresh = jax.jit(lambda key: init_state(model, optimizer, resolved, key))(jax.random.key(5))
     with Checkpoints(workdir / "checkpoints", read_only=True) as store:
         state, _ = store.restore(0, fresh)
     jax.tree.map(np.testing.assert_array_equal, state.params["text_encoder"], fresh.params["text_encoder"])
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
-    last = train.train(resolved, workdir)
+    last = train(resolved, workdir)
     assert int(last.step) == resolved.steps
     kernel = np.asarray(last.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"])
     start = exported(weights)["mid_block.mlp.fc1.weight"].T

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import uvit_golden
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit.backbones import contract
 from scaling_dit.errors import UserError
 from scaling_dit.weights import table
+from tests.support import uvit_golden
 
 
 @pytest.mark.parametrize("name", uvit_golden.NAMES)

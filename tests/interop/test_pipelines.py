@@ -13,17 +13,17 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from backbones.parity import randomise_
-from encoders import text_towers
 
 from scaling_dit import cli
-from scaling_dit.model import model as pipeline
 from scaling_dit import config as config_lib
 from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.vae import Autoencoder
 from scaling_dit.errors import UserError
-from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.interop.diffusers import pipelines, schedulers, text_encoders
+from scaling_dit.sampling import pipeline
+from scaling_dit.sampling.sampler import Sampler
+from tests.support import text_towers
+from tests.support.parity import randomise_
 
 PIXELS, STEPS, GUIDANCE = 16, 10, 3.0
 PROMPTS = ["a red circle left of a blue square", "", "two small green triangles, quite far apart " * 12]

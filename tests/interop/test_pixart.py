@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from backbones.parity import randomise_
 from diffusers import PixArtTransformer2DModel
 
 from scaling_dit import backbones, interop
 from scaling_dit.errors import UserError
+from tests.support.parity import randomise_
 
 
 @pytest.fixture(scope="module")

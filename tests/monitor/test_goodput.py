@@ -6,7 +6,6 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from fake_clock import Clock
 
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.goodput import (
@@ -24,6 +23,7 @@ from scaling_dit.monitor.goodput import (
     Stopwatch,
     summarise,
 )
+from tests.support.fake_clock import Clock
 
 
 def test_every_second_is_in_exactly_one_part():

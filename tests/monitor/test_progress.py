@@ -3,10 +3,10 @@
 import io
 
 import pytest
-from fake_clock import Clock
 
 from scaling_dit.monitor.goodput import COMPILE, DATA_WAIT, EVALUATION, STEP
 from scaling_dit.monitor.progress import Meter, Progress
+from tests.support.fake_clock import Clock
 
 
 class Terminal(io.StringIO):

@@ -17,8 +17,8 @@ from PIL import Image
 from scaling_dit.errors import UserError
 from scaling_dit.monitor import writers
 from scaling_dit.monitor.writers import JsonlWriter, create_writer, read_metrics
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PARAMS = {"dense": {"kernel": jnp.zeros((4, 250)), "bias": jnp.zeros(4)}}
 
 

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbones.parity import example
 from flax import traverse_util
-from uvit_golden import fill, run
 
 from scaling_dit import backbones, trees
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
+from tests.support.parity import example
+from tests.support.uvit_golden import fill, run
 
 TRANSFORMER = {"hidden": 32, "depth": 2, "heads": 2}
 UNET = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_dim": 16}

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbones.parity import example
-from uvit_golden import fill
 
 from scaling_dit import backbones, trees
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import fsdp, rules
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.training.loop import train
+from tests.support.parity import example
+from tests.support.uvit_golden import fill
 
 FIELDS = {"hidden": 32, "depth": 2, "heads": 2}
 
@@ -133,7 +134,6 @@ def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():
 def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
     from scaling_dit.experiments import shapes
 
-    from scaling_dit.training import loop as train
     from scaling_dit.monitor.writers import read_metrics
 
     losses = {}
@@ -143,7 +143,7 @@ def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
         config.update({"steps": 3, "batch": 16})
         config.log.update({"every": 1, "tensorboard": False})
         config.eval.every = 0
-        train.train(config, tmp_path / str(once))
+        train(config, tmp_path / str(once))
         losses[once] = [
             row["train/loss"] for row in read_metrics(tmp_path / str(once)) if "train/loss" in row
         ]

@@ -7,16 +7,16 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from parallel.test_every_backbone import LAYOUTS
-from uvit_golden import QUICK, fill
 
 from scaling_dit import config as config_lib
-from scaling_dit.model import model as pipeline
 from scaling_dit import trees
-from scaling_dit.training import program as program_lib
 from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.parallel import rules
+from scaling_dit.training import program as program_lib
 from scaling_dit.training.program import StepProgram, run_mesh
+from tests.parallel.test_every_backbone import LAYOUTS
+from tests.support.uvit_golden import QUICK, fill
 
 MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}
 BACKBONES = {
@@ -40,8 +40,8 @@ def program(name, layout, accumulate=1):
         config.batch, config.optim.accumulate = 16, accumulate
         config.mesh = ConfigDict(LAYOUTS[layout] if layout else {})
     config = config_lib.resolve(config)
-    source = pipeline.create_source(config)
-    model = pipeline.build(config, pipeline.make_tokenizer(config, source), source)
+    source = open_source(config)
+    model = build_model(config, make_tokenizer(config, source), source)
     mesh = run_mesh(config, None if layout else jax.devices()[:1])
     return config, StepProgram.build(config, model, mesh)
 
@@ -78,8 +78,8 @@ def test_a_step_is_compiled_as_its_mesh_and_the_table_of_options_say(monkeypatch
     assert "all_gather" not in plain.lower().as_text()
     with config.copy_and_resolve_references().unlocked() as changed:
         changed.mesh.update({"gather_once": True, "sparse_core": True})
-    source = pipeline.create_source(changed)
-    model = pipeline.build(changed, pipeline.make_tokenizer(changed, source), source)
+    source = open_source(changed)
+    model = build_model(changed, make_tokenizer(changed, source), source)
     monkeypatch.setattr(
         program_lib.xla_flags, "options", lambda devices, sparse_core: {"xla_of_another_world": sparse_core}
     )

@@ -5,11 +5,10 @@ import socket
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 PROCESS = """
     import sys
@@ -17,7 +16,7 @@ PROCESS = """
     rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
-    from scaling_dit.checkpoints import Checkpoints
+    from scaling_dit.checkpoints.store import Checkpoints
     from scaling_dit.parallel import rules
     from scaling_dit.parallel.mesh import make_mesh
 

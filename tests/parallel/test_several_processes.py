@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_dit.model import model as pipeline
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.parallel import processes
+from scaling_dit.sampling import pipeline
+from scaling_dit.training.loop import train
 
 HEARTBEAT = 20
 COMMAND = [
@@ -220,7 +221,6 @@ def test_a_process_that_fails_ends_without_jaxs_shutdown(monkeypatch, capsys):
 def test_mistakes_are_told_by_the_process_that_makes_them(monkeypatch, tmp_path, capsys):
     """What the verb hands over to run in company ends in an exit code, not in an exception that all would wait for."""
     from scaling_dit import cli
-    from scaling_dit.training import loop as train
 
     codes = []
     monkeypatch.setattr(processes, "run_supervised", lambda main, *_: codes.append(main()) or codes[-1])

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from etils import epath
 from PIL import Image
 
-from scaling_dit.data import images
-from scaling_dit.curation.captioning import Captioner, Scored, create_captioner
-from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.curation import sidecar
+from scaling_dit.curation.captioning import Captioner, Scored, create_captioner
 from scaling_dit.curation.raw import RawName, open_raw
+from scaling_dit.data import images
+from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.encoded import EncodedSource, RawSample
 from scaling_dit.errors import UserError
 from scaling_dit.files import claim

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from scaling_dit.data.shapes import text as shapes_text
 from scaling_dit.curation.captioning import Scored
+from scaling_dit.data.shapes import oracle
+from scaling_dit.data.shapes import text as shapes_text
 from scaling_dit.data.shapes.scenes import PRESETS, Draws, Scene
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.data.shapes import oracle
 
 
 @dataclasses.dataclass

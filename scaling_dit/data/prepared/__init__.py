@@ -1,1 +1,1 @@
-"""TODO."""
+"""Data sets encoded once by `prepare`: their files, and the source that trains from them."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _REGISTRY = Registry(
     "source",
     {
-        "shapes": "scaling_dit.data.shapes.scenes.source:ShapesSource",
+        "shapes": "scaling_dit.data.shapes.source:ShapesSource",
         "folder": "scaling_dit.data.sources.folder:FolderSource",
         "webdataset": "scaling_dit.data.sources.webdataset:WebdatasetSource",
         "tfds": "scaling_dit.data.sources.tfds:TfdsSource",

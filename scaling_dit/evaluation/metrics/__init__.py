@@ -1,1 +1,1 @@
-"""TODO."""
+"""Metrics of generated images, one file each."""

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from scaling_dit.data.sources import Source
-from scaling_dit.data.shapes.source import ShapesSource
-from scaling_dit.errors import UserError
 from scaling_dit.data.shapes import oracle
+from scaling_dit.data.shapes.source import ShapesSource
+from scaling_dit.data.sources import Source
+from scaling_dit.errors import UserError
 from scaling_dit.evaluation import tifa
 from scaling_dit.evaluation.metric import Item
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models and pipelines in the folder layout of diffusers, read and written."""

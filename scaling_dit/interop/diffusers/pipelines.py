@@ -12,14 +12,16 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit.model import model as pipeline
 from scaling_dit import trees
 from scaling_dit.encoders import clip, t5, vae, vae_config
-from scaling_dit.errors import UserError
 from scaling_dit.encoders import vae_weights as autoencoder_kl
-from scaling_dit.interop.diffusers import config as diffusers_config, schedulers, text_encoders
-from scaling_dit.weights import table, files as weight_files
+from scaling_dit.errors import UserError
+from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.interop.diffusers import schedulers, text_encoders
 from scaling_dit.interop.diffusers.families import FAMILIES
+from scaling_dit.sampling.pipeline import Pipeline
+from scaling_dit.weights import files as weight_files
+from scaling_dit.weights import table
 
 INDEX = "model_index.json"
 VAE, TEXT_ENCODER, TOKENIZER, SCHEDULER = "vae", "text_encoder", "tokenizer", "scheduler"
@@ -60,7 +62,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def kind_of(pipe: pipeline.Pipeline) -> Kind:
+def kind_of(pipe: Pipeline) -> Kind:
     """The pipeline class that draws what a run does.
 
     Raises:
@@ -92,7 +94,7 @@ def kind_of(pipe: pipeline.Pipeline) -> Kind:
 
 
 def write(
-    folder: epath.Path, pipe: pipeline.Pipeline, weights: Any, described: dict[str, Any], shard_bytes: int
+    folder: epath.Path, pipe: Pipeline, weights: Any, described: dict[str, Any], shard_bytes: int
 ) -> None:
     """Writes all parts of a run into an existing folder, `model_index.json` last.
 

@@ -11,7 +11,8 @@ from scaling_dit import trees
 from scaling_dit.encoders import clip, clip_weights, t5, transformer, vocabularies
 from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
-from scaling_dit.weights import table, files as weight_files
+from scaling_dit.weights import files as weight_files
+from scaling_dit.weights import table
 
 _CLIP_PREFIX = "text_model."
 

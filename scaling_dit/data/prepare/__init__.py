@@ -1,1 +1,0 @@
-"""Before training: raw images and captions are filtered, counted, captioned and encoded."""

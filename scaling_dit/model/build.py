@@ -1,0 +1,86 @@
+"""From a config to the modules of a run: source, tokenizer, text encoder, codec, backbone and schedule."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from scaling_dit import backbones, encoders, trees
+from scaling_dit.data import sources
+from scaling_dit.diffusion import objectives, schedules
+from scaling_dit.encoders import codec as codecs
+from scaling_dit.encoders import scratch
+from scaling_dit.errors import UserError
+from scaling_dit.model.model import Model
+from scaling_dit.trees import Params
+
+
+def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | None = None) -> Model:
+    """The model a complete config describes.
+
+    Args:
+      tokenizer: of `make_tokenizer`, or of `load_tokenizer` from the workdir.
+      source: the run's, if it is open already. Without it a source that takes its `image_size` from the config is not
+        opened, so that a trained run draws where its data are not.
+    """
+    text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
+    codec = codecs.create_codec(**config.codec.to_dict())
+    backbone = backbones.create_for(
+        in_channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
+    )
+    extras = getattr(backbone, "EXTRAS", {})
+    if extras:
+        raise UserError(
+            f"backbone {config.backbone.name!r} needs the extras {', '.join(extras)}, which no source here supplies"
+        )
+    diffusion = config.diffusion
+    schedule = schedules.make_schedule(
+        diffusion.schedule, zero_snr=diffusion.zero_snr, time_shift=diffusion.time_shift
+    )
+    objectives.check_prediction(diffusion.prediction, schedule)
+    return Model(
+        codec=codec,
+        text_encoder=text_encoder,
+        backbone=backbone,
+        schedule=schedule,
+        prediction=diffusion.prediction,
+        image_size=_image_size(config) if source is None else source.image_size,
+        train_text_encoder=config.train_text_encoder,
+        text_mask=config.text_mask,
+    )
+
+
+def _image_size(config: ConfigDict) -> int:
+    if "image_size" in config.source:
+        return config.source.image_size
+    return open_source(config).image_size
+
+
+def open_source(config: ConfigDict) -> sources.Source:
+    """The training split of the run's data."""
+    return sources.create_source(**config.source.to_dict())
+
+
+def make_tokenizer(config: ConfigDict, source: sources.Source | None = None) -> Any:
+    """The tokenizer of a new run: the one that its text encoder's fields name, or of the words of its captions.
+
+    None where a text encoder brings its own and the fields do not say from where; sizes can be counted without it.
+
+    Args:
+      config: of the run.
+      source: the run's, if it is open already; not opened where captions are not needed.
+
+    Raises:
+      UserError: no tokenizer where the fields say, or damaged files.
+    """
+    kind = encoders.tokenizer_type(config.text_encoder.name)
+    if hasattr(kind, "read"):
+        return kind.read(config.text_encoder)
+    return scratch.build_tokenizer(open_source(config) if source is None else source)
+
+
+def abstract_params(config: ConfigDict) -> Params:
+    """Shapes and dtypes of everything a config trains or holds frozen; nothing is allocated."""
+    model = build_model(config, make_tokenizer(config))
+    params, frozen = jax.eval_shape(model.init, jax.random.key(0))
+    return trees.unbox({**params, **{name: tree for name, tree in frozen.items() if tree}})

@@ -1,0 +1,59 @@
+"""Runs a script as if only jax, flax, optax, numpy, einops, absl and what these require were installed.
+
+python tests/support/few_packages.py SCRIPT [ARGUMENT ...]
+"""
+
+import importlib.abc
+import importlib.metadata
+import pathlib
+import re
+import runpy
+import sys
+
+PACKAGES = ("jax", "flax", "optax", "numpy", "einops", "absl-py")
+
+
+def normal(name):
+    """A distribution's name as all its spellings are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required(names):
+    """The distributions that are installed with those of these names, themselves included."""
+    found, left = set(), [normal(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # for another Python or system
+            continue
+        found.add(name)
+        left += [normal(re.match(r"[\w.-]+", line)[0]) for line in lines if "extra ==" not in line]
+    return found
+
+
+class Refuse(importlib.abc.MetaPathFinder):
+    """Finds no module that comes of another distribution."""
+
+    def __init__(self):
+        allowed = required(PACKAGES) | {"scaling-dit"}
+        self.others = {
+            module
+            for module, owners in importlib.metadata.packages_distributions().items()
+            if not allowed & set(map(normal, owners))
+        }
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.others:
+            raise ModuleNotFoundError(f"No module named {name!r} among few packages", name=name)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Refuse())
+    for module in [name for name in sys.modules if name.partition(".")[0] in sys.meta_path[0].others]:
+        del sys.modules[module]  # of what a start-up file imported
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(pathlib.Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,85 @@
+"""Reference tensors of the published U-ViT and Large-DiT code (parameters, inputs, outputs, gradients); quick runs."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from scaling_dit import backbones
+from tests.support.paths import GOLDEN
+
+NAMES = ("uvit_tiny", "uvit_tiny_noskip_timemlp")
+LARGE_DIT_NAMES = ("large_dit_tiny", "large_dit_tiny_gqa")
+_FIELDS = {
+    "uvit": ("long_skips", "time_mlp", "final_conv"),
+    "large_dit": ("kv_heads", "qk_norm", "learn_sigma"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    family: str  # name of our backbone
+    fields: dict  # of our backbone
+    params: dict  # upstream name -> array
+    grads: dict
+    inputs: tuple  # latents [B, H, W, C], timesteps, text, and text_mask of Large-DiT
+    prediction: np.ndarray  # [B, H, W, C]
+    cotangent: np.ndarray
+    grad_latents: np.ndarray
+
+    def backbone(self, **fields):
+        return backbones.create(self.family, **(self.fields | fields))
+
+
+def load(name: str) -> Golden:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        data = {key: file[key] for key in file.files}
+    config = json.loads(str(data["config"]))
+
+    def nhwc(key):
+        return data[key].transpose(0, 2, 3, 1)
+
+    family = "large_dit" if name in LARGE_DIT_NAMES else "uvit"
+    kept = ("in_channels", "hidden", "depth", "heads", "text_dim", *_FIELDS[family])
+    fields = {key: config[key] for key in kept} | {"patch": config["patch_size"]}
+    if family == "uvit":
+        fields["mask_text"] = False  # the published code attends to all of it
+    inputs = [nhwc("input/latents_nchw"), data["input/timesteps"], data["input/text"]]
+    if "input/text_mask" in data:
+        inputs.append(data["input/text_mask"])
+
+    def part(prefix):
+        return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+    return Golden(
+        family=family,
+        fields=fields,
+        params=part("param/"),
+        grads=part("grad/"),
+        inputs=tuple(inputs),
+        prediction=nhwc("output/prediction_nchw"),
+        cotangent=nhwc("output/cotangent_nchw"),
+        grad_latents=nhwc("output/grad_latents_nchw"),
+    )
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(function, *args):
+    """The function jitted and run once; compiles in half the time, since tiny models need no fast program."""
+    return jax.jit(function).lower(*args).compile(compiler_options=QUICK)(*args)
+
+
+def fill(abstract, seed=0):
+    """Random arrays for a tree of shapes, boxes of axis names kept: quicker than compiling an `init`."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), abstract)
+
+
+def relative_error(found, wanted) -> float:
+    """Largest difference over the largest value of the reference."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())

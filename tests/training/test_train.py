@@ -1,0 +1,305 @@
+"""The training loop: resuming, stopping, layouts, microbatches, frozen weights, and what it refuses."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from scaling_dit import config as config_lib
+from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.errors import UserError
+from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.monitor.writers import JsonlWriter, MultiWriter, read_metrics
+from scaling_dit.sampling import pipeline
+from scaling_dit.training import loop
+from scaling_dit.training import step as train_step
+from scaling_dit.training.loop import main, train
+
+STEPS = 20
+
+
+def tiny(steps: int = STEPS, **changes) -> ConfigDict:
+    """A run of seconds; `changes` are dotted keys with __ for the dot."""
+    config = config_lib.load("experiments/shapes.py:smoke")
+    overrides = {
+        "steps": steps,
+        "eval.every": 0,
+        "checkpoint.every": 1000,
+        "log.every": 1,
+        "log.tensorboard": False,
+    }
+    overrides |= {key.replace("__", "."): value for key, value in changes.items()}
+    with config.unlocked():
+        config.update_from_flattened_dict(overrides)
+    return config_lib.resolve(config)
+
+
+def leaves(state):
+    return {
+        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+
+
+def assert_same_bits(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """An uninterrupted run on one device: (workdir, final state)."""
+    workdir = tmp_path_factory.mktemp("one")
+    return workdir, train(tiny(), workdir, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "devices, mesh",
+    [
+        (8, {"data": 8}),
+        (8, {"data": 1, "fsdp": 8}),
+        (8, {"data": 2, "fsdp": 4}),
+        pytest.param(2, {"data": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"data": 1, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"data": 4}, marks=pytest.mark.slow),
+        pytest.param(4, {"data": 1, "fsdp": 4}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: (
+        "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    ),
+)
+def test_every_layout_has_the_losses_of_one_device(one_device, tmp_path, devices, mesh):
+    config = tiny(**{f"mesh__{axis}": size for axis, size in mesh.items()})
+    train(config, tmp_path, devices=jax.devices()[:devices])
+    np.testing.assert_allclose(losses(tmp_path), losses(one_device[0]), rtol=1e-5)
+    assert len(losses(tmp_path)) == STEPS
+
+
+def test_parameters_moments_and_averages_are_sharded_alike(tmp_path):
+    state = train(tiny(steps=2, mesh__data=1, mesh__fsdp=8), tmp_path)
+    kernel = state.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    name, ema = next(iter(state.emas.items()))
+    assert ema["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"].sharding == kernel.sharding, name
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert len(moments) >= 2 and all(x.sharding == kernel.sharding for x in moments)
+
+
+@pytest.fixture
+def sigterm_at_5(monkeypatch):
+    """The process gets SIGTERM once, while the run is at step 5; the step after it is the last one made."""
+    shown = loop.Progress.update
+    sent = []
+
+    def update(self, step, loss=None):
+        shown(self, step, loss)
+        if step == 5 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(loop.Progress, "update", update)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path, sigterm_at_5):
+    with pytest.raises(loop.Stopped) as stopped:
+        train(tiny(), tmp_path, devices=jax.devices()[:1])
+    assert stopped.value.code == loop.PREEMPTED
+    first = len(losses(tmp_path))
+    assert 5 <= first < STEPS
+    assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == [first]
+    state = train(tiny(), tmp_path, devices=jax.devices()[:1])
+    assert_same_bits(state, one_device[1])
+    assert losses(tmp_path) == losses(one_device[0])
+
+
+def test_a_checkpoint_of_8_devices_goes_on_on_1_and_2(one_device, tmp_path, sigterm_at_5):
+    with pytest.raises(loop.Stopped):
+        train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path, devices=jax.devices()[:8])
+    for devices, mesh in ((1, {}), (2, {"mesh__data": 1, "mesh__fsdp": 2})):
+        copy = tmp_path.parent / f"{tmp_path.name}-{devices}"
+        shutil.copytree(tmp_path, copy)
+        state = train(tiny(**mesh), copy, devices=jax.devices()[:devices])
+        assert int(state.step) == STEPS
+        np.testing.assert_allclose(losses(copy), losses(one_device[0]), rtol=1e-5)
+
+
+def test_microbatches_change_nothing_but_rounding(one_device, tmp_path):
+    train(tiny(optim__accumulate=4), tmp_path, devices=jax.devices()[:1])
+    np.testing.assert_allclose(losses(tmp_path), losses(one_device[0]), rtol=1e-5)
+
+
+def test_a_microbatch_holds_every_nth_row():
+    rows = {"x": np.arange(8.0)}
+    params = {"w": np.float32(1.0)}
+    seen = []
+
+    def loss(p, rows):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), rows["x"])
+        return (p["w"] * rows["x"]).mean()
+
+    value, grads = train_step.accumulate(
+        jax.value_and_grad(loss), params, jax.tree.map(jax.numpy.asarray, rows), 2
+    )
+    jax.effects_barrier()
+    assert sorted(seen) == [[0.0, 2.0, 4.0, 6.0], [1.0, 3.0, 5.0, 7.0]]
+    assert float(value) == 3.5 and float(grads["w"]) == 3.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    config = tiny(
+        optim__learning_rate=1e30, optim__warmup_steps=0, optim__decay="constant", optim__clip_norm=1e30,
+        optim__max_nonfinite=3, checkpoint__every=1,
+    )  # fmt: skip
+    assert main(config, str(tmp_path)) == loop.NONFINITE
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite for 3 updates" in message and "learning_rate" in message
+    pipe = pipeline.load(tmp_path)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
+
+
+def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path):
+    config = tiny(steps=2, train_text_encoder=False, checkpoint__every=1)
+    state = train(config, tmp_path, devices=jax.devices()[:1])
+    assert set(state.params) == {"backbone"}
+    pipe = pipeline.load(tmp_path)
+    assert set(pipe.frozen) >= {"text_encoder"}
+    other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
+    with pytest.raises(UserError, match="other frozen weights"):
+        frozen_weights.check_frozen(
+            frozen_weights.frozen_hash(other),
+            {"frozen_sha256": frozen_weights.frozen_hash(pipe.frozen)},
+            "here",
+        )
+
+
+def test_frozen_weights_are_those_of_the_workdir_not_of_the_processor(tmp_path):
+    config = tiny(steps=1, optim__warmup_steps=0, train_text_encoder=False)
+    train(config, tmp_path, devices=jax.devices()[:1])
+    before = pipeline.load(tmp_path).frozen["text_encoder"]["embedding"]
+    code = (
+        "import scaling_dit, numpy, sys; pipe = scaling_dit.load(sys.argv[1]);"
+        "numpy.save(sys.argv[2], pipe.frozen['text_encoder']['embedding'])"
+    )
+    older = {**os.environ, "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "JAX_COMPILATION_CACHE_DIR": ""}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "e.npy")], env=older, check=True
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "e.npy"), np.asarray(before))
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(tmp_path):
+    with pytest.raises(UserError, match="nothing"):
+        train(tiny(optim__groups=(("nothing", 0.1, 0.0),)), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_may_change_between_starts_reaches_the_saved_config(tmp_path):
+    train(tiny(steps=2), tmp_path, devices=jax.devices()[:1])
+    train(tiny(steps=2, sample__guidance=4.0), tmp_path, devices=jax.devices()[:1])
+    assert read_config(tmp_path).sample.guidance == 4.0
+
+
+@pytest.mark.slow
+def test_a_finished_run_given_more_steps_is_as_if_it_had_had_them(tmp_path):
+    config = {"optim__decay": "constant", "optim__warmup_steps": 2}
+    whole = train(tiny(steps=8, **config), tmp_path / "whole", devices=jax.devices()[:1])
+    train(tiny(steps=4, **config), tmp_path / "parts", devices=jax.devices()[:1])
+    longer = train(tiny(steps=8, **config), tmp_path / "parts", devices=jax.devices()[:1])
+    assert_same_bits(longer, whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_lists_in_a_config_find_their_run_again(tmp_path):
+    config = tiny(steps=2, optim__groups=(["backbone", 0.1, 0.0],))
+    train(config, tmp_path, devices=jax.devices()[:1])
+    assert int(train(config, tmp_path, devices=jax.devices()[:1]).step) == 2
+
+
+def test_a_workdir_of_another_experiment_is_refused(one_device):
+    with pytest.raises(UserError, match="another experiment.*optim.learning_rate"):
+        train(tiny(optim__learning_rate=1.0), one_device[0])
+
+
+def test_checkpoints_without_a_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="config.json"):
+        train(tiny(), tmp_path)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="batch 6"):
+        train(tiny(batch=6), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkeypatch):
+    def remote(workdir, tensorboard):
+        return MultiWriter([JsonlWriter(workdir / "metrics", append=False)])
+
+    monkeypatch.setattr(train, "create_writer", remote)
+    monkeypatch.setattr(MultiWriter, "close", lambda self: None)  # as if killed
+    train(tiny(steps=2), tmp_path, devices=jax.devices()[:1])
+    assert len(losses(tmp_path)) == 2
+
+
+def test_keep_last_and_keep_every(tmp_path):
+    config = tiny(steps=8, checkpoint__every=1, checkpoint__keep_last=2, checkpoint__keep_every=4)
+    train(config, tmp_path, devices=jax.devices()[:1])
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 7, 8]
+
+
+def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
+    config = tiny(steps=2, eval__every=2, sample__steps=2)
+    train(config, tmp_path, devices=jax.devices()[:1])
+    before = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
+    for segment in (tmp_path / "metrics").glob(
+        "*.jsonl"
+    ):  # as if killed after the save, before the evaluation
+        lines = [
+            line for line in segment.read_text().splitlines(keepends=True) if "validation/loss" not in line
+        ]
+        segment.write_text("".join(lines))
+    assert not train.evaluated(tmp_path, 2)
+    train(config, tmp_path, devices=jax.devices()[:1])
+    after = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
+    assert len(after) == 1 and after[0]["validation/loss"] == before[0]["validation/loss"]
+
+
+def test_rectified_flow_trains_and_draws(tmp_path):
+    flow = {"schedule": "flow", "prediction": "flow", "time_sampling": "logit_normal", "time_shift": 2.0}
+    config = tiny(
+        **{f"diffusion__{name}": value for name, value in flow.items()},
+        optim__learning_rate=5e-3, optim__decay="constant",
+        eval__every=STEPS, eval__metrics=(), eval__grid=1, sample__sampler="heun", sample__steps=3,
+    )  # fmt: skip
+    train(config, tmp_path, devices=jax.devices()[:1])
+    curve = losses(tmp_path)
+    assert np.mean(curve[3:]) < 0.98 * np.mean(curve[:3])
+    validation = [row["validation/loss"] for row in read_metrics(tmp_path) if "validation/loss" in row]
+    assert len(validation) == 1 and np.isfinite(validation[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_snr": True, "prediction": "eps"}, "'eps' does not tell the latents where no signal is left"),
+        ({"schedule": "flow", "prediction": "eps"}, "predict 'v', 'x0' or 'flow'"),
+        ({"schedule": "flow", "zero_snr": True}, "'flow' ends without signal by itself"),
+        ({"time_shift": 2.0}, "time_shift=2.0 is for diffusion.schedule 'flow', not 'scaled_linear'"),
+    ],
+)
+def test_settings_of_diffusion_that_do_not_go_together(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny(**{f"diffusion__{name}": value for name, value in changes.items()}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,127 @@
+"""Golden files: what every experiment resolves to, its parameters, and the public API and command line, as text.
+
+`make golden` rewrites them; test_golden.py compares them with what the code gives now. A change of a default, of a
+parameter's shape or of a flag shows up as a diff that a reader can judge.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import math
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+from absl import flags
+
+from scaling_dit.model.build import abstract_params
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+# Rows of a ladder differ in the backbone's size alone, and docs/models.md has all of them: one of a kind will do here.
+ROWS = {
+    "unet_scaling": ("", "sd2", "if-xl-c512", "sdxl-td4_4,pretrained"),
+    "dit_scaling": ("", "pixart-h1536-d28", "large_dit-h2048-d28-n16", "next_dit-h2304-d24-n32"),
+}
+
+
+def current(experiments: pathlib.Path = ROOT / "experiments") -> dict[str, str]:
+    """Path below `tests/golden` -> text, of everything that has a golden file."""
+    texts = {"public.txt": public()}
+    with _working_directory():
+        for path in sorted(experiments.glob("[!_]*.py")):
+            for argument in _arguments(path):
+                name = f"{path.stem}-{argument}" if argument else path.stem
+                config, params = _dump(f"{path}:{argument}" if argument else str(path))
+                texts |= {f"configs/{name}.txt": config, f"params/{name}.txt": params}
+    return texts
+
+
+def public() -> str:
+    """The public names with their signatures, and the verbs with their flags."""
+    import scaling_dit
+    from scaling_dit import cli
+
+    lines = ["public API"]
+    for name in scaling_dit.__all__:
+        value = getattr(scaling_dit, name)
+        called = value.train if name == "train" else value
+        lines.append(f"  {name}{_parameters(called)}" if callable(called) else f"  {name}")
+    for verb, spec in cli.VERBS.items():
+        values = flags.FlagValues()
+        spec.define(values)
+        names = [f"--{flag}={values[flag].default}" for flag in values]
+        names += ["--config.KEY=VALUE"] if spec.overrides else []
+        lines += [
+            "",
+            " ".join(filter(None, ("scaling-dit", verb, spec.arguments))),
+            *(f"  {name}" for name in names),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(function: Callable[..., object]) -> str:
+    """`(config, workdir, *, seed=0)`: names and defaults; the text of annotations varies with versions of libraries."""
+    signature = inspect.signature(function)
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
+    ]
+    return str(inspect.Signature(bare))
+
+
+def params_text(tree: object) -> str:
+    """One line per parameter: path, dtype, shape; the number of parameters at the end."""
+    import jax
+
+    rows, total = [], 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        rows.append(f"{name} {leaf.dtype} {list(leaf.shape)}\n")
+        total += math.prod(leaf.shape)
+    return "".join(sorted(rows)) + f"total {total:,}\n"
+
+
+def _dump(spec: str) -> tuple[str, str]:
+    from scaling_dit import config as config_lib
+
+    config = config_lib.load(spec)
+    return config_lib.dump(config), params_text(abstract_params(config))
+
+
+def _arguments(path: pathlib.Path) -> tuple[str, ...]:
+    """The arguments of an experiment file that are dumped; none if the file is no experiment but a part of some."""
+    from scaling_dit import config_files
+
+    spec = importlib.util.spec_from_file_location(f"golden_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = config_files.experiment_arguments(module) if hasattr(module, "get_config") else ()
+    return ROWS.get(path.stem, arguments)
+
+
+@contextlib.contextmanager
+def _working_directory() -> Iterator[None]:
+    """A fresh working directory with the data that experiments read from one."""
+    from scaling_dit.data import digits
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        digits.write("data/digits")
+        yield
+
+
+def main() -> None:
+    """Rewrites the golden files."""
+    texts = current()
+    shutil.rmtree(GOLDEN / "configs", ignore_errors=True)
+    shutil.rmtree(GOLDEN / "params", ignore_errors=True)
+    for name, text in texts.items():
+        (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
+        (GOLDEN / name).write_text(text)
+    print(f"{len(texts)} files in {GOLDEN}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -16,7 +16,7 @@ from PIL import Image
 
 import scaling_dit
 from scaling_dit import cli, config
-from scaling_dit.config import FREE_FIELDS, FREE_SECTIONS
+from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics

@@ -92,12 +92,12 @@ def _dump(spec: str) -> tuple[str, str]:
 
 def _arguments(path: pathlib.Path) -> tuple[str, ...]:
     """The arguments of an experiment file that are dumped; none if the file is no experiment but a part of some."""
-    from scaling_dit import config_files
+    from scaling_dit import config as config_lib
 
     spec = importlib.util.spec_from_file_location(f"golden_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    arguments = config_files.experiment_arguments(module) if hasattr(module, "get_config") else ()
+    arguments = config_lib.experiment_arguments(module) if hasattr(module, "get_config") else ()
     return ROWS.get(path.stem, arguments)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files
+from scaling_dit.config import override_key, schema
 from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model, make_tokenizer
 
@@ -55,7 +55,7 @@ def main(
         training = {"batch": config.batch, "steps": config.steps}
     else:
         for override in overrides:
-            if config_files.override_key(override) in config_lib.DERIVED:
+            if schema.derived(override_key(override)):
                 raise UserError(
                     f"{override}: with --backbone it follows from --latents and --text; set those"
                 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scaling_dit import config as config_lib
-from scaling_dit.config_files import override_key
+from scaling_dit.config import override_key
 from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.encoded import EncodedSource
 from scaling_dit.errors import UserError

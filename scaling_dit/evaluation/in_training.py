@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.data.sources import Source
+from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.model import Model
@@ -37,6 +38,9 @@ class InTraining:
         self._sampler = Sampler.of(model, mesh, config.sample)
         held_out = source.held_out()
         self._captions = [held_out[i % len(held_out)]["captions"][0] for i in range(config.eval.grid)]
+        for name in config.eval.metrics:
+            if name not in METRICS:
+                raise UserError(f"config.eval.metrics names {name!r}; {nearest(name, METRICS)}")
         self._items = {name: METRICS[name].items(source, config.eval.prompts) for name in config.eval.metrics}
         self._ema = find_ema(config, config.sample.ema)
 

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit import config_files, files, interop, trees
+from scaling_dit import files, interop, trees
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import CHECKPOINTS, CONFIG_FILE, claim_workdir, open_workdir
@@ -54,7 +54,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
     for name in (CONFIG_FILE, CHECKPOINTS):
         if (folder / name).exists():
             raise UserError(f"{folder} holds a run already; give another --workdir")
-    experiment = config_files.read_experiment(spec).copy_and_resolve_references()
+    experiment = config_lib.read_experiment(spec).copy_and_resolve_references()
     if pipelines.is_pipeline(path):
         pipelines.set_components(experiment, path)
         path = pipelines.backbone_folder(path)
@@ -93,7 +93,7 @@ def run_config(
         return config_lib.resolve(config, overrides)
     family = diffusers_config.family_of(described, source)
     there = config.get("backbone", ConfigDict()).get("name", config_lib.defaults().backbone.name)
-    name = config_files.component_names(overrides, ("backbone",)).get("backbone", there)
+    name = config_lib.component_names(overrides, ("backbone",)).get("backbone", there)
     if name != family.name:
         raise UserError(
             f"config.backbone.name is {name!r}, but {source} holds a {family.class_name}; add "
@@ -102,7 +102,7 @@ def run_config(
     if there != name:
         config.backbone = ConfigDict({"name": name})  # another backbone's sizes are not this one's
     explicit = {f"backbone.{key}" for key in config.get("backbone", ConfigDict())}
-    explicit |= {config_files.override_key(override) for override in overrides}
+    explicit |= {config_lib.override_key(override) for override in overrides}
     fields = diffusers_config.read_fields(family, described, source)
     resolved = config_lib.resolve(config, overrides).copy_and_resolve_references()
     with resolved.unlocked():

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import claim_workdir, open_workdir
+from scaling_dit.config import schema
 from scaling_dit.data.loader import HostBatches
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import MultiWriter, read_metrics
@@ -103,8 +104,8 @@ def compiled_once():
             opened.append(real(config, workdir, devices))
             return opened[0]
         first = opened[0]
-        assert {key: value for key, value in config.items() if key not in config_lib.FREE_SECTIONS} == {
-            key: value for key, value in first.config.items() if key not in config_lib.FREE_SECTIONS
+        assert {key: value for key, value in config.items() if key not in schema.FREE_SECTIONS} == {
+            key: value for key, value in first.config.items() if key not in schema.FREE_SECTIONS
         }
         tokenizer = open_workdir(workdir, config, first.source)
         claim_workdir(workdir, config, tokenizer)

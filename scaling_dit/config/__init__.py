@@ -1,0 +1,41 @@
+"""One run as data: the declaration of every config field, and what is checked before anything starts.
+
+    load(spec, overrides) -> ConfigDict       the config of an experiment, ready to run
+    resolve(config, overrides) -> ConfigDict  the same from a config
+    defaults() -> ConfigDict                  every field with its default, for experiments
+
+`schema` declares the fields, and everything else follows from it.
+"""
+
+from scaling_dit.config.experiment_files import experiment_arguments, read_experiment
+from scaling_dit.config.overrides import apply_overrides, component_names, override_key
+from scaling_dit.config.resolve import check_same_run, complete, load, resolve
+from scaling_dit.config.schema import FIELDS, WIDEST_EMA_POWER, defaults, section
+from scaling_dit.config.validate import check_choice, check_field, check_range, parse_group, validate
+from scaling_dit.config.values import dump, flatten, from_json, to_json, why_unknown
+
+__all__ = [
+    "FIELDS",
+    "WIDEST_EMA_POWER",
+    "apply_overrides",
+    "check_choice",
+    "check_field",
+    "check_range",
+    "check_same_run",
+    "complete",
+    "component_names",
+    "defaults",
+    "dump",
+    "experiment_arguments",
+    "flatten",
+    "from_json",
+    "load",
+    "override_key",
+    "parse_group",
+    "read_experiment",
+    "resolve",
+    "section",
+    "to_json",
+    "validate",
+    "why_unknown",
+]

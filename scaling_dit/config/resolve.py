@@ -1,0 +1,161 @@
+"""From an experiment and overrides to the config that a run starts with, and whether a workdir holds the same run.
+
+A config is an `ml_collections.ConfigDict`. Component sections name a component and carry that component's own fields,
+so each can be set from the command line and a typo is caught.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from scaling_dit.components import tuples
+from scaling_dit.config import schema
+from scaling_dit.config.experiment_files import read_experiment
+from scaling_dit.config.overrides import apply_overrides, component_names
+from scaling_dit.config.validate import validate
+from scaling_dit.config.values import dump, flatten, why_unknown
+from scaling_dit.errors import UserError
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """A full config: the defaults and each component's own fields, under the values that `config` sets.
+
+    Args:
+      config: any part of a config; it is not changed.
+
+    Raises:
+      UserError: an unknown key or component, or a value of another type than the field's.
+    """
+    full = schema.defaults()
+    given = config.copy_and_resolve_references()
+    for section, component in schema.COMPONENTS.items():
+        chosen = given.get(section, ConfigDict())
+        if not isinstance(chosen, ConfigDict):
+            raise UserError(f"config.{section} is {chosen!r}; set config.{section}.name and its fields")
+        name = chosen.get("name", full[section].name)
+        fields = {
+            field: _settable(default)
+            for field, default in component.fields_of(name).items()
+            if field not in component.derived
+        }
+        full[section] = ConfigDict({"name": name} | fields)
+    known = flatten(full)
+    for key, value in flatten(given).items():
+        if key not in known:
+            raise UserError(f"config.{key}: {why_unknown(key, known)}")
+        section, _, field = key.rpartition(".")
+        try:
+            (full[section] if section else full)[field] = value
+        except TypeError:
+            expected = type(known[key]).__name__
+            raise UserError(
+                f"config.{key} is {value!r}, but its default {known[key]!r} is of type {expected}"
+            ) from None
+    return full
+
+
+def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
+    """What a run starts with: `config` completed, overridden, validated and locked.
+
+    A config that came from here and has not been changed since is returned as it is, the same object, unless there are
+    overrides. So a command resolves its config once, and whoever is handed one may call this for certainty. Whoever
+    changes a resolved config changes a copy of it (`copy_and_resolve_references`), and resolves that.
+
+    Args:
+      config: any part of a config; it is not changed.
+      overrides: arguments such as `--config.optim.learning_rate=1e-3`, typed as ml_collections.config_flags does.
+        A component's name is set first, so its fields can be set along with it. Another name than the config's
+        keeps the values of the section that the new component has a field for; the rest are its own defaults.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type or out of range.
+    """
+    if not overrides and _is_resolved(config):
+        return config
+    config = config.copy_and_resolve_references()
+    for section, name in component_names(overrides, schema.COMPONENTS).items():
+        _switch_component(config, section, name)
+    config = complete(config)
+    apply_overrides(config, overrides)
+    config = config.copy_and_resolve_references()
+    for key, value in flatten(config).items():
+        if isinstance(value, list | tuple):
+            section, _, field = key.rpartition(".")
+            # As a saved config is read, so that a run recognises itself.
+            (config[section] if section else config)[field] = tuples(value)
+    if config.sample.ema == -1:
+        config.sample.ema = max(config.optim.ema, default=0.0)
+    validate(config)
+    return _mark_resolved(config.lock())
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of an experiment, ready to run.
+
+    Args:
+      spec: `path/to/file.py`, the name of an installed experiment such as `shapes`, or either with `:argument`.
+      overrides: as in `resolve`.
+
+    Raises:
+      UserError: no such experiment or argument, or a config that `resolve` refuses.
+    """
+    return resolve(read_experiment(spec), overrides)
+
+
+def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
+    """Makes sure that a run resumes with the config it was started with, except for the fields that are free.
+
+    `steps` may be raised where the learning rate stays constant after warm-up: it changes nothing computed so far.
+
+    Raises:
+      UserError: lists the fields that differ.
+    """
+    then, now = flatten(saved), flatten(config)
+    absent = "absent"
+    if saved.optim.decay == config.optim.decay == "constant" and saved.steps < config.steps:
+        then["steps"] = config.steps
+    differences = [
+        f"{key} is {then.get(key, absent)!r} there and {now.get(key, absent)!r} here"
+        for key in sorted(then.keys() | now.keys())
+        if not schema.is_free(key) and then.get(key, absent) != now.get(key, absent)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"the workdir was written by another experiment: {', '.join(differences[:3])}{more};"
+            " give another --workdir, or the config it was started with"
+        )
+
+
+# Attribute of a resolved config: its text when it was resolved. Copies of a config do not have it.
+_TEXT = "_resolved_text"
+
+
+def _mark_resolved(config: ConfigDict) -> ConfigDict:
+    # An attribute of the object, and no field of the config, which setattr would make.
+    object.__setattr__(config, _TEXT, dump(config))
+    return config
+
+
+def _is_resolved(config: ConfigDict) -> bool:
+    """Whether `resolve` returned this object and no value has changed since; a lock keeps fields, not their values."""
+    return config.is_locked and vars(config).get(_TEXT) == dump(config)
+
+
+def _switch_component(config: ConfigDict, section: str, name: str) -> None:
+    """Renames a section's component in place, keeping the values that the new one has a field for."""
+    old = config.get(section, ConfigDict())
+    if old.get("name") == name:
+        return
+    fields = schema.COMPONENTS[section].fields_of(name)
+    shared = {k: v for k, v in old.items() if k in fields and isinstance(v, type(fields[k]))}
+    config[section] = ConfigDict({"name": name} | shared)
+
+
+def _settable(value: Any) -> Any:
+    """A field's default; a default of None accepts a value of any type."""
+    if value is None:
+        return placeholder(object)
+    return tuples(value)

@@ -1,0 +1,419 @@
+"""Every field of a run, declared once: its default, what it means and which values it takes.
+
+Flags, error lines, `config.defaults()`, the check that a workdir is resumed by the same run, and docs/config.md come
+from `SECTIONS`. To add a field, add a line there and use it; docs/extending.md shows how.
+
+A component section names a component and carries the fields of that component's class, which the class declares.
+"""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must be.
+
+    Attributes:
+      right: in words, after "it must be".
+      fits: the test; comparisons are false for nan.
+    """
+
+    right: str
+    fits: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of the config.
+
+    Attributes:
+      default: its default value; overrides must be of the same type.
+      doc: one line, for docs/config.md.
+      check: the range of a value; None = any value of the default's type, or one that `validate` checks with others.
+      choices: the names that a text may be.
+      own: whether "package.module:Name", a class or function of the user's own, may stand in place of one of `choices`.
+      free: whether a run may be resumed with another value: it changes how the run runs, not what it computes.
+    """
+
+    default: Any
+    doc: str
+    check: Rule | None = None
+    choices: tuple[str, ...] = ()
+    own: bool = False
+    free: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Fields that belong together.
+
+    Attributes:
+      doc: one line, for docs/config.md.
+      fields: name -> field, in the order of the config.
+      free: whether all of them are free, as `Field.free`.
+    """
+
+    doc: str
+    fields: Mapping[str, Field]
+    free: bool = False
+
+
+# Relative width of the plain mean, which bounds those of `optim.ema_power`.
+WIDEST_EMA_POWER = 12**-0.5
+
+COUNT = Rule("at least 1", lambda x: x >= 1)
+BATCH = Rule("from 1 to 2**20 = 1,048,576", lambda x: 1 <= x <= 2**20)
+FROM_0 = Rule("0 or more", lambda x: 0 <= x < math.inf)
+POSITIVE = Rule("more than 0", lambda x: 0 < x < math.inf)
+SHARE = Rule("from 0 to 1", lambda x: 0 <= x <= 1)
+DECAY = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
+AXIS = Rule("at least 1, or -1 for the remaining devices", lambda x: x >= 1 or x == -1)
+FINITE = Rule("a finite number", math.isfinite)
+
+
+def _numbers_below(limit: float, text: str) -> Rule:
+    def fits(values: Any) -> bool:
+        return all(isinstance(x, float) and 0 < x < limit for x in values) and len(set(values)) == len(values)
+
+    return Rule(f"a tuple of different numbers {text}", fits)
+
+
+def _is_interval(values: Any) -> bool:
+    numbers = len(values) == 2 and all(isinstance(x, int | float) for x in values)
+    return numbers and 0 <= values[0] <= values[1] <= 1000
+
+
+def _is_span(values: Any) -> bool:
+    steps = len(values) == 2 and all(isinstance(x, int) for x in values)
+    return not values or (steps and 1 <= values[0] <= values[1])
+
+
+SECTIONS: dict[str, Section] = {
+    "": Section(
+        "The run.",
+        {
+            "seed": Field(
+                0,
+                "seed of the initial parameters, the order of the data, the noise and the timesteps",
+                Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+            ),
+            "steps": Field(1000, "optimizer updates", COUNT),
+            "batch": Field(128, "global batch, over all devices and microbatches", BATCH),
+            "train_text_encoder": Field(True, "train the text encoder along with the backbone, or freeze it"),
+            "text_mask": Field(
+                True, "hide padded text from the backbone, whatever its family; False for CLIP"
+            ),
+            "compile_cache": Field(
+                "",
+                'folder of compiled programs, so that a restart compiles nothing: a path, or "workdir"',
+                free=True,
+            ),
+        },
+    ),
+    "captions": Section(
+        "Which of an image's captions is shown, and how much of it.",
+        {
+            "policy": Field(
+                "uniform",
+                "choose among all captions alike, or first a kind by its share",
+                choices=("uniform", "mix"),
+            ),
+            "alt": Field(0.5, "share of alt-text under `mix`; the three shares sum to 1", SHARE),
+            "synthetic": Field(0.5, "share of synthetic captions under `mix`", SHARE),
+            "long": Field(0.0, "share of long captions under `mix`", SHARE),
+            "random_length": Field(0.0, "share of captions cut to a random number of units", SHARE),
+            "unit": Field("words", "unit that a caption is cut by", choices=("words", "sentences")),
+        },
+    ),
+    "loader": Section(
+        "Reading the data.",
+        {
+            "threads": Field(4, "reading threads of each process", COUNT),
+            "prefetch": Field(8, "batches read ahead", COUNT),
+        },
+        free=True,
+    ),
+    "diffusion": Section(
+        "Noise, objective and timesteps.",
+        {
+            "schedule": Field(
+                "scaled_linear", "noise schedule", choices=("scaled_linear", "linear", "cosine", "flow")
+            ),
+            "zero_snr": Field(False, "rescale the schedule so that its last timestep holds no signal"),
+            "prediction": Field("eps", "what the backbone predicts", choices=("eps", "x0", "v", "flow")),
+            "weighting": Field("none", "weight of each timestep in the loss", choices=("none", "min_snr")),
+            "min_snr_gamma": Field(5.0, "gamma of weighting `min_snr`", POSITIVE),
+            "time_sampling": Field(
+                "uniform",
+                "distribution of the training timesteps",
+                choices=("uniform", "stratified", "logit_normal"),
+            ),
+            "time_location": Field(0.0, "mean before the sigmoid of `logit_normal`", FINITE),
+            "time_scale": Field(1.0, "standard deviation before the sigmoid of `logit_normal`", POSITIVE),
+            "time_shift": Field(
+                1.0, "shift of schedule `flow`, in training and sampling: more than 1 = more noise", POSITIVE
+            ),
+            "caption_drop": Field(
+                0.1, "share of captions replaced by the empty one, for classifier-free guidance", SHARE
+            ),
+        },
+    ),
+    "optim": Section(
+        "The optimizer and the moving averages of the parameters.",
+        {
+            "learning_rate": Field(8e-5, "learning rate after warm-up", POSITIVE),
+            "warmup_steps": Field(100, "steps over which the learning rate rises from 0", FROM_0),
+            "decay": Field("constant", "learning rate after warm-up", choices=("constant", "cosine")),
+            "final_fraction": Field(0.0, "`cosine` ends at this fraction of learning_rate", SHARE),
+            "b1": Field(0.9, "decay of Adam's first moment", DECAY),
+            "b2": Field(0.999, "decay of Adam's second moment", DECAY),
+            "eps": Field(1e-8, "Adam's epsilon", POSITIVE),
+            "weight_decay": Field(0.01, "decoupled weight decay", FROM_0),
+            "clip_norm": Field(1.0, "largest global norm of the gradients; 0 = no clipping", FROM_0),
+            "accumulate": Field(
+                1, "microbatches of a step; microbatch j of n holds positions j::n of the batch", COUNT
+            ),
+            "groups": Field(
+                (),
+                "(regex over parameter paths, learning-rate factor, weight decay) each; the first match wins",
+            ),
+            "ema": Field((0.999,), "decays of the averages kept", _numbers_below(1.0, "between 0 and 1")),
+            "ema_power": Field(
+                (),
+                "relative widths of power-function averages, such as (0.05, 0.1), from which any decay can be rebuilt",
+                _numbers_below(WIDEST_EMA_POWER, "above 0 and below 0.2887"),
+            ),
+            "max_nonfinite": Field(10, "consecutive skipped updates before the run stops", COUNT),
+        },
+    ),
+    "processes": Section(
+        "Runs of several processes.",
+        {
+            "heartbeat": Field(
+                100,
+                "seconds without a sign of life after which a process is lost and the others stop",
+                Rule("from 10 to 3600 seconds", lambda x: 10 <= x <= 3600),
+            ),
+            "start_up": Field(
+                300,
+                "seconds to wait for all processes at the start",
+                Rule("from 1 to 86400 seconds", lambda x: 1 <= x <= 86400),
+            ),
+        },
+        free=True,
+    ),
+    "mesh": Section(
+        "The axes of the device mesh; one may be -1, which takes the remaining devices.",
+        {
+            "data": Field(-1, "replicas of the parameters, each on its own part of the batch", AXIS),
+            "fsdp": Field(1, "parts of the batch whose devices also shard the parameters", AXIS),
+            "context": Field(1, "parts of the token axis; for UNets, of the batch", AXIS),
+            "tensor": Field(1, "parts of the attention heads and of the MLPs", AXIS),
+            "slices": Field(1, "TPU slices; only `data` crosses them", COUNT),
+        },
+        free=True,
+    ),
+    "sharding": Section(
+        "How a step communicates over the mesh.",
+        {
+            "gather_once": Field(
+                False,
+                "gather all parameters once a step, in rings, not layer by layer: faster on v4 and v5p, for the memory "
+                "of one copy of the parameters and of the gradients in backbone.dtype; not with context or tensor",
+            ),
+            "sparse_core": Field(
+                False,
+                "with gather_once, on TPUs with SparseCores (v5p, v6e): these gather and sum, beside the computation",
+            ),
+        },
+        free=True,
+    ),
+    "sample": Section(
+        "Sampling: the defaults of `sample` and `evaluate`, and of evaluation in training.",
+        {
+            "sampler": Field("ddim", "sampler", choices=("ddim", "dpmpp_2m", "euler", "heun")),
+            "steps": Field(50, "sampler steps", Rule("from 1 to 999", lambda x: 1 <= x <= 999)),
+            "guidance": Field(7.5, "scale of classifier-free guidance; 1 = none", FROM_0),
+            "guidance_rescale": Field(
+                0.0, "how far guided predictions are rescaled to the spread of unguided ones", SHARE
+            ),
+            "guidance_interval": Field(
+                (0.0, 1000.0),
+                "(low, high) timesteps with guidance; outside, the scale is 1",
+                Rule("two timesteps (low, high) from 0 to 1000", _is_interval),
+            ),
+            "batch": Field(64, "images sampled at once", BATCH),
+            "ema": Field(
+                -1.0,
+                "weights to sample with: a decay of optim.ema, -1 = its largest, 0 = the raw weights",
+            ),
+        },
+        free=True,
+    ),
+    "eval": Section(
+        "Evaluation in training.",
+        {
+            "every": Field(500, "steps between evaluations; 0 = none", FROM_0),
+            "loss_images": Field(256, "fixed (image, timestep, noise) triples of the validation loss", COUNT),
+            "loss_bins": Field(
+                5,
+                "timestep bins that the validation loss is split into",
+                Rule("from 1 to 1000", lambda x: 1 <= x <= 1000),
+            ),
+            "grid": Field(16, "images of the sample grid", COUNT),
+            "metrics": Field((), "names of metrics, evaluated on `prompts` held-out prompts"),
+            "prompts": Field(64, "held-out prompts of the metrics", COUNT),
+        },
+        free=True,
+    ),
+    "checkpoint": Section(
+        "Checkpoints.",
+        {
+            "every": Field(500, "steps between checkpoints", COUNT),
+            "keep_last": Field(2, "newest checkpoints kept", COUNT),
+            "keep_every": Field(
+                0, "also keep each checkpoint at a multiple of so many steps; 0 = none", FROM_0
+            ),
+            "ema_every": Field(
+                100, "steps between snapshots of the averages of optim.ema_power, all of them kept", COUNT
+            ),
+        },
+        free=True,
+    ),
+    "log": Section(
+        "Metrics written during training.",
+        {
+            "every": Field(20, "steps between rows of metrics", COUNT),
+            "tensorboard": Field(True, "write TensorBoard files beside JSON lines"),
+            "profile": Field(
+                (),
+                "(first, last) step of a profiler trace; () = none",
+                Rule("() for none, or (first, last) step, from 1 on", _is_span),
+            ),
+        },
+        free=True,
+    ),
+    # Acts only when a loss spikes; what it did is in the workdir. So it is free.
+    "rewind": Section(
+        "What to do about a spike of the loss.",
+        {
+            "factor": Field(
+                0.0,
+                "a loss above factor x the median of the last ones is a spike; 0 = never",
+                Rule("0 for never, or more than 1", lambda x: x == 0 or 1 < x < math.inf),
+            ),
+            "window": Field(100, "losses that the median is over", COUNT),
+            "back": Field(100, "return to a checkpoint at least so many steps before the spike", COUNT),
+            "ahead": Field(100, "and skip the data up to so many steps after it", FROM_0),
+            "limit": Field(3, "rewinds before the run stops instead", COUNT),
+        },
+        free=True,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A section that names a component and carries the fields of that component's class.
+
+    Attributes:
+      doc: one line, for docs/config.md.
+      default: the component's name by default.
+      fields_of: name of a component -> its fields with their defaults.
+      derived: fields that follow from another one of the run, so that a config does not have them -> what to set.
+      free: fields that a run may be resumed with other values of.
+    """
+
+    doc: str
+    default: str
+    fields_of: Callable[[str], dict[str, Any]]
+    derived: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    free: tuple[str, ...] = ()
+
+
+def _from(module: str, function: str) -> Callable[[str], dict[str, Any]]:
+    """`function(name)` of `module`, which is imported at the first call."""
+    return lambda name: getattr(importlib.import_module(module), function)(name)
+
+
+COMPONENTS: dict[str, Component] = {
+    "backbone": Component(
+        "The network that predicts the noise, or what config.diffusion.prediction says.",
+        "uvit",
+        _from("scaling_dit.backbones", "backbone_fields"),
+        derived={
+            "in_channels": "follows from the codec; set config.codec.name",
+            "text_dim": (
+                "follows from the text encoder; set config.text_encoder.dim, or the size of a pretrained one"
+            ),
+        },
+    ),
+    "text_encoder": Component(
+        "What makes token embeddings of captions.",
+        "scratch",
+        _from("scaling_dit.encoders", "text_encoder_fields"),
+        # Files may move: a checkpoint holds the hash of the weights, and a workdir keeps the tokenizer.
+        free=("weights", "tokenizer_files"),
+    ),
+    "codec": Component(
+        "What makes latents of images, and images of latents.",
+        "pixels",
+        _from("scaling_dit.encoders.codec", "codec_fields"),
+        free=("weights",),
+    ),
+    "source": Component(
+        "The data set.",
+        "shapes",
+        _from("scaling_dit.data.sources", "source_fields"),
+        # It decides when to stop, not what is read.
+        free=("max_damaged",),
+    ),
+}
+
+# "section.name" -> field, in the order of the config. The fields of components are those of their classes.
+FIELDS: dict[str, Field] = {
+    (f"{name}.{field}" if name else field): declared
+    for name, group in SECTIONS.items()
+    for field, declared in group.fields.items()
+}
+
+FREE_SECTIONS: tuple[str, ...] = tuple(name for name, group in SECTIONS.items() if group.free)
+# Free fields of other sections.
+FREE_FIELDS: tuple[str, ...] = (
+    *(key for key, field in FIELDS.items() if field.free),
+    *(f"{name}.{field}" for name, component in COMPONENTS.items() for field in component.free),
+)
+
+
+def section(name: str) -> dict[str, Field]:
+    """The fields of a section by name, in the order of the config; "" holds those of no section."""
+    return dict(SECTIONS[name].fields)
+
+
+def is_free(key: str) -> bool:
+    """Whether a run may be resumed with another value of this field, a dotted key."""
+    return key in FREE_FIELDS or key.split(".")[0] in FREE_SECTIONS
+
+
+def derived(key: str) -> str:
+    """What to set in place of a component's field that follows from others; "" for any other key."""
+    name, _, field = key.rpartition(".")
+    return COMPONENTS[name].derived.get(field, "") if name in COMPONENTS else ""
+
+
+def defaults() -> ConfigDict:
+    """Every field of a run with its default; experiments replace some of them."""
+    config = ConfigDict({name: ConfigDict({"name": part.default}) for name, part in COMPONENTS.items()})
+    for name, group in SECTIONS.items():
+        values = {field: declared.default for field, declared in group.fields.items()}
+        if name:
+            config[name] = ConfigDict(values)
+        else:
+            config.update(values)
+    return config

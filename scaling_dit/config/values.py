@@ -1,0 +1,69 @@
+"""A config as text: dotted keys, one line a field, JSON, and hints for keys that do not exist."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from scaling_dit.components import tuples
+from scaling_dit.config import schema
+from scaling_dit.errors import UserError, nearest
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every field, in the order of the config."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def dump(config: ConfigDict) -> str:
+    """One `key = value` line per field, sorted: the same config always gives the same text."""
+    return "".join(f"{key} = {value!r}\n" for key, value in sorted(flatten(config).items()))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as sorted JSON; `from_json` gives back an equal one."""
+    return json.dumps(config.to_dict(), sort_keys=True, indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote; sequences come back as tuples, as every sequence of a config is one.
+
+    Raises:
+      UserError: `text` is not JSON.
+    """
+    try:
+        return ConfigDict(tuples(json.loads(text)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"the saved config is not valid JSON: {error}") from None
+
+
+def why_unknown(key: str, known: Iterable[str]) -> str:
+    """Why a dotted key is none of `known`, and what would be right: the same field elsewhere, a near one, or all."""
+    if schema.derived(key):
+        return f"it {schema.derived(key)}"
+    known = list(known)
+    section, _, field = key.rpartition(".")
+    siblings = {
+        name.rpartition(".")[2]: name for name in known if section and name.rpartition(".")[0] == section
+    }
+    elsewhere = [name for name in known if name.rpartition(".")[2] == field]
+    close = elsewhere or [
+        siblings[near] for near in difflib.get_close_matches(field, siblings, n=1, cutoff=0.5)
+    ]
+    if close:
+        hint = f"did you mean {close[0]!r}?"
+    elif siblings:
+        hint = f"{section} has {', '.join(sorted(siblings))}"
+    else:
+        hint = nearest(key, known)
+        if not hint.startswith("did you mean"):
+            hint = nearest(key, {name.split(".")[0] for name in known})
+    return f"no such field; {hint}"

@@ -44,7 +44,7 @@ _SAVING = (
     ("--config.backbone.remat=full",),
     ("--config.backbone.remat=full", "--config.optim.accumulate=4"),
 )
-_GATHERED = ("--config.mesh.gather_once=True", "--config.backbone.remat=products")
+_GATHERED = ("--config.sharding.gather_once=True", "--config.backbone.remat=products")
 _BY_LAYER = ("--config.backbone.remat=products",)
 # Over 256 chips the parameters of a width that 256 does not divide stay whole (IF-XL's 704): over 64 they are split.
 _OVER_64 = ("--config.mesh.data=4", "--config.backbone.remat=products")

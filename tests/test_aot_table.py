@@ -72,7 +72,7 @@ def test_a_cell_is_tried_until_it_fits_and_its_settings_are_told(
     table, planned, monkeypatch, tmp_path, capsys
 ):
     calls, answers = planned
-    answers["--config.mesh.gather_once=True",] = (1, {"fits": False}, "")
+    answers["--config.sharding.gather_once=True",] = (1, {"fits": False}, "")
     run(table, monkeypatch, tmp_path, "--sizes=sdxl", "--slices=v5p:4x4x4")
     assert len(calls) == 2 and "--config.backbone.remat=full" in calls[1]
     assert "--config.optim.accumulate=4" not in calls[1]
@@ -110,11 +110,13 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeyp
 
 def test_an_error_of_one_attempt_is_kept_beside_the_plan_of_another(table, planned, monkeypatch, tmp_path):
     _, answers = planned
-    answers["--config.mesh.gather_once=True",] = (-9, {}, "")
+    answers["--config.sharding.gather_once=True",] = (-9, {}, "")
     run(table, monkeypatch, tmp_path, "--sizes=sdxl", "--slices=v4:4x4x4")
     kept = json.loads((tmp_path / "sdxl@v4-4x4x4.json").read_text())
     assert kept["memory"]["fits"]
-    assert kept["failed"] == ["--config.mesh.gather_once=True --config.backbone.remat=products: exit code -9"]
+    assert kept["failed"] == [
+        "--config.sharding.gather_once=True --config.backbone.remat=products: exit code -9"
+    ]
 
 
 def test_an_unknown_size_or_slice_is_one_line(table, planned, monkeypatch, tmp_path, capsys):

@@ -47,7 +47,6 @@ class UViT(nn.Module):
     long_skips: bool = True
     time_mlp: bool = False
     final_conv: bool = True
-    mask_text: bool = True  # hide padded text as attention keys; the published code attends to all of it
     positions: str = "learned"  # initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens
     attention: str = "auto"
     remat: bool | str = "none"  # none | full | dots | products | attention | offload
@@ -113,7 +112,7 @@ class UViT(nn.Module):
         x = layers.constrain(x, "batch", "length", "act_embed")
 
         key_mask = None
-        if self.mask_text and text_mask is not None:
+        if text_mask is not None:
             key_mask = jnp.pad(
                 text_mask.astype(bool), ((0, 0), (1, image_tokens.shape[1])), constant_values=True
             )

@@ -22,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def read_config(workdir: str | epath.Path) -> ConfigDict:
-    """The config a run was started with; fields that came with a later version have their defaults.
+    """The config a run was started with; fields of later versions have their defaults, and old names are replaced.
 
     Raises:
       UserError: the folder holds no run, or one with fields this version does not know.

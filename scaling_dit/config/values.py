@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.components import tuples
-from scaling_dit.config import schema
+from scaling_dit.config import renamed, schema
 from scaling_dit.errors import UserError, nearest
 
 
@@ -34,21 +34,28 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote; sequences come back as tuples, as every sequence of a config is one.
+    """The config that `to_json` wrote, in this version or an earlier one, whose names are replaced (renamed.py).
+
+    Sequences become tuples, as every sequence of a config is one.
 
     Raises:
-      UserError: `text` is not JSON.
+      UserError: `text` is not a JSON object.
     """
     try:
-        return ConfigDict(tuples(json.loads(text)))
+        saved = tuples(json.loads(text))
     except json.JSONDecodeError as error:
         raise UserError(f"the saved config is not valid JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"the saved config is no JSON object: {text[:40]!r}")
+    return ConfigDict(renamed.upgrade(saved))
 
 
 def why_unknown(key: str, known: Iterable[str]) -> str:
-    """Why a dotted key is none of `known`, and what would be right: the same field elsewhere, a near one, or all."""
+    """Why a dotted key is none of `known`, and what would be right: a new name, the same field elsewhere, or a near one."""
     if schema.derived(key):
         return f"it {schema.derived(key)}"
+    if key in renamed.FIELDS:
+        return f"it is config.{renamed.FIELDS[key].key} now"
     known = list(known)
     section, _, field = key.rpartition(".")
     siblings = {

@@ -4,9 +4,9 @@ Left to itself XLA gathers a kernel split over all 64 chips of a v5p:4x4x4 by wr
 over all chips, and reduces gradients whole before it slices them: twice the bytes of a gather and of a scatter, besides
 the zeros (libtpu 0.0.51). Here each device runs its share of the batch alone: kernels are cast to the type they are
 read in and gathered over one dimension of the torus, then over the plane of the other two; gradients are summed and
-scattered on the same way back. With `config.mesh.sparse_core` the rings are such that SparseCores do both, beside the
-computation (`xla_flags` has the options). Costs memory for one whole copy of the parameters and of the gradients, so it
-is for chips that have it.
+scattered on the same way back. With `config.sharding.sparse_core` the rings are such that SparseCores do both, beside
+the computation (`xla_flags` has the options). Costs memory for one whole copy of the parameters and of the gradients, so
+it is for chips that have it.
 """
 
 import functools
@@ -52,7 +52,7 @@ def check_mesh(mesh: Mesh) -> None:
     told = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     if mesh.shape["context"] > 1 or mesh.shape["tensor"] > 1 or mesh.shape["fsdp"] == 1:
         raise UserError(
-            f"mesh.gather_once needs fsdp above 1, and context and tensor of 1; the mesh has {told}"
+            f"sharding.gather_once needs fsdp above 1, and context and tensor of 1; the mesh has {told}"
         )
 
 
@@ -60,16 +60,16 @@ def check_sparse_core(mesh: Mesh, gather_once: bool) -> None:
     """Makes sure that there is something for SparseCores to gather, and that a TPU has some.
 
     Raises:
-      UserError: `mesh.sparse_core` without `mesh.gather_once`, or for a TPU without them.
+      UserError: `sharding.sparse_core` without `sharding.gather_once`, or for a TPU without them.
     """
     if not gather_once:
         raise UserError(
-            "mesh.sparse_core is for the gathers of mesh.gather_once, which is off; mesh.gather_once=True turns it on"
+            "sharding.sparse_core is for the gathers of sharding.gather_once, which is off; set that to True as well"
         )
     chip = topologies.find_chip(mesh.devices.flat[0].device_kind)
     if chip is not None and chip.torus and chip.name not in topologies.SPARSE_CORES:
         known = " and ".join(topologies.SPARSE_CORES)
-        raise UserError(f"mesh.sparse_core is for {known}; the mesh is of {chip.name}")
+        raise UserError(f"sharding.sparse_core is for {known}; the mesh is of {chip.name}")
 
 
 def value_and_grad(

@@ -22,7 +22,7 @@ class Option:
       reason: why.
       chips: the generations it is for.
       least_slices: the least number of slices it is for.
-      sparse_core: whether it is only for runs with `mesh.sparse_core`.
+      sparse_core: whether it is only for runs with `sharding.sparse_core`.
     """
 
     name: str
@@ -71,7 +71,7 @@ OPTIONS: tuple[Option, ...] = (
 def options(devices: Sequence[Any], sparse_core: bool = False) -> dict[str, Any]:
     """The options of programs for these jax devices, or those of a topology description.
 
-    `sparse_core`: whether SparseCores are to gather and sum, `config.mesh.sparse_core`.
+    `sparse_core`: whether SparseCores are to gather and sum, `config.sharding.sparse_core`.
     """
     chip = topologies.find_chip(devices[0].device_kind)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})

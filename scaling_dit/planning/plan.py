@@ -147,8 +147,8 @@ def settings(config: ConfigDict, step: str) -> dict[str, Any]:
         "batch": config.batch,
         "microbatches": config.optim.accumulate,
         "remat": remat,
-        "gather_once": config.mesh.gather_once,
-        "sparse_core": config.mesh.sparse_core,
+        "gather_once": config.sharding.gather_once,
+        "sparse_core": config.sharding.sparse_core,
     }
 
 

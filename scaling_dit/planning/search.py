@@ -1,4 +1,4 @@
-"""Tries meshes, `mesh.gather_once`, microbatches and remat policies for a topology, and ranks those that fit.
+"""Tries meshes, `sharding.gather_once`, microbatches and remat policies for a topology, and ranks those that fit.
 
 What costs least is tried first: as few microbatches and as little rematerialisation as possible, on the config's own
 mesh. What a compiled combination has shown not to fit is not tried with even less saving, and what cannot hold its
@@ -46,17 +46,17 @@ def search(
     mistake: UserError | None = None
     failed: list[tuple[dict[str, int], tuple[int, ...]]] = []
     tried = 0
-    for mesh, microbatches, remat in candidates(config, topology, step):
+    for mesh, once, microbatches, remat in candidates(config, topology, step):
         saving = (
             MICROBATCHES.index(microbatches),
             REMAT.index(remat) if remat in REMAT else 0,
-            -mesh["gather_once"],  # it costs a copy of the parameters and of the gradients
+            # It costs a copy of the parameters and of the gradients.
+            -once,
         )
-        sizes = mesh | {"gather_once": False}
-        if any(sizes == other and all(map(operator.le, saving, most)) for other, most in failed):
+        if any(mesh == other and all(map(operator.le, saving, most)) for other, most in failed):
             continue
         tried += 1
-        chosen = variant(config, mesh, microbatches, remat)
+        chosen = variant(config, mesh, once, microbatches, remat)
         try:
             plan = (make or plan_lib.make)(chosen, topology, step, price)
         except UserError as error:
@@ -64,7 +64,7 @@ def search(
             mistake = error
             continue
         if not plan.memory.fits:
-            failed.append((sizes, saving))
+            failed.append((mesh, saving))
         tell(f"{told(chosen)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}")
         plans.append(plan)
         if len(plans) >= limit:
@@ -86,15 +86,15 @@ def rank(plan: Plan) -> tuple[bool, float, int]:
 def told(config: ConfigDict) -> str:
     """The settings that `variant` gave a config, as text."""
     words = [f"{axis}={config.mesh[axis]}" for axis in AXES if config.mesh[axis] > 1]
-    words += [name for name in ("gather_once", "sparse_core") if config.mesh[name]]
+    words += [name for name in ("gather_once", "sparse_core") if config.sharding[name]]
     remat = config.backbone.get("remat", "none")
     return f"{' '.join(words)}, {config.optim.accumulate} microbatches, remat {remat}"
 
 
 def candidates(
     config: ConfigDict, topology: Topology, step: str = "train"
-) -> Iterator[tuple[dict[str, int], int, str]]:
-    """(fields of config.mesh, microbatches, remat) that split the batch, the cheapest first.
+) -> Iterator[tuple[dict[str, int], bool, int, str]]:
+    """(fields of config.mesh, gather_once, microbatches, remat) that split the batch, the cheapest first.
 
     Rematerialisation costs up to a third of the FLOPs and a microbatch repeats the gathers of parameters, so both rise
     together, over all meshes, before either goes to its end.
@@ -105,7 +105,7 @@ def candidates(
     counts = [n for n in MICROBATCHES if config.batch % n == 0] if step == "train" else [1]
     own = run_mesh(config, topology.devices())
     layouts = [
-        (place, sizes | {"gather_once": once})
+        (place, sizes, once)
         for place, sizes in enumerate(meshes(dict(own.shape), topology.chips, topology.slices))
         for once in gathers(config, sizes, topology, step)
     ]
@@ -114,16 +114,16 @@ def candidates(
         key=lambda item: (MICROBATCHES.index(item[1]) + item[2] + layouts[item[0]][0], item),
     )
     for layout, microbatches, remat in combinations:
-        _, sizes = layouts[layout]
+        _, sizes, once = layouts[layout]
         rows = (
             config.batch // microbatches if step == "train" else rules.round_batch(own, config.sample.batch)
         )
         if rows % (sizes["data"] * sizes["fsdp"]) == 0:
-            yield sizes, microbatches, remats[remat]
+            yield sizes, once, microbatches, remats[remat]
 
 
 def gathers(config: ConfigDict, sizes: dict[str, int], topology: Topology, step: str) -> tuple[bool, ...]:
-    """The values of `mesh.gather_once` to try on a mesh of such sizes, the config's own first.
+    """The values of `sharding.gather_once` to try on a mesh of such sizes, the config's own first.
 
     True only to train on a TPU, whose rings it is for, and on meshes that it can run on; of these only on those that
     have no more replicas than slices, where it gathers most. So the list stays short.
@@ -131,12 +131,12 @@ def gathers(config: ConfigDict, sizes: dict[str, int], topology: Topology, step:
     on_tpu = topology.chip is not None and topology.chip.name in TPUS
     if not on_tpu or step != "train" or sizes["data"] > topology.slices:
         return (False,)
-    changed = variant(config, sizes | {"gather_once": True}, config.optim.accumulate, REMAT[0])
+    changed = variant(config, sizes, True, config.optim.accumulate, REMAT[0])
     try:
         run_mesh(changed, topology.devices())
     except UserError:
         return (False,)
-    own = config.mesh.gather_once
+    own = config.sharding.gather_once
     return (own, not own)
 
 
@@ -152,11 +152,14 @@ def meshes(own: dict[str, int], chips: int, slices: int) -> list[dict[str, int]]
     return [mesh for place, mesh in enumerate(found) if mesh not in found[:place]]
 
 
-def variant(config: ConfigDict, mesh: dict[str, int], microbatches: int, remat: str) -> ConfigDict:
+def variant(
+    config: ConfigDict, mesh: dict[str, int], gather_once: bool, microbatches: int, remat: str
+) -> ConfigDict:
     """The config with these settings; `mesh` holds fields of config.mesh."""
     changed = config.copy_and_resolve_references().unlock()
     changed.mesh.update(mesh)
-    changed.mesh.sparse_core &= changed.mesh.gather_once
+    changed.sharding.gather_once = gather_once
+    changed.sharding.sparse_core &= gather_once
     changed.optim.accumulate = microbatches
     if "remat" in changed.backbone:
         changed.backbone.remat = remat

@@ -45,12 +45,12 @@ class StepProgram:
         shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
         frozen_shardings = rules.param_shardings(mesh, boxed_frozen)
         gathered = None
-        if config.mesh.gather_once:
+        if config.sharding.gather_once:
             gathered = functools.partial(
                 fsdp.value_and_grad,
                 mesh=mesh,
                 shardings=shardings.params,
-                sparse_core=config.mesh.sparse_core,
+                sparse_core=config.sharding.sparse_core,
             )
         step = jax.jit(
             make_train_step(model, optimizer, config, gathered),
@@ -58,7 +58,7 @@ class StepProgram:
             out_shardings=(shardings, None),
             donate_argnums=0,
             keep_unused=True,  # the state as a whole is what lies in memory, and what a plan tells
-            compiler_options=xla_flags.options(list(mesh.devices.flat), config.mesh.sparse_core) or None,
+            compiler_options=xla_flags.options(list(mesh.devices.flat), config.sharding.sparse_core) or None,
         )
         return cls(
             mesh=mesh,
@@ -85,13 +85,11 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         without SparseCores.
     """
     splits = backbones.splits_tokens(config.backbone.name)
-    sizes = config.mesh.to_dict()
-    gather_once, sparse_core = sizes.pop("gather_once"), sizes.pop("sparse_core")
-    mesh = mesh_lib.make_mesh(**sizes, devices=devices, splits_tokens=splits)
-    if gather_once:
+    mesh = mesh_lib.make_mesh(**config.mesh, devices=devices, splits_tokens=splits)
+    if config.sharding.gather_once:
         fsdp.check_mesh(mesh)
-    if sparse_core:
-        fsdp.check_sparse_core(mesh, gather_once)
+    if config.sharding.sparse_core:
+        fsdp.check_sparse_core(mesh, config.sharding.gather_once)
     return mesh
 
 

@@ -69,9 +69,7 @@ def test_fields_are_config_values():
     assert {"in_channels", "out_channels", "text_dim", "dtype", "param_dtype", "remat", "scan_layers"} <= set(
         fields
     )
-    assert {"attention", "size", "hidden", "depth", "heads", "patch", "long_skips", "mask_text"} <= set(
-        fields
-    )
+    assert {"attention", "size", "hidden", "depth", "heads", "patch", "long_skips"} <= set(fields)
     assert not {"parent", "name"} & set(fields)
     assert backbones.create("uvit", **fields) == backbones.create("uvit")
 

@@ -1,6 +1,7 @@
 """Config: filling sections, typed overrides, checks, and the experiment files they come from."""
 
 import dataclasses
+import pickle
 import re
 import sys
 
@@ -85,10 +86,47 @@ def test_complete_leaves_its_argument_alone():
     assert config_lib.dump(config) == before
 
 
-def test_resolving_twice_changes_nothing():
+def test_a_resolved_config_is_resolved_once(monkeypatch):
     config = resolve("optim.ema=(0.9,0.99)", "backbone.out_channels=3")
-    again = config_lib.resolve(config)
-    assert config_lib.dump(again) == config_lib.dump(config)
+    text = config_lib.to_json(config)
+    monkeypatch.delattr(schema, "defaults")
+    assert config_lib.resolve(config) is config
+    assert config_lib.to_json(config) == text
+
+
+def test_a_copy_of_a_resolved_config_resolves_to_an_equal_one():
+    config = resolve("optim.ema=(0.9,0.99)", "backbone.out_channels=3")
+    for copy in (
+        config.copy_and_resolve_references(),
+        ConfigDict(config),
+        pickle.loads(pickle.dumps(config)),
+        config_lib.from_json(config_lib.to_json(config)),
+    ):
+        again = config_lib.resolve(copy)
+        assert again is not copy
+        assert again == config
+
+
+def test_a_resolved_config_that_was_changed_is_checked_again():
+    config = resolve()
+    config.batch = 0
+    with pytest.raises(UserError, match=r"config\.batch is 0"):
+        config_lib.resolve(config)
+    config.batch = 64
+    with config.unlocked():
+        config.unheard_of = 1
+    with pytest.raises(UserError, match=r"config\.unheard_of: no such field"):
+        config_lib.resolve(config)
+    changed = resolve("backbone.out_channels=3")
+    # Equal to 3, but no integer.
+    changed.backbone.out_channels = 3.0
+    assert config_lib.resolve(changed) is not changed
+
+
+def test_overrides_of_a_resolved_config_leave_it_alone():
+    config = resolve()
+    assert config_lib.resolve(config, ["--config.steps=7"]).steps == 7
+    assert config.steps == 1000
 
 
 def test_a_resolved_config_is_locked():

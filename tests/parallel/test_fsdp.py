@@ -106,8 +106,8 @@ def test_rings_are_planes_and_lines_of_the_torus(monkeypatch):
 @pytest.mark.parametrize(
     "kind, gather_once, told",
     [
-        ("cpu", False, "for the gathers of mesh.gather_once, which is off"),
-        ("TPU v5 lite", True, "mesh.sparse_core is for v5p and v6e; the mesh is of v5e"),
+        ("cpu", False, "for the gathers of sharding.gather_once, which is off"),
+        ("TPU v5 lite", True, "sharding.sparse_core is for v5p and v6e; the mesh is of v5e"),
         ("TPU v4", True, "the mesh is of v4"),
     ],
 )
@@ -125,7 +125,7 @@ def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():
     fsdp.check_mesh(make_mesh(data=2, fsdp=4))
     for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"data": 1, "fsdp": 4, "context": 2}):
         with pytest.raises(
-            UserError, match="mesh.gather_once needs fsdp above 1, and context and tensor of 1"
+            UserError, match="sharding.gather_once needs fsdp above 1, and context and tensor of 1"
         ):
             fsdp.check_mesh(make_mesh(**axes))
 
@@ -139,7 +139,8 @@ def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
     losses = {}
     for once in (False, True):
         config = shapes.get_config("smoke")
-        config.mesh.update({"data": 2, "fsdp": 4, "gather_once": once})
+        config.mesh.update({"data": 2, "fsdp": 4})
+        config.sharding.gather_once = once
         config.update({"steps": 3, "batch": 16})
         config.log.update({"every": 1, "tensorboard": False})
         config.eval.every = 0

@@ -77,7 +77,7 @@ def test_a_step_is_compiled_as_its_mesh_and_the_table_of_options_say(monkeypatch
     config, plain = program("uvit", "DP2xFSDP4")
     assert "all_gather" not in plain.lower().as_text()
     with config.copy_and_resolve_references().unlocked() as changed:
-        changed.mesh.update({"gather_once": True, "sparse_core": True})
+        changed.sharding.update({"gather_once": True, "sparse_core": True})
     source = open_source(changed)
     model = build_model(changed, make_tokenizer(changed, source), source)
     monkeypatch.setattr(

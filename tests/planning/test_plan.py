@@ -329,7 +329,7 @@ def made(monkeypatch):
         remat = plan_search.REMAT.index(config.backbone.remat)
         saving = remat + plan_search.MICROBATCHES.index(config.optim.accumulate)
         mesh = config.mesh.to_dict()
-        once = mesh["gather_once"]
+        once = config.sharding.gather_once
         tried.append((mesh["fsdp"], config.optim.accumulate, config.backbone.remat, once))
         peak = int((200 if once else 100) * GIB / 2**saving)
         time = (1 + saving) * (2 if mesh["tensor"] > 1 else 1) * (0.7 if once else 1)
@@ -357,7 +357,7 @@ def test_a_search_tries_the_cheapest_first_and_ranks_what_fits(made):
 
 
 def test_a_search_keeps_sparse_cores_where_it_gathers_once(made):
-    flags = ["--config.batch=64", "--config.mesh.gather_once=True", "--config.mesh.sparse_core=True"]
+    flags = ["--config.batch=64", "--config.sharding.gather_once=True", "--config.sharding.sparse_core=True"]
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", flags)
     found = plan_search.search(config, parse("v5p:2x2x2"), "train", None, limit=9)
     kept = {(row.settings["gather_once"], row.settings["sparse_core"]) for row in found}
@@ -389,7 +389,7 @@ def test_a_search_gathers_once_where_a_mesh_and_the_chip_allow_it(made):
     best = plan_report.search_table(parse("v5e:2x4"), found).splitlines()[2]
     assert found[0].settings["gather_once"] and best.strip().startswith("fsdp=8 gather_once ")
     with config.unlocked():
-        config.mesh.gather_once = True
+        config.sharding.gather_once = True
     for sizes, topology, step, wanted in (
         ((1, 8, 1, 1), "v5e:2x4", "train", (True, False)),  # the config's own first
         ((1, 4, 1, 2), "v5e:2x4", "train", (False,)),
@@ -473,7 +473,7 @@ def test_sparse_cores_gather_and_sum_beside_the_computation():
     done = command(
         "--config=dit_scaling:uvit-h1024-d20-n16", "--topology=v5p:4x4x4", "--config.batch=256", "--json",
         "--config.backbone.depth=1", "--config.backbone.scan_layers=False", "--config.backbone.remat=none",
-        "--config.mesh.gather_once=True", "--config.mesh.sparse_core=True",
+        "--config.sharding.gather_once=True", "--config.sharding.sparse_core=True",
     )  # fmt: skip
     (found,) = json.loads(done.stdout)
     rows = found["statistics"]["collectives"]

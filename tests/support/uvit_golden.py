@@ -43,8 +43,6 @@ def load(name: str) -> Golden:
     family = "large_dit" if name in LARGE_DIT_NAMES else "uvit"
     kept = ("in_channels", "hidden", "depth", "heads", "text_dim", *_FIELDS[family])
     fields = {key: config[key] for key in kept} | {"patch": config["patch_size"]}
-    if family == "uvit":
-        fields["mask_text"] = False  # the published code attends to all of it
     inputs = [nhwc("input/latents_nchw"), data["input/timesteps"], data["input/text"]]
     if "input/text_mask" in data:
         inputs.append(data["input/text_mask"])

@@ -22,26 +22,10 @@ from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.planning import report as plan_report
 from scaling_dit.training import loop
+from tests.support.pages import blocks, commands, first_column
 from tests.support.paths import DOCS
 
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-
-
-def blocks(language: str, page: str = "api.md") -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-
-
-def commands(page: str) -> list[list[str]]:
-    """The arguments of every `scaling-dit` command of a page's `sh` blocks."""
-    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
-    assert all(line.startswith("scaling-dit ") for line in lines)
-    return [shlex.split(line)[1:] for line in lines]
-
-
-def first_column(page: str, heading: str) -> list[str]:
-    """The first cells of the table under a heading, without the table's own."""
-    section = (DOCS / page).read_text().split(f"## {heading}\n", 1)[1].split("\n## ")[0]
-    return re.findall(r"^\| (.+?) \|", section, re.MULTILINE)[1:]
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import _REGISTRY, create_source, source_fields
 from scaling_dit.errors import UserError
-from tests.test_docs import DOCS, blocks, commands
+from tests.support.pages import blocks, commands
+from tests.support.paths import DOCS
 
 PAGE = "data.md"
 FORMATS = ("webdataset", "tfds", "parquet")

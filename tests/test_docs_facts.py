@@ -15,7 +15,8 @@ from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule
 from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
 from scaling_dit.evaluation import METRICS
 from scaling_dit.interop.diffusers.families import FAMILIES
-from tests.test_docs import DOCS, blocks, first_column
+from tests.support.pages import blocks, first_column
+from tests.support.paths import DOCS
 from tools import diagram, figures
 
 NAMES = sorted(backbones.BACKBONES)

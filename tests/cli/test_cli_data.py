@@ -10,7 +10,8 @@ from scaling_dit import cli
 from scaling_dit.curation import captioning, filters
 from scaling_dit.data.sources import create_source
 from tests.support import small_webdataset
-from tests.test_docs import DOCS, commands, first_column
+from tests.support.pages import commands, first_column
+from tests.support.paths import DOCS
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,8 @@ from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.sampling import pipeline
 from scaling_dit.training.loop import train
-from tests.curation.test_prepare import assert_holds, contents
 from tests.support import raw_images
-
-SIDE = 16
+from tests.support.prepared_sets import SIDE, assert_holds, contents
 
 
 @pytest.fixture(scope="module")

@@ -11,28 +11,11 @@ from flax import traverse_util
 from scaling_dit import backbones, trees
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
+from tests.support.layouts import FIELDS, LAYOUTS
 from tests.support.parity import example
 from tests.support.uvit_golden import fill, run
 
-TRANSFORMER = {"hidden": 32, "depth": 2, "heads": 2}
-UNET = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_dim": 16}
-FIELDS = {
-    "uvit": TRANSFORMER,
-    "pixart": TRANSFORMER,
-    "large_dit": TRANSFORMER,
-    "next_dit": TRANSFORMER,
-    "unet": UNET | {"transformer_depth": (0, 2)},
-    "unet_if": UNET | {"attention_levels": (1,)},
-}
 SCANNED = [name for name in FIELDS if name != "unet_if"]
-LAYOUTS = {
-    "DP8": {"data": 8},
-    "FSDP8": {"data": 1, "fsdp": 8},
-    "DP2xFSDP4": {"data": 2, "fsdp": 4},
-    "FSDP4xTP2": {"data": 1, "fsdp": 4, "tensor": 2},
-    "FSDP2xCTX2xTP2": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
-    "DP2xFSDP2xTP2": {"data": 2, "fsdp": 2, "tensor": 2},  # three axes at once, where XLA erred
-}
 QUICK = [
     ("uvit", "FSDP2xCTX2xTP2", {}),
     ("pixart", "DP2xFSDP2xTP2", {}),

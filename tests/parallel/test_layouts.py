@@ -15,7 +15,7 @@ from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.parallel import rules
 from scaling_dit.training import program as program_lib
 from scaling_dit.training.program import StepProgram, run_mesh
-from tests.parallel.test_every_backbone import LAYOUTS
+from tests.support.layouts import LAYOUTS
 from tests.support.uvit_golden import QUICK, fill
 
 MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}

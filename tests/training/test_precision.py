@@ -13,7 +13,7 @@ from scaling_dit import config as config_lib
 from scaling_dit.model.build import build_model, make_tokenizer
 from scaling_dit.training import optim, program
 from scaling_dit.training.step import init_state, make_train_step
-from tests.parallel.test_every_backbone import FIELDS
+from tests.support.layouts import FIELDS
 
 MICROBATCHES = 2
 # What loses digits in bfloat16: sums, and functions that are steep somewhere.

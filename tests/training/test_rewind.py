@@ -23,7 +23,7 @@ from scaling_dit.training import loop, report, rewind
 from scaling_dit.training.loop import main, train
 from scaling_dit.training.rewind import Rewind, SpikeDetector
 from scaling_dit.training.run import Run
-from tests.training.test_train import assert_same_bits, tiny
+from tests.support.runs import assert_same_bits, tiny
 
 SETTINGS = ConfigDict({"factor": 3.0, "window": 3, "back": 2, "ahead": 1, "limit": 2})
 

@@ -1,7 +1,6 @@
 """The training loop: resuming, stopping, layouts, microbatches, frozen weights, and what it refuses."""
 
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -10,9 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.errors import UserError
 from scaling_dit.model import frozen as frozen_weights
@@ -21,41 +18,7 @@ from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
 from scaling_dit.training import step as train_step
 from scaling_dit.training.loop import main, train
-
-STEPS = 20
-
-
-def tiny(steps: int = STEPS, **changes) -> ConfigDict:
-    """A run of seconds; `changes` are dotted keys with __ for the dot."""
-    config = config_lib.load("experiments/shapes.py:smoke")
-    overrides = {
-        "steps": steps,
-        "eval.every": 0,
-        "checkpoint.every": 1000,
-        "log.every": 1,
-        "log.tensorboard": False,
-    }
-    overrides |= {key.replace("__", "."): value for key, value in changes.items()}
-    with config.unlocked():
-        config.update_from_flattened_dict(overrides)
-    return config_lib.resolve(config)
-
-
-def leaves(state):
-    return {
-        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def losses(workdir: pathlib.Path) -> list[float]:
-    return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
-
-
-def assert_same_bits(a, b):
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+from tests.support.runs import STEPS, assert_same_bits, losses, tiny
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""Scaling studies: what a model costs, and how quality follows from it."""
+"""Scaling studies: laws fitted to the losses and metrics of many runs."""

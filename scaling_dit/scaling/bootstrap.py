@@ -1,0 +1,71 @@
+"""Resampling by run: intervals of anything that is fitted to the points of several runs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from scaling_dit.errors import UserError
+
+LEVEL = 0.9
+RESAMPLES = 200
+
+
+def resample_runs(
+    runs: Sequence[object] | np.ndarray | None, points: int, resamples: int = RESAMPLES, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Indices of points, int [M], for each bootstrap sample: whole runs are drawn with replacement.
+
+    The points of one run (its checkpoints) share its seed and its data order, so they are no independent samples.
+
+    Args:
+      runs: the run that each point belongs to, [points]; each point is a run of its own if None.
+      points: how many points there are.
+      resamples: bootstrap samples to draw.
+      seed: of the draws.
+
+    Raises:
+      UserError: `runs` does not name one run for each point.
+    """
+    rng = np.random.default_rng(seed)
+    if runs is None:
+        for _ in range(resamples):
+            yield rng.integers(0, points, points)
+        return
+    if len(runs) != points:
+        raise UserError(f"runs names {len(runs)} runs for {points} points; give one name for each point")
+    _, inverse = np.unique(np.asarray(runs).astype(str), return_inverse=True)
+    members = [np.flatnonzero(inverse == run) for run in range(inverse.max() + 1)]
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(members), len(members))
+        yield np.concatenate([members[run] for run in drawn])
+
+
+def intervals(
+    fit: Callable[[np.ndarray], Mapping[str, float] | None],
+    samples: Iterator[np.ndarray],
+    level: float = LEVEL,
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of the values that `fit(indices)` returns, by name.
+
+    `fit` returns None for a sample that cannot be fitted, such as one that holds one size only; it is left out.
+
+    Raises:
+      UserError: more than half of the samples cannot be fitted.
+    """
+    rows: list[Mapping[str, float]] = []
+    drawn = 0
+    for indices in samples:
+        drawn += 1
+        values = fit(indices)
+        if values is not None:
+            rows.append(values)
+    if len(rows) * 2 < drawn or not rows:
+        raise UserError(
+            f"{drawn - len(rows)} of {drawn} bootstrap samples cannot be fitted; add runs of more sizes and budgets"
+        )
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    found = {}
+    for name in rows[0]:
+        low, high = np.percentile([row[name] for row in rows], tails)
+        found[name] = (float(low), float(high))
+    return found

@@ -1,0 +1,202 @@
+"""Approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556): one surface of loss over parameters and samples."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from scaling_dit.errors import UserError
+from scaling_dit.scaling import bootstrap
+from scaling_dit.scaling.points import Interval, Runs, Values, positive
+
+HUBER_DELTA = 1e-3  # of log residuals, as in Hoffmann et al. 2022, appendix D.3
+
+
+@dataclasses.dataclass(frozen=True)
+class ParametricLaw:
+    """loss = E + A / params^alpha + B / samples^beta (Hoffmann et al. 2022, equation 2).
+
+    Attributes:
+      E: loss that neither more parameters nor more samples lower.
+      A, alpha: how it falls with parameters. B, beta: how it falls with samples.
+      points: number of points the law rests on. error: root mean square of the log residuals.
+      warnings: what a reader must know before using the law.
+    """
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    points: int
+    error: float
+    warnings: tuple[str, ...] = ()
+    _data: tuple[np.ndarray, np.ndarray, np.ndarray, Any] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    def __call__(self, params: Values, samples: Values) -> np.ndarray:
+        """The loss at these numbers of parameters and samples, elementwise."""
+        n, d = np.asarray(params, float), np.asarray(samples, float)
+        return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
+
+    @functools.cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """90 % intervals of E, A, B, alpha and beta, by bootstrap over runs."""
+        return self.bootstrap()
+
+    def bootstrap(
+        self, resamples: int = bootstrap.RESAMPLES, level: float = bootstrap.LEVEL, seed: int = 0
+    ) -> dict[str, Interval]:
+        """Intervals of the five values from `resamples` bootstrap samples of whole runs."""
+        assert self._data is not None
+        n, d, losses, runs = self._data
+        start = _to_vector(self.E, self.A, self.B, self.alpha, self.beta)
+
+        def fit(indices: np.ndarray) -> dict[str, float] | None:
+            if len(np.unique(n[indices])) < 2 or len(np.unique(d[indices])) < 2:
+                return None
+            # The start is the fit of all points, so few evaluations remain.
+            return _from_vector(_polish(start, n[indices], d[indices], losses[indices], tolerance=1e-8))
+
+        return bootstrap.intervals(fit, bootstrap.resample_runs(runs, len(n), resamples, seed), level)
+
+    def optimum(self, compute: Values, flops_per: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
+        """(parameters, samples) of least loss where compute = flops_per x parameters x samples."""
+        budget = np.asarray(compute, float) / flops_per
+        total = self.alpha + self.beta
+        scale = (self.alpha * self.A / (self.beta * self.B)) ** (1.0 / total)
+        params = scale * budget ** (self.beta / total)
+        return params, budget / params
+
+
+def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs = None) -> ParametricLaw:
+    """Approach 3: E, A, B, alpha and beta by the Huber loss of log residuals.
+
+    For fixed exponents the law is linear in E, A and B, so a grid over the exponents with non-negative least squares
+    inside finds the basin; all five are then polished together. The Huber losses are summed, not averaged: averaging
+    makes optimizers stop early (Besiroglu et al. 2024, arXiv 2404.10102).
+
+    Args:
+      params: parameters of each point, [N]; positive.
+      samples: training samples of each point, [N]; positive.
+      losses: loss of each point, [N]; positive.
+      runs: the run each point belongs to, [N]; intervals draw whole runs. Each point is a run by itself if None.
+
+    Raises:
+      UserError: fewer than six points, fewer than two sizes or sample counts, or values that are not positive numbers.
+    """
+    n, d, y = positive(params=params, samples=samples, losses=losses)
+    if len(y) < 6:
+        raise UserError(f"fit_parametric has five unknowns and {len(y)} points; give at least six")
+    for name, values in (("params", n), ("samples", d)):
+        if len(np.unique(values)) < 2:
+            raise UserError(
+                f"fit_parametric: all points have the same {name}, so its exponent cannot be fitted; "
+                f"add runs of other {name}"
+            )
+    vector = _polish(_search(n, d, y), n, d, y)
+    fitted = _from_vector(vector)
+    residuals = _log_residuals(vector, n, d, y)
+    law = ParametricLaw(
+        **fitted,
+        points=len(y),
+        error=float(np.sqrt(np.mean(residuals**2))),
+        warnings=tuple(_parametric_warnings(fitted, n, d)),
+        _data=(n, d, y, None if runs is None else np.asarray(runs).astype(str)),
+    )
+    return law
+
+
+def _parametric_warnings(fitted: dict[str, float], n: np.ndarray, d: np.ndarray) -> list[str]:
+    warnings = []
+    for name, values in (("params", n), ("samples", d)):
+        if len(np.unique(values)) < 3:
+            warnings.append(
+                f"only two values of {name}: its exponent and E cannot be told apart from these points"
+            )
+    if fitted["alpha"] < 1e-3 or fitted["beta"] < 1e-3:
+        warnings.append("an exponent is near 0: the points show no dependence on that axis")
+    return warnings
+
+
+def _search(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A start near the best basin: exponents from a grid, then Nelder-Mead, with E, A and B solved for inside."""
+
+    def solve(exponents: np.ndarray) -> tuple[float, np.ndarray]:
+        alpha, beta = exponents
+        if not (1e-3 < alpha < 3 and 1e-3 < beta < 3):
+            return np.inf, np.zeros(3)
+        # Scaled so that no column underflows; residuals are relative, as the logarithm's are.
+        columns = np.stack([np.ones_like(n), (n / n.min()) ** -alpha, (d / d.min()) ** -beta], axis=1)
+        solution, norm = optimize.nnls(columns / y[:, None], np.ones_like(y))
+        return norm, solution
+
+    grid = np.geomspace(0.03, 1.6, 13)
+    best = min(((solve(np.array([a, b]))[0], a, b) for a in grid for b in grid), key=lambda row: row[0])
+    found = optimize.minimize(
+        lambda x: solve(x)[0],
+        np.array(best[1:]),
+        method="Nelder-Mead",
+        options={"xatol": 1e-5, "fatol": 1e-12, "maxiter": 300},
+    ).x
+    alpha, beta = found
+    e, a, b = solve(found)[1]
+    floor = 1e-12 * y.min()
+    return _to_vector(
+        max(e, floor), max(a, floor) * n.min() ** alpha, max(b, floor) * d.min() ** beta, alpha, beta
+    )
+
+
+def _polish(
+    start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray, tolerance: float = 1e-12
+) -> np.ndarray:
+    """The least summed Huber loss of log residuals from a start; vector (log E, log A, log B, alpha, beta)."""
+    return optimize.least_squares(
+        _log_residuals,
+        start,
+        jac=_jacobian,
+        loss="huber",
+        f_scale=HUBER_DELTA,
+        x_scale="jac",
+        args=(n, d, y),
+        xtol=tolerance,
+        ftol=tolerance,
+        gtol=tolerance,
+        max_nfev=200,
+    ).x
+
+
+def _terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    e, a, b, alpha, beta = vector
+    return np.full_like(n, np.exp(e)), np.exp(a - alpha * np.log(n)), np.exp(b - beta * np.log(d))
+
+
+def _log_residuals(vector: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.log(sum(_terms(vector, n, d))) - np.log(y)
+
+
+def _jacobian(vector: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
+    floor, by_params, by_samples = _terms(vector, n, d)
+    total = floor + by_params + by_samples
+    return np.stack(
+        [
+            floor / total,
+            by_params / total,
+            by_samples / total,
+            -np.log(n) * by_params / total,
+            -np.log(d) * by_samples / total,
+        ],
+        axis=1,
+    )
+
+
+def _to_vector(e: float, a: float, b: float, alpha: float, beta: float) -> np.ndarray:
+    return np.array([np.log(e), np.log(a), np.log(b), alpha, beta])
+
+
+def _from_vector(vector: np.ndarray) -> dict[str, float]:
+    e, a, b, alpha, beta = map(float, vector)
+    return {"E": float(np.exp(e)), "A": float(np.exp(a)), "B": float(np.exp(b)), "alpha": alpha, "beta": beta}

@@ -1,0 +1,251 @@
+"""Claims about members of a study, answered from several training seeds.
+
+A claim is written down before its runs: "the metric of A minus that of B is more than `margin`". It is answered
+supported, refuted or undecided, with the effect, its interval, the smallest difference that these runs could have
+detected, and a p-value corrected for the number of claims (Holm 1979). The unit is the training seed: prompts and
+generation seeds make the value of one run more precise, but only other training seeds show how much training varies
+(arXiv 2606.20536).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from scaling_dit.errors import UserError, nearest
+
+SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
+_POWER = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """The metric of member `a` minus that of member `b` is more than `margin`.
+
+    Attributes:
+      name: the claim in words, for the report.
+      a, b: names of members.
+      margin: what the difference must exceed, in units of the metric; 0 claims that A is better at all.
+      paired: whether run i of `a` and run i of `b` share their seed and data order, so that what the seed changes in
+        both cancels. Only then are the two compared run by run.
+    """
+
+    name: str
+    a: str
+    b: str
+    margin: float = 0.0
+    paired: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the runs say about a claim.
+
+    Attributes:
+      verdict: "supported", "refuted" or "undecided" at the level of `answer`, after Holm's correction.
+      effect: mean of A minus mean of B. interval: of the effect, without correction.
+      detectable: the smallest difference beyond `margin` that these runs would have detected with 80 % power, before
+        correction.
+      p: two-sided p-value of the effect being `margin`. p_holm: corrected for all claims answered together.
+      seeds: number of training seeds of A and of B.
+    """
+
+    claim: Claim
+    verdict: str
+    effect: float
+    interval: tuple[float, float]
+    detectable: float
+    p: float
+    p_holm: float
+    seeds: tuple[int, int]
+
+
+def answer(
+    claims: Sequence[Claim], values: Mapping[str, Sequence[float]], level: float = 0.95
+) -> list[Answer]:
+    """Answers claims that belong together, in their order.
+
+    Args:
+      claims: registered before the runs.
+      values: member -> the metric of each of its training seeds.
+      level: of intervals and of the family of claims: all claims of a family without any true effect are undecided
+        with at least this probability.
+
+    Raises:
+      UserError: a member without values, fewer than two seeds, or pairs that do not match.
+    """
+    tests = [_Difference.of(claim, values) for claim in claims]
+    corrected = holm([test.p for test in tests])
+    answers = []
+    for claim, test, p_holm in zip(claims, tests, corrected, strict=True):
+        verdict = UNDECIDED
+        if p_holm <= 1.0 - level:
+            verdict = SUPPORTED if test.effect > claim.margin else REFUTED
+        answers.append(
+            Answer(
+                claim,
+                verdict,
+                test.effect,
+                test.interval(level),
+                test.detectable(level),
+                test.p,
+                p_holm,
+                test.seeds,
+            )
+        )
+    return answers
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for being asked together (Holm 1979): each compares with the level as it stands."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * (len(p) - np.arange(len(p)))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(value) for value in corrected]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    """A difference of means with its standard error and degrees of freedom."""
+
+    effect: float
+    error: float
+    freedom: float
+    margin: float
+    seeds: tuple[int, int]
+
+    @classmethod
+    def of(cls, claim: Claim, values: Mapping[str, Sequence[float]]) -> "_Difference":
+        a, b = (_runs(claim, name, values) for name in (claim.a, claim.b))
+        seeds = len(a), len(b)
+        if claim.paired:
+            if len(a) != len(b):
+                raise UserError(
+                    f"claim {claim.name!r} pairs runs, but {claim.a} has {len(a)} seeds and {claim.b} {len(b)}"
+                )
+            differences = a - b
+            error = float(differences.std(ddof=1)) / math.sqrt(len(a))
+            return cls(float(differences.mean()), error, len(a) - 1.0, claim.margin, seeds)
+        # Welch's test: members may vary by different amounts.
+        shares = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+        total = float(sum(shares))
+        parts = shares[0] ** 2 / (len(a) - 1) + shares[1] ** 2 / (len(b) - 1)
+        freedom = total**2 / parts if parts > 0 else len(a) + len(b) - 2.0
+        return cls(float(a.mean() - b.mean()), math.sqrt(total), float(freedom), claim.margin, seeds)
+
+    @property
+    def p(self) -> float:
+        distance = abs(self.effect - self.margin)
+        if self.error == 0:
+            return 1.0 if distance == 0 else 0.0
+        return float(2 * stats.t.sf(distance / self.error, self.freedom))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        reach = self.error * float(stats.t.ppf((1 + level) / 2, self.freedom))
+        return self.effect - reach, self.effect + reach
+
+    def detectable(self, level: float) -> float:
+        critical, power = stats.t.ppf([(1 + level) / 2, _POWER], self.freedom)
+        return self.error * float(critical + power)
+
+
+def _runs(claim: Claim, name: str, values: Mapping[str, Sequence[float]]) -> np.ndarray:
+    if name not in values:
+        raise UserError(f"claim {claim.name!r} names member {name!r}; {nearest(name, values)}")
+    runs = np.asarray(values[name], float)
+    if len(runs) < 2:
+        raise UserError(
+            f"claim {claim.name!r}: member {name!r} has {len(runs)} training seed(s); a claim needs at least 2"
+        )
+    if not np.isfinite(runs).all():
+        raise UserError(f"claim {claim.name!r}: member {name!r} has a value that is not finite")
+    return runs
+
+
+@dataclasses.dataclass(frozen=True)
+class VarianceComponents:
+    """Where the variance of a metric comes from.
+
+    Attributes:
+      training: variance among training seeds. generation: variance among generation seeds of one training run.
+      training_interval: 90 % interval of `training` (Satterthwaite's approximation, negative values cut to 0).
+    """
+
+    training: float
+    generation: float
+    training_interval: tuple[float, float]
+
+
+def variance_components(
+    values: Sequence[Sequence[float]] | np.ndarray, level: float = 0.9
+) -> VarianceComponents:
+    """One-way random effects: values [N training seeds, K generation seeds].
+
+    Raises:
+      UserError: fewer than two of either.
+    """
+    table = np.asarray(values, float)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise UserError(
+            f"variance components need at least 2 training seeds x 2 generation seeds, got shape {table.shape}"
+        )
+    seeds, repeats = table.shape
+    among = repeats * float(table.mean(axis=1).var(ddof=1))
+    within = float(table.var(axis=1, ddof=1).mean())
+    difference = (among - within) / repeats
+    tails = (1 - level) / 2, (1 + level) / 2
+    freedom = seeds - 1
+    # Of the mean square among runs; the part of generation is known far better and taken as it is.
+    ends = [max(0.0, (among * freedom / stats.chi2.ppf(q, freedom) - within) / repeats) for q in tails[::-1]]
+    return VarianceComponents(max(0.0, difference), within, (float(ends[0]), float(ends[1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class RankStability:
+    """How sure an order of members is.
+
+    Attributes:
+      order: members from best to worst by their mean.
+      above: above[i][j] is the probability that order[i] is truly above order[j], by bootstrap over seeds.
+      tau: Kendall's tau between the order of the means and that of each bootstrap sample, on average, and its interval.
+    """
+
+    order: tuple[str, ...]
+    above: np.ndarray
+    tau: float
+    interval: tuple[float, float]
+
+
+def rank_stability(
+    values: Mapping[str, Sequence[float]], resamples: int = 1000, level: float = 0.9, seed: int = 0
+) -> RankStability:
+    """How the order of members by a metric (more is better) varies over training seeds.
+
+    Raises:
+      UserError: fewer than two members, or one with fewer than two seeds.
+    """
+    if len(values) < 2:
+        raise UserError(f"rank_stability has {len(values)} member(s); an order needs at least 2")
+    for name, runs in values.items():
+        if len(runs) < 2:
+            raise UserError(
+                f"rank_stability: member {name!r} has {len(runs)} training seed(s); give at least 2"
+            )
+    means = {name: float(np.mean(runs)) for name, runs in values.items()}
+    order = tuple(sorted(means, key=lambda name: -means[name]))
+    rng = np.random.default_rng(seed)
+    columns = []
+    for name in order:
+        seen = np.asarray(values[name], float)
+        columns.append(seen[rng.integers(0, len(seen), (resamples, len(seen)))].mean(axis=1))
+    drawn = np.stack(columns, axis=1)
+    signs = np.sign(drawn[:, :, None] - drawn[:, None, :])
+    above = (signs > 0).mean(axis=0) + 0.5 * (signs == 0).mean(axis=0)
+    upper = np.triu_indices(len(order), k=1)
+    taus = signs[:, upper[0], upper[1]].mean(axis=1)
+    low, high = np.percentile(taus, [50 * (1 - level), 50 * (1 + level)])
+    return RankStability(order, above, float(taus.mean()), (float(low), float(high)))

@@ -17,7 +17,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.parallel import processes
 from scaling_dit.sampling import pipeline
-from scaling_dit.training.loop import train
+from scaling_dit.training import loop
 
 HEARTBEAT = 20
 COMMAND = [
@@ -225,7 +225,7 @@ def test_mistakes_are_told_by_the_process_that_makes_them(monkeypatch, tmp_path,
     codes = []
     monkeypatch.setattr(processes, "run_supervised", lambda main, *_: codes.append(main()) or codes[-1])
     for error in (UserError("wrong"), OSError(28, "full", "disk"), KeyboardInterrupt()):
-        monkeypatch.setattr(train, "main", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(loop, "main", lambda *_, error=error: (_ for _ in ()).throw(error))
         cli.main(["train", "--config=experiments/shapes.py:smoke", f"--workdir={tmp_path}"])
     assert codes == [2, 2, 130]
     assert capsys.readouterr().err.splitlines() == [

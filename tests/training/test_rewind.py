@@ -182,18 +182,18 @@ def test_a_run_goes_back_and_skips_the_data(whole):
 
 
 def before_the_record(patch):
-    patch.setattr(train, "record_rewind", killed)
+    patch.setattr(loop, "record_rewind", killed)
 
 
 def after_the_record(patch):
-    real = train.files.write_whole
+    real = loop.files.write_whole
 
     def write(path, data):
         real(path, data)
         if path.name == rewind.FILE:
             raise Killed
 
-    patch.setattr(train.files, "write_whole", write)
+    patch.setattr(loop.files, "write_whole", write)
 
 
 def after_restoring(patch):

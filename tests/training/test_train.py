@@ -210,7 +210,7 @@ def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkey
     def remote(workdir, tensorboard):
         return MultiWriter([JsonlWriter(workdir / "metrics", append=False)])
 
-    monkeypatch.setattr(train, "create_writer", remote)
+    monkeypatch.setattr(loop, "create_writer", remote)
     monkeypatch.setattr(MultiWriter, "close", lambda self: None)  # as if killed
     train(tiny(steps=2), tmp_path, devices=jax.devices()[:1])
     assert len(losses(tmp_path)) == 2
@@ -233,7 +233,7 @@ def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
             line for line in segment.read_text().splitlines(keepends=True) if "validation/loss" not in line
         ]
         segment.write_text("".join(lines))
-    assert not train.evaluated(tmp_path, 2)
+    assert not loop.evaluated(tmp_path, 2)
     train(config, tmp_path, devices=jax.devices()[:1])
     after = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
     assert len(after) == 1 and after[0]["validation/loss"] == before[0]["validation/loss"]

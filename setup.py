@@ -89,7 +89,7 @@ setup(
     package_data={"scaling_dit.curation": ["nouns.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli:main"]},
+    entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -55,9 +55,11 @@ def main() -> None:
 
 def measure(workdir: str, items: list[Item], sampler: str, steps: int, seed: int) -> dict[str, Any]:
     """One row: settings, seconds, TIFA and the scores by scene."""
-    pipe, chosen, about = open_for_sampling(workdir, step=None, ema=None, sampler=sampler, steps=steps)
+    pipe, chosen, about = open_for_sampling(
+        read_config(workdir), workdir, {"sampler": sampler, "steps": steps}
+    )
     prompts = [item.prompt for item in items]
-    chosen(pipe.params, pipe.frozen, prompts[: chosen.batch], seed=seed)  # compiles
+    chosen(pipe.params, pipe.frozen, prompts[: chosen.options.batch], seed=seed)  # compiles
     start = time.perf_counter()
     images = chosen(pipe.params, pipe.frozen, prompts, seed=seed)
     seconds = time.perf_counter() - start

@@ -2,6 +2,6 @@
 
 import sys
 
-from scaling_dit.cli import main
+from scaling_dit.cli.main import main
 
 sys.exit(main())

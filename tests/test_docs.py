@@ -11,11 +11,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 import scaling_dit
-from scaling_dit import cli, config
+from scaling_dit import config
+from scaling_dit.cli import exit_codes
+from scaling_dit.cli import main as cli
+from scaling_dit.cli.options import declared
 from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput
@@ -105,16 +107,15 @@ def readme_commands() -> list[list[str]]:
     """The arguments of every `scaling-dit` command of the README, wherever the program is said to lie."""
     lines = [line for block in blocks("sh", "../README.md") for line in block.splitlines()]
     words = [shlex.split(line, comments=True) for line in lines]
-    return [line[1:] for line in words if line and pathlib.Path(line[0]).name == cli.PROGRAM]
+    return [line[1:] for line in words if line and pathlib.Path(line[0]).name == exit_codes.PROGRAM]
 
 
 def test_the_commands_of_the_readme_are_understood():
     assert {verb for verb, *_ in readme_commands()} == set(cli.VERBS)
     for verb, *arguments in readme_commands():
-        rest, overrides = cli._split_overrides(arguments)
-        values, _ = cli._parse(verb, cli.VERBS[verb], rest)
-        if "config" in values and values.config:
-            config.load(values.config, overrides)
+        command = cli.VERBS[verb].parse(arguments)
+        if spec := getattr(command, "config", None):
+            config.load(spec, command.overrides)
 
 
 ALONE = ("count", "plan")  # verbs that need nothing of the commands before them
@@ -195,16 +196,14 @@ def test_exit_codes_are_those_of_the_program():
         loop.SPIKE,
         loop.PREEMPTED,
         plan_report.FITS_NOT,
-        cli.USER_ERROR,
-        cli.INTERRUPTED,
+        exit_codes.USER_ERROR,
+        exit_codes.INTERRUPTED,
     }
 
 
 def test_the_flags_of_plan_are_those_of_the_program():
-    values = flags.FlagValues()
-    cli.VERBS["plan"].define(values)
     listed = re.findall(r"--(\w+)", " ".join(first_column("plan.md", "Flags")))
-    assert listed == [name for name in values if name != "config"]
+    assert listed == [flag.name for flag in declared(cli.VERBS["plan"]) if flag.name != "config"]
 
 
 def test_the_error_lines_are_in_the_code():

@@ -9,7 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from scaling_dit import cli, config
+from scaling_dit import config
+from scaling_dit.cli import main as cli
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import _REGISTRY, create_source, source_fields

@@ -14,8 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
-from absl import flags
-
 from scaling_dit.model.build import abstract_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,21 +40,22 @@ def current(experiments: pathlib.Path = ROOT / "experiments") -> dict[str, str]:
 def public() -> str:
     """The public names with their signatures, and the verbs with their flags."""
     import scaling_dit
-    from scaling_dit import cli
+    from scaling_dit.cli import main as cli
+    from scaling_dit.cli.options import declared
 
     lines = ["public API"]
     for name in scaling_dit.__all__:
         value = getattr(scaling_dit, name)
-        called = value.train if name == "train" else value
-        lines.append(f"  {name}{_parameters(called)}" if callable(called) else f"  {name}")
+        lines.append(f"  {name}{_parameters(value)}" if callable(value) else f"  {name}")
     for verb, spec in cli.VERBS.items():
-        values = flags.FlagValues()
-        spec.define(values)
-        names = [f"--{flag}={values[flag].default}" for flag in values]
-        names += ["--config.KEY=VALUE"] if spec.overrides else []
+        names = [
+            f"--{flag.name}={list(flag.default) if flag.default == () else flag.default}"
+            for flag in declared(spec)
+        ]
+        names += ["--config.KEY=VALUE"] if spec.OVERRIDES else []
         lines += [
             "",
-            " ".join(filter(None, ("scaling-dit", verb, spec.arguments))),
+            " ".join(filter(None, ("scaling-dit", verb, spec.ARGUMENTS))),
             *(f"  {name}" for name in names),
         ]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
 """The folder of a run: the names of its files, reading its config, and making a folder this run's."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,11 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
-def read_config(workdir: str | epath.Path) -> ConfigDict:
-    """The config a run was started with; fields of later versions have their defaults, and old names are replaced.
+def read_config(workdir: str | epath.Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The resolved config of a run; fields of later versions have their defaults, and old names are replaced.
+
+    Args:
+      overrides: as in `config.resolve`.
 
     Raises:
       UserError: the folder holds no run, or one with fields this version does not know.
@@ -32,7 +36,7 @@ def read_config(workdir: str | epath.Path) -> ConfigDict:
         raise UserError(
             f"no run in {workdir}: {CONFIG_FILE} is missing; --workdir must be a folder that `train` wrote"
         )
-    return config_lib.resolve(config_lib.from_json(path.read_text()))
+    return config_lib.resolve(config_lib.from_json(path.read_text()), overrides)
 
 
 def load_tokenizer(config: ConfigDict, workdir: epath.Path) -> Any:

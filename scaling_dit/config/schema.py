@@ -14,39 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a value must be.
-
-    Attributes:
-      right: in words, after "it must be".
-      fits: the test; comparisons are false for nan.
-    """
-
-    right: str
-    fits: Callable[[Any], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One field of the config.
-
-    Attributes:
-      default: its default value; overrides must be of the same type.
-      doc: one line, for docs/config.md.
-      check: the range of a value; None = any value of the default's type, or one that `validate` checks with others.
-      choices: the names that a text may be.
-      own: whether "package.module:Name", a class or function of the user's own, may stand in place of one of `choices`.
-      free: whether a run may be resumed with another value: it changes how the run runs, not what it computes.
-    """
-
-    default: Any
-    doc: str
-    check: Rule | None = None
-    choices: tuple[str, ...] = ()
-    own: bool = False
-    free: bool = False
+from scaling_dit.diffusion import sampling_fields
+from scaling_dit.fields import BATCH, COUNT, FROM_0, POSITIVE, SEED, SHARE, Field, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +36,6 @@ class Section:
 # Relative width of the plain mean, which bounds those of `optim.ema_power`.
 WIDEST_EMA_POWER = 12**-0.5
 
-COUNT = Rule("at least 1", lambda x: x >= 1)
-BATCH = Rule("from 1 to 2**20 = 1,048,576", lambda x: 1 <= x <= 2**20)
-FROM_0 = Rule("0 or more", lambda x: 0 <= x < math.inf)
-POSITIVE = Rule("more than 0", lambda x: 0 < x < math.inf)
-SHARE = Rule("from 0 to 1", lambda x: 0 <= x <= 1)
 DECAY = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
 AXIS = Rule("at least 1, or -1 for the remaining devices", lambda x: x >= 1 or x == -1)
 FINITE = Rule("a finite number", math.isfinite)
@@ -82,11 +46,6 @@ def _numbers_below(limit: float, text: str) -> Rule:
         return all(isinstance(x, float) and 0 < x < limit for x in values) and len(set(values)) == len(values)
 
     return Rule(f"a tuple of different numbers {text}", fits)
-
-
-def _is_interval(values: Any) -> bool:
-    numbers = len(values) == 2 and all(isinstance(x, int | float) for x in values)
-    return numbers and 0 <= values[0] <= values[1] <= 1000
 
 
 def _is_span(values: Any) -> bool:
@@ -101,7 +60,7 @@ SECTIONS: dict[str, Section] = {
             "seed": Field(
                 0,
                 "seed of the initial parameters, the order of the data, the noise and the timesteps",
-                Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+                SEED,
             ),
             "steps": Field(1000, "optimizer updates", COUNT),
             "batch": Field(128, "global batch, over all devices and microbatches", BATCH),
@@ -237,18 +196,8 @@ SECTIONS: dict[str, Section] = {
     "sample": Section(
         "Sampling: the defaults of `sample` and `evaluate`, and of evaluation in training.",
         {
-            "sampler": Field("ddim", "sampler", choices=("ddim", "dpmpp_2m", "euler", "heun")),
-            "steps": Field(50, "sampler steps", Rule("from 1 to 999", lambda x: 1 <= x <= 999)),
-            "guidance": Field(7.5, "scale of classifier-free guidance; 1 = none", FROM_0),
-            "guidance_rescale": Field(
-                0.0, "how far guided predictions are rescaled to the spread of unguided ones", SHARE
-            ),
-            "guidance_interval": Field(
-                (0.0, 1000.0),
-                "(low, high) timesteps with guidance; outside, the scale is 1",
-                Rule("two timesteps (low, high) from 0 to 1000", _is_interval),
-            ),
-            "batch": Field(64, "images sampled at once", BATCH),
+            # Declared with what else follows from them: flags, manifests and folder names.
+            **sampling_fields.declared(),
             "ema": Field(
                 -1.0,
                 "weights to sample with: a decay of optim.ema, -1 = its largest, 0 = the raw weights",

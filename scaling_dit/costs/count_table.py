@@ -3,13 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from scaling_dit import config as config_lib
-from scaling_dit.config import override_key, schema
-from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model, make_tokenizer
 
 if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
@@ -20,83 +17,65 @@ if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the com
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256-pixel images through an 8x autoencoder; CLIP-H text
 
 
-def main(
-    spec: str | None,
-    backbone: str | None,
-    overrides: Sequence[str] = (),
-    *,
-    latents: Sequence[str] | None = None,
-    text: Sequence[str] | None = None,
-    depth: int = 1,
-    as_json: bool = False,
-) -> int:
-    """Prints the count of an experiment's backbone, or of a backbone alone, as a table or as JSON.
+class Counted(NamedTuple):
+    """What is counted: a backbone and the shapes of its inputs.
+
+    name: the backbone's; module: the backbone; latents: height, width, channels; text: tokens and their width;
+    training: "batch" and "steps" of an experiment, for its training FLOPs; empty for a backbone alone.
+    """
+
+    name: str
+    module: "nn.Module"
+    latents: tuple[int, int, int]
+    text: tuple[int, int]
+    training: dict[str, int]
+
+
+def of_experiment(
+    config: ConfigDict, latents: Sequence[int] | None = None, text: Sequence[int] | None = None
+) -> Counted:
+    """The backbone of a resolved config; its data and text encoder give the shapes that are not given."""
+    model = build_model(config, make_tokenizer(config))
+    shapes = latents or model.latent_shape, text or (model.text_encoder.length, model.text_encoder.dim)
+    return _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps})
+
+
+def of_backbone(
+    section: ConfigDict, latents: Sequence[int] | None = None, text: Sequence[int] | None = None
+) -> Counted:
+    """A backbone alone, from the section `backbone` of a resolved config; by default of `LATENTS` and `TEXT`."""
+    return _counted(section, latents or LATENTS, text or TEXT, {})
+
+
+def main(counted: Counted, *, depth: int = 1, as_json: bool = False) -> int:
+    """Prints the count as a table or as one JSON object; returns the exit code.
 
     Args:
-      spec: the experiment, as for `config.load`; its data and text encoder give the shapes, its batch and steps the
-        training FLOPs.
-      backbone: instead of `spec`, a backbone's name.
-      overrides: `--config.key=value` arguments; with `backbone`, those of `config.backbone`.
-      latents: height, width, channels of a latent; by default the experiment's, or `LATENTS`.
-      text: tokens and their width; by default the experiment's, or `TEXT`.
-      depth: levels of modules that are told apart.
-      as_json: one JSON object instead of a table.
-
-    Raises:
-      UserError: neither or both of `spec` and `backbone`, or shapes that are not whole numbers.
+      depth: levels of modules in the breakdown.
     """
-    if (spec is None) == (backbone is None):
-        raise UserError("count needs either --config or --backbone; for example --backbone=uvit")
-    latents_HWC = _shape("--latents", latents, "height,width,channels")
-    text_LD = _shape("--text", text, "length,width")
-    if spec is not None:
-        config = config_lib.load(spec, overrides)
-        module, latents_HWC, text_LD = _of_experiment(config, latents_HWC, text_LD)
-        training = {"batch": config.batch, "steps": config.steps}
-    else:
-        for override in overrides:
-            if schema.derived(override_key(override)):
-                raise UserError(
-                    f"{override}: with --backbone it follows from --latents and --text; set those"
-                )
-            if not override.lstrip("-").startswith(("config.backbone.", "noconfig.backbone.")):
-                raise UserError(f"{override}: with --backbone only --config.backbone.KEY=VALUE can be set")
-        config = config_lib.defaults()
-        config.backbone.name = backbone
-        fields = config_lib.resolve(config, overrides).backbone.to_dict()
-        latents_HWC, text_LD = latents_HWC or LATENTS, text_LD or TEXT
-        module = _create(fields, latents_HWC, text_LD)
-        training = {}
     from scaling_dit.costs.count import count
 
-    height, width, channels = latents_HWC
-    length, dim = text_LD
-    result = count(module, (height, width, channels), (length, dim))
-    about = {"backbone": config.backbone.name, "latents": latents_HWC, "text": text_LD}
-    rows = _figures(result, training)
+    result = count(counted.module, counted.latents, counted.text)
+    about = {"backbone": counted.name, "latents": counted.latents, "text": counted.text}
+    rows = _figures(result, counted.training)
     modules = result.by_module(depth)
     if as_json:
         costs = {name: dataclasses.asdict(cost) for name, cost in modules.items()}
-        print(json.dumps(about | training | rows | {"modules": costs}))
+        print(json.dumps(about | counted.training | rows | {"modules": costs}))
     else:
-        print(_table(about | training, rows, modules))
+        print(_table(about | counted.training, rows, modules))
     return 0
 
 
-def _of_experiment(
-    config: ConfigDict, latents: tuple[int, ...] | None, text: tuple[int, ...] | None
-) -> tuple["nn.Module", tuple[int, ...], tuple[int, ...]]:
-    """The experiment's backbone and the shapes that its data and text encoder give it, where none are given."""
-    model = build_model(config, make_tokenizer(config))
-    latents = latents or model.latent_shape
-    text = text or (model.text_encoder.length, model.text_encoder.dim)
-    return _create(config.backbone.to_dict(), latents, text), latents, text
-
-
-def _create(fields: dict[str, Any], latents: tuple[int, ...], text: tuple[int, ...]) -> "nn.Module":
+def _counted(
+    section: ConfigDict, latents: Sequence[int], text: Sequence[int], training: dict[str, int]
+) -> Counted:
     from scaling_dit import backbones
 
-    return backbones.create_for(in_channels=latents[2], text_dim=text[1], **fields)
+    height, width, channels = latents
+    length, dim = text
+    module = backbones.create_for(in_channels=channels, text_dim=dim, **section.to_dict())
+    return Counted(section.name, module, (height, width, channels), (length, dim), training)
 
 
 def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:
@@ -148,11 +127,3 @@ def _short(value: int) -> str:
         if value >= 10**power:
             return f"{value / 10**power:.3g} {unit}"
     return str(value)
-
-
-def _shape(flag: str, values: Sequence[str] | None, names: str) -> tuple[int, ...] | None:
-    if values is None:
-        return None
-    if len(values) != names.count(",") + 1 or not all(value.isdigit() and int(value) > 0 for value in values):
-        raise UserError(f"{flag}={','.join(values)}: must be {names} in whole numbers above 0")
-    return tuple(map(int, values))

@@ -13,6 +13,7 @@ from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.model import Model
 from scaling_dit.monitor.grid import captioned_grid
+from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
 
@@ -35,7 +36,7 @@ class InTraining:
             bins=config.eval.loss_bins,
             batch=config.batch,
         )
-        self._sampler = Sampler.of(model, mesh, config.sample)
+        self._sampler = Sampler(model, mesh, SamplingOptions.of(config.sample))
         held_out = source.held_out()
         self._captions = [held_out[i % len(held_out)]["captions"][0] for i in range(config.eval.grid)]
         for name in config.eval.metrics:

@@ -1,7 +1,7 @@
 """The `evaluate` verb: draws a metric's prompts with a trained run, scores the pictures, and writes both down."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -10,7 +10,8 @@ from scaling_dit.checkpoints.workdir import read_config
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import METRICS, tifa
 from scaling_dit.model.build import open_source
-from scaling_dit.sampling.folder import GRID, sample_to_folder, tag
+from scaling_dit.sampling.folder import GRID, sample_to_folder
+from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.pipeline import open_for_sampling
 
 RESULT = "result.json"
@@ -26,11 +27,7 @@ def main(
     seed: int = 0,
     step: int | None = None,
     ema: str | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_rescale: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> int:
     """Scores a run by each metric; pictures, questions and `result.json` go to OUT/METRIC. Returns the exit code.
 
@@ -52,10 +49,7 @@ def main(
     source = open_source(config)
     # Before loading, so that a metric that does not fit the data shows at once.
     wanted = {name: METRICS[name].items(source, items) for name in names}
-    pipe, chosen, about = open_for_sampling(
-        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance,
-        guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
-    )  # fmt: skip
+    pipe, chosen, about = open_for_sampling(config, workdir, changes or {}, step=step, ema=ema)
     root = epath.Path(out) if out else epath.Path(workdir) / "evaluation" / f"{tag(about, seed)}-n{items}"
     results: dict[str, Any] = {}
     for name, metric_items in wanted.items():

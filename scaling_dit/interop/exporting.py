@@ -60,7 +60,7 @@ def main(
         raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
     config = read_config(workdir)
     decay = find_ema(config, config.sample.ema if ema is None else ema)
-    pipe = pipeline.load(workdir, step=step, ema=decay)
+    pipe = pipeline.open_run(config, workdir, step, decay)
     if to == PIPELINE:
         pipelines.kind_of(pipe)
     described = None if to == "safetensors" else describe(pipe, epath.Path(workdir))

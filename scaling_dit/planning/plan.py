@@ -25,6 +25,7 @@ from scaling_dit.parallel.topologies import Topology
 from scaling_dit.planning import hlo_cost, hlo_timeline
 from scaling_dit.planning.compile import Memory, compile_program, outline_program, shard_bytes
 from scaling_dit.planning.roofline import Roofline, roofline
+from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.training.program import StepProgram, run_mesh
 
@@ -105,7 +106,7 @@ def make(
             lowered = program.lower()
         else:
             held = (program.state.params, program.frozen)
-            lowered = Sampler.of(model, mesh, config.sample).lower(*held)
+            lowered = Sampler(model, mesh, SamplingOptions.of(config.sample)).lower(*held)
     lowered_at = time.perf_counter()
     compiler = compile_program if kernels else outline_program
     compiled, memory = compiler(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)

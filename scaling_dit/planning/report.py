@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scaling_dit import config as config_lib
+from ml_collections import ConfigDict
+
 from scaling_dit.parallel import topologies
 from scaling_dit.planning import plan as plan_lib
 from scaling_dit.planning import quick as plan_quick
@@ -19,8 +20,7 @@ _GIB = topologies.GIB
 
 
 def main(
-    spec: str,
-    overrides: Sequence[str],
+    config: ConfigDict,
     topology_names: Sequence[str],
     *,
     slices: int = 1,
@@ -31,15 +31,12 @@ def main(
     price: float | None = None,
     as_json: bool = False,
 ) -> int:
-    """Plans a config for each topology and prints what comes out; 0 if something fits, 1 if nothing does."""
+    """Plans a resolved config for each topology and prints the plans; 0 if something fits, 1 if nothing does."""
     make: Callable[..., Plan] = plan_lib.make
     if quick:
         for name in topology_names:
             plan_quick.require_described(name)
         make = plan_quick.make
-    if slices > 1:
-        overrides = [*overrides, f"--config.mesh.slices={slices}"]
-    config = config_lib.load(spec, overrides)
     found = [topologies.parse(name, slices) for name in topology_names]
     fits, documents = False, []
     for topology in found:

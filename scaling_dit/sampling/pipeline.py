@@ -22,6 +22,7 @@ from scaling_dit.model.build import build_model
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
+from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
 
@@ -36,11 +37,13 @@ class Pipeline:
     frozen: Params
     mesh: jax.sharding.Mesh
     step: int
-    _samplers: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    # The average that `params` are; None for the raw weights.
+    ema: str | None = None
+    _samplers: dict[SamplingOptions, Sampler] = dataclasses.field(default_factory=dict, repr=False)
 
-    def encode_text(self, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Prompts -> (tokens [B, L, D], mask [B, L] or None, pooled [B, P])."""
-        ids, mask = self.model.text_encoder.tokenize(list(prompts))
+    def encode_text(self, prompts: str | Sequence[str]) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Prompts, or one -> (tokens [B, L, D], mask [B, L] or None, pooled [B, P])."""
+        ids, mask = self.model.text_encoder.tokenize(_prompts(prompts))
         return self._encode_text(self.params, self.frozen, ids, mask)
 
     def predict(
@@ -55,26 +58,31 @@ class Pipeline:
         """One call of the backbone: latents [B, h, w, c], timesteps [B] in [0, 1000) -> prediction [B, h, w, c]."""
         return self._predict(self.params, latents, timesteps, text, text_mask, conditions, extras)
 
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seed: int = 0,
-        *,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-    ) -> np.ndarray:
-        """Pictures uint8 [N, H, W, 3] of N prompts.
+    def sample(self, prompts: str | Sequence[str], seed: int = 0, **options: Any) -> np.ndarray:
+        """Images uint8 [N, H, W, 3] of N prompts.
 
-        Picture i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched. `sampler`,
-        `steps` and `guidance` default to the run's `config.sample`.
+        Image i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched.
+
+        Args:
+          prompts: any number of prompts; a string is one prompt.
+          seed: of the initial noise, from 0 to 2**32 - 1.
+          options: fields of `SamplingOptions`, such as `steps=20, guidance=4.0`; the run's `config.sample` has the
+            others.
+
+        Raises:
+          UserError: a prompt that is no text, a seed out of range, or options that `SamplingOptions.replace` refuses.
         """
-        wanted = (sampler, steps, guidance)
-        if wanted not in self._samplers:  # each is compiled once
-            self._samplers[wanted] = Sampler.of(
-                self.model, self.mesh, self.config.sample, sampler=sampler, steps=steps, guidance=guidance
-            )
-        return self._samplers[wanted](self.params, self.frozen, list(prompts), seed=seed)
+        texts = _prompts(prompts)
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise UserError(f"seed is {seed!r}; it must be an integer from 0 to 2**32 - 1")
+        return self.sampler(**options)(self.params, self.frozen, texts, seed=int(seed))
+
+    def sampler(self, **options: Any) -> Sampler:
+        """The sampler with the run's `config.sample` and, in its place, `options`; each is compiled once."""
+        wanted = SamplingOptions.of(self.config.sample, **options)
+        if wanted not in self._samplers:
+            self._samplers[wanted] = Sampler(self.model, self.mesh, wanted)
+        return self._samplers[wanted]
 
     @functools.cached_property
     def _encode_text(self) -> Any:
@@ -97,8 +105,14 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
     Raises:
       UserError: no run, no checkpoint, or an average that the run did not keep and that cannot be rebuilt.
     """
+    return open_run(read_config(workdir), workdir, step, ema)
+
+
+def open_run(
+    config: ConfigDict, workdir: str | epath.Path, step: int | None = None, ema: float | str | None = None
+) -> Pipeline:
+    """As `load`, with the run's config, which the caller has read."""
     workdir = epath.Path(workdir)
-    config = read_config(workdir)
     model = build_model(config, load_tokenizer(config, workdir))
     mesh = mesh_lib.make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
@@ -116,22 +130,40 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
     frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, boxed_frozen)
     now = frozen_weights.frozen_hash(frozen, *model.encoders)
     frozen_weights.check_frozen(now, saved, str(workdir))
-    return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step)
+    return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step, ema=name)
 
 
 def open_for_sampling(
-    workdir: str, *, step: int | None, ema: str | None, **changes: Any
-) -> tuple["Pipeline", Sampler, dict[str, Any]]:
-    """A run with its sampler for the verbs that sample, and what to note in manifests.
+    config: ConfigDict,
+    workdir: str | epath.Path,
+    changes: Mapping[str, Any],
+    *,
+    step: int | None = None,
+    ema: float | str | None = None,
+) -> tuple[Pipeline, Sampler, dict[str, Any]]:
+    """A run with its sampler for the verbs that sample, and the settings that manifests and folder names note.
 
-    `ema` None takes the run's own choice, `config.sample.ema`; "none" the raw weights. `changes` replace fields
-    of `config.sample` where they are not None.
+    Args:
+      config: the run's.
+      changes: options in place of those of `config.sample`.
+      ema: as in `load`, but that None takes the run's own choice, `config.sample.ema`; "none" is the raw weights.
+
+    Raises:
+      UserError: as `load`, and for options that `SamplingOptions` refuses, before weights are read.
     """
-    config = read_config(workdir)
-    decay = find_ema(config, config.sample.ema if ema is None else ema)
-    pipe = load(workdir, step=step, ema=decay)
-    sampler = Sampler.of(pipe.model, pipe.mesh, config.sample, **changes)
-    return pipe, sampler, {"step": pipe.step, "ema": decay or "none", **sampler.about}
+    SamplingOptions.of(config.sample, **changes)
+    pipe = open_run(config, workdir, step, config.sample.ema if ema is None else ema)
+    sampler = pipe.sampler(**changes)
+    return pipe, sampler, {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
+
+
+def _prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; a string is one prompt, not one a letter."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"prompts[{number}] is {text!r}; a prompt is a string")
+    return texts
 
 
 def _float32(target: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Prompts with ids: what is sampled, and the key that pictures, questions and scores share."""
+"""Prompts with ids; an id is the key that images, questions and scores share."""
 
 import json
 import re
@@ -8,30 +8,32 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 
-Prompt = tuple[str, str]  # (id, caption)
-_ID = re.compile(r"[\w.-]+")  # ids become file names
+# (id, text)
+Prompt = tuple[str, str]
+# Ids become file names.
+_ID = re.compile(r"[\w.-]+")
 
 
-def gather_prompts(captions: Sequence[str], path: str | None = None) -> list[Prompt]:
-    """Captions from the command line, numbered, and those of a file.
+def gather_prompts(given: Sequence[str], path: str | None = None) -> list[Prompt]:
+    """Prompts from the command line, numbered, and those of a file.
 
     Args:
-      captions: captions as given; their ids are "00000", "00001", ...
-      path: a text file with one caption per line, numbered on, or a `.jsonl` file with `prompt` and optionally `id`.
+      given: texts of prompts; their ids are "00000", "00001", ...
+      path: a text file with one prompt per line, numbered on, or a `.jsonl` file with `prompt` and optionally `id`.
 
     Raises:
-      UserError: no caption at all, no such file, a malformed line, or an id given twice.
+      UserError: no prompt at all, no such file, a malformed line, or an id given twice.
     """
-    rows: list[tuple[str | None, str]] = [(None, caption) for caption in captions]
+    rows: list[tuple[str | None, str]] = [(None, text) for text in given]
     rows += _read(path) if path else []
     if not rows:
-        raise UserError("no prompts: give captions as arguments, or --prompts_file=FILE (.txt or .jsonl)")
+        raise UserError("no prompts: give them as arguments, or --prompts_file=FILE (.txt or .jsonl)")
     prompts = {}
-    for number, (given, caption) in enumerate(rows):
-        key = given if given is not None else f"{number:05d}"
+    for number, (id_, text) in enumerate(rows):
+        key = id_ if id_ is not None else f"{number:05d}"
         if key in prompts:
             raise UserError(f"two prompts have the id {key!r}; each needs its own")
-        prompts[key] = caption
+        prompts[key] = text
     return list(prompts.items())
 
 
@@ -45,7 +47,7 @@ def _read(path: str) -> list[tuple[str | None, str]]:
         raise UserError(
             f"--prompts_file: {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
         ) from None
-    # Not splitlines(), which also splits at characters that a caption may hold.
+    # Not splitlines(), which also splits at characters that a prompt may hold.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line]
     if not path.endswith(".jsonl"):

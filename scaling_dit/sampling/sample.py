@@ -2,43 +2,43 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
-from scaling_dit.sampling.folder import GRID, sample_to_folder, tag
+from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.sampling.folder import GRID, sample_to_folder
+from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.pipeline import open_for_sampling
+from scaling_dit.sampling.prompts import Prompt
 
 
 def sample_prompts(
     workdir: str,
-    prompts: Sequence[tuple[str, str]],
+    prompts: Sequence[Prompt],
     out: str | None = None,
     *,
     num: int = 1,
     seed: int = 0,
     step: int | None = None,
     ema: str | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_rescale: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    batch: int | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> int:
-    """The `sample` verb: pictures, grid and manifest of (id, prompt) pairs; returns the exit code.
+    """Writes images, grid and manifest of (id, prompt) pairs; returns the exit code.
 
-    Without `out` they go to a folder of this request under `samples/` in the workdir: the same request again adds what
-    is missing there, another one gets its own.
+    Args:
+      out: folder to write to. By default one of this request under `samples/` in the workdir: the same request again
+        adds what is missing there, another one gets its own.
+      num: images of each prompt.
+      step, ema: as in `pipeline.open_for_sampling`.
+      changes: options of sampling in place of those of the run's `config.sample`.
     """
-    pipe, chosen, about = open_for_sampling(
-        workdir, step=step, ema=ema, sampler=sampler, steps=steps, guidance=guidance,
-        guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, batch=batch,
-    )  # fmt: skip
+    pipe, sampler, about = open_for_sampling(read_config(workdir), workdir, changes or {}, step=step, ema=ema)
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
     asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"
-    sample_to_folder(chosen, pipe, items, folder, seed=seed, about=about)
+    sample_to_folder(sampler, pipe, items, folder, seed=seed, about=about)
     settings = ", ".join(f"{name} {value}" for name, value in about.items())
-    print(f"{len(items)} pictures in {folder} ({settings}); all on one page: {folder / GRID}")
+    print(f"{len(items)} images in {folder} ({settings}); all on one page: {folder / GRID}")
     return 0

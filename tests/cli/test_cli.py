@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from scaling_dit import cli
 from scaling_dit import config as config_lib
+from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from tests.support.paths import ROOT
 

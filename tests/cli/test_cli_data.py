@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from scaling_dit import cli
+from scaling_dit.cli import main as cli
 from scaling_dit.curation import captioning, filters
 from scaling_dit.data.sources import create_source
 from tests.support import small_webdataset

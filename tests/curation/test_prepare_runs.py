@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from etils import epath
 
-from scaling_dit import cli, config
+from scaling_dit import config
+from scaling_dit.cli import main as cli
 from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError

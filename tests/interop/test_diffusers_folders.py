@@ -14,7 +14,8 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
 import scaling_dit
-from scaling_dit import backbones, cli
+from scaling_dit import backbones
+from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.interop import exporting
 from scaling_dit.interop.diffusers import config as diffusers_config

@@ -10,9 +10,10 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
-from scaling_dit import cli, config, interop
+from scaling_dit import config, interop
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import open_workdir
+from scaling_dit.cli import main as cli
 from scaling_dit.interop import exporting
 from scaling_dit.model.build import build_model
 from scaling_dit.training import optim

@@ -14,13 +14,14 @@ import sentencepiece
 import torch
 import transformers
 
-from scaling_dit import cli
 from scaling_dit import config as config_lib
+from scaling_dit.cli import main as cli
 from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.vae import Autoencoder
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import pipelines, schedulers, text_encoders
 from scaling_dit.sampling import pipeline
+from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from tests.support import text_towers
 from tests.support.parity import randomise_
@@ -50,7 +51,8 @@ def ours(workdir):
     """Pictures [N, H, W, 3] in [0, 1] of a run, and the noise they were drawn from."""
     pipe = pipeline.load(workdir)
     model = dataclasses.replace(pipe.model, codec=FloatPictures(**dataclasses.asdict(pipe.model.codec)))
-    sampler = Sampler.of(model, pipe.mesh, pipe.config.sample, steps=STEPS, guidance=GUIDANCE)
+    options = SamplingOptions.of(pipe.config.sample, steps=STEPS, guidance=GUIDANCE)
+    sampler = Sampler(model, pipe.mesh, options)
     pictures = sampler(pipe.params, pipe.frozen, PROMPTS, seed=5)
     return pictures, np.asarray(model.noise(jax.random.key(5), jnp.arange(len(PROMPTS))))
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from scaling_dit import cli, trees
 from scaling_dit import config as config_lib
+from scaling_dit import trees
 from scaling_dit.checkpoints import store as checkpoints
 from scaling_dit.checkpoints.workdir import CHECKPOINTS, read_config
+from scaling_dit.cli import main as cli
 from scaling_dit.encoders.scratch import Scratch
 from scaling_dit.errors import UserError
 from scaling_dit.model import frozen as frozen_weights

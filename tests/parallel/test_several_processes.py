@@ -220,7 +220,7 @@ def test_a_process_that_fails_ends_without_jaxs_shutdown(monkeypatch, capsys):
 
 def test_mistakes_are_told_by_the_process_that_makes_them(monkeypatch, tmp_path, capsys):
     """What the verb hands over to run in company ends in an exit code, not in an exception that all would wait for."""
-    from scaling_dit import cli
+    from scaling_dit.cli import main as cli
 
     codes = []
     monkeypatch.setattr(processes, "run_supervised", lambda main, *_: codes.append(main()) or codes[-1])

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import torch
 
-from scaling_dit import cli
+from scaling_dit.cli import main as cli
 from scaling_dit.weights import files as weight_files
 from scaling_dit.weights import places as pretrained
 

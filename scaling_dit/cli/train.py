@@ -1,0 +1,80 @@
+"""The verb `train`."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scaling_dit.cli.exit_codes import report_errors
+from scaling_dit.cli.options import flag, group
+from scaling_dit.cli.verb import Verb, config_flag
+from scaling_dit.errors import UserError
+from scaling_dit.fields import COUNT, FROM_0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The flags of every verb that several processes run as one."""
+
+    coordinator: str | None = flag("HOST:PORT of process 0, for several processes; detected on TPU slices")
+    processes: int | None = flag("how many processes there are", None, COUNT)
+    process: int | None = flag("which of them this is, from 0", None, FROM_0)
+
+    def run_together(
+        self, main: Callable[[], int], settings: Mapping[str, Any], command: tuple[str, ...]
+    ) -> int:
+        """Runs `main` joined with the other processes of the run, if there are any.
+
+        Args:
+          settings: `config.processes`.
+          command: this command, after the program's name.
+        """
+        from scaling_dit.parallel import processes
+
+        membership = processes.from_flags(self.coordinator, self.processes, self.process)
+        return processes.run_supervised(lambda: report_errors(main), membership, settings, command)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Verb):
+    """Trains a run, or resumes it from its last checkpoint."""
+
+    EXAMPLE = "scaling-dit train --config=shapes --workdir=runs/shapes --config.steps=2000"
+    OVERRIDES = True
+
+    config: str | None = config_flag()
+    workdir: str = flag(
+        "folder of the run, local or gs://; a run found there is resumed, and needs no --config",
+        required=True,
+    )
+    processes: Processes = group(Processes)
+
+    def run(self) -> int:
+        """Trains, and returns the exit codes of `training.loop.main`."""
+        # Before the slow imports, for goodput.
+        began = time.time()
+        config = self._config()
+
+        def train() -> int:
+            from scaling_dit.training.loop import main
+
+            return main(config, self.workdir, began)
+
+        return self.processes.run_together(train, config.processes, self.command)
+
+    def _config(self) -> Any:
+        """The resolved config: of the experiment, else the one that the workdir was started with."""
+        from scaling_dit import config as config_lib
+
+        if self.config:
+            return config_lib.load(self.config, self.overrides)
+
+        from etils import epath
+
+        from scaling_dit.checkpoints.workdir import CONFIG_FILE, read_config
+
+        if not (epath.Path(self.workdir) / CONFIG_FILE).exists():
+            raise UserError(
+                f"{self.workdir} holds no run, so train needs --config; for example: {self.EXAMPLE}"
+            )
+        return read_config(self.workdir, self.overrides)

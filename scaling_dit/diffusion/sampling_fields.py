@@ -1,0 +1,70 @@
+"""The options of sampling, each declared once.
+
+From here come the section `sample` of a config, the flags of the verbs that sample, the arguments of
+`Pipeline.sample`, and what manifests and folder names say (`sampling/options.py`). This file imports nothing heavy, for
+`--help` reads it.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from scaling_dit.fields import BATCH, FROM_0, SHARE, Field, Rule
+
+# When manifests and folder names note an option.
+Noted = Literal["always", "if changed", "never"]
+
+
+def _option(declared: Field, noted: Noted = "if changed", label: str = "") -> Any:
+    """One option.
+
+    Args:
+      declared: as a field of `config.sample`.
+      noted: "never" for an option that does not change images. A new option that does is noted "if changed" from its
+        default, so that folders begun without it can be resumed.
+      label: what a folder's name calls it; its own name by default.
+    """
+    metadata = {"declared": declared, "noted": noted, "label": label}
+    return dataclasses.field(default=declared.default, metadata=metadata)
+
+
+def _is_interval(values: Any) -> bool:
+    numbers = len(values) == 2 and all(isinstance(x, int | float) for x in values)
+    return numbers and 0 <= values[0] <= values[1] <= 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFields:
+    """The options of sampling: every field of `config.sample` but `ema`, which chooses the weights."""
+
+    sampler: str = _option(
+        Field(
+            "ddim", "sampler: ddim, dpmpp_2m, euler or heun", choices=("ddim", "dpmpp_2m", "euler", "heun")
+        ),
+        "always",
+    )
+    steps: int = _option(Field(50, "sampler steps", Rule("from 1 to 999", lambda x: 1 <= x <= 999)), "always")
+    guidance: float = _option(Field(7.5, "scale of classifier-free guidance; 1 = none", FROM_0), "always")
+    guidance_rescale: float = _option(
+        Field(
+            0.0,
+            "0 to 1: how far guided predictions are rescaled to the spread of those for the prompt alone",
+            SHARE,
+        ),
+        label="rescale",
+    )
+    guidance_interval: tuple[float, float] = _option(
+        Field(
+            (0.0, 1000.0),
+            "(low, high) timesteps with guidance; outside, the scale is 1",
+            Rule("two timesteps (low, high) from 0 to 1000", _is_interval),
+        ),
+        label="interval",
+    )
+    batch: int = _option(
+        Field(64, "images sampled at once, rounded up to what the mesh divides", BATCH), "never"
+    )
+
+
+def declared() -> dict[str, Field]:
+    """Each option as a field of the config, by name."""
+    return {field.name: field.metadata["declared"] for field in dataclasses.fields(SamplingFields)}

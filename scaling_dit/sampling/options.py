@@ -1,0 +1,110 @@
+"""`SamplingOptions`: how a run samples, from `config.sample` and what replaces it for one request."""
+
+import dataclasses
+import operator
+from typing import Any, Self
+
+from ml_collections import ConfigDict
+
+from scaling_dit.config import check_choice
+from scaling_dit.diffusion.sampling_fields import SamplingFields
+from scaling_dit.errors import UserError, nearest
+from scaling_dit.fields import Field
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions(SamplingFields):
+    """The options of sampling, checked; its fields are those of `SamplingFields`."""
+
+    @classmethod
+    def of(cls, settings: ConfigDict, **changes: Any) -> Self:
+        """From `config.sample`; `changes` replace single options.
+
+        Raises:
+          UserError: as `replace`.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls().replace(**{name: settings[name] for name in names} | changes)
+
+    def replace(self, **changes: Any) -> Self:
+        """These options with others in their place; None keeps one.
+
+        Raises:
+          UserError: no such option or sampler, or a value of the wrong type or out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        checked = {}
+        for name, value in changes.items():
+            if name not in fields:
+                raise UserError(f"sampling has no option {name!r}; {nearest(name, fields)}")
+            if value is not None:
+                checked[name] = _check(name, value, fields[name])
+        return dataclasses.replace(self, **checked)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The options that change images, as a manifest has them; some only where they differ from the default."""
+        noted = {}
+        for field in dataclasses.fields(self):
+            value, when = getattr(self, field.name), field.metadata["noted"]
+            if when == "always" or (when == "if changed" and value != field.default):
+                # As JSON reads it back.
+                noted[field.name] = list(value) if isinstance(value, tuple) else value
+        return noted
+
+
+def tag(about: dict[str, Any], seed: int) -> str:
+    """A folder name for images made with these settings: `step`, `ema` and those of `SamplingOptions.about`."""
+    name = f"step{about['step']}-ema{about['ema']}-{about['sampler']}{about['steps']}-guidance{about['guidance']}"
+    for field in dataclasses.fields(SamplingOptions):
+        if field.metadata["noted"] == "if changed" and field.name in about:
+            value = about[field.name]
+            text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+            name += f"-{field.metadata['label'] or field.name}{text}"
+    return f"{name}-seed{seed}"
+
+
+def _check(name: str, value: Any, field: "dataclasses.Field[Any]") -> Any:
+    """`value` in the type of the option's default.
+
+    Raises:
+      UserError: it is of another type, out of range or none of the choices.
+    """
+    declared: Field = field.metadata["declared"]
+    noun, convert = _TYPES[type(field.default)]
+    right = declared.check.right if declared.check else noun
+    try:
+        typed = convert(value)
+        if declared.check and not declared.check.fits(typed):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {value!r}; it must be {right}") from None
+    if declared.choices:
+        check_choice(declared, name, typed)
+    return typed
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a bool")
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str):
+        raise TypeError("no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+_TYPES: dict[type, tuple[str, Any]] = {
+    str: ("a name", _text),
+    int: ("an integer", _integer),
+    float: ("a number", _number),
+    tuple: ("a tuple of numbers", tuple),
+}

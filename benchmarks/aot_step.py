@@ -39,6 +39,7 @@ import numpy as np  # noqa: E402
 
 from scaling_dit import backbones  # noqa: E402
 from scaling_dit import config as config_lib  # noqa: E402
+from scaling_dit.checkpoints.state import init_state  # noqa: E402
 from scaling_dit.costs.count import count  # noqa: E402
 from scaling_dit.diffusion import schedules  # noqa: E402
 from scaling_dit.model.model import Model  # noqa: E402
@@ -49,7 +50,7 @@ from scaling_dit.planning import hlo_cost, hlo_timeline  # noqa: E402
 from scaling_dit.planning.hlo import Program, compiled_text  # noqa: E402
 from scaling_dit.planning.roofline import roofline  # noqa: E402
 from scaling_dit.training import optim  # noqa: E402
-from scaling_dit.training.step import init_state, make_train_step  # noqa: E402
+from scaling_dit.training.step import make_train_step  # noqa: E402
 
 LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
 

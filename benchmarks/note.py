@@ -13,9 +13,9 @@ import numpy as np
 from etils import epath
 from header import header
 
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.evaluation import METRICS
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
-from scaling_dit.monitor.writers import read_metrics
 
 SETTINGS = ("n", "seed", "step", "ema", "sampler", "steps", "guidance")
 

@@ -20,7 +20,7 @@ from scaling_dit import config as config_lib
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.ema import power_name
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import CHECKPOINTS
+from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.sampling import pipeline
 from scaling_dit.trees import Params
 
@@ -66,10 +66,12 @@ def compare(workdir: epath.Path, step: int) -> list[tuple[int, float, float, flo
     tracks = [power_name(width) for width in WIDTHS]
     basis = [(name, at) for at in range(EVERY, step + 1, EVERY) for name in tracks]
     rows = []
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(Workdir(workdir).checkpoints, read_only=True) as store:
         for decay in DECAYS:
             kept = pipeline.load(workdir, step=step, ema=decay).params
-            rebuilt = posthoc_ema.rebuild(workdir, store, step, raw, str(decay), tracks)
+            rebuilt = posthoc_ema.rebuild(
+                Workdir(workdir).ema_snapshots, store, step, raw, str(decay), tracks
+            )
             error = distance(rebuilt, kept)
             expected = posthoc_ema.fit(str(decay), step, basis).residual
             rows.append((step, decay, error / length(kept), error / distance(kept, raw), expected))

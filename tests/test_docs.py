@@ -15,13 +15,13 @@ from PIL import Image
 
 import scaling_dit
 from scaling_dit import config
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import exit_codes
 from scaling_dit.cli import main as cli
 from scaling_dit.cli.options import declared
 from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.monitor import goodput
-from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.planning import report as plan_report
 from scaling_dit.training import loop
 from tests.support.pages import blocks, commands, first_column

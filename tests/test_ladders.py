@@ -10,6 +10,7 @@ from scaling_dit.experiments import dit_scaling, unet_scaling
 
 from scaling_dit import backbones
 from scaling_dit import config as config_lib
+from scaling_dit.checkpoints.state import init_state
 from scaling_dit.costs import count_table
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
@@ -119,9 +120,7 @@ def test_a_train_step_of_the_real_size(row):
     assert model.latent_shape == count_table.LATENTS
     assert (model.text_encoder.length, model.text_encoder.dim) == count_table.TEXT
     optimizer = optim.make_optimizer(config.optim, config.steps)
-    state = jax.eval_shape(
-        functools.partial(train_step.init_state, model, optimizer, config), jax.random.key(0)
-    )
+    state = jax.eval_shape(functools.partial(init_state, model, optimizer, config), jax.random.key(0))
     ids = jax.ShapeDtypeStruct((config.batch, 77), jnp.int32)
     images = jax.ShapeDtypeStruct((config.batch, 64, 64, 3), jnp.uint8)
     batch = {"images": images, "ids": ids, "mask": jax.ShapeDtypeStruct(ids.shape, jnp.bool_)}
@@ -164,9 +163,7 @@ def test_the_recipe_trains_in_miniature(tmp_path):
     assert int(state.step) == 2
     run = scaling_dit.load(tmp_path)
     assert run.model.latent_shape == (32, 32, 4)
-    before = jax.jit(
-        functools.partial(train_step.init_state, run.model, optim.make_optimizer(config.optim, 2), config)
-    )
+    before = jax.jit(functools.partial(init_state, run.model, optim.make_optimizer(config.optim, 2), config))
     started = before(jax.random.key(config.seed)).params
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - np.asarray(b)).max()), started, jax.device_get(state.params)

@@ -1,1 +1,1 @@
-"""What is kept of a run: its folder, its checkpoints, its averages."""
+"""What a run keeps: its folder, its checkpoints, its averages."""

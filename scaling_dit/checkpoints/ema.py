@@ -1,4 +1,4 @@
-"""Moving averages of the parameters: their names, which a run keeps, and one update of each."""
+"""Moving averages of the parameters: their names, which of them a run keeps, how they start, one update of each."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,8 @@ from scaling_dit.config import WIDEST_EMA_POWER
 from scaling_dit.errors import UserError
 from scaling_dit.trees import Params
 
-POWER = "power-"  # begins the names of averages with power-function profiles
+# Begins the names of averages with power-function profiles.
+POWER = "power-"
 
 
 def ema_name(decay: float) -> str:
@@ -39,8 +40,13 @@ def power_name(sigma_rel: float) -> str:
 
 
 def kept_emas(config: ConfigDict) -> list[str]:
-    """The keys of `state.emas`."""
-    return [*map(ema_name, config.optim.ema), *map(power_name, config.optim.ema_power)]
+    """The names of all averages that a run keeps: the keys of `TrainState.emas`."""
+    return [*map(ema_name, config.optim.ema), *power_names(config)]
+
+
+def power_names(config: ConfigDict) -> list[str]:
+    """The names of the power averages that a run keeps: those whose snapshots it stores."""
+    return [power_name(width) for width in config.optim.ema_power]
 
 
 def find_ema(config: ConfigDict, ema: float | str | None) -> str | None:
@@ -70,14 +76,22 @@ def find_ema(config: ConfigDict, ema: float | str | None) -> str | None:
     return name
 
 
+def average_of(params: Params) -> Params:
+    """An average that begins with these parameters, float32.
+
+    It is a copy: a state that is donated must not hold one buffer twice.
+    """
+    average: Params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return average
+
+
 def update_emas(
     emas: dict[str, Params], params: Params, decays: Iterable[float], step: jax.Array
 ) -> dict[str, Params]:
     """Each average moved towards `params`, float32: ema <- d ema + (1 - d) params.
 
-    d = min(decay, (1 + step) / (10 + step)), `step` counting the updates before this one: early on an
-    average spans about a ninth of the run so far, so that short runs too get one that has left its starting
-    point.
+    d = min(decay, (1 + step) / (10 + step)), where `step` counts the updates before this one. Early on an average
+    spans about a ninth of the run so far, so that in short runs too it leaves its starting point.
     """
     warm = warm_limit(step)
     return {
@@ -87,7 +101,7 @@ def update_emas(
 
 
 def warm_limit(step: Any) -> Any:
-    """What no decay of `update_emas` exceeds after `step` updates: (1 + step) / (10 + step), elementwise."""
+    """The largest decay that `update_emas` uses after `step` updates: (1 + step) / (10 + step), elementwise."""
     return (1.0 + step) / (10.0 + step)
 
 
@@ -99,8 +113,8 @@ def update_power_emas(
     ema <- b ema + (1 - b) params, b = (1 - 1 / t)^exponent, t = step + 1: after t updates, parameters before update
     j have the weight ((j - 1) / t)^exponent together. The first update replaces the starting point.
     """
-    log_ratio = jnp.log1p(-1.0 / (1.0 + step))  # -inf at step 0, where b is 0
-
+    # -inf at step 0, where b is 0.
+    log_ratio = jnp.log1p(-1.0 / (1.0 + step))
     return {
         power_name(width): _moved(
             emas[power_name(width)], params, -jnp.expm1(power_exponent(width) * log_ratio)

@@ -1,6 +1,6 @@
 """Any average of a run's parameters, rebuilt afterwards from snapshots of two that were kept (arXiv 2312.02696, 3.1).
 
-While a run trains, averages with power-function profiles (`optim.update_power_emas`) are stored every
+While a run trains, averages with power-function profiles (`ema.update_power_emas`) are stored every
 `checkpoint.ema_every` steps. Afterwards a wanted average is the combination of these snapshots, and of the parameters
 themselves, that comes nearest to it.
 
@@ -25,32 +25,40 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from scaling_dit.checkpoints.ema import POWER, power_exponent, power_name, warm_limit
+from scaling_dit.checkpoints.ema import POWER, power_exponent, power_names, warm_limit
 from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.trees import Params
 
-SNAPSHOTS = "ema_snapshots"  # folder in the workdir
+# Above it, an average is refused; see `Fit.residual`.
 LARGEST_RESIDUAL = 0.2
 _KEEP_ALL = 2**31 - 1
-_CHUNK = 2**14  # steps at a time
-_MOST = 200  # snapshots that a fit takes: its time grows with their square
-_LEAST = 1e-6  # coefficients below are left out
-_RCOND = 1e-7  # below, combinations would only add up rounding errors
+# Steps that a fit takes at a time.
+_CHUNK = 2**14
+# Snapshots that a fit takes at most: its time grows with their square.
+_MOST = 200
+# Smaller coefficients are left out.
+_LEAST = 1e-6
+# Smaller singular values are left out: their combinations would only add up rounding errors.
+_RCOND = 1e-7
 
 
 class Snapshots:
-    """The snapshots of a run's power averages; nothing is made or written if it keeps none.
+    """The snapshots of a run's power averages, as a context; nothing is written if the run keeps none.
 
-    All processes call every method, in the same order. A snapshot is of one moment and never changes, but one that
-    is newer than the state a run goes on from is made again, for the run may take another way.
+    All processes call every method, in the same order. A snapshot is of one moment and never changes. One that is
+    newer than the state from which a run resumes is removed, for the run may take another way.
+
+    Args:
+      directory: folder of the snapshots; made if there are any.
+      config: of the run.
     """
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict) -> None:
+    def __init__(self, directory: epath.PathLike, config: ConfigDict) -> None:
         self._every = config.checkpoint.ema_every if config.optim.ema_power else 0
-        self._names = [power_name(sigma) for sigma in config.optim.ema_power]
-        self._store = Checkpoints(workdir / SNAPSHOTS, keep_last=_KEEP_ALL) if self._every else None
+        self._names = power_names(config)
+        self._store = Checkpoints(directory, keep_last=_KEEP_ALL) if self._every else None
 
     def __enter__(self) -> "Snapshots":
         return self
@@ -60,7 +68,7 @@ class Snapshots:
             self._store.close()
 
     def back_to(self, step: int) -> None:
-        """Removes the snapshots after a step, which is that of the state the run goes on from."""
+        """Removes the snapshots after a step: that of the state from which the run resumes."""
         if self._store is not None:
             for newer in [saved for saved in self._store.all_steps() if saved > step]:
                 self._store.remove(newer)
@@ -68,21 +76,21 @@ class Snapshots:
     def save(self, step: int, state: TrainState) -> None:
         """Stores the power averages if this step is one of `checkpoint.ema_every`; returns once they are copied.
 
-        A step that is stored already is left as it is. Asked at the start of every step, this stores what the last
-        kill cut short; the state of the last step is in its checkpoint.
+        A step that is stored already is left as it is. The loop calls this at the start of every step, so that a
+        resumed run stores what a kill cut short; the averages of the last step are in its checkpoint.
         """
         if self._store is not None and step and step % self._every == 0:
             self._store.save(step, {"emas": {name: state.emas[name] for name in self._names}})
 
     def wait(self) -> None:
-        """Blocks until all are on disk: before a checkpoint is saved, for a run goes on after that."""
+        """Blocks until all are on disk: before a checkpoint is saved, for a run resumes after that step."""
         if self._store is not None:
             self._store.wait()
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How an average is made of others.
+    """The combination of averages that approximates another.
 
     average ~ parameters + sum over i of coefficients[i] (average i - parameters)
 
@@ -107,12 +115,12 @@ def missing_shares(name: str, saved: int, first: int, last: int) -> np.ndarray:
     updates = np.arange(first, last + 1, dtype=np.float64)
     if name.startswith(POWER):
         exponent = power_exponent(float(name.removeprefix(POWER)))
-        return (
-            np.minimum((updates - 1) / saved, 1.0) ** exponent
-        )  # the product of (1 - 1/k)^exponent, k = j..saved
+        # The product of (1 - 1/k)^exponent over k = j..saved.
+        return np.minimum((updates - 1) / saved, 1.0) ** exponent
     steps = np.arange(first - 1, saved, dtype=np.float64)
     logs = np.log(np.minimum(float(name), warm_limit(steps)))
-    after = np.append(np.cumsum(logs[::-1])[::-1], 0.0)  # of update first, first + 1, ..., saved, and none
+    # The sum of `logs` from update first, first + 1, ..., saved on, and of none.
+    after = np.append(np.cumsum(logs[::-1])[::-1], 0.0)
     return np.exp(after[np.clip(updates - first, 0, len(steps)).astype(int)])
 
 
@@ -136,7 +144,7 @@ def fit(wanted: str, step: int, basis: Sequence[tuple[str, int]]) -> Fit:
 
 
 def thinned(steps: Sequence[int], most: int = _MOST) -> list[int]:
-    """At most so many of the ascending `steps`: the last ones, and before them ever fewer, as averages weigh them."""
+    """At most `most` of the ascending `steps`: densest at the end, where averages weigh them most."""
     if len(steps) <= most:
         return list(steps)
     back = np.unique(np.geomspace(1, len(steps), most).round().astype(int))
@@ -144,11 +152,17 @@ def thinned(steps: Sequence[int], most: int = _MOST) -> list[int]:
 
 
 def rebuild(
-    workdir: epath.Path, store: Checkpoints, step: int, params: Params, wanted: str, tracks: Sequence[str]
+    directory: epath.PathLike,
+    store: Checkpoints,
+    step: int,
+    params: Params,
+    wanted: str,
+    tracks: Sequence[str],
 ) -> Params:
     """An average of a run after `step`, from its snapshots up to there and the checkpoint of `step`.
 
     Args:
+      directory: folder of the run's `Snapshots`.
       store: the run's checkpoints.
       params: the parameters of that checkpoint; the average has their shapes and shardings, and is float32.
       wanted: "0.97" or "power-0.08".
@@ -157,25 +171,26 @@ def rebuild(
     Raises:
       UserError: the snapshots do not determine that average.
     """
-    with Checkpoints(workdir / SNAPSHOTS, read_only=True) as snapshots:
+    with Checkpoints(directory, read_only=True) as snapshots:
         saved = thinned([at for at in snapshots.all_steps() if at < step])
         places = [(name, at) for at in [*saved, step] for name in tracks]
         found = fit(wanted, step, places)
-        told = (
+        fitted = (
             f"EMA {wanted} from {len(saved) + 1} snapshots of {', '.join(tracks)} up to step {step}: "
             f"off by {found.residual:.2%} of its distance to the raw weights"
         )
         if found.residual > LARGEST_RESIDUAL:
             raise UserError(
-                f"cannot rebuild {told}, more than {LARGEST_RESIDUAL:.0%}; ask for a longer average, or train with a "
+                f"cannot rebuild {fitted}, more than {LARGEST_RESIDUAL:.0%}; ask for a longer average, or train with a "
                 "smaller config.checkpoint.ema_every"
             )
         if jax.process_index() == 0:
-            print(f"scaling-dit: rebuilt {told}", file=sys.stderr)
+            print(f"scaling-dit: rebuilt {fitted}", file=sys.stderr)
         average = params
         add = jax.jit(_add, out_shardings=jax.tree.map(lambda p: p.sharding, params))
         for (name, at), coefficient in zip(places, found.coefficients, strict=True):
-            if abs(coefficient) > _LEAST:  # each costs a read
+            # Each one used costs a read.
+            if abs(coefficient) > _LEAST:
                 source = store if at == step else snapshots
                 average = add(average, source.restore_params(at, params, ema=name)[0], params, coefficient)
     return average

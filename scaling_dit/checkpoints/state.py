@@ -1,4 +1,4 @@
-"""Everything a run needs to continue, as one pytree."""
+"""Everything a run needs to continue, as one pytree, and the state in which a run begins."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,8 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
-from scaling_dit.checkpoints.ema import ema_name, power_name
+from scaling_dit import trees
+from scaling_dit.checkpoints.ema import average_of, ema_name, power_name
+from scaling_dit.model.model import Model
 from scaling_dit.trees import Params
 
 
@@ -28,22 +31,31 @@ class TrainState:
     emas: dict[str, Params]
 
 
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
+) -> TrainState:
+    """The state of a run before its first step, with fresh parameters; pure, without sharding names."""
+    params, _ = model.init(key)
+    return create_state(trees.unbox(params), optimizer, config.optim.ema, config.optim.ema_power)
+
+
 def create_state(
     params: Params,
     optimizer: optax.GradientTransformation,
     ema_decays: Iterable[float] = (),
     ema_power: Iterable[float] = (),
 ) -> TrainState:
-    """The state before the first step; every average starts at `params`. Pure: may be jitted or traced.
+    """The state before the first step with these parameters, which every average starts at; pure.
 
     Raises:
       UserError: a decay outside [0, 1), or what `optimizer.init` raises.
     """
+    names = (*map(ema_name, ema_decays), *map(power_name, ema_power))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        emas={name: _average(params) for name in (*map(ema_name, ema_decays), *map(power_name, ema_power))},
+        emas={name: average_of(params) for name in names},
     )
 
 
@@ -53,11 +65,6 @@ def start_from(state: TrainState, given: Params) -> TrainState:
     `given` holds whole entries of `params`, such as {"text_encoder": tree}.
     """
     params = state.params | given
-    new: Any = state  # flax adds `replace`, unseen by type checkers
-    return new.replace(params=params, emas={name: _average(params) for name in state.emas})
-
-
-def _average(params: Params) -> Params:
-    """An average that begins with these parameters: copies, for a donated state must not hold one buffer twice."""
-    average: Params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    return average
+    # flax adds `replace`, unseen by type checkers.
+    new: Any = state
+    return new.replace(params=params, emas={name: average_of(params) for name in state.emas})

@@ -20,14 +20,15 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from scaling_dit import trees
 from scaling_dit.errors import UserError, nearest
 
-_SHOWN = 3  # differing paths told in an error
+# Differing paths that an error names.
+_SHOWN = 3
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-# Orbax tells every stage of every save at INFO, on the absl logger that the program itself logs to.
+# Orbax logs every stage of every save at INFO, on the absl logger that the program itself logs to.
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
 
 
@@ -64,7 +65,8 @@ class Checkpoints:
             )
         self.directory = epath.Path(directory)
         if "://" not in os.fspath(directory):
-            self.directory = self.directory.absolute()  # Orbax wants it; on gs:// it would prepend the cwd
+            # Orbax wants absolute paths; on gs:// this would prepend the working directory.
+            self.directory = self.directory.absolute()
         self._read_only = read_only
         if not read_only and self.directory.exists() and jax.process_index() == 0:
             # Saves that a kill cut short. Orbax's own option cleans in a thread that nothing waits for.
@@ -108,7 +110,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for saves in progress, then let go of threads."""
+        """Wait for saves in progress, then stop the threads."""
         self.wait()
         self._manager.close()
 
@@ -182,7 +184,7 @@ class Checkpoints:
         self._manager.delete(step)
 
     def is_gone(self, step: int) -> bool:
-        """Whether a checkpoint that was there is no longer, after looking at the folder anew."""
+        """Whether a checkpoint that was listed has been removed since, by listing the folder anew."""
         self._manager.reload()
         return step not in self.all_steps()
 
@@ -241,7 +243,7 @@ class Checkpoints:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return UserError(
             f"checkpoint {self._folder(step)} is damaged or incomplete ({first});"
-            " delete that folder to go on from the one before it"
+            " delete that folder to resume from the one before it"
         )
 
     def _metadata(self, step: int) -> Any:
@@ -255,19 +257,19 @@ class Checkpoints:
         return metadata.tree
 
     def _check_same(self, step: int, wanted: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
-        told = []
+        differences = []
         for path in sorted({*wanted, *saved}):
             name = "/".join(path)
             if path not in saved:
-                told.append(f"{name} is not in the checkpoint")
+                differences.append(f"{name} is not in the checkpoint")
             elif path not in wanted:
-                told.append(f"{name} is only in the checkpoint")
+                differences.append(f"{name} is only in the checkpoint")
             elif _kind(saved[path]) != _kind(wanted[path]):
-                told.append(f"{name} is {_kind(saved[path])} there, {_kind(wanted[path])} here")
-        if told:
-            more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+                differences.append(f"{name} is {_kind(saved[path])} there, {_kind(wanted[path])} here")
+        if differences:
+            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             raise UserError(
-                f"checkpoint {self._folder(step)} does not fit this run: {'; '.join(told[:_SHOWN])}{more};"
+                f"checkpoint {self._folder(step)} does not fit this run: {'; '.join(differences[:_SHOWN])}{more};"
                 " use the config it was written with or another workdir"
             )
 

@@ -1,5 +1,9 @@
-"""The folder of a run: the names of its files, reading its config, and making a folder this run's."""
+"""The folder of a run: where each of its files lies, reading them back, and claiming a folder for a run.
 
+No other module names a file of a run's folder. Layers below get the path of the one file or folder they write.
+"""
+
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,82 +18,146 @@ from scaling_dit.data.sources import Source
 from scaling_dit.encoders import Tokenizer
 from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
-from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.model.build import make_tokenizer
-
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
+from scaling_dit.model.frozen import check_frozen
+from scaling_dit.monitor import writers
 
 
-def read_config(workdir: str | epath.Path, overrides: Sequence[str] = ()) -> ConfigDict:
+class Workdir(os.PathLike[str]):
+    """The folder of a run, local or gs://, and the paths of its files. It stands for a path wherever one is taken.
+
+    Args:
+      folder: of the run; it need not exist.
+    """
+
+    def __init__(self, folder: epath.PathLike) -> None:
+        self.folder = epath.Path(folder)
+        # The resolved config. It is written last, so a folder that has it is a run.
+        self.config = self.folder / "config.json"
+        # The tokenizer of the run's text encoder.
+        self.tokenizer = self.folder / "tokenizer.json"
+        # Weights that are not trained and come from no other place.
+        self.frozen = self.folder / "frozen.npz"
+        # One folder for each saved step.
+        self.checkpoints = self.folder / "checkpoints"
+        # Snapshots of power averages, from which others are rebuilt.
+        self.ema_snapshots = self.folder / "ema_snapshots"
+        # Metrics as JSON lines, images as PNG.
+        self.metrics = self.folder / "metrics"
+        # The same as TensorBoard events, and profiler traces.
+        self.tensorboard = self.folder / "tensorboard"
+        # Where the time of each start went, as JSON lines.
+        self.goodput = self.folder / "goodput"
+        # The rewinds after loss spikes.
+        self.rewinds = self.folder / "rewinds.json"
+        # Damaged records that were met; other processes than the first add their number to the name.
+        self.damaged = self.folder / "damaged.jsonl"
+        # Compiled programs, with `config.compile_cache=workdir`.
+        self.compile_cache = self.folder / "compile_cache"
+        # The `config.json` that imported weights came with.
+        self.imported = self.folder / "diffusers_config.json"
+        # A folder for each request of `sample`.
+        self.samples = self.folder / "samples"
+        # A folder for each request of `evaluate`.
+        self.evaluation = self.folder / "evaluation"
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Workdir({str(self)!r})"
+
+
+def read_config(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:
     """The resolved config of a run; fields of later versions have their defaults, and old names are replaced.
 
     Args:
+      workdir: of the run.
       overrides: as in `config.resolve`.
 
     Raises:
       UserError: the folder holds no run, or one with fields this version does not know.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
+    path = Workdir(workdir).config
     if not path.exists():
         raise UserError(
-            f"no run in {workdir}: {CONFIG_FILE} is missing; --workdir must be a folder that `train` wrote"
+            f"no run in {workdir}: {path.name} is missing; --workdir must be a folder that `train` wrote"
         )
     return config_lib.resolve(config_lib.from_json(path.read_text()), overrides)
 
 
-def load_tokenizer(config: ConfigDict, workdir: epath.Path) -> Any:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """All scalars that a run wrote: one dict for each step, ascending, with "step" and each scalar by name.
+
+    Which value stands where several starts wrote one is said at `writers.read_scalars`.
+    """
+    return writers.read_scalars(Workdir(workdir).metrics)
+
+
+def load_tokenizer(config: ConfigDict, workdir: epath.PathLike) -> Any:
     """The tokenizer that a run keeps in its workdir.
 
     Raises:
       UserError: missing or damaged file.
     """
-    return encoders.tokenizer_type(config.text_encoder.name).load(workdir / TOKENIZER_FILE)
+    return encoders.tokenizer_type(config.text_encoder.name).load(Workdir(workdir).tokenizer)
 
 
-def open_workdir(workdir: epath.Path, config: ConfigDict, source: Source | None = None) -> Tokenizer:
+def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | None = None) -> Tokenizer:
     """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
 
-    Where a new run's tokenizer is built from `source`, that is opened here unless it is given.
+    Args:
+      workdir: of the run.
+      config: of the run, resolved.
+      source: the run's, if it is open already; else it is opened where a new tokenizer needs its captions.
 
     Raises:
       UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
     """
-    if (workdir / CONFIG_FILE).exists():
-        config_lib.check_same_run(read_config(workdir), config)
-        return load_tokenizer(config, workdir)
-    if (workdir / CHECKPOINTS).exists():
-        raise UserError(f"{workdir} has checkpoints but no {CONFIG_FILE}; give another --workdir")
+    run = Workdir(workdir)
+    if run.config.exists():
+        config_lib.check_same_run(read_config(run), config)
+        return load_tokenizer(config, run)
+    if run.checkpoints.exists():
+        raise UserError(f"{run} has checkpoints but no {run.config.name}; give another --workdir")
     tokenizer = make_tokenizer(config, source)
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
     return tokenizer
 
 
-def check_kept(workdir: epath.Path, frozen_hash: str) -> None:
-    """Makes sure that a run goes on with the frozen weights of its newest checkpoint, before its config is replaced.
+def check_resumed_weights(workdir: epath.PathLike, frozen_hash: str) -> None:
+    """Makes sure that a run resumes with the frozen weights of its newest checkpoint, before its config is replaced.
+
+    Args:
+      workdir: of the run.
+      frozen_hash: of the frozen weights at hand, see `model.frozen`.
 
     Raises:
-      UserError: they are others.
+      UserError: the checkpoint was trained with others.
     """
-    if not (workdir / CHECKPOINTS).exists():
+    folder = Workdir(workdir).checkpoints
+    if not folder.exists():
         return
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(folder, read_only=True) as store:
         step = store.latest_step()
         if step is not None:
-            frozen_weights.check_frozen(frozen_hash, store.extra(step), str(store.directory))
+            check_frozen(frozen_hash, store.extra(step), str(store.directory))
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Makes a workdir this run's: tokenizer and config; what is there stays, but for the config.
+def claim_workdir(workdir: epath.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Writes a run's tokenizer and config to its workdir; the first process does.
 
-    The config is written last, so a folder with a config has everything else, and anew at each start, for some of its
-    sections may change between starts.
+    The tokenizer is written once. The config is written at each start, for some of its sections may change between
+    starts, and last, so that a folder with a config has everything else.
     """
     if jax.process_index() != 0:
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / TOKENIZER_FILE).exists():
-        tokenizer.save(workdir / TOKENIZER_FILE)
-    files.write_whole(workdir / CONFIG_FILE, config_lib.to_json(config).encode())
+    run = Workdir(workdir)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not run.tokenizer.exists():
+        tokenizer.save(run.tokenizer)
+    files.write_whole(run.config, config_lib.to_json(config).encode())

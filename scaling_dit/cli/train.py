@@ -69,11 +69,9 @@ class Train(Verb):
         if self.config:
             return config_lib.load(self.config, self.overrides)
 
-        from etils import epath
+        from scaling_dit.checkpoints.workdir import Workdir, read_config
 
-        from scaling_dit.checkpoints.workdir import CONFIG_FILE, read_config
-
-        if not (epath.Path(self.workdir) / CONFIG_FILE).exists():
+        if not Workdir(self.workdir).config.exists():
             raise UserError(
                 f"{self.workdir} holds no run, so train needs --config; for example: {self.EXAMPLE}"
             )

@@ -18,7 +18,6 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 
-LIST = "damaged.jsonl"  # in a run's workdir
 _TOLD = 10  # records that get a line of their own in the log
 _TRIES = 100  # records tried in place of one
 
@@ -64,7 +63,7 @@ class Damage:
         if self.limit is not None and number > self.limit:
             raise UserError(f"{fault}; {self._stopped()}") from fault
         if new and tell and number <= _TOLD:
-            more = f"; further ones are counted, and listed in {LIST}" if number == _TOLD else ""
+            more = "; further ones are counted and listed, not logged" if number == _TOLD else ""
             logging.warning("damaged record left out (%s): %s%s", fault.kind, fault, more)
 
     def meet_all(self, faults: Iterable[DamagedRecord]) -> None:
@@ -103,16 +102,16 @@ class Damage:
         with self._lock:
             return [fault for fault in self._met.values() if fault.kind == kind]
 
-    def save(self, workdir: epath.Path, process: int = 0) -> None:
-        """Lists every record met as `damaged.jsonl` (`damaged-1.jsonl` by process 1), whole, if there are new ones.
+    def save(self, path: epath.Path, process: int = 0) -> None:
+        """Lists every record met in a file of JSON lines, if there are new ones.
 
-        What earlier starts listed stays.
+        What earlier starts listed stays. Process 1 adds -1 to the name of the file, and so on.
         """
         with self._lock:
             faults = list(self._met.values())
         if len(faults) > self._saved:
-            name = epath.Path(LIST)
-            path = workdir / (f"{name.stem}-{process}{name.suffix}" if process else LIST)
+            if process:
+                path = path.with_name(f"{path.stem}-{process}{path.suffix}")
             rows = {row["where"]: row for row in _listed(path)}
             rows |= {f.where: {"kind": f.kind, "where": f.where, "what": f.what} for f in faults}
             path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))

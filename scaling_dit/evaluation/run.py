@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import METRICS, tifa
 from scaling_dit.model.build import open_source
@@ -50,7 +50,7 @@ def main(
     # Before loading, so that a metric that does not fit the data shows at once.
     wanted = {name: METRICS[name].items(source, items) for name in names}
     pipe, chosen, about = open_for_sampling(config, workdir, changes or {}, step=step, ema=ema)
-    root = epath.Path(out) if out else epath.Path(workdir) / "evaluation" / f"{tag(about, seed)}-n{items}"
+    root = epath.Path(out) if out else Workdir(workdir).evaluation / f"{tag(about, seed)}-n{items}"
     results: dict[str, Any] = {}
     for name, metric_items in wanted.items():
         folder = root / name

@@ -11,7 +11,7 @@ from etils import epath
 
 from scaling_dit import interop
 from scaling_dit.checkpoints.ema import find_ema
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
 from scaling_dit.interop.diffusers import config as diffusers_config
@@ -21,7 +21,6 @@ from scaling_dit.sampling import pipeline
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.weights import files as weight_files
 
-IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
 PIPELINE = "diffusers-pipeline"
 _CONFIG = "config.json"
 
@@ -83,7 +82,7 @@ def describe(pipe: Pipeline, workdir: epath.Path) -> dict[str, Any]:
     """The `config.json` of a run's backbone; one that was imported keeps the spelling of the file it came with."""
     name = pipe.config.backbone.name
     described = diffusers_config.write_config(name, pipe.model.backbone, pipe.model.latent_shape[:2])
-    imported = workdir / IMPORTED_CONFIG
+    imported = Workdir(workdir).imported
     if not imported.exists():
         return described
     return diffusers_config.keep_spelling(FAMILIES[name], described, weight_files.read_json(imported))

@@ -15,20 +15,18 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit import files, interop, trees
-from scaling_dit.checkpoints.state import TrainState, start_from
+from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import CHECKPOINTS, CONFIG_FILE, claim_workdir, open_workdir
+from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.interop.diffusers import pipelines
-from scaling_dit.interop.exporting import IMPORTED_CONFIG
 from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.training import optim
 from scaling_dit.training.program import run_mesh
-from scaling_dit.training.step import init_state
 from scaling_dit.weights import files as weight_files
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
@@ -50,9 +48,9 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
       UserError: a workdir that holds a run, files that are no safetensors, weights that do not fit the backbone, or a
         config that contradicts the folder's.
     """
-    path, folder = epath.Path(source), epath.Path(workdir)
-    for name in (CONFIG_FILE, CHECKPOINTS):
-        if (folder / name).exists():
+    path, folder = epath.Path(source), Workdir(workdir)
+    for taken in (folder.config, folder.checkpoints):
+        if taken.exists():
             raise UserError(f"{folder} holds a run already; give another --workdir")
     experiment = config_lib.read_experiment(spec).copy_and_resolve_references()
     if pipelines.is_pipeline(path):
@@ -134,7 +132,7 @@ def _fill(section: ConfigDict, fields: Mapping[str, Any], explicit: set[str], so
 
 def start_run(
     config: ConfigDict,
-    workdir: epath.Path,
+    workdir: Workdir,
     weights: Mapping[str, np.ndarray],
     described: Mapping[str, Any] | None,
     origin: str,
@@ -155,7 +153,7 @@ def start_run(
     boxed, boxed_frozen = jax.eval_shape(model.init, key)
     _check_shapes(trees.by_path(loaded), trees.by_path(trees.unbox(boxed["backbone"])), model)
 
-    frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, boxed_frozen)
+    frozen = frozen_weights.open_frozen(workdir.frozen, model, config.seed, mesh, boxed_frozen)
     placed = rules.param_shardings(mesh, boxed)
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
@@ -171,13 +169,13 @@ def start_run(
     given = {"backbone": host, **frozen_weights.open_trained(model, mesh, boxed)}
     shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
     start = jax.jit(make, out_shardings=shardings)(given)
-    with Checkpoints(workdir / CHECKPOINTS) as store:
+    with Checkpoints(workdir.checkpoints) as store:
         store.save(
             0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True
         )
     if described is not None and jax.process_index() == 0:
-        files.write_whole(workdir / IMPORTED_CONFIG, (json.dumps(described, indent=2) + "\n").encode())
-    frozen_weights.save_frozen(workdir, model, frozen)
+        files.write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
+    frozen_weights.save_frozen(workdir.frozen, model, frozen)
     claim_workdir(workdir, config, tokenizer)
 
 

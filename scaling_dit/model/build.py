@@ -1,4 +1,4 @@
-"""From a config to the modules of a run: source, tokenizer, text encoder, codec, backbone and schedule."""
+"""Builds what one run is made of from its config: source, tokenizer, and the model of codec, encoder and backbone."""
 
 from typing import Any
 
@@ -16,12 +16,16 @@ from scaling_dit.trees import Params
 
 
 def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | None = None) -> Model:
-    """The model a complete config describes.
+    """The model that a config describes.
 
     Args:
-      tokenizer: of `make_tokenizer`, or of `load_tokenizer` from the workdir.
-      source: the run's, if it is open already. Without it a source that takes its `image_size` from the config is not
-        opened, so that a trained run draws where its data are not.
+      config: of the run, resolved.
+      tokenizer: from `make_tokenizer`, or `load_tokenizer` of the workdir.
+      source: the run's, if it is open already. Without it, a source whose `image_size` the config states is not
+        opened, so that a trained run samples where its data are missing.
+
+    Raises:
+      UserError: parts that do not fit together.
     """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
@@ -62,13 +66,14 @@ def open_source(config: ConfigDict) -> sources.Source:
 
 
 def make_tokenizer(config: ConfigDict, source: sources.Source | None = None) -> Any:
-    """The tokenizer of a new run: the one that its text encoder's fields name, or of the words of its captions.
+    """The tokenizer of a new run: read from where the text encoder's fields say, or built from the captions' words.
 
-    None where a text encoder brings its own and the fields do not say from where; sizes can be counted without it.
+    None where the text encoder reads its tokenizer from files and the fields name none; a model can be counted
+    without it.
 
     Args:
-      config: of the run.
-      source: the run's, if it is open already; not opened where captions are not needed.
+      config: of the run, resolved.
+      source: the run's, if it is open already; else it is opened where captions are needed.
 
     Raises:
       UserError: no tokenizer where the fields say, or damaged files.

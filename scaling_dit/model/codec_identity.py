@@ -1,4 +1,4 @@
-"""Which codec made a prepared set: what a run that reads it must agree with."""
+"""Which codec encoded a prepared set. A run that reads the set must have the same one."""
 
 import dataclasses
 import json
@@ -13,43 +13,50 @@ from scaling_dit.data.prepared.source import LatentsSource
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError
-from scaling_dit.model import frozen as frozen_weights
-from scaling_dit.weights import places as pretrained
+from scaling_dit.model.frozen import frozen_hash
+from scaling_dit.weights import places
 
 # Fields of a codec that say where its weights lie or how it runs; `size` stands for its architecture.
 _NOT_IDENTITY = ("weights", "dtype", "tile", "size")
 
 
 def codec_weights(config: ConfigDict, codec: Codec) -> Any:
-    """The weights of a config's codec: those it names, or the ones that a run of this config draws.
+    """The weights of a config's codec: loaded from the place it names, or initialised from the seed as a run does.
 
     Raises:
-      UserError: it needs weights and none are named.
+      UserError: the codec needs weights and the config names none.
     """
     component: Any = codec
     if hasattr(component, "load"):
-        if component.weights == pretrained.NONE:
-            raise pretrained.missing("codec.weights")
-        if pretrained.is_place(component.weights):
+        if component.weights == places.NONE:
+            raise places.missing("codec.weights")
+        if places.is_place(component.weights):
             return component.load()
     return jax.jit(lambda key: trees.unbox(init_codec(codec, key)))(jax.random.key(config.seed))
 
 
 def codec_identity(config: ConfigDict, codec: Codec, params: Any) -> dict[str, Any]:
-    """What a codec computes, as JSON has it: name, fields, architecture and sha256 of the weights ("" without)."""
+    """What determines a codec's output, as JSON types: name, fields, architecture, and sha256 of the weights.
+
+    The sha256 is "" for a codec without weights.
+    """
     fields = {key: value for key, value in config.codec.to_dict().items() if key not in _NOT_IDENTITY}
-    architecture = getattr(codec, "architecture", None)  # with the scale and shift of its latents
+    # It holds the scale and shift of the latents too.
+    architecture = getattr(codec, "architecture", None)
     if dataclasses.is_dataclass(architecture) and not isinstance(architecture, type):
         fields |= dataclasses.asdict(architecture)
-    identity = {**fields, "sha256": frozen_weights.frozen_hash({"codec": params})}
+    identity = {**fields, "sha256": frozen_hash({"codec": params})}
     return dict(json.loads(json.dumps(identity)))
 
 
 def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) -> None:
-    """Makes sure that a run that reads a prepared set has the codec that made it; other sources always fit.
+    """Makes sure that a run that reads a prepared set has the codec that encoded it; other sources always fit.
 
     Args:
-      params: the run's frozen codec weights.
+      source: of the run.
+      config: of the run.
+      codec: of the run.
+      params: the frozen weights of that codec.
 
     Raises:
       UserError: another codec, another field of it, other weights, or moments of another shape.
@@ -63,12 +70,12 @@ def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) 
 
 
 def check_codec(made_by: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:
-    """Makes sure that a run draws from moments with the codec that made them.
+    """Makes sure that a run samples latents from moments with the codec that encoded them.
 
     Args:
-      made_by: the identity in the manifest.
-      here: that of the run's codec.
-      place: of the set, for the error.
+      made_by: the identity in the manifest of the set.
+      here: the identity of the run's codec.
+      place: folder of the set, which the error names.
 
     Raises:
       UserError: another codec, another field of it, or other weights.

@@ -1,14 +1,15 @@
 """The weights that a run holds without training them, and pretrained ones that it starts from.
 
-A component (codec, text encoder) with a field `weights` gets them from that place, at every start and without a copy in
-the workdir; one without, or with "random", from the run's seed, and those are kept in the workdir. Checkpoints hold a
-hash of all of them, so a run never goes on with others, wherever its files have moved.
+A component (codec, text encoder) with a field `weights` loads them from that place at every start; the workdir holds no
+copy. A component without the field, or with "random" in it, is initialised from the run's seed, and its weights are
+kept in the workdir. Checkpoints hold a hash of all frozen weights, so a run never resumes with others, wherever its
+files have moved.
 """
 
 import hashlib
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,55 +19,50 @@ from jax.experimental import multihost_utils
 from scaling_dit import trees
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
+from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.trees import Params
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 
-if TYPE_CHECKING:
-    from scaling_dit.model.model import Model
-
-FROZEN_FILE = "frozen.npz"
-_SEPARATOR = "/"  # between the keys of a weight's path in that file
+# Between the keys of a weight's path in the file that keeps it.
+_SEPARATOR = "/"
 
 
-def open_frozen(
-    workdir: epath.Path, model: "Model", seed: int, mesh: jax.sharding.Mesh, boxed: Params
-) -> Params:
-    """The run's frozen weights, each in its sharding: loaded from their places, from the workdir, or drawn.
+def open_frozen(kept: epath.Path, model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
+    """The run's frozen weights, each in its sharding: loaded from their places or from `kept`, or initialised.
 
-    Drawn ones are kept in the workdir, not drawn again, because processors of another kind draw other last bits.
+    Initialised ones are kept and read back, because another kind of processor computes other last bits.
 
     Args:
-      workdir: of the run, or of a new one.
+      kept: the file that `save_frozen` writes; it need not exist.
       model: of the run.
       seed: of the run.
       mesh: to lie on.
       boxed: what `model.init` gives as frozen, abstract and with logical axes.
 
     Raises:
-      UserError: a component without weights that needs them, a place that has none, or a damaged file in the workdir.
+      UserError: a component without weights that needs them, a place that has none, or `kept` is of another run.
     """
     abstract, shardings = trees.unbox(boxed), rules.param_shardings(mesh, boxed)
     loaded = {name: component.load() for name, component in _pretrained(model).items() if name in boxed}
     for name, tree in loaded.items():
         _check_shapes(name, tree, abstract[name])
-    drawn = {name: tree for name, tree in abstract.items() if name not in loaded}
-    path = workdir / FROZEN_FILE
-    if path.exists():
-        loaded |= _read_kept(path, drawn)
-    elif jax.tree.leaves(drawn):
-        draw = jax.jit(
-            lambda rng: {name: trees.unbox(model.init(rng)[1])[name] for name in drawn},
-            out_shardings={name: shardings[name] for name in drawn},
+    rest = {name: tree for name, tree in abstract.items() if name not in loaded}
+    if kept.exists():
+        loaded |= _read_kept(kept, rest)
+    elif jax.tree.leaves(rest):
+        initialise = jax.jit(
+            lambda rng: {name: trees.unbox(model.init(rng)[1])[name] for name in rest},
+            out_shardings={name: shardings[name] for name in rest},
         )
-        loaded |= draw(jax.random.key(seed))
+        loaded |= initialise(jax.random.key(seed))
     else:
-        loaded |= drawn
+        loaded |= rest
     return {name: jax.tree.map(_place, loaded[name], shardings[name]) for name in boxed}
 
 
-def open_trained(model: "Model", mesh: jax.sharding.Mesh, boxed: Params) -> Params:
-    """The pretrained weights that a new run trains on from, placed like its parameters; {} if it has none.
+def open_trained(model: Model, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
+    """The pretrained weights from which a new run trains its parameters, in their shardings; {} if it has none.
 
     Args:
       model: of the run.
@@ -83,8 +79,8 @@ def open_trained(model: "Model", mesh: jax.sharding.Mesh, boxed: Params) -> Para
     return {name: jax.tree.map(_place, tree, shardings[name]) for name, tree in loaded.items()}
 
 
-def save_frozen(workdir: epath.Path, model: "Model", frozen: Params) -> None:
-    """Writes the frozen weights that were drawn, once; nothing if there are none or the file is there.
+def save_frozen(path: epath.Path, model: Model, frozen: Params) -> None:
+    """Writes the frozen weights that were initialised, once; nothing if there are none or the file exists.
 
     All processes call it; the first one writes.
     """
@@ -92,11 +88,11 @@ def save_frozen(workdir: epath.Path, model: "Model", frozen: Params) -> None:
     leaves = trees.by_path({name: tree for name, tree in frozen.items() if name not in given})
     # Gathered before the file is looked for: another process may have written it by now.
     arrays: dict[str, Any] = {_SEPARATOR.join(names): _on_host(leaf) for names, leaf in leaves.items()}
-    if arrays and jax.process_index() == 0 and not (workdir / FROZEN_FILE).exists():
-        workdir.mkdir(parents=True, exist_ok=True)
+    if arrays and jax.process_index() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_whole(workdir / FROZEN_FILE, buffer.getvalue())
+        write_whole(path, buffer.getvalue())
 
 
 def frozen_hash(frozen: Params, *components: Any) -> str:
@@ -121,15 +117,15 @@ def frozen_hash(frozen: Params, *components: Any) -> str:
 
 
 def check_frozen(now: str, saved: Mapping[str, Any], where: str) -> None:
-    """Makes sure that trained weights meet the frozen ones they were trained with.
+    """Makes sure that trained weights are used with the frozen weights they were trained with.
 
     Args:
       now: `frozen_hash` of the frozen weights at hand.
       saved: the checkpoint's `extra`.
-      where: the folder told in the error.
+      where: the folder that the error names.
 
     Raises:
-      UserError: their hash is not that of the checkpoint.
+      UserError: the hashes differ.
     """
     then = saved.get("frozen_sha256", "")
     if now != then:
@@ -139,7 +135,7 @@ def check_frozen(now: str, saved: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _pretrained(model: "Model") -> dict[str, Any]:
+def _pretrained(model: Model) -> dict[str, Any]:
     """The components of a model whose weights come from a place.
 
     Raises:
@@ -150,15 +146,15 @@ def _pretrained(model: "Model") -> dict[str, Any]:
         component: Any = getattr(model, name)
         if not hasattr(component, "load"):
             continue
-        if component.weights == pretrained.NONE:
-            raise pretrained.missing(f"{name}.weights")
-        if pretrained.is_place(component.weights):
+        if component.weights == places.NONE:
+            raise places.missing(f"{name}.weights")
+        if places.is_place(component.weights):
             found[name] = component
     return found
 
 
 def _check_shapes(name: str, found: Any, wanted: Any) -> None:
-    """A component of a user's own may load what its `init` does not describe."""
+    """Refuses what a component of a user's own loads and its `init` does not describe."""
     shapes = [
         {path: np.shape(leaf) for path, leaf in trees.by_path(tree).items()} for tree in (found, wanted)
     ]
@@ -187,7 +183,7 @@ def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """The whole of an array, also where other processes hold parts of it."""
+    """The whole array on this host, also where other processes hold parts of it."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

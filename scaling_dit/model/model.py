@@ -1,8 +1,8 @@
 """What one run is made of: codec, text encoder, backbone and noise schedule.
 
-`Model` holds modules and pure functions, never weights: trainer, generation, evaluation and counting all use it, so
-what is trained is what is sampled. Weights come in two trees: `params` (trained, in the train state) and `frozen` (the
-rest). `Pipeline` is a model with its weights, as `load(workdir)` returns it.
+`Model` holds modules and pure functions, never weights. Training, sampling, evaluation and counting all use it, so the
+trained model is the sampled one. Weights come in two trees: `params` (trained, in the train state) and `frozen` (the
+rest).
 """
 
 import dataclasses
@@ -28,9 +28,12 @@ class Model:
     text_encoder: encoders.TextEncoder
     backbone: Backbone
     schedule: schedules.Schedule
-    prediction: str  # what the backbone predicts: eps | x0 | v | flow
-    image_size: int  # px
+    # What the backbone predicts: eps, x0, v or flow.
+    prediction: str
+    # Side of an image in pixels.
+    image_size: int
     train_text_encoder: bool
+    # Whether the backbone gets the mask that hides padding.
     text_mask: bool
 
     @property
@@ -40,11 +43,11 @@ class Model:
 
     @property
     def encoders(self) -> tuple[codecs.Codec, encoders.TextEncoder]:
-        """Codec and text encoder: what stands before the backbone, trained or not."""
+        """Codec and text encoder, trained or not."""
         return self.codec, self.text_encoder
 
     def init(self, rng: jax.Array) -> tuple[Params, Params]:
-        """Fresh weights as (params, frozen), with the logical axes of every parameter (boxed)."""
+        """Fresh weights as (params, frozen), each parameter boxed with its logical axes."""
         text_rng, backbone_rng = jax.random.split(rng)
         text_params = self.text_encoder.init(text_rng)
         latents = jnp.zeros((1, *self.latent_shape), jnp.float32)
@@ -62,9 +65,10 @@ class Model:
     def encode_text(
         self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """ids, mask [B, L] -> (tokens [B, L, D], mask [B, L] or None when the run shows padding, pooled [B, P])."""
+        """ids, mask [B, L] -> (tokens [B, L, D], mask [B, L] or None without `text_mask`, pooled [B, P])."""
         weights = params["text_encoder"] if self.train_text_encoder else frozen["text_encoder"]
-        with jax.named_scope("text_encoder"):  # a plan tells its time apart by this name
+        # A plan attributes time by these names.
+        with jax.named_scope("text_encoder"):
             tokens, mask, pooled = self.text_encoder.apply(weights, ids, mask)
         return tokens, mask if self.text_mask else None, pooled
 
@@ -74,13 +78,13 @@ class Model:
             return self.codec.encode(frozen["codec"], images, rng)
 
     def batch_latents(self, frozen: Params, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
-        """The latents float32 [B, h, w, c] of a batch: of its `images`, or drawn from the moments in `latents`."""
+        """The latents float32 [B, h, w, c] of a batch: encoded `images`, or sampled from the moments in `latents`."""
         if "latents" in batch:
             return self.codec.sample(frozen["codec"], batch["latents"].astype(jnp.float32), rng)
         return self.encode_image(frozen, batch["images"], rng)
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
-        """Normal noise float32 [N, h, w, c]; each row depends on `key` and its number of `numbers` [N] alone."""
+        """Normal noise float32 [N, h, w, c]; a row depends on `key` and its entry of `numbers` [N] alone."""
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         return jax.vmap(lambda row_key: jax.random.normal(row_key, self.latent_shape))(keys)
 

@@ -15,7 +15,7 @@
 Steps are dispatched asynchronously. The host runs ahead until it reads metrics or saves, and there it waits for the
 devices; that wait is in the loop and so is step time. Over any stretch between two such moments the parts are exact.
 
-Each start writes a segment of rows to `goodput/`: seconds of each part so far. Every part but `lost` and `downtime` is
+Each start writes a segment of rows to a folder: seconds of each part so far. Every part but `lost` and `downtime` is
 measured while it runs; those two follow from the rows of all starts, see `summary`.
 """
 
@@ -38,7 +38,6 @@ PARTS = (STEP, DATA_WAIT, COMPILE, START_UP, EVALUATION, CHECKPOINT, OTHER, LOST
 _MEASURED = PARTS[:-2]
 _LOSABLE = (STEP, DATA_WAIT)
 
-FOLDER = "goodput"
 _COMPILE_EVENTS = "/jax/core/compile/"
 # A row is due after this share of the start's length so far, so that rows grow with its logarithm.
 _BEAT = 1 / 200
@@ -115,16 +114,16 @@ class Stopwatch:
 
 
 class Recorder:
-    """Writes a stopwatch's rows to `workdir/goodput`, as a context; nothing on all processes but the first.
+    """Writes a stopwatch's rows to a folder, as a context; nothing on all processes but the first.
 
     A row is {"time": seconds since 1970, "began", "step", "event", "seconds": {part: seconds so far}}. Events are
     "start", "resumed", "step", "saved", "spike", "back" (to an earlier step), "done" and "stopped". A thread writes a
     row now and then while the loop is held up, so a killed process has told nearly all of its time.
     """
 
-    def __init__(self, workdir: epath.Path, watch: Stopwatch) -> None:
+    def __init__(self, directory: epath.Path, watch: Stopwatch) -> None:
         self._watch = watch
-        self._rows = JsonLines(workdir / FOLDER) if jax.process_index() == 0 else None
+        self._rows = JsonLines(directory) if jax.process_index() == 0 else None
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._step: int | None = None
@@ -179,8 +178,8 @@ class Recorder:
             self._watch.compiled(duration_secs)
 
 
-def summary(workdir: epath.PathLike) -> dict[str, Any]:
-    """Goodput over all starts of a run, from the rows in its workdir.
+def summary(directory: epath.PathLike) -> dict[str, Any]:
+    """Goodput over all starts of a run, from the rows that `Recorder` wrote.
 
     Wall time is from the first start to the last sign of life; a pause after a finished run is not part of it. A step
     is lost when a later start, or a rewind, began before it; its time, with the waits for its data, is moved from
@@ -191,7 +190,7 @@ def summary(workdir: epath.PathLike) -> dict[str, Any]:
       "wall": seconds; "seconds": {part: seconds}, which add up to it; "goodput": step / wall; "starts"; "step": the
       last one known; "lost_steps". Zeros where nothing is recorded.
     """
-    return summarise(read_rows(epath.Path(workdir) / FOLDER))
+    return summarise(read_rows(epath.Path(directory)))
 
 
 def summarise(starts: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -267,7 +266,7 @@ class _Ledger:
 def lines(figures: dict[str, Any]) -> list[str]:
     """A summary as lines for people: seconds and share of each part, goodput, starts, steps."""
     if not figures["starts"]:
-        return [f"no record of its time: there is nothing in {FOLDER}/ (runs of older versions kept none)"]
+        return ["no record of its time (runs of older versions kept none)"]
     wall = figures["wall"]
     rows = [f"{'part':12} {'seconds':>12} {'share':>7}"]
     rows += [
@@ -282,10 +281,10 @@ def lines(figures: dict[str, Any]) -> list[str]:
     return rows
 
 
-def show(workdir: epath.Path) -> None:
+def show(directory: epath.Path) -> None:
     """Tells the goodput of a run that has ended, on stderr of the first process."""
     if jax.process_index() == 0:
-        print("\n".join(lines(summary(workdir))), file=sys.stderr)
+        print("\n".join(lines(summary(directory))), file=sys.stderr)
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Where metrics go: JSON lines always, TensorBoard through clu when its packages are installed.
 
-The only file that knows clu and TensorBoard. Every start of a run writes a segment file of its own under
-`metrics/`, so that nothing is ever renamed or appended to by another process, and a resumed run's figures replace
-those of the start that was killed.
+The only file that knows clu and TensorBoard. Every start of a run writes a segment file of its own in the
+folder of the metrics, so that nothing is ever renamed or appended to by another process, and a resumed run's figures
+replace those of the start that was killed.
 """
 
 import importlib
@@ -50,19 +50,18 @@ class Writer(Protocol):
         """Flush and let go of files."""
 
 
-def create_writer(workdir: epath.PathLike, tensorboard: bool = True) -> "MultiWriter":
-    """The writers of a run, as a context: JSONL in `workdir/metrics`, TensorBoard in `workdir/tensorboard`.
+def create_writer(metrics: epath.PathLike, tensorboard: epath.PathLike | None = None) -> "MultiWriter":
+    """The writers of a run, as a context: JSONL in the folder `metrics`, TensorBoard in the other one if it is given.
 
     Without the extra `[tensorboard]` one line on stderr says what is missing, and JSONL goes on alone. On all
     processes but the first the writer does nothing.
     """
     if jax.process_index() != 0:
         return MultiWriter([])
-    workdir = epath.Path(workdir)
-    writers: list[Writer] = [JsonlWriter(workdir / "metrics")]
-    if tensorboard:
+    writers: list[Writer] = [JsonlWriter(metrics)]
+    if tensorboard is not None:
         try:
-            writers.append(TensorBoardWriter(workdir / "tensorboard"))
+            writers.append(TensorBoardWriter(tensorboard))
         except ModuleNotFoundError as error:
             print(_INSTALL.format(missing=error.name), file=sys.stderr)
     return MultiWriter(writers)
@@ -192,8 +191,8 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """All scalars a run wrote over all its starts.
+def read_scalars(metrics: epath.PathLike) -> list[dict[str, Any]]:
+    """All scalars that `JsonlWriter` wrote in a folder over all starts of a run.
 
     Where several starts wrote the same figure of the same step, the newest start's stands; figures of updates that
     a rewind undid are left out. A last line that a kill cut short is too.
@@ -202,7 +201,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
       One dict for each step, ascending: "step" and each scalar by name.
     """
     by_step: dict[int, dict[str, Any]] = {}
-    for segment in read_rows(epath.Path(workdir) / "metrics"):
+    for segment in read_rows(epath.Path(metrics)):
         for row in segment:
             if "scalars" in row:
                 by_step.setdefault(row["step"], {"step": row["step"]}).update(row["scalars"])

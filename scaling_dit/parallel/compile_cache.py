@@ -8,10 +8,9 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 IN_WORKDIR = "workdir"
-FOLDER = "compile_cache"  # in the workdir
 
 
-def use(place: str, workdir: epath.PathLike) -> None:
+def use(place: str, own: epath.PathLike) -> None:
     """Makes jax read and write compiled programs in a folder; before the first of them is compiled.
 
     A program is found again if it, its options, jax, and the kind and layout of devices are the same. A folder that
@@ -19,12 +18,12 @@ def use(place: str, workdir: epath.PathLike) -> None:
 
     Args:
       place: `config.compile_cache`: "" for none, "workdir" for a folder in the workdir, else a folder, local or gs://.
-      workdir: of the run.
+      own: the folder in the workdir.
     """
     settings: Any = jax.config
     if not place or settings.jax_compilation_cache_dir:
         return
-    folder = epath.Path(workdir) / FOLDER if place == IN_WORKDIR else epath.Path(place)
+    folder = epath.Path(own if place == IN_WORKDIR else place)
     compilation_cache.reset_cache()  # it may have decided already that there is none
     settings.update("jax_compilation_cache_dir", os.fspath(folder))
     # Programs that compile fast too: a start has hundreds of them.

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints import store as checkpoints
-from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_name
-from scaling_dit.checkpoints.workdir import CHECKPOINTS, load_tokenizer, read_config
+from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
+from scaling_dit.checkpoints.workdir import Workdir, load_tokenizer, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.model.build import build_model
@@ -109,25 +109,24 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
 
 
 def open_run(
-    config: ConfigDict, workdir: str | epath.Path, step: int | None = None, ema: float | str | None = None
+    config: ConfigDict, workdir: epath.PathLike, step: int | None = None, ema: float | str | None = None
 ) -> Pipeline:
     """As `load`, with the run's config, which the caller has read."""
-    workdir = epath.Path(workdir)
-    model = build_model(config, load_tokenizer(config, workdir))
+    run = Workdir(workdir)
+    model = build_model(config, load_tokenizer(config, run))
     mesh = mesh_lib.make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
     target = rules.with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))
     name, kept = find_ema(config, ema), kept_emas(config)
     rebuilt = name is not None and name not in kept
-    with checkpoints.Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+    with checkpoints.Checkpoints(run.checkpoints, read_only=True) as store:
         if name is not None and not rebuilt:
             target = _float32(target)
         params, saved, step = _read_params(store, step, target, None if rebuilt else name)
         if rebuilt:
-            tracks = [power_name(width) for width in config.optim.ema_power]
             wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-            params = posthoc_ema.rebuild(workdir, store, step, wide, str(name), tracks)
-    frozen = frozen_weights.open_frozen(workdir, model, config.seed, mesh, boxed_frozen)
+            params = posthoc_ema.rebuild(run.ema_snapshots, store, step, wide, str(name), power_names(config))
+    frozen = frozen_weights.open_frozen(run.frozen, model, config.seed, mesh, boxed_frozen)
     now = frozen_weights.frozen_hash(frozen, *model.encoders)
     frozen_weights.check_frozen(now, saved, str(workdir))
     return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step, ema=name)

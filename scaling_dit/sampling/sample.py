@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.sampling.folder import GRID, sample_to_folder
 from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.pipeline import open_for_sampling
@@ -37,7 +37,7 @@ def sample_prompts(
     pipe, sampler, about = open_for_sampling(read_config(workdir), workdir, changes or {}, step=step, ema=ema)
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
     asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
-    folder = epath.Path(out) if out else epath.Path(workdir) / "samples" / f"{tag(about, seed)}-{asked}"
+    folder = epath.Path(out) if out else Workdir(workdir).samples / f"{tag(about, seed)}-{asked}"
     sample_to_folder(sampler, pipe, items, folder, seed=seed, about=about)
     settings = ", ".join(f"{name} {value}" for name, value in about.items())
     print(f"{len(items)} images in {folder} ({settings}); all on one page: {folder / GRID}")

@@ -1,1 +1,1 @@
-"""The train step, the loop around it, and what a run begins from."""
+"""Training: the step, the loop around it, and what a run starts with."""

@@ -1,4 +1,4 @@
-"""The programs of a run on one mesh: what the trainer runs, and what `plan` compiles for machines not at hand."""
+"""The jitted functions of a run on one mesh: `train` runs them, `plan` compiles them for unattached devices."""
 
 import dataclasses
 import functools
@@ -11,31 +11,43 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
+from scaling_dit.checkpoints.state import init_state
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.training import optim
-from scaling_dit.training.step import init_state, make_train_step
+from scaling_dit.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
-    """The jitted train step of a run, with the shapes, dtypes and shardings of all that it takes."""
+    """The jitted train step of a run, with the shapes, dtypes and shardings of everything it takes.
+
+    Attributes:
+      mesh: of the run.
+      init: jitted `init_state`: key -> the state of step 0, in its shardings.
+      step: jitted `make_train_step`: (state, frozen, batch) -> (state, metrics); the state is donated.
+      state: abstract TrainState.
+      frozen: abstract frozen weights.
+      boxed_params: abstract parameters with their logical axes, without shardings.
+      boxed_frozen: the same of the frozen weights.
+      batch: abstract global batch.
+    """
 
     mesh: Mesh
-    init: Any  # jitted: key -> the state of step 0, in its shardings
-    step: Any  # jitted `make_train_step`; the state given to it is donated
-    state: Any  # abstract TrainState
-    frozen: Any  # abstract frozen weights
-    boxed_params: Any  # the parameters of the state with their logical axes, without shardings
-    boxed_frozen: Any  # the same of the frozen weights
-    batch: Mapping[str, jax.ShapeDtypeStruct]  # the global batch
+    init: Any
+    step: Any
+    state: Any
+    frozen: Any
+    boxed_params: Any
+    boxed_frozen: Any
+    batch: Mapping[str, jax.ShapeDtypeStruct]
 
     @classmethod
     def build(cls, config: ConfigDict, model: Model, mesh: Mesh) -> Self:
-        """Builds the programs of a resolved config; nothing is allocated and nothing compiled.
+        """Builds the functions of a resolved config; nothing is allocated and nothing compiled.
 
-        No operation runs on the mesh's devices, so they may be those of a topology description.
+        No operation runs on the mesh's devices, so a topology description may have made them.
         """
         optimizer = optim.make_optimizer(config.optim, config.steps)
         init = functools.partial(init_state, model, optimizer, config)
@@ -57,7 +69,8 @@ class StepProgram:
             in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            keep_unused=True,  # the state as a whole is what lies in memory, and what a plan tells
+            # The whole state lies in memory, and a plan reports it whole.
+            keep_unused=True,
             compiler_options=xla_flags.options(list(mesh.devices.flat), config.sharding.sparse_core) or None,
         )
         return cls(
@@ -72,13 +85,13 @@ class StepProgram:
         )
 
     def lower(self) -> Any:
-        """The train step lowered for the mesh's devices, which need not be there: a `jax.stages.Lowered`."""
+        """The train step lowered for the mesh's devices, attached or not: a `jax.stages.Lowered`."""
         with rules.activate(self.mesh):
             return self.step.lower(self.state, self.frozen, self.batch)
 
 
 def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config.mesh` as the run's backbone can use it, over all devices by default.
+    """The mesh of `config.mesh`, over all devices by default, as the run's backbone can use it.
 
     Raises:
       UserError: sizes that do not fit the devices, `gather_once` on a mesh that cannot, or `sparse_core` without it or
@@ -94,15 +107,12 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
 
 
 def batch_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a train step: images uint8 [B, H, W, 3], ids int32 and mask bool [B, L].
-
-    Of a prepared set the batch has `latents` in place of images, the moments bfloat16 [B, h, w, M].
-    """
+    """The global batch of a train step, as `make_train_step` describes it."""
     batch, side, length = config.batch, model.image_size, model.text_encoder.length
-    pictures: dict[str, tuple[tuple[int, ...], Any]] = {"images": ((batch, side, side, 3), jnp.uint8)}
+    pixels: dict[str, tuple[tuple[int, ...], Any]] = {"images": ((batch, side, side, 3), jnp.uint8)}
     if config.source.name.startswith("latents:"):
-        pictures = {"latents": ((batch, *model.codec.moments_shape(side)), jnp.bfloat16)}
-    shapes = pictures | {
+        pixels = {"latents": ((batch, *model.codec.moments_shape(side)), jnp.bfloat16)}
+    shapes = pixels | {
         "ids": ((batch, length), jnp.int32),
         "mask": ((batch, length), jnp.bool_),
     }

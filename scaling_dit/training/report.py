@@ -6,29 +6,29 @@ from typing import Any
 from etils import epath
 
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import CHECKPOINTS, read_config
+from scaling_dit.checkpoints.workdir import Workdir, read_config, read_metrics
 from scaling_dit.monitor import goodput
-from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.training import rewind
 
-_LOSSES = 5  # last training losses told
+# Last training losses that a report shows.
+_LOSSES = 5
 _SPEED = "speed/"
 
 
 def report(workdir: epath.PathLike) -> dict[str, Any]:
-    """The facts of a run, also of one that is running or was killed.
+    """The facts of a run, also while it is running or after it was killed.
 
     Returns:
       "goodput" as in `goodput.summary`; "steps" done and "of" how many; "backbone", "batch"; "losses" {step: the last
-      few}; "speed" as last written; "evaluation" {figure: {"step", "value"}}, the newest of each; "checkpoints", steps;
+      few}; "speed" as last written; "evaluation" {metric: {"step", "value"}}, the newest of each; "checkpoints", steps;
       "rewinds", a list of `rewind.Rewind` as dicts.
 
     Raises:
       UserError: the folder holds no run.
     """
-    workdir = epath.Path(workdir)
-    config = read_config(workdir)
-    metrics = read_metrics(workdir)
+    run = Workdir(workdir)
+    config = read_config(run)
+    metrics = read_metrics(run)
     losses = [(row["step"], row["train/loss"]) for row in metrics if "train/loss" in row]
     speed: dict[str, float] = {}
     evaluation: dict[str, dict[str, Any]] = {}
@@ -38,10 +38,10 @@ def report(workdir: epath.PathLike) -> dict[str, Any]:
                 speed[name.removeprefix(_SPEED)] = value
             elif name.startswith(("validation/", "evaluation/")):
                 evaluation[name] = {"step": row["step"], "value": value}
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(run.checkpoints, read_only=True) as store:
         checkpoints = store.all_steps()
     return {
-        "workdir": str(workdir),
+        "workdir": str(run),
         "backbone": config.backbone.name,
         "batch": config.batch,
         "steps": max([step for step, _ in losses] + checkpoints, default=0),
@@ -50,36 +50,36 @@ def report(workdir: epath.PathLike) -> dict[str, Any]:
         "speed": speed,
         "evaluation": evaluation,
         "checkpoints": checkpoints,
-        "rewinds": [one._asdict() for one in rewind.read(workdir)],
-        "goodput": goodput.summary(workdir),
+        "rewinds": [one._asdict() for one in rewind.read(run.rewinds)],
+        "goodput": goodput.summary(run.goodput),
     }
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """A report as lines for people."""
     speed = facts["speed"]
-    told = [
+    shown = [
         f"{facts['workdir']}: {facts['backbone']}, batch {facts['batch']:,}, step {facts['steps']:,} of {facts['of']:,}"
     ]
     if facts["losses"]:
-        told.append("last losses: " + ", ".join(f"{x:.4g} (step {s:,})" for s, x in facts["losses"].items()))
+        shown.append("last losses: " + ", ".join(f"{x:.4g} (step {s:,})" for s, x in facts["losses"].items()))
     if speed:
-        told.append(
+        shown.append(
             f"speed: {speed['steps_per_second']:.3g} steps/s, {speed['images_per_second']:.4g} images/s, "
             f"{speed['data_wait']:.0%} of it waiting for data"
         )
     width = max(map(len, facts["evaluation"]), default=0)
-    told += [
+    shown += [
         f"{name:{width}} {one['value']:.4f} (step {one['step']:,})"
         for name, one in facts["evaluation"].items()
     ]
-    told.append("checkpoints: " + (", ".join(f"{step:,}" for step in facts["checkpoints"]) or "none"))
-    told += [
+    shown.append("checkpoints: " + (", ".join(f"{step:,}" for step in facts["checkpoints"]) or "none"))
+    shown += [
         f"rewind: loss spike at step {one['spike']:,}, back to {one['to']:,}, "
         f"without data steps {one['data_from']:,} to {one['data_to'] - 1:,}"
         for one in facts["rewinds"]
     ]
-    return [*told, "", *goodput.lines(facts["goodput"])]
+    return [*shown, "", *goodput.lines(facts["goodput"])]
 
 
 def main(workdir: str, *, as_json: bool = False) -> int:

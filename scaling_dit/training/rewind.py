@@ -1,18 +1,18 @@
-"""Going back after a loss spike: when, where to, and which data are skipped.
+"""Rewinds: after a loss spike a run goes back to a checkpoint and skips the data around the spike.
 
 A spike is a loss above `factor` times the median of the `window` losses before it. The run then goes back to the last
 checkpoint at least `back` steps before the spike and skips the data from there to `ahead` steps after it, as PaLM's
 training did (arXiv 2204.02311, 5.1). Noise and timesteps stay those of (seed, step); other data make another pass.
 
 Every decision follows from the losses, the settings and the checkpoints of `checkpoint.every`, so that a run killed
-anywhere decides the same again. A rewind is on disk (`rewinds.json`, written whole) before anything follows from it:
+anywhere decides the same again. The record of a rewind is on disk, written whole, before anything follows from it:
 
-- killed before: the spike is met again, and the same rewind follows;
-- killed after: the next start finds the record, removes the checkpoints that it made void, and goes on from its step.
+- killed before: the spike occurs again, and the same rewind follows;
+- killed after: the next start reads the record, removes the checkpoints that it made void, and resumes from its step.
 
-Checkpoints say in their `extra` how many rewinds they have seen and the losses the next median needs. One is void if a
-rewind it has not seen went back to before it; void ones are removed only after the record stands, and never the one
-gone back to.
+The `extra` of a checkpoint holds the number of rewinds before it and the losses that the next median needs. A
+checkpoint is void if a rewind that it does not count went back to before it. Void checkpoints are removed only once the
+record is written, and the one gone back to is never void.
 """
 
 import json
@@ -27,9 +27,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from scaling_dit import files
 from scaling_dit.errors import UserError
-
-FILE = "rewinds.json"
 
 
 class Rewind(NamedTuple):
@@ -60,9 +59,16 @@ def data_step(step: int, rewinds: Sequence[Rewind]) -> int:
 def plan(
     spike: int, rewinds: Sequence[Rewind], saved: Iterable[int], settings: ConfigDict, every: int
 ) -> Rewind | None:
-    """Where to go back to from a spike in update number `spike` (from 1); None if no checkpoint is old enough.
+    """The rewind after a spike in update number `spike` (from 1); None if no checkpoint is old enough.
 
-    Checkpoints at multiples of `every` come first: others, saved on SIGTERM, are not in every run.
+    Checkpoints at multiples of `every` are preferred: others, saved on SIGTERM, are not in every run.
+
+    Args:
+      spike: number of the update, from 1.
+      rewinds: those on record.
+      saved: steps of the checkpoints.
+      settings: `config.rewind`.
+      every: `config.checkpoint.every`.
     """
     old = [step for step in saved if step <= max(spike - settings.back, 0)]
     if not old:
@@ -73,17 +79,16 @@ def plan(
 
 
 def is_void(step: int, seen: int, rewinds: Sequence[Rewind]) -> bool:
-    """Whether a checkpoint of `step` that has seen so many rewinds holds updates that a later one undid."""
+    """Whether a checkpoint of `step`, saved after `seen` rewinds, holds updates that a later rewind undid."""
     return any(step > rewind.to for rewind in rewinds[seen:])
 
 
-def read(workdir: epath.Path) -> list[Rewind]:
-    """The rewinds of a run, in the order they happened.
+def read(path: epath.Path) -> list[Rewind]:
+    """The rewinds on record, in the order they happened; none if the file does not exist.
 
     Raises:
-      UserError: the file is not what `text` makes.
+      UserError: `write` did not write this file.
     """
-    path = workdir / FILE
     if not path.exists():
         return []
     try:
@@ -95,17 +100,18 @@ def read(workdir: epath.Path) -> list[Rewind]:
         ) from None
 
 
-def text(rewinds: Iterable[Rewind]) -> str:
-    """What `read` reads."""
-    return json.dumps([rewind._asdict() for rewind in rewinds], indent=1) + "\n"
+def write(path: epath.Path, rewinds: Iterable[Rewind]) -> None:
+    """Writes the record, whole: a kill leaves the old one or the new one."""
+    text = json.dumps([rewind._asdict() for rewind in rewinds], indent=1) + "\n"
+    files.write_whole(path, text.encode())
 
 
 class SpikeDetector:
-    """Finds the first spike among losses that stay on the devices until they are looked at.
+    """Finds the first spike among losses that stay on the devices until `first` is called.
 
     Args:
       settings: `config.rewind`.
-      losses: those before the first one added, as `losses` of a checkpoint's `extra`.
+      losses: those before the first one added, from the `extra` of a checkpoint.
     """
 
     def __init__(self, settings: ConfigDict, losses: Iterable[float] = ()) -> None:
@@ -120,14 +126,14 @@ class SpikeDetector:
         return list(self._recent)
 
     def add(self, step: int, loss: jax.Array) -> None:
-        """The loss [] of an update; nothing is read, so the host need not wait for it."""
+        """Adds the loss [] of an update; nothing is read, so the host need not wait for it."""
         if self._factor:
             self._unread.append((step, loss))
 
     def first(self) -> Spike | None:
         """The first spike among the losses added, or None; waits for them.
 
-        A loss that is not finite is none: its update was skipped, and `optim.max_nonfinite` watches over those.
+        A loss that is not finite is no spike: its update was skipped, and `optim.max_nonfinite` limits those.
         """
         unread, self._unread = self._unread, []
         values = np.asarray(jax.device_get([loss for _, loss in unread]), float)

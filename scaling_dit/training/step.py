@@ -1,4 +1,4 @@
-"""One update of a run as a pure function: noise, forward, loss, gradients, optimiser, averages."""
+"""One update of a run as a pure function: noise, forward pass, loss, gradients, optimiser, averages."""
 
 import functools
 from collections.abc import Callable
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from scaling_dit import trees
-from scaling_dit.checkpoints.state import TrainState, create_state
+from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.diffusion import objectives
 from scaling_dit.diffusion.time_sampling import sample_timesteps
 from scaling_dit.model.model import Model
@@ -21,14 +20,6 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def init_state(
-    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
-) -> TrainState:
-    """The state before the first step, without sharding names; pure."""
-    params, _ = model.init(key)
-    return create_state(trees.unbox(params), optimizer, config.optim.ema, config.optim.ema_power)
-
-
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
@@ -37,10 +28,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
-    `batch` holds the global batch: images uint8 [B, H, W, 3] or, of a prepared set, latents (their moments, bfloat16
-    [B, h, w, M]), and ids int32 and mask bool [B, L]. Latents, timesteps, noise and caption drop are drawn for all B
-    rows at once, then split into `optim.accumulate` microbatches, so the split changes nothing. `value_and_grad` takes
-    a loss function to (params, rows) -> (loss, gradients), as parallel/fsdp.py does; JAX's own if it is None.
+    `batch` is the global batch: images uint8 [B, H, W, 3], or from a prepared set their moments, latents bfloat16
+    [B, h, w, M]; and of the captions ids int32 [B, L] and mask bool [B, L]. Latents, timesteps, noise and caption drop
+    are drawn for all B rows at once and then split into `optim.accumulate` microbatches, so the split changes nothing.
+
+    Args:
+      model: of the run.
+      optimizer: from `optim.make_optimizer`.
+      config: of the run, resolved.
+      value_and_grad: maps a loss function to a function (params, rows) -> (loss, gradients), as parallel/fsdp.py does;
+        `jax.value_and_grad` by default.
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
@@ -65,11 +62,13 @@ def make_train_step(
         if value_and_grad is None:
             grad_fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen))
         else:
-            if not model.train_text_encoder:  # its weights may be split as well
+            if not model.train_text_encoder:
+                # Outside of the loss, for the encoder's weights may be split as well.
                 rows["text"] = model.encode_text(state.params, frozen, rows["ids"], rows["mask"])[:2]
             grad_fn = value_and_grad(functools.partial(loss_fn, frozen={}))
         loss, grads = accumulate(grad_fn, state.params, rows, config.optim.accumulate)
-        with jax.named_scope("optimizer"):  # a plan tells its time apart by this name
+        # A plan attributes time by this name.
+        with jax.named_scope("optimizer"):
             new_state = optim.apply_gradients(
                 state, loss, grads, optimizer, config.optim.ema, config.optim.ema_power
             )
@@ -90,7 +89,7 @@ def make_train_step(
 def draw_rows(
     model: Model, config: ConfigDict, frozen: Params, batch: Batch, key: jax.Array
 ) -> dict[str, Any]:
-    """What one update draws for the rows of a batch [B, ...]: latents, noise, timesteps, dropped captions, keys."""
+    """The rows of one update, [B, ...] each: latents, noise, timesteps, captions after drop, and keys for the model."""
     diffusion = config.diffusion
     encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
     empty_ids, empty_mask = model.text_encoder.tokenize([""])
@@ -108,7 +107,8 @@ def draw_rows(
         "ids": ids,
         "mask": mask,
         "noise": jax.random.normal(noise_key, latents.shape),
-        "rngs": jax.random.split(model_key, config.batch),  # of a microbatch the first is used
+        # A microbatch uses the first of its rows.
+        "rngs": jax.random.split(model_key, config.batch),
         "timesteps": sample_timesteps(
             time_key,
             config.batch,
@@ -126,9 +126,9 @@ def accumulate(
     rows: Any,
     microbatches: int,
 ) -> tuple[jax.Array, Params]:
-    """Mean loss and gradients that `grad_fn(params, rows)` gives over microbatches; number j of n holds rows j::n.
+    """Mean loss and gradients of `grad_fn(params, rows)` over microbatches; microbatch j of n holds rows j::n.
 
-    Strided, because a device holds neighbouring rows: each microbatch then takes the same share of every device.
+    They are strided because a device holds neighbouring rows: so each microbatch has as many rows of every device.
     """
     if microbatches == 1:
         return grad_fn(params, rows)

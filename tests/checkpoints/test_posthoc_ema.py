@@ -15,7 +15,7 @@ from scaling_dit.checkpoints.ema import ema_name, find_ema, power_exponent, powe
 from scaling_dit.checkpoints.posthoc_ema import Snapshots, fit, missing_shares, thinned
 from scaling_dit.checkpoints.state import TrainState, create_state
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import CHECKPOINTS
+from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError
 from scaling_dit.training import optim
 
@@ -153,8 +153,8 @@ def walk(tmp_path_factory):
     advance = jax.jit(lambda emas, x, t: update_power_emas(emas, {"x": x}, WIDTHS, t))
     emas = {name: {"x": jnp.asarray(values[0], jnp.float32)} for name in TRACKS}
     with (
-        Snapshots(epath.Path(workdir), config) as snapshots,
-        Checkpoints(workdir / CHECKPOINTS) as store,
+        Snapshots(Workdir(workdir).ema_snapshots, config) as snapshots,
+        Checkpoints(Workdir(workdir).checkpoints) as store,
     ):
         for step, value in enumerate(values.astype(np.float32)):
             if step:
@@ -171,9 +171,9 @@ def walk(tmp_path_factory):
 @pytest.mark.parametrize(("step", "wanted"), [(1000, "0.99"), (2000, "0.999"), (2000, "power-0.2")])
 def test_any_average_is_rebuilt_from_two(walk, wanted, step, capsys):
     workdir, values = walk
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(Workdir(workdir).checkpoints, read_only=True) as store:
         raw = {"x": jnp.asarray(values[step], jnp.float32)}
-        rebuilt = posthoc_ema.rebuild(epath.Path(workdir), store, step, raw, wanted, TRACKS)["x"]
+        rebuilt = posthoc_ema.rebuild(Workdir(workdir).ema_snapshots, store, step, raw, wanted, TRACKS)["x"]
     assert f"rebuilt EMA {wanted} from " in capsys.readouterr().err
     kept = recursion(values[: step + 1], wanted)
     error = np.linalg.norm(np.asarray(rebuilt, np.float64) - kept)
@@ -185,11 +185,11 @@ def test_any_average_is_rebuilt_from_two(walk, wanted, step, capsys):
 
 def test_what_snapshots_do_not_tell_is_refused(walk):
     workdir, values = walk
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as store:
+    with Checkpoints(Workdir(workdir).checkpoints, read_only=True) as store:
         raw = {"x": jnp.asarray(values[2000], jnp.float32)}
         told = r"cannot rebuild EMA 0.5 from 20 snapshots .*up to step 2000: off by \d\d.*config.checkpoint.ema_every"
         with pytest.raises(UserError, match=told):
-            posthoc_ema.rebuild(epath.Path(workdir), store, 2000, raw, "0.5", TRACKS)
+            posthoc_ema.rebuild(Workdir(workdir).ema_snapshots, store, 2000, raw, "0.5", TRACKS)
 
 
 def test_snapshots_are_kept_made_again_and_off_by_default(tmp_path):
@@ -199,28 +199,29 @@ def test_snapshots_are_kept_made_again_and_off_by_default(tmp_path):
         emas = {name: {"x": jnp.full(2, value)} for name in [*TRACKS, "0.995"]}
         return TrainState(step=jnp.int32(step), params={}, opt_state=(), emas=emas)
 
-    path = epath.Path(tmp_path)
+    path = epath.Path(tmp_path) / "snapshots"
     with Snapshots(path, config) as snapshots:
         for step in range(9):
             snapshots.save(step, state(step, float(step)))
         snapshots.wait()
-    with Snapshots(path, config) as snapshots:  # goes on from a checkpoint of step 5
+    # Resumed from a checkpoint of step 5.
+    with Snapshots(path, config) as snapshots:
         snapshots.back_to(5)
         for step in range(5, 8):
             snapshots.save(step, state(step, 10.0 + step))
         snapshots.save(4, state(4, -1.0))  # never changed
-    with Checkpoints(tmp_path / posthoc_ema.SNAPSHOTS, read_only=True) as store:
+    with Checkpoints(path, read_only=True) as store:
         assert store.all_steps() == [2, 4, 6]
         assert store.ema_names(6) == TRACKS
         found = [
             float(store.restore_params(s, {"x": jnp.zeros(2)}, ema=TRACKS[0])[0]["x"][0]) for s in (2, 4, 6)
         ]
     assert found == [2.0, 4.0, 16.0]
-    with Snapshots(path / "off", run_config(**{"optim.ema_power": ()})) as snapshots:
+    with Snapshots(path.parent / "off", run_config(**{"optim.ema_power": ()})) as snapshots:
         snapshots.back_to(0)
         snapshots.save(100, state(100, 1.0))
         snapshots.wait()
-    assert not (tmp_path / "off").exists()
+    assert not (tmp_path.parent / "off").exists()
 
 
 def test_names_of_averages(smoke_run):
@@ -254,16 +255,16 @@ def test_a_run_rebuilds_its_averages_and_a_resumed_one_the_same(tmp_path):
     alone = scaling_dit.load(whole, ema="power-0.1").params
     # As a kill after step 22 leaves it: a checkpoint of step 16, newer snapshots, and one of them half made.
     shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / CHECKPOINTS / "24")
-    shutil.rmtree(resumed / posthoc_ema.SNAPSHOTS / "20")
+    shutil.rmtree(resumed / "checkpoints" / "24")
+    shutil.rmtree(resumed / "ema_snapshots" / "20")
     scaling_dit.train(config, resumed)
     for ema in (0.8, 0.9, "power-0.07"):  # read, and twice rebuilt
         first, second = (scaling_dit.load(path, ema=ema).params for path in (whole, resumed))
         jax.tree.map(np.testing.assert_array_equal, first, second)
     # The kept one, as if it were not kept.
     pipe = scaling_dit.load(whole)
-    with Checkpoints(whole / CHECKPOINTS, read_only=True) as store:
-        rebuilt = posthoc_ema.rebuild(epath.Path(whole), store, 24, pipe.params, "0.8", TRACKS)
+    with Checkpoints(Workdir(whole).checkpoints, read_only=True) as store:
+        rebuilt = posthoc_ema.rebuild(Workdir(whole).ema_snapshots, store, 24, pipe.params, "0.8", TRACKS)
 
     def length(a, b):
         return (

@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL
 from etils import epath
 
 from scaling_dit import config
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import main as cli
 from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
-from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.sampling import pipeline
 from scaling_dit.training.loop import train
 from tests.support import raw_images

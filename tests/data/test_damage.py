@@ -293,7 +293,7 @@ def test_captions_of_any_script_and_length(tmp_path):
 @pytest.mark.slow
 def test_a_run_tells_its_damage(folders, tmp_path):
     from scaling_dit import config as config_lib
-    from scaling_dit.monitor.writers import read_metrics
+    from scaling_dit.checkpoints.workdir import read_metrics
 
     config = config_lib.load(
         "shapes:smoke",
@@ -316,7 +316,7 @@ def test_the_list_keeps_what_earlier_starts_met(tmp_path):
         damage = Damage()
         for place in places:
             damage.meet(DamagedRecord("missing_file", place, "gone"))
-        damage.save(epath.Path(tmp_path))
+        damage.save(epath.Path(tmp_path) / "damaged.jsonl")
         listed = [json.loads(text)["where"] for text in path.read_text().splitlines()]
         if places[0] == "a":
             path.write_text(path.read_text()[:-5])  # cut by a kill
@@ -324,10 +324,11 @@ def test_the_list_keeps_what_earlier_starts_met(tmp_path):
 
 
 def test_a_run_that_damage_ends_lists_it(tmp_path):
+    from scaling_dit.checkpoints.workdir import Workdir
     from scaling_dit.training.loop import damage_listed
 
     damage = Damage(limit=1, field="config.source.max_damaged")
-    run = types.SimpleNamespace(source=types.SimpleNamespace(damage=damage), workdir=epath.Path(tmp_path))
+    run = types.SimpleNamespace(source=types.SimpleNamespace(damage=damage), workdir=Workdir(tmp_path))
     with pytest.raises(UserError, match="more than config.source.max_damaged=1"), damage_listed(run):
         for place in ("a", "b"):
             damage.meet(DamagedRecord("missing_file", place, "gone"))
@@ -346,16 +347,16 @@ def test_log_lines_are_few_and_the_list_is_whole(tmp_path, caplog):
         damage.announce()
     assert len(caplog.messages) == 11
     assert caplog.messages[0] == "damaged record left out (missing_file): file line 0: gone"
-    assert "further ones are counted, and listed in damaged.jsonl" in caplog.messages[9]
+    assert "further ones are counted and listed, not logged" in caplog.messages[9]
     assert caplog.messages[10].startswith(
         "30 damaged records left out (missing_file 30); the first: file line 0"
     )
     for process, name in enumerate(("damaged.jsonl", "damaged-1.jsonl")):
         damage._saved = 0
-        damage.save(epath.Path(tmp_path), process)
+        damage.save(epath.Path(tmp_path) / "damaged.jsonl", process)
         rows = [json.loads(text) for text in (tmp_path / name).read_text().splitlines()]
         assert rows[29] == {"kind": "missing_file", "where": "file line 29", "what": "gone"}
     (tmp_path / "damaged.jsonl").unlink()
-    damage.save(epath.Path(tmp_path))  # nothing new
+    damage.save(epath.Path(tmp_path) / "damaged.jsonl")  # nothing new
     assert not (tmp_path / "damaged.jsonl").exists()
     assert damage_of(object()).counts() == {}

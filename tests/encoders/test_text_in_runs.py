@@ -13,7 +13,7 @@ from etils import epath
 import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit import encoders, trees
-from scaling_dit.checkpoints.workdir import TOKENIZER_FILE, claim_workdir, open_workdir
+from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir
 from scaling_dit.encoders import clip, clip_vision, t5, vocabularies
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.encoders.subwords import SubwordTokenizer
@@ -92,10 +92,10 @@ def test_a_workdir_keeps_the_tokenizer(vocabulary, tmp_path):
     assert open_workdir(workdir, tiny(text_encoder__weights="random")) == tokenizer  # a place may change
     with pytest.raises(UserError, match=r"text_encoder.size is 'tiny' there and 'clip-l' here"):
         open_workdir(workdir, tiny(text_encoder__weights="random", text_encoder__size="clip-l"))
-    (workdir / TOKENIZER_FILE).write_text(json.dumps({"words": []}))
+    Workdir(workdir).tokenizer.write_text(json.dumps({"words": []}))
     with pytest.raises(UserError, match=r"tokenizer.json is damaged or no tokenizer"):
         open_workdir(workdir, config)
-    (workdir / TOKENIZER_FILE).unlink()
+    Workdir(workdir).tokenizer.unlink()
     with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer.json; `train` writes it"):
         open_workdir(workdir, config)
     with pytest.raises(UserError, match=r"has no tokenizer: set config.text_encoder.weights"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scaling_dit import config as config_lib
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.data import digits
 from scaling_dit.data.sources import create_source
 from scaling_dit.diffusion.schedules import make_schedule
@@ -16,7 +16,6 @@ from scaling_dit.evaluation import METRICS, run
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.build import open_source
 from scaling_dit.model.model import Model
-from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
 

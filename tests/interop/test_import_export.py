@@ -11,6 +11,7 @@ from safetensors import numpy as safetensors_numpy
 
 import scaling_dit
 from scaling_dit import config, interop
+from scaling_dit.checkpoints.state import init_state
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import open_workdir
 from scaling_dit.cli import main as cli
@@ -18,7 +19,6 @@ from scaling_dit.interop import exporting
 from scaling_dit.model.build import build_model
 from scaling_dit.training import optim
 from scaling_dit.training.loop import train
-from scaling_dit.training.step import init_state
 
 SMOKE = "experiments/shapes.py:smoke"
 

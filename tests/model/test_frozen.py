@@ -13,17 +13,17 @@ from diffusers import AutoencoderKL
 
 from scaling_dit import config as config_lib
 from scaling_dit import trees
-from scaling_dit.checkpoints import store as checkpoints
-from scaling_dit.checkpoints.workdir import CHECKPOINTS, read_config
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.cli import main as cli
 from scaling_dit.encoders.scratch import Scratch
 from scaling_dit.errors import UserError
-from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.model.build import abstract_params, build_model, make_tokenizer
+from scaling_dit.model.frozen import frozen_hash, open_frozen, save_frozen
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
 from scaling_dit.training.loop import train
-from scaling_dit.training.run import Run
+from scaling_dit.training.start import Run
 
 KEY = jax.random.key(0)
 
@@ -97,7 +97,7 @@ def opened(workdir, *places, mesh=None, **changes):
     model = build_model(settings, make_tokenizer(settings))
     boxed_params, boxed = jax.eval_shape(model.init, KEY)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return model, frozen_weights.open_frozen(workdir, model, settings.seed, mesh, boxed), boxed, boxed_params
+    return model, open_frozen(Workdir(workdir).frozen, model, settings.seed, mesh, boxed), boxed, boxed_params
 
 
 def equal(one, other):
@@ -107,8 +107,8 @@ def equal(one, other):
 def test_pretrained_weights_are_loaded_and_only_drawn_ones_kept(folder, text, tmp_path):
     model, frozen, _, _ = opened(tmp_path, folder, "random")
     equal(frozen["codec"], model.codec.load())
-    frozen_weights.save_frozen(tmp_path, model, frozen)
-    with np.load(tmp_path / frozen_weights.FROZEN_FILE) as kept:
+    save_frozen(Workdir(tmp_path).frozen, model, frozen)
+    with np.load(Workdir(tmp_path).frozen) as kept:
         assert all(name.startswith("text_encoder/") for name in kept) and len(kept.files)
     equal(opened(tmp_path, folder, "random", seed=1)[1], frozen)  # kept ones are not drawn again
     drawn = opened(tmp_path / "other", folder, "random", seed=1)[1]
@@ -118,7 +118,7 @@ def test_pretrained_weights_are_loaded_and_only_drawn_ones_kept(folder, text, tm
     (tmp_path / "none").mkdir()
     model, frozen, _, _ = opened(tmp_path / "none", folder, text)
     assert np.unique(frozen["text_encoder"]["embedding"]).tolist() == [0.5]
-    frozen_weights.save_frozen(tmp_path / "none", model, frozen)
+    save_frozen(Workdir(tmp_path / "none").frozen, model, frozen)
     assert not list((tmp_path / "none").iterdir())
 
 
@@ -133,7 +133,7 @@ def test_weights_lie_in_their_shardings(folder, text, tmp_path):
 def test_the_hash_is_of_what_the_weights_mean(folder, text, tmp_path):
     def digest(codec, text=text):
         model, frozen, _, _ = opened(tmp_path / "new", codec, text)
-        return frozen_weights.frozen_hash(frozen, *model.encoders)
+        return frozen_hash(frozen, *model.encoders)
 
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -165,7 +165,7 @@ def test_a_load_that_does_not_fit_its_init_is_told(folder, text, tmp_path):
 def test_a_run_goes_on_wherever_its_weights_have_moved_but_not_with_others(folder, text, tmp_path, capsys):
     workdir, devices = tmp_path / "run", jax.devices()[:1]
     train(config(folder, text), workdir, devices=devices)
-    assert not (workdir / frozen_weights.FROZEN_FILE).exists()
+    assert not Workdir(workdir).frozen.exists()
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     text.rename(tmp_path / "here.txt")
@@ -184,13 +184,13 @@ def test_a_run_goes_on_wherever_its_weights_have_moved_but_not_with_others(folde
 @pytest.mark.slow
 def test_training_goes_on_from_pretrained_weights(folder, text, tmp_path):
     settings = config(folder, text, train_text_encoder=True)
-    run = Run.open(settings, tmp_path / "run", jax.devices()[:1])
-    with checkpoints.Checkpoints(tmp_path / "run" / CHECKPOINTS) as store:
+    run = Run.open(settings, Workdir(tmp_path / "run"), jax.devices()[:1])
+    with Checkpoints(run.workdir.checkpoints) as store:
         state, _, loader = run.begin(store, ())
         loader.close()
     for tree in (state.params, *state.emas.values()):
         assert all(np.unique(leaf).tolist() == [0.5] for leaf in jax.tree.leaves(tree["text_encoder"]))
-    fresh = run.init(jax.random.key(settings.seed))
+    fresh = run.program.init(jax.random.key(settings.seed))
     equal(state.params["backbone"], fresh.params["backbone"])
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from scaling_dit.errors import UserError
 from scaling_dit.monitor import writers
-from scaling_dit.monitor.writers import JsonlWriter, create_writer, read_metrics
+from scaling_dit.monitor.writers import JsonlWriter, create_writer, read_scalars
 from tests.support.paths import ROOT
 
 PARAMS = {"dense": {"kernel": jnp.zeros((4, 250)), "bias": jnp.zeros(4)}}
@@ -31,25 +31,25 @@ def pictures(count, seed=0):
 
 
 def test_scalars_of_any_kind_come_back_as_numbers(tmp_path):
-    writer = create_writer(tmp_path, tensorboard=False)
+    writer = create_writer(tmp_path / "metrics")
     writer.scalars(20, {"loss": jnp.float32(0.5), "count": np.int64(3), "rate": 2.0})
     writer.scalars(np.int64(20), {"eval/loss": np.float32("nan")})
     writer.scalars(40, {"loss": 0.25})
     writer.close()
-    first, second = read_metrics(tmp_path)
+    first, second = read_scalars(tmp_path / "metrics")
     assert np.isnan(first.pop("eval/loss"))
     assert first == {"step": 20, "loss": 0.5, "count": 3, "rate": 2.0}
     assert second == {"step": 40, "loss": 0.25}
 
 
 def test_the_newest_start_wins_step_by_step(tmp_path):
-    with create_writer(tmp_path, tensorboard=False) as first:
+    with create_writer(tmp_path / "metrics") as first:
         for step in (10, 20, 30):
             first.scalars(step, {"loss": step / 10, "eval": 1.0})
-    with create_writer(tmp_path, tensorboard=False) as second:  # resumed at step 10
+    with create_writer(tmp_path / "metrics") as second:  # resumed at step 10
         second.scalars(20, {"loss": 99.0})
         second.scalars(40, {"loss": 4.0})
-    assert read_metrics(tmp_path) == [
+    assert read_scalars(tmp_path / "metrics") == [
         {"step": 10, "loss": 1.0, "eval": 1.0},
         {"step": 20, "loss": 99.0, "eval": 1.0},
         {"step": 30, "loss": 3.0, "eval": 1.0},
@@ -63,7 +63,7 @@ def test_many_starts_keep_their_order(tmp_path):
         writer = JsonlWriter(tmp_path / "metrics")
         writer.scalars(1, {"start": start})
         writer.close()
-    assert read_metrics(tmp_path) == [{"step": 1, "start": 11}]
+    assert read_scalars(tmp_path / "metrics") == [{"step": 1, "start": 11}]
 
 
 def test_a_torn_last_line_is_left_out_and_other_damage_is_not(tmp_path):
@@ -75,10 +75,10 @@ def test_a_torn_last_line_is_left_out_and_other_damage_is_not(tmp_path):
     for cut in range(1, 20):
         writer.segment.write_text(text[:-cut])
         expected = 2 if cut == 1 else 1  # only the newline is gone
-        assert len(read_metrics(tmp_path)) == expected
+        assert len(read_scalars(tmp_path / "metrics")) == expected
     writer.segment.write_text(text.replace("{", "", 1))
     with pytest.raises(UserError, match=r"segment-00001.jsonl: line 1"):
-        read_metrics(tmp_path)
+        read_scalars(tmp_path / "metrics")
 
 
 def test_a_killed_writer_leaves_every_finished_row(tmp_path):
@@ -92,7 +92,7 @@ def test_a_killed_writer_leaves_every_finished_row(tmp_path):
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], cwd=ROOT, env=env)
-    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(100))
+    assert [row["step"] for row in read_scalars(tmp_path / "metrics")] == list(range(100))
 
 
 def test_without_append_the_segment_is_rewritten_whole(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_without_append_the_segment_is_rewritten_whole(tmp_path, monkeypatch):
 
 
 def test_no_metrics_are_an_empty_list(tmp_path):
-    assert read_metrics(tmp_path / "new") == []
+    assert read_scalars(tmp_path / "new") == []
 
 
 def test_everything_else_is_in_the_segment_too(tmp_path):
@@ -151,18 +151,18 @@ def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch, capsys, mi
     for name in ("tensorflow", "tensorboard", "clu.metric_writers"):
         if name != missing:
             monkeypatch.setitem(sys.modules, name, sys)  # whatever can be imported
-    with create_writer(tmp_path) as writer:
+    with create_writer(tmp_path / "metrics", tmp_path / "tensorboard") as writer:
         writer.scalars(1, {"loss": 1.0})
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert missing in told and 'pip install "scaling-dit[tensorboard]"' in told
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert read_scalars(tmp_path / "metrics") == [{"step": 1, "loss": 1.0}]
     assert not (tmp_path / "tensorboard").exists()
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with create_writer(tmp_path) as writer:
+    with create_writer(tmp_path / "metrics", tmp_path / "tensorboard") as writer:
         writer.scalars(1, {"loss": 1.0})
         writer.images(1, {"grid": pictures(1)[0]})
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +179,7 @@ TENSORBOARD = """
     import sys
     import jax.numpy as jnp, numpy as np
     from scaling_dit.monitor.writers import create_writer
-    with create_writer(sys.argv[1]) as writer:
+    with create_writer(sys.argv[1] + "/metrics", sys.argv[1] + "/tensorboard") as writer:
         writer.hparams({"seed": 1, "backbone.name": "uvit", "ema": (0.9, 0.99)})
         writer.parameter_overview({"dense": {"kernel": jnp.zeros((4, 250))}})
         for step in (10, 20):
@@ -236,4 +236,4 @@ def test_tensorboard_reads_back_what_was_written(tmp_path, monkeypatch):
     assert start.hparams["backbone.name"].string_value == "uvit"
     assert start.hparams["seed"].number_value == 1
     assert start.hparams["ema"].string_value == "(0.9, 0.99)"
-    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+    assert [row["step"] for row in read_scalars(tmp_path / "metrics")] == [10, 20]

@@ -14,7 +14,8 @@ from scaling_dit.parallel import compile_cache
 START = """
     import collections, json, sys
     import jax
-    from scaling_dit import config, train
+    from scaling_dit import config
+    from scaling_dit.training import loop
 
     events = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
@@ -43,7 +44,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
     start(tmp_path, 8)
     again = start(tmp_path, 12)
     assert again["misses"] == 0 and again["hits"] > 0
-    assert any((tmp_path / compile_cache.FOLDER).iterdir())
+    assert any((tmp_path / "compile_cache").iterdir())
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def no_cache():
 def test_where_programs_are_kept(no_cache, monkeypatch, tmp_path, place, folder):
     limits = ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
     old = {name: getattr(jax.config, name) for name in limits}
-    compile_cache.use(str(tmp_path / place) if place == "shared" else place, tmp_path / "run")
+    compile_cache.use(str(tmp_path / place) if place == "shared" else place, tmp_path / "run/compile_cache")
     found = jax.config.jax_compilation_cache_dir
     assert found == (folder and str(tmp_path / folder))
     for name, value in old.items():

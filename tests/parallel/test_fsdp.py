@@ -134,7 +134,7 @@ def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():
 def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
     from scaling_dit.experiments import shapes
 
-    from scaling_dit.monitor.writers import read_metrics
+    from scaling_dit.checkpoints.workdir import read_metrics
 
     losses = {}
     for once in (False, True):

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.errors import UserError
-from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.parallel import processes
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from scaling_dit import config as config_lib
+from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.data.loader import make_loader
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules, topologies
@@ -34,7 +35,7 @@ from scaling_dit.planning import (
 )
 from scaling_dit.planning.hlo_cost import Collective, Statistics
 from scaling_dit.planning.roofline import roofline
-from scaling_dit.training.run import Run
+from scaling_dit.training.start import Run
 
 SMOKE = "experiments/shapes.py:smoke"
 FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
@@ -57,16 +58,14 @@ def local():
 
 
 def test_argument_bytes_are_those_of_the_real_state(local, tmp_path):
-    from etils import epath
-
-    run = Run.open(config_lib.load(SMOKE, FSDP), epath.Path(tmp_path / "run"))
-    state = run.init(jax.random.key(run.config.seed))
+    run = Run.open(config_lib.load(SMOKE, FSDP), Workdir(tmp_path / "run"))
+    state = run.program.init(jax.random.key(run.config.seed))
     loader = make_loader(
         run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=0, positions=run.positions
     )
-    batch = rules.to_global(next(loader), run.mesh, run.config.batch)
+    batch = rules.to_global(next(loader), run.program.mesh, run.config.batch)
     loader.close()
-    device = run.mesh.devices.flat[0]
+    device = run.program.mesh.devices.flat[0]
     held = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves((state, run.frozen, batch))

@@ -7,20 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from flax import linen as nn
 
 import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.model.build import abstract_params, build_model, open_source
 from scaling_dit.training.rewind import SpikeDetector
-from scaling_dit.training.run import Run
+from scaling_dit.training.start import Run
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +66,9 @@ def test_steps_and_averages_of_a_run_can_be_chosen(smoke_run, pipe):
 def test_averages_of_parameters_in_bfloat16_are_read_in_float32(tmp_path):
     changes = ["backbone.param_dtype=bfloat16", "optim.ema_power=(0.05,0.1)", "eval.every=0"]
     run = Run.open(
-        config_lib.load("shapes:smoke", [f"--config.{change}" for change in changes]), epath.Path(tmp_path)
+        config_lib.load("shapes:smoke", [f"--config.{change}" for change in changes]), Workdir(tmp_path)
     )
-    state = run.init(jax.random.key(0))
+    state = run.program.init(jax.random.key(0))
     state = state.replace(step=state.step + 1)
     with Checkpoints(tmp_path / "checkpoints") as store:
         store.save(1, state, run.extra([], SpikeDetector(run.config.rewind)))

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
-from scaling_dit.monitor.writers import read_metrics
+from scaling_dit.checkpoints.workdir import read_metrics
 
 STEPS = 20
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_dit.monitor.writers import read_metrics
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.sampling import pipeline
 
 STEPS = 30

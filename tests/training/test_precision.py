@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
 from scaling_dit import config as config_lib
+from scaling_dit.checkpoints.state import init_state
 from scaling_dit.model.build import build_model, make_tokenizer
 from scaling_dit.training import optim, program
-from scaling_dit.training.step import init_state, make_train_step
+from scaling_dit.training.step import make_train_step
 from tests.support.layouts import FIELDS
 
 MICROBATCHES = 2

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import main as cli
 from scaling_dit.monitor import goodput
-from scaling_dit.monitor.writers import read_metrics
 from scaling_dit.training import report
 
 

@@ -14,15 +14,15 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import claim_workdir, open_workdir
+from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir, read_metrics
 from scaling_dit.config import schema
 from scaling_dit.data.loader import HostBatches
 from scaling_dit.errors import UserError
-from scaling_dit.monitor.writers import MultiWriter, read_metrics
+from scaling_dit.monitor.writers import MultiWriter
 from scaling_dit.training import loop, report, rewind
 from scaling_dit.training.loop import main, train
 from scaling_dit.training.rewind import Rewind, SpikeDetector
-from scaling_dit.training.run import Run
+from scaling_dit.training.start import Run
 from tests.support.runs import assert_same_bits, tiny
 
 SETTINGS = ConfigDict({"factor": 3.0, "window": 3, "back": 2, "ahead": 1, "limit": 2})
@@ -53,15 +53,15 @@ def test_which_checkpoints_a_rewind_makes_void():
 
 
 def test_the_record_comes_back_and_damage_is_told(tmp_path):
-    folder = epath.Path(tmp_path)
-    assert rewind.read(folder) == []
+    path = epath.Path(tmp_path) / "rewinds.json"
+    assert rewind.read(path) == []
     rewinds = [Rewind(8, 4, 4, 9), Rewind(20, 12, 17, 30)]
-    (folder / rewind.FILE).write_text(rewind.text(rewinds))
-    assert rewind.read(folder) == rewinds
+    rewind.write(path, rewinds)
+    assert rewind.read(path) == rewinds
     for text in ("[", '[{"spike": 1}]'):
-        (folder / rewind.FILE).write_text(text)
+        path.write_text(text)
         with pytest.raises(UserError, match="is damaged"):
-            rewind.read(folder)
+            rewind.read(path)
 
 
 def test_a_spike_is_over_the_median_of_the_losses_before_it():
@@ -151,6 +151,11 @@ def run(workdir, **changes):
     return train(spiking(**changes), workdir, devices=jax.devices()[:1])
 
 
+def recorded(workdir):
+    """The rewinds of a run."""
+    return rewind.read(Workdir(workdir).rewinds)
+
+
 class Killed(BaseException):
     """Ends the loop at a line of our choice."""
 
@@ -172,7 +177,7 @@ def whole(tmp_path_factory, poisoned):
 def test_a_run_goes_back_and_skips_the_data(whole):
     workdir, state, read, told = whole
     assert "back to step 8, without data steps 8 to 12" in told
-    assert rewind.read(workdir) == [Rewind(11, 8, 8, 13)]
+    assert recorded(workdir) == [Rewind(11, 8, 8, 13)]
     assert max(read) >= 13 + 7 and int(state.step) == 16
     facts = report.report(workdir)
     assert facts["rewinds"] == [{"spike": 11, "to": 8, "data_from": 8, "data_to": 13}]
@@ -186,14 +191,13 @@ def before_the_record(patch):
 
 
 def after_the_record(patch):
-    real = loop.files.write_whole
+    real = rewind.write
 
-    def write(path, data):
-        real(path, data)
-        if path.name == rewind.FILE:
-            raise Killed
+    def write(path, rewinds):
+        real(path, rewinds)
+        raise Killed
 
-    patch.setattr(loop.files, "write_whole", write)
+    patch.setattr(rewind, "write", write)
 
 
 def after_restoring(patch):
@@ -213,7 +217,7 @@ def test_a_run_that_went_back_is_the_same_wherever_it_is_killed(whole, tmp_path,
         kill(patch)
         run(tmp_path, log__every=every)
     assert_same_bits(run(tmp_path, log__every=3), whole[1])
-    assert rewind.read(epath.Path(tmp_path)) == rewind.read(whole[0])
+    assert recorded(tmp_path) == recorded(whole[0])
 
 
 def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
@@ -236,7 +240,7 @@ def test_a_save_on_sigterm_pushes_no_checkpoint_out_that_a_rewind_needs(tmp_path
     with pytest.raises(loop.Stopped, match="saved step 10"):
         run(tmp_path, rewind__back=4)
     run(tmp_path, rewind__back=4)
-    assert rewind.read(epath.Path(tmp_path)) == [Rewind(11, 4, 4, 13)]  # as without the signal
+    assert recorded(tmp_path) == [Rewind(11, 4, 4, 13)]  # as without the signal
 
 
 def test_past_the_limit_the_run_stops_with_a_code_of_its_own(tmp_path, poison, capsys):
@@ -248,4 +252,4 @@ def test_past_the_limit_the_run_stops_with_a_code_of_its_own(tmp_path, poison, c
 
 def test_a_run_that_never_spikes_reads_the_data_in_order(tmp_path, poison):
     run(tmp_path, rewind__factor=50.0)
-    assert sorted(set(poison))[:16] == list(range(16)) and not (tmp_path / rewind.FILE).exists()
+    assert sorted(set(poison))[:16] == list(range(16)) and not Workdir(tmp_path).rewinds.exists()

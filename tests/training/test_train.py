@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.errors import UserError
 from scaling_dit.model import frozen as frozen_weights
-from scaling_dit.monitor.writers import JsonlWriter, MultiWriter, read_metrics
+from scaling_dit.monitor.writers import JsonlWriter, MultiWriter
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
 from scaling_dit.training import step as train_step
@@ -207,8 +207,8 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_
 
 
 def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkeypatch):
-    def remote(workdir, tensorboard):
-        return MultiWriter([JsonlWriter(workdir / "metrics", append=False)])
+    def remote(metrics, tensorboard):
+        return MultiWriter([JsonlWriter(metrics, append=False)])
 
     monkeypatch.setattr(loop, "create_writer", remote)
     monkeypatch.setattr(MultiWriter, "close", lambda self: None)  # as if killed

@@ -1,0 +1,148 @@
+"""What every start of a run builds before its first step: data, model, programs, weights, and its first state."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from scaling_dit.checkpoints.state import TrainState, start_from
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import Workdir, check_resumed_weights, claim_workdir, open_workdir
+from scaling_dit.data.captions import CaptionPolicy
+from scaling_dit.data.loader import make_loader
+from scaling_dit.data.sources import Source
+from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.model.build import build_model, open_source
+from scaling_dit.model.codec_identity import check_source
+from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
+from scaling_dit.model.model import Model
+from scaling_dit.nn.attention import recorded_choices
+from scaling_dit.parallel import rules
+from scaling_dit.training import rewind
+from scaling_dit.training.program import StepProgram, run_mesh
+from scaling_dit.training.rewind import Rewind, SpikeDetector
+from scaling_dit.trees import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run ready to begin: everything but the state.
+
+    Attributes:
+      config: resolved.
+      workdir: the folder of the run.
+      source: the training split.
+      model: modules without weights.
+      program: the jitted functions, and the shapes and shardings of what they take.
+      positions: rows of the global batch that this process reads.
+      frozen: weights that are not trained, in their shardings.
+      frozen_hash: their hash, which every checkpoint holds.
+      evaluator: what `config.eval` asks for.
+    """
+
+    config: ConfigDict
+    workdir: Workdir
+    source: Source
+    model: Model
+    program: StepProgram
+    positions: np.ndarray
+    frozen: Params
+    frozen_hash: str
+    evaluator: InTraining
+
+    @classmethod
+    def open(cls, config: ConfigDict, workdir: Workdir, devices: Sequence[jax.Device] | None = None) -> Self:
+        """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
+
+        Args:
+          config: of the run, resolved.
+          workdir: of the run, new or its own.
+          devices: those to train on; all by default.
+
+        Raises:
+          UserError: a mistake in the config or the data, or a workdir of another experiment.
+        """
+        mesh = run_mesh(config, devices)
+        positions = rules.local_positions(mesh, config.batch)
+        # A microbatch must split over the devices as well.
+        rules.local_positions(mesh, config.batch // config.optim.accumulate)
+        source = open_source(config)
+        tokenizer = open_workdir(workdir, config, source)
+        model = build_model(config, tokenizer, source)
+
+        # Shapes first, then straight into their shardings.
+        program = StepProgram.build(config, model, mesh)
+        frozen = open_frozen(workdir.frozen, model, config.seed, mesh, program.boxed_frozen)
+        check_source(source, config, model.codec, frozen["codec"])
+        evaluator = InTraining(model, source, mesh, config)
+        digest = frozen_hash(frozen, *model.encoders)
+        check_resumed_weights(workdir, digest)
+        save_frozen(workdir.frozen, model, frozen)
+        claim_workdir(workdir, config, tokenizer)
+        return cls(
+            config=config,
+            workdir=workdir,
+            source=source,
+            model=model,
+            program=program,
+            positions=positions,
+            frozen=frozen,
+            frozen_hash=digest,
+            evaluator=evaluator,
+        )
+
+    def decisions(self) -> dict[str, str]:
+        """What was decided for this mesh: how each attention runs, and which parameters no device splits.
+
+        The step is traced for it, once: its first call reuses the trace.
+        """
+        program = self.program
+        with rules.activate(program.mesh), recorded_choices() as chosen:
+            program.step.trace(program.state, self.frozen, program.batch)
+        decided = {"attention": "; ".join(sorted(map(str, chosen)))}
+        # On other meshes every parameter is whole on each device, as the config asks.
+        if program.mesh.shape["fsdp"] * program.mesh.shape["tensor"] > 1:
+            decided["replicated"] = str(rules.replicated(program.mesh, program.boxed_params))
+        return decided
+
+    def begin(self, store: Checkpoints, rewinds: Sequence[Rewind]) -> tuple[TrainState, SpikeDetector, Any]:
+        """(state, spike detector, loader) of the newest checkpoint that `rewinds` leave, else of step 0.
+
+        Raises:
+          UserError: a checkpoint that is damaged, of another run, or trained with other frozen weights.
+        """
+        for step in store.all_steps() if rewinds else ():
+            if rewind.is_void(step, store.extra(step).get("rewinds", 0), rewinds):
+                store.remove(step)
+        config, extra = self.config, dict[str, Any]()
+        if store.latest_step() is None:
+            state = self.fresh_state()
+        else:
+            state, extra = store.restore(None, self.program.state)
+            check_frozen(self.frozen_hash, extra, str(store.directory))
+        loader = make_loader(
+            self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
+            positions=self.positions, start_step=int(state.step),
+            data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
+            captions=CaptionPolicy(**config.captions),
+            threads=config.loader.threads, prefetch=config.loader.prefetch,
+        )  # fmt: skip
+        return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
+
+    def fresh_state(self) -> TrainState:
+        """The state of step 0, in its shardings: drawn from the seed, but for weights that are pretrained."""
+        program = self.program
+        state: TrainState = program.init(jax.random.key(self.config.seed))
+        pretrained = open_trained(self.model, program.mesh, program.boxed_params)
+        if pretrained:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+            state = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, pretrained)
+        return state
+
+    def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
+        """What a checkpoint holds next to the state."""
+        return {"frozen_sha256": self.frozen_hash, "rewinds": len(rewinds), "losses": spikes.recent}

@@ -4,7 +4,7 @@
     python benchmarks/aot_step.py --backbone=uvit --size=h2048-d42-n16 --topology=v5e:16x16 --set remat=full
     python benchmarks/aot_step.py --table benchmarks/aot/*.json      # figures of several as a markdown table
 
-The step is the one of training (`train_step.make_train_step`) on precomputed latents and text embeddings: noise,
+The step is the one of training (`training.step.make_train_step`) on precomputed latents and text embeddings: noise,
 forward, loss, gradients, AdamW with clipping and the guard against NaN, and averages. Needs `libtpu` from PyPI, no TPU.
 """
 

@@ -8,7 +8,8 @@ parameters, bit for bit, on the same machine and layout.
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from etils import epath
@@ -40,6 +41,16 @@ class Stopped(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Outputs(NamedTuple):
+    """Everything that a run writes to while it trains."""
+
+    recorder: goodput.Recorder
+    store: Checkpoints
+    snapshots: Snapshots
+    writer: MultiWriter
+    profiler: Profiler
 
 
 def main(config: ConfigDict, workdir: str, began: float | None = None) -> int:
@@ -81,8 +92,107 @@ def train(
     config, folder = config_lib.resolve(config), Workdir(workdir)
     compile_cache.use(config.compile_cache, folder.compile_cache)
     run = Run.open(config, folder, devices)
-    mesh, evaluator = run.program.mesh, run.evaluator
     rewinds = rewind.read(folder.rewinds)
+    with open_outputs(run, watch) as outputs, processes.preemption() as preempted:
+        state = run_steps(run, rewinds, outputs, watch, preempted)
+    goodput.show(folder.goodput)
+    return state
+
+
+def run_steps(
+    run: Run,
+    rewinds: list[Rewind],
+    outputs: Outputs,
+    watch: goodput.Stopwatch,
+    preempted: Callable[[], bool],
+) -> TrainState:
+    """Resumes a run and trains it to `config.steps`.
+
+    Args:
+      run: ready to begin.
+      rewinds: those on record; new ones are appended.
+      outputs: open ones of the run.
+      watch: the stopwatch of this start.
+      preempted: whether the run must stop at this step; all processes get the same answer.
+
+    Raises:
+      UserError, Stopped: as `train`.
+    """
+    config, mesh, evaluator = run.config, run.program.mesh, run.evaluator
+    recorder, store, snapshots, writer, profiler = outputs
+    state, spikes, loader = run.begin(store, rewinds)
+    step = int(state.step)
+    snapshots.back_to(step)
+    recorder.tell("resumed", step)
+    progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
+    if step == 0 and config.rewind.factor:
+        # So that the first spikes have a checkpoint to go back to.
+        store.save(step, state, run.extra(rewinds, spikes))
+    open_metrics(run, writer, state, rewinds)
+    if step and evaluator.due(step) and processes.first_says(not evaluated(run.workdir, step)):
+        # The last start was killed between saving and evaluating.
+        with watch.part(EVALUATION):
+            evaluator.write(writer, step, state, run.frozen)
+
+    watch.switch(STEP)
+    while step < config.steps:
+        snapshots.save(step, state)
+        step += 1
+        with watch.part(DATA_WAIT):
+            batch = rules.to_global(next(loader), mesh, config.batch)
+        with rules.activate(mesh), profiler.step(step):
+            state, metrics = run.program.step(state, run.frozen, batch)
+        profiler.after(step, metrics)
+        spikes.add(step, metrics["loss"])
+        # Asked once a step: a later signal waits for the next one.
+        last, stop = step == config.steps, preempted()
+        log = step % config.log.every == 0 or last or stop
+        save = step % config.checkpoint.every == 0 or last or stop
+        if not (log or save or evaluator.due(step)):
+            # The host runs ahead of the devices.
+            continue
+        jax.block_until_ready(metrics)
+        recorder.tell("step", step)
+        if log:
+            with watch.part(OTHER):
+                write_log(run, writer, progress, step, metrics)
+            if metrics["skipped_in_a_row"] >= config.optim.max_nonfinite:
+                raise nonfinite(config, step, store)
+        if (log or save) and (spike := spikes.first()) is not None:
+            with watch.part(OTHER):
+                recorder.tell("spike", step)
+                rewinds.append(record_rewind(run, store, spike, rewinds))
+                loader.close()
+                # The restored state needs their memory.
+                del state, metrics
+                state, spikes, loader = run.begin(store, rewinds)
+                step = int(state.step)
+                for record in (snapshots, writer, progress):
+                    record.back_to(step)
+                recorder.tell("back", step)
+            continue
+        if save:
+            with watch.part(CHECKPOINT):
+                # No checkpoint may be ahead of snapshots or metrics: steps before it are not run again.
+                snapshots.wait()
+                writer.flush()
+                store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
+            recorder.tell("saved", step)
+        if stop and not last:
+            raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command resumes from there")
+        if evaluator.due(step):
+            with watch.part(EVALUATION):
+                evaluator.write(writer, step, state, run.frozen)
+    watch.switch(OTHER)
+    progress.close()
+    loader.close()
+    return state
+
+
+@contextlib.contextmanager
+def open_outputs(run: Run, watch: goodput.Stopwatch) -> Iterator[Outputs]:
+    """Opens all outputs of a run and closes them however it ends."""
+    config, folder = run.config, run.workdir
     with (
         goodput.Recorder(folder.goodput, watch) as recorder,
         open_checkpoints(run) as store,
@@ -90,76 +200,8 @@ def train(
         create_writer(folder.metrics, folder.tensorboard if config.log.tensorboard else None) as writer,
         Profiler(folder.tensorboard, config.log.profile) as profiler,
         damage_listed(run),
-        processes.preemption() as preempted,
     ):
-        state, spikes, loader = run.begin(store, rewinds)
-        step = int(state.step)
-        snapshots.back_to(step)
-        recorder.tell("resumed", step)
-        progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
-        if step == 0 and config.rewind.factor:
-            # So that the first spikes have a checkpoint to go back to.
-            store.save(step, state, run.extra(rewinds, spikes))
-        open_metrics(run, writer, state, rewinds)
-        if step and evaluator.due(step) and processes.first_says(not evaluated(folder, step)):
-            # The last start was killed between saving and evaluating.
-            with watch.part(EVALUATION):
-                evaluator.write(writer, step, state, run.frozen)
-
-        watch.switch(STEP)
-        while step < config.steps:
-            snapshots.save(step, state)
-            step += 1
-            with watch.part(DATA_WAIT):
-                batch = rules.to_global(next(loader), mesh, config.batch)
-            with rules.activate(mesh), profiler.step(step):
-                state, metrics = run.program.step(state, run.frozen, batch)
-            profiler.after(step, metrics)
-            spikes.add(step, metrics["loss"])
-            # Asked once a step: a later signal waits for the next one.
-            last, stop = step == config.steps, preempted()
-            log = step % config.log.every == 0 or last or stop
-            save = step % config.checkpoint.every == 0 or last or stop
-            if not (log or save or evaluator.due(step)):
-                # The host runs ahead of the devices.
-                continue
-            jax.block_until_ready(metrics)
-            recorder.tell("step", step)
-            if log:
-                with watch.part(OTHER):
-                    write_log(run, writer, progress, step, metrics)
-                if metrics["skipped_in_a_row"] >= config.optim.max_nonfinite:
-                    raise nonfinite(config, step, store)
-            if (log or save) and (spike := spikes.first()) is not None:
-                with watch.part(OTHER):
-                    recorder.tell("spike", step)
-                    rewinds.append(record_rewind(run, store, spike, rewinds))
-                    loader.close()
-                    # The restored state needs their memory.
-                    del state, metrics
-                    state, spikes, loader = run.begin(store, rewinds)
-                    step = int(state.step)
-                    for record in (snapshots, writer, progress):
-                        record.back_to(step)
-                    recorder.tell("back", step)
-                continue
-            if save:
-                with watch.part(CHECKPOINT):
-                    # No checkpoint may be ahead of snapshots or metrics: steps before it are not run again.
-                    snapshots.wait()
-                    writer.flush()
-                    store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
-                recorder.tell("saved", step)
-            if stop and not last:
-                raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command resumes from there")
-            if evaluator.due(step):
-                with watch.part(EVALUATION):
-                    evaluator.write(writer, step, state, run.frozen)
-        watch.switch(OTHER)
-        progress.close()
-        loader.close()
-    goodput.show(folder.goodput)
-    return state
+        yield Outputs(recorder, store, snapshots, writer, profiler)
 
 
 def open_checkpoints(run: Run) -> Checkpoints:

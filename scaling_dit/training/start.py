@@ -134,7 +134,7 @@ class Run:
         return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
 
     def fresh_state(self) -> TrainState:
-        """The state of step 0, in its shardings: drawn from the seed, but for weights that are pretrained."""
+        """The state of step 0, in its shardings: initialised from the seed, but for pretrained weights."""
         program = self.program
         state: TrainState = program.init(jax.random.key(self.config.seed))
         pretrained = open_trained(self.model, program.mesh, program.boxed_params)

@@ -28,8 +28,10 @@ def ema_rates(name, steps):
     """float64 [steps]: how far an average moves at each step, written down independently of the package."""
     t = np.arange(1, steps + 1)
     if name.startswith("power"):
-        gamma = 1 / float(name[6:])  # above the root
-        for _ in range(50):  # Newton on sigma^2 (g + 2)^2 (g + 3) = g + 1
+        # Above the root.
+        gamma = 1 / float(name[6:])
+        # Newton on sigma^2 (g + 2)^2 (g + 3) = g + 1.
+        for _ in range(50):
             s2 = float(name[6:]) ** 2
             value = s2 * (gamma + 2) ** 2 * (gamma + 3) - gamma - 1
             gamma -= value / (s2 * ((gamma + 2) ** 2 + 2 * (gamma + 2) * (gamma + 3)) - 1)
@@ -48,7 +50,8 @@ def recursion(values, name):
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
 def test_exponents_are_those_of_the_paper(width, gamma):
     exponent = power_exponent(width)
-    assert exponent - 1 == pytest.approx(gamma, abs=0.005)  # EDM2, section 3.1
+    # EDM2, section 3.1.
+    assert exponent - 1 == pytest.approx(gamma, abs=0.005)
     t = (np.arange(10**5) + 0.5) / 10**5
     weights = t ** (exponent - 1)
     mean = np.average(t, weights=weights)
@@ -63,10 +66,12 @@ def test_shares_are_those_of_the_recursion(name):
     steps, saved = 60, 45
     # An average of unit vectors holds its weights.
     weights = recursion(np.eye(saved + 1), name)
-    before = np.cumsum(weights)[:-1]  # weight of the parameters before update 1, ..., saved
+    # Weight of the parameters before update 1, ..., saved.
+    before = np.cumsum(weights)[:-1]
     np.testing.assert_allclose(missing_shares(name, saved, 1, saved), before, atol=1e-12)
     np.testing.assert_allclose(missing_shares(name, saved, 20, saved), before[19:], atol=1e-12)
-    if name.startswith("power"):  # a snapshot knows nothing of later updates
+    # A snapshot knows nothing of later updates.
+    if name.startswith("power"):
         np.testing.assert_array_equal(missing_shares(name, saved, saved + 1, steps), np.ones(steps - saved))
 
 
@@ -113,8 +118,10 @@ def test_fits_by_chunks_equal_a_fit_of_all_steps(monkeypatch):
     found = fit("0.99", 300, basis)
     np.testing.assert_allclose(found.coefficients, expected, atol=1e-6)
     assert found.residual == pytest.approx(residual, rel=1e-6)
-    assert fit("power-0.1", 300, basis).residual < 1e-6  # one of the basis
-    assert fit("0.97", 0, [("power-0.05", 0)]).residual == 0.0  # nothing trained yet
+    # One of the basis.
+    assert fit("power-0.1", 300, basis).residual < 1e-6
+    # Nothing trained yet.
+    assert fit("0.97", 0, [("power-0.05", 0)]).residual == 0.0
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.3])
@@ -128,7 +135,7 @@ def test_fits_give_the_averages_of_other_walks(drift):
         rebuilt = values[-1] + found.coefficients @ (averages - values[-1])
         kept = recursion(values, wanted)
         assert np.linalg.norm(rebuilt - kept) < 0.01 * np.linalg.norm(kept)
-        # What the fit tells is what is found: the same, but for chance.
+        # The fit predicts the error that is measured, but for chance.
         off = np.linalg.norm(rebuilt - kept) / np.linalg.norm(kept - values[-1])
         assert off < 2 * found.residual + 1e-4
         if wanted != "0.9":
@@ -178,17 +185,16 @@ def test_any_average_is_rebuilt_from_two(walk, wanted, step, capsys):
     kept = recursion(values[: step + 1], wanted)
     error = np.linalg.norm(np.asarray(rebuilt, np.float64) - kept)
     assert error < 0.01 * np.linalg.norm(kept)
-    assert error < 0.02 * np.linalg.norm(
-        kept - values[step]
-    )  # it is that average, not just near the parameters
+    # It is that average, not just near the parameters.
+    assert error < 0.02 * np.linalg.norm(kept - values[step])
 
 
 def test_what_snapshots_do_not_tell_is_refused(walk):
     workdir, values = walk
     with Checkpoints(Workdir(workdir).checkpoints, read_only=True) as store:
         raw = {"x": jnp.asarray(values[2000], jnp.float32)}
-        told = r"cannot rebuild EMA 0.5 from 20 snapshots .*up to step 2000: off by \d\d.*config.checkpoint.ema_every"
-        with pytest.raises(UserError, match=told):
+        message = r"cannot rebuild EMA 0.5 from 20 .*up to step 2000: off by \d\d.*config.checkpoint.ema_every"
+        with pytest.raises(UserError, match=message):
             posthoc_ema.rebuild(Workdir(workdir).ema_snapshots, store, 2000, raw, "0.5", TRACKS)
 
 
@@ -209,7 +215,8 @@ def test_snapshots_are_kept_made_again_and_off_by_default(tmp_path):
         snapshots.back_to(5)
         for step in range(5, 8):
             snapshots.save(step, state(step, 10.0 + step))
-        snapshots.save(4, state(4, -1.0))  # never changed
+        # Never changed.
+        snapshots.save(4, state(4, -1.0))
     with Checkpoints(path, read_only=True) as store:
         assert store.all_steps() == [2, 4, 6]
         assert store.ema_names(6) == TRACKS
@@ -258,7 +265,8 @@ def test_a_run_rebuilds_its_averages_and_a_resumed_one_the_same(tmp_path):
     shutil.rmtree(resumed / "checkpoints" / "24")
     shutil.rmtree(resumed / "ema_snapshots" / "20")
     scaling_dit.train(config, resumed)
-    for ema in (0.8, 0.9, "power-0.07"):  # read, and twice rebuilt
+    # Read, and twice rebuilt.
+    for ema in (0.8, 0.9, "power-0.07"):
         first, second = (scaling_dit.load(path, ema=ema).params for path in (whole, resumed))
         jax.tree.map(np.testing.assert_array_equal, first, second)
     # The kept one, as if it were not kept.

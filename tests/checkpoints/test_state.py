@@ -43,7 +43,8 @@ def test_moments_have_the_structure_of_the_parameters():
         assert jax.tree.structure(moments) == jax.tree.structure(params)
         assert jax.tree.map(jnp.shape, moments) == jax.tree.map(jnp.shape, params)
     others = len(jax.tree.leaves(state.opt_state)) - 2 * len(jax.tree.leaves(params))
-    assert others == 5  # scalars: two Adam and schedule counters, three of the guard
+    # Scalars: two Adam and schedule counters, three of the guard.
+    assert others == 5
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, lambda function: function])
@@ -75,7 +76,7 @@ def test_state_can_be_traced_abstractly():
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 1.5])
-def test_a_decay_outside_its_range_is_told(decay):
+def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(UserError, match="optim.ema: decay .* must be at least 0 and less than 1"):
         create_state(make_params(jax.random.key(0)), optax.sgd(0.1), (0.9, decay))
 

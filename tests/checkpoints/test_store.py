@@ -82,7 +82,8 @@ def test_any_mesh_reads_any_meshs_checkpoint(tmp_path):
             for a, t in zip(jax.tree.leaves(got), jax.tree.leaves(target), strict=True):
                 assert a.sharding.is_equivalent_to(t.sharding, a.ndim)
             assert extra == {"seed": 3, "a": [1, {"b": None}]}
-            checkpoints.save(i + 1, got, extra)  # written from this layout for the next to read
+            # Written from this layout for the next to read.
+            checkpoints.save(i + 1, got, extra)
     kernel = got.opt_state[1][0].mu["dense"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec("fsdp", None) and len(kernel.addressable_shards) == 2
 
@@ -141,7 +142,8 @@ def bytes_read():
 
 def test_a_partial_restore_does_not_read_the_rest(tmp_path):
     rng = np.random.default_rng(0)
-    big = {"w": jnp.asarray(rng.normal(size=(1024, 2048)), jnp.float32)}  # 8 MiB, hardly compressible
+    # 8 MiB, hardly compressible.
+    big = {"w": jnp.asarray(rng.normal(size=(1024, 2048)), jnp.float32)}
     state = {"params": {"w": big["w"][:8]}, "opt_state": {"mu": big, "nu": big}, "emas": {"0.9": big}}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, wait=True)
@@ -189,15 +191,15 @@ def test_retention_that_would_lose_everything_is_refused(tmp_path, options):
         Checkpoints(tmp_path, **options)
 
 
-def test_a_different_tree_is_told_by_path(tmp_path):
+def test_a_different_tree_is_reported_by_path(tmp_path):
     state = make_state()
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         with pytest.raises(UserError) as error:
             checkpoints.restore(1, jax.eval_shape(lambda: make_state(width=24)))
-        told = str(error.value)
-        assert "emas/0.99/dense/kernel is float32[16, 8] there, float32[24, 8] here" in told
-        assert "and 2 more" in told and "\n" not in told
+        message = str(error.value)
+        assert "emas/0.99/dense/kernel is float32[16, 8] there, float32[24, 8] here" in message
+        assert "and 2 more" in message and "\n" not in message
         renamed = state.replace(params={"new": state.params["head"], "head": state.params["head"]}, emas={})
         with pytest.raises(UserError, match=r"emas/0.99/dense/bias is only in the checkpoint.*; and 6 more"):
             checkpoints.restore(1, renamed)
@@ -208,7 +210,7 @@ def test_a_different_tree_is_told_by_path(tmp_path):
             checkpoints.restore(1, state.replace(params={**state.params, "head": head}))
 
 
-def test_missing_checkpoints_are_told(tmp_path):
+def test_missing_checkpoints_are_reported(tmp_path):
     target = {"params": {"w": jnp.ones(4)}}
     with Checkpoints(tmp_path / "none", read_only=True) as checkpoints:
         assert checkpoints.latest_step() is None
@@ -256,7 +258,7 @@ def _remove_extra(folder):
 )
 # TensorStore finishes a second read after the first has failed, and finds nobody waiting.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damage_is_told_in_one_line_with_the_folder(tmp_path, harm):
+def test_damage_is_reported_in_one_line_with_the_folder(tmp_path, harm):
     state = {"params": {"w": jnp.arange(4.0)}, "step": jnp.int32(2)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
@@ -295,10 +297,12 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path, delay):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 2  # step 1, and what was written of step 2
+    # Step 1, and what was written of step 2.
+    assert len(list(tmp_path.iterdir())) == 2
     with Checkpoints(tmp_path, read_only=True) as reader:
         assert reader.all_steps() == [1]
-    assert len(list(tmp_path.iterdir())) == 2  # a reader cleans nothing: the writer may be alive
+    # A reader cleans nothing: the writer may be alive.
+    assert len(list(tmp_path.iterdir())) == 2
     target = {"params": {"w": jnp.zeros(4)}}
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
         assert [p.name for p in tmp_path.iterdir()] == ["1"]

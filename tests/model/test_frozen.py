@@ -104,16 +104,20 @@ def equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_pretrained_weights_are_loaded_and_only_drawn_ones_kept(folder, text, tmp_path):
+def test_pretrained_weights_are_loaded_and_only_initialised_ones_kept(folder, text, tmp_path):
     model, frozen, _, _ = opened(tmp_path, folder, "random")
     equal(frozen["codec"], model.codec.load())
     save_frozen(Workdir(tmp_path).frozen, model, frozen)
     with np.load(Workdir(tmp_path).frozen) as kept:
         assert all(name.startswith("text_encoder/") for name in kept) and len(kept.files)
-    equal(opened(tmp_path, folder, "random", seed=1)[1], frozen)  # kept ones are not drawn again
-    drawn = opened(tmp_path / "other", folder, "random", seed=1)[1]
+    # Kept ones are read back.
+    equal(opened(tmp_path, folder, "random", seed=1)[1], frozen)
+    initialised = opened(tmp_path / "other", folder, "random", seed=1)[1]
     assert (
-        np.abs(np.asarray(drawn["text_encoder"]["embedding"]) - frozen["text_encoder"]["embedding"]).max() > 0
+        np.abs(
+            np.asarray(initialised["text_encoder"]["embedding"]) - frozen["text_encoder"]["embedding"]
+        ).max()
+        > 0
     )
     (tmp_path / "none").mkdir()
     model, frozen, _, _ = opened(tmp_path / "none", folder, text)
@@ -156,13 +160,13 @@ def test_a_run_needs_weights_that_counting_does_not(codec, text_weights, field, 
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["codec"])) == 83_653_863
 
 
-def test_a_load_that_does_not_fit_its_init_is_told(folder, text, tmp_path):
+def test_a_load_that_does_not_fit_its_init_is_refused(folder, text, tmp_path):
     with pytest.raises(UserError, match=r"text_encoder.load gives other parameters than its init: blocks_0/"):
         opened(tmp_path, folder, text, **{"text_encoder.name": "test_frozen_weights:Wrong"})
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_wherever_its_weights_have_moved_but_not_with_others(folder, text, tmp_path, capsys):
+def test_a_run_resumes_wherever_its_weights_have_moved_but_not_with_others(folder, text, tmp_path, capsys):
     workdir, devices = tmp_path / "run", jax.devices()[:1]
     train(config(folder, text), workdir, devices=devices)
     assert not Workdir(workdir).frozen.exists()
@@ -173,7 +177,8 @@ def test_a_run_goes_on_wherever_its_weights_have_moved_but_not_with_others(folde
     other = config(moved, tmp_path / "one.txt", steps=2)
     with pytest.raises(UserError, match="trained with other frozen weights"):
         train(other, workdir, devices=devices)
-    assert read_config(workdir).codec.weights == str(folder)  # a start that was refused changes nothing
+    # A start that was refused changes nothing.
+    assert read_config(workdir).codec.weights == str(folder)
     train(config(moved, tmp_path / "here.txt"), workdir, devices=devices)
     pipe = pipeline.load(workdir)
     assert pipe.config.codec.weights == str(moved)
@@ -182,7 +187,7 @@ def test_a_run_goes_on_wherever_its_weights_have_moved_but_not_with_others(folde
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_pretrained_weights(folder, text, tmp_path):
+def test_training_starts_from_pretrained_weights(folder, text, tmp_path):
     settings = config(folder, text, train_text_encoder=True)
     run = Run.open(settings, Workdir(tmp_path / "run"), jax.devices()[:1])
     with Checkpoints(run.workdir.checkpoints) as store:
@@ -194,7 +199,7 @@ def test_training_goes_on_from_pretrained_weights(folder, text, tmp_path):
     equal(state.params["backbone"], fresh.params["backbone"])
 
 
-def test_the_command_tells_it_in_one_line(tmp_path, capsys):
+def test_the_command_reports_it_in_one_line(tmp_path, capsys):
     arguments = ["train", "--config=experiments/shapes.py:smoke", f"--workdir={tmp_path / 'run'}"]
     assert cli.main([*arguments, "--config.codec.name=vae", "--config.backbone.patch=2"]) == 2
     error = capsys.readouterr().err

@@ -19,7 +19,8 @@ COMMAND = [
     sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke", f"--config.steps={STEPS}",
     "--config.eval.every=0", "--config.checkpoint.every=4", "--config.log.every=1", "--config.log.tensorboard=false",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}  # one device: the quickest layout
+# One device: the quickest layout.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
 
 
 def run(workdir: pathlib.Path) -> subprocess.Popen:

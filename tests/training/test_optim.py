@@ -161,13 +161,13 @@ def test_factor_zero_freezes_and_leaves_the_norm_alone():
         ((("backbone", "fast", 0.1),), "could not convert string to float: 'fast'"),
     ],
 )
-def test_a_wrong_group_is_told_when_the_state_is_made(groups, message):
+def test_a_wrong_group_is_reported_when_the_state_is_made(groups, message):
     optimizer = optim_lib.make_optimizer(section(groups=groups), 10)
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: create_state(make_params(), optimizer))
 
 
-def test_a_wrong_schedule_is_told():
+def test_a_wrong_schedule_is_reported():
     with pytest.raises(UserError, match="did you mean 'cosine'"):
         optim_lib.make_optimizer(section(decay="cosin"), 10)
     with pytest.raises(UserError, match="optim.warmup_steps=10 leaves nothing of steps=10"):
@@ -235,7 +235,8 @@ def test_averages_follow_their_closed_form():
 
 def test_a_step_moves_averages_towards_the_new_parameters():
     before, after = run(section(ema=(0.999, 0.05)), [make_grads(0)])
-    for decay, rate in (("0.999", 0.1), ("0.05", 0.05)):  # at step 0 the warm-up's 1 / 10 caps the decay
+    # At step 0 the warm-up's 1 / 10 caps the decay.
+    for decay, rate in (("0.999", 0.1), ("0.05", 0.05)):
         for old, new, mean in zip(
             *map(jax.tree.leaves, (before.params, after.params, after.emas[decay])), strict=True
         ):

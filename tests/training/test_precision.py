@@ -92,9 +92,12 @@ def test_norms_softmax_and_activations_are_float32(traced):
         if operation == "reduce_sum" and "transpose(" in scope and not norm:
             continue
         assert not (narrow(eqn) and operation in (IN_NORMS if norm else EXACT)), (scope, eqn)
-    assert found["rsqrt", True, False] and found["reduce_sum", True, False]  # of norms
-    assert found["exp", False, False] and found["reduce_max", False, False]  # of softmax
-    assert found["dot_general", False, True]  # and products are not
+    # Of norms.
+    assert found["rsqrt", True, False] and found["reduce_sum", True, False]
+    # Of softmax.
+    assert found["exp", False, False] and found["reduce_max", False, False]
+    # And products are not.
+    assert found["dot_general", False, True]
 
 
 def test_only_the_backbone_computes_in_bfloat16(traced):
@@ -114,9 +117,8 @@ def is_program(value):
 
 def test_gradients_are_added_in_float32_over_microbatches(traced):
     _, jaxpr, state, _ = traced
-    wanted = sorted(
-        [(), *(leaf.shape for leaf in jax.tree.leaves(state.params))]
-    )  # the loss and each gradient
+    # The loss and each gradient.
+    wanted = sorted([(), *(leaf.shape for leaf in jax.tree.leaves(state.params))])
     (loop,) = [
         eqn
         for eqn in jaxpr.eqns

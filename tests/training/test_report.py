@@ -1,4 +1,4 @@
-"""`scaling-dit report`: what it tells of a finished run, of one killed twice, and of a folder that is none."""
+"""`scaling-dit report`: of a finished run, of one killed twice, and of a folder without a run."""
 
 import json
 import os
@@ -53,8 +53,8 @@ def test_a_run_without_a_record_of_its_time_says_so(smoke_run, tmp_path, capsys)
 )
 def test_mistakes_take_one_line(arguments, message, capsys):
     assert cli.main(["report", *arguments]) == 2
-    told = capsys.readouterr().err.strip()
-    assert message in told and "\n" not in told
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
 
 
 @pytest.mark.slow
@@ -84,19 +84,20 @@ def test_the_parts_of_a_run_killed_twice_are_its_wall_time(tmp_path):
     time.sleep(2.0)
     kill_after(every + 11)
     last = start()
-    told = []
+    printed = []
     for line in last.stderr:
-        told.append(line)
+        printed.append(line)
         ended = time.monotonic()
         if line.startswith("goodput "):
             break
     last.stderr.close()
-    assert last.wait(timeout=60) == 0, told
+    assert last.wait(timeout=60) == 0, printed
 
     figures = report.report(tmp_path)["goodput"]
     assert sum(figures["seconds"].values()) == pytest.approx(figures["wall"], rel=1e-6)
     assert figures["wall"] == pytest.approx(ended - began, rel=0.01)
     assert figures["starts"] == 3 and figures["step"] == steps
-    assert 1 <= figures["lost_steps"] <= 2 * every  # at most back to the checkpoint before, each time
+    # At most back to the checkpoint before, each time.
+    assert 1 <= figures["lost_steps"] <= 2 * every
     assert figures["seconds"]["downtime"] >= 2.0 and figures["seconds"]["lost"] > 0
-    assert told[-1] == goodput.lines(figures)[-1] + "\n"
+    assert printed[-1] == goodput.lines(figures)[-1] + "\n"

@@ -33,17 +33,21 @@ def test_the_data_of_a_step_follow_from_the_record():
     assert [rewind.data_step(step, []) for step in (0, 7)] == [0, 7]
     assert [rewind.data_step(step, [first]) for step in (4, 5, 6, 9)] == [4, 10, 11, 14]
     assert [rewind.data_step(step, [first, second]) for step in (4, 5, 8, 9, 10)] == [4, 10, 13, 21, 22]
-    further = Rewind(7, 2, 2, 16)  # went back to before an earlier rewind, which no longer acts
+    # Went back to before an earlier rewind, which no longer acts.
+    further = Rewind(7, 2, 2, 16)
     assert [rewind.data_step(step, [first, further]) for step in (1, 2, 5, 6)] == [1, 16, 19, 20]
 
 
 def test_the_plan_goes_back_far_enough_and_skips_past_the_spike():
-    assert rewind.plan(8, [], [0, 4, 6], SETTINGS, 4) == Rewind(8, 4, 4, 9)  # 6 is no regular checkpoint
-    assert rewind.plan(8, [], [5, 7], SETTINGS, 4) == Rewind(8, 5, 5, 9)  # but better than none
+    # 6 is no regular checkpoint.
+    assert rewind.plan(8, [], [0, 4, 6], SETTINGS, 4) == Rewind(8, 4, 4, 9)
+    # But better than none.
+    assert rewind.plan(8, [], [5, 7], SETTINGS, 4) == Rewind(8, 5, 5, 9)
     assert rewind.plan(8, [], [7], SETTINGS, 4) is None
     assert rewind.plan(1, [], [0], SETTINGS, 4) == Rewind(1, 0, 0, 2)
     again = rewind.plan(9, [Rewind(8, 4, 4, 9)], [0, 4], SETTINGS, 4)
-    assert again == Rewind(9, 4, 9, 15)  # update 9 read data step 13
+    # Update 9 read data step 13.
+    assert again == Rewind(9, 4, 9, 15)
 
 
 def test_which_checkpoints_a_rewind_makes_void():
@@ -52,7 +56,7 @@ def test_which_checkpoints_a_rewind_makes_void():
     assert {key: rewind.is_void(*key, rewinds) for key in seen} == seen
 
 
-def test_the_record_comes_back_and_damage_is_told(tmp_path):
+def test_the_record_comes_back_and_damage_is_reported(tmp_path):
     path = epath.Path(tmp_path) / "rewinds.json"
     assert rewind.read(path) == []
     rewinds = [Rewind(8, 4, 4, 9), Rewind(20, 12, 17, 30)]
@@ -71,7 +75,8 @@ def test_a_spike_is_over_the_median_of_the_losses_before_it():
     # 5.9 < 3 x median(9, 1, 2); those that are not finite were skipped; 100 > 3 x median(1, 2, 5.9)
     spike = detector.first()
     assert (spike.step, spike.loss, spike.median) == (7, 100.0, 2.0)
-    assert detector.recent == pytest.approx([1.0, 2.0, 5.9])  # the spike is in no later median
+    # The spike is in no later median.
+    assert detector.recent == pytest.approx([1.0, 2.0, 5.9])
 
 
 def test_looking_now_and_then_finds_what_looking_each_step_does():
@@ -167,23 +172,24 @@ def killed(*_):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, poisoned):
     """A run with one spike that nothing kills: (workdir, final state, data steps read, stderr)."""
-    workdir, told = epath.Path(tmp_path_factory.mktemp("whole")), io.StringIO()
+    workdir, printed = epath.Path(tmp_path_factory.mktemp("whole")), io.StringIO()
     poisoned.clear()
-    with contextlib.redirect_stderr(told):
+    with contextlib.redirect_stderr(printed):
         state = run(workdir)
-    return workdir, state, list(poisoned), told.getvalue()
+    return workdir, state, list(poisoned), printed.getvalue()
 
 
 def test_a_run_goes_back_and_skips_the_data(whole):
-    workdir, state, read, told = whole
-    assert "back to step 8, without data steps 8 to 12" in told
+    workdir, state, read, printed = whole
+    assert "back to step 8, without data steps 8 to 12" in printed
     assert recorded(workdir) == [Rewind(11, 8, 8, 13)]
     assert max(read) >= 13 + 7 and int(state.step) == 16
     facts = report.report(workdir)
     assert facts["rewinds"] == [{"spike": 11, "to": 8, "data_from": 8, "data_to": 13}]
     assert facts["goodput"]["lost_steps"] == 3 and facts["goodput"]["starts"] == 1
     rows = {row["step"]: row["train/loss"] for row in read_metrics(workdir)}
-    assert sorted(rows) == list(range(1, 17)) and rows[11] < 3 * rows[10]  # the spike is no longer told
+    # The spike is no longer among them.
+    assert sorted(rows) == list(range(1, 17)) and rows[11] < 3 * rows[10]
 
 
 def before_the_record(patch):
@@ -221,7 +227,8 @@ def test_a_run_that_went_back_is_the_same_wherever_it_is_killed(whole, tmp_path,
 
 
 def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
-    state = run(tmp_path, rewind__back=4)  # from 11 back to 4, so that 8 is of undone updates
+    # From 11 back to 4, so that 8 is of undone updates.
+    state = run(tmp_path, rewind__back=4)
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as store:
         assert store.all_steps() == [12, 16]
         assert store.extra(12)["rewinds"] == 1 and len(store.extra(12)["losses"]) == 4
@@ -240,11 +247,13 @@ def test_a_save_on_sigterm_pushes_no_checkpoint_out_that_a_rewind_needs(tmp_path
     with pytest.raises(loop.Stopped, match="saved step 10"):
         run(tmp_path, rewind__back=4)
     run(tmp_path, rewind__back=4)
-    assert recorded(tmp_path) == [Rewind(11, 4, 4, 13)]  # as without the signal
+    # As without the signal.
+    assert recorded(tmp_path) == [Rewind(11, 4, 4, 13)]
 
 
 def test_past_the_limit_the_run_stops_with_a_code_of_its_own(tmp_path, poison, capsys):
-    config = spiking(rewind__ahead=0, rewind__limit=1)  # the next picture is poisoned as well
+    # The next batch is poisoned as well.
+    config = spiking(rewind__ahead=0, rewind__limit=1)
     assert main(config, str(tmp_path)) == loop.SPIKE == 4
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "after 1 rewinds" in last and "last checkpoint: step 8" in last

@@ -74,7 +74,7 @@ def sigterm_at_5(monkeypatch):
     monkeypatch.setattr(loop.Progress, "update", update)
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path, sigterm_at_5):
+def test_sigterm_saves_and_the_run_resumes_bit_for_bit(one_device, tmp_path, sigterm_at_5):
     with pytest.raises(loop.Stopped) as stopped:
         train(tiny(), tmp_path, devices=jax.devices()[:1])
     assert stopped.value.code == loop.PREEMPTED
@@ -86,7 +86,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(one_device, tmp_path, sig
     assert losses(tmp_path) == losses(one_device[0])
 
 
-def test_a_checkpoint_of_8_devices_goes_on_on_1_and_2(one_device, tmp_path, sigterm_at_5):
+def test_a_checkpoint_of_8_devices_resumes_on_1_and_2(one_device, tmp_path, sigterm_at_5):
     with pytest.raises(loop.Stopped):
         train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path, devices=jax.devices()[:8])
     for devices, mesh in ((1, {}), (2, {"mesh__data": 1, "mesh__fsdp": 2})):
@@ -211,7 +211,8 @@ def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkey
         return MultiWriter([JsonlWriter(metrics, append=False)])
 
     monkeypatch.setattr(loop, "create_writer", remote)
-    monkeypatch.setattr(MultiWriter, "close", lambda self: None)  # as if killed
+    # As if killed.
+    monkeypatch.setattr(MultiWriter, "close", lambda self: None)
     train(tiny(steps=2), tmp_path, devices=jax.devices()[:1])
     assert len(losses(tmp_path)) == 2
 
@@ -222,13 +223,12 @@ def test_keep_last_and_keep_every(tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 7, 8]
 
 
-def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
+def test_an_evaluation_lost_to_a_kill_is_run_again(tmp_path):
     config = tiny(steps=2, eval__every=2, sample__steps=2)
     train(config, tmp_path, devices=jax.devices()[:1])
     before = [row for row in read_metrics(tmp_path) if "validation/loss" in row]
-    for segment in (tmp_path / "metrics").glob(
-        "*.jsonl"
-    ):  # as if killed after the save, before the evaluation
+    # As if killed after the save, before the evaluation.
+    for segment in (tmp_path / "metrics").glob("*.jsonl"):
         lines = [
             line for line in segment.read_text().splitlines(keepends=True) if "validation/loss" not in line
         ]
@@ -239,7 +239,7 @@ def test_an_evaluation_lost_to_a_kill_is_made_up_for(tmp_path):
     assert len(after) == 1 and after[0]["validation/loss"] == before[0]["validation/loss"]
 
 
-def test_rectified_flow_trains_and_draws(tmp_path):
+def test_rectified_flow_trains_and_samples(tmp_path):
     flow = {"schedule": "flow", "prediction": "flow", "time_sampling": "logit_normal", "time_shift": 2.0}
     config = tiny(
         **{f"diffusion__{name}": value for name, value in flow.items()},

@@ -69,7 +69,7 @@ def config(codec="", text="", **changes):
     found = config_lib.load("experiments/shapes.py:smoke").copy_and_resolve_references().unlock()
     found.codec = {"name": "vae", "weights": str(codec)}
     found.text_encoder = {
-        "name": "test_frozen_weights:Given",
+        "name": f"{__name__}:Given",
         "weights": str(text),
         "dim": 32,
         "depth": 1,
@@ -162,7 +162,7 @@ def test_a_run_needs_weights_that_counting_does_not(codec, text_weights, field, 
 
 def test_a_load_that_does_not_fit_its_init_is_refused(folder, text, tmp_path):
     with pytest.raises(UserError, match=r"text_encoder.load gives other parameters than its init: blocks_0/"):
-        opened(tmp_path, folder, text, **{"text_encoder.name": "test_frozen_weights:Wrong"})
+        opened(tmp_path, folder, text, **{"text_encoder.name": f"{__name__}:Wrong"})
 
 
 @pytest.mark.slow

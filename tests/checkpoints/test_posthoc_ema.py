@@ -193,7 +193,9 @@ def test_what_snapshots_do_not_tell_is_refused(walk):
     workdir, values = walk
     with Checkpoints(Workdir(workdir).checkpoints, read_only=True) as store:
         raw = {"x": jnp.asarray(values[2000], jnp.float32)}
-        message = r"cannot rebuild EMA 0.5 from 20 .*up to step 2000: off by \d\d.*config.checkpoint.ema_every"
+        message = (
+            r"cannot rebuild EMA 0.5 from 20 .*up to step 2000: off by \d\d.*config.checkpoint.ema_every"
+        )
         with pytest.raises(UserError, match=message):
             posthoc_ema.rebuild(Workdir(workdir).ema_snapshots, store, 2000, raw, "0.5", TRACKS)
 

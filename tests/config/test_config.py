@@ -315,7 +315,7 @@ def test_values_out_of_range(override, message):
     fails(message, override)
 
 
-def test_the_weights_drawn_with_follow_the_largest_decay():
+def test_sampling_uses_the_average_of_the_largest_decay():
     assert resolve("optim.ema=(0.9,0.99,0.5)").sample.ema == 0.99
     assert resolve("optim.ema=()").sample.ema == 0
     assert resolve("optim.ema=(0.9,0.99)", "sample.ema=0.9").sample.ema == 0.9
@@ -375,7 +375,7 @@ def test_the_same_run_may_change_how_it_runs():
     config_lib.check_same_run(saved, resolve(*free))
 
 
-def test_a_run_of_constant_learning_rate_may_go_on_for_longer():
+def test_a_run_of_constant_learning_rate_may_be_resumed_for_longer():
     saved = resolve("optim.decay=constant")
     config_lib.check_same_run(saved, resolve("optim.decay=constant", "steps=2000"))
     with pytest.raises(UserError, match="steps is 1000 there and 500 here"):
@@ -494,7 +494,7 @@ def test_wrong_experiments(experiments, text, spec, message):
         ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_fault_in_the_code_of_an_experiment_is_told_with_its_line(experiments, text, message):
+def test_an_error_names_the_line_of_an_experiment(experiments, text, message):
     path = experiments(text)
     with pytest.raises(UserError, match=re.escape(f"{path}, {message}")) as caught:
         config_lib.load(path)

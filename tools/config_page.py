@@ -67,9 +67,10 @@ def _section(name: str, group: schema.Section) -> str:
 def _described(field: schema.Field) -> str:
     """What a field means and may be, as one cell."""
     found = field.doc
-    if field.choices:
+    if not all(choice in field.doc for choice in field.choices):
         found += ": " + ", ".join(f"`{choice}`" for choice in field.choices)
-        found += ", or `package.module:Name` of your own" if field.own else ""
+    if field.own:
+        found += ", or `package.module:Name` of your own"
     if field.check is not None:
         found += f". Must be {field.check.right}"
     return f"{found}. **Free**" if field.free else found

@@ -53,6 +53,7 @@ format: .venv/.installed-lint
 
 golden: .venv/.installed-test
 	$(BIN)/python tools/update_golden.py
+	$(BIN)/python -m tools.config_page
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

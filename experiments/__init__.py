@@ -1,1 +1,1 @@
-"""Experiments: each file states one run, as `get_config(arg)`."""
+"""Experiments: each file states one run, or the runs of one study, as `get_config(arg)`."""

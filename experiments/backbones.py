@@ -1,14 +1,18 @@
 """Which backbone learns to compose best, at equal parameters and one recipe?
 
-The demo's run (experiments/shapes.py: data, text encoder, loss, optimiser, steps) with each backbone of the library at
-the parameters of the demo's U-ViT, within a tenth:
+The demo's run (experiments/shapes.py: data, text encoder, loss, optimizer, steps) with each backbone of the library, at
+the number of parameters of the demo's U-ViT within a tenth:
 
     scaling-dit train --config=backbones:pixart --workdir=runs/backbones/pixart
     scaling-dit evaluate --workdir=runs/backbones/pixart
 
-Arguments: uvit, pixart, large_dit, next_dit, unet, unet_if. On 2 CPU cores a transformer takes some five minutes; the
-UNets compute more per parameter and take several times as long. Expect each to beat pictures of wrong scenes by far,
-and colours to be learned first; benchmarks/backbones_cpu.md has the figures.
+Arguments: uvit, pixart, large_dit, next_dit, unet, unet_if.
+
+Slice: none; 2 CPU cores. A transformer takes about five minutes there; the UNets compute more per parameter and take
+several times as long.
+
+Expect each to score far above images of wrong scenes, and to learn colours first. benchmarks/backbones_cpu.md has the
+results.
 """
 
 from typing import Any
@@ -16,7 +20,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from scaling_dit.experiments import shapes
 
-# Transformers see one token a grid cell, as the demo's. The UNets' first level holds 16x16 pixels, the last 4x4.
+# The transformers have one token for each grid cell, as the demo's U-ViT. The UNets' first level has 16x16 pixels and
+# their last 4x4.
 BACKBONES: dict[str, dict[str, Any]] = {
     "uvit": {"hidden": 128, "depth": 4, "heads": 4, "patch": 8, "positions": "sincos_init"},
     "pixart": {"hidden": 120, "depth": 4, "heads": 4, "patch": 8},

@@ -5,15 +5,16 @@ The recipe (recipe.py) with each row's transformer, named family-size:
     scaling-dit train --config=dit_scaling:uvit-h2048-d42-n16 --workdir=runs/dits/uvit-h2048-d42-n16
     scaling-dit count --config=dit_scaling:uvit-h2048-d42-n16
 
-Rows: hidden width h, depth d, heads n (16 where PixArt names none). P2's own tables are not public: named in a source
-are U-ViT's h2048-d42-n16 and h2560-d42-n16, the others are candidates for its "0.3B to 8B". next_dit is the other
-reading of what P2 calls LargeDiT.
+Rows: hidden width h, depth d, heads n (16 where PixArt names none). P2's own tables are not public. A source names
+U-ViT's h2048-d42-n16 and h2560-d42-n16; the others are candidates for its "0.3B to 8B". next_dit is the other reading
+of P2's LargeDiT.
 
-Slice: any; parameters, optimiser and averages are sharded over all devices. `count` prints the training FLOPs of the
-whole run: divide by chips x peak x the share of it you reach.
+Slice: any, for parameters, optimizer state and averages are sharded over all devices. `count` prints the training
+FLOPs of the whole run; divided by chips x peak FLOP/s x utilisation they give its seconds.
 
 Expect, as in P2 on its data: at 0.6B and at 2B parameters U-ViT converges faster and ends higher than PixArt and
-LargeDiT, and h2048-d42-n16 meets the SDXL UNet. On the stand-in data only cost and speed are comparable with P2.
+LargeDiT, and h2048-d42-n16 reaches the scores of the SDXL UNet. On the stand-in data only cost and speed are comparable
+with P2.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Where a config comes from: experiment files found by path or name, and typed overrides from the command line.
+"""Experiment files, found by path or by name, and the configs that they return.
 
 An experiment is a Python file with `get_config(arg="") -> ConfigDict`. A file that takes arguments lists them in
 `ARGUMENTS`, a tuple of strings, so that a mistyped one is caught and each has its golden dump. One of `OPTIONS`, if the
@@ -72,7 +72,8 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"--config: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look a module up by its name
+    # Dataclasses and pickles find a module by its name.
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
@@ -85,7 +86,7 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
 
 
 def _fault(where: str, error: Exception) -> UserError:
-    """What an experiment file raised, with the line of that file; ml_collections' messages say it all themselves."""
+    """An exception of an experiment file as a UserError with its line; ml_collections' messages need no type."""
     frames = traceback.extract_tb(error.__traceback__)
     path = os.path.abspath(where)
     line = next((frame.lineno for frame in reversed(frames) if os.path.abspath(frame.filename) == path), 1)
@@ -115,7 +116,8 @@ def _load_named(name: str) -> types.ModuleType:
 def _installed_names() -> list[str]:
     """Experiments that can be given by name, installed or in the working directory."""
     folders = [pathlib.Path("experiments")]
-    with contextlib.suppress(ModuleNotFoundError):  # a checkout that is not installed
+    # A checkout that is not installed has no such package.
+    with contextlib.suppress(ModuleNotFoundError):
         folders += map(pathlib.Path, importlib.import_module(INSTALLED).__path__)
     return [path.stem for folder in folders for path in folder.glob("[!_]*.py")]
 

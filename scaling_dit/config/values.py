@@ -51,7 +51,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def why_unknown(key: str, known: Iterable[str]) -> str:
-    """Why a dotted key is none of `known`, and what would be right: a new name, the same field elsewhere, or a near one."""
+    """Why a dotted key is none of `known`, and what would be right: a new name, the field elsewhere, or a near one."""
     if schema.derived(key):
         return f"it {schema.derived(key)}"
     if key in renamed.FIELDS:

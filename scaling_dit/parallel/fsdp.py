@@ -5,8 +5,8 @@ over all chips, and reduces gradients whole before it slices them: twice the byt
 the zeros (libtpu 0.0.51). Here each device runs its share of the batch alone: kernels are cast to the type they are
 read in and gathered over one dimension of the torus, then over the plane of the other two; gradients are summed and
 scattered on the same way back. With `config.sharding.sparse_core` the rings are such that SparseCores do both, beside
-the computation (`xla_flags` has the options). Costs memory for one whole copy of the parameters and of the gradients, so
-it is for chips that have it.
+the computation (`xla_flags` has the options). Costs memory for one whole copy of the parameters and of the gradients,
+so it is for chips that have it.
 """
 
 import functools

@@ -154,23 +154,23 @@ class _Parser(flags.ArgumentParser):
         flag = self._flag
         rule = flag.rule.right if flag.rule else ""
         if isinstance(argument, str):
-            read, noun = _TYPES[flag.type]
+            read, noun, nouns = _TYPES[flag.type]
             try:
                 if flag.several:
                     argument = tuple(read(part.strip()) for part in argument.split(",")) if argument else ()
                 else:
                     argument = read(argument)
             except ValueError:
-                right = rule or f"{noun}s separated by commas" if flag.several else f"{noun} {rule}"
+                right = rule or f"{nouns} separated by commas" if flag.several else f"{noun} {rule}"
                 raise ValueError(f"it must be {right.strip()}") from None
         if flag.rule and not flag.rule.fits(argument):
             raise ValueError(f"it must be {rule}")
         return argument
 
 
-# How a value is read, and what it is called.
-_TYPES: dict[type, tuple[Callable[[str], Any], str]] = {
-    str: (str, "a word"),
-    int: (flags.IntegerParser().convert, "an integer"),
-    float: (flags.FloatParser().convert, "a number"),
+# How a value is read, and what one and several are called.
+_TYPES: dict[type, tuple[Callable[[str], Any], str, str]] = {
+    str: (str, "a word", "words"),
+    int: (flags.IntegerParser().convert, "an integer", "integers"),
+    float: (flags.FloatParser().convert, "a number", "numbers"),
 }

@@ -1,7 +1,11 @@
 """The command line: help, exit codes, one line per mistake, and what reaches the functions behind the verbs."""
 
+import dataclasses
+import importlib
+import inspect
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +14,10 @@ import types
 import pytest
 
 from scaling_dit import config as config_lib
+from scaling_dit.cli import exit_codes
 from scaling_dit.cli import main as cli
+from scaling_dit.cli.options import declared
+from scaling_dit.cli.verb import Verb
 from scaling_dit.errors import UserError
 from tests.support.paths import ROOT
 
@@ -45,17 +52,15 @@ def error(capsys, *arguments):
 
 def behind(monkeypatch, module, name="main"):
     """Replaces the function behind a verb; returns the list of the calls it gets."""
-    calls = []
+    calls, real_one = [], getattr(importlib.import_module(module), name)
 
     def record(*args, **kwargs):
+        # The real function must take what it is given.
+        inspect.signature(real_one).bind(*args, **kwargs)
         calls.append((args, kwargs))
         return 75
 
-    fake = types.ModuleType(module)
-    setattr(fake, name, record)
-    monkeypatch.setitem(sys.modules, module, fake)
-    parent, _, child = module.rpartition(".")
-    monkeypatch.setattr(sys.modules[parent], child, fake, raising=False)
+    monkeypatch.setattr(f"{module}.{name}", record)
     return calls
 
 
@@ -74,10 +79,10 @@ def test_help_answers_in_time(verb):
 
 
 def test_help_imports_no_heavy_library():
-    show = "import sys; from scaling_dit import cli; [cli.main([verb, '--help']) for verb in cli.VERBS]"
-    command = [sys.executable, "-c", f"{show}; print(sorted(sys.modules))"]
+    show = "from scaling_dit.cli import main as cli; [cli.main([verb, '--help']) for verb in cli.VERBS]"
+    command = [sys.executable, "-c", f"import sys; {show}; print(sorted(sys.modules))"]
     modules = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    for heavy in ("jax", "flax", "tensorflow", "torch", "numpy", "ml_collections"):
+    for heavy in ("jax", "flax", "tensorflow", "torch", "numpy", "ml_collections", "scaling_dit.training"):
         assert f"'{heavy}'" not in modules
 
 
@@ -85,20 +90,28 @@ def test_help_imports_no_heavy_library():
 def test_help_shows_every_flag_and_an_example(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
-    values = cli.flags.FlagValues()
-    cli.VERBS[verb].define(values)
-    assert all(f"  --{flag} " in text for flag in values)
-    assert all(values[flag].help for flag in values)
-    assert cli.VERBS[verb].summary in text
+    spec = cli.VERBS[verb]
+    assert all(f"  --{one.name} " in text and one.help in text for one in declared(spec))
+    assert spec.summary() in text
     assert f"example: scaling-dit {verb} " in text
-    assert ("--config.KEY=VALUE" in text) == cli.VERBS[verb].overrides
+    assert ("--config.KEY=VALUE" in text) == spec.OVERRIDES
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_examples_parse(verb):
-    arguments = [word.strip("'") for word in cli.VERBS[verb].example.split()[2:]]
-    rest, _ = cli._split_overrides(arguments)
-    cli._parse(verb, cli.VERBS[verb], rest)
+    program, name, *arguments = shlex.split(cli.VERBS[verb].EXAMPLE)
+    assert (program, name) == (exit_codes.PROGRAM, verb)
+    cli.VERBS[verb].parse(arguments)
+
+
+def test_help_says_what_is_required_allowed_and_the_default(capsys):
+    cli.main(["filter", "--help"])
+    lines = {
+        line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")
+    }
+    assert lines["--source"].endswith("(required)")
+    assert lines["--duplicates"].endswith("(one of none, exact, near; default exact)")
+    assert lines["--distance"].endswith("(default 3)") and "(" not in lines["--json"]
 
 
 def test_no_arguments_show_the_verbs(capsys):
@@ -129,17 +142,31 @@ def test_version(capsys):
         (["train", "--config=nowhere.py", "--workdir=x"], "no file nowhere.py"),
         (["train", "--config=nowhere", "--workdir=x"], "no experiment 'nowhere'"),
         (["sample"], "sample needs --workdir"),
-        (["sample", "--workdir=x"], "no prompts: give captions as arguments"),
-        (["sample", "--workdir=x", "--steps=0", "a"], "0 is not an integer in the range [1, 999]"),
-        (["sample", "--workdir=x", "--seed=one", "a"], "sample: flag --seed=one"),
+        (["sample", "--workdir=x"], "no prompts: give them as arguments"),
+        (
+            ["sample", "--workdir=x", "--steps=0", "a"],
+            "sample: flag --steps=0: it must be from 1 to 999; see scaling-dit sample --help",
+        ),
+        (
+            ["sample", "--workdir=x", "--seed=one", "a"],
+            "--seed=one: it must be an integer from 0 to 2**32 - 1",
+        ),
+        (["sample", "--workdir=x", "--guidance=nan", "a"], "--guidance=nan: it must be 0 or more"),
+        (["plan", "--config=shapes"], "plan needs --topology; for example: scaling-dit plan"),
+        (["export", "--workdir=x", "--out=y"], "export needs --to"),
+        (["import", "--from=x", "--workdir=y"], "import needs --config"),
         (
             ["sample", "--workdir=x", "--guidance_interval=a,b", "c"],
-            "=a,b: give two timesteps, such as 200,800",
+            "=a,b: it must be two timesteps (low, high) from 0 to 1000",
         ),
         (["evaluate", "--items=0", "--workdir=x"], "--items=0"),
         (["evaluate", "--config.steps=3"], "evaluate has no flag --config.steps"),
         (["count"], "count needs either --config or --backbone"),
-        (["count", "--backbone=uvit", "--latents=8,8"], "--latents=8,8: must be height,width,channels"),
+        (
+            ["count", "--backbone=uvit", "--latents=8,8"],
+            "--latents=8,8: it must be height,width,channels in whole",
+        ),
+        (["count", "--backbone=uvit", "--config.steps=3"], "only --config.backbone.KEY=VALUE can be set"),
     ],
 )
 def test_one_line_for_a_mistake(arguments, message, capsys, tmp_path, monkeypatch):
@@ -167,20 +194,42 @@ def test_mistakes_of_real_commands(arguments, message):
     assert not (ROOT / "w").exists()
 
 
+def doing(monkeypatch, work):
+    """Puts a verb `work` into the table that calls the function."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Work(Verb):
+        """Works."""
+
+        EXAMPLE = "scaling-dit work"
+
+        def run(self):
+            return work()
+
+    monkeypatch.setitem(cli.VERBS, "work", Work)
+
+
 def test_a_fault_keeps_its_traceback(monkeypatch):
-    verb = cli.Verb("", "", lambda values: None, lambda *_: 1 // 0)
-    monkeypatch.setitem(cli.VERBS, "train", verb)
+    doing(monkeypatch, lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["train"])
+        cli.main(["work"])
 
 
 def test_interrupt(monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "train", cli.Verb("", "", lambda values: None, interrupt))
-    assert cli.main(["train"]) == 130
+    doing(monkeypatch, interrupt)
+    assert cli.main(["work"]) == 130
     assert capsys.readouterr().err == "scaling-dit: interrupted\n"
+
+
+def test_user_errors_of_a_verb_are_one_line(monkeypatch, capsys):
+    def fail():
+        raise UserError("a folder\n is missing")
+
+    doing(monkeypatch, fail)
+    assert error(capsys, "work") == "a folder is missing"
 
 
 def test_the_working_directory_is_on_the_path(tmp_path, monkeypatch):
@@ -198,11 +247,11 @@ def test_a_pipe_that_nobody_reads_ends_it_without_a_word():
     command = [sys.executable, "-m", "scaling_dit", "--help"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (cli.INTERRUPTED, "")
+    assert (done.returncode, done.stderr) == (exit_codes.INTERRUPTED, "")
 
 
 def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
-    calls = behind(monkeypatch, "scaling_dit.train")
+    calls = behind(monkeypatch, "scaling_dit.training.loop")
     started = time.time()
     loads = []
     loaded = types.SimpleNamespace(processes={"heartbeat": 100, "start_up": 300})
@@ -220,7 +269,8 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
     )
     (((config, workdir, began), kwargs),) = calls
     assert (config, workdir, kwargs) == (loaded, "runs/x", {})
-    assert started <= began <= time.time()  # for goodput
+    # For goodput.
+    assert started <= began <= time.time()
     overrides = [
         "config.steps=5",
         "config.mesh.data=-1",
@@ -228,11 +278,47 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
         "config.log.tensorboard",
         "config.b=c",
     ]
-    assert loads == [("shapes:smoke", [f"--{override}" for override in overrides])]
+    assert loads == [("shapes:smoke", tuple(f"--{override}" for override in overrides))]
+
+
+def test_a_process_of_several_is_started_again_with_the_same_command(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "scaling_dit.parallel.processes.run_supervised", lambda *args: started.append(args) or 0
+    )
+    command = ["train", "--config=shapes:smoke", "--workdir=w", "--config.steps", "3"]
+    command += ["--coordinator=localhost:8000", "--processes=2", "--process=1"]
+    assert cli.main(command) == 0
+    ((_, membership, settings, arguments),) = started
+    assert list(arguments) == command
+    assert (membership.coordinator, membership.processes, membership.process) == ("localhost:8000", 2, 1)
+    assert settings.to_dict() == config_lib.defaults().processes.to_dict()
+
+
+def test_a_config_is_resolved_once_a_command(monkeypatch, tmp_path, smoke_run):
+    resolved = []
+    module = sys.modules["scaling_dit.config.resolve"]
+    real_one = module.complete
+    monkeypatch.setattr(module, "complete", lambda config: resolved.append(config) or real_one(config))
+    behind(monkeypatch, "scaling_dit.planning.report")
+    behind(monkeypatch, "scaling_dit.curation.job")
+    behind(monkeypatch, "scaling_dit.training.loop")
+    for command in (
+        ["plan", "--config=shapes:smoke", "--topology=v5p:2x2x1", "--slices=2"],
+        ["prepare", "--config=shapes:smoke", f"--out={tmp_path}"],
+        ["train", "--config=shapes:smoke", f"--workdir={tmp_path}"],
+        ["train", f"--workdir={smoke_run}", "--config.log.every=2"],
+    ):
+        assert cli.main(command) == 75
+        assert len(resolved) == 1, command
+        resolved.clear()
+    assert cli.main(["count", "--config=shapes:smoke"]) == 0
+    assert cli.main(["sample", f"--workdir={smoke_run}", f"--out={tmp_path}", "a red circle"]) == 0
+    assert len(resolved) == 2
 
 
 def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
-    calls = behind(monkeypatch, "scaling_dit.sampling.sampler")
+    calls = behind(monkeypatch, "scaling_dit.sampling.sample", "sample_prompts")
     (tmp_path / "more.txt").write_text("c\n")
     file = tmp_path / "more.txt"
     flags = ["--guidance=2", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7"]
@@ -242,60 +328,35 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     )
     ((args, kwargs),) = calls
     assert args == ("w", [("00000", "a"), ("00001", "b"), ("00002", "b2"), ("00003", "c")], None)
-    assert kwargs == {
-        "guidance": 2.0,
-        "guidance_rescale": 0.7,
-        "guidance_interval": (200.0, 800.0),
-        "step": 100,
-        "ema": "none",
-        "num": 3,
-        "batch": 8,
-        "sampler": "dpmpp_2m",
-        "steps": 7,
-        "seed": 4,
-    }
+    changes = {"sampler": "dpmpp_2m", "steps": 7, "guidance": 2.0, "guidance_rescale": 0.7}
+    changes |= {"guidance_interval": (200.0, 800.0), "batch": 8}
+    assert kwargs == {"step": 100, "ema": "none", "num": 3, "seed": 4, "changes": changes}
 
 
-def test_a_caption_may_start_with_a_dash_after_the_separator(monkeypatch):
-    calls = behind(monkeypatch, "scaling_dit.sampling.sampler")
+def test_a_prompt_may_start_with_a_dash_after_the_separator(monkeypatch):
+    calls = behind(monkeypatch, "scaling_dit.sampling.sample", "sample_prompts")
     cli.main(["sample", "--workdir=w", "--", "--help", "-x"])
-    assert [caption for _, caption in calls[0][0][1]] == ["--help", "-x"]
+    assert [prompt for _, prompt in calls[0][0][1]] == ["--help", "-x"]
 
 
 def test_evaluate_takes_what_is_given(monkeypatch):
     calls = behind(monkeypatch, "scaling_dit.evaluation.run")
-    assert (
-        cli.main(["evaluate", "--workdir=w", "--metrics=tifa,other", "--json", "--out=o", "--ema=0.99"]) == 75
-    )
+    command = [
+        "evaluate",
+        "--workdir=w",
+        "--metrics=tifa, other",
+        "--json",
+        "--out=o",
+        "--ema=0.99",
+        "--steps=3",
+    ]
+    assert cli.main(command) == 75
     ((args, kwargs),) = calls
     assert args == ("w", "o")
     assert kwargs == {
-        "metrics": ["tifa", "other"], "items": 500, "as_json": True,
-        "seed": 0, "step": None, "ema": "0.99", "sampler": None, "steps": None, "guidance": None,
-        "guidance_rescale": None, "guidance_interval": None,
+        "metrics": ("tifa", "other"), "items": 500, "as_json": True, "seed": 0, "step": None, "ema": "0.99",
+        "changes": {"steps": 3},
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "verb", ["generate", "evaluation.run", "scaling.count_table", "train", "monitor.report"]
-)
-def test_the_functions_behind_the_verbs_take_the_flags(verb):
-    """The calls above are made of fakes, so the real signatures are compared with them."""
-    import importlib
-    import inspect
-
-    main = importlib.import_module(f"scaling_dit.{verb}").main
-    names = ("seed", "step", "ema", "sampler", "steps", "guidance", "guidance_rescale", "guidance_interval")
-    trained = dict.fromkeys(names)
-    arguments = {
-        "generate": (("w", [], "o"), trained | {"num": 1, "batch": None}),
-        "evaluation.run": (("w", "o"), trained | {"metrics": None, "items": 1, "as_json": False}),
-        "scaling.count_table": ((None, None, []), {"latents": None, "text": None, "as_json": False}),
-        "train": (("config", "w", 0.0), {}),
-        "monitor.report": (("w",), {"as_json": False}),
-    }
-    args, kwargs = arguments[verb]
-    inspect.signature(main).bind(*args, **kwargs)
 
 
 def test_count_prints_json(capsys):
@@ -333,11 +394,3 @@ def test_mistakes_in_what_a_run_is_built_of(arguments, message, capsys, tmp_path
     (tmp_path / "mine.py").write_text("def half(x):\n    return 1\nRATE = 1 / 0\n")
     assert message in error(capsys, "train", *arguments, "--workdir=w")
     assert not (tmp_path / "w").exists()
-
-
-def test_user_errors_of_a_verb_are_one_line(monkeypatch, capsys):
-    def fail(*_):
-        raise UserError("a folder\n is missing")
-
-    monkeypatch.setitem(cli.VERBS, "train", cli.Verb("", "", lambda values: None, fail))
-    assert error(capsys, "train") == "a folder is missing"

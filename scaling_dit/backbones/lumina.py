@@ -1,6 +1,6 @@
-"""What Large-DiT (large_dit.py) and Next-DiT (next_dit.py) share: fields, checks, and the steps of the call.
+"""What the backbones of the Lumina line share: fields, checks, and the steps of the call.
 
-Both run image tokens through blocks that are conditioned on time and the mean of the caption, and that read the
+They run image tokens through blocks that are conditioned on time and the mean of the caption, and that read the
 caption's tokens by gated attention (lumina_layers.py). They differ in their blocks, in the sequence that the image
 tokens make with its rotary positions, and in the modulation of the head.
 """
@@ -22,7 +22,7 @@ CONDITIONING_WIDTH = 1024  # at most; hidden where that is less
 
 
 class Lumina(nn.Module):
-    """Base of the two backbones; fields are config values, `size` names a row of SIZES that explicit fields override.
+    """Base of these backbones; fields are config values, `size` names a row of SIZES that explicit fields override.
 
     Raises a UserError for an unknown size, dtype, policy or implementation, for head counts that do not fit, for
     shapes that do not fit the fields, and for conditions and extras, of which it reads none.
@@ -47,9 +47,8 @@ class Lumina(nn.Module):
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
-    # Set by the subclasses.
-    SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    HEAD_SIZE_MULTIPLE: ClassVar[int] = 1  # what the rotary positions need
+    # What the rotary positions of the family need; set by the subclasses.
+    HEAD_SIZE_MULTIPLE: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         hidden, _, heads = self.widths
@@ -64,10 +63,15 @@ class Lumina(nn.Module):
         super().__post_init__()
 
     @property
+    def named_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """What `size` may name: the SIZES at the foot of the family's file."""
+        raise NotImplementedError
+
+    @property
     def widths(self) -> tuple[int, int, int]:
         """(hidden, depth, heads) after `size` and explicit fields."""
         return contract.transformer_size(
-            self.size, self.SIZES, hidden=self.hidden, depth=self.depth, heads=self.heads
+            self.size, self.named_sizes, hidden=self.hidden, depth=self.depth, heads=self.heads
         )
 
     @property

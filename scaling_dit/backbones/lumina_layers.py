@@ -1,4 +1,4 @@
-"""Pieces of Large-DiT and Next-DiT: RMSNorm, rotary positions, SwiGLU, text-gated attention, conditioning, head.
+"""Layers of the Lumina line of backbones: RMSNorm, SwiGLU, text-gated attention, conditioning, modulation, head.
 
 Architecture and initialisation of the published code (LLaMA2-Accessory `Large-DiT-T2I/models/model.py`, Lumina-T2X
 `lumina_next_t2i/models/model.py`, arXiv 2405.05945 and 2406.18583). Shape suffixes as in attention.py; A is the

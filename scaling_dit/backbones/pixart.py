@@ -50,6 +50,8 @@ class PixArt(nn.Module):
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.pixart_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.pixart_weights:DIFFUSERS"
 
     def __post_init__(self) -> None:
         hidden = self.widths[0]

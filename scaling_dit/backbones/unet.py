@@ -6,7 +6,7 @@ PyTorch's (unet_layers.py).
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,9 @@ class UNet(nn.Module):
     scan_layers: bool = False  # over the blocks of each transformer
     dtype: str = "float32"  # of products and feature maps
     param_dtype: str = "float32"
+
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.unet_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.unet_weights:DIFFUSERS"
 
     def __post_init__(self) -> None:
         _ = self.shape

@@ -60,6 +60,8 @@ class UNetIF(nn.Module):
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.unet_if_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.unet_if_weights:DIFFUSERS"
 
     def __post_init__(self) -> None:
         _ = self.shape

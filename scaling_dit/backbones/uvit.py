@@ -56,6 +56,7 @@ class UViT(nn.Module):
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.uvit_weights:rows"
 
     def __post_init__(self) -> None:
         _ = self.widths

@@ -20,7 +20,8 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts
+from scaling_dit.weights.table import Table
 
 NONE, RANDOM = "", "random"  # values of a `weights` field that name no place
 _HUB = "hub:"
@@ -47,13 +48,13 @@ class Pretrained:
     config: dict[str, Any] | None
     tensors: Mapping[str, np.ndarray]
 
-    def load(self, rows: table.Table, abstract: Mapping[str, Any], what: str) -> dict[str, Any]:
+    def load(self, rows: Table, abstract: Mapping[str, Any], what: str) -> dict[str, Any]:
         """The tensors as a tree of the shapes and dtypes of `abstract`, on the host.
 
         Raises:
           UserError: unknown, missing or misshapen entries, all in one message.
         """
-        return table.load(rows, abstract, self.tensors, f"{what} ({self.place})")
+        return state_dicts.load(rows, abstract, self.tensors, f"{what} ({self.place})")
 
     def check(self, wanted: Mapping[str, Any], section: str = "") -> None:
         """Makes sure that `config.json`, if there is one, describes the architecture that is to be filled.
@@ -78,7 +79,7 @@ class Pretrained:
 
     def renamed(self, names: Mapping[str, str]) -> "Pretrained":
         """The same with only the tensors in `names`, new name -> upstream name; still read when they are asked for."""
-        return dataclasses.replace(self, tensors=table.Renamed(self.tensors, names))
+        return dataclasses.replace(self, tensors=state_dicts.Renamed(self.tensors, names))
 
 
 def is_place(weights: str) -> bool:

@@ -13,15 +13,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
-from scaling_dit.encoders import clip, t5, vae, vae_config
-from scaling_dit.encoders import vae_weights as autoencoder_kl
+from scaling_dit.encoders import clip, t5, vae, vae_config, vae_weights
 from scaling_dit.errors import UserError
-from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import schedulers, text_encoders
-from scaling_dit.interop.diffusers.families import FAMILIES
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts
+from scaling_dit.weights.diffusers_class import VERSION
 
 INDEX = "model_index.json"
 VAE, TEXT_ENCODER, TOKENIZER, SCHEDULER = "vae", "text_encoder", "tokenizer", "scheduler"
@@ -69,8 +68,8 @@ def kind_of(pipe: Pipeline) -> Kind:
       UserError: there is none; says which part of the run is the reason.
     """
     name, model = pipe.config.backbone.name, pipe.model
-    theirs = FAMILIES[name].class_name if name in FAMILIES else None
-    kind = next((kind for kind in KINDS if kind.backbone == theirs), None)
+    family = diffusers_class(type(model.backbone))
+    kind = next((kind for kind in KINDS if family and kind.backbone == family.class_name), None)
     if kind is None:
         raise UserError(
             f"no pipeline of diffusers draws with backbone {name!r} from CLIP or T5; --to=diffusers or "
@@ -113,14 +112,14 @@ def write(
     codec: Any = model.codec
     text_params = (pipe.params if model.train_text_encoder else pipe.frozen)[TEXT_ENCODER]
     vae_params = trees.unbox(pipe.frozen["codec"])
-    vae_weights = table.save(
-        autoencoder_kl.rows(codec.architecture), vae_params, vae_params, vae_config.CLASS_NAME
+    vae_arrays = state_dicts.save(
+        vae_weights.rows(codec.architecture), vae_params, vae_params, vae_config.CLASS_NAME
     )
     parts = {
         kind.folder: (described, weights, weight_files.STEMS[0]),
         VAE: (
             vae_config.write_architecture(codec.architecture, model.image_size),
-            vae_weights,
+            vae_arrays,
             weight_files.STEMS[0],
         ),
         TEXT_ENCODER: (
@@ -139,7 +138,7 @@ def write(
     _, text_class, tokenizer_class = kind.text_encoder
     index: dict[str, Any] = {
         "_class_name": kind.class_name,
-        "_diffusers_version": diffusers_config.DIFFUSERS_VERSION,
+        "_diffusers_version": VERSION,
         kind.folder: ["diffusers", kind.backbone],
         VAE: ["diffusers", vae_config.CLASS_NAME],
         TEXT_ENCODER: ["transformers", text_class],

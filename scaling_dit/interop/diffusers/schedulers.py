@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.interop.diffusers.config import DIFFUSERS_VERSION
+from scaling_dit.weights.diffusers_class import VERSION
 
 # Our name -> diffusers', with the first and last beta where they are parameters.
 _SCHEDULES: dict[str, tuple[str, float, float]] = {
@@ -45,7 +45,7 @@ def write(config: ConfigDict) -> dict[str, Any]:
     spacing = "linspace" if sampler == "dpmpp_2m" else "leading"
     described: dict[str, Any] = {
         "_class_name": _CLASSES[sampler],
-        "_diffusers_version": DIFFUSERS_VERSION,
+        "_diffusers_version": VERSION,
         "num_train_timesteps": 1000,
         "beta_schedule": betas,
         "beta_start": start,

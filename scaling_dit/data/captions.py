@@ -55,7 +55,7 @@ class CaptionPolicy:
     unit: str = "words"
 
     def choose(self, record: Mapping[str, Any], rng: np.random.Generator) -> str:
-        """The caption shown of a record, drawn from `rng`; only this one of its captions is read.
+        """The caption shown of a record, chosen by `rng`; only this one of its captions is read.
 
         Raises:
           UserError: the record has no captions, or its kinds do not fit them.
@@ -97,7 +97,8 @@ def _edges(policy: CaptionPolicy, kinds: tuple[str, ...]) -> tuple[float, ...]:
         if kind not in KINDS:
             raise UserError(f"a caption's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     sums = list(itertools.accumulate(policy.shares(kinds)))
-    return tuple(edge / sums[-1] for edge in sums)  # the last is 1, so what is drawn is below it
+    # The last is 1, so every random number is below it.
+    return tuple(edge / sums[-1] for edge in sums)
 
 
 UNIFORM = CaptionPolicy()

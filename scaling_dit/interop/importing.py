@@ -1,7 +1,7 @@
 """A new run from published weights: the `import` verb.
 
-The run is as `train` would start it, at step 0 with a fresh optimiser, but that the backbone's parameters and all
-averages are the imported ones. `train` with the same config goes on from there, and every verb opens it.
+The run is as `train` would start it, at step 0 with a fresh optimizer, but that the backbone's parameters and all
+averages are the imported ones. `train` with the same config resumes from there, and every verb opens it.
 """
 
 import json
@@ -63,7 +63,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
     weights = weight_files.read(path)
     start_run(config, folder, weights, described, source)
     print(
-        f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; go on with train"
+        f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; `train` resumes it"
     )
     return 0
 

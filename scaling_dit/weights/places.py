@@ -23,13 +23,15 @@ from scaling_dit.weights import files as weight_files
 from scaling_dit.weights import state_dicts
 from scaling_dit.weights.table import Table
 
-NONE, RANDOM = "", "random"  # values of a `weights` field that name no place
+# Values of a `weights` field that name no place.
+NONE, RANDOM = "", "random"
 _HUB = "hub:"
 _HUB_FORM = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]*))?(/(?P<inside>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG = "config.json"
 _PIPELINE = "model_index.json"
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configs and tokenizers
+# Configs and tokenizers.
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Pretrained:
 
 
 def is_place(weights: str) -> bool:
-    """Whether a `weights` field names a place, and not "" (none) or "random" (drawn from the run's seed)."""
+    """Whether a `weights` field names a place, and not "" (none) or "random" (made from the run's seed)."""
     return weights not in (NONE, RANDOM)
 
 
@@ -91,7 +93,7 @@ def missing(field: str) -> UserError:
     """The error of a run that needs weights and has none; `field` is the config field to set."""
     return UserError(
         f"config.{field} is empty, which is enough to count and to plan; to run, set it to a folder or file of "
-        f"weights or to hub:ORG/NAME@COMMIT, or to {RANDOM!r} for weights drawn from the run's seed"
+        f"weights or to hub:ORG/NAME@COMMIT, or to {RANDOM!r} for weights made from the run's seed"
     )
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from scaling_dit.data.images import fit, to_rgb
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import create_source, source_fields
-from scaling_dit.data.sources.encoded import key_hash
 from scaling_dit.data.sources.folder import FolderSource
+from scaling_dit.data.sources.image_files import key_hash
 from scaling_dit.encoders.scratch import UNK, build_tokenizer
 from scaling_dit.errors import UserError
 

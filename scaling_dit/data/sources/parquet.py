@@ -27,14 +27,14 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.fields import CaptionFields, plain
-from scaling_dit.data.sources.webdataset import matching
+from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, row_hashes
+from scaling_dit.data.sources.patterns import matching
 from scaling_dit.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class ParquetSource(EncodedSource):
+class ParquetSource(ImageFileSource):
     """The rows of all files that match a pattern, as RGB squares.
 
     Attributes:

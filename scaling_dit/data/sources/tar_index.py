@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from scaling_dit.data.sources.encoded import key_hash
+from scaling_dit.data.sources.image_files import key_hash
 
 IMAGE, TEXT, JSON = range(3)  # columns of `Index.spans`
 ENDINGS = {

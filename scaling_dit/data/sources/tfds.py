@@ -31,8 +31,8 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.fields import CaptionFields, plain
+from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, row_hashes
 from scaling_dit.errors import UserError, nearest
 
 INFO = "dataset_info.json"
@@ -44,7 +44,7 @@ FIELDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsSource(EncodedSource):
+class TfdsSource(ImageFileSource):
     """The records of one split of a prepared set, as RGB squares.
 
     Attributes:

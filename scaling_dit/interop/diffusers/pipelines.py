@@ -2,7 +2,7 @@
 
 The folder holds `model_index.json` and one folder each for backbone, autoencoder, text encoder, tokenizer and
 scheduler. UNets become a StableDiffusionPipeline, which feeds CLIP's padding to the backbone; PixArt becomes a
-PixArtAlphaPipeline, which hides T5's. A run that does otherwise cannot be drawn by these classes and is refused.
+PixArtAlphaPipeline, which hides T5's. A run that does otherwise cannot be sampled by these classes and is refused.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ KINDS = (
 
 
 def kind_of(pipe: Pipeline) -> Kind:
-    """The pipeline class that draws what a run does.
+    """The pipeline class that samples what a run does.
 
     Raises:
       UserError: there is none; says which part of the run is the reason.
@@ -72,7 +72,7 @@ def kind_of(pipe: Pipeline) -> Kind:
     kind = next((kind for kind in KINDS if family and kind.backbone == family.class_name), None)
     if kind is None:
         raise UserError(
-            f"no pipeline of diffusers draws with backbone {name!r} from CLIP or T5; --to=diffusers or "
+            f"no pipeline of diffusers samples with backbone {name!r} from CLIP or T5; --to=diffusers or "
             "--to=safetensors writes its weights alone"
         )
     encoder, class_name, _ = kind.text_encoder

@@ -30,7 +30,7 @@ _DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, 
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
-    """The scheduler that draws as a run with `config.diffusion` and `config.sample.sampler` does.
+    """The scheduler that samples as a run with `config.diffusion` and `config.sample.sampler` does.
 
     Raises:
       UserError: rectified flow, which diffusers' pipelines of these models do not have.
@@ -39,7 +39,7 @@ def write(config: ConfigDict) -> dict[str, Any]:
     if diffusion.schedule not in _SCHEDULES or diffusion.prediction not in _PREDICTIONS:
         raise UserError(
             f"config.diffusion is {diffusion.schedule} with prediction {diffusion.prediction}, which no pipeline of "
-            "diffusers for this backbone draws with; --to=diffusers writes the backbone alone"
+            "diffusers for this backbone samples with; --to=diffusers writes the backbone alone"
         )
     betas, start, end = _SCHEDULES[diffusion.schedule]
     spacing = "linspace" if sampler == "dpmpp_2m" else "leading"
@@ -87,8 +87,8 @@ def read(described: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
         ):
             break
     else:
-        told = f"{found['beta_schedule']} from {found['beta_start']} to {found['beta_end']}"
-        raise UserError(f"{where} has betas {told}; schedules here are {', '.join(_SCHEDULES)}")
+        betas = f"{found['beta_schedule']} from {found['beta_start']} to {found['beta_end']}"
+        raise UserError(f"{where} has betas {betas}; schedules here are {', '.join(_SCHEDULES)}")
     kinds = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     if found["prediction_type"] not in kinds:
         raise UserError(

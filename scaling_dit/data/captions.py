@@ -65,6 +65,10 @@ class CaptionPolicy:
             caption = choose_caption(captions, rng)
         else:
             caption = captions[self._draw(captions, record.get("kinds"), rng)]
+        if not isinstance(caption, str):
+            raise UserError(
+                f"record {record.get('key')!r} has as caption a {type(caption).__name__}, it must be a text"
+            )
         if self.random_length and rng.random() < self.random_length:
             return cut(caption, self.unit, rng)
         return caption

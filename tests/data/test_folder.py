@@ -203,7 +203,8 @@ def test_names_of_sources(tmp_path, monkeypatch):
         ("source_of_mine:Mine2", "source_of_mine has no class 'Mine2'; did you mean 'Mine'"),
     ):
         (tmp_path / "source_of_mine.py").write_text(
-            "class Mine:\n    def __init__(self, length=3, step=1):\n        self.length, self.step = length, step\n"
+            "from tests.support.own_sources import Counted\n\n\nclass Mine(Counted):\n"
+            "    def __init__(self, length=3, step=1):\n        self.length, self.step = length, step\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError, match=message):

@@ -9,8 +9,9 @@ import pytest
 from etils import epath
 
 import scaling_dit
-from scaling_dit import backbones, interop
+from scaling_dit import backbones, config, interop
 from scaling_dit.backbones import contract
+from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import config as diffusers_config
@@ -202,13 +203,10 @@ def test_a_diffusers_class_of_ones_own(own, monkeypatch):
 
 @pytest.mark.parametrize("to, stem", [("safetensors", "model"), ("diffusers", "diffusion_pytorch_model")])
 def test_import_and_export_of_a_run(own, tmp_path, monkeypatch, capsys, to, stem):
-    from scaling_dit import cli
-
     monkeypatch.chdir(tmp_path)
-    backbone = own.Mine(width=4)
-    from scaling_dit.config import load
-
-    run = load("shapes:smoke", ["--config.backbone.name=own_backbones:Mine", "--config.backbone.width=4"])
+    run = config.load(
+        "shapes:smoke", ["--config.backbone.name=own_backbones:Mine", "--config.backbone.width=4"]
+    )
     backbone = own.Mine(width=4, text_dim=run.text_encoder.dim)
     inputs = contract.example_inputs(backbone, (16, 16, 3), (5, run.text_encoder.dim))
     variables = fill(contract.abstract_variables(backbone, inputs))

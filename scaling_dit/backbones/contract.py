@@ -71,7 +71,8 @@ def check_class(candidate: Any, where: str) -> None:
         raise UserError(f"backbone {where} must be a flax.linen.Module class, it is {_describe(candidate)}")
     signature = inspect.signature(candidate.__call__)
     try:
-        signature.bind(*[None] * 7, train=False)  # self and the six inputs
+        # Self and the six inputs.
+        signature.bind(*[None] * 7, train=False)
     except TypeError as error:
         raise UserError(
             f"backbone {where} has the call {signature}; it must take (latents, timesteps, text, text_mask=None, "

@@ -123,10 +123,16 @@ class Block(nn.Module):
 
 # Rows of arXiv 2412.12391's scale and of the published code. Any other h<hidden>-d<depth>-n<heads> can be named too.
 SIZES: dict[str, dict[str, int]] = {
-    "h1024-d16-n16": {"hidden": 1024, "depth": 16, "heads": 16},  # 0.3B
-    "h1024-d28-n16": {"hidden": 1024, "depth": 28, "heads": 16},  # 0.6B
-    "h1536-d16-n32": {"hidden": 1536, "depth": 16, "heads": 32},  # the published code's 600M
-    "h2048-d28-n16": {"hidden": 2048, "depth": 28, "heads": 16},  # 1.9B
-    "h3072-d32-n32": {"hidden": 3072, "depth": 32, "heads": 32},  # the published code's 3B
-    "h4096-d32-n32": {"hidden": 4096, "depth": 32, "heads": 32},  # the published code's 7B
+    # 0.3B
+    "h1024-d16-n16": {"hidden": 1024, "depth": 16, "heads": 16},
+    # 0.6B
+    "h1024-d28-n16": {"hidden": 1024, "depth": 28, "heads": 16},
+    # The published code's 600M.
+    "h1536-d16-n32": {"hidden": 1536, "depth": 16, "heads": 32},
+    # 1.9B
+    "h2048-d28-n16": {"hidden": 2048, "depth": 28, "heads": 16},
+    # The published code's 3B.
+    "h3072-d32-n32": {"hidden": 3072, "depth": 32, "heads": 32},
+    # The published code's 7B.
+    "h4096-d32-n32": {"hidden": 4096, "depth": 32, "heads": 32},
 }

@@ -18,7 +18,8 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.layers import Dense
 from scaling_dit.nn.rotary import Rotary
 
-CONDITIONING_WIDTH = 1024  # at most; hidden where that is less
+# At most; hidden where that is less.
+CONDITIONING_WIDTH = 1024
 
 
 class Lumina(nn.Module):
@@ -29,20 +30,25 @@ class Lumina(nn.Module):
     """
 
     in_channels: int = 4
-    out_channels: int | None = None  # None: as many as come in
+    # None: as many as come in.
+    out_channels: int | None = None
     text_dim: int = 1024
     size: str | None = None
     hidden: int | None = None
     depth: int | None = None
     heads: int | None = None
-    kv_heads: int | None = None  # of keys and values, a divisor of heads; None: heads
+    # Of keys and values, a divisor of heads; None: heads.
+    kv_heads: int | None = None
     patch: int = 2
     qk_norm: bool = True
-    learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
+    # Twice the channels: the prediction, then what gives its variance.
+    learn_sigma: bool = False
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | products | attention | offload
+    # none | full | dots | products | attention | offload
+    remat: bool | str = "none"
     scan_layers: bool = False
-    dtype: str = "float32"  # of products and the residual stream
+    # Of products and the residual stream.
+    dtype: str = "float32"
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}

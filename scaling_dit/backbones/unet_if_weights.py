@@ -23,7 +23,8 @@ def rows(backbone: UNetIF) -> Table:
     shape = backbone.shape
     table = ends()
     for place in places(len(shape.widths), shape.res_blocks):
-        if place.kind != "attn":  # residual blocks change the resolution as well
+        # Residual blocks change the resolution as well.
+        if place.kind != "attn":
             table += res_block(place, shape.widths, scale_shift=True)
         elif place.level is None or place.level in shape.attention_levels:
             table += _attention(place)

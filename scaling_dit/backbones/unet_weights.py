@@ -82,7 +82,8 @@ def res_block(place: Place, widths: tuple[int, ...], *, scale_shift: bool = Fals
     ]
     if place.kind == "res" and place.level is not None:
         entered = ours.endswith("res_0") and place.level and widths[place.level] != widths[place.level - 1]
-        if ours.startswith("up") or entered:  # on the way up a skip is concatenated
+        # On the way up a skip is concatenated.
+        if ours.startswith("up") or entered:
             table += [
                 Row(f"{upstream}.conv_shortcut.weight", f"{ours}/shortcut/kernel", pointwise()),
                 Row(f"{upstream}.conv_shortcut.bias", f"{ours}/shortcut/bias"),

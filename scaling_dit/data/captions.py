@@ -94,7 +94,8 @@ class CaptionPolicy:
         return bisect.bisect_right(_edges(self, tuple(kinds)), rng.random())
 
 
-@functools.lru_cache(4096)  # few records differ in their kinds
+# Few records differ in their kinds.
+@functools.lru_cache(4096)
 def _edges(policy: CaptionPolicy, kinds: tuple[str, ...]) -> tuple[float, ...]:
     """Where each caption's part of [0, 1) ends."""
     for kind in kinds:

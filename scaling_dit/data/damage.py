@@ -50,7 +50,8 @@ class Damage:
 
     def __init__(self, limit: int | None = None, field: str = "") -> None:
         self.limit, self._field = limit, field
-        self._met: dict[str, DamagedRecord] = {}  # by place
+        # By place.
+        self._met: dict[str, DamagedRecord] = {}
         self._saved = 0
         self._lock = threading.Lock()
 

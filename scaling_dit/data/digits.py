@@ -28,7 +28,8 @@ TEMPLATES = (
     "the digit {}, written by hand",
     "a handwritten digit: {}",
 )
-LEVELS = 16  # a scan's brightest value
+# A scan's brightest value.
+LEVELS = 16
 # Pixels of the image for each pixel of the scan, both ways.
 BLOCK = 2
 

@@ -28,10 +28,14 @@ Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 class HostBatch(TypedDict):
     """The rows of one global batch that one process holds, in the order of its positions."""
 
-    images: NotRequired[np.ndarray]  # uint8 [b, H, W, 3]
-    latents: NotRequired[np.ndarray]  # in place of images: moments of latents, bfloat16 [b, h, w, M]
-    ids: np.ndarray  # int32 [b, L]
-    mask: np.ndarray  # bool [b, L]; True = real token
+    # uint8 [b, H, W, 3].
+    images: NotRequired[np.ndarray]
+    # In place of images: moments of latents, bfloat16 [b, h, w, M].
+    latents: NotRequired[np.ndarray]
+    # int32 [b, L].
+    ids: np.ndarray
+    # bool [b, L]; True = real token.
+    mask: np.ndarray
 
 
 def make_loader(

@@ -23,7 +23,8 @@ from scaling_dit.sampling import pipeline
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.weights import files as weight_files
 
-IMPORTED_CONFIG = "diffusers_config.json"  # in a workdir: the config.json that its weights came with
+# In a workdir: the config.json that its weights came with.
+IMPORTED_CONFIG = "diffusers_config.json"
 PIPELINE = "diffusers-pipeline"
 _CONFIG = "config.json"
 
@@ -54,7 +55,8 @@ def main(
         without names elsewhere.
     """
     folder = epath.Path(out)
-    if folder.name in ("", ".."):  # the folder is written beside its place and renamed
+    # The folder is written beside its place and renamed.
+    if folder.name in ("", ".."):
         raise UserError(
             f"--out={out} names no folder of its own; give a new one, such as --out={folder / 'export'}"
         )
@@ -109,12 +111,14 @@ def whole_folder(folder: epath.Path) -> Iterator[epath.Path]:
     remote = is_remote(folder)
     partial = folder if remote else folder.with_name(folder.name + ".partial")
     if not remote and partial.exists():
-        partial.rmtree()  # of an export that was killed
+        # Of an export that was killed.
+        partial.rmtree()
     partial.mkdir(parents=True, exist_ok=True)
     yield partial
     if not remote:
         if folder.exists():
-            folder.rmdir()  # empty, as was checked
+            # Empty, as was checked.
+            folder.rmdir()
         partial.rename(folder)
 
 

@@ -100,7 +100,8 @@ def run_config(
             f"--config.backbone.name={needed}"
         )
     if there != name:
-        config.backbone = ConfigDict({"name": name})  # another backbone's sizes are not this one's
+        # Another backbone's sizes are not this one's.
+        config.backbone = ConfigDict({"name": name})
     explicit = {f"backbone.{key}" for key in config.get("backbone", ConfigDict())}
     explicit |= {config_lib.override_key(override) for override in overrides}
     fields = diffusers_config.read_fields(family, described, source)
@@ -129,7 +130,8 @@ def _fill(section: ConfigDict, fields: Mapping[str, Any], explicit: set[str], so
         elif not (by_size and now is None):
             section[field] = value
     if "size" in section and not by_size:
-        section.size = None  # a default, which the fields replace
+        # A default, which the fields replace.
+        section.size = None
 
 
 def start_run(

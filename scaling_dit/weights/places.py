@@ -173,7 +173,8 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
                     repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
                 )
             )
-        except Exception as error:  # of the network, the hub, or a cache that lacks the files
+        except Exception as error:
+            # Of the network, the hub, or a cache that lacks the files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"config.{field} is {place!r}, which cannot be had: {reason}") from error
 
@@ -188,7 +189,8 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
         # Patterns match across folders, so those below this one are left out by name.
         download([f"{start}*{weight_files.SUFFIX}"], [f"{start}*/*{weight_files.SUFFIX}"])
     elif inside.endswith(weight_files.SUFFIX):
-        return path.parent  # beside which a config.json may lie; the file itself is not there yet
+        # Beside which a config.json may lie; the file itself is not there yet.
+        return path.parent
     return path
 
 

@@ -147,7 +147,8 @@ class Renamed(Mapping[str, Any]):
     """Some entries of a mapping under other names; nothing is read before it is asked for."""
 
     entries: Mapping[str, Any]
-    names: Mapping[str, str]  # new name -> that in `entries`
+    # New name -> that in `entries`.
+    names: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Any:
         return self.entries[self.names[name]]
@@ -177,7 +178,8 @@ def save(
             problems.append(f"{path} is {found}, it must be {wanted}")
     if problems:
         raise UserError(f"the parameters do not fit {what}: " + "; ".join(problems))
-    host = {path: np.asarray(value) for path, value in flat.items()}  # each stacked array is fetched once
+    # Each stacked array is fetched once.
+    host = {path: np.asarray(value) for path, value in flat.items()}
     state_dict: dict[str, np.ndarray] = {}
     for entry in expand(rows, expected):
         array = host[entry.path] if entry.layer is None else host[entry.path][entry.layer]
@@ -196,7 +198,8 @@ def _on_host(name: str, value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if value.is_floating_point():
-            value = value.float()  # numpy has no bfloat16 of torch's
+            # NumPy has no bfloat16 as torch has.
+            value = value.float()
         value = value.numpy()
     array = np.asarray(value)
     if array.dtype == object or array.dtype.kind in "SUM":
@@ -214,7 +217,8 @@ def _saved(entry: Entry, array: np.ndarray) -> Arrays:
     """
     try:
         parts = tuple(entry.row.transform.save(array))
-    except Exception as error:  # of numpy, einops, or a user's own code
+    except Exception as error:
+        # Of numpy, einops, or a user's own code.
         raise UserError(_failed(entry, "save", array.shape, error)) from error
     if len(parts) != len(entry.names):
         raise UserError(
@@ -227,7 +231,8 @@ def _loaded(entry: Entry, arrays: Arrays) -> np.ndarray:
     """Our array of one entry; raises UserError where the row's transform fails."""
     try:
         return np.asarray(entry.row.transform.load(*arrays))
-    except Exception as error:  # of numpy, einops, or a user's own code
+    except Exception as error:
+        # Of numpy, einops, or a user's own code.
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise UserError(_failed(entry, "load", shapes, error)) from error
 

@@ -50,11 +50,13 @@ class PreparedSource:
       UserError: no finished set, another image size, a shard that is missing or not the manifest's, or no records.
     """
 
-    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
+    # Of the source's name.
+    path: str = dataclasses.field(metadata={"config": False})
     image_size: int = 256
     max_damaged: int = 0
     verify: bool = False
-    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out
+    # train | held_out
+    split: str = dataclasses.field(default="train", metadata={"config": False})
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

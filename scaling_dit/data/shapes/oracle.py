@@ -17,13 +17,20 @@ from scipy import ndimage
 from scaling_dit.data.shapes.scenes import BACKGROUND, PALETTE, PRESETS, Object, glyph, relations
 from scaling_dit.errors import UserError
 
-VQA_MODEL = "shapes-oracle-1"  # raise the number when answers can change: scores compare only within one
-FAR = 88.0  # RGB distance that makes a pixel foreground: 0.4 of the distance of every palette colour to the background
-MIN_IOU = 0.6  # of a piece of foreground and the best template, to be an object
-SHIFT = 1  # px that a template may stand off the middle of a piece's box
-SPECK = 1 / 3  # pieces below this share of the smallest shape's area are too small to be counted
-MAX_UNEXPLAINED = 0.3  # share of foreground outside recognised objects above which an image is clutter
-MAX_EXTRA = 1  # pieces beyond the objects asked for that cost no more than the counting question
+# Raise the number when answers can change: scores compare only within one.
+VQA_MODEL = "shapes-oracle-1"
+# RGB distance that makes a pixel foreground: 0.4 of the distance of every palette colour to the background.
+FAR = 88.0
+# Of a piece of foreground and the best template, to be an object.
+MIN_IOU = 0.6
+# Pixels that a template may stand off the middle of a piece's box.
+SHIFT = 1
+# Pieces below this share of the smallest shape's area are too small to be counted.
+SPECK = 1 / 3
+# Share of foreground outside recognised objects above which an image is clutter.
+MAX_UNEXPLAINED = 0.3
+# Pieces beyond the objects asked for that cost no more than the counting question.
+MAX_EXTRA = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +38,20 @@ class Reading:
     """What is seen in one image."""
 
     objects: tuple[Object, ...]
-    pieces: int  # objects and other pieces of foreground, without specks
-    unexplained: float  # share of the foreground outside the templates of the objects
+    # Objects and other pieces of foreground, without specks.
+    pieces: int
+    # Share of the foreground outside the templates of the objects.
+    unexplained: float
 
 
 @dataclasses.dataclass(frozen=True)
 class _Templates:
-    masks: np.ndarray  # float32 [templates, side * side]
-    areas: np.ndarray  # float32 [templates]
-    entries: tuple[tuple[str, str, int, int], ...]  # shape, size, shift right, shift down
+    # float32 [templates, side * side].
+    masks: np.ndarray
+    # float32 [templates].
+    areas: np.ndarray
+    # Shape, size, shift right, shift down.
+    entries: tuple[tuple[str, str, int, int], ...]
     side: int
 
 
@@ -82,7 +94,8 @@ def read(image: np.ndarray, preset: str) -> Reading:
     far = np.linalg.norm(pixels - np.asarray(BACKGROUND, np.float32), axis=-1) > FAR
     labels, _ = ndimage.label(far)
     bank = _templates(preset)
-    border = bank.side  # so that every window lies inside
+    # So that every window lies inside.
+    border = bank.side
     padded = np.pad(labels, border)
     smallest = bank.areas.min()
     objects: list[Object] = []

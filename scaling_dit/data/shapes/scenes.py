@@ -68,11 +68,16 @@ class Scene:
 class Preset:
     """A canvas: where objects may stand and how large they are, all in pixels."""
 
-    canvas: int  # height and width
-    cell: int  # side of a grid cell that holds at most one object; 0 = free placement
-    gap: int  # free placement: least background between the boxes of two objects
-    pixels: Mapping[str, int]  # name of a size -> side of the box that a shape fills, odd
-    shapes: tuple[str, ...] = SHAPES  # those that can be told apart at these sizes
+    # Height and width.
+    canvas: int
+    # Side of a grid cell that holds at most one object; 0 = free placement.
+    cell: int
+    # Free placement: least background between the boxes of two objects.
+    gap: int
+    # Name of a size -> side of the box that a shape fills, odd.
+    pixels: Mapping[str, int]
+    # Those that can be told apart at these sizes.
+    shapes: tuple[str, ...] = SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +90,24 @@ class ShapesSpec:
 
     seed: int = 0
     preset: str = "grid16"
-    shapes: tuple[str, ...] = ()  # () = all that the preset can tell apart; the same for the next two
+    # () = all that the preset can tell apart; the same for the next two.
+    shapes: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     min_objects: int = 1
     max_objects: int = 2
-    scenes: int = 0  # distinct training indices, 0 = unlimited (2**24)
-    caption_level: int = 4  # 0 "a shape", 1 shapes, 2 + colours, 3 + sizes, 4 + relations
-    mention_probability: float = 1.0  # of each fact of that level, independently
-    wrong_caption_rate: float = 0.0  # share of training records captioned as another scene
-    held_out_combinations: tuple[str, ...] = ()  # such as "red square": never in training
-    held_out_fraction: float = 0.2  # share of all scenes that is never in training
+    # Distinct training indices, 0 = unlimited (2**24).
+    scenes: int = 0
+    # 0 "a shape", 1 shapes, 2 + colours, 3 + sizes, 4 + relations.
+    caption_level: int = 4
+    # Of each fact of that level, independently.
+    mention_probability: float = 1.0
+    # Share of training records captioned as another scene.
+    wrong_caption_rate: float = 0.0
+    # Such as "red square": never in training.
+    held_out_combinations: tuple[str, ...] = ()
+    # Share of all scenes that is never in training.
+    held_out_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -159,7 +171,8 @@ class Draws:
         self._key = repr(key)
         self._block = 0
         self._pool = 0
-        self._bound = 1  # the pool is uniform in [0, bound)
+        # The pool is uniform in [0, bound).
+        self._bound = 1
 
     def below(self, n: int) -> int:
         """A uniform integer in [0, n), for n up to 2**32 (bias under 2**-32)."""
@@ -213,7 +226,8 @@ def glyph(shape: str, side: int) -> np.ndarray:
     if shape == "triangle":
         return abs(x) <= (y + radius) * radius // (side - 1)
     if shape == "cross":
-        arm = (side // 3 - 1) // 2  # half the width of an arm: 1 px wide up to 8 px, then 3 px, ...
+        # Half the width of an arm: 1 px wide up to 8 px, then 3 px, ...
+        arm = (side // 3 - 1) // 2
         return np.asarray((abs(x) <= arm) | (abs(y) <= arm))
     if shape == "diamond":
         return abs(x) + abs(y) <= radius

@@ -13,7 +13,8 @@ from scaling_dit.data.shapes.scenes import INVERSE, PALETTE, PRESETS, Draws, Obj
 Fact = tuple[str, int] | tuple[str, int, int]
 
 RELATIONS = tuple(INVERSE)
-LEVEL = {"shape": 1, "color": 2, "size": 3} | dict.fromkeys(RELATIONS, 4)  # caption level of a kind of fact
+# Caption level of a kind of fact.
+LEVEL = {"shape": 1, "color": 2, "size": 3} | dict.fromkeys(RELATIONS, 4)
 SYNONYMS = {
     "large": ("large", "big"),
     "small": ("small", "little"),
@@ -103,7 +104,8 @@ def describe(
             clauses.append(name(i))
     if not clauses:
         clauses = ["a shape" if len(ranks) == 1 else "some shapes"]
-    if linked or len(clauses) == 1:  # "and" would join the last object to a relation
+    # "and" would join the last object to a relation.
+    if linked or len(clauses) == 1:
         return opening + ", ".join(clauses)
     return opening + ", ".join(clauses[:-1]) + " and " + clauses[-1]
 

@@ -78,7 +78,8 @@ def create_raw_source(name: str, **fields: Any) -> "ImageFileSource":
     Raises:
       UserError: as `create_source`, or a source of another kind.
     """
-    from scaling_dit.data.sources.image_files import ImageFileSource  # builds on this module
+    # Builds on this module.
+    from scaling_dit.data.sources.image_files import ImageFileSource
 
     kind, filled = _split(name)
     if not issubclass(_REGISTRY.resolve(kind), ImageFileSource):

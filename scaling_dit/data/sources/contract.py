@@ -86,7 +86,8 @@ def check_class(candidate: Any, where: str) -> None:
             inspect.signature(found).bind(*[None] * arguments)
         except TypeError as error:
             raise UserError(f"source {where}: a source needs {form}, its own takes {error}") from None
-        except ValueError:  # a method written in C has no signature
+        except ValueError:
+            # A method written in C has no signature.
             continue
 
 

@@ -36,8 +36,10 @@ from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSamp
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
-KEYS = ("file_name", "text", "texts", "kinds")  # those that are read; the others are `RawSample.metadata`
-BLOCK = 10_000  # lines that count as one shard, for those who share the work
+# Those that are read; the others are `RawSample.metadata`.
+KEYS = ("file_name", "text", "texts", "kinds")
+# Lines that count as one shard, for those who share the work.
+BLOCK = 10_000
 
 
 class Row(NamedTuple):
@@ -45,9 +47,12 @@ class Row(NamedTuple):
 
     file_name: str
     texts: tuple[str, ...]
-    kinds: tuple[str, ...]  # of the texts: alt | synthetic | long
-    metadata: dict[str, Any]  # the other keys
-    line: int  # 1-based, for error messages
+    # Of the texts: alt | synthetic | long
+    kinds: tuple[str, ...]
+    # The other keys.
+    metadata: dict[str, Any]
+    # 1-based, for error messages.
+    line: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,8 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
 def _parse(where: str, number: int, line: bytes) -> Row:
     try:
         entry: Any = json.loads(line.decode("utf-8-sig"))
-        json.dumps(entry, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        # Half of a surrogate pair is no text.
+        json.dumps(entry, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DamagedRecord("bad_json", where, f"not JSON: {error}") from None
 

@@ -88,16 +88,19 @@ class ImageFileSource(abc.ABC):
       UserError: nothing at `path`, a field out of range, too much damage, or no image left to train on.
     """
 
-    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
+    # Of the source's name.
+    path: str = dataclasses.field(metadata={"config": False})
     image_size: int = 64
     held_out_fraction: float = 0.05
     max_pixels: int = images.MAX_PIXELS
     max_damaged: int = 0
-    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out | both
+    # train | held_out | both
+    split: str = dataclasses.field(default="train", metadata={"config": False})
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
     _files: Files = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
-    _noun: ClassVar[str]  # before the path, in one line of `describe`
+    # Before the path, in one line of `describe`.
+    _noun: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -117,7 +120,8 @@ class ImageFileSource(abc.ABC):
             opener = functools.lru_cache(KEPT if self.split == "both" else None)(files.open)
             object.__setattr__(self, "_files", files._replace(open=opener))
         if self.split == "both":
-            return  # `samples` opens one after the other
+            # `samples` opens one after the other.
+            return
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             shards = tuple(pool.map(self._files.open, range(len(self._files.names))))
         self.damage.meet_all(fault for shard in shards for fault in shard.faults)

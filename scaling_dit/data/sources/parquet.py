@@ -142,6 +142,7 @@ def _read_file(path: epath.Path, metadata: Any, read: Callable[[Any], Any]) -> A
                 pyarrow.parquet.ParquetFile(opened, metadata=metadata, page_checksum_verification=True)
             )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
+        # pyarrow's own errors have no number.
+        if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot read: {error}") from error
         raise _NotParquetError(str(error).splitlines()[0]) from None

@@ -26,7 +26,8 @@ INDEX = "model_index.json"
 VAE, TEXT_ENCODER, TOKENIZER, SCHEDULER = "vae", "text_encoder", "tokenizer", "scheduler"
 _CONFIG = "config.json"
 _SCHEDULER_CONFIG = "scheduler_config.json"
-_BACKBONES = ("unet", "transformer")  # their folders
+# Their folders.
+_BACKBONES = ("unet", "transformer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ from scaling_dit.weights.diffusers_class import VERSION
 _SCHEDULES: dict[str, tuple[str, float, float]] = {
     "scaled_linear": ("scaled_linear", 0.00085, 0.012),
     "linear": ("linear", 0.0001, 0.02),
-    "cosine": ("squaredcos_cap_v2", 0.0001, 0.02),  # which reads no betas
+    # Which reads no betas.
+    "cosine": ("squaredcos_cap_v2", 0.0001, 0.02),
 }
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _CLASSES = {
@@ -58,7 +59,8 @@ def write(config: ConfigDict) -> dict[str, Any]:
     if sampler == "ddim":
         described |= {"clip_sample": False, "set_alpha_to_one": False}
     if sampler == "heun":
-        described.pop("rescale_betas_zero_snr")  # it has none
+        # It has none.
+        described.pop("rescale_betas_zero_snr")
         if diffusion.zero_snr:
             raise UserError(
                 "diffusers' HeunDiscreteScheduler has no zero terminal SNR; export with sampler ddim"

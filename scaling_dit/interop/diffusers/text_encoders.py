@@ -64,9 +64,8 @@ def state_dict(encoder: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]
     """Parameters of a CLIP or T5 text encoder by the names of transformers' CLIPTextModel or T5EncoderModel."""
     params, what = trees.unbox(params), f"text encoder {encoder.size!r}"
     if isinstance(encoder, clip.ClipText):
-        params = {
-            name: value for name, value in params.items() if name != "projection"
-        }  # that class has none
+        # The class has no projection.
+        params = {name: value for name, value in params.items() if name != "projection"}
         saved = state_dicts.save(clip_weights.text_rows(encoder.module.depth), params, params, what)
         return {_CLIP_PREFIX + name: array for name, array in saved.items()}
     return state_dicts.save(t5.encoder_rows(t5.SIZES[encoder.size].layers), params, params, what)

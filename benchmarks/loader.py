@@ -26,7 +26,7 @@ from note import header
 from scaling_dit import encoders, files
 from scaling_dit.curation import encode
 from scaling_dit.data.captions import CaptionPolicy
-from scaling_dit.data.loader import KeyedGenerator, make_loader, stack_pictures
+from scaling_dit.data.loader import KeyedGenerator, make_loader, stack_images
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources import create_source
 from scaling_dit.encoders.subwords import SubwordTokenizer
@@ -134,7 +134,7 @@ def part_times(source: Any, tokenize: Any, steps: int) -> dict[str, float]:
             ],
         )
         timed("tokenise", lambda captions=captions: tokenize(captions))
-        timed("stack", lambda found=found: stack_pictures(found))
+        timed("stack", lambda found=found: stack_images(found))
     return {name: seconds / (steps * BATCH) * 1e6 for name, seconds in spent.items()}
 
 

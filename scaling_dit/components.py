@@ -25,14 +25,16 @@ class Registry:
       known: built-in name -> class, or "package.module:Class", which is imported only when it is asked for.
       filled: arguments that the program fills, so that no config has them.
       check: what a class must hold to, given it and its name as a text; raises UserError.
+      kind: what a name of a user's own stands for, for error lines.
     """
 
     what: str
     known: Mapping[str, str | type[Any]]
     filled: Collection[str] = ()
     check: Callable[[Any, str], None] = lambda candidate, name: None
+    kind: str = "class"
 
-    def resolve(self, name: str) -> type[Any]:
+    def resolve(self, name: str) -> Any:
         """The class behind a key of `known` or "package.module:Class".
 
         Raises:
@@ -97,14 +99,14 @@ class Registry:
             raise UserError(f"{self.what} {name!r} needs a value for {', '.join(missing)}")
         return self.resolve(name)(**filled, **{argument: tuples(value) for argument, value in given.items()})
 
-    def _load(self, name: str, place: str) -> type[Any]:
+    def _load(self, name: str, place: str) -> Any:
         """The class at `place`, "package.module:Class"."""
         module_name, _, class_name = place.partition(":")
-        hint = nearest(module_name, self.known)
+        form = f"package.module:{'Class' if self.kind == 'class' else self.kind}"
+        hint = nearest(module_name, self.known) if self.known else f"write {form}"
         if not (class_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
-            raise UserError(
-                f"unknown {self.what} {name!r}; {hint} (or a class of your own: package.module:Class)"
-            )
+            own = f" (or a {self.kind} of your own: {form})" if self.known else ""
+            raise UserError(f"unknown {self.what} {name!r}; {hint}{own}")
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
@@ -120,9 +122,12 @@ class Registry:
                 f"{type(error).__name__}: {error}"
             ) from error
         if not hasattr(module, class_name):
-            classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-            hint = nearest(class_name, classes) if classes else "it defines none"
-            raise UserError(f"{self.what} {name!r}: {module_name} has no class {class_name!r}; {hint}")
+            kind = type if self.kind == "class" else object
+            defined = [
+                key for key, value in vars(module).items() if isinstance(value, kind) and key[0] != "_"
+            ]
+            hint = nearest(class_name, defined) if defined else "it defines none"
+            raise UserError(f"{self.what} {name!r}: {module_name} has no {self.kind} {class_name!r}; {hint}")
         return getattr(module, class_name)
 
 

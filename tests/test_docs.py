@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import scaling_dit
 from scaling_dit import config
@@ -32,20 +33,22 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 @pytest.fixture
 def beside_my_file(tmp_path, monkeypatch):
-    """A working directory with the page's `my_file.py`."""
+    """A working directory with the page's `my_file.py` and `my_weights.py`."""
     (source,) = [block for block in blocks("python", "own_backbone.md") if "class MyBackbone" in block]
     assert len([line for line in source.splitlines() if line.strip()]) <= 45
     (tmp_path / "my_file.py").write_text(source)
+    (table,) = [block for block in blocks("python", "own_backbone.md") if "def rows(" in block]
+    (tmp_path / "my_weights.py").write_text(table)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
-def test_a_backbone_of_a_users_own_trains_and_draws_from_python(beside_my_file, capsys):
+def test_a_users_own_backbone_trains_and_samples_from_python(beside_my_file, capsys):
     (example,) = [block for block in blocks("python", "own_backbone.md") if "scaling_dit.train(run" in block]
     names: dict = {}
     exec(example, names)
-    assert names["pictures"].shape == (1, 16, 16, 3) and names["pictures"].dtype == np.uint8
+    assert names["images"].shape == (1, 16, 16, 3) and names["images"].dtype == np.uint8
     assert int(names["state"].step) == names["run"].steps
     kernel = names["state"].params["backbone"]["Conv_0"]["kernel"]
     assert kernel.shape == (3, 3, 3, 16)
@@ -54,11 +57,16 @@ def test_a_backbone_of_a_users_own_trains_and_draws_from_python(beside_my_file, 
 
 
 def test_the_commands_for_it_run(beside_my_file, capsys):
-    training, count = commands("own_backbone.md")
+    training, count, export, import_ = commands("own_backbone.md")
     small = ["--config.steps=2", "--config.batch=8", "--config.eval.every=0", "--config.optim.warmup_steps=1"]
     assert cli.main(training + small) == 0
     assert cli.main(count) == 0
     assert "parameters" in capsys.readouterr().out.lower()
+    assert cli.main(export) == 0 and cli.main(import_) == 0, capsys.readouterr().err
+    written = load_file("exports/mine/model.safetensors")
+    assert written["blocks.2.conv.weight"].shape == (64, 64, 3, 3)
+    kernel = scaling_dit.load("runs/again").params["backbone"]["Conv_3"]["kernel"]
+    np.testing.assert_array_equal(kernel, written["blocks.2.conv.weight"].transpose(2, 3, 1, 0))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from scaling_dit import config
 from scaling_dit.cli import main as cli
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
-from scaling_dit.data.sources import _REGISTRY, create_source, source_fields
+from scaling_dit.data.sources import SOURCES, create_source, source_fields
 from scaling_dit.errors import UserError
 from tests.support.pages import blocks, commands
 from tests.support.paths import DOCS
@@ -32,7 +32,7 @@ def rows(heading):
 def test_every_source_is_on_the_page():
     table = (DOCS / PAGE).read_text().split("\n## ")[0]
     names = [name.partition(":")[0] for name in re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)]
-    assert names == [*_REGISTRY.known, "my_file"]
+    assert names == [*SOURCES, "my_file"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -88,7 +88,7 @@ def beside_my_source(tmp_path, monkeypatch):
     levels = np.arange(40, dtype=np.uint8)
     images = np.broadcast_to(levels[:, None, None, None], (40, 16, 16, 3))
     titles, descriptions = [f"title {n}" for n in levels], [f"description {n}" for n in levels]
-    np.savez(tmp_path / "pictures.npz", images=images, titles=titles, descriptions=descriptions)
+    np.savez(tmp_path / "images.npz", images=images, titles=titles, descriptions=descriptions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -96,9 +96,9 @@ def beside_my_source(tmp_path, monkeypatch):
 
 
 def test_a_source_of_ones_own_feeds_the_loader(beside_my_source):
-    source = create_source("my_source:ArraySource", path="pictures.npz")
+    source = create_source("my_source:ArraySource", path="images.npz")
     assert (len(source), len(source.held_out()), source.image_size) == (36, 4, 16)
-    assert source.describe() == "arrays of pictures.npz: 36 pictures, train split"
+    assert source.describe() == "arrays of images.npz: 36 images, train split"
     assert source_fields("my_source:ArraySource") == {"path": ""}
 
     def tokenize(captions):

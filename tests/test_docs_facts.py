@@ -14,11 +14,12 @@ from scaling_dit.diffusion.samplers import SAMPLERS
 from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule
 from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
 from scaling_dit.evaluation import METRICS
-from scaling_dit.interop.diffusers.families import FAMILIES
+from scaling_dit.interop.declared import built_in_diffusers
 from tests.support.pages import blocks, first_column
 from tests.support.paths import DOCS
 from tools import diagram, figures
 
+FAMILIES = built_in_diffusers()
 NAMES = sorted(backbones.BACKBONES)
 TRANSFORMERS = ("large_dit", "next_dit", "pixart", "uvit")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -1,30 +1,30 @@
-"""Backbones by name: `create("uvit", size="h2048-d42-n16")` or `create("my_package.my_file:MyBackbone", width=64)`."""
+"""Backbones by name: `create("uvit", size="h2048-d42-n16")` or `create("my_package.my_file:MyBackbone", width=64)`.
+
+A family is a row here, a file with its class, and beside it `FAMILY_weights.py` with the table of its weights. All else
+(its extras, its weight table, its class in diffusers, whether its tokens can be split) stands in attributes of the
+class (`contract.py`), so that a user's own backbone can declare the same.
+"""
 
 from typing import Any
 
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.large_dit import LargeDiT
-from scaling_dit.backbones.next_dit import NextDiT
-from scaling_dit.backbones.pixart import PixArt
-from scaling_dit.backbones.unet import UNet
-from scaling_dit.backbones.unet_if import UNetIF
-from scaling_dit.backbones.uvit import UViT
 from scaling_dit.components import Registry
 
-BACKBONES: dict[str, type[nn.Module]] = {
-    "uvit": UViT,
-    "pixart": PixArt,
-    "large_dit": LargeDiT,
-    "next_dit": NextDiT,
-    "unet": UNet,
-    "unet_if": UNetIF,
+# Name -> the place of the class, which is imported when it is asked for.
+BACKBONES: dict[str, str] = {
+    "uvit": "scaling_dit.backbones.uvit:UViT",
+    "pixart": "scaling_dit.backbones.pixart:PixArt",
+    "large_dit": "scaling_dit.backbones.large_dit:LargeDiT",
+    "next_dit": "scaling_dit.backbones.next_dit:NextDiT",
+    "unet": "scaling_dit.backbones.unet:UNet",
+    "unet_if": "scaling_dit.backbones.unet_if:UNetIF",
 }
 # `parent` and `name` are linen's own.
 _REGISTRY = Registry("backbone", BACKBONES, filled=("parent", "name"), check=contract.check_class)
 
-__all__ = ["BACKBONES", "backbone_fields", "create", "create_for", "splits_tokens"]
+__all__ = ["BACKBONES", "backbone_class", "backbone_fields", "create", "create_for", "splits_tokens"]
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
@@ -37,7 +37,8 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     Raises:
       UserError: unknown name or field, a module or class that is not found, or a class that is no backbone.
     """
-    return _REGISTRY.create(name, kwargs)
+    backbone: nn.Module = _REGISTRY.create(name, kwargs)
+    return backbone
 
 
 def create_for(name: str, *, in_channels: int, text_dim: int, **kwargs: Any) -> nn.Module:
@@ -48,6 +49,16 @@ def create_for(name: str, *, in_channels: int, text_dim: int, **kwargs: Any) -> 
     known = _REGISTRY.arguments(name)
     widths = {"in_channels": in_channels, "text_dim": text_dim}
     return create(name, **kwargs, **{field: value for field, value in widths.items() if field in known})
+
+
+def backbone_class(name: str) -> type[nn.Module]:
+    """The class of a backbone.
+
+    Raises:
+      UserError: as `create`, for an unknown name.
+    """
+    found: type[nn.Module] = _REGISTRY.resolve(name)
+    return found
 
 
 def backbone_fields(name: str) -> dict[str, Any]:
@@ -65,4 +76,4 @@ def splits_tokens(name: str) -> bool:
     Raises:
       UserError: as `create`, for an unknown name.
     """
-    return bool(getattr(_REGISTRY.resolve(name), "SPLITS_TOKENS", False))
+    return bool(getattr(backbone_class(name), "SPLITS_TOKENS", False))

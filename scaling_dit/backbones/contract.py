@@ -17,9 +17,16 @@ Its fields are plain config values (numbers, strings, booleans, None, tuples of 
 that has the fields `in_channels` and `text_dim` gets them from the codec and the text encoder of the run. Parameters
 carry logical axis names (`nn.with_logical_partitioning`) so that they can be sharded; those without are split over
 fsdp by size.
-`EXTRAS` maps each extra to its shape per example, in which a string stands for the value of the field of that name.
-`SPLITS_TOKENS = True` of the class says that its activations [B, T, ...] may be split over T, their logical axis
-"length"; without it the mesh axis `context` splits the batch.
+
+Attributes of the class say the rest; each may be left out:
+
+    EXTRAS         extra -> its shape per example, in which a string stands for the value of the field of that name
+    SPLITS_TOKENS  True: activations [B, T, ...] may be split over T, their logical axis "length"; without it the mesh
+                   axis `context` splits the batch
+    WEIGHTS        "package.module:function", backbone -> the table of its weights under upstream names
+                   (`weights/table.py`); without it weights can neither be imported nor exported
+    DIFFUSERS      "package.module:NAME", a `weights.diffusers_class.DiffusersClass`: the model of diffusers that
+                   computes the same, whose folders can then be read and written
 """
 
 import inspect
@@ -64,7 +71,8 @@ def check_class(candidate: Any, where: str) -> None:
         raise UserError(f"backbone {where} must be a flax.linen.Module class, it is {_describe(candidate)}")
     signature = inspect.signature(candidate.__call__)
     try:
-        signature.bind(*[None] * 7, train=False)  # self and the six inputs
+        # Self and the six inputs.
+        signature.bind(*[None] * 7, train=False)
     except TypeError as error:
         raise UserError(
             f"backbone {where} has the call {signature}; it must take (latents, timesteps, text, text_mask=None, "

@@ -26,23 +26,19 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.layers import NORMAL_002
 from scaling_dit.nn.rotary import Rotary, rotary_1d
 
-SIZES: dict[str, dict[str, int]] = {
-    "h1024-d16-n16": {"hidden": 1024, "depth": 16, "heads": 16},  # 0.3B
-    "h1024-d28-n16": {"hidden": 1024, "depth": 28, "heads": 16},  # 0.6B
-    "h1536-d16-n32": {"hidden": 1536, "depth": 16, "heads": 32},  # the published code's 600M
-    "h2048-d28-n16": {"hidden": 2048, "depth": 28, "heads": 16},  # 1.9B
-    "h3072-d32-n32": {"hidden": 3072, "depth": 32, "heads": 32},  # the published code's 3B
-    "h4096-d32-n32": {"hidden": 4096, "depth": 32, "heads": 32},  # the published code's 7B
-}
-
 
 class LargeDiT(Lumina):
     """Large-DiT; fields and errors as in `Lumina`, `size` names a row of SIZES."""
 
     size: str | None = "h1024-d16-n16"
 
-    SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = SIZES
     HEAD_SIZE_MULTIPLE: ClassVar[int] = 2
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.large_dit_weights:rows"
+
+    @property
+    def named_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """What `size` may name."""
+        return SIZES
 
     @nn.compact
     def __call__(
@@ -123,3 +119,20 @@ class Block(nn.Module):
         f = norm("ffn_norm")(x) * (1 + scale2) + shift2
         f = SwiGLU(name="feed_forward", **types)(f)
         return layers.constrain(x + (gate2 * f).astype(x.dtype), "batch", "length", "act_embed"), None
+
+
+# Rows of arXiv 2412.12391's scale and of the published code. Any other h<hidden>-d<depth>-n<heads> can be named too.
+SIZES: dict[str, dict[str, int]] = {
+    # 0.3B
+    "h1024-d16-n16": {"hidden": 1024, "depth": 16, "heads": 16},
+    # 0.6B
+    "h1024-d28-n16": {"hidden": 1024, "depth": 28, "heads": 16},
+    # The published code's 600M.
+    "h1536-d16-n32": {"hidden": 1536, "depth": 16, "heads": 32},
+    # 1.9B
+    "h2048-d28-n16": {"hidden": 2048, "depth": 28, "heads": 16},
+    # The published code's 3B.
+    "h3072-d32-n32": {"hidden": 3072, "depth": 32, "heads": 32},
+    # The published code's 7B.
+    "h4096-d32-n32": {"hidden": 4096, "depth": 32, "heads": 32},
+}

@@ -1,6 +1,6 @@
-"""What Large-DiT (large_dit.py) and Next-DiT (next_dit.py) share: fields, checks, and the steps of the call.
+"""What the backbones of the Lumina line share: fields, checks, and the steps of the call.
 
-Both run image tokens through blocks that are conditioned on time and the mean of the caption, and that read the
+They run image tokens through blocks that are conditioned on time and the mean of the caption, and that read the
 caption's tokens by gated attention (lumina_layers.py). They differ in their blocks, in the sequence that the image
 tokens make with its rotary positions, and in the modulation of the head.
 """
@@ -18,38 +18,43 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.layers import Dense
 from scaling_dit.nn.rotary import Rotary
 
-CONDITIONING_WIDTH = 1024  # at most; hidden where that is less
+# At most; hidden where that is less.
+CONDITIONING_WIDTH = 1024
 
 
 class Lumina(nn.Module):
-    """Base of the two backbones; fields are config values, `size` names a row of SIZES that explicit fields override.
+    """Base of these backbones; fields are config values, `size` names a row of SIZES that explicit fields override.
 
     Raises a UserError for an unknown size, dtype, policy or implementation, for head counts that do not fit, for
     shapes that do not fit the fields, and for conditions and extras, of which it reads none.
     """
 
     in_channels: int = 4
-    out_channels: int | None = None  # None: as many as come in
+    # None: as many as come in.
+    out_channels: int | None = None
     text_dim: int = 1024
     size: str | None = None
     hidden: int | None = None
     depth: int | None = None
     heads: int | None = None
-    kv_heads: int | None = None  # of keys and values, a divisor of heads; None: heads
+    # Of keys and values, a divisor of heads; None: heads.
+    kv_heads: int | None = None
     patch: int = 2
     qk_norm: bool = True
-    learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
+    # Twice the channels: the prediction, then what gives its variance.
+    learn_sigma: bool = False
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | products | attention | offload
+    # none | full | dots | products | attention | offload
+    remat: bool | str = "none"
     scan_layers: bool = False
-    dtype: str = "float32"  # of products and the residual stream
+    # Of products and the residual stream.
+    dtype: str = "float32"
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
-    # Set by the subclasses.
-    SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    HEAD_SIZE_MULTIPLE: ClassVar[int] = 1  # what the rotary positions need
+    # What the rotary positions of the family need; set by the subclasses.
+    HEAD_SIZE_MULTIPLE: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         hidden, _, heads = self.widths
@@ -64,10 +69,15 @@ class Lumina(nn.Module):
         super().__post_init__()
 
     @property
+    def named_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """What `size` may name: the SIZES at the foot of the family's file."""
+        raise NotImplementedError
+
+    @property
     def widths(self) -> tuple[int, int, int]:
         """(hidden, depth, heads) after `size` and explicit fields."""
         return contract.transformer_size(
-            self.size, self.SIZES, hidden=self.hidden, depth=self.depth, heads=self.heads
+            self.size, self.named_sizes, hidden=self.hidden, depth=self.depth, heads=self.heads
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Pieces of Large-DiT and Next-DiT: RMSNorm, rotary positions, SwiGLU, text-gated attention, conditioning, head.
+"""Layers of the Lumina line of backbones: RMSNorm, SwiGLU, text-gated attention, conditioning, modulation, head.
 
 Architecture and initialisation of the published code (LLaMA2-Accessory `Large-DiT-T2I/models/model.py`, Lumina-T2X
 `lumina_next_t2i/models/model.py`, arXiv 2405.05945 and 2406.18583). Shape suffixes as in attention.py; A is the
@@ -19,8 +19,10 @@ from scaling_dit.nn.attention import attend
 from scaling_dit.nn.layers import NORMAL_002, Dense, layer_norm
 from scaling_dit.nn.rotary import Rotary, rotate
 
-EPSILON = 1e-5  # of every norm but the last
-TIME_FEATURES = 256  # width of the sinusoidal time embedding
+# Of every norm but the last.
+EPSILON = 1e-5
+# Width of the sinusoidal time embedding.
+TIME_FEATURES = 256
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -131,7 +133,8 @@ class TextGatedAttention(nn.Module):
         if text_mask is not None:
             text_mask = jnp.asarray(text_mask, bool)
             readable_B1 = text_mask.any(axis=-1, keepdims=True)
-            text_mask = text_mask | ~readable_B1  # a softmax over nothing is no number; its share is 0
+            # A softmax over nothing is no number; its share is 0.
+            text_mask = text_mask | ~readable_B1
             share_BTNH = share_BTNH * readable_B1[:, :, None, None]
         from_text_BTNH = attend(self, q_BTNH, text_k_BSKH, text_v_BSKH, text_mask)
         o_BTNH += share_BTNH.astype(o_BTNH.dtype) * from_text_BTNH

@@ -24,22 +24,20 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.layers import NORMAL_002
 from scaling_dit.nn.rotary import Rotary, rotary_2d
 
-SIZES: dict[str, dict[str, int]] = {
-    "h2304-d24-n32": {
-        "hidden": 2304,
-        "depth": 24,
-        "heads": 32,
-    },  # the published code's 2B; kv_heads=8 in a variant
-}
-
 
 class NextDiT(Lumina):
     """Next-DiT; fields and errors as in `Lumina`, `size` names a row of SIZES."""
 
     size: str | None = "h2304-d24-n32"
 
-    SIZES: ClassVar[Mapping[str, Mapping[str, int]]] = SIZES
     HEAD_SIZE_MULTIPLE: ClassVar[int] = 4
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.next_dit_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.next_dit_weights:DIFFUSERS"
+
+    @property
+    def named_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """What `size` may name."""
+        return SIZES
 
     @nn.compact
     def __call__(
@@ -59,7 +57,8 @@ class NextDiT(Lumina):
         )
         _, height, width, _ = latents.shape
         x = self.embed_patches(latents)
-        self.param(  # the published code's filler of batches of mixed sizes; kept with its weights and counts, unread
+        # The published code fills batches of mixed sizes with it; kept with its weights and counts, and unread.
+        self.param(
             "pad_token",
             nn.with_logical_partitioning(NORMAL_002, ("embed",)),
             (self.widths[0],),
@@ -111,3 +110,10 @@ class Block(nn.Module):
         f = norm("ffn_out_norm")(SwiGLU(name="feed_forward", **types)(f))
         x = layers.constrain(x + (jnp.tanh(gate2) * f).astype(x.dtype), "batch", "length", "act_embed")
         return x, None
+
+
+# The published code's row; any other h<hidden>-d<depth>-n<heads> can be named as well.
+SIZES: dict[str, dict[str, int]] = {
+    # The published code's 2B; kv_heads=8 in a variant.
+    "h2304-d24-n32": {"hidden": 2304, "depth": 24, "heads": 32},
+}

@@ -1,10 +1,14 @@
-"""Next-DiT's parameters in the names of diffusers' `LuminaNextDiT2DModel`.
+"""Next-DiT as diffusers' `LuminaNextDiT2DModel`: the names of its parameters and the arguments of the class.
 
 In the published model the text is read by the queries that the image is read by. diffusers has them twice, in attn1 and
 attn2: a file where they differ is refused, and both are written.
 """
 
+from typing import Any
+
 from scaling_dit.backbones.next_dit import NextDiT
+from scaling_dit.errors import UserError
+from scaling_dit.weights.diffusers_class import Arguments, DiffusersClass
 from scaling_dit.weights.table import Copy, Row, Table, linear, norm, patch_linear
 
 
@@ -53,3 +57,68 @@ def _attention(block: str, ours: str, layers: int, backbone: NextDiT) -> Table:
         table += norm(f"{text}.norm_k", f"{ours}/text_k_norm", layers)
         shared.append("norm_q.bias")
     return [*table, *(Copy(f"{text}.{name}", f"{image}.{name}", layers) for name in shared)]
+
+
+_DEFAULTS: Arguments = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 2304,
+    "num_layers": 32,
+    "num_attention_heads": 32,
+    "num_kv_heads": None,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,
+    "norm_eps": 1e-5,
+    "learn_sigma": True,
+    "qk_norm": True,
+    "cross_attention_dim": 2048,
+    "scaling_factor": 1.0,
+}
+
+
+def _to_arguments(backbone: NextDiT, latents: tuple[int, int]) -> dict[str, Any]:
+    # diffusers' model has no argument for the channels that it returns.
+    if backbone.out_channels not in (None, backbone.in_channels):
+        raise UserError(
+            f"out_channels is {backbone.out_channels}, but diffusers' model returns the {backbone.in_channels} that "
+            "come in; use --to=safetensors"
+        )
+    hidden, depth, heads = backbone.widths
+    return {
+        "sample_size": max(latents),
+        "patch_size": backbone.patch,
+        "in_channels": backbone.in_channels,
+        "hidden_size": hidden,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        # None, its default, makes the class fail with qk_norm.
+        "num_kv_heads": backbone.kv_heads or heads,
+        "learn_sigma": backbone.learn_sigma,
+        "qk_norm": backbone.qk_norm,
+        "cross_attention_dim": backbone.text_dim,
+    }
+
+
+def _to_fields(arguments: Arguments) -> dict[str, Any]:
+    return {
+        "in_channels": arguments["in_channels"],
+        "text_dim": arguments["cross_attention_dim"],
+        "hidden": arguments["hidden_size"],
+        "depth": arguments["num_layers"],
+        "heads": arguments["num_attention_heads"],
+        "kv_heads": arguments["num_kv_heads"],
+        "patch": arguments["patch_size"],
+        "qk_norm": bool(arguments["qk_norm"]),
+        "learn_sigma": bool(arguments["learn_sigma"]),
+    }
+
+
+DIFFUSERS = DiffusersClass(
+    "LuminaNextDiT2DModel",
+    _DEFAULTS,
+    _to_arguments,
+    _to_fields,
+    # `_to_fields` reads num_kv_heads.
+    free=frozenset({"sample_size", "scaling_factor", "num_kv_heads"}),
+)

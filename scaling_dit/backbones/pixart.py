@@ -19,8 +19,10 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.attention import CrossAttention, SelfAttention, padded_context
 from scaling_dit.nn.layers import NORMAL_002, Dense, Mlp, layer_norm
 
-EPSILON = 1e-6  # of every LayerNorm
-TIME_FEATURES = 256  # width of the sinusoidal time embedding
+# Of every LayerNorm.
+EPSILON = 1e-6
+# Width of the sinusoidal time embedding.
+TIME_FEATURES = 256
 
 
 class PixArt(nn.Module):
@@ -32,24 +34,32 @@ class PixArt(nn.Module):
     """
 
     in_channels: int = 4
-    out_channels: int | None = None  # None: as many as come in
+    # None: as many as come in.
+    out_channels: int | None = None
     text_dim: int = 1024
     size: str | None = "h1152-d28"
     hidden: int | None = None
     depth: int | None = None
     heads: int | None = None
     patch: int = 2
-    caption_embedding: bool | None = None  # an MLP from text_dim to hidden; None: as the size says, else True
-    learn_sigma: bool = False  # twice the channels: the prediction, then what gives its variance
-    base_size: int = 16  # side of the grid of tokens at which positions are whole numbers
+    # An MLP from text_dim to hidden; None: as the size says, else True.
+    caption_embedding: bool | None = None
+    # Twice the channels: the prediction, then what gives its variance.
+    learn_sigma: bool = False
+    # Side of the grid of tokens at which positions are whole numbers.
+    base_size: int = 16
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | products | attention | offload
+    # none | full | dots | products | attention | offload
+    remat: bool | str = "none"
     scan_layers: bool = False
-    dtype: str = "float32"  # of products and the residual stream
+    # Of products and the residual stream.
+    dtype: str = "float32"
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.pixart_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.pixart_weights:DIFFUSERS"
 
     def __post_init__(self) -> None:
         hidden = self.widths[0]
@@ -251,11 +261,18 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
 # Rows of arXiv 2404.02883, Table 2, and larger ones for arXiv 2412.12391, all with 16 heads; "-n16" may be added to a
 # name. Any other h<hidden>-d<depth>-n<heads> can be named as well.
 SIZES: dict[str, dict[str, int]] = {
-    "h1024-d28": {"hidden": 1024, "depth": 28, "heads": 16, "caption_embedding": False},  # 0.48B
-    "h1024-d56": {"hidden": 1024, "depth": 56, "heads": 16, "caption_embedding": False},  # 0.95B
-    "h1152-d28": {"hidden": 1152, "depth": 28, "heads": 16},  # PixArt-alpha XL/2, 0.61B
-    "h1536-d28": {"hidden": 1536, "depth": 28, "heads": 16},  # 1.08B
-    "h2048-d28": {"hidden": 2048, "depth": 28, "heads": 16},  # 1.9B
-    "h2304-d28": {"hidden": 2304, "depth": 28, "heads": 16},  # 2.4B
-    "h3072-d28": {"hidden": 3072, "depth": 28, "heads": 16},  # 4.3B
+    # 0.48B
+    "h1024-d28": {"hidden": 1024, "depth": 28, "heads": 16, "caption_embedding": False},
+    # 0.95B
+    "h1024-d56": {"hidden": 1024, "depth": 56, "heads": 16, "caption_embedding": False},
+    # PixArt-alpha XL/2, 0.61B.
+    "h1152-d28": {"hidden": 1152, "depth": 28, "heads": 16},
+    # 1.08B
+    "h1536-d28": {"hidden": 1536, "depth": 28, "heads": 16},
+    # 1.9B
+    "h2048-d28": {"hidden": 2048, "depth": 28, "heads": 16},
+    # 2.4B
+    "h2304-d28": {"hidden": 2304, "depth": 28, "heads": 16},
+    # 4.3B
+    "h3072-d28": {"hidden": 3072, "depth": 28, "heads": 16},
 }

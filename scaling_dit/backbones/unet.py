@@ -6,7 +6,7 @@ PyTorch's (unet_layers.py).
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,18 @@ from scaling_dit.nn.attention import padded_context
 from scaling_dit.nn.layers import conv3x3
 from scaling_dit.nn.unet_layers import Embedding, ResBlock, Transformer2D, Upsample
 
-SIZE_FEATURES = 256  # sinusoidal features of each of the six numbers in the extra `sizes`
+# Sinusoidal features of each of the six numbers in the extra `sizes`.
+SIZE_FEATURES = 256
 
 
 class Shape(NamedTuple):
     """What `size` and the explicit fields come to."""
 
-    widths: tuple[int, ...]  # channels of each level, the finest first
+    # Channels of each level, the finest first.
+    widths: tuple[int, ...]
     res_blocks: int
-    depths: tuple[int, ...]  # transformer blocks of each level, 0 = no attention
+    # Transformer blocks of each level, 0 = no attention.
+    depths: tuple[int, ...]
     mid_depth: int
     head_dim: int
     text_time: bool
@@ -46,23 +49,29 @@ class UNet(nn.Module):
     """
 
     in_channels: int = 4
-    out_channels: int | None = None  # None: as many as come in
+    # None: as many as come in.
+    out_channels: int | None = None
     text_dim: int = 1024
     size: str | None = "sdxl-c128"
     channels: int | None = None
     channel_mult: tuple[int, ...] | None = None
-    res_blocks: int | None = None  # of a level on the way down; one more on the way up
+    # Of a level on the way down; one more on the way up.
+    res_blocks: int | None = None
     transformer_depth: tuple[int, ...] | None = None
     head_dim: int | None = None
     text_time: bool | None = None
     pooled_dim: int = 1280
     attention: str = "auto"
-    remat: bool | str = (
-        "none"  # none | full | dots | products | attention | offload, of residual and transformer blocks
-    )
-    scan_layers: bool = False  # over the blocks of each transformer
-    dtype: str = "float32"  # of products and feature maps
+    # none | full | dots | products | attention | offload, of residual and transformer blocks
+    remat: bool | str = "none"
+    # Over the blocks of each transformer.
+    scan_layers: bool = False
+    # Of products and feature maps.
+    dtype: str = "float32"
     param_dtype: str = "float32"
+
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.unet_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.unet_weights:DIFFUSERS"
 
     def __post_init__(self) -> None:
         _ = self.shape
@@ -201,19 +210,25 @@ def _sdxl(channels: int, *depth: int, text_time: bool = False) -> dict[str, Any]
 
 # arXiv 2404.02883, Table 1, by the names of its plots; parameters at 1024-wide text.
 SIZES: dict[str, dict[str, Any]] = {
-    "sd2": _sd2(320),  # 0.87B
+    # 0.87B
+    "sd2": _sd2(320),
     "sd2-c512": _sd2(512),
-    "sdxl": _sdxl(320, 0, 2, 10),  # 2.39B
-    "sdxl-c128": _sdxl(128, 0, 2, 10),  # 0.42B
+    # 2.39B
+    "sdxl": _sdxl(320, 0, 2, 10),
+    # 0.42B
+    "sdxl-c128": _sdxl(128, 0, 2, 10),
     "sdxl-c192": _sdxl(192, 0, 2, 10),
     "sdxl-c384": _sdxl(384, 0, 2, 10),
     "sdxl-td2": _sdxl(320, 0, 2, 2),
     "sdxl-td4": _sdxl(320, 0, 2, 4),
     "sdxl-td12": _sdxl(320, 0, 2, 12),
     "sdxl-td14": _sdxl(320, 0, 2, 14),
-    "sdxl-td4_4": _sdxl(320, 0, 4, 4),  # 1.32B, the paper's efficient one
+    # 1.32B, the paper's efficient one.
+    "sdxl-td4_4": _sdxl(320, 0, 4, 4),
     "sdxl-td4_8": _sdxl(320, 0, 4, 8),
     "sdxl-td4_12": _sdxl(320, 0, 4, 12),
-    "sdxl-c384-td4_12": _sdxl(384, 0, 4, 12),  # 4.07B
-    "sdxl-official": _sdxl(320, 0, 2, 10, text_time=True),  # the published one; its text is 2048 wide
+    # 4.07B
+    "sdxl-c384-td4_12": _sdxl(384, 0, 4, 12),
+    # The published one; its text is 2048 wide.
+    "sdxl-official": _sdxl(320, 0, 2, 10, text_time=True),
 }

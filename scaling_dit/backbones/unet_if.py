@@ -28,7 +28,8 @@ ACTIVATION = "gelu"
 class Shape(NamedTuple):
     """What `size` and the explicit fields come to."""
 
-    widths: tuple[int, ...]  # channels of each level, the finest first
+    # Channels of each level, the finest first.
+    widths: tuple[int, ...]
     res_blocks: int
     attention_levels: tuple[int, ...]
     head_dim: int
@@ -44,22 +45,26 @@ class UNetIF(nn.Module):
     """
 
     in_channels: int = 4
-    out_channels: int | None = None  # None: as many as come in
+    # None: as many as come in.
+    out_channels: int | None = None
     text_dim: int = 1024
     size: str | None = "if-xl-c512"
     channels: int | None = None
     channel_mult: tuple[int, ...] | None = None
-    res_blocks: int | None = None  # of a level on the way down; one more on the way up
+    # Of a level on the way down; one more on the way up.
+    res_blocks: int | None = None
     attention_levels: tuple[int, ...] | None = None
     head_dim: int | None = None
     attention: str = "auto"
-    remat: bool | str = (
-        "none"  # none | full | dots | products | attention | offload, of residual blocks and attentions
-    )
-    dtype: str = "float32"  # of products and feature maps
+    # none | full | dots | products | attention | offload, of residual blocks and attentions
+    remat: bool | str = "none"
+    # Of products and feature maps.
+    dtype: str = "float32"
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.unet_if_weights:rows"
+    DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.unet_if_weights:DIFFUSERS"
 
     def __post_init__(self) -> None:
         _ = self.shape
@@ -186,6 +191,8 @@ def _if_xl(channels: int) -> dict[str, Any]:
 
 # arXiv 2404.02883, Table 1; parameters at 1024-wide text.
 SIZES: dict[str, dict[str, Any]] = {
-    "if-xl-c512": _if_xl(512),  # 2.04B
-    "if-xl": _if_xl(704),  # 3.82B
+    # 2.04B
+    "if-xl-c512": _if_xl(512),
+    # 3.82B
+    "if-xl": _if_xl(704),
 }

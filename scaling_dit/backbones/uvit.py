@@ -21,7 +21,8 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.nn.layers import Dense, Mlp, layer_norm
 
-EPSILON = 1e-5  # of every LayerNorm
+# Of every LayerNorm.
+EPSILON = 1e-5
 POSITIONS = ("learned", "sincos_init")
 
 
@@ -37,7 +38,8 @@ class UViT(nn.Module):
     """
 
     in_channels: int = 4
-    out_channels: int | None = None  # None: as many as come in
+    # None: as many as come in.
+    out_channels: int | None = None
     text_dim: int = 1024
     size: str | None = "h512-d12-n8"
     hidden: int | None = None
@@ -47,15 +49,19 @@ class UViT(nn.Module):
     long_skips: bool = True
     time_mlp: bool = False
     final_conv: bool = True
-    positions: str = "learned"  # initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens
+    # Initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens.
+    positions: str = "learned"
     attention: str = "auto"
-    remat: bool | str = "none"  # none | full | dots | products | attention | offload
+    # none | full | dots | products | attention | offload
+    remat: bool | str = "none"
     scan_layers: bool = False
-    dtype: str = "float32"  # of products and the residual stream
+    # Of products and the residual stream.
+    dtype: str = "float32"
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
+    WEIGHTS: ClassVar[str] = "scaling_dit.backbones.uvit_weights:rows"
 
     def __post_init__(self) -> None:
         _ = self.widths
@@ -135,7 +141,8 @@ class UViT(nn.Module):
         )
         x = layers.unpatchify(head(x), self.patch, height, width)
         if self.final_conv:
-            x = layers.constrain(x, "batch", None, None, None)  # XLA errs on a convolution split over height
+            # XLA errs on a convolution split over height.
+            x = layers.constrain(x, "batch", None, None, None)
             conv = layers.conv3x3("final_layer", out_channels, out_channels, param_dtype=self.param_dtype)
             x = conv(x)
         return x
@@ -161,7 +168,8 @@ class UViT(nn.Module):
         length = found = 1 + text_length + rows * columns
         if self.has_variable("params", "pos_embed"):
             found = trees.unbox(self.get_variable("params", "pos_embed")).shape[0]
-        image = found - 1 - text_length  # tokens of an image at init
+        # Tokens of an image at init.
+        image = found - 1 - text_length
         side = math.isqrt(max(image, 0))
         if found != length and (image < 1 or side**2 != image):
             raise UserError(
@@ -232,17 +240,22 @@ class Block(nn.Module):
 
 # Rows of the two papers' scale and of the published code; any other h<hidden>-d<depth>-n<heads> can be named as well.
 SIZES: dict[str, dict[str, int]] = {
-    "h512-d12-n8": {"hidden": 512, "depth": 12, "heads": 8},  # U-ViT-S
-    "h512-d16-n8": {"hidden": 512, "depth": 16, "heads": 8},  # U-ViT-S deep
-    "h1024-d20-n16": {"hidden": 1024, "depth": 20, "heads": 16},  # U-ViT-L, 0.29B
+    # U-ViT-S.
+    "h512-d12-n8": {"hidden": 512, "depth": 12, "heads": 8},
+    # U-ViT-S deep.
+    "h512-d16-n8": {"hidden": 512, "depth": 16, "heads": 8},
+    # U-ViT-L, 0.29B.
+    "h1024-d20-n16": {"hidden": 1024, "depth": 20, "heads": 16},
     "h1024-d28-n16": {"hidden": 1024, "depth": 28, "heads": 16},
-    "h1152-d28-n16": {"hidden": 1152, "depth": 28, "heads": 16},  # U-ViT-H, 0.50B
+    # U-ViT-H, 0.50B.
+    "h1152-d28-n16": {"hidden": 1152, "depth": 28, "heads": 16},
     "h1024-d42-n16": {"hidden": 1024, "depth": 42, "heads": 16},
     "h1024-d56-n16": {"hidden": 1024, "depth": 56, "heads": 16},
     "h1536-d28-n16": {"hidden": 1536, "depth": 28, "heads": 16},
     "h1536-d42-n16": {"hidden": 1536, "depth": 42, "heads": 16},
     "h2048-d28-n16": {"hidden": 2048, "depth": 28, "heads": 16},
-    "h2048-d42-n16": {"hidden": 2048, "depth": 42, "heads": 16},  # the 2.3B of arXiv 2412.12391
+    # The 2.3B of arXiv 2412.12391.
+    "h2048-d42-n16": {"hidden": 2048, "depth": 42, "heads": 16},
     "h2560-d42-n16": {"hidden": 2560, "depth": 42, "heads": 16},
     "h3072-d56-n16": {"hidden": 3072, "depth": 56, "heads": 16},
 }

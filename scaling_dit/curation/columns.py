@@ -15,7 +15,7 @@ from PIL import Image
 
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import RawSample
+from scaling_dit.data.sources.image_files import RawSample
 
 _ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # Exif: turned by a quarter
 

@@ -26,7 +26,7 @@ from scaling_dit.curation.sidecar import MadeCaption
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest, records
-from scaling_dit.data.sources.encoded import EncodedSource, RawSample, key_hash
+from scaling_dit.data.sources.image_files import ImageFileSource, RawSample, key_hash
 from scaling_dit.encoders.codec import Codec
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import mesh as mesh_lib
@@ -147,7 +147,7 @@ class Encoder:
 
 
 def encode_shard(
-    source: EncodedSource,
+    source: ImageFileSource,
     number: int,
     selection: Selection,
     encoder: Encoder,

@@ -23,7 +23,7 @@ from scaling_dit.curation.progress import Progress
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_raw_source
-from scaling_dit.data.sources.encoded import EncodedSource
+from scaling_dit.data.sources.image_files import ImageFileSource
 from scaling_dit.encoders.codec import create_codec
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.model import codec_identity as identity
@@ -87,7 +87,7 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
     return finish(folder, len(source.shards()), about)
 
 
-def open_source(config: ConfigDict) -> EncodedSource:
+def open_source(config: ConfigDict) -> ImageFileSource:
     """The raw source of a config; its shards are opened one by one, and no damage in it is too much.
 
     Raises:
@@ -96,7 +96,7 @@ def open_source(config: ConfigDict) -> EncodedSource:
     return create_raw_source(**config.source.to_dict())
 
 
-def check_columns(source: EncodedSource, columns: Sequence[str]) -> None:
+def check_columns(source: ImageFileSource, columns: Sequence[str]) -> None:
     """Makes sure that the metadata to keep is there: each name in one of the first `_LOOKED_AT` sound samples.
 
     The samples of a source may differ in what is known of them. Reading stops as soon as every name was seen.
@@ -119,7 +119,7 @@ def check_columns(source: EncodedSource, columns: Sequence[str]) -> None:
         raise UserError(f"--columns={missing[0]}: none of the first {looked} samples has it; {hint}")
 
 
-def request(config: ConfigDict, source: EncodedSource, options: Options, batch: int) -> dict[str, Any]:
+def request(config: ConfigDict, source: ImageFileSource, options: Options, batch: int) -> dict[str, Any]:
     """What decides the bytes of a set, apart from the codec: source, shards, options.
 
     Raises:
@@ -150,7 +150,7 @@ def claim(folder: epath.Path, asked: Mapping[str, Any]) -> None:
 
 
 def make_parts(
-    source: EncodedSource,
+    source: ImageFileSource,
     selection: encode.Selection,
     encoder: encode.Encoder,
     folder: epath.Path,

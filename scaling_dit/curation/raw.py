@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from scaling_dit import config as config_lib
 from scaling_dit.config import override_key
 from scaling_dit.data.sources import create_raw_source
-from scaling_dit.data.sources.encoded import EncodedSource
+from scaling_dit.data.sources.image_files import ImageFileSource
 from scaling_dit.errors import UserError
 
 _OWN = ("held_out_fraction", "max_damaged", "image_size")  # fields that do not matter to a whole set of files
@@ -41,6 +41,6 @@ def raw_name(name: str, overrides: Sequence[str] = ()) -> RawName:
 
 
 @functools.cache
-def open_raw(raw: RawName) -> EncodedSource:
+def open_raw(raw: RawName) -> ImageFileSource:
     """The source, opened once per process; raises UserError as `create_raw_source`."""
     return create_raw_source(raw.name, **dict(raw.fields))

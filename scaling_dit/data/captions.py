@@ -55,7 +55,7 @@ class CaptionPolicy:
     unit: str = "words"
 
     def choose(self, record: Mapping[str, Any], rng: np.random.Generator) -> str:
-        """The caption shown of a record, drawn from `rng`; only this one of its captions is read.
+        """The caption shown of a record, chosen by `rng`; only this one of its captions is read.
 
         Raises:
           UserError: the record has no captions, or its kinds do not fit them.
@@ -65,6 +65,10 @@ class CaptionPolicy:
             caption = choose_caption(captions, rng)
         else:
             caption = captions[self._draw(captions, record.get("kinds"), rng)]
+        if not isinstance(caption, str):
+            raise UserError(
+                f"record {record.get('key')!r} has as caption a {type(caption).__name__}, it must be a text"
+            )
         if self.random_length and rng.random() < self.random_length:
             return cut(caption, self.unit, rng)
         return caption
@@ -90,14 +94,16 @@ class CaptionPolicy:
         return bisect.bisect_right(_edges(self, tuple(kinds)), rng.random())
 
 
-@functools.lru_cache(4096)  # few records differ in their kinds
+# Few records differ in their kinds.
+@functools.lru_cache(4096)
 def _edges(policy: CaptionPolicy, kinds: tuple[str, ...]) -> tuple[float, ...]:
     """Where each caption's part of [0, 1) ends."""
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"a caption's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     sums = list(itertools.accumulate(policy.shares(kinds)))
-    return tuple(edge / sums[-1] for edge in sums)  # the last is 1, so what is drawn is below it
+    # The last is 1, so every random number is below it.
+    return tuple(edge / sums[-1] for edge in sums)
 
 
 UNIFORM = CaptionPolicy()

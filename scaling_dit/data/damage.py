@@ -1,7 +1,7 @@
-"""Damaged records: counted by kind, told, and stood in for, up to a limit.
+"""Damaged records: counted by kind, reported and replaced, up to a limit.
 
-A source reads its records through `Damage.read` and raises `DamagedRecord` for one it cannot give. What stands in for
-it is a function of its index and the source's contents alone, so `source[index]` stays a pure function: it depends
+A source reads its records through `Damage.read` and raises `DamagedRecord` for one it cannot give. What replaces it
+is a function of its index and the source's contents alone, so `source[index]` stays a pure function: it depends
 neither on the number of processes or threads nor on what was read before.
 """
 
@@ -18,8 +18,10 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 
-_TOLD = 10  # records that get a line of their own in the log
-_TRIES = 100  # records tried in place of one
+# Records that get a line of their own in the log.
+_LOGGED = 10
+# Records tried in place of one.
+_TRIES = 100
 
 
 class DamagedRecord(UserError):
@@ -40,17 +42,18 @@ class Damage:
     """What was met of damaged records since the start, each counted once; safe to use from several threads.
 
     Args:
-      limit: damaged records to go on without; the first beyond it raises. 0 stops at the first, None has no limit.
+      limit: damaged records that are replaced; the first beyond it raises. 0 stops at the first, None has no limit.
       field: the config field that holds the limit, for the error line.
     """
 
     def __init__(self, limit: int | None = None, field: str = "") -> None:
         self.limit, self._field = limit, field
-        self._met: dict[str, DamagedRecord] = {}  # by place
+        # By place.
+        self._met: dict[str, DamagedRecord] = {}
         self._saved = 0
         self._lock = threading.Lock()
 
-    def meet(self, fault: DamagedRecord, *, tell: bool = True) -> None:
+    def meet(self, fault: DamagedRecord, *, log: bool = True) -> None:
         """Counts a damaged record, unless it was met before, and logs it if it is among the first.
 
         Raises:
@@ -62,14 +65,14 @@ class Damage:
             number = len(self._met)
         if self.limit is not None and number > self.limit:
             raise UserError(f"{fault}; {self._stopped()}") from fault
-        if new and tell and number <= _TOLD:
-            more = "; further ones are counted and listed, not logged" if number == _TOLD else ""
+        if new and log and number <= _LOGGED:
+            more = "; further ones are counted and listed, not logged" if number == _LOGGED else ""
             logging.warning("damaged record left out (%s): %s%s", fault.kind, fault, more)
 
     def meet_all(self, faults: Iterable[DamagedRecord]) -> None:
         """Counts what was found when a source was opened, without a line for each; raises as `meet`."""
         for fault in faults:
-            self.meet(fault, tell=False)
+            self.meet(fault, log=False)
 
     def announce(self) -> None:
         """One log line of what was met so far; none if that is nothing."""
@@ -144,9 +147,9 @@ class Damage:
 
     def _stopped(self, counts: Mapping[str, int] | None = None) -> str:
         if not self.limit:
-            return f"to go on without up to N damaged records, set {self._field}=N"
-        told = _by_kind(self.counts() if counts is None else counts)
-        return f"more than {self._field}={self.limit} records are damaged ({told})"
+            return f"to replace up to N damaged records by others, set {self._field}=N"
+        by_kind = _by_kind(self.counts() if counts is None else counts)
+        return f"more than {self._field}={self.limit} records are damaged ({by_kind})"
 
 
 def damage_of(source: Any) -> Damage:
@@ -168,7 +171,7 @@ def _listed(path: epath.Path) -> list[dict[str, str]]:
 
 
 def _sequence(index: int, length: int) -> Iterator[int]:
-    """The record itself, then `_TRIES` drawn from a generator of its own."""
+    """The record itself, then `_TRIES` random ones from a generator of its own."""
     yield index
     generator = np.random.Generator(np.random.Philox(key=index))
     for _ in range(_TRIES):

@@ -28,8 +28,10 @@ TEMPLATES = (
     "the digit {}, written by hand",
     "a handwritten digit: {}",
 )
-LEVELS = 16  # a scan's brightest value
-BLOCK = 2  # pixels of the picture for each pixel of the scan, both ways
+# A scan's brightest value.
+LEVELS = 16
+# Pixels of the image for each pixel of the scan, both ways.
+BLOCK = 2
 
 
 def captions(digit: int) -> list[str]:
@@ -37,18 +39,18 @@ def captions(digit: int) -> list[str]:
     return [template.format(WORDS[digit]) for template in TEMPLATES]
 
 
-def to_pictures(scans: np.ndarray) -> np.ndarray:
-    """Scans [N, 8, 8] in 0..16 -> grey pictures uint8 [N, 16, 16]."""
+def to_images(scans: np.ndarray) -> np.ndarray:
+    """Scans [N, 8, 8] in 0..16 -> grey images uint8 [N, 16, 16]."""
     grey = np.round(np.asarray(scans) * (255 / LEVELS)).astype(np.uint8)
     return grey.repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
 
 
-def to_scans(pictures: np.ndarray) -> np.ndarray:
-    """RGB pictures uint8 [N, 16, 16, 3] -> scans float64 [N, 8, 8] in 0..16, the mean of each block.
+def to_scans(images: np.ndarray) -> np.ndarray:
+    """RGB images uint8 [N, 16, 16, 3] -> scans float64 [N, 8, 8] in 0..16, the mean of each block.
 
-    The inverse of `to_pictures`, up to the rounding to 8 bits: within 0.04 of the scan's integer.
+    The inverse of `to_images`, up to the rounding to 8 bits: within 0.04 of the scan's integer.
     """
-    blocks = reduce(pictures.astype(np.float64), "n (h b) (w d) c -> n h w", "mean", b=BLOCK, d=BLOCK)
+    blocks = reduce(images.astype(np.float64), "n (h b) (w d) c -> n h w", "mean", b=BLOCK, d=BLOCK)
     return blocks * (LEVELS / 255)
 
 
@@ -76,9 +78,9 @@ def write(out_dir: str | epath.Path) -> epath.Path:
     if target.exists() and target.read_text() == metadata:
         return folder
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(names, to_pictures(scans.reshape(-1, 8, 8)), strict=True):
+    for name, image in zip(names, to_images(scans.reshape(-1, 8, 8)), strict=True):
         with (folder / name).open("wb") as file:
-            Image.fromarray(picture).save(file, format="PNG")
+            Image.fromarray(image).save(file, format="PNG")
     partial = folder / f"{METADATA}.partial"
     partial.write_text(metadata)
     partial.replace(target)

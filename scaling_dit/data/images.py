@@ -21,9 +21,12 @@ from scaling_dit.errors import UserError
 
 # Those that Pillow decodes itself; others would run programs of the system (EPS: Ghostscript).
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 2**26  # 8192 x 8192, the default limit
-PILLOW_MAX_PIXELS = 2 * 89_478_485  # Pillow refuses more, and warns from half of it on
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `max_pixels` decides
+# 8192 x 8192, the default limit.
+MAX_PIXELS = 2**26
+# Pillow refuses more, and warns from half of it on.
+PILLOW_MAX_PIXELS = 2 * 89_478_485
+# `max_pixels` decides.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -47,7 +50,8 @@ def decode(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> 
         raise DamagedRecord("too_large", where, f"image {name!r}: {error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
+    except Exception as error:
+        # Damaged bytes make Pillow's decoders raise nearly anything.
         # Pillow's own message would show an address in memory.
         why = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DamagedRecord("unreadable_image", where, f"cannot read image {name!r}: {why}") from error
@@ -80,14 +84,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
       ValueError: floating-point pixels, whose range is not known; for damaged data whatever Pillow raises.
     """
-    image.load()  # damage to the pixels shows here
+    # Damage to the pixels shows here.
+    image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing about the orientation
+    except Exception:
+        # A damaged EXIF block says nothing about the orientation.
         image = image.copy()
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255 instead of scaling
+    # 16-bit grey: PIL's own conversion clips at 255 instead of scaling.
+    if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

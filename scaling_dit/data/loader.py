@@ -3,8 +3,8 @@
 `sample(step, position) = dataset[step * batch + position]` on the globally shuffled, repeated index: a process reads
 the positions of the global batch that its devices hold, whichever they are. So the data of a step do not depend on
 the number of processes, and any step can be read without reading those before it. Shuffling is a permutation that
-Grain computes per index, so the length of a source costs no memory. What stands in for a damaged record is the
-source's business (`data/damage.py`): it depends on the index alone.
+Grain computes per index, so the length of a source costs no memory. The source replaces a
+damaged record (`data/damage.py`), depending on the index alone.
 """
 
 import sys
@@ -16,10 +16,11 @@ import numpy as np
 
 from scaling_dit.data.captions import UNIFORM, CaptionPolicy
 from scaling_dit.data.damage import damage_of
-from scaling_dit.data.sources import Record, Source
+from scaling_dit.data.sources import Record, Source, contract
 from scaling_dit.errors import UserError
 
-TINY = 16  # records; Grain's permutations of fewer are far from uniform
+# Records; Grain's permutations of fewer are far from uniform.
+TINY = 16
 
 Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 
@@ -27,10 +28,14 @@ Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 class HostBatch(TypedDict):
     """The rows of one global batch that one process holds, in the order of its positions."""
 
-    images: NotRequired[np.ndarray]  # uint8 [b, H, W, 3]
-    latents: NotRequired[np.ndarray]  # in place of images: moments of latents, bfloat16 [b, h, w, M]
-    ids: np.ndarray  # int32 [b, L]
-    mask: np.ndarray  # bool [b, L]; True = real token
+    # uint8 [b, H, W, 3].
+    images: NotRequired[np.ndarray]
+    # In place of images: moments of latents, bfloat16 [b, h, w, M].
+    latents: NotRequired[np.ndarray]
+    # int32 [b, L].
+    ids: np.ndarray
+    # bool [b, L]; True = real token.
+    mask: np.ndarray
 
 
 def make_loader(
@@ -118,7 +123,6 @@ class HostBatches(grain.MapDataset[HostBatch]):
         self._start_step = start_step
         self._data_step = data_step
         self._captions = captions
-        self._image_shape = (source.image_size, source.image_size, 3)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -134,35 +138,23 @@ class HostBatches(grain.MapDataset[HostBatch]):
             for record, position in zip(records, self._positions, strict=True)
         ]
         ids, mask = self._tokenize(captions)
-        for record in records:
-            self._check(record)
-        return {**stack_pictures(records), "ids": ids, "mask": mask}
+        return {**stack_images(records), "ids": ids, "mask": mask}
 
     def _read(self, indices: list[int]) -> Sequence[Record]:
         if hasattr(self._source, "__getitems__"):
-            records: Sequence[Record] = self._source.__getitems__(indices)
-            return records
-        return [self._source[index] for index in indices]
-
-    def _check(self, record: Record) -> None:
-        image = record.get("image")
-        if image is not None and (image.shape != self._image_shape or image.dtype != np.uint8):
-            expected = "x".join(str(size) for size in self._image_shape)
-            found = "x".join(str(size) for size in image.shape)
-            raise UserError(
-                f"image {record['key']!r} is {found} {image.dtype}; the source promises {expected} uint8"
-            )
+            return contract.read_many(self._source, indices)
+        return [contract.read(self._source, index) for index in indices]
 
 
-def stack_pictures(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """The part of a batch that shows the pictures: "images", or "latents" of records from a prepared set."""
+def stack_images(records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """The part of a batch that holds the images: "images", or "latents" of records from a prepared set."""
     if "latents" in records[0]:
         return {"latents": np.stack([record["latents"] for record in records])}
     return {"images": np.stack([record["image"] for record in records])}
 
 
 class TinyShuffle(grain.MapDataset[int]):
-    """A few indices, repeated, every epoch in a permutation drawn uniformly from (seed, epoch)."""
+    """A few indices, repeated, every epoch in a uniform random permutation from (seed, epoch)."""
 
     def __init__(self, parent: grain.MapDataset[int], seed: int) -> None:
         super().__init__(parent)
@@ -193,7 +185,7 @@ class KeyedGenerator:
 
     def at(self, step: int, position: int) -> np.random.Generator:
         """The generator at the start of its stream for (step, position); valid until the next call."""
-        # The low two words of the counter are left for the draws within a stream.
+        # The low two words of the counter are left for the numbers within a stream.
         self._state["state"]["counter"][:] = (0, 0, position, step)
         self._philox.state = self._state
         return self._generator

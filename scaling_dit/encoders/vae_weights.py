@@ -13,8 +13,8 @@ import numpy as np
 from einops import rearrange
 
 from scaling_dit.encoders.vae_config import Architecture
-from scaling_dit.weights import table
-from scaling_dit.weights.table import POINTWISE, Row, Transform, convolution, norm, stacked
+from scaling_dit.weights import state_dicts, table
+from scaling_dit.weights.table import Row, Transform, convolution, norm, pointwise, stacked
 
 _PREFIX = "first_stage_model."  # of a whole checkpoint
 
@@ -63,11 +63,11 @@ def load(
     """
     inside = {name.removeprefix(_PREFIX): name for name in tensors if name.startswith(_PREFIX)}
     if inside:
-        tensors = table.Renamed(tensors, inside)
+        tensors = state_dicts.Renamed(tensors, inside)
     names = spelling(tensors)
     query = f"{names.attention}.{names.attention_parts[1]}.weight".replace("{side}", "encoder")
     as_convolutions = query in tensors and tensors[query].ndim == 4
-    return table.load(rows(architecture, names, as_convolutions), abstract, tensors, what)
+    return state_dicts.load(rows(architecture, names, as_convolutions), abstract, tensors, what)
 
 
 def spelling(tensors: Mapping[str, Any]) -> Names:
@@ -144,7 +144,7 @@ def _attention(names: Names, side: str, as_convolutions: bool) -> list[Row]:
 
 def _pointwise(upstream: str, ours: str) -> list[Row]:
     """The rows of a 1x1 convolution."""
-    return [Row(f"{upstream}.weight", f"{ours}/kernel", POINTWISE), Row(f"{upstream}.bias", f"{ours}/bias")]
+    return [Row(f"{upstream}.weight", f"{ours}/kernel", pointwise()), Row(f"{upstream}.bias", f"{ours}/bias")]
 
 
 # Weights [out, in, 1, 1] of several 1x1 convolutions <-> our kernel [in, parts, out].

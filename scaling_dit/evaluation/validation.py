@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from scaling_dit.data.loader import stack_pictures
+from scaling_dit.data.loader import stack_images
 from scaling_dit.data.sources import Source
 from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.model.model import Model
@@ -48,7 +48,7 @@ class ValidationLoss:
         times = np.random.default_rng(_SEED).permutation(times)
         alpha, sigma = reference.coefficients(times)
         self._rows = {
-            **stack_pictures(records),
+            **stack_images(records),
             "ids": ids,
             "mask": mask,
             "reference_timesteps": times,  # for the bins

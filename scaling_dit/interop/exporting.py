@@ -10,13 +10,15 @@ import numpy as np
 from etils import epath
 
 from scaling_dit import interop
+from scaling_dit.backbones import contract
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
+from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.interop.diffusers import pipelines
-from scaling_dit.interop.diffusers.families import FAMILIES
+from scaling_dit.model.model import Model
 from scaling_dit.sampling import pipeline
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.weights import files as weight_files
@@ -51,7 +53,8 @@ def main(
         without names elsewhere.
     """
     folder = epath.Path(out)
-    if folder.name in ("", ".."):  # the folder is written beside its place and renamed
+    # The folder is written beside its place and renamed.
+    if folder.name in ("", ".."):
         raise UserError(
             f"--out={out} names no folder of its own; give a new one, such as --out={folder / 'export'}"
         )
@@ -64,7 +67,8 @@ def main(
         pipelines.kind_of(pipe)
     described = None if to == "safetensors" else describe(pipe, epath.Path(workdir))
     backbone: Any = pipe.model.backbone
-    weights = interop.to_state_dict(backbone, {"params": pipe.params["backbone"]})
+    inputs = model_inputs(pipe.model)
+    weights = interop.to_state_dict(backbone, {"params": pipe.params["backbone"]}, inputs=inputs)
     if jax.process_index() == 0:
         with whole_folder(folder) as partial:
             if described is not None and to == PIPELINE:
@@ -78,14 +82,22 @@ def main(
     return 0
 
 
+def model_inputs(model: Model) -> tuple[Any, ...]:
+    """Abstract inputs of one call of a run's backbone."""
+    backbone: Any = model.backbone
+    text = (model.text_encoder.length, model.text_encoder.dim)
+    return contract.example_inputs(backbone, model.latent_shape, text)
+
+
 def describe(pipe: Pipeline, workdir: epath.Path) -> dict[str, Any]:
     """The `config.json` of a run's backbone; one that was imported keeps the spelling of the file it came with."""
     name = pipe.config.backbone.name
     described = diffusers_config.write_config(name, pipe.model.backbone, pipe.model.latent_shape[:2])
     imported = Workdir(workdir).imported
-    if not imported.exists():
+    family = diffusers_class(type(pipe.model.backbone))
+    if family is None or not imported.exists():
         return described
-    return diffusers_config.keep_spelling(FAMILIES[name], described, weight_files.read_json(imported))
+    return diffusers_config.keep_spelling(family, described, weight_files.read_json(imported))
 
 
 @contextlib.contextmanager
@@ -97,12 +109,14 @@ def whole_folder(folder: epath.Path) -> Iterator[epath.Path]:
     remote = is_remote(folder)
     partial = folder if remote else folder.with_name(folder.name + ".partial")
     if not remote and partial.exists():
-        partial.rmtree()  # of an export that was killed
+        # Of an export that was killed.
+        partial.rmtree()
     partial.mkdir(parents=True, exist_ok=True)
     yield partial
     if not remote:
         if folder.exists():
-            folder.rmdir()  # empty, as was checked
+            # Empty, as was checked.
+            folder.rmdir()
         partial.rename(folder)
 
 

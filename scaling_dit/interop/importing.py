@@ -1,7 +1,7 @@
 """A new run from published weights: the `import` verb.
 
-The run is as `train` would start it, at step 0 with a fresh optimiser, but that the backbone's parameters and all
-averages are the imported ones. `train` with the same config goes on from there, and every verb opens it.
+The run is as `train` would start it, at step 0 with a fresh optimizer, but that the backbone's parameters and all
+averages are the imported ones. `train` with the same config resumes from there, and every verb opens it.
 """
 
 import json
@@ -21,8 +21,9 @@ from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.interop.diffusers import pipelines
-from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.interop.exporting import model_inputs
 from scaling_dit.model.build import build_model, open_source
+from scaling_dit.model.frozen import frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.training import optim
@@ -61,7 +62,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
     weights = weight_files.read(path)
     start_run(config, folder, weights, described, source)
     print(
-        f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; go on with train"
+        f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; `train` resumes it"
     )
     return 0
 
@@ -89,16 +90,17 @@ def run_config(
     """
     if described is None:
         return config_lib.resolve(config, overrides)
-    family = diffusers_config.family_of(described, source)
     there = config.get("backbone", ConfigDict()).get("name", config_lib.defaults().backbone.name)
     name = config_lib.component_names(overrides, ("backbone",)).get("backbone", there)
-    if name != family.name:
+    needed, family = diffusers_config.family_of(described, source, configured=name)
+    if name != needed:
         raise UserError(
             f"config.backbone.name is {name!r}, but {source} holds a {family.class_name}; add "
-            f"--config.backbone.name={family.name}"
+            f"--config.backbone.name={needed}"
         )
     if there != name:
-        config.backbone = ConfigDict({"name": name})  # another backbone's sizes are not this one's
+        # Another backbone's sizes are not this one's.
+        config.backbone = ConfigDict({"name": name})
     explicit = {f"backbone.{key}" for key in config.get("backbone", ConfigDict())}
     explicit |= {config_lib.override_key(override) for override in overrides}
     fields = diffusers_config.read_fields(family, described, source)
@@ -127,7 +129,8 @@ def _fill(section: ConfigDict, fields: Mapping[str, Any], explicit: set[str], so
         elif not (by_size and now is None):
             section[field] = value
     if "size" in section and not by_size:
-        section.size = None  # a default, which the fields replace
+        # A default, which the fields replace.
+        section.size = None
 
 
 def start_run(
@@ -148,12 +151,12 @@ def start_run(
     if described is not None:
         _check_described(config, model, described, origin)
     backbone: Any = model.backbone
-    loaded = interop.load_state_dict(backbone, weights)["params"]
+    loaded = interop.load_state_dict(backbone, weights, inputs=model_inputs(model))["params"]
     key = jax.random.key(config.seed)
     boxed, boxed_frozen = jax.eval_shape(model.init, key)
     _check_shapes(trees.by_path(loaded), trees.by_path(trees.unbox(boxed["backbone"])), model)
 
-    frozen = frozen_weights.open_frozen(workdir.frozen, model, config.seed, mesh, boxed_frozen)
+    frozen = open_frozen(workdir.frozen, model, config.seed, mesh, boxed_frozen)
     placed = rules.param_shardings(mesh, boxed)
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
@@ -166,21 +169,19 @@ def start_run(
         loaded,
         placed["backbone"],
     )
-    given = {"backbone": host, **frozen_weights.open_trained(model, mesh, boxed)}
+    given = {"backbone": host, **open_trained(model, mesh, boxed)}
     shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
     start = jax.jit(make, out_shardings=shardings)(given)
     with Checkpoints(workdir.checkpoints) as store:
-        store.save(
-            0, start, {"frozen_sha256": frozen_weights.frozen_hash(frozen, *model.encoders)}, wait=True
-        )
+        store.save(0, start, {"frozen_sha256": frozen_hash(frozen, *model.encoders)}, wait=True)
     if described is not None and jax.process_index() == 0:
         files.write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
-    frozen_weights.save_frozen(workdir.frozen, model, frozen)
+    save_frozen(workdir.frozen, model, frozen)
     claim_workdir(workdir, config, tokenizer)
 
 
 def _check_described(config: ConfigDict, model: Model, described: Mapping[str, Any], source: str) -> None:
-    family = diffusers_config.family_of(described, source)
+    name, family = diffusers_config.family_of(described, source, configured=config.backbone.name)
     backbone: Any = model.backbone
     fields = diffusers_config.read_fields(family, described, source)
     for field, setting in _FROM_RUN.items():
@@ -188,7 +189,7 @@ def _check_described(config: ConfigDict, model: Model, described: Mapping[str, A
             raise UserError(
                 f"{source} has {field} {fields[field]}, but this run gives {getattr(backbone, field)}; set {setting}"
             )
-    diffusers_config.check_same(family, described, backbone, model.latent_shape[:2], source)
+    diffusers_config.check_same(name, family, described, backbone, model.latent_shape[:2], source)
 
 
 def _check_shapes(found: Mapping[Any, Any], wanted: Mapping[Any, Any], model: Model) -> None:

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
-from scaling_dit.data.prepared.source import LatentsSource
+from scaling_dit.data.prepared.source import PreparedSource
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError
@@ -61,7 +61,7 @@ def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) 
     Raises:
       UserError: another codec, another field of it, other weights, or moments of another shape.
     """
-    if not isinstance(source, LatentsSource):
+    if not isinstance(source, PreparedSource):
         return
     check_codec(source.manifest.codec, codec_identity(config, codec, params), source.path)
     right = codec.moments_shape(source.image_size)

@@ -18,7 +18,8 @@ from scaling_dit.errors import UserError
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' folders, and of ours in upstream names
+# Of diffusers' folders, and of ours in upstream names.
+STEMS = ("diffusion_pytorch_model", "model")
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -61,7 +62,8 @@ class Tensors(Mapping[str, np.ndarray]):
     """
 
     def __init__(self) -> None:
-        self.places: dict[str, epath.Path] = {}  # name -> file
+        # Name -> file.
+        self.places: dict[str, epath.Path] = {}
         self._open: dict[epath.Path, Any] = {}
         self._copies: tempfile.TemporaryDirectory[str] | None = None
 
@@ -72,7 +74,8 @@ class Tensors(Mapping[str, np.ndarray]):
             array: np.ndarray = file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise _damaged(path, error) from None
-        except (AttributeError, TypeError):  # numpy has no such type
+        except (AttributeError, TypeError):
+            # NumPy has no such type.
             kind = file.get_slice(name).get_dtype()
             raise UserError(
                 f"{path} holds {name} as {kind}, which cannot be read; convert it to F32, F16 or BF16"
@@ -93,7 +96,8 @@ class Tensors(Mapping[str, np.ndarray]):
         """
         if path not in self._open:
             local = path
-            if "://" in str(path):  # the library maps local files only
+            # The library maps local files only.
+            if "://" in str(path):
                 self._copies = self._copies or tempfile.TemporaryDirectory()
                 local = epath.Path(self._copies.name) / path.name
                 path.copy(local)
@@ -139,7 +143,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:
+        # Of JSON or of UTF-8.
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")

@@ -18,7 +18,8 @@ from scaling_dit.errors import UserError
 from scaling_dit.weights.files import INDEX_SUFFIX, SUFFIX, read_json
 
 _PICKLED_INDEX = ".bin.index.json"
-_NESTED = "state_dict"  # the key under which trainers keep the weights beside other things
+# The key under which trainers keep the weights beside other things.
+_NESTED = "state_dict"
 
 
 def main(source: str, out: str) -> int:
@@ -103,14 +104,14 @@ def _convert_shards(index: epath.Path, folder: epath.Path) -> None:
         config.copy(folder / config.name)
     name = index.name.removeprefix("pytorch_").removesuffix(_PICKLED_INDEX) + INDEX_SUFFIX
     table = {"metadata": {}, "weight_map": {entry: renamed[str(file)] for entry, file in places.items()}}
-    (folder / name).write_text(
-        json.dumps(table, indent=2, sort_keys=True) + "\n"
-    )  # last: the folder is whole
+    # Last: a folder with an index is whole.
+    (folder / name).write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
 
 
 def _load(torch: Any, local: epath.Path, where: str) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about TorchScript, which is dealt with below
+        # About TorchScript, which is dealt with below.
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(str(local), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)

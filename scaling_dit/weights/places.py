@@ -20,15 +20,18 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts
+from scaling_dit.weights.table import Table
 
-NONE, RANDOM = "", "random"  # values of a `weights` field that name no place
+# Values of a `weights` field that name no place.
+NONE, RANDOM = "", "random"
 _HUB = "hub:"
 _HUB_FORM = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]*))?(/(?P<inside>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG = "config.json"
 _PIPELINE = "model_index.json"
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]  # configs and tokenizers
+# Configs and tokenizers.
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,13 @@ class Pretrained:
     config: dict[str, Any] | None
     tensors: Mapping[str, np.ndarray]
 
-    def load(self, rows: table.Table, abstract: Mapping[str, Any], what: str) -> dict[str, Any]:
+    def load(self, rows: Table, abstract: Mapping[str, Any], what: str) -> dict[str, Any]:
         """The tensors as a tree of the shapes and dtypes of `abstract`, on the host.
 
         Raises:
           UserError: unknown, missing or misshapen entries, all in one message.
         """
-        return table.load(rows, abstract, self.tensors, f"{what} ({self.place})")
+        return state_dicts.load(rows, abstract, self.tensors, f"{what} ({self.place})")
 
     def check(self, wanted: Mapping[str, Any], section: str = "") -> None:
         """Makes sure that `config.json`, if there is one, describes the architecture that is to be filled.
@@ -78,11 +81,11 @@ class Pretrained:
 
     def renamed(self, names: Mapping[str, str]) -> "Pretrained":
         """The same with only the tensors in `names`, new name -> upstream name; still read when they are asked for."""
-        return dataclasses.replace(self, tensors=table.Renamed(self.tensors, names))
+        return dataclasses.replace(self, tensors=state_dicts.Renamed(self.tensors, names))
 
 
 def is_place(weights: str) -> bool:
-    """Whether a `weights` field names a place, and not "" (none) or "random" (drawn from the run's seed)."""
+    """Whether a `weights` field names a place, and not "" (none) or "random" (made from the run's seed)."""
     return weights not in (NONE, RANDOM)
 
 
@@ -90,7 +93,7 @@ def missing(field: str) -> UserError:
     """The error of a run that needs weights and has none; `field` is the config field to set."""
     return UserError(
         f"config.{field} is empty, which is enough to count and to plan; to run, set it to a folder or file of "
-        f"weights or to hub:ORG/NAME@COMMIT, or to {RANDOM!r} for weights drawn from the run's seed"
+        f"weights or to hub:ORG/NAME@COMMIT, or to {RANDOM!r} for weights made from the run's seed"
     )
 
 
@@ -170,7 +173,8 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
                     repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
                 )
             )
-        except Exception as error:  # of the network, the hub, or a cache that lacks the files
+        except Exception as error:
+            # Of the network, the hub, or a cache that lacks the files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"config.{field} is {place!r}, which cannot be had: {reason}") from error
 
@@ -185,7 +189,8 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
         # Patterns match across folders, so those below this one are left out by name.
         download([f"{start}*{weight_files.SUFFIX}"], [f"{start}*/*{weight_files.SUFFIX}"])
     elif inside.endswith(weight_files.SUFFIX):
-        return path.parent  # beside which a config.json may lie; the file itself is not there yet
+        # Beside which a config.json may lie; the file itself is not there yet.
+        return path.parent
     return path
 
 

@@ -59,7 +59,7 @@ def user_module(tmp_path, monkeypatch):
 
 def test_create_by_name():
     backbone = backbones.create("uvit", size="h32-d2-n2", text_dim=8)
-    assert isinstance(backbone, backbones.BACKBONES["uvit"])
+    assert isinstance(backbone, backbones.backbone_class("uvit"))
     assert backbone.widths == (32, 2, 2)
     assert isinstance(backbone, contract.Backbone)
 
@@ -117,7 +117,7 @@ def test_a_config_needs_defaults():
 
 def test_check_backbone_wants_an_instance():
     with pytest.raises(UserError, match="instance, this is the class UViT"):
-        contract.check_backbone(backbones.BACKBONES["uvit"])
+        contract.check_backbone(backbones.backbone_class("uvit"))
     with pytest.raises(UserError, match="this is a dict"):
         contract.check_backbone({})
 

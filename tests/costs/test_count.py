@@ -271,9 +271,9 @@ class Broken(nn.Module):
         (Broken("error"), {}, "cannot be traced on latents .*: ValueError: first line$"),
         (nn.Dense(3), {}, "backbone Dense has the call"),
         (object(), {}, "must be a flax.linen.Module instance, this is a object"),
-        (backbones.BACKBONES["uvit"](in_channels=3), {}, "in_channels=3"),
-        (backbones.BACKBONES["uvit"](), {"text": (77, 768)}, "text_dim=1024"),
-        (backbones.BACKBONES["uvit"](), {"latents": (32, 32)}, r"latents=\(H, W, C\)"),
+        (backbones.backbone_class("uvit")(in_channels=3), {}, "in_channels=3"),
+        (backbones.backbone_class("uvit")(), {"text": (77, 768)}, "text_dim=1024"),
+        (backbones.backbone_class("uvit")(), {"latents": (32, 32)}, r"latents=\(H, W, C\)"),
         (ControlFlow("loop"), {"latents": (8, 8, 4)}, "products inside 'while'"),
     ],
 )

@@ -21,7 +21,7 @@ from scaling_dit.curation.progress import Progress
 from scaling_dit.data import images
 from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_source
-from scaling_dit.data.sources.encoded import key_hash
+from scaling_dit.data.sources.image_files import key_hash
 from scaling_dit.encoders.codec import create_codec
 from scaling_dit.errors import UserError
 from tests.support import fake_store, raw_images

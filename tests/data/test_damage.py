@@ -1,4 +1,4 @@
-"""A folder with every kind of damage: counted exactly, stood in for, and without any influence on the rest."""
+"""A folder with every kind of damage: counted exactly, replaced, and without any influence on the rest."""
 
 import io
 import json
@@ -12,8 +12,8 @@ from PIL import Image
 
 from scaling_dit.data.damage import Damage, DamagedRecord, damage_of
 from scaling_dit.data.loader import make_loader
-from scaling_dit.data.sources.encoded import key_hash, scan
 from scaling_dit.data.sources.folder import FolderSource
+from scaling_dit.data.sources.image_files import key_hash, scan
 from scaling_dit.encoders.scratch import build_tokenizer
 from scaling_dit.errors import UserError
 from scaling_dit.training.loop import train

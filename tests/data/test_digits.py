@@ -46,7 +46,7 @@ def test_captions_and_labels_belong_to_the_pictures(folder):
 
 def test_every_level_survives():
     scans = np.arange(17)[:, None, None] * np.ones((1, 8, 8))
-    pictures = np.repeat(digits.to_pictures(scans)[..., None], 3, axis=-1)
+    pictures = np.repeat(digits.to_images(scans)[..., None], 3, axis=-1)
     assert len(np.unique(pictures)) == 17
     np.testing.assert_array_equal(np.round(digits.to_scans(pictures)), scans)
 

@@ -10,8 +10,8 @@ from PIL import Image
 from scaling_dit.data.images import fit, to_rgb
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import create_source, source_fields
-from scaling_dit.data.sources.encoded import key_hash
 from scaling_dit.data.sources.folder import FolderSource
+from scaling_dit.data.sources.image_files import key_hash
 from scaling_dit.encoders.scratch import UNK, build_tokenizer
 from scaling_dit.errors import UserError
 
@@ -203,7 +203,8 @@ def test_names_of_sources(tmp_path, monkeypatch):
         ("source_of_mine:Mine2", "source_of_mine has no class 'Mine2'; did you mean 'Mine'"),
     ):
         (tmp_path / "source_of_mine.py").write_text(
-            "class Mine:\n    def __init__(self, length=3, step=1):\n        self.length, self.step = length, step\n"
+            "from tests.support.own_sources import Counted\n\n\nclass Mine(Counted):\n"
+            "    def __init__(self, length=3, step=1):\n        self.length, self.step = length, step\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError, match=message):

@@ -9,9 +9,9 @@ import pytest
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import create_source, parquet, source_fields
-from scaling_dit.data.sources.encoded import scan
+from scaling_dit.data.sources.image_files import scan
 from scaling_dit.errors import UserError
-from tests.support.encoded_sets import (
+from tests.support.image_sets import (
     SIZE,
     TOO_LARGE,
     UNREADABLE,

@@ -13,7 +13,7 @@ from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import create_source, tfds
 from scaling_dit.errors import UserError
 from scaling_dit.training.loop import train
-from tests.support.encoded_sets import (
+from tests.support.image_sets import (
     SIZE,
     TOO_LARGE,
     UNREADABLE,

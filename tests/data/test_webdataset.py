@@ -12,10 +12,10 @@ from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import create_raw_source, create_source, source_fields, tar_index
-from scaling_dit.data.sources.encoded import key_hash, scan
+from scaling_dit.data.sources.image_files import key_hash, scan
 from scaling_dit.data.sources.webdataset import WebdatasetSource, matching
 from scaling_dit.errors import UserError
-from tests.support.encoded_sets import (
+from tests.support.image_sets import (
     SIZE,
     TOO_LARGE,
     UNREADABLE,
@@ -162,7 +162,7 @@ def test_damage_is_counted_by_kind_and_stood_in_for(planted):
         with open(path, "rb") as file:
             file.seek(int(offset))
             assert file.read(len(data)) == data
-    assert "to go on without" in refused(folder, max_damaged=0)
+    assert "to replace up to" in refused(folder, max_damaged=0)
     assert "more than config.source.max_damaged=5 records are damaged" in refused(folder, max_damaged=5)
 
 
@@ -405,7 +405,7 @@ def test_texts_are_those_of_the_split(planted):
 
 
 def test_rows_are_spread_by_their_hash():
-    from scaling_dit.data.sources.encoded import row_hashes
+    from scaling_dit.data.sources.image_files import row_hashes
 
     hashes = row_hashes("train-00000.parquet", 100_000)
     counts, _ = np.histogram(hashes, bins=20, range=(0, 1))

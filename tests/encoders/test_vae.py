@@ -20,7 +20,7 @@ from scaling_dit.encoders.vae_config import ARCHITECTURES, Architecture, read_ar
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts
 
 SIDE = 32  # px
 KEY = jax.random.key(0)
@@ -171,7 +171,8 @@ def test_the_original_names_are_those_that_diffusers_converts(folder, model, tmp
     abstract = jax.eval_shape(lambda: params)
     rows = autoencoder_kl.rows(vae.architecture, autoencoder_kl.ORIGINAL, attention_as_convolutions=True)
     original = {
-        name: torch.from_numpy(value) for name, value in table.save(rows, abstract, params, "it").items()
+        name: torch.from_numpy(value)
+        for name, value in state_dicts.save(rows, abstract, params, "it").items()
     }
     assert (
         original["encoder.mid.attn_1.q.weight"].ndim == 4 and "decoder.up.1.block.0.conv1.weight" in original
@@ -259,7 +260,7 @@ def test_sdxl_has_the_published_sizes_and_names():
     rows = autoencoder_kl.rows(vae.architecture)
     upstream = {  # the shapes that the table wants
         name: part.shape
-        for entry in table.expand(rows, [])
+        for entry in state_dicts.expand(rows, [])
         for name, part in zip(
             entry.names,
             entry.row.transform.save(np.broadcast_to(np.float32(0), at(abstract, entry.path))),
@@ -283,7 +284,9 @@ def test_an_architecture_without_its_optional_parts():
     other = tiny(**options, latent_channels=16)
     architecture = read_architecture(dict(other.config), "it")
     assert not architecture.quant_conv and architecture.latent_channels == 16
-    names = {name for entry in table.expand(autoencoder_kl.rows(architecture), []) for name in entry.names}
+    names = {
+        name for entry in state_dicts.expand(autoencoder_kl.rows(architecture), []) for name in entry.names
+    }
     assert names == other.state_dict().keys()
 
 

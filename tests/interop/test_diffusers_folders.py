@@ -18,10 +18,11 @@ from scaling_dit import backbones
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.interop import exporting
+from scaling_dit.interop.declared import built_in_diffusers
 from scaling_dit.interop.diffusers import config as diffusers_config
-from scaling_dit.interop.diffusers.families import FAMILIES
 from scaling_dit.weights import files as weight_files
 
+FAMILIES = built_in_diffusers()
 SMOKE = "experiments/shapes.py:smoke"
 SIZE, CHANNELS, TEXT = 16, 3, 32  # of that run: pixels, and the width of the text
 
@@ -204,9 +205,9 @@ def test_the_arguments_of_a_size_give_back_the_same_backbone(name, fields):
     family = FAMILIES[name]
     backbone = backbones.create(name, **fields)
     config = json.loads(json.dumps(diffusers_config.write_config(name, backbone, (32, 32))))
-    assert diffusers_config.family_of(config, "it") is family
+    assert diffusers_config.family_of(config, "it") == (name, family)
     again = backbones.create(name, size=None, **diffusers_config.read_fields(family, config, "it"))
-    diffusers_config.check_same(family, config, again, (32, 32), "it")
+    diffusers_config.check_same(name, family, config, again, (32, 32), "it")
     for what in ("widths", "shape"):
         assert getattr(again, what, None) == getattr(backbone, what, None)
 
@@ -251,7 +252,7 @@ def test_positions_of_pixart_are_those_of_the_folder():
     with pytest.raises(UserError, match="reads sizes, which pixart does not"):
         base_size(sample_size=128)
     older = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}
-    assert diffusers_config.family_of(older, "it") is family
+    assert diffusers_config.family_of(older, "it") == ("pixart", family)
     with pytest.raises(UserError, match="is of a Transformer2DModel, which no backbone here computes"):
         diffusers_config.family_of(older | {"norm_type": "ada_norm_zero"}, "it")
 

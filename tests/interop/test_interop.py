@@ -8,7 +8,7 @@ import pytest
 from scaling_dit import backbones, interop, trees
 from scaling_dit.backbones import contract
 from scaling_dit.errors import UserError
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts, table
 from tests.support import uvit_golden
 
 
@@ -133,11 +133,11 @@ def test_values_take_the_dtype_of_the_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}
 
 
-def test_no_mapping_for_a_class_of_ones_own():
+def test_a_class_without_a_weight_table():
     class Mine(type(backbones.create("uvit")).__mro__[1]):
         pass
 
-    with pytest.raises(UserError, match="no mapping of weights for Mine; known: UViT"):
+    with pytest.raises(UserError, match="Mine has no weight table; give the class the attribute WEIGHTS"):
         interop.load_state_dict(Mine(), {})
 
 
@@ -152,8 +152,8 @@ def test_several_upstream_names_make_one_parameter():
         {"b": {"qk": shape((2, 4, 2, 3), "f4")}},
         {f"b_{i}": {"qk": shape((4, 2, 3), "f4")} for i in (0, 1)},
     ):
-        params = table.load(rows, abstract, source, "it")
+        params = state_dicts.load(rows, abstract, source, "it")
         assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, abstract)
-        written = table.save(rows, abstract, params, "it")
+        written = state_dicts.save(rows, abstract, params, "it")
         assert set(written) == set(source)
         assert all(np.array_equal(written[key], source[key]) for key in source)

@@ -237,7 +237,7 @@ def test_a_sampler_that_is_not_here_leaves_the_runs(tmp_path):
 
 def test_runs_that_no_pipeline_draws(smoke_run):
     pipe = pipeline.load(smoke_run)
-    with pytest.raises(UserError, match="no pipeline of diffusers draws with backbone 'uvit'"):
+    with pytest.raises(UserError, match="no pipeline of diffusers samples with backbone 'uvit'"):
         pipelines.kind_of(pipe)
     with pipe.config.unlocked():
         pipe.config.backbone.name = "unet"

@@ -10,7 +10,7 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from scaling_dit.data.shapes.scenes import ShapesSpec, draw_scene, render
+from scaling_dit.data.shapes.scenes import ShapesSpec, make_scene, render
 
 FORMATS = {
     "jpg": {"format": "JPEG", "quality": 90},
@@ -44,7 +44,7 @@ def write_webdataset(folder, tars, samples, *, broken=0.01, seed=0, sides=(32, 6
     """
     rng = np.random.default_rng(seed)
     photos = photographs()
-    scenes = [render(draw_scene(ShapesSpec(), "train", i)) for i in range(64)]
+    scenes = [render(make_scene(ShapesSpec(), "train", i)) for i in range(64)]
     made, earlier = Made({}, {kind: [] for kind in KINDS}, {}), []
     folder.mkdir(parents=True, exist_ok=True)
     for tar_number in range(tars):

@@ -8,7 +8,7 @@ import io
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tests.support.encoded_sets import picture
+from tests.support.image_sets import picture
 
 COUNT = 40
 VALIDATION = 10

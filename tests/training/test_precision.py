@@ -75,7 +75,7 @@ def step_program(name, **modes):
 def traced(request):
     """(class of the backbone, its program, state, results)."""
     name, modes = request.param
-    return backbones.BACKBONES[name].__name__, *step_program(name, **modes)
+    return backbones.backbone_class(name).__name__, *step_program(name, **modes)
 
 
 def test_every_backbone_is_here():

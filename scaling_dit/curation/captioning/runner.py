@@ -19,7 +19,7 @@ from scaling_dit.curation.captioning import Captioner, Scored, create_captioner
 from scaling_dit.curation.raw import RawName, open_raw
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, RawSample
+from scaling_dit.data.sources.image_files import ImageFileSource, RawSample
 from scaling_dit.errors import UserError
 from scaling_dit.files import claim
 
@@ -79,7 +79,7 @@ def main(
 
 
 def _caption_shards(
-    source: EncodedSource,
+    source: ImageFileSource,
     captioner: Captioner,
     folder: epath.Path,
     names: Sequence[str],
@@ -111,7 +111,7 @@ def _caption_shards(
 
 
 def caption_shard(
-    source: EncodedSource, captioner: Captioner, name: str, *, kind: str, batch: int, seed: int
+    source: ImageFileSource, captioner: Captioner, name: str, *, kind: str, batch: int, seed: int
 ) -> Iterator[tuple[str, list[sidecar.MadeCaption]]]:
     """(key, captions with the best first) of each sample of a shard, in its order; damaged samples are left out.
 

@@ -23,16 +23,20 @@ from scaling_dit.errors import UserError
 FORMAT = 1
 MANIFEST, REQUEST, PARTS, SHARDS = "manifest.json", "prepare.json", "parts", "shards"
 SPLITS = ("train", "held_out")
-EXAMPLES = 3  # of each reason that the manifest shows
+# Of each reason that the manifest shows.
+EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One ArrayRecord file."""
 
-    file: str  # relative to the set's folder
-    split: str  # train | held_out
-    size: tuple[int, int]  # height, width of its images, in px
+    # Relative to the set's folder.
+    file: str
+    # train | held_out
+    split: str
+    # Height, width of its images, in px.
+    size: tuple[int, int]
     records: int
     bytes: int
     sha256: str

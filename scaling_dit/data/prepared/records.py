@@ -27,14 +27,21 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",",
 class Prepared(NamedTuple):
     """One image of a prepared set."""
 
-    moments: np.ndarray  # bfloat16 [h, w, M], what its codec's `moments` gave
-    key: str  # names the image within its raw source
-    captions: tuple[str, ...]  # at least one
-    kinds: tuple[str, ...]  # of each caption: "alt", "synthetic", ...
-    width: int  # px, of the raw image, upright
+    # bfloat16 [h, w, M], what its codec's `moments` gave.
+    moments: np.ndarray
+    # Names the image within its raw source.
+    key: str
+    # At least one.
+    captions: tuple[str, ...]
+    # Of each caption: "alt", "synthetic", ...
+    kinds: tuple[str, ...]
+    # px, of the raw image, upright.
+    width: int
     height: int
-    crop: tuple[float, float, float, float]  # left, top, right, bottom of the part shown, in raw pixels
-    columns: Mapping[str, Any]  # those of its metadata that were kept, such as scores
+    # Left, top, right, bottom of the part shown, in raw pixels.
+    crop: tuple[float, float, float, float]
+    # Those of its metadata that were kept, such as scores.
+    columns: Mapping[str, Any]
 
 
 def encode(record: Prepared) -> bytes:

@@ -28,19 +28,21 @@ from scaling_dit.data.prepared import records
 from scaling_dit.data.sources import Record
 from scaling_dit.errors import UserError, nearest
 
-_THREADS = 32  # that look at shards when a set is opened
+# That check shards when a set is opened.
+_THREADS = 32
 _READ_AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
-_READ_BUFFER = 2**15  # bytes of a reader; one is open for every shard
+# Bytes of a reader; one is open for every shard.
+_READ_BUFFER = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentsSource:
+class PreparedSource:
     """Images as the moments of their latents, with captions, from a folder that `prepare` wrote.
 
     Attributes:
       path: the folder, local or gs://.
       image_size: height and width of the images the set was made of, in pixels.
-      max_damaged: damaged records to go on without; 0 stops at the first.
+      max_damaged: damaged records that are replaced; 0 stops at the first.
       verify: compare the checksum of every shard at opening, which reads the whole set.
       damage: those met so far, in both splits.
 
@@ -48,11 +50,13 @@ class LatentsSource:
       UserError: no finished set, another image size, a shard that is missing or not the manifest's, or no records.
     """
 
-    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
+    # Of the source's name.
+    path: str = dataclasses.field(metadata={"config": False})
     image_size: int = 256
     max_damaged: int = 0
     verify: bool = False
-    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out
+    # train | held_out
+    split: str = dataclasses.field(default="train", metadata={"config": False})
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -93,7 +97,7 @@ class LatentsSource:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int, /) -> Record:
-        """One record, or the one that stands in for it if it is damaged.
+        """One record, or the one that replaces it if it is damaged.
 
         Raises:
           IndexError: past the end.
@@ -113,7 +117,8 @@ class LatentsSource:
             try:
                 for place, data in zip(group, self._reader(number).read(rows), strict=True):
                     found[place] = self._record(data)
-            except (RuntimeError, ValueError):  # one at a time tells which are damaged
+            except (RuntimeError, ValueError):
+                # Read one at a time, to find which are damaged.
                 for place in group:
                     found[place] = self[int(wanted[place])]
         return found
@@ -123,7 +128,7 @@ class LatentsSource:
         shape = "x".join(map(str, self.moments_shape))
         return f"latents {self.path}: {len(self):,} records of {shape}, {self.split} split"
 
-    def held_out(self) -> "LatentsSource":
+    def held_out(self) -> "PreparedSource":
         """The records kept for evaluation; raises UserError if there are none."""
         return dataclasses.replace(self, split="held_out")
 
@@ -201,7 +206,7 @@ class LatentsSource:
     def _check_files(self) -> None:
         """Compares the shards of both splits with the manifest: that they are there, their sizes, their checksums."""
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            # Listed, so that the error told is that of the first shard at fault.
+            # Listed, so that the error names the first shard at fault.
             for error in list(pool.map(self._fault, self.manifest.shards)):
                 if error:
                     raise UserError(error)

@@ -1,8 +1,8 @@
 """Answers questions about shapes from pixels alone: the exact VQA model of the built-in data.
 
-A picture is read into objects; the objects that a caption asks for are matched one to one with those that are seen,
+An image is read into objects; the objects that a caption asks for are matched one to one with those that are seen,
 and the questions of the caption are answered together under that matching. Clutter earns nothing: recall-style
-scoring would reward pictures full of stray shapes. The dependency of questions follows DSG (arXiv 2310.18235).
+scoring would reward images full of stray shapes. The dependency of questions follows DSG (arXiv 2310.18235).
 """
 
 import dataclasses
@@ -17,29 +17,41 @@ from scipy import ndimage
 from scaling_dit.data.shapes.scenes import BACKGROUND, PALETTE, PRESETS, Object, glyph, relations
 from scaling_dit.errors import UserError
 
-VQA_MODEL = "shapes-oracle-1"  # raise the number when answers can change: scores compare only within one
-FAR = 88.0  # RGB distance that makes a pixel foreground: 0.4 of the distance of every palette colour to the background
-MIN_IOU = 0.6  # of a piece of foreground and the best template, to be an object
-SHIFT = 1  # px that a template may stand off the middle of a piece's box
-SPECK = 1 / 3  # pieces below this share of the smallest shape's area are too small to be counted
-MAX_UNEXPLAINED = 0.3  # share of foreground outside recognised objects above which a picture is clutter
-MAX_EXTRA = 1  # pieces beyond the objects asked for that cost no more than the counting question
+# Raise the number when answers can change: scores compare only within one.
+VQA_MODEL = "shapes-oracle-1"
+# RGB distance that makes a pixel foreground: 0.4 of the distance of every palette colour to the background.
+FAR = 88.0
+# Of a piece of foreground and the best template, to be an object.
+MIN_IOU = 0.6
+# Pixels that a template may stand off the middle of a piece's box.
+SHIFT = 1
+# Pieces below this share of the smallest shape's area are too small to be counted.
+SPECK = 1 / 3
+# Share of foreground outside recognised objects above which an image is clutter.
+MAX_UNEXPLAINED = 0.3
+# Pieces beyond the objects asked for that cost no more than the counting question.
+MAX_EXTRA = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is seen in one picture."""
+    """What is seen in one image."""
 
     objects: tuple[Object, ...]
-    pieces: int  # objects and other pieces of foreground, without specks
-    unexplained: float  # share of the foreground outside the templates of the objects
+    # Objects and other pieces of foreground, without specks.
+    pieces: int
+    # Share of the foreground outside the templates of the objects.
+    unexplained: float
 
 
 @dataclasses.dataclass(frozen=True)
 class _Templates:
-    masks: np.ndarray  # float32 [templates, side * side]
-    areas: np.ndarray  # float32 [templates]
-    entries: tuple[tuple[str, str, int, int], ...]  # shape, size, shift right, shift down
+    # float32 [templates, side * side].
+    masks: np.ndarray
+    # float32 [templates].
+    areas: np.ndarray
+    # Shape, size, shift right, shift down.
+    entries: tuple[tuple[str, str, int, int], ...]
     side: int
 
 
@@ -64,7 +76,7 @@ def _templates(preset: str) -> _Templates:
 
 
 def read(image: np.ndarray, preset: str) -> Reading:
-    """Reads a picture into objects.
+    """Reads an image into objects.
 
     Foreground is what is far from the background colour; each connected piece takes the shape, size and place of the
     template with the greatest intersection over union, and the palette colour nearest to its mean under the template.
@@ -73,16 +85,17 @@ def read(image: np.ndarray, preset: str) -> Reading:
       image: uint8 [canvas, canvas, 3] of the preset.
 
     Raises:
-      UserError: the picture has another size than the preset's canvas.
+      UserError: the image has another size than the preset's canvas.
     """
     canvas = PRESETS[preset].canvas
     if image.shape != (canvas, canvas, 3):
-        raise UserError(f"preset {preset!r} has pictures [{canvas}, {canvas}, 3], got {list(image.shape)}")
+        raise UserError(f"preset {preset!r} has images [{canvas}, {canvas}, 3], got {list(image.shape)}")
     pixels = image.astype(np.float32)
     far = np.linalg.norm(pixels - np.asarray(BACKGROUND, np.float32), axis=-1) > FAR
     labels, _ = ndimage.label(far)
     bank = _templates(preset)
-    border = bank.side  # so that every window lies inside
+    # So that every window lies inside.
+    border = bank.side
     padded = np.pad(labels, border)
     smallest = bank.areas.min()
     objects: list[Object] = []
@@ -115,7 +128,7 @@ def _nearest_colour(rgb: np.ndarray) -> str:
 
 
 def answer(image: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Answers all questions of one caption about one picture.
+    """Answers all questions of one caption about one image.
 
     An object is there if its match has its colour and shape; a colour or shape is the match's; a size counts only with
     the right colour or shape; a relation needs both objects there; the number is that of all pieces seen. Of all
@@ -130,7 +143,7 @@ def answer(image: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
       One of each row's choices, or "no" or "none" where what is asked for is not seen.
 
     Raises:
-      UserError: a row without `about`, or a picture of the wrong size.
+      UserError: a row without `about`, or an image of the wrong size.
     """
     for row in rows:
         if "about" not in row:
@@ -168,7 +181,7 @@ def _holds(
     pieces: int,
     pixels: Mapping[str, int],
 ) -> bool:
-    """Whether the picture is as the query wants it."""
+    """Whether the image is as the query wants it."""
     kind, *places = query
     if kind == "count":
         return pieces == len(wanted)

@@ -1,6 +1,6 @@
-"""Compositional scenes: coloured, sized, placed shapes and their pictures, a pure function of (seed, split, index).
+"""Compositional scenes: coloured, sized, placed shapes and their images, a pure function of (seed, split, index).
 
-Masks are binary and colours exact, so that a picture says without doubt what its scene holds. Colours are the
+Masks are binary and colours exact, so that an image shows without doubt what its scene holds. Colours are the
 corners of the RGB cube on mid grey: all are equally far from the background, and any fading keeps the hue.
 Objects of one scene differ in (colour, shape), so "the red circle" is always one object.
 """
@@ -29,9 +29,13 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-UNLIMITED = 2**24  # length of a source without a limit on its scenes
+# Length of a source without a limit on its scenes.
+UNLIMITED = 2**24
 MAX_OBJECTS = 3
-_TRIES = 10_000  # proposals before a spec is called unsatisfiable
+# Split -> its word in seeds and keys. Another word would make other scenes than those that runs were trained on.
+STREAMS = {"train": "train", "held_out": "test"}
+# Proposals before a spec is called unsatisfiable.
+_TRIES = 10_000
 
 _T = TypeVar("_T")
 
@@ -49,13 +53,13 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in the order in which plain captions name it."""
+    """What an image shows, in the order in which plain captions name it."""
 
     preset: str
     objects: tuple[Object, ...]
 
     def canonical(self) -> str:
-        """A text that is equal for equal pictures: the objects in sorted order."""
+        """A text that is equal for equal images: the objects in sorted order."""
         items = sorted(f"{o.shape},{o.colour},{o.size},{o.x},{o.y}" for o in self.objects)
         return f"{self.preset}:" + ";".join(items)
 
@@ -64,11 +68,16 @@ class Scene:
 class Preset:
     """A canvas: where objects may stand and how large they are, all in pixels."""
 
-    canvas: int  # height and width
-    cell: int  # side of a grid cell that holds at most one object; 0 = free placement
-    gap: int  # free placement: least background between the boxes of two objects
-    pixels: Mapping[str, int]  # name of a size -> side of the box that a shape fills, odd
-    shapes: tuple[str, ...] = SHAPES  # those that can be told apart at these sizes
+    # Height and width.
+    canvas: int
+    # Side of a grid cell that holds at most one object; 0 = free placement.
+    cell: int
+    # Free placement: least background between the boxes of two objects.
+    gap: int
+    # Name of a size -> side of the box that a shape fills, odd.
+    pixels: Mapping[str, int]
+    # Those that can be told apart at these sizes.
+    shapes: tuple[str, ...] = SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +85,29 @@ class ShapesSpec:
     """Which scenes there are and how they are split and captioned; every field is a plain config value.
 
     Raises:
-      UserError: a field names something the preset does not have, or leaves no scene to draw.
+      UserError: a field names something the preset does not have, or leaves no scene to make.
     """
 
     seed: int = 0
     preset: str = "grid16"
-    shapes: tuple[str, ...] = ()  # () = all that the preset can tell apart; the same for the next two
+    # () = all that the preset can tell apart; the same for the next two.
+    shapes: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     min_objects: int = 1
     max_objects: int = 2
-    scenes: int = 0  # distinct training indices, 0 = unlimited (2**24)
-    caption_level: int = 4  # 0 "a shape", 1 shapes, 2 + colours, 3 + sizes, 4 + relations
-    mention_probability: float = 1.0  # of each fact of that level, independently
-    wrong_caption_rate: float = 0.0  # share of training records captioned as another scene
-    held_out_combinations: tuple[str, ...] = ()  # such as "red square": never in training
-    held_out_fraction: float = 0.2  # share of all scenes that is never in training
+    # Distinct training indices, 0 = unlimited (2**24).
+    scenes: int = 0
+    # 0 "a shape", 1 shapes, 2 + colours, 3 + sizes, 4 + relations.
+    caption_level: int = 4
+    # Of each fact of that level, independently.
+    mention_probability: float = 1.0
+    # Share of training records captioned as another scene.
+    wrong_caption_rate: float = 0.0
+    # Such as "red square": never in training.
+    held_out_combinations: tuple[str, ...] = ()
+    # Share of all scenes that is never in training.
+    held_out_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -141,7 +157,7 @@ class ShapesSpec:
         shapes = self.shapes or PRESETS[self.preset].shapes
         every = tuple(itertools.product(self.colours or tuple(PALETTE), shapes))
         kept = tuple(pair for pair in every if " ".join(pair) not in self.held_out_combinations)
-        return {"train": kept, "test": every}
+        return {"train": kept, "held_out": every}
 
 
 class Draws:
@@ -155,7 +171,8 @@ class Draws:
         self._key = repr(key)
         self._block = 0
         self._pool = 0
-        self._bound = 1  # the pool is uniform in [0, bound)
+        # The pool is uniform in [0, bound).
+        self._bound = 1
 
     def below(self, n: int) -> int:
         """A uniform integer in [0, n), for n up to 2**32 (bias under 2**-32)."""
@@ -209,7 +226,8 @@ def glyph(shape: str, side: int) -> np.ndarray:
     if shape == "triangle":
         return abs(x) <= (y + radius) * radius // (side - 1)
     if shape == "cross":
-        arm = (side // 3 - 1) // 2  # half the width of an arm: 1 px wide up to 8 px, then 3 px, ...
+        # Half the width of an arm: 1 px wide up to 8 px, then 3 px, ...
+        arm = (side // 3 - 1) // 2
         return np.asarray((abs(x) <= arm) | (abs(y) <= arm))
     if shape == "diamond":
         return abs(x) + abs(y) <= radius
@@ -228,7 +246,7 @@ def _background(canvas: int) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 [canvas, canvas, 3]; raises ValueError if an object leaves the canvas."""
+    """The image of a scene, uint8 [canvas, canvas, 3]; raises ValueError if an object leaves the canvas."""
     preset = PRESETS[scene.preset]
     image = _background(preset.canvas).copy()
     for item in scene.objects:
@@ -275,10 +293,10 @@ def _propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
     return Scene(spec.preset, objects)
 
 
-def held_out(spec: ShapesSpec, scene: Scene) -> bool:
-    """Whether a scene belongs to the test split.
+def is_held_out(spec: ShapesSpec, scene: Scene) -> bool:
+    """Whether a scene belongs to the held-out split.
 
-    By a hash of the picture, not of the index: a scene of the test split never occurs in training, however few
+    By a hash of the image, not of the index: a scene of the held-out split never occurs in training, however few
     scenes a preset has.
     """
     if any(f"{item.colour} {item.shape}" in spec.held_out_combinations for item in scene.objects):
@@ -287,16 +305,16 @@ def held_out(spec: ShapesSpec, scene: Scene) -> bool:
     return int.from_bytes(digest, "little") < spec.held_out_fraction * 2**64
 
 
-def draw_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
-    """Scene `index` of a split ("train" or "test"): the first proposal of its stream that belongs there.
+def make_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
+    """Scene `index` of a split ("train" or "held_out"): the first proposal of its stream that belongs there.
 
     Raises:
       UserError: the split is empty, or so small that no proposal fell into it.
     """
-    draws = Draws("scene", spec.seed, split, int(index))
+    draws = Draws("scene", spec.seed, STREAMS[split], int(index))
     for _ in range(_TRIES):
         scene = _propose(spec, split, draws)
-        if scene is not None and held_out(spec, scene) == (split == "test"):
+        if scene is not None and is_held_out(spec, scene) == (split == "held_out"):
             return scene
     raise UserError(
         f"source: found no {split} scene with preset {spec.preset!r}, held_out_fraction {spec.held_out_fraction} "
@@ -304,18 +322,18 @@ def draw_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
     )
 
 
-def distinct_test_scenes(spec: ShapesSpec, count: int) -> list[int]:
-    """The first `count` indices of the test split whose pictures all differ.
+def distinct_held_out_scenes(spec: ShapesSpec, count: int) -> list[int]:
+    """The first `count` indices of the held-out split whose images all differ.
 
     Raises:
-      UserError: the test split has too few scenes.
+      UserError: the held-out split has too few scenes.
     """
     seen: set[str] = set()
     found: list[int] = []
     for index in range(20 * count + 2000):
         if len(found) == count:
             return found
-        text = draw_scene(spec, "test", index).canonical()
+        text = make_scene(spec, "held_out", index).canonical()
         if text not in seen:
             seen.add(text)
             found.append(index)

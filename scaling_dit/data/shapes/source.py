@@ -1,4 +1,4 @@
-"""The built-in source: scenes of shapes, drawn when they are asked for."""
+"""The built-in source: scenes of shapes, rendered when they are asked for."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,12 +7,13 @@ from typing import Any
 from scaling_dit.data.shapes.scenes import (
     PALETTE,
     PRESETS,
+    STREAMS,
     UNLIMITED,
     Draws,
     Scene,
     ShapesSpec,
-    distinct_test_scenes,
-    draw_scene,
+    distinct_held_out_scenes,
+    make_scene,
     render,
 )
 from scaling_dit.data.shapes.text import OPENINGS, SYNONYMS, Captions, caption, questions
@@ -22,15 +23,15 @@ from scaling_dit.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSource(ShapesSpec):
-    """Pictures and captions of compositional scenes; the same fields always give the same records.
+    """Images and captions of compositional scenes; the same fields always give the same records.
 
     The held-out split says everything up to `prompt_level`, whatever the training captions leave out or get wrong,
     so runs that differ in caption density are evaluated on the same prompts and questions.
 
     Attributes:
-      paraphrases: captions per record; the first is worded plainly, each draws its own mentioned facts.
+      paraphrases: captions per record; the first is worded plainly, each mentions facts of its own random choice.
       prompt_level: caption level (1 to 4) of held-out prompts and of questions.
-      split: "train" or "test".
+      split: "train" or "held_out".
 
     Raises:
       UserError: see `ShapesSpec`; also an empty held-out split or a wrong level.
@@ -62,14 +63,14 @@ class ShapesSource(ShapesSpec):
     def __getitem__(self, index: int, /) -> Record:
         """Record `index`; raises IndexError past the end."""
         index = self._checked(index)
-        scene = draw_scene(self, self.split, index)
-        told = self._captioned(index, scene)
-        captions = Captions(lambda number: self._caption(told, index, number), self.paraphrases)
+        scene = make_scene(self, self.split, index)
+        described = self._described(index, scene)
+        captions = Captions(lambda number: self._caption(described, index, number), self.paraphrases)
         return {"image": render(scene), "captions": captions, "key": self._key(index)}
 
     def scene(self, index: int) -> Scene:
         """The scene graph of record `index`."""
-        return draw_scene(self, self.split, self._checked(index))
+        return make_scene(self, self.split, self._checked(index))
 
     def questions(self, index: int) -> list[dict[str, Any]]:
         """TIFA rows about record `index` (see `shapes_text.questions`): what its full caption says, plainly worded."""
@@ -78,16 +79,16 @@ class ShapesSource(ShapesSpec):
         return questions(scene, text, self._key(index), self.prompt_level)
 
     def held_out(self) -> "ShapesSource":
-        """The test split; raises UserError if nothing is held out."""
+        """The held-out split; raises UserError if nothing is held out."""
         if not self.held_out_fraction and not self.held_out_combinations:
             raise UserError(
                 "source.held_out_fraction: nothing is held out for evaluation; give a fraction above 0, such as 0.2"
             )
-        return dataclasses.replace(self, split="test")
+        return dataclasses.replace(self, split="held_out")
 
     def distinct(self, count: int) -> list[int]:
-        """The first `count` indices of the held-out split whose pictures all differ; UserError if there are fewer."""
-        return distinct_test_scenes(self, count)
+        """The first `count` indices of the held-out split whose images all differ; UserError if there are fewer."""
+        return distinct_held_out_scenes(self, count)
 
     def describe(self) -> str:
         """One line for logs."""
@@ -122,21 +123,21 @@ class ShapesSource(ShapesSpec):
         return int(index)
 
     def _key(self, index: int) -> str:
-        return f"shapes-{self.preset}-{self.seed}-{self.split}-{index}"
+        return f"shapes-{self.preset}-{self.seed}-{STREAMS[self.split]}-{index}"
 
     def _caption(self, scene: Scene, index: int, number: int) -> str:
-        draws = Draws("caption", self.seed, self.split, index, number)
-        if self.split == "test":
+        draws = Draws("caption", self.seed, STREAMS[self.split], index, number)
+        if self.split == "held_out":
             return caption(scene, self.prompt_level, 1.0, draws, plain=number == 0)
         return caption(scene, self.caption_level, self.mention_probability, draws, plain=number == 0)
 
-    def _captioned(self, index: int, scene: Scene) -> Scene:
+    def _described(self, index: int, scene: Scene) -> Scene:
         """The scene that the captions of a record describe: its own, or for some training records another."""
         draws = Draws("wrong caption", self.seed, index)
-        if self.split == "test" or not draws.chance(self.wrong_caption_rate):
+        if self.split == "held_out" or not draws.chance(self.wrong_caption_rate):
             return scene
         for _ in range(100):
-            other = draw_scene(self, self.split, draws.below(len(self)))
+            other = make_scene(self, self.split, draws.below(len(self)))
             if other.canonical() != scene.canonical():
                 return other
         raise UserError(

@@ -13,7 +13,8 @@ from scaling_dit.data.shapes.scenes import INVERSE, PALETTE, PRESETS, Draws, Obj
 Fact = tuple[str, int] | tuple[str, int, int]
 
 RELATIONS = tuple(INVERSE)
-LEVEL = {"shape": 1, "color": 2, "size": 3} | dict.fromkeys(RELATIONS, 4)  # caption level of a kind of fact
+# Caption level of a kind of fact.
+LEVEL = {"shape": 1, "color": 2, "size": 3} | dict.fromkeys(RELATIONS, 4)
 SYNONYMS = {
     "large": ("large", "big"),
     "small": ("small", "little"),
@@ -73,22 +74,22 @@ def describe(
     """
     wording = words or {}
     ranks = list(order) if order is not None else list(range(len(scene.objects)))
-    told = set(mentioned)
+    said = set(mentioned)
     named: set[int] = set()
 
     def name(i: int) -> str:
         item = scene.objects[i]
         parts = ["the"] if i in named else ["a"]
-        if ("size", i) in told and i not in named:
+        if ("size", i) in said and i not in named:
             parts.append(wording.get(item.size, item.size))
-        if ("color", i) in told:
+        if ("color", i) in said:
             parts.append(item.colour)
-        parts.append(item.shape if ("shape", i) in told else "shape")
+        parts.append(item.shape if ("shape", i) in said else "shape")
         named.add(i)
         return " ".join(parts)
 
     def links(i: int, j: int) -> list[str]:
-        held = [r if i < j else INVERSE[r] for r in RELATIONS if (r, min(i, j), max(i, j)) in told]
+        held = [r if i < j else INVERSE[r] for r in RELATIONS if (r, min(i, j), max(i, j)) in said]
         return [wording.get(relation, relation) for relation in held]
 
     clauses = []
@@ -99,11 +100,12 @@ def describe(
             linked = True
             subject = name(i)
             clauses.append(subject + " " + " and ".join(" and ".join(h) + " " + name(j) for j, h in targets))
-        elif i not in named and any(fact[1] == i and len(fact) == 2 for fact in told):
+        elif i not in named and any(fact[1] == i and len(fact) == 2 for fact in said):
             clauses.append(name(i))
     if not clauses:
         clauses = ["a shape" if len(ranks) == 1 else "some shapes"]
-    if linked or len(clauses) == 1:  # "and" would join the last object to a relation
+    # "and" would join the last object to a relation.
+    if linked or len(clauses) == 1:
         return opening + ", ".join(clauses)
     return opening + ", ".join(clauses[:-1]) + " and " + clauses[-1]
 
@@ -113,12 +115,12 @@ def caption(scene: Scene, level: int, mention_probability: float, draws: Draws, 
 
     plain: objects in the scene's order and the first of all synonyms, else a paraphrase.
     """
-    told = [fact for fact in facts(scene, level) if draws.chance(mention_probability)]
+    mentioned = [fact for fact in facts(scene, level) if draws.chance(mention_probability)]
     if plain:
-        return describe(scene, told)
+        return describe(scene, mentioned)
     order = draws.distinct(tuple(range(len(scene.objects))), len(scene.objects))
     words = {word: variants[draws.below(len(variants))] for word, variants in SYNONYMS.items()}
-    return describe(scene, told, order, words, OPENINGS[draws.below(len(OPENINGS))])
+    return describe(scene, mentioned, order, words, OPENINGS[draws.below(len(OPENINGS))])
 
 
 def _choices(answer: str, present: Iterable[str], known: Sequence[str]) -> list[str]:
@@ -173,7 +175,7 @@ def questions(scene: Scene, text: str, key: str, level: int) -> list[dict[str, A
         row = {"id": key, "caption": text, "question": question, "choices": choices, "answer": answer}
         rows.append(row | {"element_type": kind, "element": element, "about": about})
 
-    told = facts(scene, level)
+    mentioned = facts(scene, level)
     for i, item in enumerate(scene.objects):
         if level >= LEVEL["color"]:
             name = _reference(item)
@@ -182,12 +184,12 @@ def questions(scene: Scene, text: str, key: str, level: int) -> list[dict[str, A
             add("shape", ("shape", i), _attribute(scene, i, "shape"))
         elif level >= LEVEL["shape"] and item.shape not in [o.shape for o in scene.objects[:i]]:
             add("shape", ("shape", i), (f"is there a {item.shape}?", ["yes", "no"], "yes", item.shape))
-        if ("size", i) in told:
+        if ("size", i) in mentioned:
             sizes = list(PRESETS[scene.preset].pixels)
             add("size", ("size", i), (f"what size is the {_reference(item)}?", sizes, item.size, item.size))
     number = str(len(scene.objects))
     add("counting", ("count",), ("how many shapes are there?", ["1", "2", "3", "4"], number, number))
-    for fact in told:
+    for fact in mentioned:
         if len(fact) == 3:
             relation, i, j = fact
             first, second = _reference(scene.objects[i]), _reference(scene.objects[j])

@@ -1,101 +1,92 @@
-"""Where images and captions come from: one file per source, one name each.
+"""Where images and captions come from: a row and a file for each source.
 
-`shapes` draws scenes, `folder:PATH` reads images with a `metadata.jsonl`, `webdataset:GLOB`, `tfds:NAME` and
-`parquet:GLOB` read data sets in these formats, and "package.module:Class" is a user's own.
+`folder:PATH` reads images with a `metadata.jsonl`, `webdataset:GLOB`, `tfds:NAME` and `parquet:GLOB` read data sets in
+these formats, all of them `ImageFileSource`s; `latents:PATH` reads what `prepare` wrote, and `shapes` makes scenes. A
+"package.module:Class" is a user's own. `contract.py` says what a source is.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
-
-import numpy as np
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from scaling_dit.components import Registry
+from scaling_dit.data.sources import contract
+from scaling_dit.data.sources.contract import Record, Source
 from scaling_dit.errors import UserError
 
 if TYPE_CHECKING:
-    from scaling_dit.data.sources.encoded import EncodedSource
+    from scaling_dit.data.sources.image_files import ImageFileSource
 
-_REGISTRY = Registry(
-    "source",
-    {
-        "shapes": "scaling_dit.data.shapes.source:ShapesSource",
-        "folder": "scaling_dit.data.sources.folder:FolderSource",
-        "webdataset": "scaling_dit.data.sources.webdataset:WebdatasetSource",
-        "tfds": "scaling_dit.data.sources.tfds:TfdsSource",
-        "parquet": "scaling_dit.data.sources.parquet:ParquetSource",
-        "latents": "scaling_dit.data.prepared.source:LatentsSource",
-    },
-)
-# Source -> what stands after the colon in its name, which fills its field `path`, and an example.
-_PATHS = {
-    "folder": ("folder", "PATH", "folder:/data/birds"),
-    "webdataset": ("files", "GLOB", "webdataset:/data/laion/*.tar"),
-    "tfds": ("data set", "NAME", "tfds:coco_captions"),
-    "parquet": ("files", "GLOB", "parquet:/data/birds/*.parquet"),
-    "latents": ("folder", "PATH", "latents:/data/birds_latents"),
-}
+__all__ = ["SOURCES", "Record", "Source", "create_raw_source", "create_source", "source_fields"]
 
 
-class Record(TypedDict):
-    """One example."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A built-in source.
 
-    image: NotRequired[np.ndarray]  # uint8 [image_size, image_size, 3], RGB
-    latents: NotRequired[np.ndarray]  # in place of an image: the moments of its latents, bfloat16 [h, w, M]
-    captions: Sequence[str]  # at least one; may be lazy
-    kinds: NotRequired[
-        Sequence[str]
-    ]  # of the captions, in their order: alt | synthetic | long; left out = all alt
-    key: str  # names the example within its source
-
-
-class Source(Protocol):
-    """Random access to records; read from several threads at once.
-
-    A source may also offer `texts() -> Iterable[str]`, every caption without reading an image: the word list of a
-    tokenizer is then built from all of them.
+    Attributes:
+      place: of the class, "module:Class", which is imported when it is asked for.
+      form: what stands after the colon of its name and fills its field `path`; "" = no colon.
+      what: what that names, for error lines.
+      example: a whole name.
     """
 
-    @property
-    def image_size(self) -> int:
-        """Height and width of every image, in pixels."""
+    place: str
+    form: str = ""
+    what: str = ""
+    example: str = ""
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Record: ...
-
-    def describe(self) -> str:
-        """One line for logs: what it is, how many examples, which split."""
-
-    def held_out(self) -> "Source":
-        """The evaluation split, disjoint from this one."""
+SOURCES: dict[str, Row] = {
+    "shapes": Row("scaling_dit.data.shapes.source:ShapesSource"),
+    "folder": Row("scaling_dit.data.sources.folder:FolderSource", "PATH", "folder", "folder:/data/birds"),
+    "webdataset": Row(
+        "scaling_dit.data.sources.webdataset:WebdatasetSource",
+        "GLOB",
+        "files",
+        "webdataset:/data/laion/*.tar",
+    ),
+    "tfds": Row("scaling_dit.data.sources.tfds:TfdsSource", "NAME", "data set", "tfds:coco_captions"),
+    "parquet": Row(
+        "scaling_dit.data.sources.parquet:ParquetSource", "GLOB", "files", "parquet:/data/birds/*.parquet"
+    ),
+    "latents": Row(
+        "scaling_dit.data.prepared.source:PreparedSource", "PATH", "folder", "latents:/data/birds_latents"
+    ),
+}
+_REGISTRY = Registry("source", {name: row.place for name, row in SOURCES.items()}, check=contract.check_class)
 
 
 def create_source(name: str, **fields: Any) -> Source:
     """The training split of a source.
 
     Args:
-      name: "shapes", "folder:PATH", "webdataset:GLOB", "tfds:NAME", "parquet:GLOB" or "package.module:Class".
+      name: a name in SOURCES, with what its row wants after the colon ("folder:PATH"), or "package.module:Class".
       **fields: fields of that source, see `source_fields`.
 
     Raises:
-      UserError: unknown name or field, or a source that cannot be opened.
+      UserError: unknown name or field, a class that is no source, or a source that cannot be opened.
     """
-    name, filled = _split(name)
-    return _REGISTRY.create(name, fields, **filled)
+    kind, filled = _split(name)
+    source: Source = _REGISTRY.create(kind, fields, **filled)
+    contract.check_source(source, name)
+    return source
 
 
-def create_raw_source(name: str, **fields: Any) -> "EncodedSource":
+def create_raw_source(name: str, **fields: Any) -> "ImageFileSource":
     """A source of image files as they are stored, both splits: for `samples(shard)`, which opens that shard alone.
 
     Raises:
       UserError: as `create_source`, or a source of another kind.
     """
-    from scaling_dit.data.sources.encoded import EncodedSource  # builds on this module
+    # Builds on this module.
+    from scaling_dit.data.sources.image_files import ImageFileSource
 
-    name, filled = _split(name)
-    if not issubclass(_REGISTRY.resolve(name), EncodedSource):
-        raise UserError(f"source {name!r} holds no image files; give folder:, webdataset:, parquet: or tfds:")
-    return _REGISTRY.create(name, fields, split="both", **filled)
+    kind, filled = _split(name)
+    if not issubclass(_REGISTRY.resolve(kind), ImageFileSource):
+        known = [key for key in SOURCES if issubclass(_REGISTRY.resolve(key), ImageFileSource)]
+        raise UserError(f"source {name!r} holds no image files; give {', '.join(f'{key}:' for key in known)}")
+    source: ImageFileSource = _REGISTRY.create(kind, fields, split="both", **filled)
+    return source
 
 
 def source_fields(name: str) -> dict[str, Any]:
@@ -110,9 +101,11 @@ def source_fields(name: str) -> dict[str, Any]:
 def _split(name: str) -> tuple[str, dict[str, str]]:
     """A source's name without what is part of it: "folder:PATH" -> "folder" and its `path`."""
     kind, _, path = name.partition(":")
-    if kind not in _PATHS:
+    row = SOURCES.get(kind)
+    if row is None or not row.form:
         return name, {}
     if not path:
-        what, form, example = _PATHS[kind]
-        raise UserError(f"source {name!r} names no {what}; write {kind}:{form}, for example {example}")
+        raise UserError(
+            f"source {name!r} names no {row.what}; write {kind}:{row.form}, for example {row.example}"
+        )
     return kind, {"path": path}

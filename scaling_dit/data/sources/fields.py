@@ -84,7 +84,8 @@ def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
             raise DamagedRecord("bad_text", where, f"{name!r} holds {type(text).__name__}, not text")
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair is no text
+        except UnicodeEncodeError as error:
+            # Half of a surrogate pair is no text.
             raise DamagedRecord("bad_text", where, f"{name!r} is not text: {error}") from None
         texts.append(text)
     return texts

@@ -16,7 +16,7 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 
 The first five are found when the folder is opened, and such lines are no records. The others are met when an image is
-read, and another image of the folder stands in. A store that fails for another reason (a disk, a network) is no
+read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network) is no
 damaged record: the run stops.
 """
 
@@ -32,12 +32,14 @@ from etils import epath
 from scaling_dit.data import images
 from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, key_hash
+from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, key_hash
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
-KEYS = ("file_name", "text", "texts", "kinds")  # those that are read; the others are `RawSample.metadata`
-BLOCK = 10_000  # lines that count as one shard, for those who share the work
+# Those that are read; the others are `RawSample.metadata`.
+KEYS = ("file_name", "text", "texts", "kinds")
+# Lines that count as one shard, for those who share the work.
+BLOCK = 10_000
 
 
 class Row(NamedTuple):
@@ -45,14 +47,17 @@ class Row(NamedTuple):
 
     file_name: str
     texts: tuple[str, ...]
-    kinds: tuple[str, ...]  # of the texts: alt | synthetic | long
-    metadata: dict[str, Any]  # the other keys
-    line: int  # 1-based, for error messages
+    # Of the texts: alt | synthetic | long
+    kinds: tuple[str, ...]
+    # The other keys.
+    metadata: dict[str, Any]
+    # 1-based, for error messages.
+    line: int
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderSource(EncodedSource):
-    """Images and captions of one folder, as RGB squares; its fields are those of every `EncodedSource`.
+class FolderSource(ImageFileSource):
+    """Images and captions of one folder, as RGB squares; its fields are those of every `ImageFileSource`.
 
     Raises:
       UserError: no such folder or `metadata.jsonl`, too many damaged lines in it, or no image left to train on.
@@ -127,7 +132,8 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
 def _parse(where: str, number: int, line: bytes) -> Row:
     try:
         entry: Any = json.loads(line.decode("utf-8-sig"))
-        json.dumps(entry, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        # Half of a surrogate pair is no text.
+        json.dumps(entry, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DamagedRecord("bad_json", where, f"not JSON: {error}") from None
 
@@ -147,12 +153,12 @@ def _parse(where: str, number: int, line: bytes) -> Row:
     kinds = entry.get("kinds", ["alt"] * len(texts))
     if not isinstance(kinds, list) or len(kinds) != len(texts) or not all(kind in KINDS for kind in kinds):
         raise bad_line(f"'kinds' must be a list with one of {', '.join(KINDS)} for each text")
-    told = [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text.strip()]
-    if not told:
+    kept = [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text.strip()]
+    if not kept:
         raise DamagedRecord("empty_caption", where, f"the caption of {file_name!r} is empty")
     normal = posixpath.normpath(file_name)
     if normal.startswith(("/", "../")) or normal in (".", "..") or "://" in file_name:
         what = f"file_name {file_name!r} leaves the folder; it must be relative to it"
         raise DamagedRecord("outside_folder", where, what)
     metadata = {key: value for key, value in entry.items() if key not in KEYS}
-    return Row(normal, tuple(text for text, _ in told), tuple(kind for _, kind in told), metadata, number)
+    return Row(normal, tuple(text for text, _ in kept), tuple(kind for _, kind in kept), metadata, number)

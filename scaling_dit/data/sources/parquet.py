@@ -27,14 +27,14 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.fields import CaptionFields, plain
-from scaling_dit.data.sources.webdataset import matching
+from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, row_hashes
+from scaling_dit.data.sources.patterns import matching
 from scaling_dit.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class ParquetSource(EncodedSource):
+class ParquetSource(ImageFileSource):
     """The rows of all files that match a pattern, as RGB squares.
 
     Attributes:
@@ -142,6 +142,7 @@ def _read_file(path: epath.Path, metadata: Any, read: Callable[[Any], Any]) -> A
                 pyarrow.parquet.ParquetFile(opened, metadata=metadata, page_checksum_verification=True)
             )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
+        # pyarrow's own errors have no number.
+        if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot read: {error}") from error
         raise _NotParquetError(str(error).splitlines()[0]) from None

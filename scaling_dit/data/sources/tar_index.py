@@ -12,9 +12,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from scaling_dit.data.sources.encoded import key_hash
+from scaling_dit.data.sources.image_files import key_hash
 
-IMAGE, TEXT, JSON = range(3)  # columns of `Index.spans`
+# Columns of `Index.spans`.
+IMAGE, TEXT, JSON = range(3)
 ENDINGS = {
     "jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "gif": IMAGE, "bmp": IMAGE, "tif": IMAGE, "tiff": IMAGE,
     "txt": TEXT, "json": JSON,
@@ -22,10 +23,12 @@ ENDINGS = {
 SUFFIX = ".index"
 _VERSION = 1
 _BLOCK = 512
-_DIGEST = 32  # bytes of SHA-256
+# Bytes of SHA-256.
+_DIGEST = 32
 _ABSENT = (-1, 0)
 
-Fault = tuple[str, int, str]  # kind, offset, what
+# Kind, offset, what.
+Fault = tuple[str, int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,8 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
         if index_dir is not None:
             index_dir.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(_dumps(index, state))
-    except OSError as error:  # a read-only folder
+    except OSError as error:
+        # A read-only folder.
         message = "indexes of tars cannot be kept in %s (%s); set config.source.index_dir"
         logging.log_first_n(logging.WARNING, message, 1, kept.parent, error.strerror)
     return index
@@ -97,7 +101,8 @@ def build(file: IO[bytes], stem: str) -> Index:
         faults.append((cut.kind, cut.offset, cut.what))
         earlier = {column for group in groups[:-1] for column in group.members}
         if groups and (not earlier or groups[-1].members.keys() != earlier):
-            groups.pop()  # it may have had more members
+            # It may have had more members.
+            groups.pop()
     keys: list[str] = []
     spans: list[list[tuple[int, int]]] = []
     seen: set[str] = set()
@@ -124,9 +129,12 @@ class _Group(NamedTuple):
     """The members of one sample."""
 
     key: str
-    offset: int  # of its first member's data
-    members: dict[int, tuple[int, int]]  # column -> offset and size
-    endings: set[str]  # of all its members
+    # Of its first member's data.
+    offset: int
+    # Column -> offset and size.
+    members: dict[int, tuple[int, int]]
+    # Of all its members.
+    endings: set[str]
 
 
 class _CutError(Exception):

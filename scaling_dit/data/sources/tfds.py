@@ -31,8 +31,8 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.fields import CaptionFields, plain
+from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, row_hashes
 from scaling_dit.errors import UserError, nearest
 
 INFO = "dataset_info.json"
@@ -44,7 +44,7 @@ FIELDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsSource(EncodedSource):
+class TfdsSource(ImageFileSource):
     """The records of one split of a prepared set, as RGB squares.
 
     Attributes:
@@ -87,7 +87,8 @@ class TfdsSource(EncodedSource):
             example = self._opened.examples[start + row]
         except MemoryError:
             raise
-        except Exception as error:  # the reader and protobuf have errors of their own
+        except Exception as error:
+            # The reader and protobuf have errors of their own.
             what = f"cannot read the record: {_line(error)}"
             raise DamagedRecord("unreadable_record", where, what) from error
         image = example.get(self._opened.image_field)
@@ -106,8 +107,10 @@ class TfdsSource(EncodedSource):
 class _Opened:
     """A set ready to read."""
 
-    examples: Any  # random access to mappings, the image as its encoded file
-    files: Any  # filename, skip, take, examples_in_shard of each file
+    # Random access to mappings, the image as its encoded file.
+    examples: Any
+    # filename, skip, take, examples_in_shard of each file.
+    files: Any
     image_field: str
     captions: CaptionFields
 
@@ -120,7 +123,8 @@ def _open_set(source: TfdsSource) -> _Opened:
     folder = find(source.path, source.data_dir)
     try:
         builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # json, protobuf and features have errors of their own
+    except Exception as error:
+        # JSON, protobuf and features have errors of their own.
         raise UserError(f"{folder}: no prepared TFDS set: {_line(error)}") from error
     _check_format(folder, {file_format.value for file_format in builder.info.available_file_formats()})
     image_field, captions = _fields(source, builder, tfds.features)
@@ -134,9 +138,8 @@ def _open_set(source: TfdsSource) -> _Opened:
     examples = builder.as_data_source(
         source.tfds_split, decoders={image_field: tfds.decode.SkipDecoding()}, file_format="array_record"
     )
-    files = builder.info.splits[
-        source.tfds_split
-    ].file_instructions  # those of the format that was chosen just now
+    # Those of the format that was chosen just now.
+    files = builder.info.splits[source.tfds_split].file_instructions
     return _Opened(examples, files, image_field, captions)
 
 
@@ -215,7 +218,8 @@ def _fields(source: TfdsSource, builder: Any, features: Any) -> tuple[str, Capti
 
 def _flat(features: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """Every feature that holds no others, by its name with slashes."""
-    inner = getattr(features, "feature", features)  # of a sequence
+    # Of a sequence.
+    inner = getattr(features, "feature", features)
     if not hasattr(inner, "items"):
         return [(prefix, inner)]
     return [

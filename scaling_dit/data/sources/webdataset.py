@@ -9,7 +9,7 @@ The index of `00000.tar` is kept as `00000.tar.index` beside it, or in `index_di
 a checksum of its own, so one that is out of date or half written is made again; where nothing can be written it is
 made at each start. It costs some 80 bytes of memory per sample: for more than tens of millions, `prepare` them first.
 
-What is damaged (`data/damage.py`) is of one kind. Of the first five, what the headers tell is found on opening:
+What is damaged (`data/damage.py`) is of one kind. Of the first five, what shows in the headers is found on opening:
 
     truncated_tar     the file ends within a member, or without the two empty blocks that end a tar: one for the tar;
                       the samples before the place that are complete are used
@@ -35,14 +35,15 @@ from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources import tar_index
-from scaling_dit.data.sources.encoded import EncodedSource, Files, RawSample, Shard
 from scaling_dit.data.sources.fields import CaptionFields
+from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard
+from scaling_dit.data.sources.patterns import matching
 from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT
 from scaling_dit.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class WebdatasetSource(EncodedSource):
+class WebdatasetSource(ImageFileSource):
     """The samples of all tars that match a pattern, as RGB squares.
 
     Attributes:
@@ -136,27 +137,3 @@ class WebdatasetSource(EncodedSource):
         fields = metadata if text is None else metadata | {"txt": text}
         captions, kinds = self._fields.read(fields, where)
         return RawSample(index.key(row), image, captions, kinds, metadata, where)
-
-
-def matching(pattern: str, ending: str) -> list[epath.Path]:
-    """The files that a pattern names, sorted; only those with the ending if it says none itself.
-
-    Wildcards (`*`, `?`, `[0-9]`) stand in any part of the path; local or gs://.
-
-    Raises:
-      UserError: none, or two with the same name, which their records would share.
-    """
-    parts = pattern.split("/")
-    fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
-    folder, rest = "/".join(parts[:fixed]), "/".join(parts[fixed:])
-    root = epath.Path(folder or ("/" if pattern.startswith("/") else "."))
-    found = sorted(path for path in root.glob(rest) if path.name.endswith(ending) and not path.is_dir())
-    if not found:
-        raise UserError(f"no file matches {pattern!r}; a pattern such as /data/set/*{ending} is needed")
-    by_name: dict[str, epath.Path] = {}
-    for path in found:
-        if by_name.setdefault(path.name, path) != path:
-            raise UserError(
-                f"{by_name[path.name]} and {path} share a name, and with it the keys of their images"
-            )
-    return found

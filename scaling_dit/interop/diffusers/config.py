@@ -1,17 +1,17 @@
 """The `config.json` of diffusers' models and the fields of our backbones, each from the other.
 
-What one of our backbones computes fixes every argument of its diffusers class but a few (diffusers_families.py). An
-imported file is checked by writing it again, so that an option which our backbone does not have is an error and never a
+What a backbone computes fixes every argument of its diffusers class (the class attribute `DIFFUSERS`) but a few. An
+imported file is checked by writing it again, so that an option which the backbone does not have is an error and never a
 silent difference.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from scaling_dit import backbones
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.interop.diffusers.families import FAMILIES, Family
-
-DIFFUSERS_VERSION = "0.42.1"  # whose classes and files these are
+from scaling_dit.interop.declared import built_in_diffusers, diffusers_class
+from scaling_dit.weights.diffusers_class import VERSION, DiffusersClass
 
 
 def write_config(backbone_name: str, backbone: Any, latents: tuple[int, int]) -> dict[str, Any]:
@@ -20,21 +20,28 @@ def write_config(backbone_name: str, backbone: Any, latents: tuple[int, int]) ->
     Raises:
       UserError: diffusers has no class that computes what this backbone does.
     """
-    if backbone_name not in FAMILIES:
+    family = diffusers_class(type(backbone))
+    if family is None:
         raise UserError(
             f"diffusers has no model that computes what backbone {backbone_name!r} does; it has one for "
-            f"{', '.join(FAMILIES)}; --to=safetensors writes the names of the published code"
+            f"{', '.join(built_in_diffusers())}; --to=safetensors writes the names of the published code"
         )
-    family = FAMILIES[backbone_name]
-    head = {"_class_name": family.class_name, "_diffusers_version": DIFFUSERS_VERSION}
+    head = {"_class_name": family.class_name, "_diffusers_version": VERSION}
     return head | dict(family.defaults) | family.to_arguments(backbone, latents)
 
 
-def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family that a `config.json` belongs to.
+def family_of(
+    config: Mapping[str, Any], where: str, configured: str | None = None
+) -> tuple[str, DiffusersClass]:
+    """The backbone that a `config.json` belongs to, by name, and its class in diffusers.
+
+    Args:
+      config: the file's contents.
+      where: names the file in errors.
+      configured: the backbone of the run, such as a user's own, which is asked before the built-in ones.
 
     Raises:
-      UserError: it names no class, or one that none of our backbones computes.
+      UserError: it names no class, or one that no backbone computes.
     """
     named = config.get("_class_name")
     if named is None:
@@ -42,14 +49,18 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"the config.json of {where} has no _class_name, so diffusers did not write it; give a safetensors file "
             "instead of the folder, or export it first if it is a run"
         )
-    for family in FAMILIES.values():
+    families = built_in_diffusers()
+    own = diffusers_class(backbones.backbone_class(configured)) if configured else None
+    if configured and own is not None:
+        families = {configured: own, **families}
+    for name, family in families.items():
         if named in (family.class_name, *family.aliases) and family.matches(_arguments(family, config)):
-            return family
-    known = {family.class_name for family in FAMILIES.values()}
+            return name, family
+    known = {family.class_name for family in families.values()}
     raise UserError(f"{where} is of a {named}, which no backbone here computes; {nearest(str(named), known)}")
 
 
-def read_fields(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_fields(family: DiffusersClass, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Our backbone's fields from a `config.json`; arguments that it leaves out have their defaults.
 
     Raises:
@@ -66,22 +77,29 @@ def read_fields(family: Family, config: Mapping[str, Any], where: str) -> dict[s
 
 
 def check_same(
-    family: Family, config: Mapping[str, Any], backbone: Any, latents: tuple[int, int], where: str
+    name: str,
+    family: DiffusersClass,
+    config: Mapping[str, Any],
+    backbone: Any,
+    latents: tuple[int, int],
+    where: str,
 ) -> None:
-    """Makes sure that a backbone computes what a `config.json` describes.
+    """Makes sure that a backbone, by name `name`, computes what a `config.json` describes.
 
     Raises:
       UserError: names the first argument that differs.
     """
-    ours = _arguments(family, write_config(family.name, backbone, latents))
-    for name, value in _arguments(family, config).items():
-        if name not in family.free and not same_value(value, ours[name]):
+    ours = _arguments(family, write_config(name, backbone, latents))
+    for argument, value in _arguments(family, config).items():
+        if argument not in family.free and not same_value(value, ours[argument]):
             raise UserError(
-                f"{where} has {name} {value!r}; backbone {family.name!r} computes with {ours[name]!r} here"
+                f"{where} has {argument} {value!r}; backbone {name!r} computes with {ours[argument]!r} here"
             )
 
 
-def keep_spelling(family: Family, written: Mapping[str, Any], imported: Mapping[str, Any]) -> dict[str, Any]:
+def keep_spelling(
+    family: DiffusersClass, written: Mapping[str, Any], imported: Mapping[str, Any]
+) -> dict[str, Any]:
     """`written` with the values of the file it was imported from where both mean the same: 8 and [8, 8, 8] do."""
     return {
         name: imported[name]
@@ -100,7 +118,7 @@ def same_value(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _arguments(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(family: DiffusersClass, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _tuple(config.get(name, default)) for name, default in family.defaults.items()}
 
 

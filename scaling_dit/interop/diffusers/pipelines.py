@@ -2,7 +2,7 @@
 
 The folder holds `model_index.json` and one folder each for backbone, autoencoder, text encoder, tokenizer and
 scheduler. UNets become a StableDiffusionPipeline, which feeds CLIP's padding to the backbone; PixArt becomes a
-PixArtAlphaPipeline, which hides T5's. A run that does otherwise cannot be drawn by these classes and is refused.
+PixArtAlphaPipeline, which hides T5's. A run that does otherwise cannot be sampled by these classes and is refused.
 """
 
 import dataclasses
@@ -13,21 +13,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
-from scaling_dit.encoders import clip, t5, vae, vae_config
-from scaling_dit.encoders import vae_weights as autoencoder_kl
+from scaling_dit.encoders import clip, t5, vae, vae_config, vae_weights
 from scaling_dit.errors import UserError
-from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import schedulers, text_encoders
-from scaling_dit.interop.diffusers.families import FAMILIES
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts
+from scaling_dit.weights.diffusers_class import VERSION
 
 INDEX = "model_index.json"
 VAE, TEXT_ENCODER, TOKENIZER, SCHEDULER = "vae", "text_encoder", "tokenizer", "scheduler"
 _CONFIG = "config.json"
 _SCHEDULER_CONFIG = "scheduler_config.json"
-_BACKBONES = ("unet", "transformer")  # their folders
+# Their folders.
+_BACKBONES = ("unet", "transformer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +63,17 @@ KINDS = (
 
 
 def kind_of(pipe: Pipeline) -> Kind:
-    """The pipeline class that draws what a run does.
+    """The pipeline class that samples what a run does.
 
     Raises:
       UserError: there is none; says which part of the run is the reason.
     """
     name, model = pipe.config.backbone.name, pipe.model
-    theirs = FAMILIES[name].class_name if name in FAMILIES else None
-    kind = next((kind for kind in KINDS if kind.backbone == theirs), None)
+    family = diffusers_class(type(model.backbone))
+    kind = next((kind for kind in KINDS if family and kind.backbone == family.class_name), None)
     if kind is None:
         raise UserError(
-            f"no pipeline of diffusers draws with backbone {name!r} from CLIP or T5; --to=diffusers or "
+            f"no pipeline of diffusers samples with backbone {name!r} from CLIP or T5; --to=diffusers or "
             "--to=safetensors writes its weights alone"
         )
     encoder, class_name, _ = kind.text_encoder
@@ -113,14 +113,14 @@ def write(
     codec: Any = model.codec
     text_params = (pipe.params if model.train_text_encoder else pipe.frozen)[TEXT_ENCODER]
     vae_params = trees.unbox(pipe.frozen["codec"])
-    vae_weights = table.save(
-        autoencoder_kl.rows(codec.architecture), vae_params, vae_params, vae_config.CLASS_NAME
+    vae_arrays = state_dicts.save(
+        vae_weights.rows(codec.architecture), vae_params, vae_params, vae_config.CLASS_NAME
     )
     parts = {
         kind.folder: (described, weights, weight_files.STEMS[0]),
         VAE: (
             vae_config.write_architecture(codec.architecture, model.image_size),
-            vae_weights,
+            vae_arrays,
             weight_files.STEMS[0],
         ),
         TEXT_ENCODER: (
@@ -139,7 +139,7 @@ def write(
     _, text_class, tokenizer_class = kind.text_encoder
     index: dict[str, Any] = {
         "_class_name": kind.class_name,
-        "_diffusers_version": diffusers_config.DIFFUSERS_VERSION,
+        "_diffusers_version": VERSION,
         kind.folder: ["diffusers", kind.backbone],
         VAE: ["diffusers", vae_config.CLASS_NAME],
         TEXT_ENCODER: ["transformers", text_class],

@@ -10,13 +10,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.interop.diffusers.config import DIFFUSERS_VERSION
+from scaling_dit.weights.diffusers_class import VERSION
 
 # Our name -> diffusers', with the first and last beta where they are parameters.
 _SCHEDULES: dict[str, tuple[str, float, float]] = {
     "scaled_linear": ("scaled_linear", 0.00085, 0.012),
     "linear": ("linear", 0.0001, 0.02),
-    "cosine": ("squaredcos_cap_v2", 0.0001, 0.02),  # which reads no betas
+    # Which reads no betas.
+    "cosine": ("squaredcos_cap_v2", 0.0001, 0.02),
 }
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _CLASSES = {
@@ -30,7 +31,7 @@ _DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, 
 
 
 def write(config: ConfigDict) -> dict[str, Any]:
-    """The scheduler that draws as a run with `config.diffusion` and `config.sample.sampler` does.
+    """The scheduler that samples as a run with `config.diffusion` and `config.sample.sampler` does.
 
     Raises:
       UserError: rectified flow, which diffusers' pipelines of these models do not have.
@@ -39,13 +40,13 @@ def write(config: ConfigDict) -> dict[str, Any]:
     if diffusion.schedule not in _SCHEDULES or diffusion.prediction not in _PREDICTIONS:
         raise UserError(
             f"config.diffusion is {diffusion.schedule} with prediction {diffusion.prediction}, which no pipeline of "
-            "diffusers for this backbone draws with; --to=diffusers writes the backbone alone"
+            "diffusers for this backbone samples with; --to=diffusers writes the backbone alone"
         )
     betas, start, end = _SCHEDULES[diffusion.schedule]
     spacing = "linspace" if sampler == "dpmpp_2m" else "leading"
     described: dict[str, Any] = {
         "_class_name": _CLASSES[sampler],
-        "_diffusers_version": DIFFUSERS_VERSION,
+        "_diffusers_version": VERSION,
         "num_train_timesteps": 1000,
         "beta_schedule": betas,
         "beta_start": start,
@@ -58,7 +59,8 @@ def write(config: ConfigDict) -> dict[str, Any]:
     if sampler == "ddim":
         described |= {"clip_sample": False, "set_alpha_to_one": False}
     if sampler == "heun":
-        described.pop("rescale_betas_zero_snr")  # it has none
+        # It has none.
+        described.pop("rescale_betas_zero_snr")
         if diffusion.zero_snr:
             raise UserError(
                 "diffusers' HeunDiscreteScheduler has no zero terminal SNR; export with sampler ddim"
@@ -87,8 +89,8 @@ def read(described: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
         ):
             break
     else:
-        told = f"{found['beta_schedule']} from {found['beta_start']} to {found['beta_end']}"
-        raise UserError(f"{where} has betas {told}; schedules here are {', '.join(_SCHEDULES)}")
+        betas = f"{found['beta_schedule']} from {found['beta_start']} to {found['beta_end']}"
+        raise UserError(f"{where} has betas {betas}; schedules here are {', '.join(_SCHEDULES)}")
     kinds = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     if found["prediction_type"] not in kinds:
         raise UserError(

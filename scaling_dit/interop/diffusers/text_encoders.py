@@ -12,7 +12,7 @@ from scaling_dit.encoders import clip, clip_weights, t5, transformer, vocabulari
 from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import table
+from scaling_dit.weights import state_dicts
 
 _CLIP_PREFIX = "text_model."
 
@@ -64,12 +64,11 @@ def state_dict(encoder: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]
     """Parameters of a CLIP or T5 text encoder by the names of transformers' CLIPTextModel or T5EncoderModel."""
     params, what = trees.unbox(params), f"text encoder {encoder.size!r}"
     if isinstance(encoder, clip.ClipText):
-        params = {
-            name: value for name, value in params.items() if name != "projection"
-        }  # that class has none
-        saved = table.save(clip_weights.text_rows(encoder.module.depth), params, params, what)
+        # The class has no projection.
+        params = {name: value for name, value in params.items() if name != "projection"}
+        saved = state_dicts.save(clip_weights.text_rows(encoder.module.depth), params, params, what)
         return {_CLIP_PREFIX + name: array for name, array in saved.items()}
-    return table.save(t5.encoder_rows(t5.SIZES[encoder.size].layers), params, params, what)
+    return state_dicts.save(t5.encoder_rows(t5.SIZES[encoder.size].layers), params, params, what)
 
 
 def write_tokenizer(encoder: Any, folder: epath.Path) -> None:

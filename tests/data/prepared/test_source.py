@@ -189,7 +189,7 @@ def test_a_damaged_record_is_counted_and_another_stands_in(own_set):
     (fault,) = source.damage.examples("damaged_record")
     assert fault.where == f"{path} record 4"
     with pytest.raises(
-        UserError, match=r"record 4: .*; to go on without up to N damaged records, set"
+        UserError, match=r"record 4: .*; to replace up to N damaged records by others, set"
     ) as error:
         open_set(own_set).__getitems__([3, 4, 5])
     assert "\n" not in str(error.value)

@@ -16,11 +16,11 @@ from scaling_dit.data.shapes.scenes import (
     Object,
     Scene,
     ShapesSpec,
-    distinct_test_scenes,
-    draw_scene,
+    distinct_held_out_scenes,
     fits,
     glyph,
-    held_out,
+    is_held_out,
+    make_scene,
     relations,
     render,
 )
@@ -40,19 +40,19 @@ def test_the_generator_knows_enough():
 @pytest.mark.parametrize("preset", ALL)
 def test_a_scene_depends_on_seed_split_and_index_only(preset):
     spec = ShapesSpec(preset=preset, max_objects=3)
-    scenes = [draw_scene(spec, "train", i) for i in range(50)]
-    assert [draw_scene(spec, "train", i) for i in reversed(range(50))] == scenes[::-1]
-    assert [draw_scene(dataclasses.replace(spec, seed=1), "train", i) for i in range(50)] != scenes
-    assert [draw_scene(spec, "test", i) for i in range(50)] != scenes
+    scenes = [make_scene(spec, "train", i) for i in range(50)]
+    assert [make_scene(spec, "train", i) for i in reversed(range(50))] == scenes[::-1]
+    assert [make_scene(dataclasses.replace(spec, seed=1), "train", i) for i in range(50)] != scenes
+    assert [make_scene(spec, "held_out", i) for i in range(50)] != scenes
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3}
 
 
 def test_scenes_are_the_same_on_every_machine():
     """Written down once: a change of the generator changes every published figure."""
-    scene = draw_scene(ShapesSpec(), "train", 0)
+    scene = make_scene(ShapesSpec(), "train", 0)
     assert scene == Scene("grid16", (Object("triangle", "yellow", "small", 3, 3),))
     assert render(scene).sum() == 16 * 16 * 3 * 128 + 13 * (2 * 255 - 3 * 128)  # 13 px turn yellow
-    far = draw_scene(ShapesSpec(seed=3, max_objects=3), "test", UNLIMITED - 1)
+    far = make_scene(ShapesSpec(seed=3, max_objects=3), "held_out", UNLIMITED - 1)
     assert far.canonical() == "grid16:triangle,yellow,large,3,11"
 
 
@@ -60,7 +60,7 @@ def test_scenes_are_the_same_on_every_machine():
 def test_objects_of_a_scene_keep_apart_and_have_unique_names(preset):
     spec = ShapesSpec(preset=preset, min_objects=3, max_objects=3)
     for i in range(200):
-        scene = draw_scene(spec, "train", i)
+        scene = make_scene(spec, "train", i)
         assert len({(o.colour, o.shape) for o in scene.objects}) == 3
         assert all(fits(PRESETS[preset], a, b) for a, b in itertools.combinations(scene.objects, 2))
         assert all(
@@ -126,41 +126,41 @@ def test_relations_need_a_clear_separation():
 @pytest.mark.parametrize("preset", ["grid8", "grid16", "free32"])
 def test_no_test_scene_ever_occurs_in_training(preset):
     spec = ShapesSpec(preset=preset, shapes=("circle", "square"), colours=("red", "green"))
-    train = {draw_scene(spec, "train", i).canonical() for i in range(1500)}
-    test = {draw_scene(dataclasses.replace(spec, seed=7), "test", i).canonical() for i in range(300)}
+    train = {make_scene(spec, "train", i).canonical() for i in range(1500)}
+    test = {make_scene(dataclasses.replace(spec, seed=7), "held_out", i).canonical() for i in range(300)}
     assert train.isdisjoint(test)
 
 
 def test_the_held_out_share_is_as_asked():
-    every = [draw_scene(ShapesSpec(held_out_fraction=0.0), "train", i) for i in range(3000)]
+    every = [make_scene(ShapesSpec(held_out_fraction=0.0), "train", i) for i in range(3000)]
     for fraction in (0.05, 0.2, 0.5):
-        share = np.mean([held_out(ShapesSpec(held_out_fraction=fraction), scene) for scene in every])
+        share = np.mean([is_held_out(ShapesSpec(held_out_fraction=fraction), scene) for scene in every])
         assert share == pytest.approx(fraction, abs=0.03)
 
 
-def test_held_out_combinations_are_in_the_test_split_only():
+def test_held_out_combinations_are_in_the_held_out_split_only():
     names = ("red square", "blue circle")
     spec = ShapesSpec(held_out_combinations=names, held_out_fraction=0.0)
 
     def holds(scene: Scene) -> bool:
         return any(f"{o.colour} {o.shape}" in names for o in scene.objects)
 
-    assert not any(holds(draw_scene(spec, "train", i)) for i in range(1000))
-    assert all(holds(draw_scene(spec, "test", i)) for i in range(30))
+    assert not any(holds(make_scene(spec, "train", i)) for i in range(1000))
+    assert all(holds(make_scene(spec, "held_out", i)) for i in range(30))
 
 
-def test_distinct_test_scenes():
+def test_distinct_held_out_scenes():
     spec = ShapesSpec(preset="grid8", colours=("red", "green", "blue", "yellow", "magenta", "cyan"))
-    found = distinct_test_scenes(spec, 500)
-    assert len({draw_scene(spec, "test", i).canonical() for i in found}) == 500
-    assert found[:100] == distinct_test_scenes(spec, 100)
+    found = distinct_held_out_scenes(spec, 500)
+    assert len({make_scene(spec, "held_out", i).canonical() for i in found}) == 500
+    assert found[:100] == distinct_held_out_scenes(spec, 100)
     tiny = ShapesSpec(preset="grid8", shapes=("circle",), colours=("red", "blue"))
     with pytest.raises(UserError, match="20 held-out scenes wanted, but .* gave [0-9]"):
-        distinct_test_scenes(tiny, 20)
+        distinct_held_out_scenes(tiny, 20)
 
 
 def test_the_order_of_objects_makes_no_other_picture():
-    scene = draw_scene(ShapesSpec(preset="free64", min_objects=3, max_objects=3), "train", 5)
+    scene = make_scene(ShapesSpec(preset="free64", min_objects=3, max_objects=3), "train", 5)
     turned = Scene(scene.preset, scene.objects[::-1])
     assert turned.canonical() == scene.canonical() and (render(turned) == render(scene)).all()
 
@@ -207,7 +207,7 @@ def test_empty_splits_are_told():
         ShapesSource(held_out_fraction=0.0).held_out()
     spec = ShapesSpec(preset="grid8", shapes=("circle",), colours=("red", "blue"), held_out_fraction=1.0)
     with pytest.raises(UserError, match="found no train scene"):
-        draw_scene(spec, "train", 0)
+        make_scene(spec, "train", 0)
 
 
 def test_the_source_is_a_source():
@@ -223,9 +223,13 @@ def test_the_source_is_a_source():
     with pytest.raises(IndexError):
         source[-1]
     test = source.held_out()
-    assert len(test) == UNLIMITED and test.held_out() == test
-    assert "grid32" in source.describe() and "40 scenes" in source.describe() and "test" in test.describe()
-    assert all(held_out(test, test.scene(i)) and not held_out(source, source.scene(i)) for i in range(40))
+    assert len(test) == UNLIMITED and test.held_out() == test and test.split == "held_out"
+    assert (
+        "grid32" in source.describe() and "40 scenes" in source.describe() and "held_out" in test.describe()
+    )
+    assert all(
+        is_held_out(test, test.scene(i)) and not is_held_out(source, source.scene(i)) for i in range(40)
+    )
     assert test.distinct(20) == source.distinct(20)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from scaling_dit.data.shapes.scenes import PRESETS, Draws, Object, Scene, ShapesSpec, draw_scene, relations
+from scaling_dit.data.shapes.scenes import PRESETS, Draws, Object, Scene, ShapesSpec, make_scene, relations
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.data.shapes.text import SYNONYMS, Captions, caption, describe, facts, questions
 
@@ -80,7 +80,7 @@ def test_the_densest_caption_has_every_attribute_and_relation(preset, plain):
     spec = ShapesSpec(preset=preset, min_objects=2, max_objects=3)
     pixels = PRESETS[preset].pixels
     for i in range(100):
-        scene = draw_scene(spec, "train", i)
+        scene = make_scene(spec, "train", i)
         objects, stated = parsed(caption(scene, 4, 1.0, Draws(i), plain))
         if len(pixels) > 1:
             assert objects == {(o.size, o.colour, o.shape) for o in scene.objects}
@@ -95,7 +95,7 @@ def test_the_densest_caption_has_every_attribute_and_relation(preset, plain):
 
 def test_captions_of_two_objects_are_short():
     spec = ShapesSpec(preset="free32", min_objects=2)
-    texts = [caption(draw_scene(spec, "train", i), 4, 1.0, Draws(i), plain=False) for i in range(300)]
+    texts = [caption(make_scene(spec, "train", i), 4, 1.0, Draws(i), plain=False) for i in range(300)]
     assert max(len(text.split()) for text in texts) <= 20
 
 

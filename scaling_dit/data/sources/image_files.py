@@ -1,4 +1,4 @@
-"""What sources of encoded images share: shards of samples, a split by a hash of the key, stand-ins for damage.
+"""What sources of image files share: shards of samples, a split by a hash of the key, replacements for damage.
 
 A source gives its shards and the samples in them; from that follow random access to decoded records for training
 (`source[index]`, for which every shard is opened at the start) and the samples of one shard in order for `prepare` and
@@ -20,23 +20,31 @@ from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.sources import Record, create_raw_source
 from scaling_dit.errors import UserError
 
-THREADS = 8  # that open shards; they wait for a disk or a network most of the time
-KEPT = 64  # opened shards that a raw source keeps: more than threads work on
+# That open shards; they wait for a disk or a network most of the time.
+THREADS = 8
+# Opened shards that a raw source keeps: more than threads work on.
+KEPT = 64
 
 
 class RawSample(NamedTuple):
     """One image as it is stored, with what is known of it."""
 
-    key: str  # names the sample within its source
-    image: bytes  # the encoded file, not yet looked at
-    captions: tuple[str, ...]  # at least one, none blank
-    kinds: tuple[str, ...]  # of the captions, in their order: alt | synthetic | long
-    metadata: dict[str, Any]  # whatever else the record says, JSON values
-    where: str  # file and line or offset, for error lines
+    # Names the sample within its source.
+    key: str
+    # The file's bytes, not yet decoded.
+    image: bytes
+    # At least one, none blank.
+    captions: tuple[str, ...]
+    # Of the captions, in their order: alt | synthetic | long.
+    kinds: tuple[str, ...]
+    # Whatever else the record says, JSON values.
+    metadata: dict[str, Any]
+    # File and line or offset, for error lines.
+    where: str
 
 
 class Shard(NamedTuple):
-    """What opening a shard tells, without reading its images.
+    """What is known of a shard once it is open, without reading its images.
 
     Attributes:
       hashes: float64 [n], of the key of each sample, in [0, 1); see `key_hash` and `row_hashes`.
@@ -62,7 +70,7 @@ class Files(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedSource(abc.ABC):
+class ImageFileSource(abc.ABC):
     """Images and captions from files, as RGB squares.
 
     A subclass gives `_list`, `_read` and `_noun`.
@@ -73,23 +81,26 @@ class EncodedSource(abc.ABC):
       held_out_fraction: share of the images kept for evaluation, chosen by a hash of the key alone, so that an image
         stays on its side when others are added or removed.
       max_pixels: larger images are damaged records.
-      max_damaged: damaged records to go on without; 0 stops at the first.
+      max_damaged: damaged records that are replaced; 0 stops at the first.
       damage: those met so far, in both splits.
 
     Raises:
       UserError: nothing at `path`, a field out of range, too much damage, or no image left to train on.
     """
 
-    path: str = dataclasses.field(metadata={"config": False})  # of the source's name
+    # Of the source's name.
+    path: str = dataclasses.field(metadata={"config": False})
     image_size: int = 64
     held_out_fraction: float = 0.05
     max_pixels: int = images.MAX_PIXELS
     max_damaged: int = 0
-    split: str = dataclasses.field(default="train", metadata={"config": False})  # train | held_out | both
+    # train | held_out | both
+    split: str = dataclasses.field(default="train", metadata={"config": False})
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
     _files: Files = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
-    _noun: ClassVar[str]  # before the path, in one line of `describe`
+    # Before the path, in one line of `describe`.
+    _noun: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -109,7 +120,8 @@ class EncodedSource(abc.ABC):
             opener = functools.lru_cache(KEPT if self.split == "both" else None)(files.open)
             object.__setattr__(self, "_files", files._replace(open=opener))
         if self.split == "both":
-            return  # `samples` opens one after the other
+            # `samples` opens one after the other.
+            return
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             shards = tuple(pool.map(self._files.open, range(len(self._files.names))))
         self.damage.meet_all(fault for shard in shards for fault in shard.faults)
@@ -143,7 +155,7 @@ class EncodedSource(abc.ABC):
         return len(self._chosen)
 
     def __getitem__(self, index: int, /) -> Record:
-        """Reads and decodes one image, or the one that stands in for it if it is damaged.
+        """Reads and decodes one image, or the one that replaces it if it is damaged.
 
         Raises:
           IndexError: past the end.
@@ -207,7 +219,8 @@ class EncodedSource(abc.ABC):
             return np.arange(len(hashes))
         held_out = hashes < self.held_out_fraction
         if self.held_out_fraction and len(hashes) > 1 and not held_out.any():
-            held_out[np.argmin(hashes)] = True  # a small set still has a split
+            # A small set still has a split.
+            held_out[np.argmin(hashes)] = True
         return np.flatnonzero(held_out == (self.split == "held_out"))
 
 
@@ -215,7 +228,7 @@ def scan(name: str, **fields: Any) -> Damage:
     """Reads and decodes every sample, both splits: exact counts by kind, and the damaged records themselves.
 
     Args:
-      name: of a source of encoded images, such as "folder:data/mine".
+      name: of a source of image files, such as "folder:data/mine".
       **fields: its fields, as in `create_source`; there is no limit to the damage.
 
     Raises:
@@ -230,7 +243,7 @@ def scan(name: str, **fields: Any) -> Damage:
                     raise sample
                 images.decode(sample.image, sample.where, sample.key, source.max_pixels)
             except DamagedRecord as fault:
-                damage.meet(fault, tell=False)
+                damage.meet(fault, log=False)
     return damage
 
 

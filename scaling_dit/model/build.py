@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, encoders, trees
 from scaling_dit.data import sources
-from scaling_dit.diffusion import objectives, schedules
+from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
@@ -35,15 +35,19 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
         )
     diffusion = config.diffusion
     schedule = schedules.make_schedule(
-        diffusion.schedule, zero_snr=diffusion.zero_snr, time_shift=diffusion.time_shift
+        diffusion.schedule,
+        zero_snr=diffusion.zero_snr,
+        time_shift=diffusion.time_shift,
+        fields=diffusion.schedule_fields,
     )
-    objectives.check_prediction(diffusion.prediction, schedule)
+    prediction = predictions.create_prediction(diffusion.prediction, diffusion.prediction_fields)
+    predictions.check_prediction(prediction, schedule)
     return Model(
         codec=codec,
         text_encoder=text_encoder,
         backbone=backbone,
         schedule=schedule,
-        prediction=diffusion.prediction,
+        prediction=prediction,
         image_size=_image_size(config) if source is None else source.image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,

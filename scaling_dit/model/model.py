@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from scaling_dit import encoders
 from scaling_dit.backbones.contract import Backbone
-from scaling_dit.diffusion import schedules
+from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.errors import UserError
 from scaling_dit.trees import Params
@@ -28,7 +28,8 @@ class Model:
     text_encoder: encoders.TextEncoder
     backbone: Backbone
     schedule: schedules.Schedule
-    prediction: str  # what the backbone predicts: eps | x0 | v | flow
+    # What the backbone predicts.
+    prediction: predictions.Kind
     image_size: int  # px
     train_text_encoder: bool
     text_mask: bool

@@ -246,8 +246,8 @@ def test_a_folder_keeps_its_path_in_the_name():
 
 def test_choices_are_what_the_diffusion_code_takes():
     assert schema.FIELDS["diffusion.schedule"].choices == schedules.SCHEDULES
-    assert schema.FIELDS["diffusion.prediction"].choices == objectives.PREDICTIONS
-    assert schema.FIELDS["diffusion.weighting"].choices == objectives.WEIGHTINGS
+    assert schema.FIELDS["diffusion.prediction"].choices == predictions.PREDICTIONS
+    assert schema.FIELDS["diffusion.weighting"].choices == weightings.WEIGHTINGS
     assert schema.FIELDS["diffusion.time_sampling"].choices == time_sampling.TIME_SAMPLINGS
     assert schema.FIELDS["sample.sampler"].choices == tuple(samplers.SAMPLERS)
 

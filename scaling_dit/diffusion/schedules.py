@@ -45,19 +45,7 @@ class Schedule(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def _own_schedule(name: str, fields: Mapping[str, Any], *, zero_snr: bool, time_shift: float) -> Schedule:
-    schedule: Schedule = SEAM.create(name, fields)
-    check_schedule(schedule, SEAM.where(name))
-    for option, value, default in (("zero_snr", zero_snr, False), ("time_shift", time_shift, 1.0)):
-        if value != default:
-            raise UserError(
-                f"config.diffusion.{option}={value} is for built-in schedules, not {name!r}; leave it {default}, or "
-                "give your schedule a field for it, under config.diffusion.schedule_fields"
-            )
-    return schedule
-
-
-def zero_terminal_snr(self) -> bool:
+    def zero_terminal_snr(self) -> bool:
         """Whether the noisiest latents hold no signal at all."""
 
     @abc.abstractmethod
@@ -175,6 +163,18 @@ def make_schedule(
         )
     alphas_cumprod = np.cumprod(1.0 - make_betas(name, num_timesteps))
     return VariancePreserving(zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod)
+
+
+def _own_schedule(name: str, fields: Mapping[str, Any], *, zero_snr: bool, time_shift: float) -> Schedule:
+    schedule: Schedule = SEAM.create(name, fields)
+    check_schedule(schedule, SEAM.where(name))
+    for option, value, default in (("zero_snr", zero_snr, False), ("time_shift", time_shift, 1.0)):
+        if value != default:
+            raise UserError(
+                f"config.diffusion.{option}={value} is for built-in schedules, not {name!r}; leave it {default}, or "
+                "give your schedule a field for it, under config.diffusion.schedule_fields"
+            )
+    return schedule
 
 
 def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

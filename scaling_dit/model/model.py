@@ -82,8 +82,12 @@ class Model:
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
         """Normal noise float32 [N, h, w, c]; each row depends on `key` and its number of `numbers` [N] alone."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        keys = self.row_keys(key, numbers)
         return jax.vmap(lambda row_key: jax.random.normal(row_key, self.latent_shape))(keys)
+
+    def row_keys(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
+        """One random key a row, [N]; each depends on `key` and its number of `numbers` [N] alone."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
     def predict(
         self,

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.config import schema
-from scaling_dit.diffusion import objectives, samplers, schedules, time_sampling
+from scaling_dit.diffusion import predictions, samplers, schedules, time_sampling, weightings
 from scaling_dit.errors import UserError
 
 FIELDS = {

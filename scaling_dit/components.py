@@ -214,14 +214,15 @@ def check_methods(part: Any, where: str, methods: Mapping[str, str]) -> None:
       part: any object.
       where: its name in the error line.
       methods: name of a method -> its arguments, separated by ", ", such as {"table": "schedule, steps"}; "__call__"
-        stands for the call of the part itself.
+        is the call of the part itself.
 
     Raises:
       UserError: the first method that is missing or takes other arguments.
     """
     for name, arguments in methods.items():
         shown = f"{name}({arguments})"
-        method = getattr(part, name, None)
+        # A function's own __call__ takes anything.
+        method = part if name == "__call__" else getattr(part, name, None)
         if isinstance(part, type) or not callable(method):
             raise UserError(f"{where}: it has no method {shown}; it is {describe(part)}")
         try:

@@ -25,6 +25,8 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
     """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
+    image_size = _image_size(config) if source is None else source.image_size
+    codecs.check_own_codec(codec, config.codec.name, image_size)
     backbone = backbones.create_for(
         in_channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
     )
@@ -48,7 +50,7 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
         backbone=backbone,
         schedule=schedule,
         prediction=prediction,
-        image_size=_image_size(config) if source is None else source.image_size,
+        image_size=image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,
     )

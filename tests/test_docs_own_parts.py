@@ -18,7 +18,8 @@ from scaling_dit.encoders import codec, create_text_encoder
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import schedulers
 from scaling_dit.training import optim
-from tests.test_docs import DOCS, blocks, commands
+from tests.support.pages import blocks, commands
+from tests.support.paths import DOCS
 
 PAGE = "own_parts.md"
 VP = schedules.make_schedule("scaled_linear")

@@ -117,9 +117,7 @@ class Registry:
         module_name, _, class_name = place.partition(":")
         hint = nearest(module_name, self.known)
         if not (class_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
-            raise UserError(
-                f"unknown {self.what} {name!r}; {hint} (or one of your own: package.module:Name)"
-            )
+            raise UserError(f"unknown {self.what} {name!r}; {hint} (or one of your own: package.module:Name)")
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
@@ -244,10 +242,12 @@ def describe(thing: Any) -> str:
 
 
 def _place(error: Exception) -> str:
-    """File and line of the code that raised an error: the last that belongs to no installed package, if there is one."""
+    """File and line of the code that raised an error, outside of installed packages if some of it is."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")
+    ]
     here = [frame for frame in frames if "site-packages" not in frame.filename]
     last = (here or frames)[-1]
     return f"{last.filename}, line {last.lineno}"

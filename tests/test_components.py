@@ -143,7 +143,9 @@ def test_arguments_that_the_program_fills_are_given_where_there_are_any(registry
 
 
 def test_what_a_constructor_raises_is_one_line_with_its_place(registry):
-    with pytest.raises(UserError, match=r"part 'own_parts:Strict': it raised ValueError: width \(.*own_parts.py, line"):
+    with pytest.raises(
+        UserError, match=r"part 'own_parts:Strict': it raised ValueError: width \(.*own_parts.py, line"
+    ):
         registry.create("own_parts:Strict", {"width": -1})
 
 
@@ -155,7 +157,10 @@ def test_a_seam_has_built_in_parts_without_fields_and_those_of_a_user(registry):
     assert seam.create("own_parts:Strict", {}, total_steps=7).width == 1
     for name, message in (
         ("adam", "unknown config.optim.name 'adam'; did you mean 'adamw'"),
-        ("own_parts:NUMBER", "config.optim.name 'own_parts:NUMBER': own_parts has no class or function 'NUMBER'"),
+        (
+            "own_parts:NUMBER",
+            "config.optim.name 'own_parts:NUMBER': own_parts has no class or function 'NUMBER'",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             seam.create(name, {})
@@ -171,7 +176,10 @@ def test_methods_are_checked_by_name_and_arguments():
 
     check_methods(Part(), "it", {"__call__": "images", "late": "first, second"})
     for methods, message in (
-        ({"__call__": "images, seeds"}, r"it: __call__ has the call \(images\); it must take \(images, seeds\): too"),
+        (
+            {"__call__": "images, seeds"},
+            r"it: __call__ has the call \(images\); it must take \(images, seeds\): too",
+        ),
         ({"late": "first, second, third"}, "it: late has the call"),
         ({"early": "first"}, r"it: it has no method early\(first\); it is a Part"),
     ):
@@ -184,5 +192,8 @@ def test_methods_are_checked_by_name_and_arguments():
 def test_one_line_leaves_user_errors_as_they_are():
     with pytest.raises(UserError, match="^as it is$"), one_line("it"):
         raise UserError("as it is")
-    with pytest.raises(UserError, match=r"^it raised KeyError: 'a' \(.*test_components.py, line \d+\)$"), one_line("it"):
+    with (
+        pytest.raises(UserError, match=r"^it raised KeyError: 'a' \(.*test_components.py, line \d+\)$"),
+        one_line("it"),
+    ):
         {}["a"]

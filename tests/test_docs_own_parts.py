@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import scaling_dit
-from scaling_dit import cli, config
+from scaling_dit import config
 from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.cli import main as cli
 from scaling_dit.config import schema
 from scaling_dit.curation.captioning import create_captioner
 from scaling_dit.diffusion import guidance, predictions, samplers, schedules, time_sampling, weightings
@@ -156,8 +157,14 @@ def test_the_commands_run_one_after_the_other(folder, capsys):
 
 def test_a_pipeline_of_diffusers_is_refused(folder):
     for override, message in (
-        ("diffusion.schedule=laplace:laplace", "config.diffusion is laplace:laplace with prediction x0, which no"),
-        ("sample.sampler=ancestral:Ancestral", "config.sample.sampler is 'ancestral:Ancestral', which diffusers"),
+        (
+            "diffusion.schedule=laplace:laplace",
+            "config.diffusion is laplace:laplace with prediction x0, which no",
+        ),
+        (
+            "sample.sampler=ancestral:Ancestral",
+            "config.sample.sampler is 'ancestral:Ancestral', which diffusers",
+        ),
     ):
         own = config.load("experiments/shapes.py:smoke", [f"--config.{override}"])
         with pytest.raises(UserError, match=message):

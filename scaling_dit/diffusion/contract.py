@@ -46,7 +46,9 @@ def check_schedule(schedule: Any, where: str) -> None:
         ratio = sigma / alpha
     with one_line(f"{where}: timesteps_of()"):
         back = np.asarray(schedule.timesteps_of(ratio))
-    _check_array(f"{where}: timesteps_of()", back, times.shape, "floating", f"noise_to_signal of shape {times.shape}")
+    _check_array(
+        f"{where}: timesteps_of()", back, times.shape, "floating", f"noise_to_signal of shape {times.shape}"
+    )
     off = np.abs(back - times)
     if not off.max() < 0.5:
         worst = int(np.argmax(np.where(np.isfinite(off), off, np.inf)))
@@ -146,7 +148,7 @@ def check_time_sampling(sampling: Any, schedule: Any, where: str) -> None:
 
 
 def check_sampler(sampler: Any, schedule: Any, steps: int, where: str) -> None:
-    """Makes sure that this is a `Sampler`: it runs under `scan`, row by row, and ends at the latents a model is sure of.
+    """Makes sure that this is a `Sampler`: it can be scanned, row by row, and ends at what a model is sure of.
 
     Raises:
       UserError: it is not.
@@ -157,9 +159,7 @@ def check_sampler(sampler: Any, schedule: Any, steps: int, where: str) -> None:
         {"table": "schedule, steps", "init": "noise, keys", "step": "denoise, latents, carry, row"},
     )
     with one_line(f"{where}: table()"):
-        rows = jax.tree.map(
-            lambda column: jnp.asarray(column, jnp.float32), sampler.table(schedule, steps)
-        )
+        rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), sampler.table(schedule, steps))
     shapes = [np.shape(column) for column in jax.tree.leaves(rows)]
     if not shapes or not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
         raise UserError(
@@ -175,7 +175,9 @@ def check_sampler(sampler: Any, schedule: Any, steps: int, where: str) -> None:
     @jax.jit
     def run(noise: jax.Array, numbers: jax.Array) -> jax.Array:
         start = noise, sampler.init(noise, jax.vmap(jax.random.key)(numbers))
-        return jax.lax.scan(lambda held, row: (_step(sampler, denoise, held, row, where), None), start, rows)[0][0]
+        return jax.lax.scan(lambda held, row: (_step(sampler, denoise, held, row, where), None), start, rows)[
+            0
+        ][0]
 
     noise, numbers = _normal(0), jnp.arange(_ROWS)
     with one_line(f"{where}: init() and step()"):
@@ -184,8 +186,8 @@ def check_sampler(sampler: Any, schedule: Any, steps: int, where: str) -> None:
     moved = float(jnp.abs(run(noise[::-1], numbers[::-1])[::-1] - final).max())
     if not moved < 1e-4:
         raise UserError(
-            f"{where}: step() changes a row by {moved:.3g} when it stands elsewhere in the batch; draw the noise of each "
-            "row from its own of the keys"
+            f"{where}: step() changes a row by {moved:.3g} when it stands elsewhere in the batch; draw the noise of "
+            "each row from its own of the keys"
         )
     away = float(jnp.abs(final - 0.5).max())
     if not away < 0.25:
@@ -209,7 +211,9 @@ def check_guidance(guidance: Any, where: str) -> None:
     given = _normal(0), _normal(1), _normal(2)
     with one_line(f"{where}: the call"):
         combined = jax.jit(run)(*given)
-    _check_array(f"{where}: the call", combined, given[0].shape, "float32", f"predictions of shape {given[0].shape}")
+    _check_array(
+        f"{where}: the call", combined, given[0].shape, "float32", f"predictions of shape {given[0].shape}"
+    )
     _check_rows(f"{where}: the call", jax.jit(run), given, (_normal(3), _normal(4), _normal(5)))
 
 
@@ -234,7 +238,9 @@ def _coefficients(schedule: Any, times: np.ndarray, where: str) -> tuple[np.ndar
         raise UserError(f"{where}: coefficients() returned {describe(found)}; it must return (alpha, sigma)")
     alpha, sigma = (np.asarray(factor) for factor in found)
     for factor in (alpha, sigma):
-        _check_array(f"{where}: coefficients()", factor, times.shape, "floating", f"timesteps of shape {times.shape}")
+        _check_array(
+            f"{where}: coefficients()", factor, times.shape, "floating", f"timesteps of shape {times.shape}"
+        )
     return alpha, sigma
 
 
@@ -274,7 +280,13 @@ def _check_factor(schedule: Any, name: str, times: np.ndarray, wanted: np.ndarra
     for given in (jnp.asarray(times, jnp.float32), jnp.asarray(times, jnp.int32).reshape(-1, 4)):
         with one_line(f"{where}: {name}()"):
             found = jax.jit(getattr(schedule, name))(given)
-        _check_array(f"{where}: {name}()", found, given.shape, "float32", f"timesteps {given.dtype} of shape {given.shape}")
+        _check_array(
+            f"{where}: {name}()",
+            found,
+            given.shape,
+            "float32",
+            f"timesteps {given.dtype} of shape {given.shape}",
+        )
         away = float(np.abs(np.asarray(found).ravel() - wanted).max())
         if not away < 1e-4:
             raise UserError(f"{where}: {name}() is {away:.3g} away from what coefficients() gives")
@@ -283,7 +295,9 @@ def _check_factor(schedule: Any, name: str, times: np.ndarray, wanted: np.ndarra
 def _check_array(what: str, found: Any, shape: tuple[int, ...], kind: str, given: str) -> None:
     """An array of this shape and a dtype of this kind ("float32", "floating", "number"), all of it finite."""
     if not isinstance(found, jax.Array | np.ndarray):
-        raise UserError(f"{what} returned {describe(found)} for {given}; it must return an array of shape {shape}")
+        raise UserError(
+            f"{what} returned {describe(found)} for {given}; it must return an array of shape {shape}"
+        )
     if found.shape != shape:
         raise UserError(f"{what} returned shape {found.shape} for {given}; it must return shape {shape}")
     if not jnp.issubdtype(found.dtype, getattr(jnp, kind)):
@@ -292,9 +306,7 @@ def _check_array(what: str, found: Any, shape: tuple[int, ...], kind: str, given
         raise UserError(f"{what} returned a value that is not finite for {given}")
 
 
-def _check_rows(
-    what: str, run: Callable[..., Any], given: tuple[Any, ...], others: tuple[Any, ...]
-) -> None:
+def _check_rows(what: str, run: Callable[..., Any], given: tuple[Any, ...], others: tuple[Any, ...]) -> None:
     """Row 0 of a result must not depend on the other rows: an image is the same in any batch."""
     mixed = [jnp.concatenate([one[:1], other[1:]]) for one, other in zip(given, others, strict=True)]
     away = float(jnp.abs(run(*given)[0] - run(*mixed)[0]).max())

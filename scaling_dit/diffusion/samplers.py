@@ -149,7 +149,8 @@ def sample(
     `predict` is the backbone with everything but latents and timesteps bound (see `guidance.guided`),
     `prediction` what it predicts. `clip` keeps the clean latents of every step within [-1, 1], which suits
     pixels, not VAE latents. Whatever the sampler, latents stay in the scale of the schedule, alpha x0 + sigma eps.
-    `keys` [B] are random keys for a sampler that adds noise, which no built-in one does; of the rows' numbers by default.
+    `keys` [B] are random keys for a sampler that adds noise, which no built-in one does; those of the rows' numbers by
+    default.
 
     Raises:
       UserError: unknown sampler or kind of prediction, one that the schedule does not allow, or a number of steps the

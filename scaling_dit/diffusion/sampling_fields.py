@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from scaling_dit.fields import BATCH, FROM_0, SHARE, Field, Rule
 
+# Names of the built-in samplers, `diffusion.samplers.SAMPLERS`, which is too heavy for --help.
+SAMPLERS = ("ddim", "dpmpp_2m", "euler", "heun")
+
 # When manifests and folder names note an option.
 Noted = Literal["always", "if changed", "never"]
 
@@ -42,8 +45,8 @@ class SamplingFields:
     sampler: str = _option(
         Field(
             "ddim",
-            "sampler: ddim, dpmpp_2m, euler, heun or package.module:Name",
-            choices=("ddim", "dpmpp_2m", "euler", "heun"),
+            f"sampler: {', '.join(SAMPLERS)} or package.module:Name",
+            choices=SAMPLERS,
             own=True,
         ),
         "always",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from scaling_dit.components import Seam
 from scaling_dit.diffusion import contract
-from scaling_dit.diffusion.predictions import PREDICTIONS, Eps, Flow, Kind, Prediction, V, X0, find_prediction
+from scaling_dit.diffusion.predictions import PREDICTIONS, X0, Eps, Flow, Kind, Prediction, V, find_prediction
 from scaling_dit.errors import UserError, nearest
 
 WEIGHTINGS = ("none", "min_snr")

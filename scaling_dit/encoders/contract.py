@@ -25,8 +25,17 @@ def check_codec(codec: Any, image_size: int, where: str) -> None:
     Raises:
       UserError: it is not.
     """
-    methods = {"shape": "image_size", "moments_shape": "image_size", "init": "rng", "moments": "params, images"}
-    methods |= {"sample": "params, moments, rng", "encode": "params, images, rng", "decode": "params, latents"}
+    methods = {
+        "shape": "image_size",
+        "moments_shape": "image_size",
+        "init": "rng",
+        "moments": "params, images",
+    }
+    methods |= {
+        "sample": "params, moments, rng",
+        "encode": "params, images, rng",
+        "decode": "params, latents",
+    }
     check_methods(codec, where, methods)
     _check_value(codec, "channels", int, where)
     _check_value(codec, "bounded", bool, where)
@@ -88,7 +97,9 @@ def _side_shape(codec: Any, name: str, image_size: int, where: str) -> tuple[int
     """(height, width, channels) that `shape` or `moments_shape` gives."""
     with one_line(f"{where}: {name}({image_size})"):
         found = getattr(codec, name)(image_size)
-    if not (isinstance(found, tuple) and len(found) == 3 and all(type(side) is int and side > 0 for side in found)):
+    if not (
+        isinstance(found, tuple) and len(found) == 3 and all(type(side) is int and side > 0 for side in found)
+    ):
         raise UserError(
             f"{where}: {name}({image_size}) is {found!r}; it must be three integers, (height, width, channels)"
         )

@@ -14,16 +14,19 @@ from scaling_dit.diffusion.sampling_fields import SamplingFields
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.fields import Field
 
-
 # The options that may name a part of a user's own; the option NAME_fields has the fields of that part.
 _PARTS = ("sampler", "guidance_method")
 # Fields of a part by name, as pairs, so that options can be compared and hashed.
 PartFields = tuple[tuple[str, Any], ...]
 
 
-def _part_fields(doc: str) -> Any:
-    metadata = {"declared": Field((), doc), "noted": "if changed", "label": ""}
-    return dataclasses.field(default=(), metadata=metadata)
+def _part_fields(part: str) -> dict[str, Any]:
+    """The metadata of an option that holds the fields of a user's own part."""
+    return {
+        "declared": Field((), f"the fields of {part} of a user's own"),
+        "noted": "if changed",
+        "label": "",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,8 @@ class SamplingOptions(SamplingFields):
     The latter can be given as a mapping.
     """
 
-    sampler_fields: PartFields = _part_fields("the fields of a sampler of a user's own")
-    guidance_method_fields: PartFields = _part_fields("the fields of guidance of a user's own")
+    sampler_fields: PartFields = dataclasses.field(default=(), metadata=_part_fields("a sampler"))
+    guidance_method_fields: PartFields = dataclasses.field(default=(), metadata=_part_fields("guidance"))
 
     @classmethod
     def of(cls, settings: ConfigDict, **changes: Any) -> Self:
@@ -76,7 +79,9 @@ class SamplingOptions(SamplingFields):
             value, when = getattr(self, field.name), field.metadata["noted"]
             if when == "always" or (when == "if changed" and value != field.default):
                 # As JSON reads it back.
-                noted[field.name] = json.loads(json.dumps(dict(value) if field.name.endswith("_fields") else value))
+                noted[field.name] = json.loads(
+                    json.dumps(dict(value) if field.name.endswith("_fields") else value)
+                )
         return noted
 
 

@@ -43,7 +43,8 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
     finite as well.
 
     Raises:
-      UserError: here for a bad schedule or a user's own that is no optimizer; from `init` for a group that is wrong or matches no parameter.
+      UserError: here for a bad schedule or a user's own that is no optimizer; from `init` for a group that is wrong or
+        matches no parameter.
     """
     groups, weight_decay = tuple(optim.groups), optim.weight_decay
 

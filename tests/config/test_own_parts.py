@@ -82,7 +82,10 @@ def test_an_experiment_sets_them():
     assert resolve(config=config).sample.sampler_fields.to_dict() == {"power": 3.0, "count": 9}
     assert resolve("sample.sampler_fields.power=1.5", config=config).sample.sampler_fields.count == 9
     config.sample.sampler_fields.cuont = 1
-    fails("config.sample.sampler_fields.cuont: the part .* has no such field; did you mean 'count'", config=config)
+    fails(
+        "config.sample.sampler_fields.cuont: the part .* has no such field; did you mean 'count'",
+        config=config,
+    )
 
 
 def test_mistakes_are_one_line():

@@ -108,7 +108,9 @@ def test_mistakes_of_a_schedule(changes, message):
 
 
 def test_a_class_is_no_part():
-    fails("it has no method coefficients.*it is the class RectifiedFlow", contract.check_schedule, RectifiedFlow)
+    fails(
+        "it has no method coefficients.*it is the class RectifiedFlow", contract.check_schedule, RectifiedFlow
+    )
 
 
 def test_options_of_built_in_schedules_are_refused_for_ones_own():
@@ -157,7 +159,7 @@ class Weigh:
     "part, message",
     [
         (Weigh(lambda a, s, t: a, space="snr"), "space is 'snr'; it must name .*: prediction, eps, x0, v, flow"),
-        (lambda alpha, sigma: alpha, r"__call__ has the call \(alpha, sigma\); it must take \(alpha, sigma, timesteps\)"),
+        (lambda alpha, sigma: alpha, r"call \(alpha, sigma\); it must take \(alpha, sigma, timesteps\)"),
         (Weigh(lambda a, s, t: a.mean()), r"the call returned shape \(\) for alpha of shape \(4,\)"),
         (Weigh(lambda a, s, t: 1 / (1 - a)), "a value that is not finite for alpha"),
         (Weigh(lambda a, s, t: a - s), "they must be 0 or more, and not all 0"),

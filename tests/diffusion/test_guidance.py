@@ -154,4 +154,6 @@ def test_a_method_of_ones_own_replaces_the_formula_alone():
     inside = guided(Backbone(), 4.0, condition, negative, method=doubled, interval=(400.0, 600.0))
     np.testing.assert_allclose(inside(LATENTS, TIMES)[1], expected[1], rtol=1e-5)
     np.testing.assert_allclose(inside(LATENTS, TIMES)[0], positive[0], rtol=1e-5)
-    np.testing.assert_array_equal(guided(Backbone(), 1.0, condition, negative, method=doubled)(LATENTS, TIMES), positive)
+    np.testing.assert_array_equal(
+        guided(Backbone(), 1.0, condition, negative, method=doubled)(LATENTS, TIMES), positive
+    )

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scaling_dit.diffusion import objectives
 from scaling_dit.diffusion.predictions import PREDICTIONS, check_prediction, from_x0_eps, to_x0_eps
 from scaling_dit.diffusion.schedules import make_schedule
-from scaling_dit.diffusion.weightings import loss_weight
 from scaling_dit.diffusion.time_sampling import sample_timesteps
+from scaling_dit.diffusion.weightings import loss_weight
 from scaling_dit.errors import UserError
 
 SCHEDULE = make_schedule("scaled_linear")

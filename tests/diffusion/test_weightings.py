@@ -92,7 +92,9 @@ def test_ratios_of_alpha_and_sigma_stay_finite_at_both_ends():
 
 def test_names():
     assert create_weighting("min_snr", {}) == "min_snr"
-    with pytest.raises(UserError, match="unknown config.diffusion.weighting 'minsnr'; did you mean 'min_snr'"):
+    with pytest.raises(
+        UserError, match="unknown config.diffusion.weighting 'minsnr'; did you mean 'min_snr'"
+    ):
         create_weighting("minsnr", {})
     with pytest.raises(UserError, match=r"weighting '.*:MinSnr' has no field 'gama'; did you mean 'gamma'"):
         create_weighting(f"{__name__}:MinSnr", {"gama": 1.0})

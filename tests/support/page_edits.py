@@ -48,7 +48,11 @@ def carry_out(heading: str, root: pathlib.Path) -> list[str]:
             whole = path.read_text()
             found = wanted if how == "in place of" else f"{wanted}\n"
             assert whole.count(found) == 1, f"{file} has {whole.count(found)} times {wanted!r}"
-            new = {"before the line": block + found, "after the line": found + block, "in place of": block.strip()}
+            new = {
+                "before the line": block + found,
+                "after the line": found + block,
+                "in place of": block.strip(),
+            }
             path.write_text(whole.replace(found, new[how]))
         touched += [file] if file not in touched else []
     return touched

@@ -1,4 +1,6 @@
-"""An optimizer of a user's own takes Adam's place; the guard, clipping, decay and groups stay; mistakes are one line."""
+"""An optimizer of a user's own takes Adam's place, and what is around it stays; mistakes are one line."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +70,9 @@ def test_the_guard_the_groups_and_the_clip_stay():
     assert_trees_equal(second.params["text_encoder"], third.params["text_encoder"])
     norm = optax.global_norm(good["backbone"])
     for name, factor in (("dense", 1.0), ("pos_embed", 2.0)):
-        for step, grad in zip(*map(jax.tree.leaves, (moved["backbone"][name], good["backbone"][name])), strict=True):
+        for step, grad in zip(
+            *map(jax.tree.leaves, (moved["backbone"][name], good["backbone"][name])), strict=True
+        ):
             np.testing.assert_allclose(step, 0.1 * factor * 1e-3 * grad / norm, atol=1e-7)
 
 
@@ -76,7 +80,7 @@ def test_the_length_of_the_run_is_given_to_one_that_asks():
     optim = section(**own("linear", start=2.0), weight_decay=0.0, clip_norm=0.0)
     states = run(optim, [make_grads(0)] * 3, total_steps=4)
     bias = [np.asarray(state.params["backbone"]["dense"]["bias"]) for state in states]
-    steps = [a - b for a, b in zip(bias, bias[1:], strict=False)]
+    steps = [a - b for a, b in itertools.pairwise(bias)]
     np.testing.assert_allclose(steps[1] / steps[0], 0.75, rtol=1e-4)
     np.testing.assert_allclose(steps[2] / steps[0], 0.5, rtol=1e-4)
 
@@ -88,7 +92,10 @@ def test_the_length_of_the_run_is_given_to_one_that_asks():
         ("uphill", r"update\(\) leads uphill; .* as optax.scale_by_lion does and optax.lion does not"),
         ("flat", r"update\(\) returned other shapes or dtypes than the gradients"),
         ("growing", r"update\(\) returned a state of other structure"),
-        ("failing", r"init\(\) or update\(\) raised KeyError: 'missing' \(.*test_own_optimizer.py, line \d+\)"),
+        (
+            "failing",
+            r"init\(\) or update\(\) raised KeyError: 'missing' \(.*test_own_optimizer.py, line \d+\)",
+        ),
         ("optax:lion", "field 'learning_rate' needs a default"),
     ],
 )

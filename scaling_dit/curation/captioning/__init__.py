@@ -82,7 +82,9 @@ class _Checked:
             answers = self.captioner.caption(images, seeds)
         if not isinstance(answers, list) or len(answers) != len(images):
             found = f"{len(answers)} answers" if isinstance(answers, list) else describe(answers)
-            raise UserError(f"{self.what} returned {found} for {len(images)} images; it must return a list for each")
+            raise UserError(
+                f"{self.what} returned {found} for {len(images)} images; it must return a list for each"
+            )
         for answer in answers:
             if not (isinstance(answer, list) and all(map(_is_scored, answer))):
                 raise UserError(

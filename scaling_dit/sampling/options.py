@@ -61,7 +61,7 @@ class SamplingOptions(SamplingFields):
           UserError: no such option or sampler, or a value of the wrong type or out of range.
         """
         fields = {field.name: field for field in dataclasses.fields(self)}
-        checked = {}
+        checked: dict[str, Any] = {}
         for name, value in changes.items():
             if name not in fields:
                 raise UserError(f"sampling has no option {name!r}; {nearest(name, fields)}")

@@ -96,7 +96,7 @@ def test_the_length_of_the_run_is_given_to_one_that_asks():
             "failing",
             r"init\(\) or update\(\) raised KeyError: 'missing' \(.*test_own_optimizer.py, line \d+\)",
         ),
-        ("optax:lion", "field 'learning_rate' needs a default"),
+        ("optax:lion", "config.optim.name 'optax:lion' needs a value for learning_rate"),
     ],
 )
 def test_mistakes(name, message):

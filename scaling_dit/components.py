@@ -1,14 +1,16 @@
 """Components by name: what the `name` of a config section stands for, and which fields it takes.
 
-A component is a class whose constructor arguments are plain config values with defaults. It is named by a short
-built-in name or, a user's own, by "package.module:Class".
+A component is a class, or a function that returns an object, whose arguments are plain config values with defaults. It
+is named by a short built-in name or, a user's own, by "package.module:Name". A `Seam` is a single field of the config,
+such as `diffusion.schedule`, that names one.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
@@ -23,23 +25,23 @@ class Registry:
     Attributes:
       what: the kind, for error lines ("source").
       known: built-in name -> class, or "package.module:Class", which is imported only when it is asked for.
-      filled: arguments that the program fills, so that no config has them.
+      filled: arguments that the program fills, where a component has them, so that no config has them.
       check: what a class must hold to, given it and its name as a text; raises UserError.
       kind: what a name of a user's own stands for, for error lines.
     """
 
     what: str
-    known: Mapping[str, str | type[Any]]
+    known: Mapping[str, str | Callable[..., Any]]
     filled: Collection[str] = ()
     check: Callable[[Any, str], None] = lambda candidate, name: None
-    kind: str = "class"
+    kind: str = "class or function"
 
     def resolve(self, name: str) -> Any:
-        """The class behind a key of `known` or "package.module:Class".
+        """The class or function behind a key of `known` or "package.module:Name".
 
         Raises:
-          UserError: unknown name, a module that is not found or fails on import, an unknown class, or one that does
-            not pass `check`.
+          UserError: unknown name, a module that is not found or fails on import, a name that it does not define, or one
+            that does not pass `check`.
         """
         known = self.known.get(name, name)
         found = self._load(name, known) if isinstance(known, str) else known
@@ -97,15 +99,28 @@ class Registry:
         missing = [argument for argument in known if known[argument] is REQUIRED and argument not in given]
         if missing:
             raise UserError(f"{self.what} {name!r} needs a value for {', '.join(missing)}")
-        return self.resolve(name)(**filled, **{argument: tuples(value) for argument, value in given.items()})
+        component = self.resolve(name)
+        filled = {argument: value for argument, value in filled.items() if self._takes(component, argument)}
+        arguments = filled | {argument: tuples(value) for argument, value in given.items()}
+        if name in self.known:
+            return component(**arguments)
+        with one_line(f"{self.what} {name!r}: it"):
+            return component(**arguments)
+
+    def _takes(self, component: Any, argument: str) -> bool:
+        """Whether a component takes an argument that the program fills; those not in `filled` it must take."""
+        if argument not in self.filled:
+            return True
+        parameters = inspect.signature(component).parameters
+        return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def _load(self, name: str, place: str) -> Any:
-        """The class at `place`, "package.module:Class"."""
+        """The class or function at `place`, "package.module:Name"."""
         module_name, _, class_name = place.partition(":")
-        form = f"package.module:{'Class' if self.kind == 'class' else self.kind}"
+        form = f"package.module:{'function' if self.kind == 'function' else 'Name'}"
         hint = nearest(module_name, self.known) if self.known else f"write {form}"
         if not (class_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
-            own = f" (or a {self.kind} of your own: {form})" if self.known else ""
+            own = f" (or one of your own: {form})" if self.known else ""
             raise UserError(f"unknown {self.what} {name!r}; {hint}{own}")
         try:
             module = importlib.import_module(module_name)
@@ -121,22 +136,122 @@ class Registry:
                 f"{self.what} {name!r}: importing {module_name} failed at {_place(error)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not hasattr(module, class_name):
-            kind = type if self.kind == "class" else object
-            defined = [
-                key for key, value in vars(module).items() if isinstance(value, kind) and key[0] != "_"
+        found = getattr(module, class_name, None)
+        if not callable(found):
+            names = [
+                key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
             ]
-            hint = nearest(class_name, defined) if defined else "it defines none"
+            hint = nearest(class_name, names) if names else "it defines none"
             raise UserError(f"{self.what} {name!r}: {module_name} has no {self.kind} {class_name!r}; {hint}")
-        return getattr(module, class_name)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+    """A field of the config that names one of several built-in parts or, by "package.module:Name", a user's own.
+
+    Built-in parts are set by other fields of the same section. A user's own has fields of its own, in a section beside.
+
+    Attributes:
+      key: the field, such as "diffusion.schedule".
+      names: of the built-in parts.
+      filled: arguments that the program gives to a user's own part that has them.
+    """
+
+    key: str
+    names: Collection[str]
+    filled: Collection[str] = ()
+
+    def is_own(self, name: str) -> bool:
+        """Whether this names a part of a user's own."""
+        return name not in self.names
+
+    def where(self, name: str) -> str:
+        """How an error line names a part."""
+        return f"config.{self.key} {name!r}"
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """The fields of a part of a user's own, with their defaults; none for a built-in one.
+
+        Raises:
+          UserError: as `Registry.fields`.
+        """
+        return self._registry.fields(name) if self.is_own(name) else {}
+
+    def create(self, name: str, fields: Mapping[str, Any], **filled: Any) -> Any:
+        """A part of a user's own, not checked yet.
+
+        Raises:
+          UserError: as `Registry.create`, and whatever its constructor raises, in one line.
+        """
+        return self._registry.create(name, fields, **filled)
+
+    @property
+    def _registry(self) -> Registry:
+        return Registry(f"config.{self.key}", dict.fromkeys(self.names, ""), self.filled)
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turns what a user's own code raises into a UserError: what raised, the error, and its file and line.
+
+    Args:
+      what: who raises, such as "config.diffusion.schedule 'my:Laplace': alpha()".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{what} raised {type(error).__name__}: {first} ({_place(error)})") from error
+
+
+def check_methods(part: Any, where: str, methods: Mapping[str, str]) -> None:
+    """Makes sure that a part has the methods of its protocol, and that each can be called so.
+
+    Args:
+      part: any object.
+      where: its name in the error line.
+      methods: name of a method -> its arguments, separated by ", ", such as {"table": "schedule, steps"}; "__call__"
+        is the call of the part itself.
+
+    Raises:
+      UserError: the first method that is missing or takes other arguments.
+    """
+    for name, arguments in methods.items():
+        shown = f"{name}({arguments})"
+        # A function's own __call__ takes anything.
+        method = part if name == "__call__" else getattr(part, name, None)
+        if isinstance(part, type) or not callable(method):
+            raise UserError(f"{where}: it has no method {shown}; it is {describe(part)}")
+        try:
+            signature = inspect.signature(method)
+        # Some built-in callables have no signature.
+        except ValueError:
+            continue
+        try:
+            signature.bind(*arguments.split(", "))
+        except TypeError as error:
+            raise UserError(
+                f"{where}: {name} has the call {signature}; it must take ({arguments}): {error}"
+            ) from None
+
+
+def describe(thing: Any) -> str:
+    """What a thing is, for an error line: "the class UViT", "a float"."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 def _place(error: Exception) -> str:
-    """File and line of the code that raised an error while it was imported."""
+    """File and line of the code that raised an error, outside of installed packages if some of it is."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    last = next(frame for frame in reversed(frames) if not frame.filename.startswith("<"))  # not importlib's
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")
+    ]
+    here = [frame for frame in frames if "site-packages" not in frame.filename]
+    last = (here or frames)[-1]
     return f"{last.filename}, line {last.lineno}"
 
 

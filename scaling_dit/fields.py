@@ -28,7 +28,8 @@ class Field:
       doc: one line, for docs/config.md and for the flags made of it.
       check: the range of a value; None = any value of the default's type, or one that `validate` checks with others.
       choices: the names that a text may be.
-      own: whether "package.module:Name", a class or function of the user's own, may stand in place of one of `choices`.
+      own: whether "package.module:Name", a class or function of the user's own, may stand in place of one of `choices`;
+        `config.schema.OWN_PARTS` has the section of its fields.
       free: whether a run may be resumed with another value: it changes how the run runs, not what it computes.
     """
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scaling_dit.components import REQUIRED, Registry, tuples
+from scaling_dit.components import REQUIRED, Registry, Seam, check_methods, one_line, tuples
 from scaling_dit.errors import UserError
 
 SOURCE = """
@@ -29,6 +29,20 @@ class Bare:
 class Plain:
     def __init__(self, depth, size="small", *more, **others):
         self.depth, self.size = depth, size
+
+
+class Strict:
+    def __init__(self, width=1):
+        if width < 0:
+            raise ValueError("width\\nis below 0")
+        self.width = width
+
+
+def made(total_steps, width=2):
+    return total_steps, width
+
+
+NUMBER = 3
 """
 
 
@@ -86,13 +100,13 @@ def test_a_class_can_be_checked():
         (
             "dat",
             {},
-            r"unknown part 'dat'; did you mean 'data'\? \(or a class of your own: package.module:Class\)",
+            r"unknown part 'dat'; did you mean 'data'\? \(or one of your own: package.module:Name\)",
         ),
         ("dta:/a/path", {}, "unknown part 'dta:/a/path'; did you mean 'data'"),
         ("nowhere:Data", {}, "no module 'nowhere' on the Python path; known: broken, data"),
         ("own_parts.deeper:Data", {}, "no module 'own_parts.deeper' on the Python path"),
-        ("own_parts:Dta", {}, "own_parts has no class 'Dta'; did you mean 'Data'"),
-        ("own_empty:Data", {}, "own_empty has no class 'Data'; it defines none"),
+        ("own_parts:Dta", {}, "own_parts has no class or function 'Dta'; did you mean 'Data'"),
+        ("own_empty:Data", {}, "own_empty has no class or function 'Data'; it defines none"),
         (
             "own_broken:Data",
             {},
@@ -120,3 +134,66 @@ def test_a_fault_of_a_built_in_keeps_its_traceback(registry):
 
 def test_tuples():
     assert tuples({"a": [1, [2, {"b": [3]}]], "c": "text"}) == {"a": (1, (2, {"b": (3,)})), "c": "text"}
+
+
+def test_arguments_that_the_program_fills_are_given_where_there_are_any(registry):
+    assert registry.create("own_parts:Strict", {"width": 3}, tool="hammer").width == 3
+    with pytest.raises(UserError, match="'own_parts:Strict' has no field 'tool'; known: width"):
+        registry.create("own_parts:Strict", {"tool": "saw"}, tool="hammer")
+
+
+def test_what_a_constructor_raises_is_one_line_with_its_place(registry):
+    with pytest.raises(
+        UserError, match=r"part 'own_parts:Strict': it raised ValueError: width \(.*own_parts.py, line"
+    ):
+        registry.create("own_parts:Strict", {"width": -1})
+
+
+def test_a_seam_has_built_in_parts_without_fields_and_those_of_a_user(registry):
+    seam = Seam("optim.name", ("adamw",), filled=("total_steps",))
+    assert (seam.is_own("adamw"), seam.is_own("own_parts:made")) == (False, True)
+    assert (seam.fields("adamw"), seam.fields("own_parts:made")) == ({}, {"width": 2})
+    assert seam.create("own_parts:made", {"width": 5}, total_steps=7) == (7, 5)
+    assert seam.create("own_parts:Strict", {}, total_steps=7).width == 1
+    for name, message in (
+        ("adam", "unknown config.optim.name 'adam'; did you mean 'adamw'"),
+        (
+            "own_parts:NUMBER",
+            "config.optim.name 'own_parts:NUMBER': own_parts has no class or function 'NUMBER'",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            seam.create(name, {})
+
+
+def test_methods_are_checked_by_name_and_arguments():
+    class Part:
+        def __call__(self, images):
+            return images
+
+        def late(self, first, second=None, *, third=3):
+            return first
+
+    check_methods(Part(), "it", {"__call__": "images", "late": "first, second"})
+    for methods, message in (
+        (
+            {"__call__": "images, seeds"},
+            r"it: __call__ has the call \(images\); it must take \(images, seeds\): too",
+        ),
+        ({"late": "first, second, third"}, "it: late has the call"),
+        ({"early": "first"}, r"it: it has no method early\(first\); it is a Part"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_methods(Part(), "it", methods)
+    with pytest.raises(UserError, match=r"it has no method late\(first\); it is the class Part"):
+        check_methods(Part, "it", {"late": "first"})
+
+
+def test_one_line_leaves_user_errors_as_they_are():
+    with pytest.raises(UserError, match="^as it is$"), one_line("it"):
+        raise UserError("as it is")
+    with (
+        pytest.raises(UserError, match=r"^it raised KeyError: 'a' \(.*test_components.py, line \d+\)$"),
+        one_line("it"),
+    ):
+        {}["a"]

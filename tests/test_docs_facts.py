@@ -9,10 +9,11 @@ import pytest
 
 from scaling_dit import backbones
 from scaling_dit.data.shapes.source import ShapesSource
-from scaling_dit.diffusion.objectives import PREDICTIONS, WEIGHTINGS
+from scaling_dit.diffusion.predictions import PREDICTIONS
 from scaling_dit.diffusion.samplers import SAMPLERS
 from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule
 from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
+from scaling_dit.diffusion.weightings import WEIGHTINGS
 from scaling_dit.evaluation import METRICS
 from scaling_dit.interop.declared import built_in_diffusers
 from tests.support.pages import blocks, first_column

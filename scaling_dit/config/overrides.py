@@ -61,6 +61,15 @@ def component_names(overrides: Iterable[str], sections: Container[str]) -> dict[
     return chosen
 
 
+def own_part_names(overrides: Iterable[str], keys: Container[str]) -> dict[str, str]:
+    """The parts that overrides such as `--config.diffusion.schedule=cosine` choose, by the field that names one."""
+    return {
+        override_key(override): override.partition("=")[2]
+        for override in overrides
+        if override_key(override) in keys and "=" in override
+    }
+
+
 def override_key(override: str) -> str:
     """`optim.clip_norm` of `--config.optim.clip_norm=1`."""
     return override.partition("=")[0].partition(".")[2]

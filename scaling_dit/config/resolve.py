@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 from scaling_dit.components import tuples
 from scaling_dit.config import schema
 from scaling_dit.config.experiment_files import read_experiment
-from scaling_dit.config.overrides import apply_overrides, component_names
+from scaling_dit.config.overrides import apply_overrides, component_names, own_part_names
 from scaling_dit.config.validate import validate
 from scaling_dit.config.values import dump, flatten, why_unknown
 from scaling_dit.errors import UserError
@@ -41,6 +41,12 @@ def complete(config: ConfigDict) -> ConfigDict:
             if field not in component.derived
         }
         full[section] = ConfigDict({"name": name} | fields)
+    for key, part in schema.OWN_PARTS.items():
+        section, _, field = part.section.rpartition(".")
+        name = _named(given, key) or full[key]
+        full[section][field] = ConfigDict(
+            {own: _settable(default) for own, default in schema.own_fields(key, name).items()}
+        )
     known = flatten(full)
     for key, value in flatten(given).items():
         if key not in known:
@@ -77,6 +83,8 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for section, name in component_names(overrides, schema.COMPONENTS).items():
         _switch_component(config, section, name)
+    for key, name in own_part_names(overrides, schema.OWN_PARTS).items():
+        _switch_own_part(config, key, name)
     config = complete(config)
     apply_overrides(config, overrides)
     config = config.copy_and_resolve_references()
@@ -152,6 +160,30 @@ def _switch_component(config: ConfigDict, section: str, name: str) -> None:
     fields = schema.COMPONENTS[section].fields_of(name)
     shared = {k: v for k, v in old.items() if k in fields and isinstance(v, type(fields[k]))}
     config[section] = ConfigDict({"name": name} | shared)
+
+
+def _switch_own_part(config: ConfigDict, key: str, name: str) -> None:
+    """Names another part in place, keeping the values that it has a field for, as `_switch_component` does."""
+    if _named(config, key) == name:
+        return
+    section, _, field = key.rpartition(".")
+    beside = schema.OWN_PARTS[key].section.rpartition(".")[2]
+    chosen = config.get(section, ConfigDict())
+    fields = schema.own_fields(key, name)
+    shared = {
+        k: v for k, v in chosen.get(beside, {}).items() if k in fields and isinstance(v, type(fields[k]))
+    }
+    config[section] = chosen
+    config[section].update({field: name})
+    config[section][beside] = ConfigDict(shared)
+
+
+def _named(config: ConfigDict, key: str) -> str:
+    """The part that a field of `OWN_PARTS` names; "" where a partial config has no such text."""
+    section, _, field = key.rpartition(".")
+    chosen = config.get(section, ConfigDict())
+    name = chosen.get(field, "") if isinstance(chosen, ConfigDict) else ""
+    return name if isinstance(name, str) else ""
 
 
 def _settable(value: Any) -> Any:

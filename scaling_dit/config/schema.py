@@ -102,16 +102,24 @@ SECTIONS: dict[str, Section] = {
         "Noise, objective and timesteps.",
         {
             "schedule": Field(
-                "scaled_linear", "noise schedule", choices=("scaled_linear", "linear", "cosine", "flow")
+                "scaled_linear",
+                "noise schedule",
+                choices=("scaled_linear", "linear", "cosine", "flow"),
+                own=True,
             ),
             "zero_snr": Field(False, "rescale the schedule so that its last timestep holds no signal"),
-            "prediction": Field("eps", "what the backbone predicts", choices=("eps", "x0", "v", "flow")),
-            "weighting": Field("none", "weight of each timestep in the loss", choices=("none", "min_snr")),
+            "prediction": Field(
+                "eps", "what the backbone predicts", choices=("eps", "x0", "v", "flow"), own=True
+            ),
+            "weighting": Field(
+                "none", "weight of each timestep in the loss", choices=("none", "min_snr"), own=True
+            ),
             "min_snr_gamma": Field(5.0, "gamma of weighting `min_snr`", POSITIVE),
             "time_sampling": Field(
                 "uniform",
                 "distribution of the training timesteps",
                 choices=("uniform", "stratified", "logit_normal"),
+                own=True,
             ),
             "time_location": Field(0.0, "mean before the sigmoid of `logit_normal`", FINITE),
             "time_scale": Field(1.0, "standard deviation before the sigmoid of `logit_normal`", POSITIVE),
@@ -126,6 +134,7 @@ SECTIONS: dict[str, Section] = {
     "optim": Section(
         "The optimizer and the moving averages of the parameters.",
         {
+            "name": Field("adamw", "optimizer", choices=("adamw",), own=True),
             "learning_rate": Field(8e-5, "learning rate after warm-up", POSITIVE),
             "warmup_steps": Field(100, "steps over which the learning rate rises from 0", FROM_0),
             "decay": Field("constant", "learning rate after warm-up", choices=("constant", "cosine")),
@@ -325,6 +334,38 @@ COMPONENTS: dict[str, Component] = {
     ),
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class OwnPart:
+    """The fields of a user's own part that a single field names; a built-in part has none.
+
+    Attributes:
+      section: the dotted key of the section of these fields, beside the field that names the part.
+      fields_of: name of the part -> its fields with their defaults.
+    """
+
+    section: str
+    fields_of: Callable[[str], dict[str, Any]]
+
+
+def _own_part(section: str, module: str) -> OwnPart:
+    """With the fields that `SEAM` of `module`, a `components.Seam`, finds."""
+    return OwnPart(section, lambda name: importlib.import_module(module).SEAM.fields(name))
+
+
+# Each field with `own`. The modules are imported for a user's own part only.
+OWN_PARTS: dict[str, OwnPart] = {
+    "diffusion.schedule": _own_part("diffusion.schedule_fields", "scaling_dit.diffusion.schedules"),
+    "diffusion.prediction": _own_part("diffusion.prediction_fields", "scaling_dit.diffusion.predictions"),
+    "diffusion.weighting": _own_part("diffusion.weighting_fields", "scaling_dit.diffusion.weightings"),
+    "diffusion.time_sampling": _own_part(
+        "diffusion.time_sampling_fields", "scaling_dit.diffusion.time_sampling"
+    ),
+    "optim.name": _own_part("optim.fields", "scaling_dit.training.optim"),
+    "sample.sampler": _own_part("sample.sampler_fields", "scaling_dit.diffusion.samplers"),
+    "sample.guidance_method": _own_part("sample.guidance_method_fields", "scaling_dit.diffusion.guidance"),
+}
+
 # "section.name" -> field, in the order of the config. The fields of components are those of their classes.
 FIELDS: dict[str, Field] = {
     (f"{name}.{field}" if name else field): declared
@@ -350,6 +391,16 @@ def is_free(key: str) -> bool:
     return key in FREE_FIELDS or key.split(".")[0] in FREE_SECTIONS
 
 
+def owner(section: str) -> str:
+    """The field that names the part whose fields stand in this section; "" for any other section."""
+    return next((key for key, part in OWN_PARTS.items() if part.section == section), "")
+
+
+def own_fields(key: str, name: str) -> dict[str, Any]:
+    """The fields, with their defaults, of the part called `name` that a field of `OWN_PARTS` names."""
+    return OWN_PARTS[key].fields_of(name) if ":" in name else {}
+
+
 def derived(key: str) -> str:
     """What to set in place of a component's field that follows from others; "" for any other key."""
     name, _, field = key.rpartition(".")
@@ -365,4 +416,7 @@ def defaults() -> ConfigDict:
             config[name] = ConfigDict(values)
         else:
             config.update(values)
+    for part in OWN_PARTS.values():
+        name, _, field = part.section.rpartition(".")
+        config[name][field] = ConfigDict()
     return config

@@ -58,6 +58,10 @@ def why_unknown(key: str, known: Iterable[str]) -> str:
         return f"it is config.{renamed.FIELDS[key].key} now"
     known = list(known)
     section, _, field = key.rpartition(".")
+    if schema.owner(section):
+        names = [name.rpartition(".")[2] for name in known if name.startswith(f"{section}.")]
+        hint = nearest(field, names) if names else "it has none"
+        return f"the part that config.{schema.owner(section)} names has no such field; {hint}"
     siblings = {
         name.rpartition(".")[2]: name for name in known if section and name.rpartition(".")[0] == section
     }

@@ -24,7 +24,7 @@ from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.image_files import ImageFileSource
-from scaling_dit.encoders.codec import create_codec
+from scaling_dit.encoders.codec import check_own_codec, create_codec
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.model import codec_identity as identity
 
@@ -67,6 +67,7 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
     folder = epath.Path(out)
     source = open_source(config)
     codec = create_codec(**config.codec.to_dict())
+    check_own_codec(codec, config.codec.name, source.image_size)
     params = identity.codec_weights(config, codec)
     selection = encode.Selection(
         sizes=shape.bucket_sizes(source.image_size, options.buckets),

@@ -1,17 +1,67 @@
-"""Classifier-free guidance (Ho & Salimans 2022), its rescaling and its interval."""
+"""Classifier-free guidance (Ho & Salimans 2022), its rescaling and its interval; or guidance of a user's own."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from scaling_dit.components import Seam
+from scaling_dit.diffusion import contract
 from scaling_dit.diffusion.samplers import Predict
 
 # Whatever conditions the backbone: a pytree of arrays with a leading batch axis, such as
 # {"text": tokens [B, L, D], "text_mask": bool [B, L]}.
 Condition = Any
-EVERYWHERE = (0.0, 1000.0)  # the interval of all timesteps
+# The interval of all timesteps.
+EVERYWHERE = (0.0, 1000.0)
+METHODS = ("cfg",)
+SEAM = Seam("sample.guidance_method", METHODS)
+
+
+class Guidance(Protocol):
+    """How the predictions with and without the prompt are combined.
+
+    `config.sample.guidance_rescale` and `guidance_interval` act on what it returns; a scale of 1 does without it.
+    """
+
+    def __call__(
+        self,
+        positive: jax.Array,
+        negative: jax.Array,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        scale: float,
+    ) -> jax.Array:
+        """The prediction float32 [B, H, W, C] that the sampler goes by.
+
+        Args:
+          positive: prediction for the prompts, float32 [B, H, W, C], of the kind `config.diffusion.prediction`.
+          negative: that for the empty captions.
+          latents: float32 [B, H, W, C], noised.
+          timesteps: float32 [B] in [0, 1000).
+          scale: `config.sample.guidance`.
+        """
+
+
+def classifier_free(
+    positive: jax.Array, negative: jax.Array, latents: jax.Array, timesteps: jax.Array, scale: float
+) -> jax.Array:
+    """negative + scale * (positive - negative); see `Guidance`."""
+    return negative + scale * (positive - negative)
+
+
+def create_guidance(name: str, fields: Mapping[str, Any]) -> Guidance:
+    """The guidance called `name`, "cfg" or "package.module:Name" with its fields.
+
+    Raises:
+      UserError: unknown name or field, or a user's own that is none.
+    """
+    if not SEAM.is_own(name):
+        return classifier_free
+    guidance: Guidance = SEAM.create(name, fields)
+    contract.check_guidance(guidance, SEAM.where(name))
+    return guidance
 
 
 def guided(
@@ -20,16 +70,22 @@ def guided(
     condition: Condition,
     negative: Condition,
     *,
+    method: Guidance = classifier_free,
     rescale: float = 0.0,
     interval: tuple[float, float] = EVERYWHERE,
 ) -> Predict:
-    """`predict(latents, timesteps, condition)` with guidance: negative + scale * (positive - negative).
+    """`predict(latents, timesteps, condition)` with guidance: `method` of both predictions.
 
     `negative` has the structure of `condition`, with leading axis B or 1: the empty caption, or a prompt to
     steer away from. Both halves go through `predict` in one call with batch 2B; scale 1 calls it with
     `condition` alone and batch B.
 
     Args:
+      predict: the backbone.
+      scale: of guidance.
+      condition: for the prompts.
+      negative: what to steer away from.
+      method: how both predictions are combined.
       rescale: phi in [0, 1]; how far the result goes back to the spread of the positive half (Lin et al. 2024, section
         3.4). 0 leaves it as it is.
       interval: (low, high); rows with timesteps outside [low, high] have scale 1 (Kynkäänniemi et al. 2024). The call
@@ -45,8 +101,8 @@ def guided(
         output = predict(_interleave(latents, latents), _interleave(timesteps, timesteps), pairs)
         output = output[..., : latents.shape[-1]].astype(jnp.float32)
         output = output.reshape(-1, 2, *output.shape[1:])
-        positive, difference = output[:, 1], output[:, 1] - output[:, 0]
-        combined = output[:, 0] + scale * difference
+        positive = output[:, 1]
+        combined = method(positive, output[:, 0], latents, timesteps, scale)
         if rescale:
             combined = rescaled(combined, positive, rescale)
         if tuple(interval) == EVERYWHERE:

@@ -1,14 +1,15 @@
 """From noise to latents: a sampler is a table of coefficients and a step that `sample` scans over it."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaling_dit.diffusion import sampler_tables
-from scaling_dit.diffusion.objectives import check_prediction, to_x0_eps
+from scaling_dit.components import Seam
+from scaling_dit.diffusion import contract, sampler_tables
+from scaling_dit.diffusion.predictions import Kind, check_prediction, to_x0_eps
 from scaling_dit.diffusion.sampler_tables import Table
 from scaling_dit.diffusion.schedules import Schedule
 from scaling_dit.errors import UserError, nearest
@@ -17,18 +18,42 @@ from scaling_dit.errors import UserError, nearest
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 # (latents [B, H, W, C], timestep [], alpha [], sigma []) -> clean latents and noise, both [B, H, W, C]
 Denoise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-Carry = Any  # what a step hands to the next one, besides the latents: a pytree of arrays
+# What a step hands to the next one, besides the latents: a pytree of arrays.
+Carry = Any
 
 
-class Sampler(NamedTuple):
-    """`table(schedule, steps)` has the rows, `init(noise)` makes the first carry.
+class Sampler(Protocol):
+    """A way from noise to latents. Each row of a batch goes its way alone: an image is the same in any batch.
 
-    `step(denoise, latents, carry, row)` gives the next latents and carry.
+    Latents stay in the scale of the schedule, alpha x0 + sigma eps.
     """
 
+    def table(self, schedule: Schedule, steps: int) -> Any:
+        """The coefficients of every step, on the host: a pytree of arrays, each [S], such as a `Table`.
+
+        S is the number of steps that are scanned, as a rule `steps`. They become float32.
+        """
+
+    def init(self, noise: jax.Array, keys: jax.Array) -> Carry:
+        """The first carry. `noise` [B, H, W, C] is what sampling starts from.
+
+        `keys` [B] are random keys, one a row, for a sampler that adds noise; draw each row's from its own.
+        """
+
+    def step(self, denoise: Denoise, latents: jax.Array, carry: Carry, row: Any) -> tuple[jax.Array, Carry]:
+        """The next latents [B, H, W, C] and carry, of the same shapes and dtypes.
+
+        `row` is what `table` returned, [] in place of each [S]. `denoise(latents, timestep, alpha, sigma)` gives the
+        clean latents and the noise that the guided model sees in latents of that noise level.
+        """
+
+
+class BuiltIn(NamedTuple):
+    """A sampler made of functions; see `Sampler`."""
+
     table: Callable[[Schedule, int], Table[np.ndarray]]
-    init: Callable[[jax.Array], Carry]
-    step: Callable[[Denoise, jax.Array, Carry, Table[jax.Array]], tuple[jax.Array, Carry]]
+    init: Callable[[jax.Array, jax.Array], Carry]
+    step: Callable[[Denoise, jax.Array, Any, Table[jax.Array]], tuple[jax.Array, Carry]]
 
 
 def first_order_step(
@@ -65,27 +90,47 @@ def heun_step(
     return jax.lax.cond(row.correction != 0, refined, lambda: first), carry
 
 
-def _nothing(noise: jax.Array) -> Carry:
+def _nothing(noise: jax.Array, keys: jax.Array) -> Carry:
     return ()
 
 
-SAMPLERS = {
-    "ddim": Sampler(sampler_tables.ddim_table, _nothing, first_order_step),
-    "dpmpp_2m": Sampler(sampler_tables.dpmpp_2m_table, jnp.zeros_like, multistep),
-    "euler": Sampler(sampler_tables.euler_table, _nothing, first_order_step),
-    "heun": Sampler(sampler_tables.heun_table, _nothing, heun_step),
+def _zeros(noise: jax.Array, keys: jax.Array) -> Carry:
+    return jnp.zeros_like(noise)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": BuiltIn(sampler_tables.ddim_table, _nothing, first_order_step),
+    "dpmpp_2m": BuiltIn(sampler_tables.dpmpp_2m_table, _zeros, multistep),
+    "euler": BuiltIn(sampler_tables.euler_table, _nothing, first_order_step),
+    "heun": BuiltIn(sampler_tables.heun_table, _nothing, heun_step),
 }
+SEAM = Seam("sample.sampler", SAMPLERS)
 
 
-def find_sampler(name: str) -> Sampler:
-    """The sampler called `name`.
+def create_sampler(name: str, fields: Mapping[str, Any], schedule: Schedule, steps: int) -> Sampler:
+    """The sampler called `name`, one of `SAMPLERS` or "package.module:Name" with its fields.
 
     Raises:
-      UserError: there is none.
+      UserError: unknown name or field, or a user's own that is none or that cannot take so many steps of `schedule`.
     """
-    if name not in SAMPLERS:
-        raise UserError(f"sample.sampler: unknown {name!r}; {nearest(name, SAMPLERS)}")
-    return SAMPLERS[name]
+    if not SEAM.is_own(name):
+        return SAMPLERS[name]
+    sampler: Sampler = SEAM.create(name, fields)
+    contract.check_sampler(sampler, schedule, steps, SEAM.where(name))
+    return sampler
+
+
+def find_sampler(sampler: str | Sampler) -> Sampler:
+    """A sampler from the name of a built-in one; itself if it is one.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    if not isinstance(sampler, str):
+        return sampler
+    if sampler not in SAMPLERS:
+        raise UserError(f"sample.sampler: unknown {sampler!r}; {nearest(sampler, SAMPLERS)}")
+    return SAMPLERS[sampler]
 
 
 def sample(
@@ -93,16 +138,19 @@ def sample(
     noise: jax.Array,
     schedule: Schedule,
     *,
-    sampler: str = "ddim",
+    sampler: str | Sampler = "ddim",
     steps: int = 50,
-    prediction: str = "eps",
+    prediction: Kind = "eps",
     clip: bool = False,
+    keys: jax.Array | None = None,
 ) -> jax.Array:
     """Latents float32 [B, H, W, C], a pure function (to be jitted) of standard normal `noise` of that shape.
 
     `predict` is the backbone with everything but latents and timesteps bound (see `guidance.guided`),
     `prediction` what it predicts. `clip` keeps the clean latents of every step within [-1, 1], which suits
     pixels, not VAE latents. Whatever the sampler, latents stay in the scale of the schedule, alpha x0 + sigma eps.
+    `keys` [B] are random keys for a sampler that adds noise, which no built-in one does; those of the rows' numbers by
+    default.
 
     Raises:
       UserError: unknown sampler or kind of prediction, one that the schedule does not allow, or a number of steps the
@@ -113,13 +161,13 @@ def sample(
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), chosen.table(schedule, steps))
     denoise = make_denoise(predict, prediction=prediction, clip=clip)
     noise = noise.astype(jnp.float32)
-    (latents, _), _ = jax.lax.scan(
-        lambda held, row: (chosen.step(denoise, *held, row), None), (noise, chosen.init(noise)), rows
-    )
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(noise))) if keys is None else keys
+    start = noise, chosen.init(noise, keys)
+    (latents, _), _ = jax.lax.scan(lambda held, row: (chosen.step(denoise, *held, row), None), start, rows)
     return latents
 
 
-def make_denoise(predict: Predict, *, prediction: str = "eps", clip: bool = False) -> Denoise:
+def make_denoise(predict: Predict, *, prediction: Kind = "eps", clip: bool = False) -> Denoise:
     """`predict` as a function that splits latents at one timestep into clean latents and noise, float32.
 
     A clipped x0 gives the noise that goes with it, so that alpha x0 + sigma eps is the input still (as

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from scaling_dit.fields import BATCH, FROM_0, SHARE, Field, Rule
 
+# Names of the built-in samplers, `diffusion.samplers.SAMPLERS`, which is too heavy for --help.
+SAMPLERS = ("ddim", "dpmpp_2m", "euler", "heun")
+
 # When manifests and folder names note an option.
 Noted = Literal["always", "if changed", "never"]
 
@@ -34,16 +37,30 @@ def _is_interval(values: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFields:
-    """The options of sampling: every field of `config.sample` but `ema`, which chooses the weights."""
+    """The options of sampling: the fields of `config.sample`, but for two kinds.
+
+    `ema` chooses the weights. The fields of a user's own sampler and guidance are those parts'.
+    """
 
     sampler: str = _option(
         Field(
-            "ddim", "sampler: ddim, dpmpp_2m, euler or heun", choices=("ddim", "dpmpp_2m", "euler", "heun")
+            "ddim",
+            f"sampler: {', '.join(SAMPLERS)} or package.module:Name",
+            choices=SAMPLERS,
+            own=True,
         ),
         "always",
     )
     steps: int = _option(Field(50, "sampler steps", Rule("from 1 to 999", lambda x: 1 <= x <= 999)), "always")
     guidance: float = _option(Field(7.5, "scale of classifier-free guidance; 1 = none", FROM_0), "always")
+    guidance_method: str = _option(
+        Field(
+            "cfg",
+            "how predictions with and without the prompt are combined: cfg or package.module:Name",
+            choices=("cfg",),
+            own=True,
+        ),
+    )
     guidance_rescale: float = _option(
         Field(
             0.0,

@@ -1,38 +1,47 @@
 """Noise schedules: how much signal and noise a latent holds at each timestep.
 
 Every schedule noises as x_t = alpha(t) x_0 + sigma(t) eps. Tables are float64 numpy, made once; they become float32
-where they meet an array.
+where they meet an array. A schedule of a user's own is a `Schedule`, or a function that returns one, such as a
+`VariancePreserving` with a table of its own (docs/own_parts.md).
 """
 
 import abc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling_dit.components import Seam
+from scaling_dit.diffusion.contract import check_schedule
 from scaling_dit.errors import UserError, nearest
 
 Times = TypeVar("Times", np.ndarray, jax.Array)
 
 VP_SCHEDULES = ("scaled_linear", "linear", "cosine")
 SCHEDULES = (*VP_SCHEDULES, "flow")
+SEAM = Seam("diffusion.schedule", SCHEDULES)
 
 
 class Schedule(abc.ABC):
     """What training, validation and samplers need of a schedule.
 
-    The methods take timesteps of any shape, integer or fractional, in [0, num_timesteps].
+    The methods take timesteps of any shape, integer or fractional, in [0, num_timesteps]. The share of noise,
+    sigma / alpha, rises with the timestep, and is large at the last one, because samplers start from noise alone.
+
+    Attributes:
+      continuous: whether timesteps of training and samplers are real numbers, not integers.
     """
 
-    continuous: ClassVar[bool]  # timesteps of training and samplers are real numbers, not integers
+    continuous: ClassVar[bool]
 
     @property
     @abc.abstractmethod
     def num_timesteps(self) -> int:
-        """T: backbones see timesteps in [0, T)."""
+        """T = 1000: backbones see timesteps in [0, T)."""
 
     @property
     @abc.abstractmethod
@@ -120,17 +129,27 @@ class RectifiedFlow(Schedule):
 
 
 def make_schedule(
-    name: str, num_timesteps: int = 1000, *, zero_snr: bool = False, time_shift: float = 1.0
+    name: str,
+    num_timesteps: int = 1000,
+    *,
+    zero_snr: bool = False,
+    time_shift: float = 1.0,
+    fields: Mapping[str, Any] | None = None,
 ) -> Schedule:
-    """The schedule called `name`, one of `SCHEDULES`.
+    """The schedule called `name`, one of `SCHEDULES` or "package.module:Name".
 
     Args:
+      name: of the schedule.
+      num_timesteps: of a built-in one.
       zero_snr: rescale it so that its last timestep holds no signal (`zero_terminal_snr`); not for "flow".
       time_shift: shift of the timesteps of training and samplers towards noise; for "flow" only.
+      fields: those of a user's own.
 
     Raises:
-      UserError: unknown name, or an option the schedule does not take.
+      UserError: unknown name, an option that the schedule does not take, or a user's own that is no schedule.
     """
+    if SEAM.is_own(name):
+        return _own_schedule(name, fields or {}, zero_snr=zero_snr, time_shift=time_shift)
     if name == "flow":
         if zero_snr:
             raise UserError(
@@ -144,6 +163,18 @@ def make_schedule(
         )
     alphas_cumprod = np.cumprod(1.0 - make_betas(name, num_timesteps))
     return VariancePreserving(zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod)
+
+
+def _own_schedule(name: str, fields: Mapping[str, Any], *, zero_snr: bool, time_shift: float) -> Schedule:
+    schedule: Schedule = SEAM.create(name, fields)
+    check_schedule(schedule, SEAM.where(name))
+    for option, value, default in (("zero_snr", zero_snr, False), ("time_shift", time_shift, 1.0)):
+        if value != default:
+            raise UserError(
+                f"config.diffusion.{option}={value} is for built-in schedules, not {name!r}; leave it {default}, or "
+                "give your schedule a field for it, under config.diffusion.schedule_fields"
+            )
+    return schedule
 
 
 def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.components import Registry
+from scaling_dit.encoders import contract
 from scaling_dit.encoders.scratch import WordTokenizer
 
 _REGISTRY = Registry(
@@ -61,14 +62,18 @@ def create_text_encoder(name: str, *, tokenizer: Any, **fields: Any) -> TextEnco
     """A text encoder without weights.
 
     Args:
-      name: "scratch", "clip", "t5" or "package.module:Class".
-      tokenizer: what turns captions into ids for it.
+      name: "scratch", "clip", "t5" or "package.module:Name".
+      tokenizer: what turns captions into ids for it; a user's own without such an argument does without.
       **fields: fields of that encoder, see `text_encoder_fields`.
 
     Raises:
-      UserError: unknown name or field.
+      UserError: unknown name or field, or a user's own that does not hold to `TextEncoder`.
     """
-    return _REGISTRY.create(name, fields, tokenizer=tokenizer)
+    encoder: TextEncoder = _REGISTRY.create(name, fields, tokenizer=tokenizer)
+    if name not in _REGISTRY.known:
+        where = f"config.text_encoder {name!r}"
+        contract.check_text_encoder(encoder, where, has_tokenizer=tokenizer is not None)
+    return encoder
 
 
 def tokenizer_type(name: str) -> type[Tokenizer]:

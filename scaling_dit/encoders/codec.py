@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_dit.components import Registry
+from scaling_dit.encoders import contract
 
 _REGISTRY = Registry(
     "codec",
@@ -115,6 +116,16 @@ def create_codec(name: str, **fields: Any) -> Codec:
       UserError: unknown name or field.
     """
     return _REGISTRY.create(name, fields)
+
+
+def check_own_codec(codec: Codec, name: str, image_size: int) -> None:
+    """Checks a codec of a user's own for images of `image_size` x `image_size` pixels; a built-in one passes.
+
+    Raises:
+      UserError: it does not hold to `Codec`.
+    """
+    if name not in _REGISTRY.known:
+        contract.check_codec(codec, image_size, f"config.codec {name!r}")
 
 
 def init_codec(codec: Codec, rng: jax.Array) -> Any:

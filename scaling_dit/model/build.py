@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, encoders, trees
 from scaling_dit.data import sources
-from scaling_dit.diffusion import objectives, schedules
+from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
@@ -29,6 +29,8 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
     """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = codecs.create_codec(**config.codec.to_dict())
+    image_size = _image_size(config) if source is None else source.image_size
+    codecs.check_own_codec(codec, config.codec.name, image_size)
     backbone = backbones.create_for(
         in_channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
     )
@@ -39,16 +41,20 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
         )
     diffusion = config.diffusion
     schedule = schedules.make_schedule(
-        diffusion.schedule, zero_snr=diffusion.zero_snr, time_shift=diffusion.time_shift
+        diffusion.schedule,
+        zero_snr=diffusion.zero_snr,
+        time_shift=diffusion.time_shift,
+        fields=diffusion.schedule_fields,
     )
-    objectives.check_prediction(diffusion.prediction, schedule)
+    prediction = predictions.create_prediction(diffusion.prediction, diffusion.prediction_fields)
+    predictions.check_prediction(prediction, schedule)
     return Model(
         codec=codec,
         text_encoder=text_encoder,
         backbone=backbone,
         schedule=schedule,
-        prediction=diffusion.prediction,
-        image_size=_image_size(config) if source is None else source.image_size,
+        prediction=prediction,
+        image_size=image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,
     )

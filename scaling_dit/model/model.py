@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from scaling_dit import encoders
 from scaling_dit.backbones.contract import Backbone
-from scaling_dit.diffusion import schedules
+from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders import codec as codecs
 from scaling_dit.errors import UserError
 from scaling_dit.trees import Params
@@ -28,8 +28,8 @@ class Model:
     text_encoder: encoders.TextEncoder
     backbone: Backbone
     schedule: schedules.Schedule
-    # What the backbone predicts: eps, x0, v or flow.
-    prediction: str
+    # What the backbone predicts.
+    prediction: predictions.Kind
     # Side of an image in pixels.
     image_size: int
     train_text_encoder: bool
@@ -85,8 +85,12 @@ class Model:
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
         """Normal noise float32 [N, h, w, c]; a row depends on `key` and its entry of `numbers` [N] alone."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        keys = self.row_keys(key, numbers)
         return jax.vmap(lambda row_key: jax.random.normal(row_key, self.latent_shape))(keys)
+
+    def row_keys(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
+        """One random key a row, [N]; each depends on `key` and its number of `numbers` [N] alone."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
     def predict(
         self,

@@ -30,6 +30,10 @@ class Sampler:
     mesh: jax.sharding.Mesh
     options: SamplingOptions
 
+    def __post_init__(self) -> None:
+        # Before the program is traced, because a user's own parts are checked on arrays.
+        _ = self._parts
+
     def __call__(
         self,
         params: Params,
@@ -77,6 +81,20 @@ class Sampler:
             return self._run.lower(params, frozen, inputs, jax.ShapeDtypeStruct((), jnp.uint32))
 
     @functools.cached_property
+    def _parts(self) -> tuple[samplers.Sampler, guidance_lib.Guidance]:
+        """The sampler and the guidance that the options name.
+
+        Raises:
+          UserError: no such part, or a user's own that is none.
+        """
+        chosen = self.options
+        sampler = samplers.create_sampler(
+            chosen.sampler, dict(chosen.sampler_fields), self.model.schedule, chosen.steps
+        )
+        guidance = guidance_lib.create_guidance(chosen.guidance_method, dict(chosen.guidance_method_fields))
+        return sampler, guidance
+
+    @functools.cached_property
     def _run(self) -> Any:
         sharding = rules.batch_sharding(self.mesh)
         options = xla_flags.options(list(self.mesh.devices.flat)) or None
@@ -85,8 +103,9 @@ class Sampler:
     def _images(
         self, params: Params, frozen: Params, inputs: dict[str, jax.Array], seed: jax.Array
     ) -> jax.Array:
-        model = self.model
-        noise = model.noise(jax.random.key(seed), inputs["numbers"])
+        model, key = self.model, jax.random.key(seed)
+        sampler, guidance = self._parts
+        noise = model.noise(key, inputs["numbers"])
         empty_ids, empty_mask = model.text_encoder.tokenize([""])
 
         def condition(ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -101,6 +120,7 @@ class Sampler:
             self.options.guidance,
             condition(inputs["ids"], inputs["mask"]),
             condition(jnp.asarray(empty_ids), jnp.asarray(empty_mask)),
+            method=guidance,
             rescale=self.options.guidance_rescale,
             interval=self.options.guidance_interval,
         )
@@ -108,9 +128,10 @@ class Sampler:
             guided,
             noise,
             model.schedule,
-            sampler=self.options.sampler,
+            sampler=sampler,
             steps=self.options.steps,
             prediction=model.prediction,
             clip=model.codec.bounded,
+            keys=model.row_keys(jax.random.fold_in(key, 1), inputs["numbers"]),
         )
         return model.decode(frozen, latents)

@@ -1,4 +1,8 @@
-"""The optimiser: AdamW with warm-up, clipping, parameter groups, a guard against NaN, and weight averages.
+"""The optimizer: AdamW or a user's own, with warm-up, clipping, parameter groups, a guard against NaN, and averages.
+
+A user's own takes the place of Adam alone: `config.optim.name` is "package.module:Name" of a function or class whose
+arguments are plain values with defaults and which returns an `optax.GradientTransformation` from gradients to a
+direction, as `optax.scale_by_lion` does. Clipping, weight decay, groups, the learning rate and the guard stay.
 
 `optim` below is the config section of that name; see `config.defaults` for its fields.
 """
@@ -14,6 +18,7 @@ from ml_collections import ConfigDict
 from scaling_dit import trees
 from scaling_dit.checkpoints.ema import update_emas, update_power_emas
 from scaling_dit.checkpoints.state import TrainState
+from scaling_dit.components import Seam, check_methods, one_line
 from scaling_dit.config import parse_group
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.trees import Params
@@ -21,9 +26,13 @@ from scaling_dit.trees import Params
 # (regex over parameter paths, learning-rate factor, weight decay)
 Group = tuple[str, float, float]
 
+SEAM = Seam("optim.name", ("adamw",), filled=("total_steps",))
+
 
 def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW (Loshchilov & Hutter 2019) for `total_steps` updates; a non-finite gradient changes nothing.
+    """AdamW (Loshchilov & Hutter 2019), or `optim.name`, for `total_steps` updates.
+
+    A non-finite gradient changes nothing.
 
     Gradients are clipped to a global norm of `clip_norm` (0 = not at all); frozen parameters do not count in
     the norm. `parameter_settings` says how `groups` set learning rate and weight decay. The learning rate
@@ -34,7 +43,8 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
     finite as well.
 
     Raises:
-      UserError: here for a bad schedule; from `init` for a group that is wrong or matches no parameter.
+      UserError: here for a bad schedule or a user's own that is no optimizer; from `init` for a group that is wrong or
+        matches no parameter.
     """
     groups, weight_decay = tuple(optim.groups), optim.weight_decay
 
@@ -61,7 +71,7 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
     guarded = optax.chain(
         optax.GradientTransformation(check_groups, drop_frozen),
         optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        _direction(optim, total_steps),
         optax.stateless(decay_weights),
         optax.stateless(scale_groups),
     )
@@ -69,6 +79,49 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
         skip_nonfinite(guarded),
         optax.scale_by_learning_rate(learning_rate_schedule(optim, total_steps)),
     )
+
+
+def _direction(optim: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+    """Adam, or a user's own in its place; one that reads how long the run is has an argument `total_steps`."""
+    if not SEAM.is_own(optim.name):
+        return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+    found: optax.GradientTransformation = SEAM.create(optim.name, optim.fields, total_steps=total_steps)
+    check_direction(found, SEAM.where(optim.name))
+    return found
+
+
+def check_direction(found: Any, where: str) -> None:
+    """Makes sure that this is an `optax.GradientTransformation` from gradients to a direction to descend along.
+
+    Raises:
+      UserError: it is not; `where` names it.
+    """
+    check_methods(found, where, {"init": "params", "update": "updates, state, params"})
+    shapes = {"layer": {"kernel": (6, 4), "bias": (4,)}, "table": (3, 2, 4)}
+    is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
+    params = jax.tree.map(jnp.ones, shapes, **is_shape)
+    grads = jax.tree.map(lambda shape: jax.random.normal(jax.random.key(0), shape), shapes, **is_shape)
+    with one_line(f"{where}: init() or update()"):
+        state = found.init(params)
+        updates, after = jax.jit(found.update)(grads, state, params)
+
+    def described(tree: Any) -> Any:
+        return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+    if described(updates) != described(grads):
+        raise UserError(
+            f"{where}: update() returned other shapes or dtypes than the gradients it was given; they must stay"
+        )
+    if described(after) != described(state):
+        raise UserError(
+            f"{where}: update() returned a state of other structure, shapes or dtypes than init(); they must stay"
+        )
+    along = sum(jnp.sum(u * g) for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True))
+    if not float(along) > 0:
+        raise UserError(
+            f"{where}: update() leads uphill; it must return a direction that the run multiplies by minus the learning "
+            "rate, as optax.scale_by_lion does and optax.lion does not"
+        )
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -10,8 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.state import TrainState
-from scaling_dit.diffusion import objectives
-from scaling_dit.diffusion.time_sampling import sample_timesteps
+from scaling_dit.diffusion import objectives, time_sampling, weightings
 from scaling_dit.model.model import Model
 from scaling_dit.training import optim
 from scaling_dit.trees import Params
@@ -41,6 +40,10 @@ def make_train_step(
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
+    weighting = weightings.create_weighting(diffusion.weighting, diffusion.weighting_fields)
+    sampling = time_sampling.create_time_sampling(
+        diffusion.time_sampling, diffusion.time_sampling_fields, model.schedule
+    )
 
     def loss_fn(params: Params, rows: Any, frozen: Params) -> jax.Array:
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
@@ -52,13 +55,13 @@ def make_train_step(
         output = model.predict(params, noisy, times, text, text_mask, train=True, rng=rows["rngs"][0])
         losses = objectives.diffusion_loss(
             output, rows["latents"], rows["noise"], rows["timesteps"], model.schedule,
-            prediction=model.prediction, weighting=diffusion.weighting, gamma=diffusion.min_snr_gamma,
+            prediction=model.prediction, weighting=weighting, gamma=diffusion.min_snr_gamma,
         )  # fmt: skip
         return losses.mean()
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        rows = draw_rows(model, config, frozen, batch, key)
+        rows = draw_rows(model, config, frozen, batch, key, sampling)
         if value_and_grad is None:
             grad_fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen))
         else:
@@ -87,7 +90,12 @@ def make_train_step(
 
 
 def draw_rows(
-    model: Model, config: ConfigDict, frozen: Params, batch: Batch, key: jax.Array
+    model: Model,
+    config: ConfigDict,
+    frozen: Params,
+    batch: Batch,
+    key: jax.Array,
+    sampling: str | time_sampling.TimeSampling,
 ) -> dict[str, Any]:
     """The rows of one update, [B, ...] each: latents, noise, timesteps, captions after drop, and keys for the model."""
     diffusion = config.diffusion
@@ -109,10 +117,10 @@ def draw_rows(
         "noise": jax.random.normal(noise_key, latents.shape),
         # A microbatch uses the first of its rows.
         "rngs": jax.random.split(model_key, config.batch),
-        "timesteps": sample_timesteps(
+        "timesteps": time_sampling.sample_timesteps(
             time_key,
             config.batch,
-            diffusion.time_sampling,
+            sampling,
             model.schedule,
             location=diffusion.time_location,
             scale=diffusion.time_scale,

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.config import schema
-from scaling_dit.diffusion import objectives, samplers, schedules, time_sampling
+from scaling_dit.diffusion import predictions, samplers, schedules, time_sampling, weightings
 from scaling_dit.errors import UserError
 
 FIELDS = {
@@ -247,8 +247,8 @@ def test_a_folder_keeps_its_path_in_the_name():
 
 def test_choices_are_what_the_diffusion_code_takes():
     assert schema.FIELDS["diffusion.schedule"].choices == schedules.SCHEDULES
-    assert schema.FIELDS["diffusion.prediction"].choices == objectives.PREDICTIONS
-    assert schema.FIELDS["diffusion.weighting"].choices == objectives.WEIGHTINGS
+    assert schema.FIELDS["diffusion.prediction"].choices == predictions.PREDICTIONS
+    assert schema.FIELDS["diffusion.weighting"].choices == weightings.WEIGHTINGS
     assert schema.FIELDS["diffusion.time_sampling"].choices == time_sampling.TIME_SAMPLINGS
     assert schema.FIELDS["sample.sampler"].choices == tuple(samplers.SAMPLERS)
 

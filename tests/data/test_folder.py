@@ -200,7 +200,7 @@ def test_names_of_sources(tmp_path, monkeypatch):
         ("foldr:/data", "did you mean 'folder'"),
         ("folder", "names no folder; write folder:PATH"),
         ("no_such_module:Source", "no module 'no_such_module' on the Python path"),
-        ("source_of_mine:Mine2", "source_of_mine has no class 'Mine2'; did you mean 'Mine'"),
+        ("source_of_mine:Mine2", "source_of_mine has no class or function 'Mine2'; did you mean 'Mine'"),
     ):
         (tmp_path / "source_of_mine.py").write_text(
             "from tests.support.own_sources import Counted\n\n\nclass Mine(Counted):\n"

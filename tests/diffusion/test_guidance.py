@@ -136,3 +136,24 @@ def test_guided_sampling_does_not_mix_the_rows_of_a_batch():
 
     together = run(np.arange(3))
     np.testing.assert_allclose(run(np.array([1]))[0], together[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_method_of_ones_own_replaces_the_formula_alone():
+    """Rescaling, the interval and scale 1 act on what it returns."""
+
+    def doubled(positive, negative, latents, timesteps, scale):
+        return 2 * positive + scale * timesteps[:, None, None, None] + latents
+
+    condition, negative = text_of(1, 3), text_of(2, 1)
+    positive = Backbone()(LATENTS, TIMES, condition)
+    expected = 2 * positive + 4.0 * TIMES[:, None, None, None] + LATENTS
+    plain = guided(Backbone(), 4.0, condition, negative, method=doubled)(LATENTS, TIMES)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5)
+    scaled = guided(Backbone(), 4.0, condition, negative, method=doubled, rescale=0.5)(LATENTS, TIMES)
+    np.testing.assert_allclose(scaled, rescaled(expected, positive, 0.5), rtol=1e-4)
+    inside = guided(Backbone(), 4.0, condition, negative, method=doubled, interval=(400.0, 600.0))
+    np.testing.assert_allclose(inside(LATENTS, TIMES)[1], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(inside(LATENTS, TIMES)[0], positive[0], rtol=1e-5)
+    np.testing.assert_array_equal(
+        guided(Backbone(), 1.0, condition, negative, method=doubled)(LATENTS, TIMES), positive
+    )

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling_dit.diffusion import objectives
-from scaling_dit.diffusion.objectives import PREDICTIONS, from_x0_eps, to_x0_eps
+from scaling_dit.diffusion.predictions import PREDICTIONS, check_prediction, from_x0_eps, to_x0_eps
 from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.diffusion.time_sampling import sample_timesteps
+from scaling_dit.diffusion.weightings import loss_weight
 from scaling_dit.errors import UserError
 
 SCHEDULE = make_schedule("scaled_linear")
@@ -67,17 +68,17 @@ def test_min_snr_weights_equal_diffusers():
     clipped = np.minimum(snr, 5.0)
     expected = {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}
     for prediction, right in expected.items():
-        weight = objectives.loss_weight(alpha, sigma, prediction, "min_snr", 5.0)
+        weight = loss_weight(alpha, sigma, prediction, "min_snr", 5.0)
         # The reference takes 1 - alpha_bar in float32, which costs it digits at small t.
         np.testing.assert_allclose(weight, right, rtol=3e-4)
-        np.testing.assert_array_equal(objectives.loss_weight(alpha, sigma, prediction, "none"), 1.0)
+        np.testing.assert_array_equal(loss_weight(alpha, sigma, prediction, "none"), 1.0)
 
 
 def test_min_snr_weights_are_finite_without_signal_and_without_noise():
     alpha, sigma = jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])
     expected = {"eps": [1, 0], "x0": [0, 5], "v": [0, 0], "flow": [0, 0]}
     for prediction in PREDICTIONS:
-        weight = objectives.loss_weight(alpha, sigma, prediction, "min_snr", 5.0)
+        weight = loss_weight(alpha, sigma, prediction, "min_snr", 5.0)
         np.testing.assert_array_equal(weight, expected[prediction])
 
 
@@ -90,7 +91,7 @@ def test_loss_is_a_weighted_mean_per_example_over_the_first_channels(prediction)
     loss = objectives.diffusion_loss(
         output, x0, eps, times, SCHEDULE, prediction=prediction, weighting="min_snr", gamma=3.0
     )
-    weight = objectives.loss_weight(SCHEDULE.alpha(times), SCHEDULE.sigma(times), prediction, "min_snr", 3.0)
+    weight = loss_weight(SCHEDULE.alpha(times), SCHEDULE.sigma(times), prediction, "min_snr", 3.0)
     np.testing.assert_allclose(loss, np.asarray(weight) * np.square(errors).mean((1, 2, 3)), rtol=1e-4)
     assert loss.shape == (4,) and loss.dtype == jnp.float32
 
@@ -196,11 +197,11 @@ def test_eps_is_refused_where_no_signal_is_left():
         with pytest.raises(
             UserError, match="'eps' does not tell the latents where no signal is left"
         ) as error:
-            objectives.check_prediction("eps", schedule)
+            check_prediction("eps", schedule)
         assert "\n" not in str(error.value)
         for prediction in set(PREDICTIONS) - {"eps"}:
-            objectives.check_prediction(prediction, schedule)
-    objectives.check_prediction("eps", SCHEDULE)
+            check_prediction(prediction, schedule)
+    check_prediction("eps", SCHEDULE)
 
 
 def test_unknown_names_tell_the_nearest():

@@ -80,7 +80,8 @@ def our_trajectory(schedule, sampler, steps, prediction, clip=False):
         return held, held[0]
 
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table)
-    start = jnp.asarray(NOISE), SAMPLERS[sampler].init(jnp.asarray(NOISE))
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(NOISE)))
+    start = jnp.asarray(NOISE), SAMPLERS[sampler].init(jnp.asarray(NOISE), keys)
     _, trajectory = jax.jit(lambda start, rows: jax.lax.scan(step, start, rows))(start, rows)
     seen = table.timesteps
     if sampler == "heun":

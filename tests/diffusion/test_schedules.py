@@ -150,5 +150,5 @@ def test_options_of_another_schedule_are_refused():
 
 
 def test_unknown_name_tells_the_nearest():
-    with pytest.raises(UserError, match="unknown 'cosin'; did you mean 'cosine'"):
+    with pytest.raises(UserError, match="unknown config.diffusion.schedule 'cosin'; did you mean 'cosine'"):
         make_schedule("cosin")

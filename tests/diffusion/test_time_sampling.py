@@ -88,3 +88,20 @@ def test_the_shift_moves_each_draw_by_its_formula():
 def test_unknown_name_tells_the_nearest():
     with pytest.raises(UserError, match="did you mean 'stratified'"):
         sample_timesteps(jax.random.key(0), 4, "stratify", VP)
+
+
+class Halves:
+    """Timesteps of a user's own: half of them beyond both ends."""
+
+    def __call__(self, rng, batch, schedule):
+        return jnp.linspace(-0.5, 1.5, batch) * schedule.num_timesteps
+
+
+def test_timesteps_of_a_users_own_stay_in_range_and_are_shifted():
+    own = Halves()
+    found = sample_timesteps(jax.random.key(0), 5, own, VP)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, [0, 0, 500, 999, 999])
+    shifted = sample_timesteps(jax.random.key(0), 5, own, make_schedule("flow", time_shift=3.0))
+    np.testing.assert_allclose(shifted[:3], [0, 0, 750])
+    assert shifted.dtype == jnp.float32 and float(shifted.max()) < 1000

@@ -1,20 +1,21 @@
 """Captions that a model writes: one file per captioner, and the runner that captions a whole source.
 
 `transformers:FOLDER` is a captioning model of transformers, such as BLIP-2; `openai:URL` a server with OpenAI's chat
-interface; `shapes` reads pictures of the built-in scenes exactly; "package.module:Class" is a user's own.
+interface; `shapes` reads images of the built-in scenes exactly; "package.module:Name" is a user's own, whose answers
+are checked.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from PIL import Image
 
-from scaling_dit.components import Registry
+from scaling_dit.components import Registry, check_methods, describe, one_line
 from scaling_dit.errors import UserError
 
-Scored = tuple[
-    str, float | None
-]  # a caption and how good it is among those of its image; None if nobody says
+# A caption and how good it is among those of its image; None if nobody says.
+Scored = tuple[str, float | None]
 _REGISTRY = Registry(
     "captioner",
     {
@@ -57,7 +58,46 @@ def create_captioner(name: str, options: Mapping[str, str]) -> Captioner:
         field: _typed(field, text, known[field]) if field in known else text
         for field, text in options.items()
     }
-    return _REGISTRY.create(kind, given | place)
+    captioner: Captioner = _REGISTRY.create(kind, given | place)
+    if kind in _REGISTRY.known:
+        return captioner
+    check_methods(captioner, f"captioner {kind!r}", {"caption": "images, seeds"})
+    return _Checked(captioner, f"captioner {kind!r}: caption()")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A captioner of a user's own whose answers are checked, each batch of them."""
+
+    captioner: Captioner
+    what: str
+
+    def caption(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[list[Scored]]:
+        """See `Captioner`.
+
+        Raises:
+          UserError: whatever the captioner raises, or an answer that is not what `Captioner` says.
+        """
+        with one_line(self.what):
+            answers = self.captioner.caption(images, seeds)
+        if not isinstance(answers, list) or len(answers) != len(images):
+            found = f"{len(answers)} answers" if isinstance(answers, list) else describe(answers)
+            raise UserError(
+                f"{self.what} returned {found} for {len(images)} images; it must return a list for each"
+            )
+        for answer in answers:
+            if not (isinstance(answer, list) and all(map(_is_scored, answer))):
+                raise UserError(
+                    f"{self.what} returned {answer!r} for an image; it must return a list of (text, score), score None "
+                    "where there is none"
+                )
+        return answers
+
+
+def _is_scored(caption: Any) -> bool:
+    if not (isinstance(caption, tuple) and len(caption) == 2 and isinstance(caption[0], str)):
+        return False
+    return caption[1] is None or (isinstance(caption[1], int | float) and not isinstance(caption[1], bool))
 
 
 def _split(name: str) -> tuple[str, dict[str, str]]:

@@ -42,6 +42,11 @@ def write(config: ConfigDict) -> dict[str, Any]:
             f"config.diffusion is {diffusion.schedule} with prediction {diffusion.prediction}, which no pipeline of "
             "diffusers for this backbone samples with; --to=diffusers writes the backbone alone"
         )
+    if sampler not in _CLASSES:
+        raise UserError(
+            f"config.sample.sampler is {sampler!r}, which diffusers has no scheduler for; set it to one of "
+            f"{', '.join(_CLASSES)}, or write the backbone alone by --to=diffusers"
+        )
     betas, start, end = _SCHEDULES[diffusion.schedule]
     spacing = "linspace" if sampler == "dpmpp_2m" else "leading"
     described: dict[str, Any] = {

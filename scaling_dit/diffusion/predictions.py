@@ -22,13 +22,11 @@ class Prediction(Protocol):
 
     Latents, noise and values are float32 [B, H, W, C]. alpha and sigma, of the schedule at each row's timestep, are
     float32 of a shape that broadcasts with them, and the noised latents are alpha x0 + sigma eps.
-
-    Attributes:
-      needs_signal: whether the value says nothing of x0 where alpha is 0, as eps; it is refused then on schedules that
-        end without signal.
     """
 
-    needs_signal: bool
+    @property
+    def needs_signal(self) -> bool:
+        """Whether the value says nothing of x0 where alpha is 0, as eps; schedules that end without signal refuse it."""
 
     def from_x0_eps(self, x0: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
         """The value for x0 and eps: what the backbone is trained to return."""

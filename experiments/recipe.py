@@ -63,7 +63,7 @@ def recipe(backbone: str, *, option: str = "", **fields: Any) -> ConfigDict:
     config.sample.update({"sampler": "ddim", "steps": 50, "guidance": 7.5, "ema": 0.0, "batch": 256})
     config.mesh.update({"data": 1, "fsdp": -1})  # FSDP over all devices
     # P1 scores checkpoints all along its curves; one is kept wherever one is scored.
-    config.eval.update({"every": 50_000, "prompts": 1000, "metrics": ("tifa",), "loss_images": 2048})
+    config.eval.update({"every": 50_000, "prompts": 1000, "metrics": ("shapes_tifa",), "loss_images": 2048})
     config.checkpoint.update({"every": 5000, "keep_last": 2, "keep_every": 50_000})
     config.log.every = 100
     config.compile_cache = "workdir"  # a preempted run is back in minutes

@@ -86,7 +86,9 @@ def sections(names: Sequence[Any]) -> dict[str, dict[str, Any]]:
 def rename_sections(config: ConfigDict, names: Iterable[str]) -> None:
     """Sets `eval.metrics` in place, and drops the sections of metrics that it does not name any more."""
     names = tuple(names)
-    config.setdefault("eval", ConfigDict())["metrics"] = names
+    if "eval" not in config:
+        config.eval = ConfigDict()
+    config.eval.metrics = names
     kept = {section_of(str(name)) for name in names}
     if isinstance(config.get("metrics"), ConfigDict):
         config.metrics = ConfigDict({key: value for key, value in config.metrics.items() if key in kept})

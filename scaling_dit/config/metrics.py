@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.components import Registry
-from scaling_dit.config import schema
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.fields import BATCH, FROM_0, Field
 
 
 def _check_class(candidate: Any, name: str) -> None:
@@ -29,14 +29,14 @@ REGISTRY = Registry(
 
 # Fields that every metric's section has. A metric that has one of them as a field of its own gives it another default,
 # and is given the value.
-COMMON: dict[str, schema.Field] = {
-    "every": schema.Field(
+COMMON: dict[str, Field] = {
+    "every": Field(
         0,
         "steps between evaluations in training, a multiple of config.eval.every; 0 = the same",
-        schema.FROM_0,
+        FROM_0,
     ),
-    "prompts": schema.Field(0, "prompts in training; 0 = config.eval.prompts", schema.FROM_0),
-    "batch": schema.Field(64, "images that the metric is given at once", schema.BATCH),
+    "prompts": Field(0, "prompts in training; 0 = config.eval.prompts", FROM_0),
+    "batch": Field(64, "images that the metric is given at once", BATCH),
 }
 
 # Names that are reserved, and what to take instead.

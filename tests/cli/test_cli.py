@@ -265,12 +265,15 @@ def test_a_caption_may_start_with_a_dash_after_the_separator(monkeypatch):
 def test_evaluate_takes_what_is_given(monkeypatch):
     calls = behind(monkeypatch, "scaling_dit.evaluation.run")
     assert (
-        cli.main(["evaluate", "--workdir=w", "--metrics=tifa,other", "--json", "--out=o", "--ema=0.99"]) == 75
+        cli.main(
+            ["evaluate", "--workdir=w", "--metrics=shapes_tifa,other", "--json", "--out=o", "--ema=0.99"]
+        )
+        == 75
     )
     ((args, kwargs),) = calls
     assert args == ("w", "o")
     assert kwargs == {
-        "metrics": ["tifa", "other"], "items": 500, "as_json": True,
+        "metrics": ["shapes_tifa", "other"], "items": 500, "as_json": True,
         "seed": 0, "step": None, "ema": "0.99", "sampler": None, "steps": None, "guidance": None,
         "guidance_rescale": None, "guidance_interval": None,
     }  # fmt: skip

@@ -43,7 +43,7 @@ def main() -> int:
 def figures(run: pathlib.Path) -> dict:
     """What one run's files say."""
     config = read_config(run)
-    (found,) = run.glob("evaluation/**/tifa/result.json")
+    (found,) = run.glob("evaluation/**/shapes_tifa/result.json")
     result = json.loads(found.read_text())
     low, high = result["interval"]
     model = build_model(config, scratch.build_tokenizer(open_source(config)))

@@ -54,7 +54,7 @@ def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
     ]
     for result in results:
         name, settings = result["metric"], ", ".join(f"{key} {result[key]}" for key in SETTINGS)
-        lines += ["", f"## Metric `{name}`", "", settings, "", "```", METRICS[name].table(result), "```"]
+        lines += ["", f"## Metric `{name}`", "", settings, "", "```", METRICS[name]().table(result), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -13,11 +13,13 @@ import statistics
 import time
 from typing import Any
 
+import numpy as np
 from note import header
 
 from scaling_dit.checkpoints.workdir import read_config
-from scaling_dit.evaluation import METRICS, tifa
-from scaling_dit.evaluation.metric import Item
+from scaling_dit.evaluation import METRICS
+from scaling_dit.evaluation.intervals import mean_interval
+from scaling_dit.evaluation.scoring import Scoring, score
 from scaling_dit.model.build import open_source
 from scaling_dit.sampling.pipeline import open_for_sampling
 
@@ -45,30 +47,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise and of the bootstrap")
     args = parser.parse_args()
     source = open_source(read_config(args.run))
-    items = METRICS["tifa"].items(source, args.items)
+    metric = METRICS["shapes_tifa"](baseline=False)
+    scoring = Scoring("shapes_tifa", metric, metric.items(source, args.items))
     rows = []
     for sampler, steps in ROWS:
-        rows.append(measure(str(args.run), items, sampler, steps, args.seed))
+        rows.append(measure(str(args.run), scoring, sampler, steps, args.seed))
         print({name: value for name, value in rows[-1].items() if name != "scores"})
     args.note.write_text(note(args.run, rows, args.seed))
 
 
-def measure(workdir: str, items: list[Item], sampler: str, steps: int, seed: int) -> dict[str, Any]:
+def measure(workdir: str, scoring: Scoring, sampler: str, steps: int, seed: int) -> dict[str, Any]:
     """One row: settings, seconds, TIFA and the scores by scene."""
     pipe, chosen, about = open_for_sampling(
         read_config(workdir), workdir, {"sampler": sampler, "steps": steps}
     )
-    prompts = [item.prompt for item in items]
+    prompts = [prompt for _, prompt in scoring.prompts]
     chosen(pipe.params, pipe.frozen, prompts[: chosen.options.batch], seed=seed)  # compiles
     start = time.perf_counter()
     images = chosen(pipe.params, pipe.frozen, prompts, seed=seed)
     seconds = time.perf_counter() - start
-    result = METRICS["tifa"].score(list(images), items, seed)
+    result, scored = score(scoring, [images], seed)
     return about | {
         "seconds": seconds,
         "tifa": result["tifa_average"],
         "interval": result["interval"],
-        "scores": list(result["caption_scores"].values()),
+        "scores": [row["score"] for row in scored],
     }
 
 
@@ -89,7 +92,7 @@ def note(run: pathlib.Path, rows: list[dict[str, Any]], seed: int) -> str:
     ]
     for row in rows:
         paired = [ours - theirs for ours, theirs in zip(row["scores"], bar["scores"], strict=True)]
-        low, high = tifa.bootstrap(paired, {}, seed)[0]
+        low, high = mean_interval(np.asarray(paired), seed)
         lines.append(
             f"| {row['sampler']} | {row['steps']} | {row['tifa']:.3f} | "
             f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f} | {statistics.fmean(paired):+.3f} | "

@@ -69,7 +69,7 @@ def recipe(backbone: str, *, option: str = "", **fields: Any) -> ConfigDict:
     # FSDP over all devices
     config.mesh.update({"data": 1, "fsdp": -1})
     # P1 evaluates checkpoints along its curves; each one that is evaluated is kept.
-    config.eval.update({"every": 50_000, "prompts": 1000, "metrics": ("tifa",), "loss_images": 2048})
+    config.eval.update({"every": 50_000, "prompts": 1000, "metrics": ("shapes_tifa",), "loss_images": 2048})
     config.checkpoint.update({"every": 5000, "keep_last": 2, "keep_every": 50_000})
     config.log.every = 100
     # A preempted run compiles nothing when it resumes.

@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance = 1.5
-    config.eval.update({"every": 400, "metrics": ("tifa",), "prompts": 64})
+    config.eval.update({"every": 400, "metrics": ("shapes_tifa",), "prompts": 64})
     config.checkpoint.every = 400
     if arg == "smoke":
         config.steps = 4

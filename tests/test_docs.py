@@ -188,7 +188,9 @@ def test_every_tag_of_a_run_is_explained_and_no_other(smoke_run):
     assert written - bins == explained - bins - elsewhere - (TIFA - written)
 
 
-TIFA = {f"evaluation/tifa_{kind}" for kind in ("color", "counting", "object", "shape", "size", "spatial")}
+TIFA = {
+    f"evaluation/shapes_tifa_{kind}" for kind in ("color", "counting", "object", "shape", "size", "spatial")
+}
 
 
 def test_the_parts_of_goodput_are_explained():

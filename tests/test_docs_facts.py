@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scaling_dit import backbones
+from scaling_dit.config.metrics import COMMON
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.diffusion.predictions import PREDICTIONS
 from scaling_dit.diffusion.samplers import SAMPLERS
@@ -15,6 +16,7 @@ from scaling_dit.diffusion.schedules import SCHEDULES, make_schedule
 from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
 from scaling_dit.diffusion.weightings import WEIGHTINGS
 from scaling_dit.evaluation import METRICS
+from scaling_dit.evaluation.scoring import Scoring, score
 from scaling_dit.interop.declared import built_in_diffusers
 from tests.support.pages import blocks, first_column
 from tests.support.paths import DOCS
@@ -133,16 +135,24 @@ def test_the_start_page_leads_to_every_page():
 
 def test_what_an_evaluation_writes_is_explained():
     source = ShapesSource(preset="grid16")
-    items = METRICS["tifa"].items(source, 6)
-    result = METRICS["tifa"].score([item.truth for item in items], items, seed=0)
+    metric = METRICS["shapes_tifa"]()
+    items = metric.items(source, 6)
+    result, scored = score(
+        Scoring("shapes_tifa", metric, items), [np.stack([item.truth for item in items])], 0
+    )
     assert result["tifa_average"] == 1.0
-    told = set(codes("evaluation.md", "What is in result.json"))
-    drawing = {"metric", "workdir", "seed", "step", "ema", "sampler", "steps", "guidance"}
-    assert told == set(result) | drawing | {"guidance_rescale", "guidance_interval", "accuracy_on_real_scans"}
+    explained = set(codes("evaluation.md", "What is in result.json"))
+    sampling = {"metric", "fields", "workdir", "seed", "step", "ema", "sampler", "steps", "guidance"}
+    sampling |= {"guidance_rescale", "guidance_interval"}
+    assert explained == set(result) | sampling | set(metric.about()) | {"accuracy_on_real_scans"}
+    assert set(codes("evaluation.md", "What is in rows.jsonl")) == set(next(iter(scored)))
+    common = {name: str(field.default) for name, field in COMMON.items()}
+    section = (DOCS / "evaluation.md").read_text().split("\n## Fields of a metric\n")[1].split("\n## ")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", section, re.MULTILINE)) == common
 
 
 def test_the_questions_on_the_page_are_asked():
-    section = (DOCS / "evaluation.md").read_text().split("\n## tifa\n")[1].split("\n## ")[0]
+    section = (DOCS / "evaluation.md").read_text().split("\n## shapes_tifa\n")[1].split("\n## ")[0]
     table = dict(re.findall(r"^\| `(\w+)` \| (.+?\?) \|", section, re.MULTILINE))
     source = ShapesSource(preset="grid16", shapes=("circle", "square"), colours=("red", "blue"))
     rows = [row for i in range(400) for row in source.held_out().questions(i)]

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from scaling_dit.components import tuples
-from scaling_dit.config import schema
+from scaling_dit.config import metrics, schema
 from scaling_dit.config.experiment_files import read_experiment
-from scaling_dit.config.overrides import apply_overrides, component_names, own_part_names
+from scaling_dit.config.overrides import apply_overrides, component_names, override_key, own_part_names
 from scaling_dit.config.validate import validate
 from scaling_dit.config.values import dump, flatten, why_unknown
 from scaling_dit.errors import UserError
@@ -47,6 +47,7 @@ def complete(config: ConfigDict) -> ConfigDict:
         full[section][field] = ConfigDict(
             {own: _settable(default) for own, default in schema.own_fields(key, name).items()}
         )
+    full.metrics = _metric_sections(given, full.eval.metrics)
     known = flatten(full)
     for key, value in flatten(given).items():
         if key not in known:
@@ -85,6 +86,7 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
         _switch_component(config, section, name)
     for key, name in own_part_names(overrides, schema.OWN_PARTS).items():
         _switch_own_part(config, key, name)
+    _switch_metrics(config, overrides)
     config = complete(config)
     apply_overrides(config, overrides)
     config = config.copy_and_resolve_references()
@@ -184,6 +186,30 @@ def _named(config: ConfigDict, key: str) -> str:
     chosen = config.get(section, ConfigDict())
     name = chosen.get(field, "") if isinstance(chosen, ConfigDict) else ""
     return name if isinstance(name, str) else ""
+
+
+def _metric_sections(given: ConfigDict, default: Sequence[str]) -> ConfigDict:
+    """`config.metrics` of the metrics that a config names, with their defaults."""
+    named = given.get("eval", ConfigDict()).get("metrics", default)
+    found = metrics.sections(named if isinstance(named, tuple | list) else default)
+    for section in given.get("metrics", ConfigDict()):
+        if section not in found:
+            raise UserError(f"config.metrics.{section}: config.eval.metrics names no metric {section!r}")
+    return ConfigDict(
+        {
+            section: {key: _settable(value) for key, value in fields.items()}
+            for section, fields in found.items()
+        }
+    )
+
+
+def _switch_metrics(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Takes over in place which metrics the overrides name, so that fields of these can be set along with it."""
+    chosen = [override for override in overrides if override_key(override) == "eval.metrics"]
+    if chosen:
+        named = ConfigDict({"eval": {"metrics": config.get("eval", ConfigDict()).get("metrics", ())}})
+        apply_overrides(named, chosen)
+        metrics.rename_sections(config, tuples(named.eval.metrics))
 
 
 def _settable(value: Any) -> Any:

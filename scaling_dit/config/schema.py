@@ -225,7 +225,7 @@ SECTIONS: dict[str, Section] = {
                 Rule("from 1 to 1000", lambda x: 1 <= x <= 1000),
             ),
             "grid": Field(16, "images of the sample grid", COUNT),
-            "metrics": Field((), "names of metrics, evaluated on `prompts` held-out prompts"),
+            "metrics": Field((), "names of metrics; the fields of each are in config.metrics.NAME"),
             "prompts": Field(64, "held-out prompts of the metrics", COUNT),
         },
         free=True,
@@ -373,7 +373,8 @@ FIELDS: dict[str, Field] = {
     for field, declared in group.fields.items()
 }
 
-FREE_SECTIONS: tuple[str, ...] = tuple(name for name, group in SECTIONS.items() if group.free)
+# `metrics` has a section for each metric that eval.metrics names (metrics.py).
+FREE_SECTIONS: tuple[str, ...] = (*(name for name, group in SECTIONS.items() if group.free), "metrics")
 # Free fields of other sections.
 FREE_FIELDS: tuple[str, ...] = (
     *(key for key, field in FIELDS.items() if field.free),
@@ -419,4 +420,5 @@ def defaults() -> ConfigDict:
     for part in OWN_PARTS.values():
         name, _, field = part.section.rpartition(".")
         config[name][field] = ConfigDict()
+    config.metrics = ConfigDict()
     return config

@@ -5,15 +5,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from scaling_dit.config import schema
+from scaling_dit.config import metrics, schema
 from scaling_dit.errors import UserError, nearest
 
 
 def validate(config: ConfigDict) -> None:
     """Checks every field of a complete config, before anything is built from it.
-
-    The names in config.eval.metrics and the fields of metrics are checked by evaluation when it opens, before a run
-    writes anything.
 
     Raises:
       UserError: names the first field at fault, its value and what would be right.
@@ -41,6 +38,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
     for group in config.optim.groups:
         parse_group(group)
+    metrics.check(config)
 
 
 def check_field(key: str, value: Any) -> None:

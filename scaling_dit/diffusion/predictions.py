@@ -26,7 +26,7 @@ class Prediction(Protocol):
 
     @property
     def needs_signal(self) -> bool:
-        """Whether the value says nothing of x0 where alpha is 0, as eps; schedules that end without signal refuse it."""
+        """Whether the value says nothing of x0 where alpha is 0, as eps; refused on schedules without it at the end."""
 
     def from_x0_eps(self, x0: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
         """The value for x0 and eps: what the backbone is trained to return."""

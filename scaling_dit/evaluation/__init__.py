@@ -1,7 +1,5 @@
-"""Metrics of generated pictures, by name; each is a `metric.Metric`."""
+"""Evaluation of a model: the validation loss, and metrics of generated images, by name in `METRICS`."""
 
-from scaling_dit.evaluation.metric import Metric
-from scaling_dit.evaluation.metrics.digits import DigitAccuracy
-from scaling_dit.evaluation.metrics.shapes_tifa import ExactTifa
+from scaling_dit.evaluation.registry import METRICS
 
-METRICS: dict[str, Metric] = {"tifa": ExactTifa(), "digits": DigitAccuracy()}
+__all__ = ["METRICS"]

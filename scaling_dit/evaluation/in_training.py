@@ -1,4 +1,4 @@
-"""What a run looks at while it trains: validation loss, a sample grid with captions, and metrics on few prompts."""
+"""The evaluations of a run while it trains: validation loss, a captioned sample grid, and metrics on few prompts."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.data.sources import Source
-from scaling_dit.errors import UserError, nearest
-from scaling_dit.evaluation import METRICS
+from scaling_dit.errors import UserError
+from scaling_dit.evaluation.registry import choose
+from scaling_dit.evaluation.scoring import Scoring, score
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.model import Model
 from scaling_dit.monitor.grid import captioned_grid
@@ -19,9 +20,12 @@ from scaling_dit.trees import Params
 
 
 class InTraining:
-    """Evaluations of `config.eval`, on fixed prompts and noise, so that pictures of one run compare over time.
+    """Evaluations of `config.eval`, on fixed prompts and noise, so that images of one run compare over time.
 
-    Pictures and metrics use the weights that `config.sample.ema` names, the validation loss the raw ones.
+    Images and metrics use the weights that `config.sample.ema` names, the validation loss the raw ones.
+
+    Raises:
+      UserError: a metric that does not exist or does not fit the data.
     """
 
     def __init__(self, model: Model, source: Source, mesh: jax.sharding.Mesh, config: ConfigDict) -> None:
@@ -39,26 +43,38 @@ class InTraining:
         self._sampler = Sampler(model, mesh, SamplingOptions.of(config.sample))
         held_out = source.held_out()
         self._captions = [held_out[i % len(held_out)]["captions"][0] for i in range(config.eval.grid)]
-        for name in config.eval.metrics:
-            if name not in METRICS:
-                raise UserError(f"config.eval.metrics names {name!r}; {nearest(name, METRICS)}")
-        self._items = {name: METRICS[name].items(source, config.eval.prompts) for name in config.eval.metrics}
+        # With the steps between evaluations of each.
+        self._metrics: list[tuple[Scoring, int]] = []
+        for one in choose(config, config.eval.metrics):
+            items = one.metric.items(source, one.fields["prompts"] or config.eval.prompts)
+            scoring = Scoring(one.section, one.metric, items, one.fields["batch"])
+            self._metrics.append((scoring, one.fields["every"] or config.eval.every))
         self._ema = find_ema(config, config.sample.ema)
 
     def due(self, step: int) -> bool:
         """Whether the config asks for an evaluation at this step: every so many, and at the end."""
-        every = self._config.eval.every
-        return bool(every) and (step % every == 0 or step == self._config.steps)
+        return bool(self._config.eval.every) and self._at(step, self._config.eval.every)
 
     def write(self, writer: Any, step: int, state: TrainState, frozen: Params) -> None:
-        """Runs every evaluation on `state` and hands the results to the run's writer."""
+        """Runs every evaluation that is due on `state` and hands the results to the run's writer."""
         scalars = {f"validation/{name}": value for name, value in self._loss(state.params, frozen).items()}
         params = state.params if self._ema is None else state.emas[self._ema]
-        for name, items in self._items.items():
-            images = self._sampler(params, frozen, [item.prompt for item in items], seed=self._config.seed)
-            result = METRICS[name].score(list(images), items, seed=self._config.seed)
-            scalars |= {f"evaluation/{key}": value for key, value in result["scalars"].items()}
-        grid = self._sampler(params, frozen, self._captions, seed=self._config.seed)
+        seed = self._config.seed
+        for scoring, every in self._metrics:
+            if self._at(step, every):
+                prompts = [prompt for _, prompt in scoring.prompts]
+                images = self._sampler.batches(params, frozen, prompts, seed=seed)
+                found = score(scoring, images, seed)[0]["scalars"]
+                twice = [name for name in found if f"evaluation/{name}" in scalars]
+                if twice:
+                    raise UserError(
+                        f"metric {scoring.name!r}: another metric has a scalar {twice[0]!r} as well"
+                    )
+                scalars |= {f"evaluation/{name}": value for name, value in found.items()}
+        grid = self._sampler(params, frozen, self._captions, seed=seed)
         writer.scalars(step, scalars)
         writer.images(step, {"samples": captioned_grid(grid, self._captions)})
         writer.flush()
+
+    def _at(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self._config.steps

@@ -224,3 +224,17 @@ def total(counts: Mapping[str, int]) -> dict[str, int]:
         for name, count in json.loads(other.tobytes()).items():
             added[name] = added.get(name, 0) + count
     return dict(sorted(added.items()))
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What every process gives, in the order of the processes; of any lengths."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [data]
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(len(data), np.int32))).reshape(-1)
+    row = np.frombuffer(data.ljust(max(1, int(lengths.max())), b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(len(lengths), -1)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]

@@ -1,7 +1,7 @@
 """Samples as a folder of PNG files with a manifest; a request that was interrupted is resumed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,16 +27,31 @@ def sample_to_folder(
     *,
     seed: int,
     about: dict[str, Any],
-) -> np.ndarray:
-    """Images of (id, prompt) items as PNG files with a manifest and a captioned grid; finished ones are kept.
+) -> None:
+    """Writes everything that `iterate` writes."""
+    for _ in iterate(sampler, pipe, items, out, seed=seed, about=about):
+        pass
 
-    Writes `ID.png`, `manifest.jsonl` (one line an image: id, prompt, seed, number, path and `about`) and `grid.png`.
+
+def iterate(
+    sampler: Sampler,
+    pipe: Pipeline,
+    items: Sequence[tuple[str, str]],
+    out: epath.Path,
+    *,
+    seed: int,
+    about: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """Images of (id, prompt) items as PNG files with a manifest and a captioned grid; finished ones are read back.
+
+    Writes `ID.png`, `manifest.jsonl` (one line an image: id, prompt, seed, number, path and `about`) and, at the end,
+    `grid.png`.
 
     Args:
-      about: what the images are made with, such as step and guidance; part of each manifest line.
+      about: what the images were made with, such as step and guidance; part of each manifest line.
 
-    Returns:
-      uint8 [N, H, W, 3].
+    Yields:
+      uint8 [up to sampler.options.batch, H, W, 3], in the order of the items, once they are written.
 
     Raises:
       UserError: `out` holds images of another request, or an id occurs twice.
@@ -53,29 +68,32 @@ def sample_to_folder(
         )
     out.mkdir(parents=True, exist_ok=True)
     done = _read_finished(out, rows)
-    images: list[np.ndarray | None] = [
-        read_png(out / row["path"]) if i in done else None for i, row in enumerate(rows)
-    ]
-    todo = [i for i, image in enumerate(images) if image is None]
     writes = jax.process_index() == 0
-    for start in range(0, len(todo), sampler.options.batch):
-        chunk = todo[start : start + sampler.options.batch]
-        made = sampler(pipe.params, pipe.frozen, [rows[i]["prompt"] for i in chunk], seed=seed, numbers=chunk)
-        for i, image in zip(chunk, made, strict=True):
-            images[i] = image
-            if writes:
-                write_png(out / rows[i]["path"], image)
-        if writes:
-            # Listed only once written: a line of the manifest promises that the file is whole.
-            finished = [row for row, image in zip(rows, images, strict=True) if image is not None]
+    shown: list[np.ndarray] = []
+    for start in range(0, len(rows), sampler.options.batch):
+        numbers = list(range(start, min(start + sampler.options.batch, len(rows))))
+        images = {i: read_png(out / rows[i]["path"]) for i in numbers if i in done}
+        todo = [i for i in numbers if i not in done]
+        if todo:
+            prompts = [rows[i]["prompt"] for i in todo]
+            made = sampler(pipe.params, pipe.frozen, prompts, seed=seed, numbers=todo)
+            images |= dict(zip(todo, made, strict=True))
+        if todo and writes:
+            for i in todo:
+                write_png(out / rows[i]["path"], images[i])
+            # Listed only once written: a line of the manifest is a promise that the file is whole.
+            done |= set(todo)
+            finished = [row for i, row in enumerate(rows) if i in done]
             (out / MANIFEST).write_text(
                 "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished)
             )
-    whole = np.stack([image for image in images if image is not None])
-    if writes:
-        shown = whole[:_GRID_MOST]
-        write_png(out / GRID, captioned_grid(shown, [prompt for _, prompt in items[:_GRID_MOST]]))
-    return whole
+        batch = np.stack([images[i] for i in numbers])
+        if start < _GRID_MOST:
+            shown.append(batch[: _GRID_MOST - start])
+        yield batch
+    if writes and shown:
+        captions = [prompt for _, prompt in items[:_GRID_MOST]]
+        write_png(out / GRID, captioned_grid(np.concatenate(shown), captions))
 
 
 def _read_finished(out: epath.Path, rows: list[dict[str, Any]]) -> set[int]:

@@ -6,7 +6,7 @@ on (seed, i, its prompt) alone, up to rounding: not on the batch, the mesh, or w
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -46,9 +46,22 @@ class Sampler:
 
         `numbers` [N] are the prompts' places in a larger request (0..N-1 by default); noise depends on (seed, number).
         """
+        batches = list(self.batches(params, frozen, prompts, seed, numbers))
+        if not batches:
+            return np.zeros((0, self.model.image_size, self.model.image_size, 3), np.uint8)
+        return np.concatenate(batches)
+
+    def batches(
+        self,
+        params: Params,
+        frozen: Params,
+        prompts: Sequence[str],
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The images of a call batch by batch, so that not all of them are in memory."""
         numbers = list(range(len(prompts)) if numbers is None else numbers)
         batch = rules.round_batch(self.mesh, min(self.options.batch, max(1, len(prompts))))
-        batches = []
         for start in range(0, len(prompts), batch):
             chunk = list(prompts[start : start + batch])
             places = numbers[start : start + batch]
@@ -60,10 +73,7 @@ class Sampler:
             inputs = rules.to_global({name: rows[held] for name, rows in host.items()}, self.mesh, batch)
             with rules.activate(self.mesh):
                 images = self._run(params, frozen, inputs, jnp.asarray(seed, jnp.uint32))
-            batches.append(np.asarray(multihost_utils.process_allgather(images, tiled=True))[: len(chunk)])
-        if not batches:
-            return np.zeros((0, self.model.image_size, self.model.image_size, 3), np.uint8)
-        return np.concatenate(batches)
+            yield np.asarray(multihost_utils.process_allgather(images, tiled=True))[: len(chunk)]
 
     def lower(self, params: Params, frozen: Params) -> Any:
         """The program of one batch, lowered for the mesh's devices, attached or described: a `jax.stages.Lowered`.

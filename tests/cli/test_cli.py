@@ -344,7 +344,7 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     command = [
         "evaluate",
         "--workdir=w",
-        "--metrics=tifa, other",
+        "--metrics=shapes_tifa, other",
         "--json",
         "--out=o",
         "--ema=0.99",
@@ -354,7 +354,7 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     ((args, kwargs),) = calls
     assert args == ("w", "o")
     assert kwargs == {
-        "metrics": ("tifa", "other"), "items": 500, "as_json": True, "seed": 0, "step": None, "ema": "0.99",
+        "metrics": ("shapes_tifa", "other"), "items": 500, "as_json": True, "seed": 0, "step": None, "ema": "0.99",
         "changes": {"steps": 3},
     }  # fmt: skip
 

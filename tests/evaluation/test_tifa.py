@@ -1,17 +1,16 @@
-"""The TIFA scorer against figures worked out by hand, its interval, and its files."""
+"""TIFA's scores against values worked out by hand, its intervals, and its files."""
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from scaling_dit.data.shapes import oracle
-from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation import METRICS, tifa
+from scaling_dit.evaluation import intervals, tifa
+from scaling_dit.evaluation.intervals import mean_interval
 
 
 def row(key: str, question: str, answer: str, kind: str) -> dict[str, Any]:
@@ -25,65 +24,89 @@ QUESTIONS = [
     [row("c", f"c{i}", "yes", "object") for i in range(3)] + [row("c", "c3", "red", "color")],
 ]
 IMAGES = [np.full((2, 2, 3), value, np.uint8) for value in (0, 1, 2)]
-ANSWERS = {0: ["yes", "yes"], 1: ["yes"], 2: ["no", "yes", "no", "no"]}  # right: 1 of 2, 1 of 1, 1 of 4
+# Right: 1 of 2, 1 of 1, 1 of 4.
+ANSWERS = {0: ["yes", "yes"], 1: ["yes"], 2: ["no", "yes", "no", "no"]}
 
 
-def vqa(image: np.ndarray, rows: Sequence[dict[str, Any]]) -> list[str]:
+def vqa(image: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ANSWERS[int(image[0, 0, 0])]
 
 
+def rows_of(images, questions, judge=vqa) -> list[dict[str, Any]]:
+    return [tifa.caption_row(image, rows, judge) for image, rows in zip(images, questions, strict=True)]
+
+
 def scored(seed: int = 0) -> dict[str, Any]:
-    return tifa.score(IMAGES, QUESTIONS, vqa, "test-vqa", seed)
+    return tifa.summary(rows_of(IMAGES, QUESTIONS), "test-vqa", seed)
 
 
 def test_scores_by_hand():
-    result = scored()
-    assert result["caption_scores"] == {"a": 0.5, "b": 1.0, "c": 0.25}
-    assert result["tifa_average"] == pytest.approx((0.5 + 1 + 0.25) / 3)  # over captions, not 3 of 7
+    rows, result = rows_of(IMAGES, QUESTIONS), scored()
+    assert [one["score"] for one in rows] == [0.5, 1.0, 0.25]
+    # Over captions, not 3 of 7.
+    assert result["tifa_average"] == pytest.approx((0.5 + 1 + 0.25) / 3)
     assert result["tifa_stdev"] == pytest.approx(statistics.stdev([0.5, 1, 0.25]))
-    assert result["accuracy_by_type"] == {"object": pytest.approx(3 / 5), "color": 0.0}  # over questions
+    # Over questions.
+    assert result["accuracy_by_type"] == {"object": pytest.approx(3 / 5), "color": 0.0}
     assert result["n"] == 3 and result["n_by_type"] == {"object": 5, "color": 2}
     assert result["vqa_model"] == "test-vqa"
-    detail = result["question_details"]["a"]["a2"]
-    assert detail["multiple_choice_vqa"] == detail["free_form_vqa"] == "yes"
-    assert detail["scores"] == 0 and detail["answer"] == "red" and detail["caption"] == "caption a"
-    assert "scores" not in QUESTIONS[0][1]  # the rows given are left as they were
+    assert rows[0]["questions"][1] == {
+        "question": "a2", "element_type": "color", "answer": "red", "given": "yes", "right": 0,
+    }  # fmt: skip
+    assert "right" not in QUESTIONS[0][1]
 
 
 def test_one_caption_has_no_spread():
-    result = tifa.score(IMAGES[:1], QUESTIONS[:1], vqa, "test-vqa", 0)
+    result = tifa.summary(rows_of(IMAGES[:1], QUESTIONS[:1]), "test-vqa", 0)
     assert result["tifa_stdev"] == 0.0 and result["interval"] == [0.5, 0.5]
+
+
+def marks(pairs) -> np.ndarray:
+    return np.asarray(list(pairs), np.int64)
 
 
 def test_the_interval_is_that_of_a_mean():
     rng = np.random.default_rng(1)
     scores = rng.binomial(1, 0.7, 400).astype(float)
-    by_type = {"all": [(i, int(value)) for i, value in enumerate(scores)]}
-    (low, high), found = tifa.bootstrap(list(scores), by_type, seed=0)
+    by_type = {"all": marks((i, int(value)) for i, value in enumerate(scores))}
+    (low, high), found = tifa.bootstrap(scores, by_type, seed=0)
     half = 1.96 * scores.std() / 20
     assert low == pytest.approx(scores.mean() - half, abs=0.012)
     assert high == pytest.approx(scores.mean() + half, abs=0.012)
-    assert found["all"] == pytest.approx([low, high])  # one question a caption: the same resamples
+    # One question a caption: the same resamples.
+    assert found["all"] == pytest.approx([low, high])
+    assert mean_interval(scores, 0) == [low, high]
 
 
 def test_the_interval_depends_on_its_seed_only():
-    scores = list(np.random.default_rng(2).random(50))
+    scores = np.random.default_rng(2).random(50)
     assert tifa.bootstrap(scores, {}, seed=0) == tifa.bootstrap(scores, {}, seed=0)
     assert tifa.bootstrap(scores, {}, seed=0) != tifa.bootstrap(scores, {}, seed=1)
+
+
+def test_resamples_do_not_depend_on_how_many_are_in_memory(monkeypatch):
+    whole = np.concatenate(list(intervals.resamples(30, 7)))
+    assert whole.shape == (intervals.RESAMPLES, 30) and (whole.sum(axis=1) == 30).all()
+    assert len(list(intervals.resamples(30, 7))) == 1
+    monkeypatch.setattr(intervals, "_AT_ONCE", 30 * 7)
+    pieces = list(intervals.resamples(30, 7))
+    assert max(map(len, pieces)) == 7
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
 
 
 def test_questions_of_one_caption_are_resampled_together():
     """Ten questions with one fate carry the information of one: the interval must not shrink."""
     fates = [i % 2 for i in range(40)]
-    one = {"x": [(i, fate) for i, fate in enumerate(fates)]}
-    ten = {"x": [(i, fate) for i, fate in enumerate(fates) for _ in range(10)]}
-    scores = [float(fate) for fate in fates]
+    one = {"x": marks(enumerate(fates))}
+    ten = {"x": marks((i, fate) for i, fate in enumerate(fates) for _ in range(10))}
+    scores = np.asarray(fates, float)
     assert tifa.bootstrap(scores, ten, 0)[1]["x"] == pytest.approx(tifa.bootstrap(scores, one, 0)[1]["x"])
 
 
 def test_a_rare_type_has_a_finite_interval():
-    scores = [1.0] * 30
-    found = tifa.bootstrap(scores, {"rare": [(0, 1)], "all": [(i, 1) for i in range(30)]}, 0)[1]
+    found = tifa.bootstrap(
+        np.ones(30), {"rare": marks([(0, 1)]), "all": marks((i, 1) for i in range(30))}, 0
+    )[1]
     assert found == {"rare": [1.0, 1.0], "all": [1.0, 1.0]}
 
 
@@ -95,53 +118,13 @@ def test_table():
 
 
 def test_files_are_laid_out_as_tifas_own(tmp_path):
-    tifa.write_questions(tmp_path / "q.json", QUESTIONS)
-    assert json.loads((tmp_path / "q.json").read_text()) == [row for rows in QUESTIONS for row in rows]
-    tifa.write_image_map(tmp_path / "map.json", {"a": "pictures/a.png", "b": "/elsewhere/b.png"})
-    assert json.loads((tmp_path / "map.json").read_text()) == {"a": "pictures/a.png", "b": "/elsewhere/b.png"}
+    tifa.write_questions(tmp_path / "q.json", iter(QUESTIONS))
+    flat = [row for rows in QUESTIONS for row in rows]
+    assert (tmp_path / "q.json").read_text() == json.dumps(flat, indent=1)
+    tifa.write_image_map(tmp_path / "map.json", {"a": "images/a.png", "b": "/elsewhere/b.png"})
+    assert json.loads((tmp_path / "map.json").read_text()) == {"a": "images/a.png", "b": "/elsewhere/b.png"}
 
 
-def test_misuse_is_told():
-    with pytest.raises(UserError, match="picture per caption, got 2 and 3"):
-        tifa.score(IMAGES[:2], QUESTIONS, vqa, "", 0)
-    with pytest.raises(UserError, match="got 0 and 0"):
-        tifa.score([], [], vqa, "", 0)
-    with pytest.raises(UserError, match="caption 1 has no questions"):
-        tifa.score(IMAGES[:2], [QUESTIONS[0], []], vqa, "", 0)
-    with pytest.raises(UserError, match="'a' occurs twice"):
-        tifa.score(IMAGES[:2], [QUESTIONS[0]] * 2, lambda image, rows: ["yes"] * 2, "", 0)
-
-
-def test_the_wrong_scene_baseline_shifts_by_one():
-    seen: list[int] = []
-
-    def spy(image: np.ndarray, rows: Sequence[dict[str, Any]]) -> list[str]:
-        seen.append(int(image[0, 0, 0]))
-        return ["yes"] * len(rows)
-
-    tifa.wrong_scene_baseline(IMAGES, QUESTIONS, spy, "spy", 0)
-    assert seen == [1, 2, 0]
-
-
-def test_right_and_wrong_scenes_of_the_built_in_data():
-    """1 on true pictures, far lower on those of other captions."""
-    source = ShapesSource(shapes=("circle", "square", "triangle"), colours=("red", "green", "blue", "yellow"))
-    chosen = source.distinct(200)
-    held_out = source.held_out()
-    images = [held_out[i]["image"] for i in chosen]
-    rows = [held_out.questions(i) for i in chosen]
-    assert tifa.score(images, rows, oracle.answer, oracle.VQA_MODEL, 0)["interval"] == [1.0, 1.0]
-    wrong = tifa.wrong_scene_baseline(images, rows, oracle.answer, oracle.VQA_MODEL, 0)
-    assert 0.2 < wrong["tifa_average"] < 0.45
-    assert wrong["accuracy_by_type"]["spatial"] < 0.05
-    low, high = wrong["interval"]
-    assert low < wrong["tifa_average"] < high < low + 0.1
-
-
-def test_the_registry_has_it():
-    metric = METRICS["tifa"]
-    items = metric.items(ShapesSource(preset="grid8"), 20)
-    pictures = [item.truth for item in items if item.truth is not None]
-    result = metric.score(pictures, items, seed=0)
-    assert len(pictures) == 20 and result["tifa_average"] == 1.0 and result["vqa_model"] == oracle.VQA_MODEL
-    assert json.loads(json.dumps(result))["scalars"]["tifa"] == 1.0
+def test_a_caption_without_questions_is_refused():
+    with pytest.raises(UserError, match="a caption has no questions"):
+        tifa.caption_row(IMAGES[0], [], vqa)

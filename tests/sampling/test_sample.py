@@ -12,7 +12,7 @@ from PIL import Image
 import scaling_dit
 from scaling_dit.errors import UserError
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.sampling.folder import sample_to_folder, tag
+from scaling_dit.sampling.folder import iterate, sample_to_folder, tag
 from scaling_dit.sampling.sample import sample_prompts
 from scaling_dit.sampling.sampler import Sampler
 
@@ -119,13 +119,14 @@ class Counting:
 def test_a_request_goes_on_where_it_stopped(pipe, tmp_path):
     sampler = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample)
     items = [(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)]
-    whole = sample_to_folder(sampler, pipe, items, epath.Path(tmp_path / "a"), seed=1, about={"step": 4})
+    batches = list(iterate(sampler, pipe, items, epath.Path(tmp_path / "a"), seed=1, about={"step": 4}))
+    whole = np.concatenate(batches)
     out = epath.Path(tmp_path / "b")
     with pytest.raises(KeyboardInterrupt):
         sample_to_folder(Counting(sampler, fail_at=2), pipe, items, out, seed=1, about={"step": 4})
     (out / "p1.png").unlink()  # listed, but lost
     again = Counting(sampler)
-    resumed = sample_to_folder(again, pipe, items, out, seed=1, about={"step": 4})
+    resumed = np.concatenate(list(iterate(again, pipe, items, out, seed=1, about={"step": 4})))
     assert again.asked == [1, 2, 3, 4]
     assert np.abs(resumed.astype(int) - whole).max() <= 1
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]

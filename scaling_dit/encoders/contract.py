@@ -87,8 +87,9 @@ def check_text_encoder(encoder: Any, where: str, *, has_tokenizer: bool = True) 
 
 def _check_value(part: Any, name: str, kind: type, where: str) -> None:
     """An attribute or property that is a bool, or an integer of at least 1."""
-    value: Any = getattr(part, name, None)
-    if type(value) is not kind or (kind is int and int(value) < 1):
+    value = getattr(part, name, None)
+    fits = isinstance(value, bool) if kind is bool else type(value) is int and value >= 1
+    if not fits:
         right = "an integer of at least 1" if kind is int else "True or False"
         raise UserError(f"{where}: {name} is {value!r}; it must be {right}")
 

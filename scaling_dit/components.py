@@ -137,10 +137,10 @@ class Registry:
                 f"{type(error).__name__}: {error}"
             ) from error
         found = getattr(module, class_name, None)
-        if not callable(found):
-            names = [
-                key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-            ]
+        # An object of some other kind, such as a table, is judged by `check`.
+        fits: Callable[[Any], bool] = callable if "function" in self.kind else lambda value: value is not None
+        if not fits(found):
+            names = [key for key, value in vars(module).items() if fits(value) and not key.startswith("_")]
             hint = nearest(class_name, names) if names else "it defines none"
             raise UserError(f"{self.what} {name!r}: {module_name} has no {self.kind} {class_name!r}; {hint}")
         return found

@@ -6,13 +6,13 @@ import re
 import numpy as np
 import pytest
 
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import main as cli
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, run
 from scaling_dit.evaluation.metric import METHODS
 from scaling_dit.evaluation.scoring import Scoring, score
-from scaling_dit.monitor.writers import read_metrics
 from tests.support.pages import blocks, commands, first_column
 
 PAGE = "own_metric.md"

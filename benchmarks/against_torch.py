@@ -4,9 +4,9 @@
     python benchmarks/against_torch.py --families uvit,pixart --size large --batch 32 --dtype bfloat16 --compile
 
 Both sides hold the same weights (through `scaling_dit.interop`), get the same inputs and must agree before anything is
-timed. PyTorch runs diffusers' class, or for U-ViT and Large-DiT benchmarks/torch_models.py. A measurement is one call:
-loss, its gradient with respect to all parameters, waited for. Rounds alternate between the two, medians are compared.
-The convolutions that UNets consist of are timed alone as well, for they decide that ratio.
+timed. PyTorch runs diffusers' class, or for U-ViT and Large-DiT benchmarks/torch_models.py. A measurement is the time
+of one finished call that computes the loss and its gradient with respect to all parameters. Calls alternate between the
+two sides, and their medians are compared. A UNet's convolutions are also timed alone, because they dominate its ratio.
 Runs on the CPU, or on a GPU if jax and torch both see one.
 """
 

@@ -30,7 +30,8 @@ from header import header
 from scaling_dit import backbones, interop, trees
 from scaling_dit.interop.diffusers import config as diffusers_config
 
-LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
+# 256 px through an 8x autoencoder, and CLIP-H text.
+LATENTS, TEXT = (32, 32, 4), (77, 1024)
 # 30 to 60 million parameters each, and the papers' scale.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
@@ -52,7 +53,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-CONVOLUTIONS = ((32, 64), (16, 128), (8, 256))  # (side, channels) of the small UNet's levels
+# (side, channels) of the small UNet's levels.
+CONVOLUTIONS = ((32, 64), (16, 128), (8, 256))
 
 
 @dataclasses.dataclass
@@ -68,7 +70,8 @@ class Pair(Sides):
     """One model on both sides: calls that return the loss, and what they are."""
 
     params: int
-    difference: float  # of the predictions, relative to the largest value
+    # Of the predictions, relative to the largest value.
+    difference: float
     torch_class: str
 
 
@@ -141,7 +144,8 @@ def make_pair(name: str, fields: dict[str, Any], args: argparse.Namespace) -> Pa
         net.zero_grad(set_to_none=True)
         value = (forward(t_latents, t_times, t_text, t_mask).float() * t_noise).mean()
         value.backward()
-        return value.item()  # waits for a GPU
+        # Waits for a GPU.
+        return value.item()
 
     (_, prediction), _ = step(variables)
     with torch.no_grad():

@@ -73,12 +73,12 @@ class TransformersCaptioner:
             inputs |= {"text": [self.prompt] * len(images), "padding": True}
         encoded = self._processor(**inputs, return_tensors="pt").to(self.device)
         encoded["pixel_values"] = encoded["pixel_values"].to(self._model.dtype)
-        draws = [
+        generators = [
             np.random.Generator(np.random.Philox(key=[seed, n]))
             for seed in seeds
             for n in range(self.captions)
         ]
-        nucleus = Nucleus(self._torch, draws, self.top_p, self.temperature)
+        nucleus = Nucleus(self._torch, generators, self.top_p, self.temperature)
         with self._torch.inference_mode():
             sequences = self._model.generate(
                 **encoded,
@@ -151,9 +151,9 @@ class Nucleus:
     """
 
     def __init__(
-        self, torch: Any, draws: Sequence[np.random.Generator], top_p: float, temperature: float
+        self, torch: Any, generators: Sequence[np.random.Generator], top_p: float, temperature: float
     ) -> None:
-        self._torch, self._draws = torch, draws
+        self._torch, self._generators = torch, generators
         self._top_p, self._temperature = top_p, temperature
         # Log-probabilities [rows] of each step's tokens.
         self._chosen: list[Any] = []
@@ -166,7 +166,7 @@ class Nucleus:
         size = (cumulated - ordered < self._top_p).sum(-1, keepdim=True)
         mass = cumulated.gather(1, size - 1)
         uniform = self._torch.tensor(
-            [[draw.random()] for draw in self._draws], dtype=mass.dtype, device=mass.device
+            [[generator.random()] for generator in self._generators], dtype=mass.dtype, device=mass.device
         )
         place = (cumulated <= uniform * mass).sum(-1, keepdim=True)
         token = order.gather(1, place.minimum(size - 1))

@@ -18,21 +18,21 @@ EXTRAS_docs := [docs]
 .PHONY: help demo test test-all lint format golden docs figures clean
 
 help:
-	@echo 'make demo      train on shapes for some minutes, draw pictures, score them (RUN=runs/demo)'
+	@echo 'make demo      train on shapes for some minutes, generate images, score them (RUN=runs/demo)'
 	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
 	@echo 'make test-all  the slow tests, which make test leaves out'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    ruff, changing files'
 	@echo 'make golden    rewrite the golden files in tests/golden; read their diff'
 	@echo 'make docs      the documentation site, into site/; stops at a dead link'
-	@echo 'make figures   draw the figures of docs/backbones again'
+	@echo 'make figures   write the figures of docs/backbones again'
 	@echo 'make clean     remove .venv and caches; runs/ stays'
 
 demo: .venv/.installed-demo
 	$(BIN)/scaling-dit train --config=shapes --workdir=$(RUN)
 	$(BIN)/scaling-dit evaluate --workdir=$(RUN)
 	@echo
-	@echo 'Look at the pictures file named above, and draw your own:'
+	@echo 'Open the grid of images named above, and generate your own:'
 	@echo "  $(BIN)/scaling-dit sample --workdir=$(RUN) 'a small red circle above a large blue square'"
 	@echo 'Curves and sample grids over time: $(BIN)/tensorboard --logdir=$(RUN), then open http://localhost:6006'
 

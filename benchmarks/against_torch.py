@@ -4,9 +4,9 @@
     python benchmarks/against_torch.py --families uvit,pixart --size large --batch 32 --dtype bfloat16 --compile
 
 Both sides hold the same weights (through `scaling_dit.interop`), get the same inputs and must agree before anything is
-timed. PyTorch runs diffusers' class, or for U-ViT and Large-DiT benchmarks/torch_models.py. A measurement is one call:
-loss, its gradient with respect to all parameters, waited for. Rounds alternate between the two, medians are compared.
-The convolutions that UNets consist of are timed alone as well, for they decide that ratio.
+timed. PyTorch runs diffusers' class, or for U-ViT and Large-DiT benchmarks/torch_models.py. A measurement is the time
+of one finished call that computes the loss and its gradient with respect to all parameters. Calls alternate between the
+two sides, and their medians are compared. A UNet's convolutions are also timed alone, because they dominate its ratio.
 Runs on the CPU, or on a GPU if jax and torch both see one.
 """
 
@@ -30,7 +30,8 @@ from header import header
 from scaling_dit import backbones, interop, trees
 from scaling_dit.interop.diffusers import config as diffusers_config
 
-LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
+# 256 px through an 8x autoencoder, and CLIP-H text.
+LATENTS, TEXT = (32, 32, 4), (77, 1024)
 # 30 to 60 million parameters each, and the papers' scale.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
@@ -52,7 +53,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-CONVOLUTIONS = ((32, 64), (16, 128), (8, 256))  # (side, channels) of the small UNet's levels
+# (side, channels) of the small UNet's levels.
+CONVOLUTIONS = ((32, 64), (16, 128), (8, 256))
 
 
 @dataclasses.dataclass
@@ -68,7 +70,8 @@ class Pair(Sides):
     """One model on both sides: calls that return the loss, and what they are."""
 
     params: int
-    difference: float  # of the predictions, relative to the largest value
+    # Of the predictions, relative to the largest value.
+    difference: float
     torch_class: str
 
 
@@ -141,7 +144,8 @@ def make_pair(name: str, fields: dict[str, Any], args: argparse.Namespace) -> Pa
         net.zero_grad(set_to_none=True)
         value = (forward(t_latents, t_times, t_text, t_mask).float() * t_noise).mean()
         value.backward()
-        return value.item()  # waits for a GPU
+        # Waits for a GPU.
+        return value.item()
 
     (_, prediction), _ = step(variables)
     with torch.no_grad():

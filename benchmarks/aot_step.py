@@ -1,11 +1,11 @@
-"""Compiles the train step of a backbone for a TPU slice that is not there, and prints what the compiler says of it.
+"""Compiles the train step of a backbone for an unattached TPU slice, and prints the compiler's numbers.
 
     python benchmarks/aot_step.py --backbone=unet --size=sdxl --topology=v5p:4x4x4 --gather-once --set remat=products
     python benchmarks/aot_step.py --backbone=uvit --size=h2048-d42-n16 --topology=v5e:16x16 --set remat=full
-    python benchmarks/aot_step.py --table benchmarks/aot/*.json      # figures of several as a markdown table
+    python benchmarks/aot_step.py --table benchmarks/aot/*.json      # several steps as a markdown table
 
-The step is the one of training (`training.step.make_train_step`) on precomputed latents and text embeddings: noise,
-forward, loss, gradients, AdamW with clipping and the guard against NaN, and averages. Needs `libtpu` from PyPI, no TPU.
+The step is training's own (`training.step.make_train_step`) on precomputed latents and text embeddings: noise, forward,
+loss, gradients, AdamW with clipping and the guard against NaN, and averages. Needs `libtpu` from PyPI, but no TPU.
 """
 
 import argparse
@@ -52,17 +52,18 @@ from scaling_dit.planning.roofline import roofline  # noqa: E402
 from scaling_dit.training import optim  # noqa: E402
 from scaling_dit.training.step import make_train_step  # noqa: E402
 
-LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
+# 256 px through an 8x autoencoder, and CLIP-H text.
+LATENTS, TEXT = (32, 32, 4), (77, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """A codec for precomputed latents [B, 32, 32, 4]: hands them on."""
+    """A codec for precomputed latents [B, 32, 32, 4], which it returns unchanged."""
 
     channels = LATENTS[-1]
 
     def shape(self, image_size: int) -> tuple[int, ...]:
-        """Of a latent, whatever the image was."""
+        """The shape of a latent, for any image size."""
         return LATENTS
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """A text encoder for precomputed embeddings, which come as ids [B, L * D] bfloat16: hands them on."""
+    """A text encoder for precomputed embeddings, which it takes as ids [B, L * D] bfloat16."""
 
     length, dim = TEXT
 
@@ -95,12 +96,12 @@ class Embeddings:
 
 
 def mesh_of(args: argparse.Namespace) -> Any:
-    """The mesh of the arguments over the devices of a topology that is only described."""
+    """The mesh of the arguments over the devices of a topology description."""
     return make_mesh(**({"data": 1, "fsdp": -1} | args.mesh), devices=slices.parse(args.topology).devices())
 
 
 def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]]:
-    """(jitted step, mesh, backbone, abstract inputs) of what the arguments describe."""
+    """(jitted step, mesh, backbone, abstract inputs) for the arguments."""
     mesh = mesh_of(args)
     config = config_lib.defaults()
     config.batch = args.batch
@@ -147,7 +148,7 @@ def build_step(args: argparse.Namespace) -> tuple[Any, Any, Any, tuple[Any, ...]
 
 
 def compile_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
-    """(text of the compiled step, backbone, its memory [GiB] and the seconds of lowering and compiling)."""
+    """(text of the compiled step, backbone, memory in GiB and the seconds of lowering and compiling)."""
     step, mesh, backbone, inputs = build_step(args)
     start = time.perf_counter()
     with rules.activate(mesh):
@@ -167,7 +168,7 @@ def compile_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
 
 
 def saved_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
-    """`compile_step` of a program that was compiled and saved before, by the same arguments."""
+    """As `compile_step`, for a program that was compiled and saved before with the same arguments."""
     with gzip.open(args.again, "rt") as file:
         text = file.read()
     before = json.loads(args.json.read_text())
@@ -175,10 +176,10 @@ def saved_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
     return text, backbone, {name: before[name] for name in KNOWN}
 
 
-def figures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str, Any]) -> dict[str, Any]:
-    """What the compiler says of the step, per chip: memory [GiB], FLOPs, cycles by part, collectives, MFU.
+def measures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """The compiler's numbers for the step, per chip: memory in GiB, FLOPs, cycles by part, collectives, MFU.
 
-    `known` are the figures that are not in the program's text.
+    `known` has the values that the program's text does not contain.
     """
     topology = slices.parse(args.topology)
     mesh = mesh_of(args)
@@ -190,7 +191,7 @@ def figures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str,
     for row in found.collectives:
         wire[row.asynchronous] += row.wire
     return {
-        "command": told(sys.argv[1:]),
+        "command": program_arguments(sys.argv[1:]),
         "label": args.label or f"{args.backbone} {args.size}",
         "topology": args.topology,
         "batch": args.batch,
@@ -209,8 +210,8 @@ def figures(args: argparse.Namespace, text: str, backbone: Any, known: dict[str,
     }
 
 
-def told(argv: Sequence[str]) -> str:
-    """The arguments that decide the program: without the row's label, and the files written."""
+def program_arguments(argv: Sequence[str]) -> str:
+    """The arguments that determine the program, without the row's label and the files written."""
     kept, skip = [], False
     for word in argv:
         if word.startswith("--"):
@@ -220,7 +221,7 @@ def told(argv: Sequence[str]) -> str:
     return " ".join(kept)
 
 
-# Figures that are not in the text of a program.
+# Values that the text of a program does not contain.
 KNOWN = ("date", "versions", "arguments_gib", "peak_gib", "lower_s", "compile_s")
 HEAD = (
     "step", "slice", "arguments GiB", "peak GiB", "TFLOP model", "TFLOP program", "M cycles", "GB sent sync", "async",
@@ -229,7 +230,7 @@ HEAD = (
 
 
 def table(files: list[pathlib.Path]) -> str:
-    """Figures that were saved, as a markdown table in the order given."""
+    """A markdown table of saved JSON files, in the order given."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for file in files:
         row = json.loads(file.read_text())
@@ -250,13 +251,13 @@ def table(files: list[pathlib.Path]) -> str:
 
 
 def main() -> None:
-    """Compiles one step and prints its figures, or prints a table of those saved."""
+    """Compiles one step and prints its numbers, or prints a table of saved ones."""
     args = parse()
     if args.table:
         print(table(args.table))
         return
     text, backbone, known = saved_step(args) if args.again else compile_step(args)
-    found = figures(args, text, backbone, known)
+    found = measures(args, text, backbone, known)
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -266,7 +267,7 @@ def main() -> None:
 
 
 def pairs(text: str) -> tuple[str, Any]:
-    """A `name=value` of the command line, the value as Python reads it, else as text."""
+    """A `name=value` of the command line, with the value as a Python literal if it is one, else as text."""
     name, _, value = text.partition("=")
     try:
         return name, ast.literal_eval(value)
@@ -285,8 +286,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--ema", action="store_true")
-    parser.add_argument("--gather-once", action="store_true", help="gather by hand, once a step")
-    parser.add_argument("--sparse-core", action="store_true", help="gathers on SparseCores")
+    parser.add_argument("--gather-once", action="store_true", help="mesh.gather_once")
+    parser.add_argument("--sparse-core", action="store_true", help="gather on SparseCores")
     parser.add_argument("--text-mask", action="store_true")
     parser.add_argument("--mesh", nargs="*", type=pairs, default=[], metavar="AXIS=N")
     parser.add_argument(
@@ -301,12 +302,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--again",
         type=pathlib.Path,
-        help="a file of --hlo whose figures to make anew; --json names the old ones",
+        help="a file of --hlo to evaluate again; --json names its old numbers",
     )
     parser.add_argument("--json", type=pathlib.Path, help="file for the statistics")
     args = parser.parse_args(argv)
     if args.again and not args.json:
-        parser.error("--again needs --json, the file with the figures of that program")
+        parser.error("--again needs --json, the file with the numbers of that program")
     args.mesh, args.set, args.options = dict(args.mesh), dict(args.set), dict(args.options)
     return args
 

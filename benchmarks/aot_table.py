@@ -1,17 +1,17 @@
 """Plans of every size of the papers on four slices, compiled ahead of time, as a table for the docs.
 
-    python benchmarks/aot_table.py run --cells=benchmarks/aot_cells          # every cell that is not there yet
+    python benchmarks/aot_table.py run --cells=benchmarks/aot_cells          # every missing cell
     python benchmarks/aot_table.py run --cells=benchmarks/aot_cells --sizes=uvit-h2048-d42-n16,sdxl --slices=v5p:4x4x4
     python benchmarks/aot_table.py run --quick --cells=benchmarks/aot_cells  # as `plan --quick`, without cycles
     python benchmarks/aot_table.py commands --cells=benchmarks/aot_cells     # the first command of each cell
     python benchmarks/aot_table.py write --cells=benchmarks/aot_cells --note=docs/plan_table.md
 
-A cell is one size on one slice; its plan is kept as one JSON file, so the table can be made in pieces, on several
-machines. A size is tried with the settings that `ATTEMPTS` has for the slice, in turn, until it fits. Where the last of
-them fails, the file and the table hold its error, and the next run tries that cell again. A cell made with `--quick`
-has no cycles; the next run without that flag makes it whole. The text encoder is OpenCLIP-H, frozen; latents come of
-the fixed transform `dct`, and parameters are split over all chips, as in the experiments. No accelerator is used:
-nothing is measured.
+A cell is one size on one slice. Its plan is kept as one JSON file, so the table can be made in parts and on several
+machines. A size is planned with the slice's settings in `ATTEMPTS`, in turn, until it fits. If the last of them fails,
+the file and the table hold its error, and the next run tries that cell again. A cell made with `--quick` has no cycles;
+the next run without the flag replaces it. The text encoder is a frozen OpenCLIP-H, latents come from the fixed
+transform `dct`, and parameters are split over all chips, as in the experiments. No accelerator is used, and nothing is
+measured.
 """
 
 import argparse
@@ -32,21 +32,21 @@ from scaling_dit.errors import UserError, nearest
 CONFIGS = {size: f"dit_scaling:{size}" for size in dit_scaling.ARGUMENTS} | {
     size: f"unet_scaling:{size}" for size in unet_scaling.ARGUMENTS
 }
-# What P1 and P2 train with: a frozen OpenCLIP-H. Its weights are not read to plan.
+# The text encoder of P1 and P2, a frozen OpenCLIP-H. A plan does not read its weights.
 PAPER = (
     "--config.text_encoder.name=clip",
     "--config.text_encoder.size=openclip-h",
     "--config.train_text_encoder=False",
 )
-# From the fastest step to the smallest memory. The copy of the parameters and gradients that gathering once costs does
-# not fit a v5e at the largest sizes; a part of its gathers layer by layer is asynchronous, which no other's are.
+# From the fastest step to the smallest memory. At the largest sizes a v5e cannot hold the copy of parameters and
+# gradients that gather_once needs. Only on a v5e are some of the gathers layer by layer asynchronous.
 _SAVING = (
     ("--config.backbone.remat=full",),
     ("--config.backbone.remat=full", "--config.optim.accumulate=4"),
 )
 _GATHERED = ("--config.sharding.gather_once=True", "--config.backbone.remat=products")
 _BY_LAYER = ("--config.backbone.remat=products",)
-# Over 256 chips the parameters of a width that 256 does not divide stay whole (IF-XL's 704): over 64 they are split.
+# Parameters whose width 256 does not divide (IF-XL's 704) stay whole over 256 chips, but split over 64.
 _OVER_64 = ("--config.mesh.data=4", "--config.backbone.remat=products")
 ATTEMPTS = {
     "v5e:16x16": (_BY_LAYER, _OVER_64, *_SAVING),
@@ -77,7 +77,7 @@ def place(folder: pathlib.Path, size: str, topology: str) -> pathlib.Path:
 
 
 def missing(file: pathlib.Path, quick: bool = False) -> bool:
-    """Whether a cell is still to be planned: its file is not there, holds an error, or less than is asked for."""
+    """Whether a cell must be planned: its file is missing, holds an error, or a quick plan in place of a full one."""
     if not file.exists():
         return True
     plan = json.loads(file.read_text())
@@ -85,14 +85,13 @@ def missing(file: pathlib.Path, quick: bool = False) -> bool:
 
 
 def make(folder: pathlib.Path, size: str, topology: str, quick: bool = False) -> bool:
-    """Plans a cell with each attempt until one fits, and keeps the last plan or its error; False with an error."""
+    """Plans a cell with each attempt until one fits, and saves the last plan or error; returns False for an error."""
     found: dict[str, Any] = {}
     failed = []
     for flags in ATTEMPTS[topology]:
         done = subprocess.run(command(size, topology, flags, quick), capture_output=True, text=True)
-        if (
-            done.returncode in (0, 1) and done.stdout.strip()
-        ):  # Python ends with 1 for an error of its own as well
+        # Python also ends with 1 after an error of its own, but then prints nothing to stdout.
+        if done.returncode in (0, 1) and done.stdout.strip():
             (found,) = json.loads(done.stdout)
         else:
             last = done.stderr.strip().rpartition("\n")[2]
@@ -104,7 +103,7 @@ def make(folder: pathlib.Path, size: str, topology: str, quick: bool = False) ->
     folder.mkdir(parents=True, exist_ok=True)
     file = place(folder, size, topology)
     if "error" in found and not missing(file, quick=True):
-        print(f"{size}@{topology}: {'; '.join(failed)}; the quick plan stays", flush=True)
+        print(f"{size}@{topology}: {'; '.join(failed)}; the quick plan is kept", flush=True)
         return False
     file.write_text(json.dumps(found | {"failed": failed}, indent=1) + "\n")
     print(f"{size}@{topology}: {' | '.join(row(size, found)[2:])}", flush=True)
@@ -112,10 +111,10 @@ def make(folder: pathlib.Path, size: str, topology: str, quick: bool = False) ->
 
 
 def row(size: str, plan: dict) -> list[str]:
-    """The cells of the table's line of a plan, or of the error in its place."""
+    """The cells of a plan's line in the table, or of its error."""
     if "error" in plan:
-        told = f"{' '.join(plan['flags'])}: {plan['error']}".replace("|", "/")
-        return [size, plan["topology"], told, *[""] * (len(HEADS) - 3)]
+        fault = f"{' '.join(plan['flags'])}: {plan['error']}".replace("|", "/")
+        return [size, plan["topology"], fault, *[""] * (len(HEADS) - 3)]
     memory, found, times = plan["memory"], plan["statistics"], plan["roofline"]
     settings = "" if plan["mesh"]["data"] == 1 else f"data {plan['mesh']['data']}, "
     settings += f"gather_once {plan['settings']['gather_once']}, remat {plan['settings']['remat']}"
@@ -147,7 +146,7 @@ def row(size: str, plan: dict) -> list[str]:
 
 
 def _estimated(times: dict) -> list[str]:
-    """Milliseconds, MFU and chip-hours by cycles; empty for a plan without them."""
+    """Milliseconds, MFU and chip-hours of the estimate; empty for a plan without cycles."""
     if times["estimate"] is None:
         return [""] * 3
     return [
@@ -158,19 +157,19 @@ def _estimated(times: dict) -> list[str]:
 
 
 def write(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """The page with the table of all cells that are there."""
+    """Writes the page with the table of all existing cells."""
     lines = [
         *header(
             "Plans of the papers' sizes",
             "benchmarks/aot_table.py",
-            "from programs compiled with libtpu beside other work, which `compile s` shows; nothing was measured",
+            "from programs compiled with libtpu on a shared machine, which affects `compile s`; nothing was measured",
         ),
         "",
         "Per chip, global batch 2048, text encoder OpenCLIP-H, codec `dct`; columns as [planning](plan.md) "
         "explains them. Each size is shown with the first of these settings that fits: `remat=products`, on v5p, v4 "
-        "and v6e with `gather_once`; on 256 chips the parameters split over 64, with `data` 4; `remat=full`; and four "
-        "microbatches as well. Rows without cycles come of `plan --quick`; their peak counts "
-        "the gaps between arrays too.",
+        "and v6e with `gather_once`; on 256 chips the parameters split over 64, with `data` 4; `remat=full`; "
+        "`remat=full` with four microbatches. Rows without cycles come from `plan --quick`; their peak includes "
+        "the gaps between arrays.",
         "",
         f"| {' | '.join(HEADS)} |",
         f"|{' --- |' * len(HEADS)}",
@@ -181,15 +180,15 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         found = json.loads(place(folder, size, topology).read_text())
         lines.append(f"| {' | '.join(row(size, found))} |")
     if len(there) < len(cells):
-        lines += ["", f"{len(cells) - len(there)} of {len(cells)} plans are still to be made; `run` goes on."]
+        lines += ["", f"{len(cells) - len(there)} of {len(cells)} plans are missing; `run` makes them."]
     target.write_text("\n".join(lines) + "\n")
 
 
 def names(text: str | None, known: Sequence[str]) -> list[str]:
-    """The names in a list with commas, all that are known for None.
+    """The names in a comma-separated list; for None all known names.
 
     Raises:
-      UserError: one is not known.
+      UserError: a name is not known.
     """
     found = list(known) if text is None else text.split(",")
     for name in found:
@@ -199,7 +198,7 @@ def names(text: str | None, known: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

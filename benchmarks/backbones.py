@@ -1,4 +1,4 @@
-"""Writes the table of experiments/backbones.py: every backbone on shapes, one recipe, equal parameters.
+"""Writes the table of experiments/backbones.py: every backbone on shapes, with one recipe and equal parameters.
 
     for b in uvit pixart large_dit next_dit unet unet_if; do
       scaling-dit train --config=backbones:$b --workdir=runs/backbones/$b
@@ -6,8 +6,8 @@
     done
     python benchmarks/backbones.py runs/backbones/* --note=benchmarks/backbones_cpu.md
 
-Every figure comes from the runs' own files and from `scaling_dit.count`. Exits with 1 if a run fails the bar: TIFA at
-least 0.2 above true pictures of wrong scenes with its whole 95 % interval, colour above 0.7.
+All numbers come from the runs' own files and from `scaling_dit.count`. Exits with 1 if a run misses the bar: the whole
+95 % interval of TIFA at least 0.2 above the score of true images of wrong scenes, and colour above 0.7.
 """
 
 import argparse
@@ -33,15 +33,15 @@ def main() -> int:
     parser.add_argument("runs", type=pathlib.Path, nargs="+", help="workdirs that `evaluate` has scored")
     parser.add_argument("--note", type=pathlib.Path, required=True, help="markdown file to write")
     args = parser.parse_args()
-    rows = sorted((figures(run) for run in args.runs), key=lambda row: -row["tifa"])
+    rows = sorted((results(run) for run in args.runs), key=lambda row: -row["tifa"])
     missed = [row["name"] for row in rows if row["low"] < row["baseline"] + MARGIN or row["colour"] <= COLOUR]
     args.note.write_text(note(rows, missed))
     print(f"{len(rows)} runs in {args.note}; below the bar: {', '.join(missed) or 'none'}")
     return 1 if missed else 0
 
 
-def figures(run: pathlib.Path) -> dict:
-    """What one run's files say."""
+def results(run: pathlib.Path) -> dict:
+    """The results of one run, from its files."""
     config = read_config(run)
     (found,) = run.glob("evaluation/**/shapes_tifa/result.json")
     result = json.loads(found.read_text())
@@ -75,13 +75,13 @@ def note(rows: list[dict], missed: list[str]) -> str:
     lines = [
         *header("Backbones on shapes, one recipe, equal parameters", "benchmarks/backbones.py"),
         "",
-        f"Each run: `experiments/backbones.py`, {first['steps']} steps of {first['batch']} pictures of "
+        f"Each run: `experiments/backbones.py`, {first['steps']} steps of {first['batch']} images of "
         f"{first['side']}x{first['side']} px, one seed. TIFA over {first['n']} held-out scenes with its 95 % interval; "
-        f"true pictures of wrong scenes score {first['baseline']:.3f}.",
-        f"The bar: TIFA {MARGIN} above that with the whole interval, colour above {COLOUR}. "
+        f"true images of wrong scenes score {first['baseline']:.3f}.",
+        f"The bar: the whole interval of TIFA {MARGIN} above that score, and colour above {COLOUR}. "
         f"Missed by: {', '.join(missed) or 'none'}.",
         "",
-        "| backbone | parameters | MACs per picture | TIFA | 95 % interval | colour | shape | spatial | minutes |",
+        "| backbone | parameters | MACs per image | TIFA | 95 % interval | colour | shape | spatial | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The dated first lines of a benchmark's note; needs the standard library alone."""
+"""The dated first lines of a benchmark's note. Needs only the standard library."""
 
 import datetime
 import importlib.metadata
@@ -10,7 +10,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 
 
 def header(title: str, script: str, how: str = "") -> list[str]:
-    """The first lines of a note: title, date, hardware, versions, and the script that wrote it."""
+    """The first lines of a note: title, date, hardware, versions, and the script that writes it."""
     installed = {dist.name.lower() for dist in importlib.metadata.distributions()}
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name in installed

@@ -1,10 +1,10 @@
-"""Writes the compiler's own schedule of the attention kernel for short sequences, next to what the kernel declares.
+"""Writes the compiler's schedule of the attention kernel for short sequences beside the cycles that it declares.
 
     python benchmarks/kernel_cycles.py --note=benchmarks/kernel_cycles.md
 
-libtpu writes the instruction bundles of a kernel, one bundle a cycle, to files on request. Those inside the loop over
-the grid, times its steps, are the cycles of the kernel if no memory keeps it waiting. XLA knows nothing of them: it
-takes the `estimated_cycles` that scaling_dit/nn/short_attention.py declares. Needs `libtpu` from PyPI, no TPU.
+libtpu can write the instruction bundles of a kernel to files, one bundle a cycle. The bundles inside the loop over the
+grid, times its steps, are the cycles of the kernel if it never waits for memory. XLA does not see them: it uses the
+`estimated_cycles` that scaling_dit/nn/short_attention.py declares. Needs `libtpu` from PyPI, but no TPU.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from scaling_dit.parallel import topologies
 from scaling_dit.planning.hlo import Program
 
 TOPOLOGIES = ("v5p:2x2x1", "v4:2x2x1", "v5e:2x2", "v6e:2x2")
-TWO_CORES = ("v4", "v5p")  # chips whose cores share out the grid
+# Chips whose two cores divide the grid.
+TWO_CORES = ("v4", "v5p")
 BATCH = 8
 # Queries, keys, head size, width: tokens of 256 px in the UNets' deepest and second stage, U-ViT and its narrow forms,
 # the other transformers, and their attention to captions.
@@ -40,13 +41,14 @@ CASES = (
 )
 COLUMNS = ("queries", "keys", "head size", "width", "pass", "cycles of a head", "declared", "declared / scheduled",
            "bytes a cycle", "of HBM")  # fmt: skip
-ARRAYS = {"forward": (2, 2), "backward": (3, 4)}  # of queries and of keys that a pass reads and writes
+# Arrays of queries and of keys that a pass reads and writes.
+ARRAYS = {"forward": (2, 2), "backward": (3, 4)}
 # A line of a schedule: address, kind, a '>' for each loop around it, the bundle.
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:(\s*>*)\s*\{")
 
 
 def main() -> None:
-    """Writes the note, or as a process of its own prints the rows of one topology."""
+    """Writes the note, or in a process of its own prints the rows of one topology."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def rows_of(topology: str) -> list[dict]:
-    """What `measure` finds for every case, in a process of its own: libtpu reads its options once."""
+    """The results of `measure` for every case, from a process of its own, because libtpu reads its options once."""
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ)
         topologies.prepare_environment([topology], environment)
@@ -78,7 +80,7 @@ def rows_of(topology: str) -> list[dict]:
 
 
 def measure(topology: str, queries: int, keys: int, size: int, width: int) -> dict:
-    """Of both passes the bundles and the declared cycles of a head; or the kernel's obstacle."""
+    """The scheduled and the declared cycles of a head for both passes, or the kernel's obstacle."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -94,7 +96,8 @@ def measure(topology: str, queries: int, keys: int, size: int, width: int) -> di
     def example(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def attend(*wide: jax.Array) -> jax.Array:  # as the products before and after see it, which spares copies
+    # Takes and gives heads joined, as the products before and after do, which saves copies.
+    def attend(*wide: jax.Array) -> jax.Array:
         split = (x.reshape(*x.shape[:2], heads, size) for x in wide)
         return short_attention.attend(*split).reshape(wide[0].shape)
 
@@ -104,8 +107,8 @@ def measure(topology: str, queries: int, keys: int, size: int, width: int) -> di
 
     q, k = example(BATCH, queries, width), example(BATCH, keys, width)
     with rules.activate(mesh):
-        if told := short_attention.obstacle(*(example(*x.shape[:2], heads, size) for x in (q, k))):
-            return row | {"obstacle": told}
+        if reason := short_attention.obstacle(*(example(*x.shape[:2], heads, size) for x in (q, k))):
+            return row | {"obstacle": reason}
         text = jax.jit(passes).lower(q, k, k, q).compile().as_text()
     steps = BATCH * width // short_attention.block_lanes(width, size, queries, keys)
     cores = 2 if topology.split(":")[0] in TWO_CORES else 1
@@ -118,7 +121,7 @@ def measure(topology: str, queries: int, keys: int, size: int, width: int) -> di
 
 
 def newest_bundles(kernel: str) -> int:
-    """Bundles inside the loop over the grid of the kernel that was compiled last."""
+    """Bundles inside the loop over the grid, of the kernel that was compiled last."""
     folder = pathlib.Path(os.environ["KERNEL_DUMPS"])
     found = [path for path in folder.glob(f"*{kernel}*final_bundles.txt") if "analysis" not in path.name]
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
@@ -129,7 +132,7 @@ def newest_bundles(kernel: str) -> int:
 
 
 def declared_cycles(text: str, kernel: str) -> int:
-    """What the call of a kernel in a compiled program declares."""
+    """The cycles that the call of a kernel in a compiled program declares."""
     for visit in Program(text).walk():
         if visit.instruction.opcode == "custom-call" and visit.instruction.name.startswith(kernel):
             return int(re.search(r'"estimated_cycles":"(\d+)"', visit.instruction.attributes)[1])
@@ -137,7 +140,7 @@ def declared_cycles(text: str, kernel: str) -> int:
 
 
 def note(found: dict[str, list[dict]]) -> str:
-    """The markdown of all topologies."""
+    """All topologies as markdown."""
     lines = [
         *header("Cycles of the attention kernel for short sequences", "benchmarks/kernel_cycles.py"),
         "",
@@ -146,7 +149,7 @@ def note(found: dict[str, list[dict]]) -> str:
         "VMEM, which run beside. Cycles are of a head and a chip: v4 and v5p share the grid over two cores. Bytes are "
         "what the pass reads and writes of a head; above 100 % of the HBM's bandwidth, memory sets the time and not "
         "the schedule.",
-        f"Batch {BATCH}, bfloat16, no mask. `declared` is what the kernel tells XLA, which adds it to its estimates.",
+        f"Batch {BATCH}, bfloat16, no mask. `declared` is the number that the kernel gives XLA for its estimates.",
     ]
     for topology, rows in found.items():
         name = topology.split(":")[0]
@@ -158,10 +161,10 @@ def note(found: dict[str, list[dict]]) -> str:
             "| " + " | ".join(COLUMNS) + " |",
             "|---" * len(COLUMNS) + "|",
         ]
-        told = []
+        obstacles = []
         for row in rows:
             if "obstacle" in row:
-                told += ["", f"{' x '.join(map(str, row['case']))}: {row['obstacle']}."]
+                obstacles += ["", f"{' x '.join(map(str, row['case']))}: {row['obstacle']}."]
                 continue
             queries, keys, size, width = row["case"]
             for pass_, (of_queries, of_keys) in ARRAYS.items():
@@ -171,7 +174,7 @@ def note(found: dict[str, list[dict]]) -> str:
                     f"| {queries} | {keys} | {size} | {width} | {pass_} | {scheduled:.0f} | {declared:.0f} | "
                     f"{declared / scheduled:.2f} | {rate:.0f} | {rate * chip.clock / chip.hbm_bandwidth:.0%} |"
                 )
-        lines += told
+        lines += obstacles
     return "\n".join(lines) + "\n"
 
 

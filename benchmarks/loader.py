@@ -1,11 +1,11 @@
-"""How many samples a second one process loads from a prepared set: moments read, captions chosen and tokenised.
+"""Samples a second that one process loads from a prepared set: reads moments, chooses and tokenises captions.
 
     python benchmarks/loader.py --note=benchmarks/loader_cpu.md
 
 Writes a set of records as SDXL's autoencoder gives them at 256 px (32 x 32 x 8 moments in bfloat16, 16 KiB each) with
 alt-text and five synthetic captions, then reads batches of 2048 in the shuffled order of training. CLIP's tokenizer
-needs its vocabulary, which comes with the open_clip_torch wheel. The set fits into memory, so disks are left out:
-what is measured is the work of the processor. The parts are timed one after the other in one thread.
+needs its vocabulary, which comes with the open_clip_torch wheel. The set fits into memory, so the benchmark measures
+the processor's work and not the disk. The parts are timed one after the other in one thread.
 """
 
 import argparse
@@ -35,7 +35,8 @@ SHAPE = (32, 32, 8)
 SHARDS = 8
 BATCH = 2048
 POLICY = CaptionPolicy(policy="mix", alt=0.5, synthetic=0.5)
-V5P_128_HOSTS = 16  # a v5p-128 slice has 64 chips, four to a host
+# A v5p-128 slice has 64 chips, four to a host.
+V5P_128_HOSTS = 16
 
 
 def main() -> None:
@@ -102,7 +103,8 @@ def loader_rate(source: Any, tokenize: Any, steps: int, threads: int) -> float:
         source, tokenize, batch=BATCH, seed=0, positions=range(BATCH), captions=POLICY,
         threads=threads, prefetch=2 * threads,
     )  # fmt: skip
-    for _ in range(1 + 2 * threads):  # those read ahead while nobody waited
+    # Skip the batches that were read ahead.
+    for _ in range(1 + 2 * threads):
         next(loader)
     start = time.perf_counter()
     for _ in range(steps):
@@ -147,7 +149,7 @@ def note(args: argparse.Namespace, whole: dict[int, float], parts: dict[str, flo
         "",
         f"{args.records:,} records of 32 x 32 x 8 moments in bfloat16 (16 KiB) with six captions, in {SHARDS} shards, "
         f"in memory; batches of {BATCH}, CLIP tokens [77], {args.steps} batches a measurement; one process. "
-        f"Load of the machine when it ended: {os.getloadavg()[0]:.1f}.",
+        f"Load average at the end: {os.getloadavg()[0]:.1f}.",
         "",
         "| reading threads | samples/s |",
         "|---|---|",

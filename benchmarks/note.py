@@ -1,8 +1,8 @@
-"""Writes a dated note of an evaluated run: the figures, what they were measured on, and a picture.
+"""Writes a dated note of an evaluated run: its results, the machine, and a grid of images.
 
-    python benchmarks/note.py runs/demo --note=benchmarks/demo_cpu.md --picture=docs/images/demo.png
+    python benchmarks/note.py runs/demo --note=benchmarks/demo_cpu.md --grid=docs/images/demo.png
 
-Every figure comes from the run's own files (`evaluation/**/result.json`, `metrics/`, `config.json`).
+All numbers come from the run's own files (`evaluation/**/result.json`, `metrics/`, `config.json`).
 """
 
 import argparse
@@ -21,7 +21,7 @@ SETTINGS = ("n", "seed", "step", "ema", "sampler", "steps", "guidance")
 
 
 def main() -> None:
-    """Writes the note, and the picture if one is asked for."""
+    """Writes the note, and the grid if one is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,28 +29,28 @@ def main() -> None:
         "run", type=pathlib.Path, help="workdir of a run that `scaling-dit evaluate` has scored"
     )
     parser.add_argument("--note", type=pathlib.Path, required=True, help="markdown file to write")
-    parser.add_argument("--picture", type=pathlib.Path, help="PNG file to write: the first pictures")
-    parser.add_argument("--pictures", type=int, default=18)
+    parser.add_argument("--grid", type=pathlib.Path, help="PNG file to write: a grid of the first images")
+    parser.add_argument("--images", type=int, default=18, help="images of the grid")
     parser.add_argument("--command", default="make demo", help="what was run")
     args = parser.parse_args()
     found = sorted(args.run.glob("evaluation/**/result.json"))
     if not found:
         parser.error(f"{args.run}/evaluation has no result.json: `scaling-dit evaluate --workdir={args.run}`")
     args.note.write_text(note(args.run, args.command, [json.loads(path.read_text()) for path in found]))
-    if args.picture:
-        write_png(epath.Path(args.picture), picture(found[0].parent, args.pictures))
+    if args.grid:
+        write_png(epath.Path(args.grid), first_images(found[0].parent, args.images))
 
 
 def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
-    """The markdown of all results of a run."""
+    """All results of a run as markdown."""
     config = json.loads((run / "config.json").read_text())
     rate, wait = training_rate(run)
     seconds = config["steps"] * config["batch"] / rate
     lines = [
         *header(command, "benchmarks/note.py", "from the run's own files"),
         "",
-        f"Training: {config['steps']} steps of {config['batch']} pictures in {seconds / 60:.1f} minutes "
-        f"({rate:.0f} pictures/s without compilation and evaluation; waiting for data {wait:.1%}).",
+        f"Training: {config['steps']} steps of {config['batch']} images in {seconds / 60:.1f} minutes "
+        f"({rate:.0f} images/s without compilation and evaluation; waiting for data {wait:.1%}).",
     ]
     for result in results:
         name, settings = result["metric"], ", ".join(f"{key} {result[key]}" for key in SETTINGS)
@@ -59,15 +59,15 @@ def note(run: pathlib.Path, command: str, results: list[dict]) -> str:
 
 
 def training_rate(run: pathlib.Path) -> tuple[float, float]:
-    """Pictures per second of a run, without compilation and evaluation, and the share of time waiting for data."""
+    """Images per second of a run, without compilation and evaluation, and the share of time waiting for data."""
     rows = read_metrics(run)
     names = ("speed/mean_images_per_second", "speed/mean_data_wait")
     rate, wait = (next(row[name] for row in reversed(rows) if name in row) for name in names)
     return rate, wait
 
 
-def picture(folder: pathlib.Path, count: int) -> np.ndarray:
-    """The first pictures of a folder that `evaluate` wrote, not chosen in any way."""
+def first_images(folder: pathlib.Path, count: int) -> np.ndarray:
+    """A grid of the first images in a folder that `evaluate` wrote, not selected in any way."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()][:count]
     images = np.stack([read_png(epath.Path(folder / row["path"])) for row in rows])
     return captioned_grid(images, [row["prompt"] for row in rows], columns=6)

@@ -1,9 +1,9 @@
-"""How near averages rebuilt after training come to those kept directly, on a real run of 2,000 steps.
+"""The error of averages rebuilt after training against directly kept ones, on a real run of 2,000 steps.
 
     python benchmarks/posthoc_ema.py --note=benchmarks/posthoc_ema_cpu.md
 
-Trains a small U-ViT on the built-in shapes at a constant learning rate, which keeps the weights moving, with five
-decays kept directly and two power averages stored every 50 steps; then rebuilds each decay from the two.
+Trains a small U-ViT on the built-in shapes with a constant learning rate, so that the weights keep moving. The run
+keeps averages with five decays, and stores two power averages every 50 steps. Then each decay is rebuilt from the two.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STEPS, EVERY = 2000, 50
 
 
 def main() -> None:
-    """Trains unless the workdir holds the run, compares, and writes the note."""
+    """Trains the run if the workdir does not hold it, compares the averages, and writes the note."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run_config() -> config_lib.ConfigDict:
-    """The demo's miniature, longer."""
+    """The config of shapes:smoke with more steps."""
     config = config_lib.load("shapes:smoke").copy_and_resolve_references().unlock()
     config.steps = STEPS
     config.batch = 16
@@ -94,9 +94,9 @@ def note(rows: list[tuple[int, float, float, float, float]]) -> str:
     lines = [
         *header("Averages rebuilt after training", "benchmarks/posthoc_ema.py"),
         "",
-        f"Small U-ViT on shapes, {STEPS} steps of 16 pictures at a constant learning rate of 1e-3. Power averages of "
+        f"Small U-ViT on shapes, {STEPS} steps of 16 images at a constant learning rate of 1e-3. Power averages of "
         f"relative widths {WIDTHS[0]} and {WIDTHS[1]}, stored every {EVERY} steps. Largest error: {worst:.3%} of the "
-        "average's length. `expected` is the residual of the fit, which `load(ema=...)` tells.",
+        "average's length. `expected` is the residual of the fit, which `load(ema=...)` reports.",
         "",
         "| step | decay | error / length of the average | error / distance from the raw weights | expected |",
         "|---|---|---|---|---|",

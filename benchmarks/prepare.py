@@ -1,10 +1,10 @@
-"""How many images a second `prepare` takes through each of its stages on this machine.
+"""Images a second in each stage of `prepare` on this machine.
 
     python benchmarks/prepare.py --note=benchmarks/prepare_cpu.md
 
 Writes a webdataset of JPEG files, crops of the photographs that come with scikit-image and scikit-learn, at 384 x 384
-px and quality 90, and times reading, decoding, cutting to 256 px and writing records on it, each in one thread.
-Encoding is timed apart, on few images, with SDXL's autoencoder (random weights) on the devices of this machine.
+px and quality 90, and times reading, decoding, cropping to 256 px and writing records, each in one thread. Encoding is
+timed separately, on few images, with SDXL's autoencoder (random weights) on the devices of this machine.
 """
 
 import argparse
@@ -34,8 +34,10 @@ from scaling_dit.data.sources import create_raw_source
 from scaling_dit.encoders.codec import create_codec
 
 SIDE, RAW_SIDE = 256, 384
-V5P_PEAK, CHIPS, UTILISATION = 459e12, 64, 0.3  # bf16 FLOP/s of a chip; of a v5p-128; assumed for a convnet
-BATCH, STEPS_PER_SECOND = 2048, 3  # of training
+# bfloat16 FLOP/s of a chip, chips of a v5p-128, and an assumed utilisation for a convolutional network.
+V5P_PEAK, CHIPS, UTILISATION = 459e12, 64, 0.3
+# Of training.
+BATCH, STEPS_PER_SECOND = 2048, 3
 
 
 def main() -> None:
@@ -91,8 +93,8 @@ def stage_rates(folder: pathlib.Path) -> dict[str, float]:
 
     def write() -> list[Any]:
         writer = ArrayRecordWriter(str(folder / "out.array_record"), encode.WRITER_OPTIONS)
-        for sample, picture in zip(samples, shaped, strict=True):
-            record = encode.to_record(encode.Ready(sample, picture), moments, ("aesthetic",))
+        for sample, image in zip(samples, shaped, strict=True):
+            record = encode.to_record(encode.Ready(sample, image), moments, ("aesthetic",))
             writer.write(records.encode(record))
         writer.close()
         return samples
@@ -106,10 +108,10 @@ def encode_rate(count: int) -> tuple[float, float]:
     codec = create_codec("vae", weights="random")
     params = jax.jit(lambda key: trees.unbox(codec.init(key)))(jax.random.key(0))
     encoder = encode.Encoder(codec, params, count)
-    pictures = list(np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8))
-    encoder(pictures).block_until_ready()
+    pixels = list(np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8))
+    encoder(pixels).block_until_ready()
     start = time.perf_counter()
-    encoder(pictures).block_until_ready()
+    encoder(pixels).block_until_ready()
     rate = count / (time.perf_counter() - start)
     one = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.uint8)
     return rate, jax.jit(codec.moments).lower(params, one).cost_analysis()["flops"]
@@ -123,9 +125,9 @@ def note(args: argparse.Namespace, rates: dict[str, float], flops: float) -> str
     lines = [
         *header("Preparing images, stage by stage", "benchmarks/prepare.py"),
         "",
-        f"{args.images:,} JPEG files of {RAW_SIDE} x {RAW_SIDE} px in one tar, brought to {SIDE} px, each stage in one "
-        f"thread; SDXL's autoencoder in float32 on a batch of {args.encoded}, on all cores. Load of the machine "
-        f"when it ended: {os.getloadavg()[0]:.1f}.",
+        f"{args.images:,} JPEG files of {RAW_SIDE} x {RAW_SIDE} px in one tar, resized to {SIDE} px, each stage in one "
+        f"thread; SDXL's autoencoder in float32 on a batch of {args.encoded}, on all cores. Load average "
+        f"at the end: {os.getloadavg()[0]:.1f}.",
         "",
         "| stage | images/s |",
         "|---|---|",

@@ -2,9 +2,9 @@
 
     python benchmarks/samplers.py runs/demo --note=benchmarks/samplers_cpu.md
 
-Every row draws the same held-out scenes from the same noise with the same weights; only sampler and steps change. The
-difference to DDIM with 50 steps is paired by scene, with a bootstrap interval. Seconds are of drawing all pictures,
-after one batch that compiles.
+Every row generates images of the same held-out scenes from the same noise with the same weights; only sampler and steps
+change. The difference to DDIM with 50 steps is paired by scene, with a bootstrap interval. Seconds are the time to
+generate all images, after one batch that compiles.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from scaling_dit.model.build import open_source
 from scaling_dit.sampling.pipeline import open_for_sampling
 
 BAR = ("ddim", 50)
-# Each at the numbers of steps it is used with; of Heun a step costs two calls of the model.
+# Samplers with the numbers of steps that they are used with. A step of Heun calls the model twice.
 ROWS = (
     BAR,
     ("ddim", 20),
@@ -62,7 +62,8 @@ def measure(workdir: str, scoring: Scoring, sampler: str, steps: int, seed: int)
         read_config(workdir), workdir, {"sampler": sampler, "steps": steps}
     )
     prompts = [prompt for _, prompt in scoring.prompts]
-    chosen(pipe.params, pipe.frozen, prompts[: chosen.options.batch], seed=seed)  # compiles
+    # The first batch compiles.
+    chosen(pipe.params, pipe.frozen, prompts[: chosen.options.batch], seed=seed)
     start = time.perf_counter()
     images = chosen(pipe.params, pipe.frozen, prompts, seed=seed)
     seconds = time.perf_counter() - start
@@ -76,7 +77,7 @@ def measure(workdir: str, scoring: Scoring, sampler: str, steps: int, seed: int)
 
 
 def note(run: pathlib.Path, rows: list[dict[str, Any]], seed: int) -> str:
-    """The markdown of all rows; the first is the bar."""
+    """All rows as markdown. The first one is the bar."""
     config, bar = read_config(run), rows[0]
     settings = f"{len(bar['scores'])} held-out scenes, seed {seed}, step {bar['step']}, ema {bar['ema']}"
     lines = [
@@ -84,7 +85,7 @@ def note(run: pathlib.Path, rows: list[dict[str, Any]], seed: int) -> str:
         "",
         f"Source {config.source.name}, backbone {config.backbone.name}, schedule {config.diffusion.schedule}, "
         f"prediction {config.diffusion.prediction}, guidance {bar['guidance']}; {settings}.",
-        f"Difference: TIFA less that of {bar['sampler']} with {bar['steps']} steps, paired by scene. "
+        f"Difference: TIFA minus the TIFA of {bar['sampler']} with {bar['steps']} steps, paired by scene. "
         "Intervals are 95 % bootstrap intervals over scenes.",
         "",
         "| sampler | steps | TIFA | interval | difference | interval | seconds |",

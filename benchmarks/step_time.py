@@ -1,13 +1,13 @@
-"""Train-step time, MFU, images/s, tokens/s and memory of each backbone, on whatever devices are there.
+"""Train-step time, MFU, images/s, tokens/s and memory of each backbone on the devices of this machine.
 
     python benchmarks/step_time.py --size tiny --batch 4
     python benchmarks/step_time.py --families uvit,pixart,large_dit --size large --batch 16,32,64 --note NOTE.md
 
-A step is noise, forward, loss, gradients, AdamW and one weight average, on random latents and text, parameters float32
-and split over all devices. Of several batch sizes each is timed, and those that do not fit are told. MFU counts
-6 x multiply-accumulates of the backbone per image (attention in full, rematerialisation not) over the dense bfloat16
-peak of parallel/topologies.py; where that knows no peak, as on CPUs, none is printed. Needs jax, flax, optax, numpy,
-einops and absl alone.
+A step is noise, forward, loss, gradients, AdamW and one weight average, on random latents and text, with float32
+parameters split over all devices. Every batch size is timed; a batch that does not fit is reported. MFU is 6 x
+multiply-accumulates of the backbone per image (attention in full, no rematerialisation) over the dense bfloat16 peak of
+parallel/topologies.py. Without a known peak, as on CPUs, no MFU is printed. Needs only jax, flax, optax, numpy, einops
+and absl.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from scaling_dit.costs.count import count
 from scaling_dit.parallel import rules, topologies
 from scaling_dit.parallel.mesh import make_mesh
 
-LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256 px through an 8x autoencoder; CLIP-H text
+# 256 px through an 8x autoencoder, and CLIP-H text.
+LATENTS, TEXT = (32, 32, 4), (77, 1024)
 _TWO_LEVELS = {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "head_dim": 32}
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
@@ -36,7 +37,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "pixart": {"hidden": 128, "depth": 4, "heads": 2},
         "large_dit": {"hidden": 128, "depth": 4, "heads": 2},
         "next_dit": {"hidden": 128, "depth": 4, "heads": 2},
-        # Two levels: with the four of a published size XLA compiles them for minutes on a CPU.
+        # Two levels, because on a CPU XLA compiles the four levels of a published size for minutes.
         "unet": {**_TWO_LEVELS, "transformer_depth": (0, 1)},
         "unet_if": {**_TWO_LEVELS, "attention_levels": (1,)},
     },
@@ -53,15 +54,25 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement."""
+    """One measurement.
+
+    Attributes:
+      name: the backbone.
+      params: its parameters.
+      batch: images of a step.
+      seconds: time of a step.
+      flops: model FLOPs of a step.
+      tokens: image tokens of a step.
+      memory: peak bytes in use on the fullest device since the process began.
+    """
 
     name: str
     params: int
     batch: int
     seconds: float
-    flops: float  # of the model, for a step
-    tokens: int  # of image, for a step
-    memory: int | None  # bytes in use at most, of the fullest device since the process began
+    flops: float
+    tokens: int
+    memory: int | None
 
     def mfu(self, peak: float) -> float:
         """Share of the peak [FLOP/s] of all devices."""
@@ -93,7 +104,7 @@ def main() -> None:
                     raise
                 print(f"{name}: batch {batch} does not fit", flush=True)
                 break
-            print(told(rows[-1]), flush=True)
+            print(describe(rows[-1]), flush=True)
     if args.note:
         args.note.write_text(note(rows, args))
 
@@ -136,7 +147,7 @@ def measure(name: str, fields: dict[str, Any], batch: int, args: argparse.Namesp
     boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed))
-    # Weights are random and no more; a UNet's many by jax's own generator take longer to compile than its step.
+    # Only random weights are needed. jax's default generator takes longer to compile for a UNet than its step.
     seed = jax.random.key(0, impl="unsafe_rbg")
     state = jax.jit(init, out_shardings=shardings)(seed)
     with rules.activate(mesh):
@@ -146,7 +157,8 @@ def measure(name: str, fields: dict[str, Any], batch: int, args: argparse.Namesp
             key = jax.random.fold_in(jax.random.key(1), i)
             start = time.perf_counter()
             state, value = run(state, key)
-            float(value)  # waits
+            # Waits for the step.
+            float(value)
             seconds.append(time.perf_counter() - start)
     counted = count(backbone, LATENTS, TEXT)
     tokens = batch * LATENTS[0] * LATENTS[1] // getattr(backbone, "patch", 1) ** 2
@@ -157,18 +169,18 @@ def measure(name: str, fields: dict[str, Any], batch: int, args: argparse.Namesp
 
 
 def zeros(inputs: Any) -> Any:
-    """Arrays of zeros of the shapes of a tree."""
+    """A tree of zeros with the same shapes."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 
 
 def peak() -> float | None:
-    """The dense bfloat16 peak of all devices together, FLOP/s; None where it is not known."""
+    """The dense bfloat16 peak of all devices together, in FLOP/s; None if it is not known."""
     chip = topologies.find_chip(jax.devices()[0].device_kind)
     return None if chip is None else chip.peak * jax.device_count()
 
 
 def cells(row: Row) -> list[str]:
-    """The figures of a row as text."""
+    """The values of a row as text."""
     whole = peak()
     return [
         row.name,
@@ -196,13 +208,13 @@ HEAD = [
 ]
 
 
-def told(row: Row) -> str:
+def describe(row: Row) -> str:
     """A row as one line."""
     return ", ".join(f"{name} {value}" for name, value in zip(HEAD, cells(row), strict=True))
 
 
 def note(rows: list[Row], args: argparse.Namespace) -> str:
-    """The markdown of all rows."""
+    """All rows as markdown."""
     layers = "scanned" if args.scan else "unrolled"
     lines = [
         *header("Time of a train step", "benchmarks/step_time.py"),

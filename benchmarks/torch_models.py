@@ -239,7 +239,8 @@ class LargeDiT(nn.Module):
         batch, p = len(x), self.patch
         rows, columns = (side // p for side in x.shape[2:])
         patches = x.unflatten(2, (rows, p)).unflatten(4, (columns, p)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        tokens = self.x_embedder(patches)  # [B, rows, columns, D]
+        # [B, rows, columns, D]
+        tokens = self.x_embedder(patches)
         ends = self.eol_token.expand(batch, rows, 1, -1)
         tokens = torch.cat([tokens, ends], dim=2).flatten(1, 2)
         positions = torch.arange(tokens.shape[1], device=x.device)[:, None]

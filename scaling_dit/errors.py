@@ -1,11 +1,11 @@
-"""Errors a user can cause, told in one line: what is wrong, where, what would be right."""
+"""Errors that a user can cause, each reported in one line: what is wrong, where, what would be right."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in a command, config, file or call; `str(error)` is the one line that is shown.
+    """A mistake in a command, config, file or call. `str(error)` is the one line that the user sees.
 
     The command line prints it as `scaling-dit: error: ...` and exits with `exit_code`, without a traceback.
     """
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that ends an error line: the nearest known name, else all of them.
+    """The hint at the end of an error line: the nearest known name if one is close, else all known names.
 
     >>> nearest("uvti", ["uvit", "pixart"])
     "did you mean 'uvit'?"

@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, local or remote.
+"""Writes files atomically: a local or remote file exists completely or not at all.
 
-A local file is written under another name and renamed; an object of a remote store appears when it is closed, and such
-stores can neither rename nor append. Names of unfinished files differ between processes, so that two that write the
-same file do not meet.
+A local file is written under a temporary name and then renamed. An object of a remote store appears when it is closed;
+such stores can neither rename nor append. Each process uses its own temporary names, so two processes that write the
+same file do not disturb each other.
 """
 
 import hashlib
@@ -19,16 +19,17 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 
-PARTIAL = ".partial"  # ends the name of an unfinished local file
+# Suffix of an unfinished local file.
+PARTIAL = ".partial"
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is that of a store such as gs://."""
+    """Whether a path lies in a remote store such as gs://."""
     return "://" in str(path)
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that no reader ever sees half of it; raises UserError as `staged`."""
+    """Writes a file so that no reader ever sees half of it. Raises UserError as `staged` does."""
     if is_remote(path):
         path.write_bytes(data)
         return
@@ -37,18 +38,20 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """The same text for the same value."""
+    """A value as JSON text: equal values give equal text."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
 
 
-def claim(path: epath.Path, asked: Mapping[str, Any], told: str) -> None:
-    """Notes in `path` what the other files of its folder are made with, or checks that it is the same.
+def claim(path: epath.Path, asked: Mapping[str, Any], conflict: str) -> None:
+    """Records in `path` the settings that a folder's files are made with, or checks them against the recorded ones.
 
     Args:
-      told: what the folder is if they were not, such as "was prepared in another way".
+      path: the file that holds the settings as JSON. It is written if it does not exist.
+      asked: the settings of this call.
+      conflict: predicate of the error message if the settings differ, such as "was prepared in another way".
 
     Raises:
-      UserError: they were made with something else, or the note is damaged.
+      UserError: the folder was made with other settings, or the recorded ones cannot be read.
     """
     text = to_json(asked)
     if not path.exists():
@@ -64,17 +67,17 @@ def claim(path: epath.Path, asked: Mapping[str, Any], told: str) -> None:
     if differs:
         key = differs[0]
         raise UserError(
-            f"{path.parent} {told}: {', '.join(differs)} differ ({key} is {then.get(key)!r} "
+            f"{path.parent} {conflict}: {', '.join(differs)} differ ({key} is {then.get(key)!r} "
             f"there, {now.get(key)!r} here); give another --out"
         )
 
 
 @contextmanager
 def staged(target: epath.Path) -> Iterator[pathlib.Path]:
-    """A local path to write to; what lies there when the block ends becomes `target`, and nothing does if it fails.
+    """Gives a local path to write to. The file there becomes `target` when the block ends without an exception.
 
     Raises:
-      UserError: the file cannot be written, such as for a full disk.
+      UserError: the file cannot be written, for example because the disk is full.
     """
     folder = None if is_remote(target) else pathlib.Path(os.fspath(target)).parent
     handle, name = tempfile.mkstemp(suffix=PARTIAL, prefix=f"{target.name}.", dir=folder)
@@ -86,7 +89,8 @@ def staged(target: epath.Path) -> Iterator[pathlib.Path]:
             with local.open("rb") as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 2**24)
         else:
-            local.chmod(0o666 & ~_umask())  # mkstemp gives it to its owner alone
+            # mkstemp makes files that only their owner can read.
+            local.chmod(0o666 & ~_umask())
             local.replace(os.fspath(target))
     except OSError as error:
         raise UserError(

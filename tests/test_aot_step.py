@@ -1,4 +1,4 @@
-"""benchmarks/aot_step.py: figures of a step compiled for a TPU, and the same made anew of what was saved."""
+"""benchmarks/aot_step.py: the numbers of a step compiled for a TPU, and the same numbers from a saved program."""
 
 import importlib
 import json
@@ -30,32 +30,32 @@ def script(monkeypatch):
 
 
 def test_the_command_of_a_row_is_what_decides_its_program(script):
-    told = ["--backbone", "uvit", "--set", "remat=none", "depth=2", "--gather-once"]
-    assert script.told(
-        [*told, "--json", "a.json", "--hlo=b.gz", "--label", "a b", "--again", "c.gz"]
-    ) == " ".join(told)
+    kept = ["--backbone", "uvit", "--set", "remat=none", "depth=2", "--gather-once"]
+    assert script.program_arguments(
+        [*kept, "--json", "a.json", "--hlo=b.gz", "--label", "a b", "--again", "c.gz"]
+    ) == " ".join(kept)
 
 
-def test_figures_made_anew_need_those_there_were(script, capsys):
+def test_evaluating_again_needs_the_old_numbers(script, capsys):
     with pytest.raises(SystemExit):
         script.parse(["--again", "program.gz"])
     assert "--again needs --json" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_saved_program_gives_the_same_figures_again(tmp_path):
-    figures, program = tmp_path / "figures.json", tmp_path / "program.gz"
+def test_a_saved_program_gives_the_same_numbers_again(tmp_path):
+    numbers, program = tmp_path / "numbers.json", tmp_path / "program.gz"
     command = [
         sys.executable, str(SCRIPT), "--backbone=uvit", "--size=h1024-d20-n16", "--topology=v5e:2x4", "--batch=64",
-        f"--json={figures}", "--set", "hidden=128", "depth=2", "heads=2",
+        f"--json={numbers}", "--set", "hidden=128", "depth=2", "heads=2",
     ]  # fmt: skip
     subprocess.run([*command, f"--hlo={program}"], check=True, capture_output=True)
-    first = json.loads(figures.read_text())
+    first = json.loads(numbers.read_text())
     assert first["cycles_m"] > 0 and first["peak_gib"] > first["arguments_gib"] > 0
     assert first["wire_sync_gb"] > 0 and 0 < first["mfu_estimate"] < 1
     subprocess.run([*command, f"--again={program}"], check=True, capture_output=True)
-    assert json.loads(figures.read_text()) == first
+    assert json.loads(numbers.read_text()) == first
     row = subprocess.run(
-        [sys.executable, str(SCRIPT), "--table", str(figures)], capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "--table", str(numbers)], capture_output=True, text=True
     ).stdout
     assert row.splitlines()[2].startswith("| uvit h1024-d20-n16 | v5e:2x4, batch 64 | ")

@@ -40,10 +40,10 @@ def planned(table, monkeypatch):
 
     def run(command, **_):
         calls.append(command)
-        for words, (code, memory, told) in answers.items():
+        for words, (code, memory, fault) in answers.items():
             if set(words) <= set(command):
                 text = json.dumps([PLAN | {"memory": PLAN["memory"] | memory}]) if code < 2 else ""
-                return subprocess.CompletedProcess(command, code, text, told)
+                return subprocess.CompletedProcess(command, code, text, fault)
         return subprocess.CompletedProcess(command, 0, json.dumps([PLAN]), "")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -68,7 +68,7 @@ def test_each_attempt_is_a_config_that_splits_the_parameters_over_all_chips(tabl
             assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == (data, -1, 1, 1)
 
 
-def test_a_cell_is_tried_until_it_fits_and_its_settings_are_told(
+def test_a_cell_is_tried_until_it_fits_and_its_settings_are_printed(
     table, planned, monkeypatch, tmp_path, capsys
 ):
     calls, answers = planned
@@ -99,10 +99,10 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeyp
     run(table, monkeypatch, tmp_path, f"--note={tmp_path / 'note.md'}", what="write")
     lines = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("|")]
     cells = len(table.CONFIGS) * len(table.SLICES)
-    assert f"{cells - 4} of {cells} plans are still to be made" in (tmp_path / "note.md").read_text()
+    assert f"{cells - 4} of {cells} plans are missing" in (tmp_path / "note.md").read_text()
     assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {len(table.HEADS) + 1}
-    (told,) = [line for line in lines if "it / fails" in line]
-    assert told.startswith("| sdxl | v5e:16x16 | --config.backbone.remat=full --config.optim.accumulate=4: ")
+    (shown,) = [line for line in lines if "it / fails" in line]
+    assert shown.startswith("| sdxl | v5e:16x16 | --config.backbone.remat=full --config.optim.accumulate=4: ")
     answers.clear()
     run(table, monkeypatch, tmp_path, *chosen)  # tries the failed one again, and no other
     assert len(calls) == 8 and "error" not in json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
@@ -165,4 +165,4 @@ def test_a_quick_cell_outlives_a_run_that_fails(table, planned, monkeypatch, tmp
     with pytest.raises(SystemExit, match="failed: sdxl@v5p:4x4x4$"):
         run(table, monkeypatch, tmp_path, *chosen)
     assert (tmp_path / "sdxl@v5p-4x4x4.json").read_text() == before
-    assert "it fails; the quick plan stays" in capsys.readouterr().out
+    assert "it fails; the quick plan is kept" in capsys.readouterr().out

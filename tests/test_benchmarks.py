@@ -39,11 +39,11 @@ def test_step_time_starts_with_few_packages():
 @pytest.mark.timeout(600)
 def test_step_time_measures_backbones_with_few_packages(tmp_path):
     flags = [f"--families={','.join(FAMILIES)}", "--steps=1", f"--note={tmp_path / 'note.md'}"]
-    told = run(FEW, "benchmarks/step_time.py", *flags).splitlines()
-    assert [line.split(",")[0] for line in told] == [f"backbone {name}" for name in FAMILIES]
+    lines = run(FEW, "benchmarks/step_time.py", *flags).splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"backbone {name}" for name in FAMILIES]
     rows = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(FAMILIES)
     for row in rows[1:]:
         _, parameters, batch, milliseconds, *rest = row.strip("| ").split(" | ")
         assert float(parameters.split()[0]) < 3 and batch == "4" and float(milliseconds) > 0
-        assert all(float(figure) > 0 for figure in rest[:3]) and rest[3:] == ["-", "-"]  # a CPU has no peak
+        assert all(float(value) > 0 for value in rest[:3]) and rest[3:] == ["-", "-"]  # a CPU has no peak

@@ -164,7 +164,7 @@ def test_the_python_of_a_page_runs(page, first, tmp_path, monkeypatch):
     names: dict = {}
     exec(example, names)
     if page == "api.md":
-        assert names["pictures"].shape == (1, 16, 16, 3)
+        assert names["images"].shape == (1, 16, 16, 3)
     else:
         jax.tree.map(np.testing.assert_array_equal, names["again"], scaling_dit.interop.load_state_dict(
             names["backbone"], names["state_dict"]))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What diagrams are made of: boxes, columns, residuals, arrows; drawn by matplotlib, written as SVG (extra `[docs]`).
+"""Draws diagrams of boxes, columns, residual connections and arrows with matplotlib, as SVG (extra `[docs]`).
 
 Grey: norms, green: linear maps, violet: convolutions, blue: attention, orange: text, pink: time.
 """
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-# Text stays text. DejaVu Sans is wide: with another font of the reader's it still fits its box.
+# Text stays text in the SVG. DejaVu Sans is wide, so text in another font of the reader's still fits its box.
 STYLE = {"svg.hashsalt": "scaling_dit", "svg.fonttype": "none"}
 INK, FAINT = "#24292f", "#66707a"
 COLOURS = {
@@ -26,11 +26,15 @@ COLOURS = {
     "time": "#fadbe0",
     "block": "#f6f8fa",
 }
-LINE = 13.5  # height of a line of text; units are hundredths of an inch
-RADIUS = 8.5  # of an operation's circle
-GAP, WIDE_GAP = 14.0, 25.0  # between boxes; below a block's part, where its residual leaves
+# Height of a line of text. Units are hundredths of an inch.
+LINE = 13.5
+# Radius of an operation's circle.
+RADIUS = 8.5
+# Distance between boxes, and the larger distance below a part of a block from which a residual connection branches off.
+GAP, WIDE_GAP = 14.0, 25.0
 Point = tuple[float, float]
-Item = tuple[str, str]  # text, kind
+# (text, kind)
+Item = tuple[str, str]
 
 
 class Box(NamedTuple):
@@ -59,7 +63,7 @@ class Box(NamedTuple):
 
 
 class Canvas:
-    """A figure of `width` x `height` units and what diagrams are made of; y runs upwards.
+    """A figure of `width` x `height` units, with methods that draw the elements of diagrams; y runs upwards.
 
     `texts` has every text with the box it must fit in, or None.
     """
@@ -91,7 +95,7 @@ class Canvas:
     def above(
         self, box: Box, *items: Item, gap: float = GAP, width: float = 116, first: float | None = None
     ) -> list[Box]:
-        """A column that goes on from `box`, `first` above it and then at distances of `gap`."""
+        """A column that continues from `box`, with distance `first` to its first box and `gap` between the others."""
         boxes = [box]
         for number, (text, kind) in enumerate(items):
             space = first if first is not None and number == 0 else gap
@@ -103,7 +107,7 @@ class Canvas:
     def residual(
         self, below: Box, *items: Item, width: float, reach: float = 14, first: float = WIDE_GAP
     ) -> list[Box]:
-        """A column above `below` that ends in a plus, with the way around it on the left."""
+        """A column above `below` that ends in a plus, with a residual connection on its left."""
         boxes = self.above(below, *items, ("+", "op"), width=width, first=first)
         (x, y), left = boxes[0].bottom, below.x - width / 2 - reach
         self.arrow((x, y - 16), (left, y - 16), (left, boxes[-1].y), boxes[-1].left)
@@ -163,7 +167,7 @@ class Canvas:
         lines = text.split("\n")
         for number, line in enumerate(lines):
             base = y + ((len(lines) - 1) / 2 - number) * LINE - 0.5 * size
-            drawn = self.axes.text(
+            artist = self.axes.text(
                 x,
                 base,
                 line,
@@ -174,7 +178,7 @@ class Canvas:
                 weight=weight,
                 family="DejaVu Sans",
             )
-            self.texts.append((drawn, box))
+            self.texts.append((artist, box))
 
 
 def _height(text: str, kind: str) -> float:

@@ -208,9 +208,10 @@ def _u(
     activation: str,
     readers: str,
 ) -> None:
-    """The left of a UNet's figure: down on its left, up on its right.
+    """The left part of a UNet's figure, with the way down on its left and the way up on its right.
 
-    `levels` has the blocks down, those up, the shapes, and the middle; `ways` how sides are halved and doubled.
+    `levels` has the blocks on the way down, the blocks on the way up, the shapes, and the middle. `ways` has the names
+    of down- and upsampling.
     """
     left, right, width = 78, 388, 118
     down, up, shapes, middle = levels
@@ -261,7 +262,7 @@ def _res_block(c: Canvas, items: Sequence[Item]) -> None:
 
 
 def _image_tokens(c: Canvas, positions: str | None, shape: str, head: str) -> tuple[Box, Box]:
-    """The way of the latents on the left of a transformer's figure; returns the box of all blocks and the head."""
+    """The path of the latents on the left of a transformer's figure; returns the box of all blocks and the head."""
     items: list[Item] = [("latents\n[B, H, W, C]", "data"), ("p×p patches,\nlinear p²C → D", "linear")]
     image = c.column(78, 30, *items, *([(positions, "linear")] if positions else []))
     blocks = c.box(78, 265, "\n\nd blocks\n\n", "block")
@@ -293,7 +294,7 @@ def _modulated(c: Canvas, x: float, parts: Sequence[Sequence[Item]], given: str,
 
 
 def _lumina(c: Canvas, name: str, positions: str | None, head_text: str) -> None:
-    """What the figures of Large-DiT and Next-DiT share: the network, and the attention inside a block."""
+    """The common parts of the figures of Large-DiT and Next-DiT: the network, and the attention inside a block."""
     top = c.axes.get_ylim()[1] - 17
     for x, text in ((190, name), (500, "one block"), (755, "its attention")):
         c.title(x, top, text)

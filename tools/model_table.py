@@ -1,9 +1,9 @@
-"""Writes docs/models.md: what every named size costs, next to what the papers print.
+"""Writes docs/models.md: the cost of every named size beside the numbers that the papers print.
 
     python tools/model_table.py
 
-Every figure of ours comes from `scaling_dit.count`; the papers' are typed off their tables. Counts do not depend on the
-machine. A test compares the file with what this script would write now.
+Our numbers come from `scaling_dit.count`; the papers' numbers are copied from their tables. Counts do not depend on the
+machine. A test compares the file with the script's current output.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Printed:
-    """A row of arXiv 2404.02883, Table 1 or 2: 10^9 parameters, GMACs, those of attention, and their share in %."""
+    """A row of arXiv 2404.02883, Table 1 or 2: 10^9 parameters, GMACs, GMACs of attention and their share in %."""
 
     params: str
     gmacs: str
@@ -48,13 +48,15 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The size, and the text where it is not the usual one."""
+        """The size, and the shape of the text if it is not the default."""
         return self.size if self.text == TEXT else f"{self.size}, text {self.text[0]}x{self.text[1]}"
 
 
 T5 = (120, 4096)
-OTHER_TEXT = {("unet", "sdxl-official"): (77, 2048)}  # whose weights need it
-EXTRA_ROWS = (Row("pixart", "h1152-d28", T5),)  # PixArt-alpha as published
+# SDXL's published weights need this text.
+OTHER_TEXT = {("unet", "sdxl-official"): (77, 2048)}
+# PixArt-alpha as published.
+EXTRA_ROWS = (Row("pixart", "h1152-d28", T5),)
 PRINTED: dict[Row, Printed] = {
     Row("unet", "sd2"): Printed("0.87", "86", "34", "39"),
     Row("unet", "sd2-c512"): Printed("2.19", "219", "85", "39"),
@@ -79,7 +81,7 @@ PRINTED: dict[Row, Printed] = {
     Row("pixart", "h1024-d56"): Printed("0.95", "220"),
 }
 
-HEAD = """# Named sizes and what they cost
+HEAD = """# Named sizes and their cost
 
 Written by `python tools/model_table.py` from `scaling_dit.count`; a test keeps it up to date.
 
@@ -87,22 +89,23 @@ One forward pass on one latent of {latents} (256 px through an 8x autoencoder) a
 multiply-accumulates (MACs).
 
 - **GMACs**: convolutions and linear layers, the convention of arXiv 2404.02883 ("P1").
-- **attention**: those of them inside attention modules of a transformer, and inside transformer modules of a UNet. As
-  P1 does, SDXL's rows leave out the middle block; `count` prints it with the middle.
-- **all GMACs**: with the products inside attention (QK^T and AV); training FLOPs and MFU use these.
-- **P1 prints**: 10^9 parameters, GMACs, attention and its share of the GMACs. Bold: ours rounds to another digit, see
-  below.
+- **attention**: the GMACs inside attention modules of a transformer, or inside transformer modules of a UNet. SDXL's
+  rows leave out the middle block, as P1 does; `count` includes it.
+- **all GMACs**: also the products inside attention (QK^T and AV). Training FLOPs and MFU use these.
+- **P1**: the numbers that P1 prints, 10^9 parameters, GMACs, and attention with its share of the GMACs. Bold: our
+  number rounds to another digit, see below.
 
-The tables of arXiv 2412.12391 are not public. Of its sizes U-ViT's `h2048-d42-n16` (its "2.3B") and `h2560-d42-n16` are
-known; the other transformers are candidates for its "0.3B to 8B".
+The tables of arXiv 2412.12391 are not public. Two of its sizes are known, U-ViT's `h2048-d42-n16` (its "2.3B") and
+`h2560-d42-n16`. The other transformers are candidates for its "0.3B to 8B".
 
-`create("unet", size="sdxl-td4_4")` makes one; any other `h<hidden>-d<depth>-n<heads>` works for transformers.
+`create("unet", size="sdxl-td4_4")` makes a backbone of a named size. Transformers accept any other
+`h<hidden>-d<depth>-n<heads>` as well.
 """
 
 
 @functools.cache
 def counted(row: Row) -> Count:
-    """The count of a row; layers are scanned where they can be, which traces faster and counts the same."""
+    """The count of a row. Layers are scanned if the backbone can, which traces faster and counts the same."""
     fields: dict[str, Any] = {"size": row.size}
     if "scan_layers" in backbones.backbone_fields(row.backbone):
         fields["scan_layers"] = True
@@ -117,8 +120,8 @@ def attention_macs(row: Row) -> int:
     return cost.macs_attention - middle
 
 
-def figures(row: Row) -> Printed:
-    """A row as P1 would print it."""
+def as_printed(row: Row) -> Printed:
+    """A row in the form that P1 prints."""
     cost, attention = counted(row), attention_macs(row)
     return Printed(
         f"{cost.params / 1e9:.2f}",
@@ -129,24 +132,24 @@ def figures(row: Row) -> Printed:
 
 
 def differences(row: Row) -> list[str]:
-    """The fields of P1's row, if it prints one, that ours do not round to."""
+    """The fields of P1's row, if it prints one, that differ from our rounded values."""
     printed = PRINTED.get(row, Printed("", ""))
-    ours = figures(row)
+    ours = as_printed(row)
     names = [field.name for field in dataclasses.fields(Printed)]
     return [name for name in names if getattr(printed, name) not in ("", getattr(ours, name))]
 
 
-# Why a printed figure is not ours, by (label of the row, field). What nothing explains says so.
+# The reason why a printed number differs from ours, by (label of the row, field), or "unexplained".
 REASONS: dict[tuple[str, str], str] = {
     ("if-xl", "params"): "unexplained, 1.5M parameters or more; P1 does not describe its form of IF's blocks",
     ("if-xl-c512", "gmacs"): "unexplained; ours is 193.4",
     ("sdxl-c128", "share"): "unexplained; ours is 65.6 %, and P1's own 23 of 35 is 65.7 %",
     ("sdxl", "attention"): "unexplained; ours is 126.4, and 64 %, the printed share, fits both",
-    ("sdxl-td4", "params"): "ours is 1.23499, which gives P1's figure if it is rounded twice, to 1.235 first",
+    ("sdxl-td4", "params"): "ours is 1.23499, which gives P1's number if rounded twice, to 1.235 first",
     ("sdxl-td4_8", "attention"): "ours is 125.4; P1's own 84 and 167, for 4 blocks less and 4 more, have the middle "
     "125.5, so 123 looks like a misprint",
-    ("sdxl-td4_8", "share"): "ours is 65 %; P1's is that of its 123",
-    (f"h1152-d28, text {T5[0]}x{T5[1]}", "gmacs"): "139 is that of 77 tokens of 1024; with its own text it is 142.8",
+    ("sdxl-td4_8", "share"): "ours is 65 %; P1's is the share of its 123",
+    (f"h1152-d28, text {T5[0]}x{T5[1]}", "gmacs"): "139 is for 77 tokens of 1024; with its own text it is 142.8",
 }  # fmt: skip
 
 
@@ -192,7 +195,7 @@ def page() -> str:
     for backbone, title in TITLES.items():
         lines.append(f"| **{title}**: `{backbone}` |" + " |" * 7)
         lines += [line(row) for row in rows(backbone)]
-    reduction = lambda figure: 100 * (1 - figure("sdxl-td4_4") / figure("sdxl"))  # noqa: E731
+    reduction = lambda cost: 100 * (1 - cost("sdxl-td4_4") / cost("sdxl"))  # noqa: E731
     params = reduction(lambda size: counted(Row("unet", size)).params)
     macs = reduction(lambda size: counted(Row("unet", size)).macs_paper)
     lines += [

@@ -1,7 +1,7 @@
-"""Golden files: what every experiment resolves to, its parameters, and the public API and command line, as text.
+"""Golden files: the resolved config and the parameters of every experiment, the public API and the command line.
 
-`make golden` rewrites them; test_golden.py compares them with what the code gives now. A change of a default, of a
-parameter's shape or of a flag shows up as a diff that a reader can judge.
+`make golden` rewrites them; test_golden.py compares them with the current code. A changed default, parameter shape or
+flag appears as a diff that a reader can judge.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from scaling_dit.model.build import abstract_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-# Rows of a ladder differ in the backbone's size alone, and docs/models.md has all of them: one of a kind will do here.
+# Rows of a ladder differ only in the backbone's size, and docs/models.md has all of them. One of each kind is enough.
 ROWS = {
     "unet_scaling": ("", "sd2", "if-xl-c512", "sdxl-td4_4,pretrained"),
     "dit_scaling": ("", "pixart-h1536-d28", "large_dit-h2048-d28-n16", "next_dit-h2304-d24-n32"),
@@ -26,7 +26,7 @@ ROWS = {
 
 
 def current(experiments: pathlib.Path = ROOT / "experiments") -> dict[str, str]:
-    """Path below `tests/golden` -> text, of everything that has a golden file."""
+    """Path below `tests/golden` -> current text, for every golden file."""
     texts = {"public.txt": public()}
     with _working_directory():
         for path in sorted(experiments.glob("[!_]*.py")):
@@ -62,7 +62,7 @@ def public() -> str:
 
 
 def _parameters(function: Callable[..., object]) -> str:
-    """`(config, workdir, *, seed=0)`: names and defaults; the text of annotations varies with versions of libraries."""
+    """`(config, workdir, *, seed=0)`: names and defaults, without annotations, whose text varies between versions."""
     signature = inspect.signature(function)
     bare = [
         parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
@@ -71,7 +71,7 @@ def _parameters(function: Callable[..., object]) -> str:
 
 
 def params_text(tree: object) -> str:
-    """One line per parameter: path, dtype, shape; the number of parameters at the end."""
+    """One line per parameter with path, dtype and shape; the number of parameters at the end."""
     import jax
 
     rows, total = [], 0
@@ -90,7 +90,7 @@ def _dump(spec: str) -> tuple[str, str]:
 
 
 def _arguments(path: pathlib.Path) -> tuple[str, ...]:
-    """The arguments of an experiment file that are dumped; none if the file is no experiment but a part of some."""
+    """The arguments of an experiment file to dump; none for a file that experiments import."""
     from scaling_dit import config as config_lib
 
     spec = importlib.util.spec_from_file_location(f"golden_{path.stem}", path)
@@ -102,7 +102,7 @@ def _arguments(path: pathlib.Path) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _working_directory() -> Iterator[None]:
-    """A fresh working directory with the data that experiments read from one."""
+    """A new working directory with the data that experiments read from it."""
     from scaling_dit.data import digits
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

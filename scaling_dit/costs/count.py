@@ -1,9 +1,10 @@
 """Parameters, multiply-accumulates, training FLOPs and activation memory of any backbone, from its traced program.
 
-Nothing is allocated: the call is traced on shapes, so a model of billions of parameters counts in seconds. Every
-matrix product and convolution of the program is counted as output size x summed terms, a scanned body times its length.
-Two conventions, of which arXiv 2404.02883 prints the first: "paper" counts products with at least one operand that no
-input reaches, that is convolutions and linear layers; "total" counts all, so the products inside attention as well.
+The call is traced on shapes, so nothing is allocated, and counting a model of billions of parameters takes seconds.
+Every matrix product and convolution counts as output size x summed terms, a scanned body times its length.
+
+There are two conventions. "paper", as in arXiv 2404.02883, counts the products that have an operand which depends on
+no input: convolutions and linear layers. "total" counts all products, so those inside attention as well.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from scaling_dit.costs.trace import Walker
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.attention import IMPLEMENTATIONS
 
-Path = tuple[str, ...]  # names of modules from the outside in
+# Names of modules, the outermost first.
+Path = tuple[str, ...]
 _ATTENTION = re.compile(r"attn|attention|transformer", re.IGNORECASE)
 
 
@@ -29,9 +31,9 @@ _ATTENTION = re.compile(r"attn|attention|transformer", re.IGNORECASE)
 class Cost:
     """Parameters, and multiply-accumulates of one forward pass on one example, of a model or one of its parts.
 
-    `macs_attention` is the share of `macs_paper` inside modules that are called attention or transformer (or "attn"):
-    projections of attention in a transformer, whole transformer modules in a UNet, as in the column of arXiv
-    2404.02883, Table 1.
+    `macs_attention` is the share of `macs_paper` inside modules whose names contain attention, attn or transformer. In
+    a transformer these are the projections of attention, in a UNet whole transformer modules, as in the column of
+    arXiv 2404.02883, Table 1.
     """
 
     params: int = 0
@@ -40,10 +42,10 @@ class Cost:
     macs_total: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in _FIGURES))
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
 
 
-_FIGURES = tuple(field.name for field in dataclasses.fields(Cost))
+_FIELDS = tuple(field.name for field in dataclasses.fields(Cost))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Count(Cost):
 
     @functools.cached_property
     def activation_bytes(self) -> int:
-        """What the backward pass keeps of one example's forward pass, in bytes; an estimate, traced when first asked.
+        """An estimate of the bytes that the forward pass on one example keeps for the backward pass.
 
-        The arrays that differentiation by the parameters stores and that depend on the example, in their own dtypes and
-        under the backbone's `remat`. Parameters, casts of them, gradients and what is passing are not in it. Attention
-        counts as computed by XLA, which stores its weights; a fused kernel does not.
+        Sums the arrays that differentiation by the parameters stores and that depend on the example, in their own
+        dtypes and under the backbone's `remat`. Parameters, casts of them, gradients and temporaries do not count.
+        Attention counts as computed by XLA, which stores its weights; a fused kernel does not. Traced at first access.
 
         Raises:
           UserError: the call cannot be differentiated.
@@ -73,11 +75,11 @@ class Count(Cost):
 
     @property
     def modules(self) -> dict[str, Cost]:
-        """The cost of each top-level module, in the order in which they run."""
+        """The cost of each top-level module, in the order of execution."""
         return self.by_module(1)
 
     def by_module(self, depth: int) -> dict[str, Cost]:
-        """The cost of the modules `depth` levels down, or less where there are fewer: "down_1_attn/blocks" -> cost."""
+        """The cost of the modules up to `depth` levels down: "down_1_attn/blocks" -> cost."""
         first: dict[str, int] = {}
         for place, path in enumerate(self.tree):
             first.setdefault(path[0], place)
@@ -90,7 +92,7 @@ class Count(Cost):
     def train_flops(self, batch: int, steps: int, convention: Literal["paper", "total"] = "total") -> int:
         """FLOPs of a training run: 3 (forward and backward) x 2 (per multiply-accumulate) x MACs x batch x steps.
 
-        Rematerialisation is not counted. "paper" is the x-axis of arXiv 2404.02883, "total" is for MFU.
+        Rematerialisation does not count. "paper" is the x-axis of arXiv 2404.02883; "total" is for MFU.
 
         Raises:
           UserError: an unknown convention.
@@ -104,18 +106,19 @@ class Count(Cost):
 def count(
     backbone: nn.Module, latents: tuple[int, int, int] = (32, 32, 4), text: tuple[int, int] = (77, 1024)
 ) -> Count:
-    """Counts a backbone on latents (H, W, C) and text (L, D), batch 1, no conditions.
+    """Counts a backbone on latents (H, W, C) and text (L, D), with batch 1 and no conditions.
 
     Raises:
-      UserError: not a backbone, shapes that its fields exclude, a call that fails, or returns another shape, or
-        products that cannot be counted (in a loop of unknown length or a hand-written kernel).
+      UserError: the module is no backbone, its fields exclude these shapes, the call fails or returns another shape, or
+        products cannot be counted (in a loop of unknown length or a hand-written kernel).
     """
     contract.check_backbone(backbone)
     if len(latents) != 3 or len(text) != 2:
         raise UserError(f"count takes latents=(H, W, C) and text=(L, D), got {latents} and {text}")
     contract.check_inputs(backbone, (1, *latents), (1, *text))
     if getattr(backbone, "attention", None) in IMPLEMENTATIONS:
-        backbone = backbone.clone(attention="xla")  # a fused kernel hides its products
+        # A fused kernel would hide its products.
+        backbone = backbone.clone(attention="xla")
     inputs = contract.example_inputs(backbone, latents, text)
     name = type(backbone).__name__
     try:
@@ -152,7 +155,7 @@ def count(
 
 
 def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ...]) -> int:
-    """Bytes of what `jax.vjp` stores and an input reaches; what none reaches is a parameter or a cast of one."""
+    """Bytes of the arrays that `jax.vjp` stores and that depend on an input, unlike parameters and casts of them."""
 
     def stored(variables: Any, *inputs: Any) -> list[Any]:
         rngs = {"dropout": jax.random.key(0)}
@@ -169,7 +172,7 @@ def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ..
 
 
 def _reached(jaxpr: Any, variables: Any) -> list[bool]:
-    """Of the operands of a program (variables, then inputs) the inputs alone."""
+    """Marks the operands of a program (variables, then inputs) that are inputs."""
     weights = len(jax.tree.leaves(variables))
     return [False] * weights + [True] * (len(jaxpr.invars) - weights)
 
@@ -185,7 +188,7 @@ def _module_path(scope: str, params: Mapping[str, Any]) -> Path:
 
 
 def _sizes(params: Mapping[str, Any], path: Path = ()) -> dict[Path, int]:
-    """Parameters of each module by its path; one at the top, in no module, goes by its own name."""
+    """Parameters of each module by its path. A parameter outside of any module has its own name as path."""
     sizes: dict[Path, int] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
@@ -198,7 +201,7 @@ def _sizes(params: Mapping[str, Any], path: Path = ()) -> dict[Path, int]:
 
 
 def _stacks(params: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each entry as shown: numbered siblings of equal shapes lose their numbers."""
+    """The displayed name of each entry: numbered siblings of equal shapes lose their numbers."""
     numbered: dict[str, list[str]] = {}
     for key in params:
         if re.search(r"_\d+$", key):

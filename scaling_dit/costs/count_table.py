@@ -1,4 +1,4 @@
-"""The `count` verb: what a backbone, or the backbone of an experiment, costs."""
+"""The verb `count`: prints the cost of a backbone, or of an experiment's backbone."""
 
 import dataclasses
 import json
@@ -9,19 +9,25 @@ from ml_collections import ConfigDict
 
 from scaling_dit.model.build import build_model, make_tokenizer
 
-if TYPE_CHECKING:  # loading flax takes longer than telling a mistake in the command
+# Loading flax takes longer than reporting a mistake in the command.
+if TYPE_CHECKING:
     from flax import linen as nn
 
     from scaling_dit.costs.count import Cost, Count
 
-LATENTS, TEXT = (32, 32, 4), (77, 1024)  # 256-pixel images through an 8x autoencoder; CLIP-H text
+# 256-pixel images through an 8x autoencoder, and CLIP-H text.
+LATENTS, TEXT = (32, 32, 4), (77, 1024)
 
 
 class Counted(NamedTuple):
-    """What is counted: a backbone and the shapes of its inputs.
+    """A backbone to count, and the shapes of its inputs.
 
-    name: the backbone's; module: the backbone; latents: height, width, channels; text: tokens and their width;
-    training: "batch" and "steps" of an experiment, for its training FLOPs; empty for a backbone alone.
+    Attributes:
+      name: name of the backbone.
+      module: the backbone.
+      latents: height, width and channels of a latent.
+      text: tokens and their width.
+      training: "batch" and "steps" of an experiment, for its training FLOPs; empty for a single backbone.
     """
 
     name: str
@@ -34,7 +40,7 @@ class Counted(NamedTuple):
 def of_experiment(
     config: ConfigDict, latents: Sequence[int] | None = None, text: Sequence[int] | None = None
 ) -> Counted:
-    """The backbone of a resolved config; its data and text encoder give the shapes that are not given."""
+    """The backbone of a resolved config, with the given shapes, else the shapes of its data and text encoder."""
     model = build_model(config, make_tokenizer(config))
     shapes = latents or model.latent_shape, text or (model.text_encoder.length, model.text_encoder.dim)
     return _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps})
@@ -43,7 +49,7 @@ def of_experiment(
 def of_backbone(
     section: ConfigDict, latents: Sequence[int] | None = None, text: Sequence[int] | None = None
 ) -> Counted:
-    """A backbone alone, from the section `backbone` of a resolved config; by default of `LATENTS` and `TEXT`."""
+    """A single backbone from the section `backbone` of a resolved config, by default with `LATENTS` and `TEXT`."""
     return _counted(section, latents or LATENTS, text or TEXT, {})
 
 
@@ -51,13 +57,14 @@ def main(counted: Counted, *, depth: int = 1, as_json: bool = False) -> int:
     """Prints the count as a table or as one JSON object; returns the exit code.
 
     Args:
-      depth: levels of modules in the breakdown.
+      counted: the backbone and its shapes.
+      depth: levels of modules to list separately.
     """
     from scaling_dit.costs.count import count
 
     result = count(counted.module, counted.latents, counted.text)
     about = {"backbone": counted.name, "latents": counted.latents, "text": counted.text}
-    rows = _figures(result, counted.training)
+    rows = _numbers(result, counted.training)
     modules = result.by_module(depth)
     if as_json:
         costs = {name: dataclasses.asdict(cost) for name, cost in modules.items()}
@@ -78,31 +85,31 @@ def _counted(
     return Counted(section.name, module, (height, width, channels), (length, dim), training)
 
 
-def _figures(result: "Count", training: dict[str, int]) -> dict[str, int]:
+def _numbers(result: "Count", training: dict[str, int]) -> dict[str, int]:
     names = ("params", "macs_paper", "macs_attention", "macs_total", "activation_bytes")
-    figures = {name: getattr(result, name) for name in names}
+    numbers = {name: getattr(result, name) for name in names}
     if training:
         for convention in ("paper", "total"):
-            figures[f"train_flops_{convention}"] = result.train_flops(**training, convention=convention)
-    return figures
+            numbers[f"train_flops_{convention}"] = result.train_flops(**training, convention=convention)
+    return numbers
 
 
 _MEANING = {
     "params": "parameters",
-    "macs_paper": "multiply-accumulates per picture, convolutions and linear layers",
-    "macs_attention": "those of them inside attention and transformer modules",
-    "macs_total": "multiply-accumulates per picture, with the products inside attention",
-    "activation_bytes": "bytes per picture kept for the backward pass, about",
+    "macs_paper": "multiply-accumulates per image, convolutions and linear layers",
+    "macs_attention": "the part of macs_paper inside attention and transformer modules",
+    "macs_total": "multiply-accumulates per image, with the products inside attention",
+    "activation_bytes": "bytes per image kept for the backward pass, about",
     "train_flops_paper": "training FLOPs, without the products inside attention",
     "train_flops_total": "training FLOPs",
 }
 
 
-def _table(about: dict[str, Any], figures: dict[str, int], modules: dict[str, "Cost"]) -> str:
-    """The inputs, the figures, and the cost of each module."""
+def _table(about: dict[str, Any], numbers: dict[str, int], modules: dict[str, "Cost"]) -> str:
+    """The inputs, the backbone's numbers, and the cost of each module."""
     lines = [", ".join(f"{name} {_plain(value)}" for name, value in about.items()), ""]
     lines += [
-        f"{name:17}  {value:>29,}  {_short(value):>7}  {_MEANING[name]}" for name, value in figures.items()
+        f"{name:17}  {value:>29,}  {_short(value):>7}  {_MEANING[name]}" for name, value in numbers.items()
     ]
     width = max(map(len, [*modules, "module"]))
     columns = {
@@ -113,7 +120,7 @@ def _table(about: dict[str, Any], figures: dict[str, int], modules: dict[str, "C
     }
     lines += ["", f"{'module':{width}}" + "".join(f"  {title:>18}" for title in columns.values())]
     for name, cost in modules.items():
-        lines.append(f"{name:{width}}" + "".join(f"  {getattr(cost, figure):18,}" for figure in columns))
+        lines.append(f"{name:{width}}" + "".join(f"  {getattr(cost, column):18,}" for column in columns))
     return "\n".join(lines)
 
 
@@ -122,7 +129,7 @@ def _plain(value: Any) -> str:
 
 
 def _short(value: int) -> str:
-    """Three digits and a unit: 1.37 G."""
+    """A number with three digits and a unit: 1.37 G."""
     for power, unit in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {unit}"

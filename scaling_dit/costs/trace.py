@@ -1,6 +1,6 @@
-"""Walks a traced program: its matrix products and convolutions by scope, and what its inputs reach.
+"""Walks a traced program: counts its matrix products and convolutions by scope, and follows its inputs.
 
-A product is output size x summed terms, a scanned body counts as often as it runs, and of a branch the costlier side.
+A product counts as output size x summed terms, a scanned body as often as it runs, a branch by its costliest side.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jax.extend import core as jex
 from scaling_dit.errors import UserError
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
-# Primitives that run their one inner program once on exactly their operands.
+# Primitives that run their one inner program once, on exactly their operands.
 _CALLS = {
     "jit",
     "pjit",
@@ -29,7 +29,7 @@ _CALLS = {
 
 @dataclasses.dataclass
 class Macs:
-    """Multiply-accumulates: of products with an operand that no input reaches, such as a weight, and of all."""
+    """Multiply-accumulates: `linear` of products with an operand that depends on no input (a weight), `all` of all."""
 
     linear: int = 0
     all: int = 0
@@ -40,9 +40,9 @@ class Macs:
 
 
 class Walker:
-    """Walks programs and adds up their products in `macs`, by scope: the names of the modules around, joined by "/".
+    """Walks programs and sums their products in `macs` by scope: the names of the enclosing modules, joined by "/".
 
-    `name` is the backbone's, for error lines.
+    `name` is the backbone's, for error messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -50,13 +50,19 @@ class Walker:
         self.macs: dict[str, Macs] = {}
 
     def run(self, jaxpr: Any, reached: Sequence[bool], scope: str = "", times: int = 1) -> list[bool]:
-        """Counts `times` runs of the program; `reached` says of each operand whether an input of the model reaches it.
+        """Counts `times` runs of the program.
+
+        Args:
+          jaxpr: the program.
+          reached: for each operand whether it depends on an input of the model.
+          scope: the enclosing modules.
+          times: number of runs.
 
         Returns:
-          The same for each of the program's results.
+          For each result whether it depends on an input of the model.
 
         Raises:
-          UserError: products that cannot be counted, in a loop of unknown length or a hand-written kernel.
+          UserError: products cannot be counted, in a loop of unknown length or a hand-written kernel.
         """
         env: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, False)
         env |= dict(zip(jaxpr.invars, reached, strict=True))
@@ -90,13 +96,14 @@ class Walker:
         return [any(operands)] * len(eqn.outvars)
 
     def _scan(self, eqn: Any, operands: list[bool], scope: str, times: int) -> list[bool]:
-        # Operands are constants, carries, then what is read step by step; results are carries, then what is stacked.
-        # Versions of jax count them under different names, but only what goes step by step has an axis less inside.
+        # Operands are constants, carries, then arrays that are read step by step; results are carries, then stacked
+        # arrays. Versions of jax name their counts differently, but only stepwise arrays have one axis less inside.
         body = eqn.params["jaxpr"].jaxpr
         carries = sum(map(_same_rank, eqn.outvars, body.outvars))
         consts = sum(map(_same_rank, eqn.invars, body.invars)) - carries
         state = operands[consts : consts + carries]
-        while True:  # a carry is reached if any iteration's is
+        # A carry depends on an input if it does in any iteration.
+        while True:
             inputs = operands[:consts] + state + operands[consts + carries :]
             outputs = Walker(self.name).run(body, inputs, scope, 0)
             merged = [a or b for a, b in zip(state, outputs[:carries], strict=True)]
@@ -106,7 +113,7 @@ class Walker:
         return self.run(body, inputs, scope, times * eqn.params["length"])
 
     def _cond(self, eqn: Any, operands: list[bool], scope: str, times: int) -> list[bool]:
-        """The branch with the most products counts; an output is reached if the choice or any branch's output is."""
+        """Counts the branch with the most products. An output depends on an input if the choice or any branch does."""
         choice, *inputs = operands
         walkers, outputs = [], []
         for branch in eqn.params["branches"]:
@@ -125,9 +132,9 @@ def _dot_macs(eqn: Any) -> int:
 
 
 def _conv_macs(eqn: Any) -> int:
-    """Output size x terms per output; the kernel's input axis is already that of one group.
+    """Output size x terms per output; the kernel's input axis has the size of one group.
 
-    Of a transposed convolution only the terms that do not hit the zeros between inputs count.
+    In a transposed convolution the terms on the zeros between inputs do not count.
     """
     kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
     terms = math.prod(kernel[axis] for axis in spec[1:])
@@ -142,7 +149,8 @@ def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)  # of a closed one
+            # A closed jaxpr holds its jaxpr.
+            item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):
                 found.append(item)
     return found

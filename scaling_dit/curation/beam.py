@@ -1,7 +1,7 @@
-"""Apache Beam: what needs all of a data set runs over its shards, on one machine or on Dataflow, Flink or Spark.
+"""Runs jobs over all shards of a data set with Apache Beam, on one machine or on Dataflow, Flink or Spark.
 
-A pipeline gets the names of the shards; a worker opens the source itself, reads one shard from end to end and passes on
-small summaries, never images. Any order and any number of workers give the same result.
+A pipeline gets the numbers of the shards. A worker opens the source itself, reads one shard from start to end and
+passes on small summaries, never images. Any order and any number of workers give the same result.
 """
 
 import json
@@ -27,7 +27,7 @@ def pipeline(runner: str, arguments: Sequence[str]) -> beam.Pipeline:
       arguments: options of Beam and of the runner, such as --project=NAME or --direct_num_workers=4.
 
     Raises:
-      UserError: no such runner, or options that it refuses.
+      UserError: the runner does not exist or refuses the options.
     """
     for argument in arguments:
         if not argument.startswith("--"):
@@ -42,16 +42,18 @@ def run(pipe: beam.Pipeline) -> None:
     """Runs a pipeline to its end.
 
     Raises:
-      UserError: a worker met one, or the runner gave up.
+      UserError: a worker raised one, or the runner gave up.
     """
     workers = logging.getLogger("apache_beam.runners.common")
     level = workers.level
-    workers.setLevel(logging.CRITICAL)  # it logs the traceback of what is raised here
+    # Beam would log the traceback of the error that is raised here.
+    workers.setLevel(logging.CRITICAL)
     try:
         state = pipe.run().wait_until_finish()
     except Exception as error:
         faults = [cause for cause in _causes(error) if isinstance(cause, UserError)]
-        if faults:  # the last one is as it was raised; Beam added the step's name to the others
+        # The last cause is the original error; Beam adds the step's name to the others.
+        if faults:
             raise UserError(str(faults[-1])) from error
         raise
     finally:
@@ -61,20 +63,20 @@ def run(pipe: beam.Pipeline) -> None:
 
 
 def shards_of(pipe: beam.Pipeline, source: RawName) -> beam.PCollection[int]:
-    """The numbers of a source's shards, dealt out to the workers."""
+    """The numbers of a source's shards, distributed to the workers."""
     numbers = list(range(len(open_raw(source).shards())))
     return pipe | "Shards" >> beam.Create(numbers, reshuffle=False) | beam.Reshuffle()
 
 
 def write_json(values: beam.PCollection[tuple[str, Any]], path: epath.PathLike) -> None:
-    """Writes all (name, value) pairs as one JSON object, by one worker."""
+    """Writes all (name, value) pairs as one JSON object, on one worker."""
     _ = values | "Collect" >> beam.combiners.ToDict() | "Write" >> beam.Map(_write_object, str(path))
 
 
 def write_shards(rows: beam.PCollection[tuple[str, Any]], folder: epath.PathLike) -> None:
-    """Writes (shard, (position, row) or None) as one file of rows per shard, in the order of the positions.
+    """Writes (shard, (position, row)) as one file of rows per shard, in the order of the positions.
 
-    None names a shard that may have no rows.
+    (shard, None) makes sure that a shard without rows gets a file as well.
     """
     grouped = rows | "ByShard" >> beam.GroupByKey()
     _ = grouped | "WriteShard" >> beam.Map(_write_shard, str(folder))

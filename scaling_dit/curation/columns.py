@@ -1,11 +1,11 @@
-"""The columns of a raw sample that a filter expression reads: its metadata, and what is known of the sample itself.
+"""The columns of a raw sample that a filter expression reads: its metadata, and these columns of its own.
 
-    width, height  of the image as it is shown, in pixels, from its header
+    width, height  of the upright image, in pixels, from its header
     bytes          size of the encoded image
-    key            names the sample
-    caption        the first caption; `captions` all of them, `kinds` what each is (alt, synthetic or long)
+    key            key of the sample
+    caption        the first caption; `captions` has all of them, `kinds` the kind of each (alt, synthetic or long)
 
-These names hide columns of the metadata of the same name: a stored width is often that of an image before resizing.
+These names hide metadata of the same name, because a stored width is often the width before resizing.
 """
 
 import io
@@ -17,11 +17,12 @@ from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.image_files import RawSample
 
-_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)  # Exif: turned by a quarter
+# Exif tag of the orientation, and its values for images turned by 90 degrees.
+_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
 
 
 def columns(sample: RawSample) -> dict[str, Any]:
-    """Column -> value of one sample; the image is not decoded.
+    """Column -> value of one sample, without decoding the image.
 
     Raises:
       DamagedRecord: unreadable_image, if the image's header cannot be read.
@@ -40,7 +41,7 @@ def columns(sample: RawSample) -> dict[str, Any]:
 
 
 def shown_size(sample: RawSample) -> tuple[int, int]:
-    """(width, height) in pixels from an image's header, after the turn that a camera recorded.
+    """(width, height) in pixels from an image's header, after the rotation that a camera recorded.
 
     Raises:
       DamagedRecord: unreadable_image.
@@ -51,7 +52,8 @@ def shown_size(sample: RawSample) -> tuple[int, int]:
             turned = image.getexif().get(_ORIENTATION) in _SIDEWAYS
     except MemoryError:
         raise
-    except Exception as error:  # as in images.decode
+    # As in images.decode, any other error means damage.
+    except Exception as error:
         raise DamagedRecord(
             "unreadable_image", sample.where, f"no header of a known format in image {sample.key!r}"
         ) from error

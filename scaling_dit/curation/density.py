@@ -1,9 +1,9 @@
-"""Information density of captions: how many of them name what TIFA asks for (arXiv 2412.12391, section 6.3).
+"""Information density of captions: how many of them name the elements of TIFA questions (arXiv 2412.12391, 6.3).
 
 A TIFA question file names the elements of its captions, each a phrase with a type ("red": color, "two dogs": counting).
-A caption contains a phrase if the phrase's words stand in it one after the other. Words are the runs of letters and
-digits of each, in lower case; the last word may be in the singular or in the regular plural. The density of a type is
-the share of captions that contain at least one of its phrases.
+A caption contains a phrase if it has the phrase's words in sequence. Words are runs of letters and digits, in lower
+case; the last word may be singular or regular plural. The density of a type is the share of captions that contain at
+least one phrase of the type.
 """
 
 import itertools
@@ -23,7 +23,7 @@ Phrase = tuple[str, ...]
 
 
 class Elements:
-    """The element phrases of a TIFA question file, ready to be looked for.
+    """The element phrases of a TIFA question file, indexed for search.
 
     Args:
       phrases: (phrase, element type); one phrase may have several types.
@@ -31,7 +31,8 @@ class Elements:
 
     def __init__(self, phrases: Iterable[tuple[str, str]]) -> None:
         types: dict[Phrase, set[str]] = defaultdict(set)
-        self.phrases: Counter[str] = Counter()  # distinct phrases by type
+        # The number of distinct phrases by type.
+        self.phrases: Counter[str] = Counter()
         for text, kind in sorted(set(phrases)):
             tokens = tuple(_TOKEN.findall(text.lower()))
             if tokens:
@@ -42,7 +43,7 @@ class Elements:
         self._lengths = sorted({len(phrase) for phrase in types})
 
     def in_caption(self, caption: str) -> set[str]:
-        """The element types of which the caption contains a phrase."""
+        """The element types with a phrase in the caption."""
         tokens = _TOKEN.findall(caption.lower())
         starts = itertools.product(range(len(tokens)), self._lengths)
         runs = (self._types.get(tuple(tokens[i : i + n]), ()) for i, n in starts)
@@ -53,7 +54,7 @@ def read_elements(path: epath.PathLike) -> Elements:
     """The elements of a TIFA v1.0 question file: a list of rows with `element` and `element_type`.
 
     Raises:
-      UserError: no such file, or not of this form.
+      UserError: the file is missing or has another form.
     """
     file = epath.Path(path)
     if not file.is_file():
@@ -73,7 +74,7 @@ def read_elements(path: epath.PathLike) -> Elements:
 
 
 def table(found: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> str:
-    """Densities for people: element type -> caption kind -> share."""
+    """Densities as a text table, from element type -> caption kind -> share."""
     lines = [f"{'contains':<16}" + "".join(f"{kind:>12}" for kind in kinds)]
     for element, shares in sorted(found.items()):
         lines.append(f"{element:<16}" + "".join(f"{shares[kind]:>12.1%}" for kind in kinds))

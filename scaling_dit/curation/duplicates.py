@@ -1,13 +1,13 @@
-"""Near-duplicate pictures by a perceptual hash.
+"""Finds near-duplicate images by a perceptual hash.
 
-`perceptual_hash` is the DCT hash of pHash (Zauner 2010): luminance at 32 x 32 pixels, its two-dimensional DCT-II, and
-of the 64 coefficients of the frequencies 1 to 8 in each direction one bit each: whether it is above their median.
-Resizing, recompression and small changes of colour move few bits; a mirrored or rotated picture is another one. A
-picture without structure at these frequencies (a plain area) has no hash and is nobody's near-duplicate.
+`perceptual_hash` is the DCT hash of pHash (Zauner 2010). It takes the luminance at 32 x 32 pixels and its
+two-dimensional DCT-II. Each of the 64 coefficients of the frequencies 1 to 8 in each direction gives one bit: whether
+it is above their median. Resizing, recompression and small changes of colour flip few bits; mirroring or rotation gives
+another hash. An image without structure at these frequencies (a plain area) has no hash and no near-duplicates.
 
-Two pictures are near-duplicates if their hashes differ in at most `distance` bits. All such pairs are found, exactly:
-the 64 bits are cut into `distance` + 1 bands, and two hashes that differ in `distance` bits agree in at least one whole
-band, so only pictures with a band in common need be compared.
+Two images are near-duplicates if their hashes differ in at most `distance` bits. All such pairs are found: the 64 bits
+are divided into `distance` + 1 bands, and hashes that differ in at most `distance` bits agree in at least one band. So
+only images with a band in common need to be compared.
 """
 
 import itertools
@@ -18,14 +18,17 @@ import scipy.fft
 from PIL import Image
 
 BITS = 64
-MAX_DISTANCE = 15  # bands of 4 bits; far beyond what pictures that look alike differ by
+# With this distance bands have 4 bits. Images that look alike differ by far fewer bits.
+MAX_DISTANCE = 15
 _SIDE, _FREQUENCIES = 32, slice(1, 9)
-_FLAT = 1.0  # largest coefficient, in grey levels, of a picture without structure
-_BLOCK = 2048  # hashes compared with all better ones at once
+# An image has no structure if its largest coefficient is below this, in grey levels.
+_FLAT = 1.0
+# Hashes that are compared at once with all better ones.
+_BLOCK = 2048
 
 
 def perceptual_hash(image: Image.Image) -> int | None:
-    """The 64-bit hash of an RGB picture of any size; None if it has no structure."""
+    """The 64-bit hash of an RGB image of any size; None for an image without structure."""
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     spectrum = scipy.fft.dctn(np.asarray(small, np.float64), norm="ortho")[_FREQUENCIES, _FREQUENCIES]
     if np.abs(spectrum).max() < _FLAT:
@@ -42,16 +45,17 @@ def bands(value: int, distance: int) -> Iterator[tuple[int, int]]:
 
 
 def first_near(hashes: Sequence[int], distance: int) -> list[int | None]:
-    """For each hash the index of the first one before it that is within `distance` bits; None if there is none.
+    """For each hash the index of the first earlier hash within `distance` bits, or None.
 
-    Time grows with the square of the number of hashes, memory does not.
+    Time grows with the square of the number of hashes, memory linearly.
     """
     values = np.asarray(hashes, np.uint64)
     found: list[int | None] = []
     for start in range(0, len(values), _BLOCK):
         block = values[start : start + _BLOCK]
         best = np.full(len(block), -1)
-        for other in reversed(range(0, start + len(block), _BLOCK)):  # the earliest block has the last word
+        # The earliest block comes last and overrides the others.
+        for other in reversed(range(0, start + len(block), _BLOCK)):
             near = np.bitwise_count(block[:, None] ^ values[None, other : other + _BLOCK]) <= distance
             columns = np.arange(other, other + near.shape[1])
             near &= columns[None] < np.arange(start, start + len(block))[:, None]

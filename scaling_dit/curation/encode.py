@@ -1,7 +1,7 @@
-"""One raw shard to prepared records: decode, filter, cut, encode in batches on the local accelerators, write.
+"""Converts one raw shard to prepared records: decodes, filters, crops, encodes on the local accelerators, writes.
 
-The result depends on the raw shard and the request alone: pictures are decoded by threads but taken in the shard's
-order, batches are made of one shard, and a last one is filled up to the shape of the others.
+The result depends only on the raw shard and the request. Threads decode images, but batches take them in the shard's
+order; a batch has images of one shard only, and the last batch is padded to the shape of the others.
 """
 
 import concurrent.futures
@@ -29,10 +29,11 @@ from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources.image_files import ImageFileSource, RawSample, key_hash
 from scaling_dit.encoders.codec import Codec
 from scaling_dit.errors import UserError
-from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
 
-WRITER_OPTIONS = "group_size:1"  # each record by itself, for random access
+# Each record is its own group, for random access.
+WRITER_OPTIONS = "group_size:1"
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _PLAIN = (str, int, float, bool)
@@ -40,15 +41,15 @@ _PLAIN = (str, int, float, bool)
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which samples of a raw shard are encoded, and what of them is kept beside the moments.
+    """Selects the samples of a raw shard that are encoded, and the metadata that their records keep.
 
     Attributes:
-      sizes: height and width that pictures are brought to, see `shape.bucket_sizes`.
-      min_size: px; pictures with a shorter side are left out ("too_small").
+      sizes: heights and widths that images are resized to, see `shape.bucket_sizes`.
+      min_size: in pixels; images with a shorter side are left out ("too_small").
       keep: an expression over a sample's columns (`columns.py`); None keeps all.
       columns: names of metadata that records keep.
-      held_out_fraction: share of the pictures that go to the held-out split, by a hash of their keys.
-      max_pixels: larger pictures are damaged records.
+      held_out_fraction: share of the images that go to the held-out split, by a hash of their keys.
+      max_pixels: larger images are damaged records.
     """
 
     sizes: tuple[shape.Size, ...]
@@ -59,11 +60,11 @@ class Selection:
     max_pixels: int = images.MAX_PIXELS
 
     def split(self, key: str) -> str:
-        """The split of a picture."""
+        """The split of the image with this key."""
         return manifest.SPLITS[key_hash(key) < self.held_out_fraction]
 
     def why_not(self, sample: RawSample) -> str | None:
-        """Why a sample is left out, from its metadata and its image's header; None if it is not.
+        """The reason to leave out a sample, by its metadata and its image's header; None to encode it.
 
         Raises:
           DamagedRecord: unreadable_image.
@@ -77,7 +78,7 @@ class Selection:
 
 
 class Ready(NamedTuple):
-    """A sample that will be a record."""
+    """A sample that becomes a record."""
 
     sample: RawSample
     shaped: shape.Shaped
@@ -85,7 +86,7 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """A sample that will not; damaged ones come as DamagedRecord."""
+    """A sample that becomes no record. Damaged samples are a DamagedRecord instead."""
 
     reason: str
 
@@ -96,7 +97,7 @@ Outcome = Ready | LeftOut | DamagedRecord
 def prepare_sample(
     sample: RawSample | DamagedRecord, selection: Selection, kept: Callable[[str], bool] = lambda key: True
 ) -> Outcome:
-    """Decides on one sample and brings its picture to size; runs in threads."""
+    """Decides on one sample and resizes its image. Runs in threads."""
     if isinstance(sample, DamagedRecord):
         return sample
     if not kept(sample.key):
@@ -111,37 +112,37 @@ def prepare_sample(
 
 
 class Encoder:
-    """Moments of pictures, computed on all local devices; one program for each size.
+    """Computes moments of images on all local devices, with one program for each size.
 
     Args:
       codec: gives the moments.
-      params: its weights.
-      batch: pictures at once; rounded up to what the local devices divide.
+      params: the codec's weights.
+      batch: images at once; rounded up to a multiple of the local devices.
     """
 
     def __init__(self, codec: Codec, params: Any, batch: int) -> None:
-        self._mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+        self._mesh = make_mesh(devices=jax.local_devices())
         self.batch = rules.round_batch(self._mesh, batch)
         self._params = params
         self._codec = codec
         self._sharding = rules.batch_sharding(self._mesh)
         self._run = jax.jit(
-            lambda weights, pictures: codec.moments(weights, pictures).astype(jnp.bfloat16),
+            lambda weights, pixels: codec.moments(weights, pixels).astype(jnp.bfloat16),
             out_shardings=self._sharding,
         )
 
     def moments_shape(self, size: shape.Size) -> tuple[int, int, int]:
-        """[h, w, M] of the moments of pictures of a size; nothing is computed."""
-        pictures = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-        _, height, width, depth = jax.eval_shape(self._codec.moments, self._params, pictures).shape
+        """The shape [h, w, M] of the moments of images of a size, without computing any."""
+        pixels = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+        _, height, width, depth = jax.eval_shape(self._codec.moments, self._params, pixels).shape
         return height, width, depth
 
-    def __call__(self, pictures: list[np.ndarray]) -> jax.Array:
-        """At most `batch` pictures uint8 [H, W, 3] -> moments bfloat16 [batch, h, w, M], still being computed.
+    def __call__(self, pixels: list[np.ndarray]) -> jax.Array:
+        """At most `batch` images uint8 [H, W, 3] -> moments bfloat16 [batch, h, w, M], computed asynchronously.
 
-        The rows beyond the pictures are those of a repeated one.
+        The remaining rows repeat the first image.
         """
-        rows = np.stack([*pictures, *itertools.repeat(pictures[0], self.batch - len(pictures))])
+        rows = np.stack([*pixels, *itertools.repeat(pixels[0], self.batch - len(pixels))])
         with rules.activate(self._mesh):
             return self._run(self._params, jax.device_put(rows, self._sharding))
 
@@ -156,20 +157,23 @@ def encode_shard(
     threads: int,
     kept: Callable[[str], bool] = lambda key: True,
     captions: Mapping[str, Iterable[MadeCaption]] | None = None,
-    tell: Callable[[int], None] = lambda pictures: None,
+    on_progress: Callable[[int], None] = lambda count: None,
 ) -> manifest.Part:
-    """Writes the records of one raw shard and returns what was done; the files are there once it returns.
+    """Writes the records of one raw shard and returns its part of the manifest. The files exist once it returns.
 
     Args:
-      number: of the raw shard.
+      source: the raw source.
+      number: index of the raw shard.
+      selection: which samples to encode.
+      encoder: computes the moments.
       out: folder of the prepared set.
-      threads: that decode.
-      kept: whether a key is in the list of those that were kept.
-      captions: further captions by key, after the sample's own.
-      tell: called with the number of pictures written since the last call.
+      threads: number of threads that decode.
+      kept: whether the list of kept samples has a key.
+      captions: further captions by key, added after the sample's own.
+      on_progress: called with the number of images written since the last call.
 
     Raises:
-      UserError: a file cannot be read or written; files of this shard are then not there.
+      UserError: a file cannot be read or written. Then no file of this shard exists.
     """
     filtered, damaged, count = Counter[str](), list[dict[str, str]](), 0
     waiting: dict[shape.Size, list[Ready]] = {size: [] for size in selection.sizes}
@@ -183,11 +187,12 @@ def encode_shard(
                 made = (captions or {}).get(ready.sample.key, ())
                 record = to_record(ready, rows, selection.columns, made)
                 writers.write(selection.split(record.key), ready.shaped.size, records.encode(record))
-            tell(len(group))
+            on_progress(len(group))
 
         def encode(group: list[Ready]) -> None:
             encoded.append((group, encoder([ready.shaped.pixels for ready in group])))
-            if len(encoded) > 1:  # while the device works on this one, the one before is written
+            # Write the previous batch while the device computes this one.
+            if len(encoded) > 1:
                 write()
 
         samples = source.samples(number)
@@ -217,7 +222,7 @@ def encode_shard(
 def to_record(
     ready: Ready, moments: np.ndarray, names: Iterable[str], made: Iterable[MadeCaption] = ()
 ) -> records.Prepared:
-    """The record of an encoded sample with the metadata of these names, as far as it is there and of plain values."""
+    """The record of an encoded sample. It keeps the named metadata that exists and has plain values."""
     sample, shaped = ready
     made = list(made)
     kept = {name: sample.metadata[name] for name in names if _is_plain(sample.metadata.get(name))}
@@ -238,7 +243,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def in_order(items: Iterable[_T], work: Callable[[_T], _R], threads: int, ahead: int) -> Iterator[_R]:
-    """`map(work, items)` by threads, in order, at most `ahead` items ahead of the one given."""
+    """`map(work, items)` in threads, in order, working at most `ahead` items ahead of the consumer."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         pending: deque[concurrent.futures.Future[_R]] = deque()
         try:
@@ -254,7 +259,7 @@ def in_order(items: Iterable[_T], work: Callable[[_T], _R], threads: int, ahead:
 
 
 class _Writers:
-    """The files of one part, opened at their first record and published when the stack closes without an error."""
+    """The files of one part. Each is opened at its first record, and renamed when the stack closes without an error."""
 
     def __init__(self, stack: contextlib.ExitStack, out: epath.Path, number: int) -> None:
         self._stack, self._out, self._number = stack, out, number
@@ -270,7 +275,7 @@ class _Writers:
             file = f"{manifest.SHARDS}/{name}.array_record"
             local = self._stack.enter_context(files.staged(self._out / file))
             self._open[key] = ArrayRecordWriter(str(local), WRITER_OPTIONS), local, file
-        with self._told(self._open[key][2]):
+        with self._write_errors(self._open[key][2]):
             self._open[key][0].write(data)
         self._counts[key] += 1
 
@@ -279,17 +284,19 @@ class _Writers:
         shards = []
         for key in sorted(self._open):
             writer, local, file = self._open[key]
-            with self._told(file):
+            with self._write_errors(file):
                 writer.close()
             size, checksum = local.stat().st_size, files.sha256(local)
             shards.append(manifest.Shard(file, *key, self._counts[key], size, checksum))
         return tuple(shards)
 
     @contextlib.contextmanager
-    def _told(self, file: str) -> Iterator[None]:
+    def _write_errors(self, file: str) -> Iterator[None]:
+        """Raises an error of ArrayRecord as a UserError that names the file."""
         try:
             yield
-        except RuntimeError as error:  # ArrayRecord's only one, for a full disk as for anything else
+        # ArrayRecord raises a RuntimeError for every fault, a full disk included.
+        except RuntimeError as error:
             why = str(error).split(";")[0]
             raise UserError(
                 f"cannot write {self._out / file}: {why}; files finished before are whole"

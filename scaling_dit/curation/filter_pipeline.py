@@ -1,19 +1,18 @@
-"""`filter`: which samples of a raw source are kept, and why the others are not.
+"""The verb `filter`: decides which samples of a raw source are kept, and gives the reason for the others.
 
-A sample is dropped for the first of these reasons that holds:
+A sample is dropped for the first of these reasons that applies:
 
     damaged:KIND     it cannot be read
     filter, ...      the expression is False for it or has no value (`filters`)
-    exact_duplicate  its image file is byte for byte that of a better sample
-    near_duplicate   a better sample looks the same: their perceptual hashes differ in at most `distance` bits
-                     (`duplicates`)
+    exact_duplicate  its image file has the same bytes as a better sample's
+    near_duplicate   its perceptual hash differs from a better sample's in at most `distance` bits (`duplicates`)
 
-Better is the sample with more pixels, then the earlier one in the order of the shards. Duplicates are looked for among
-the samples that no earlier reason drops, and a near-duplicate may itself be the reason for another: of pictures that
-form a chain the best stays, and each of the others that stay is near no better one.
+The better sample has more pixels, or, with as many, comes earlier in the order of the shards. Duplicates are searched
+among the samples that no earlier reason drops. A near-duplicate of a better sample is dropped even if that sample is
+dropped for the same reason, so no kept image is near a better one.
 
-For each shard one file of JSON lines is written, a line per sample in its order: {"key": KEY} if it is kept, else with
-"dropped": REASON and, for a duplicate, "of": the key of the best sample that it is a duplicate of. `filter.json` holds
+Each shard gets one file of JSON lines, a line per sample in the shard's order: {"key": KEY} for a kept sample; a
+dropped one also has "dropped": REASON and, for a duplicate, "of": the key of its best duplicate. `filter.json` holds
 the counts by reason.
 """
 
@@ -36,18 +35,20 @@ from scaling_dit.data.sources.image_files import RawSample
 
 KEPT, EXACT, NEAR = "kept", "exact_duplicate", "near_duplicate"
 SUMMARY = sidecar.SETTINGS[sidecar.FILTER]
-Rank = tuple[int, int, int]  # minus pixels, shard, position: the least is the best
-Verdict = tuple[str, tuple[int, dict[str, str]]]  # shard, position, row of its file
+# (minus pixels, shard, position): the least is the best.
+Rank = tuple[int, int, int]
+# (shard, (position, row of the shard's file)).
+Verdict = tuple[str, tuple[int, dict[str, str]]]
 
 
 class Seen(NamedTuple):
-    """A sample that passed the filter."""
+    """A sample that passed the filter. `digest` is the sha256 of its image file, `hash` its perceptual hash."""
 
     rank: Rank
     key: str
     shard: str
-    digest: bytes  # sha256 of the image file
-    hash: int | None  # perceptual
+    digest: bytes
+    hash: int | None
 
 
 def main(
@@ -61,20 +62,20 @@ def main(
     beam_options: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
-    """The verb `filter`: writes the lists and prints the counts.
+    """Does the work of `filter`: writes the lists and prints the counts.
 
     Args:
       source: a source of encoded images.
       out: folder of the lists, local or remote.
-      keep: filter expression; None keeps what can be read.
-      duplicates: none, exact, or near, which includes exact.
-      distance: most bits in which the hashes of near-duplicates differ.
-      runner: of Beam.
+      keep: filter expression; None keeps every readable sample.
+      duplicates: "none", "exact", or "near", which includes exact ones.
+      distance: the most bits in which the hashes of near-duplicates differ.
+      runner: name of Beam's runner.
       beam_options: passed to Beam.
-      as_json: print the counts as JSON.
+      as_json: whether to print the counts as JSON.
 
     Raises:
-      UserError: no such source or runner, or a wrong expression.
+      UserError: the source or runner does not exist, or the expression is wrong.
     """
     chosen = filters.parse(keep) if keep else None
     settings = {"source": source.name} | dict(source.fields)
@@ -98,7 +99,7 @@ def build(
     distance: int,
     settings: dict[str, Any],
 ) -> None:
-    """Adds the whole of the work to a pipeline; arguments as in `main`, `settings` are written beside the counts."""
+    """Adds all of the work to a pipeline. Arguments as in `main`; `settings` are written with the counts."""
     read = engine.shards_of(pipe, source) | "Read" >> beam.ParDo(
         _Read(source, keep, hashed=duplicates == "near")
     ).with_outputs("dropped", "shards", main="seen")
@@ -122,7 +123,7 @@ def build(
 
 
 class _Read(beam.DoFn):
-    """One shard's samples: dropped ones as verdicts, the others as `Seen`, and the shard's name."""
+    """Reads one shard: gives dropped samples as verdicts, the others as `Seen`, and the shard's name."""
 
     def __init__(self, source: RawName, keep: filters.Filter | None, hashed: bool) -> None:
         self._source, self._keep, self._hashed = source, keep, hashed
@@ -135,7 +136,7 @@ class _Read(beam.DoFn):
             try:
                 if isinstance(sample, DamagedRecord):
                     raise sample
-                found = self._look(sample, source.max_pixels)
+                found = self._examine(sample, source.max_pixels)
             except DamagedRecord as fault:
                 key = fault.where if isinstance(sample, DamagedRecord) else sample.key
                 row = {"key": key, "dropped": f"damaged:{fault.kind}"}
@@ -145,24 +146,24 @@ class _Read(beam.DoFn):
                 row = {"key": sample.key, "dropped": found}
                 yield beam.pvalue.TaggedOutput("dropped", (name, (position, row)))
             else:
-                pixels, digest, looks = found
-                yield Seen((-pixels, shard, position), sample.key, name, digest, looks)
+                pixels, digest, phash = found
+                yield Seen((-pixels, shard, position), sample.key, name, digest, phash)
 
-    def _look(self, sample: RawSample, max_pixels: int) -> str | tuple[int, bytes, int | None]:
-        """The reason to drop a sample, or its pixels, digest and hash."""
+    def _examine(self, sample: RawSample, max_pixels: int) -> str | tuple[int, bytes, int | None]:
+        """The reason to drop a sample, or its number of pixels, digest and perceptual hash."""
         row = columns(sample)
         reason = self._keep.why_not(row) if self._keep else None
         if reason:
             return reason
-        looks = None
+        phash = None
         if self._hashed:
             image = images.decode(sample.image, sample.where, sample.key, max_pixels)
-            looks = perceptual_hash(image)
-        return row["width"] * row["height"], hashlib.sha256(sample.image).digest(), looks
+            phash = perceptual_hash(image)
+        return row["width"] * row["height"], hashlib.sha256(sample.image).digest(), phash
 
 
 def _exact(_: bytes, group: Iterable[Seen]) -> Iterator[Any]:
-    """Of files with the same bytes the best; the others are dropped."""
+    """Keeps the best of the samples whose files have the same bytes, and drops the others."""
     best, *others = sorted(group)
     yield best
     for sample in others:
@@ -170,11 +171,11 @@ def _exact(_: bytes, group: Iterable[Seen]) -> Iterator[Any]:
 
 
 def _near(seen: beam.PCollection[Seen], distance: int) -> tuple[Any, Any]:
-    """(kept, verdicts of dropped ones) by perceptual hash."""
+    """(kept samples, verdicts of dropped ones), by perceptual hash."""
     plain = seen | "Plain" >> beam.Filter(lambda sample: sample.hash is None)
     hashed = seen | "Hashed" >> beam.Filter(lambda sample: sample.hash is not None)
     groups = hashed | "ByHash" >> beam.GroupBy(lambda sample: sample.hash)
-    ranked = groups | "Rank" >> beam.MapTuple(lambda looks, group: (looks, sorted(group)))
+    ranked = groups | "Rank" >> beam.MapTuple(lambda phash, group: (phash, sorted(group)))
     banded = ranked | "Bands" >> beam.FlatMap(
         lambda group: ((band, group[1][0]) for band in bands(group[0], distance))
     )
@@ -186,11 +187,11 @@ def _near(seen: beam.PCollection[Seen], distance: int) -> tuple[Any, Any]:
         | "Join" >> beam.CoGroupByKey()
         | "Near" >> beam.FlatMapTuple(_judge).with_outputs("dropped", main="kept")
     )
-    return (plain, judged.kept) | "KeptLooks" >> beam.Flatten(), judged.dropped
+    return (plain, judged.kept) | "KeptByHash" >> beam.Flatten(), judged.dropped
 
 
 def _compare(group: Iterable[Seen], distance: int) -> Iterator[tuple[int, tuple[Rank, str]]]:
-    """Of samples with a band in common and each another hash: (hash, the best of the better ones near it)."""
+    """For samples with a band in common, each with another hash: (hash, the best of the better samples near it)."""
     samples = sorted(group)
     firsts = first_near([sample.hash or 0 for sample in samples], distance)
     for sample, first in zip(samples, firsts, strict=True):
@@ -199,7 +200,7 @@ def _compare(group: Iterable[Seen], distance: int) -> Iterator[tuple[int, tuple[
 
 
 def _judge(_: int, joined: dict[str, list[Any]]) -> Iterator[Any]:
-    """The samples of one hash, the best first: all dropped, or all but the best."""
+    """Drops the samples of one hash: all of them if a better sample is near, else all but the best."""
     (group,) = joined["group"]
     if joined["better"]:
         ((_, of),) = joined["better"]
@@ -227,7 +228,7 @@ def _summary(counts: dict[str, int], settings: dict[str, Any]) -> dict[str, Any]
 
 
 def table(found: dict[str, Any], folder: epath.Path) -> str:
-    """The counts for people."""
+    """The counts as a text table."""
     total = found["samples"]
     rows = [("samples", total), (KEPT, found[KEPT]), *found["dropped"].items()]
     width = max(len(name) for name, _ in rows)

@@ -1,19 +1,19 @@
-"""Which examples are kept: an expression over their columns, such as `aesthetic >= 5 and min(width, height) >= 256`.
+"""Filters examples by an expression over their columns, such as `aesthetic >= 5 and min(width, height) >= 256`.
 
-The expression has Python's syntax and a small part of its meaning, so text from a config or a command line can do
-nothing but decide:
+The expression has Python's syntax but only these operations, so text from a config or a command line can do nothing
+but decide:
 
     columns       by name; column("odd-name") for a name that is no identifier
     values        numbers, texts, True, False, and lists of them: ["en", "de"]
     comparisons   < <= > >= == != in, not in, also chained: 0.5 < height / width < 2
-    logic         and, or, not; the right side is looked at only where the left side leaves it open
+    logic         and, or, not; the right side is evaluated only if the left side does not decide
     arithmetic    + - * / // % on numbers
     functions     len(x), abs(x), min(x, y, ...), max(x, y, ...), lower(text), number(text), has(column)
 
-Missing columns: an example that lacks the value of a column (no such column, null or NaN) where the expression needs
-it is not kept, and is counted as `missing:COLUMN`. To decide otherwise, ask with `has`, which is False for such a
-value: `not has(punsafe) or punsafe < 0.5` keeps what was never scored. Values are never turned into another type: a
-text compared with a number, say, is counted as `type:` with the part of the expression that met it.
+Missing columns: if the expression needs a value that an example lacks (no such column, null or NaN), the example is
+dropped and counted as `missing:COLUMN`. `has` is False for such a value, so `not has(punsafe) or punsafe < 0.5` keeps
+examples that were never scored. Values are never converted: an example whose text is compared with a number, say, is
+dropped and counted as `type:` with that part of the expression.
 """
 
 import ast
@@ -25,9 +25,11 @@ from typing import Any
 from scaling_dit.errors import UserError, nearest
 
 Row = Mapping[str, Any]
-_Value = Callable[[Row], Any]  # a part of the expression, compiled
+# A compiled part of the expression.
+_Value = Callable[[Row], Any]
 
-MAX_LENGTH = 4000  # characters of an expression, so that neither parsing nor a row can take long
+# The most characters of an expression, so that neither parsing nor a row can take long.
+MAX_LENGTH = 4000
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -47,7 +49,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mod: operator.mod,
 }
 _FUNCTIONS: dict[str, tuple[type | tuple[type, ...], int, int | None, Callable[..., Any]]] = {
-    # name: (type of an argument, fewest, most arguments, what it does)
+    # name: (type of an argument, fewest and most arguments, function)
     "len": ((str, list, tuple), 1, 1, len),
     "abs": ((int, float), 1, 1, abs),
     "min": ((int, float), 2, None, min),
@@ -59,7 +61,7 @@ _COLUMN_FUNCTIONS = ("has", "column")
 
 
 class _NotDecided(Exception):
-    """A row on which the expression has no value; `reason` is counted."""
+    """The expression has no value for a row. Rows are counted by `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -67,10 +69,10 @@ class _NotDecided(Exception):
 
 
 class Filter:
-    """A compiled expression; `keep(row)` is whether an example is kept.
+    """A compiled expression. Called with a row it gives whether the example is kept.
 
     Attributes:
-      columns: the names that the expression reads.
+      columns: the column names that the expression reads.
     """
 
     def __init__(self, expression: str, columns: frozenset[str], value: _Value) -> None:
@@ -82,13 +84,13 @@ class Filter:
         return self.why_not(row) is None
 
     def why_not(self, row: Row) -> str | None:
-        """None if the example is kept, else the reason to count it by.
+        """None if the example is kept, else the reason why it is dropped.
 
         Args:
-          row: column -> value: a number, a text, a bool, a list of them, or None.
+          row: column -> value: a number, a text, a bool, a list of these, or None.
 
         Returns:
-          "filter" where the expression is False; "missing:COLUMN" and "type:PART" where it has no value.
+          "filter" if the expression is False; "missing:COLUMN" or "type:PART" if it has no value.
         """
         try:
             return None if self._value(row) else "filter"
@@ -98,9 +100,8 @@ class Filter:
     def __str__(self) -> str:
         return self._expression
 
-    def __reduce__(
-        self,
-    ) -> tuple[Any, ...]:  # compiled parts cannot be pickled, and Beam sends filters to workers
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the expression's text: Beam sends filters to workers, and the compiled parts cannot be pickled."""
         return parse, (self._expression,)
 
 
@@ -109,10 +110,10 @@ def parse(expression: str, columns: Collection[str] | None = None) -> Filter:
 
     Args:
       expression: what an example must satisfy to be kept.
-      columns: the names that exist, if they are known; None finds out row by row.
+      columns: the names that exist, if they are known; with None a row may lack any column.
 
     Raises:
-      UserError: no valid expression, a part that has no place in one, or a column that does not exist.
+      UserError: the expression is not valid, has an operation not listed above, or names an unknown column.
     """
     if len(expression) > MAX_LENGTH:
         raise UserError(f"the filter has {len(expression)} characters; at most {MAX_LENGTH} are read")
@@ -129,14 +130,14 @@ def parse(expression: str, columns: Collection[str] | None = None) -> Filter:
 
 
 class _Compiler:
-    """Turns the syntax tree of one expression into nested functions of a row."""
+    """Compiles the syntax tree of one expression to nested functions of a row."""
 
     def __init__(self, expression: str, known: Collection[str] | None) -> None:
         self.columns: set[str] = set()
         self._expression, self._known = expression, known
 
     def truth(self, node: ast.expr) -> _Value:
-        """A part that must be true or false."""
+        """Compiles a part that must be true or false."""
         if not _may_be_truth(node):
             raise self._fault(node, "is a value, not a condition; compare it with something")
         value, part = self.value(node), ast.unparse(node)
@@ -150,7 +151,7 @@ class _Compiler:
         return checked
 
     def value(self, node: ast.expr) -> _Value:
-        """Any part."""
+        """Compiles any part."""
         match node:
             case ast.Constant(value=bool() | int() | float() | str() as constant):
                 return lambda row: constant
@@ -208,7 +209,8 @@ class _Compiler:
                 raise _NotDecided(f"type:{part}")
             try:
                 return function(*found)
-            except (ValueError, OverflowError):  # number("many")
+            # For example number("many").
+            except (ValueError, OverflowError):
                 raise _NotDecided(f"type:{part}") from None
 
         return call
@@ -235,7 +237,8 @@ class _Compiler:
                 raise _NotDecided(f"type:{part}")
             try:
                 return op(a, b)
-            except ArithmeticError:  # division by zero, overflow
+            # Division by zero or overflow.
+            except ArithmeticError:
                 raise _NotDecided(f"type:{part}") from None
 
         return calculate
@@ -262,7 +265,7 @@ class _Compiler:
 
 
 def _may_be_truth(node: ast.expr) -> bool:
-    """Whether a part can be true or false, as far as its form tells; a column may hold either."""
+    """Whether a part of this form can be true or false. A column may hold any value."""
     match node:
         case ast.Compare() | ast.BoolOp() | ast.Name() | ast.UnaryOp(op=ast.Not()):
             return True
@@ -272,7 +275,8 @@ def _may_be_truth(node: ast.expr) -> bool:
             return isinstance(value, bool)
         case ast.List() | ast.Tuple() | ast.Set() | ast.BinOp() | ast.UnaryOp():
             return False
-    return True  # what has no place in a filter at all is told by `value`
+    # `value` reports forms that filters do not have.
+    return True
 
 
 def _missing(value: Any) -> bool:
@@ -287,7 +291,7 @@ def _kind(value: Any) -> str:
 
 
 def _comparable(op: type[ast.cmpop], left: Any, right: Any) -> bool:
-    """Whether two values are of kinds that this comparison is meant for."""
+    """Whether this comparison accepts values of these two kinds."""
     if issubclass(op, ast.In | ast.NotIn):
         return _kind(right) == "list" or (_kind(left) == _kind(right) == "text")
     if issubclass(op, ast.Eq | ast.NotEq):

@@ -1,9 +1,9 @@
-"""The `prepare` verb: a raw source to a prepared set, part by part, by any number of processes.
+"""The verb `prepare`: converts a raw source to a prepared set, part by part, with any number of processes.
 
-Every raw shard gives one part. Process i of n makes the parts i, i + n, i + 2n, ... that are not there; what is there
-is kept, so the same command after a kill goes on, also with another number of processes. A part is there once its
-`parts/NNNNN.json` is, which is written after its shards. Whoever finds all parts there writes the manifest; if two do,
-they write the same bytes.
+Every raw shard gives one part. Process i of n makes the missing ones of the parts i, i + n, i + 2n, ... Finished parts
+are kept, so the same command resumes after a kill, also with another number of processes. A part is finished once its
+`parts/NNNNN.json` exists, which is written after its shards. A process that finds all parts finished writes the
+manifest; if two processes do, they write the same bytes.
 """
 
 import dataclasses
@@ -26,25 +26,27 @@ from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.image_files import ImageFileSource
 from scaling_dit.encoders.codec import check_own_codec, create_codec
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.model import codec_identity as identity
+from scaling_dit.model import codec_identity
 
-THREADS = max(2, os.cpu_count() or 2)  # that decode
-_LOOKED_AT = 1000  # samples, for the names of their metadata
+# Threads that decode images.
+THREADS = max(2, os.cpu_count() or 2)
+# The most samples whose metadata are searched for the names to keep.
+_MOST_EXAMINED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `prepare` is asked for beside the config; each but `process` changes what is written.
+    """The options of `prepare` besides the config. All but `process` change the bytes of the set.
 
     Attributes:
-      batch: pictures encoded at once.
-      min_size: px; pictures with a shorter side are left out.
-      buckets: bring pictures to the nearest of a fixed table of aspect ratios, not to squares.
+      batch: images encoded at once.
+      min_size: in pixels; images with a shorter side are left out.
+      buckets: resize images to the nearest of a fixed table of aspect ratios, not to squares.
       filter: expression over metadata; "" keeps all.
       columns: names of metadata that records keep.
-      kept: folder of the lists of `filter`; "" = none.
-      captions: folder of the captions of `caption`; "" = none.
-      process: (i, n): this one of n processes.
+      kept: folder of the lists that `filter` wrote; "" for none.
+      captions: folder of the captions that `caption` wrote; "" for none.
+      process: (i, n) for process i of n.
     """
 
     batch: int = 64
@@ -58,17 +60,17 @@ class Options:
 
 
 def main(config: ConfigDict, out: str, options: Options) -> int:
-    """Makes this process's parts of the set in `out`, and the manifest if they were the last; returns the exit code.
+    """Makes this process's parts of the set in `out`, and the manifest if all parts exist; returns the exit code.
 
     Raises:
-      UserError: a source without encoded images, options that do not fit it, a folder of another set, or a file that
+      UserError: the source has no encoded images, the options do not fit it, the folder holds another set, or a file
         cannot be read or written.
     """
     folder = epath.Path(out)
     source = open_source(config)
     codec = create_codec(**config.codec.to_dict())
     check_own_codec(codec, config.codec.name, source.image_size)
-    params = identity.codec_weights(config, codec)
+    params = codec_identity.codec_weights(config, codec)
     selection = encode.Selection(
         sizes=shape.bucket_sizes(source.image_size, options.buckets),
         min_size=options.min_size,
@@ -79,7 +81,7 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
     )
     encoder = encode.Encoder(codec, params, options.batch)
     moments = {manifest.size_name(size): encoder.moments_shape(size) for size in selection.sizes}
-    made_by = identity.codec_identity(config, codec, params)
+    made_by = codec_identity.codec_identity(config, codec, params)
     asked = request(config, source, options, encoder.batch)
     check_columns(source, options.columns)
     claim(folder, {"codec": made_by, **asked})
@@ -89,7 +91,7 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
 
 
 def open_source(config: ConfigDict) -> ImageFileSource:
-    """The raw source of a config; its shards are opened one by one, and no damage in it is too much.
+    """The raw source of a config. Its shards are opened one by one, and any number of damaged records is accepted.
 
     Raises:
       UserError: the source holds no encoded images.
@@ -98,30 +100,30 @@ def open_source(config: ConfigDict) -> ImageFileSource:
 
 
 def check_columns(source: ImageFileSource, columns: Sequence[str]) -> None:
-    """Makes sure that the metadata to keep is there: each name in one of the first `_LOOKED_AT` sound samples.
+    """Checks that each metadata name to keep occurs in one of the first `_MOST_EXAMINED` sound samples.
 
-    The samples of a source may differ in what is known of them. Reading stops as soon as every name was seen.
+    The samples of a source may have different metadata. Reading stops once every name has been found.
 
     Raises:
-      UserError: a name was not.
+      UserError: a name was not found.
     """
-    missing, seen, looked = list(columns), set[str](), 0
+    missing, seen, examined = list(columns), set[str](), 0
     shards = range(len(source.shards())) if missing else ()
     samples = itertools.chain.from_iterable(map(source.samples, shards))
     sound = (sample for sample in samples if not isinstance(sample, DamagedRecord))
-    for sample in itertools.islice(sound, _LOOKED_AT):
-        looked += 1
+    for sample in itertools.islice(sound, _MOST_EXAMINED):
+        examined += 1
         seen |= sample.metadata.keys()
         missing = [name for name in missing if name not in seen]
         if not missing:
             return
-    if missing and looked:
+    if missing and examined:
         hint = nearest(missing[0], seen) if seen else "they have no metadata"
-        raise UserError(f"--columns={missing[0]}: none of the first {looked} samples has it; {hint}")
+        raise UserError(f"--columns={missing[0]}: none of the first {examined} samples has it; {hint}")
 
 
 def request(config: ConfigDict, source: ImageFileSource, options: Options, batch: int) -> dict[str, Any]:
-    """What decides the bytes of a set, apart from the codec: source, shards, options.
+    """The settings that determine the bytes of a set, apart from the codec: source, shards, options.
 
     Raises:
       UserError: `kept` or `captions` is no folder of such files.
@@ -131,17 +133,18 @@ def request(config: ConfigDict, source: ImageFileSource, options: Options, batch
     del asked["process"]
     fields = {key: value for key, value in config.source.to_dict().items() if key != "max_damaged"}
     for name, what in (("kept", sidecar.FILTER), ("captions", sidecar.CAPTIONS)):
-        if folder := asked[name]:  # lists of the same folder may have been made anew
+        # The files of the same folder may have been made again with other settings.
+        if folder := asked[name]:
             asked[f"{name}_sha256"] = sidecar.settings_sha256(folder, what)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"source": fields, "inputs": {"count": len(names), "sha256": digest}, **asked}
 
 
 def claim(folder: epath.Path, asked: Mapping[str, Any]) -> None:
-    """Makes a folder this set's, or checks that it is.
+    """Records the settings of this set in its folder, or checks them against the recorded ones.
 
     Raises:
-      UserError: it holds a set that was prepared in another way.
+      UserError: the folder holds a set that was prepared in another way.
     """
     for name in (manifest.PARTS, manifest.SHARDS):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,7 @@ def make_parts(
     folder: epath.Path,
     options: Options,
 ) -> None:
-    """Makes the parts of this process that are not there."""
+    """Makes the missing parts of this process."""
     names = source.shards()
     process, processes = options.process
     mine = range(process, len(names), processes)
@@ -172,29 +175,32 @@ def make_parts(
             captions = sidecar.read_captions(options.captions, names[number]) if options.captions else None
             part = encode.encode_shard(
                 source, number, selection, encoder, folder,
-                threads=THREADS, kept=kept, captions=captions, tell=progress.tell,
+                threads=THREADS, kept=kept, captions=captions, on_progress=progress.add,
             )  # fmt: skip
             files.write_whole(part_path(folder, number), part.to_json().encode())
             progress.done(len(part.damaged), sum(part.filtered.values()))
 
 
 def finish(folder: epath.Path, count: int, about: Mapping[str, Any]) -> int:
-    """Writes the manifest if all parts are there, and tells how far the set is; returns the exit code, 0."""
+    """Writes the manifest if all parts exist, and prints the state of the set; returns the exit code 0."""
     parts = [read_part(folder, number) for number in range(count)]
     there = [part for part in parts if part is not None]
     if len(there) < count:
-        print(f"{folder}: {len(there)} of {count} parts are there; the manifest comes with the last")
+        print(
+            f"{folder}: {len(there)} of {count} parts are finished; the manifest is written after the last one"
+        )
         return 0
     made = manifest.merge(there, **about)
     files.write_whole(folder / manifest.MANIFEST, made.to_json().encode())
-    for left in (folder / manifest.SHARDS).glob(f"*{files.PARTIAL}"):  # by processes that were killed
+    # Killed processes leave partial files.
+    for left in (folder / manifest.SHARDS).glob(f"*{files.PARTIAL}"):
         left.unlink(missing_ok=True)
     print(summary(folder, made))
     return 0
 
 
 def summary(folder: epath.Path, made: manifest.Manifest) -> str:
-    """What a finished set holds, in a few lines."""
+    """The contents of a finished set, in a few lines."""
     total = sum(made.records.values())
     use = f"use --config.source.name=latents:{folder}" if made.records["train"] else "nothing to train on"
     lines = [
@@ -208,14 +214,14 @@ def summary(folder: epath.Path, made: manifest.Manifest) -> str:
 
 
 def part_path(folder: epath.Path, number: int) -> epath.Path:
-    """The file that vouches for part `number`."""
+    """The file that marks part `number` as finished."""
     return folder / manifest.PARTS / f"{number:05d}.json"
 
 
 def read_part(folder: epath.Path, number: int, name: str | None = None) -> manifest.Part | None:
-    """A part that is there whole: its file is sound, its shards have their sizes; None otherwise.
+    """A finished part, or None if its file is damaged or missing, or if a shard does not have its recorded size.
 
-    `name`, if given, is that of its raw shard.
+    `name`, if given, must be the name of its raw shard.
     """
     path = part_path(folder, number)
     if not path.exists():
@@ -223,7 +229,8 @@ def read_part(folder: epath.Path, number: int, name: str | None = None) -> manif
     try:
         part = manifest.Part.from_json(path.read_text())
     except (ValueError, KeyError, TypeError):
-        return None  # made again
+        # Then the part is made again.
+        return None
     if name is not None and part.input != name:
         return None
     for shard in part.shards:
@@ -234,10 +241,10 @@ def read_part(folder: epath.Path, number: int, name: str | None = None) -> manif
 
 
 def process_of(process: int | None, processes: int | None) -> tuple[int, int]:
-    """(i, n): process i of n as the flags say it, or else as the distributed job does; one by itself is (0, 1).
+    """(i, n) for process i of n, from the flags or else from the distributed job; (0, 1) for a single process.
 
     Raises:
-      UserError: only one of the two is given, or there is no such process.
+      UserError: only one of the flags is given, or `process` is out of range.
     """
     if process is None and processes is None:
         return jax.process_index(), jax.process_count()
@@ -245,5 +252,6 @@ def process_of(process: int | None, processes: int | None) -> tuple[int, int]:
         raise UserError(
             "--process and --processes belong together: --process=0 --processes=8 for the first of 8"
         )
-    sidecar.share((), process, processes)  # checks them
+    # Raises a UserError for a process out of range.
+    sidecar.share((), process, processes)
     return process, processes

@@ -1,4 +1,4 @@
-"""How fast `prepare` goes and when this process will be done: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of `prepare`: speed and remaining time of this process, as a bar on a terminal, else as occasional lines."""
 
 import sys
 import time
@@ -8,19 +8,20 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-_RECENT = 60.0  # seconds the rate is taken over
+# Seconds over which the rate is measured.
+_RECENT = 60.0
 
 
 class Progress:
-    """Parts and pictures of one process.
+    """Counts the parts and images of one process and shows them.
 
-    The time to go is that of the parts left at the mean time of the parts made since the start; before the first one
-    is done it is not known.
+    The remaining time is the number of remaining parts times the mean time of the parts made since the start. It is
+    unknown before the first part is done.
 
     Args:
-      total: parts that this process is to make or to find there.
-      stream: where it is shown.
-      every: seconds between plain lines.
+      total: parts of this process, made before or still to make.
+      stream: where to print; stderr by default.
+      every: seconds between lines.
       clock: seconds, monotonic.
     """
 
@@ -33,8 +34,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._stream, self._every, self._clock = total, stream or sys.stderr, every, clock
-        self._skipped = self._made = self._pictures = self._damaged = self._filtered = 0
-        self._start = self._told = clock()
+        self._skipped = self._made = self._images = self._damaged = self._filtered = 0
+        self._start = self._last_print = clock()
         self._recent: deque[tuple[float, int]] = deque([(self._start, 0)])
         self._bar: tqdm | None = None
         if self._stream.isatty():
@@ -51,33 +52,33 @@ class Progress:
             print(self.line(), file=self._stream, flush=True)
 
     def skip(self) -> None:
-        """A part was there."""
+        """Counts a part that was made before."""
         self._skipped += 1
         self._show(1)
 
-    def tell(self, pictures: int) -> None:
-        """So many pictures were written since the last call."""
-        self._pictures += pictures
+    def add(self, images: int) -> None:
+        """Counts images that were written since the last call."""
+        self._images += images
         now = self._clock()
-        self._recent.append((now, self._pictures))
+        self._recent.append((now, self._images))
         while len(self._recent) > 2 and now - self._recent[1][0] > _RECENT:
             self._recent.popleft()
         self._show(0)
 
     def done(self, damaged: int, filtered: int) -> None:
-        """A part was made; of its samples so many were left out."""
+        """Counts a part that was made, and the samples that it left out as damaged or filtered."""
         self._made += 1
         self._damaged += damaged
         self._filtered += filtered
         self._show(1)
 
     def line(self) -> str:
-        """What is shown, in one line."""
+        """The text shown, in one line."""
         finished = self._skipped + self._made
-        parts = [f"part {finished}/{self._total}", f"{self._pictures:,} pictures"]
+        parts = [f"part {finished}/{self._total}", f"{self._images:,} images"]
         (then, before), (now, written) = self._recent[0], self._recent[-1]
         if now > then:
-            parts.append(f"{(written - before) / (now - then):,.0f} pictures/s")
+            parts.append(f"{(written - before) / (now - then):,.0f} images/s")
         if self._made:
             to_go = (self._clock() - self._start) / self._made * (self._total - finished)
             parts.append(f"{tqdm.format_interval(round(to_go))} to go")
@@ -91,6 +92,6 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(self.line(), refresh=False)
             self._bar.update(advance)
-        elif self._clock() - self._told >= self._every:
-            self._told = self._clock()
+        elif self._clock() - self._last_print >= self._every:
+            self._last_print = self._clock()
             print(self.line(), file=self._stream, flush=True)

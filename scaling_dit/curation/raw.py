@@ -1,4 +1,4 @@
-"""A raw source as the verbs over whole sets name it: `--source=NAME` and `--config.source.FIELD=VALUE`."""
+"""Opens the raw source that a curation verb names by `--source=NAME` and `--config.source.FIELD=VALUE`."""
 
 import functools
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.image_files import ImageFileSource
 from scaling_dit.errors import UserError
 
-_OWN = ("held_out_fraction", "max_damaged", "image_size")  # fields that do not matter to a whole set of files
+# Fields without effect when all files are read as they are.
+_OWN = ("held_out_fraction", "max_damaged", "image_size")
 
 
 class RawName(NamedTuple):
-    """What opens a raw source, on any machine; hashable."""
+    """The name and fields that open a raw source on any machine; hashable."""
 
     name: str
     fields: tuple[tuple[str, Any], ...] = ()
@@ -24,7 +25,7 @@ def raw_name(name: str, overrides: Sequence[str] = ()) -> RawName:
     """The source `name` with the fields that `--config.source.FIELD=VALUE` arguments set.
 
     Raises:
-      UserError: an override of anything else, or of a field that this source does not have.
+      UserError: an override of another section, or of a field that this source does not have.
     """
     for override in overrides:
         if not override.lstrip("-").startswith(("config.source.", "noconfig.source.")):
@@ -42,5 +43,5 @@ def raw_name(name: str, overrides: Sequence[str] = ()) -> RawName:
 
 @functools.cache
 def open_raw(raw: RawName) -> ImageFileSource:
-    """The source, opened once per process; raises UserError as `create_raw_source`."""
+    """The source, opened once per process. Raises UserError as `create_raw_source` does."""
     return create_raw_source(raw.name, **dict(raw.fields))

@@ -1,4 +1,4 @@
-"""Raw pictures to the sizes that are encoded: what is too small, which bucket, what is cut away."""
+"""Resizes and crops raw images to the sizes that are encoded: a square, or the nearest aspect bucket."""
 
 import math
 from typing import NamedTuple
@@ -9,20 +9,28 @@ from PIL import Image
 from scaling_dit.data import images
 from scaling_dit.errors import UserError
 
-Size = tuple[int, int]  # height, width, in px
+# Height and width in pixels.
+Size = tuple[int, int]
 
-# Sides of the aspect buckets in eighths of `image_size`: areas within 6 % of the square's, which is among them.
+# Sides of the aspect buckets in eighths of `image_size`, the square included. Areas are within 6 % of the square's.
 BUCKETS = ((5, 12), (6, 10), (7, 9), (8, 8), (9, 7), (10, 6), (12, 5))
 _EIGHTHS = 8
 
 
 class Shaped(NamedTuple):
-    """A picture at the size of its bucket."""
+    """An image at the size of its bucket.
 
-    pixels: np.ndarray  # uint8 [height, width, 3]
-    width: int  # px, of the raw picture
+    Attributes:
+      pixels: uint8 [bucket's height, bucket's width, 3].
+      width: of the raw image, in pixels.
+      height: of the raw image, in pixels.
+      crop: left, top, right and bottom of the part that is kept, in raw pixels.
+    """
+
+    pixels: np.ndarray
+    width: int
     height: int
-    crop: tuple[float, float, float, float]  # left, top, right, bottom of the part shown, in raw pixels
+    crop: tuple[float, float, float, float]
 
     @property
     def size(self) -> Size:
@@ -31,10 +39,10 @@ class Shaped(NamedTuple):
 
 
 def bucket_sizes(image_size: int, buckets: bool) -> tuple[Size, ...]:
-    """The sizes that pictures are brought to: the square, or the fixed table of aspect buckets.
+    """The sizes that images are resized to: the square, or the fixed table of aspect buckets.
 
     Raises:
-      UserError: an image size whose eighths are no whole pixels.
+      UserError: the image size is no multiple of 8, for buckets.
     """
     if not buckets:
         return ((image_size, image_size),)
@@ -47,19 +55,19 @@ def bucket_sizes(image_size: int, buckets: bool) -> tuple[Size, ...]:
 
 
 def nearest_size(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
-    """The size whose ratio of height to width is nearest on a log scale; the first of two equally near."""
+    """The size whose ratio of height to width is nearest on a log scale; of two equally near sizes the first."""
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
 
 
 def shape(image: Image.Image, sizes: tuple[Size, ...]) -> Shaped:
-    """Scales a picture to cover its nearest size and cuts out the centre, as `images.fit` does."""
+    """Scales an image to cover its nearest size and crops the centre, as `images.fit` does."""
     height, width = nearest_size(image.width, image.height, sizes)
     pixels = images.fit(image, width, height)
     return Shaped(pixels, image.width, image.height, crop_box(image.width, image.height, width, height))
 
 
 def crop_box(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
-    """The centred part of a width x height picture with the ratio of another: left, top, right, bottom in pixels."""
+    """The centred crop of a width x height image with another ratio: left, top, right, bottom in pixels."""
     ratio = to_width / to_height
     kept_width, kept_height = min(width, ratio * height), min(height, width / ratio)
     left, top = (width - kept_width) / 2, (height - kept_height) / 2

@@ -1,7 +1,7 @@
-"""Files that stand beside a raw source, one per shard: which samples are kept, and captions that were made for them.
+"""Side-car files of a raw source, one per shard: lists of kept samples, and generated captions.
 
-Each is JSON lines, written whole, and named after the shard ("00000.tar" -> "00000.tar.captions.jsonl"), so that a
-finished shard is one whose file exists, and work goes on where it was killed.
+Each file is JSON lines, written atomically and named after the shard ("00000.tar" -> "00000.tar.captions.jsonl"). A
+shard is finished if its file exists, so a killed job resumes with the other shards.
 """
 
 import json
@@ -13,17 +13,25 @@ from etils import epath
 from scaling_dit.errors import UserError
 from scaling_dit.files import sha256, write_whole
 
-CAPTIONS, FILTER = "captions", "filter"  # kinds of files
-SETTINGS = {CAPTIONS: "caption.json", FILTER: "filter.json"}  # beside them: what they were made with
+# Kinds of side-car files.
+CAPTIONS, FILTER = "captions", "filter"
+# The file beside them with the settings that they were made with.
+SETTINGS = {CAPTIONS: "caption.json", FILTER: "filter.json"}
 _MAKERS = {CAPTIONS: "scaling-dit caption", FILTER: "scaling-dit filter"}
 
 
 class MadeCaption(NamedTuple):
-    """A caption of a side-car file."""
+    """A caption of a side-car file.
+
+    Attributes:
+      text: the caption.
+      kind: "synthetic" or "long", by which caption policies choose.
+      score: comparable within one image only; None if the captioner gives none.
+    """
 
     text: str
-    kind: str  # "synthetic" or "long", as a policy tells captions apart
-    score: float | None  # comparable within one image only; None if the captioner gives none
+    kind: str
+    score: float | None
 
 
 def path_of(folder: epath.PathLike, shard: str, what: str) -> epath.Path:
@@ -32,10 +40,10 @@ def path_of(folder: epath.PathLike, shard: str, what: str) -> epath.Path:
 
 
 def settings_sha256(folder: epath.PathLike, what: str) -> str:
-    """The checksum of what the side-cars in a folder were made with: others made there later have another.
+    """The checksum of the settings of the side-cars in a folder. It changes if they are made again with others.
 
     Raises:
-      UserError: no such file; the folder is not theirs, or not finished.
+      UserError: the file is missing: the folder holds no side-cars, or unfinished ones.
     """
     path = epath.Path(folder) / SETTINGS[what]
     if not path.exists():
@@ -44,10 +52,10 @@ def settings_sha256(folder: epath.PathLike, what: str) -> str:
 
 
 def share(shards: Sequence[str], process: int, processes: int) -> list[str]:
-    """The shards that process `process` of `processes` works on: every n-th of the sorted names.
+    """The shards of process `process` of `processes`: every n-th of the sorted names.
 
     Raises:
-      UserError: no such process.
+      UserError: `process` is out of range.
     """
     if not 0 <= process < processes:
         raise UserError(f"process {process} of {processes}: count from 0 to {processes - 1}")
@@ -57,16 +65,16 @@ def share(shards: Sequence[str], process: int, processes: int) -> list[str]:
 def write_captions(
     folder: epath.PathLike, shard: str, captions: Iterable[tuple[str, Sequence[MadeCaption]]]
 ) -> None:
-    """Writes a shard's captions: (key, captions with the best first) in the shard's order."""
+    """Writes a shard's captions: (key, captions, the best first) in the shard's order."""
     rows = ({"key": key, "captions": [made._asdict() for made in given]} for key, given in captions)
     write_lines(path_of(folder, shard, CAPTIONS), rows)
 
 
 def read_captions(folder: epath.PathLike, shard: str) -> dict[str, list[MadeCaption]]:
-    """A shard's captions by key, the best first; a key whose image could not be captioned has none.
+    """A shard's captions by key, the best first. An image that could not be captioned has an empty list.
 
     Raises:
-      UserError: no such file, or a line that `write_captions` would not write.
+      UserError: the file is missing, or a line has another form than `write_captions` gives it.
     """
     found = {}
     for where, row in _lines(folder, shard, CAPTIONS):
@@ -85,7 +93,7 @@ def read_kept(folder: epath.PathLike, shard: str) -> set[str]:
     """The keys of a shard that `filter` kept.
 
     Raises:
-      UserError: no such file, or a line that `filter` would not write.
+      UserError: the file is missing, or a line has another form than `filter` gives it.
     """
     kept = set()
     for where, row in _lines(folder, shard, FILTER):
@@ -97,7 +105,7 @@ def read_kept(folder: epath.PathLike, shard: str) -> set[str]:
 
 
 def write_lines(path: epath.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON lines so that no reader sees half of them."""
+    """Writes JSON lines atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 

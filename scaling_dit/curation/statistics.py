@@ -1,17 +1,17 @@
-"""What is counted of a set of images and captions: table 3 and figure 18 of arXiv 2404.02883.
+"""Statistics of a set of images and captions: table 3 and figure 18 of arXiv 2404.02883.
 
 Table 3, once for the alt-texts alone and once with all captions:
 
-    images              those with at least one caption
-    mean aesthetic      over the images that have such a column
-    image-noun pairs    the sum over images of the distinct nouns of all of an image's captions
-    unique nouns        of the whole set
+    images              the images with at least one caption
+    mean aesthetic      over the images that have this column
+    image-noun pairs    the distinct nouns in all captions of an image, summed over images
+    unique nouns        the distinct nouns of the whole set
     nouns per image     pairs / images
 
-Figure 18, for each kind of caption: how many captions have n words, and n nouns, each occurrence counted. The last
-class holds all captions with `LAST_CLASS` or more.
+Figure 18, for each kind of caption: how many captions have n words, and how many have n nouns, counting every
+occurrence. The last class holds all captions with `LAST_CLASS` or more.
 
-Everything counted is a whole number under a key, so counts of parts of a set add up in any order to the same result.
+All counts are whole numbers under a key, so the counts of parts of a set can be summed in any order.
 """
 
 import io
@@ -25,14 +25,17 @@ from etils import epath
 from scaling_dit.curation import density
 from scaling_dit.curation.words import Nouns, words
 
-LAST_CLASS = 60  # the axes of figure 18 end here
-ALT, ALL = "alt", "with synthetic"  # rows of table 3
+# The end of figure 18's axes.
+LAST_CLASS = 60
+# Rows of table 3.
+ALT, ALL = "alt", "with synthetic"
 Key = tuple[str | int, ...]
-_MICRO = 1_000_000  # aesthetic scores are summed in millionths
+# Aesthetic scores are summed in millionths.
+_MICRO = 1_000_000
 
 
 class Counting:
-    """Counts one image after the other.
+    """Counts images one by one.
 
     Args:
       nouns: finds the nouns of a caption.
@@ -59,7 +62,8 @@ class Counting:
         """
         self.counts["images",] += 1
         score = metadata.get(self._aesthetic)
-        if isinstance(score, int | float) and score == score:  # not NaN
+        # score == score is false for NaN.
+        if isinstance(score, int | float) and score == score:
             self.counts["scored",] += 1
             self.counts["aesthetic",] += round(score * _MICRO)
         distinct: dict[str, set[str]] = {ALT: set(), ALL: set()}
@@ -94,15 +98,15 @@ def result(
     aesthetic: str,
     elements: density.Elements | None = None,
 ) -> dict[str, Any]:
-    """The figures of a whole set, ready for JSON.
+    """The statistics of a whole set, ready for JSON.
 
     Args:
       counts: sums of `Counting.counts`.
       pairs: row of table 3 -> sum of `nouns_met` over its nouns.
       unique: row of table 3 -> number of its nouns.
-      nouns_by: name of what found the nouns.
-      aesthetic: the column that was read.
-      elements: as counted with.
+      nouns_by: name of the finder of nouns.
+      aesthetic: the column of the aesthetic score.
+      elements: the phrases whose density was counted.
     """
     images, scored = counts.get(("images",), 0), counts.get(("scored",), 0)
     captions = {str(key[1]): n for key, n in sorted(counts.items(), key=str) if key[0] == "captions"}
@@ -146,15 +150,15 @@ def _lengths(counts: Mapping[Key, int], kind: str, captions: int) -> dict[str, A
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """`result` for people."""
+    """A `result` as a text table."""
     score, scored = found["aesthetic"]["mean"], found["aesthetic"]["images"]
     shown = "none" if score is None else f"{score:.2f}"
     lines = [
         f"{'captions':<16}{'images':>12}{'aesthetic':>11}{'image-noun':>14}{'unique':>11}{'nouns/image':>13}"
     ]
-    for row, figures in found["table"].items():
-        per_image = figures["nouns_per_image"] or 0.0
-        pairs, unique = figures["image_noun_pairs"], figures["unique_nouns"]
+    for row, values in found["table"].items():
+        per_image = values["nouns_per_image"] or 0.0
+        pairs, unique = values["image_noun_pairs"], values["unique_nouns"]
         lines.append(f"{row:<16}{found['images']:>12,}{shown:>11}{pairs:>14,}{unique:>11,}{per_image:>13.2f}")
     lines += ["", f"{'kind':<16}{'captions':>12}{'words':>11}{'nouns':>11}"]
     for kind, lengths in found["per_caption"].items():
@@ -167,19 +171,19 @@ def table(found: Mapping[str, Any]) -> str:
         f"nouns by {found['nouns_by']}; aesthetic: column {found['aesthetic']['column']!r} of {scored:,} images",
     ]
     if found["damaged"]:
-        told = ", ".join(f"{kind} {n:,}" for kind, n in found["damaged"].items())
-        lines.append(f"damaged samples left out: {told}")
+        by_kind = ", ".join(f"{kind} {n:,}" for kind, n in found["damaged"].items())
+        lines.append(f"damaged samples left out: {by_kind}")
     return "\n".join(lines)
 
 
 def write(folder: epath.Path, found: Mapping[str, Any]) -> list[str]:
-    """Writes `stats.json` and, where matplotlib is installed, the histograms as `captions.png`; returns the names."""
+    """Writes `stats.json` and, if matplotlib is installed, the histograms as `captions.png`; returns the names."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stats.json").write_text(json.dumps(found, indent=1) + "\n")
-    picture = plot(found)
-    if picture is None:
+    png = plot(found)
+    if png is None:
         return ["stats.json"]
-    (folder / "captions.png").write_bytes(picture)
+    (folder / "captions.png").write_bytes(png)
     return ["stats.json", "captions.png"]
 
 

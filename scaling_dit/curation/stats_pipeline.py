@@ -1,6 +1,6 @@
-"""`stats`: the figures of `statistics` for a whole raw source, on Apache Beam.
+"""The verb `stats`: the statistics of a whole raw source, on Apache Beam.
 
-Each shard is counted on its own; only the counts are sent on.
+Each worker counts a shard and passes on the counts only.
 """
 
 import json
@@ -33,22 +33,22 @@ def main(
     beam_options: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
-    """The verb `stats`: writes `stats.json` and a plot, and prints the figures.
+    """Does the work of `stats`: writes `stats.json` and a plot, and prints the statistics.
 
     Args:
       source: a source of encoded images.
       out: folder to write to, local or remote.
-      captions: folder of side-car captions, counted with those of the source.
-      kept: folder that `filter` wrote; the samples that it dropped are not counted.
+      captions: folder of side-car captions, counted together with the source's captions.
+      kept: folder that `filter` wrote; samples that it dropped are not counted.
       aesthetic: column of the aesthetic score.
       nouns: auto, spacy or lexicon, see `words`.
       questions: TIFA question file, for the information density.
-      runner: of Beam.
+      runner: name of Beam's runner.
       beam_options: passed to Beam.
-      as_json: print the figures as JSON.
+      as_json: whether to print JSON.
 
     Raises:
-      UserError: no such source, side-car, question file or runner.
+      UserError: the source, a side-car, the question file or the runner is missing.
     """
     elements = density.read_elements(questions) if questions else None
     finder, folder = find_nouns(nouns), epath.Path(out)
@@ -74,10 +74,11 @@ def main(
 
 
 def build(pipe: beam.Pipeline, source: RawName, count: "Count", folder: epath.Path) -> None:
-    """Adds the whole of the work to a pipeline; it ends by writing `counts.json` into the folder."""
+    """Adds all of the work to a pipeline, which ends by writing `counts.json` to the folder."""
     read = engine.shards_of(pipe, source) | "Count" >> beam.ParDo(count).with_outputs("nouns", main="counts")
     counts = read.counts | "SumCounts" >> beam.CombinePerKey(sum)
-    nouns = read.nouns | "SumNouns" >> beam.CombinePerKey(sum)  # (row of table 3, noun) -> images
+    # (row of table 3, noun) -> number of images
+    nouns = read.nouns | "SumNouns" >> beam.CombinePerKey(sum)
     pairs = (
         nouns | "Pairs" >> beam.MapTuple(lambda key, n: (key[0], n)) | "SumPairs" >> beam.CombinePerKey(sum)
     )
@@ -119,7 +120,7 @@ class Count(beam.DoFn):
         """The counts of one shard.
 
         Raises:
-          UserError: the shard has no side-car, or one that does not name a sample.
+          UserError: the shard has no side-car, or the side-car lacks a sample.
         """
         source = open_raw(self._source)
         name = source.shards()[shard]

@@ -2,11 +2,11 @@
 
 A word is a run of letters and digits with single apostrophes or hyphens inside ("don't", "t-shirt"), in lower case.
 
-Nouns are found in one of two ways, and every report names which. They are not comparable with each other:
+Nouns are found in one of two ways, which every report names. Results of the two cannot be compared with each other:
 
-    spacy      the tokens that spaCy's tagger calls NOUN (by lemma) or PROPN (as written), in lower case
-    lexicon    the words, singular or plural, that stand in the list `nouns.txt` of this package: common, mostly visible
-               things. No tagging: "orange" counts wherever it stands. No proper nouns, so figures are lower bounds
+    spacy      the tokens that spaCy tags as NOUN (counted by lemma) or PROPN (as written), in lower case
+    lexicon    the words of this package's list `nouns.txt`, singular or plural: common, mostly visible things. Words
+               are not tagged, so "orange" always counts. Proper nouns are missing, so counts are lower bounds
 """
 
 import functools
@@ -20,7 +20,8 @@ from etils import epath
 from scaling_dit.errors import UserError
 
 SPACY_MODEL = "en_core_web_sm"
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")  # u2019: the typographic apostrophe
+# \u2019 is the typographic apostrophe.
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _IRREGULAR = {
     "calves": "calf",
     "children": "child",
@@ -47,12 +48,12 @@ _IRREGULAR = {
 
 
 class Nouns(Protocol):
-    """Finds the nouns of captions; sent to workers, so it must pickle."""
+    """Finds the nouns of captions. Beam sends it to workers, so it must pickle. `name` identifies it in reports."""
 
-    name: str  # what a report says
+    name: str
 
     def __call__(self, caption: str) -> list[str]:
-        """Every occurrence, in order, in the form in which nouns are told apart."""
+        """Every occurrence of a noun, in order, in the form that identifies the noun."""
 
 
 def words(caption: str) -> list[str]:
@@ -65,7 +66,7 @@ def words(caption: str) -> list[str]:
 
 
 def plurals(word: str) -> list[str]:
-    """How the plural of a regular English noun may be written, in lower case.
+    """The possible spellings of a regular English noun's plural, in lower case.
 
     >>> plurals("dog"), plurals("box"), plurals("cherry")
     (['dogs'], ['boxes'], ['cherries'])
@@ -78,7 +79,7 @@ def plurals(word: str) -> list[str]:
 
 
 def singulars(word: str) -> list[str]:
-    """What a word may be the regular plural of, in lower case; empty if of nothing.
+    """The words whose regular plural a word may be, in lower case; empty if it is no plural.
 
     >>> singulars("boxes"), singulars("glass")
     (['boxe', 'box'], [])
@@ -91,17 +92,18 @@ def singulars(word: str) -> list[str]:
 
 
 class LexiconNouns:
-    """Nouns by a closed list, see the module.
+    """Finds nouns by a closed list, see the module.
 
     Args:
-      nouns: in the singular, lower case; the list of this package by default.
+      nouns: in the singular and lower case; this package's list by default.
       name: for reports.
     """
 
     def __init__(self, nouns: Iterable[str] | None = None, name: str = "") -> None:
         self._nouns = _packaged() if nouns is None else frozenset(nouns)
         self.name = name or f"lexicon of {len(self._nouns):,} common nouns (no tagging, no proper nouns)"
-        self._known: dict[str, str | None] = {}  # word -> noun, filled as words are met
+        # Word -> its noun, for the words looked up so far.
+        self._known: dict[str, str | None] = {}
 
     def __call__(self, caption: str) -> list[str]:
         return [noun for word in words(caption) if (noun := self._noun(word))]
@@ -114,7 +116,7 @@ class LexiconNouns:
 
 
 class SpacyNouns:
-    """Nouns by the tagger of an installed spaCy model.
+    """Finds nouns with the tagger of an installed spaCy model.
 
     Raises:
       UserError: spaCy or the model is not installed.
@@ -138,15 +140,15 @@ class SpacyNouns:
 
 
 def spacy_installed(model: str = SPACY_MODEL) -> bool:
-    """Whether nouns can be found by spaCy."""
+    """Whether spaCy and the model are installed."""
     return all(importlib.util.find_spec(package) is not None for package in ("spacy", model))
 
 
 def find_nouns(how: str) -> Nouns:
-    """The finder called `how`: "spacy", "lexicon", or "auto", which is spaCy where its model is installed.
+    """The finder that `how` names: "spacy", "lexicon", or "auto", which uses spaCy if its model is installed.
 
     Raises:
-      UserError: spaCy is asked for and is not installed.
+      UserError: `how` is "spacy", and it is not installed.
     """
     if how == "auto":
         how = "spacy" if spacy_installed() else "lexicon"
@@ -155,7 +157,7 @@ def find_nouns(how: str) -> Nouns:
 
 @functools.cache
 def _packaged() -> frozenset[str]:
-    lines = epath.resource_path("scaling_dit").joinpath("data/prepare/nouns.txt").read_text().splitlines()
+    lines = epath.resource_path("scaling_dit").joinpath("curation/nouns.txt").read_text().splitlines()
     return frozenset(noun for line in lines if not line.startswith("#") for noun in line.split())
 
 

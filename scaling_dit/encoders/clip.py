@@ -1,9 +1,9 @@
-"""CLIP's text tower as a text encoder: OpenCLIP ViT-H/14 as Stable Diffusion 2 reads it, OpenAI's CLIP-L and others.
+"""CLIP's text tower as a text encoder: OpenCLIP ViT-H/14 as in Stable Diffusion 2, OpenAI's CLIP-L and others.
 
 A causal transformer (arXiv 2103.00020, section 2.4; transformers' `CLIPTextModel`). Stable Diffusion 2 takes the states
-after the last layer but one, through the final norm, and shows its UNet all 77 positions, padding included: train with
-`config.text_mask=False` for that. What stands in padded positions depends on the id that pads, so that id is a field
-here and is never read from a tokenizer's files, which disagree about it.
+after the penultimate layer, applies the final norm, and shows its UNet all 77 positions, padding included; train with
+`config.text_mask=False` for that. The states of padded positions depend on the padding id. Tokenizer files disagree
+about this id, so it is a field here and never read from them.
 """
 
 import dataclasses
@@ -20,16 +20,14 @@ from scaling_dit.encoders import clip_weights, transformer
 from scaling_dit.encoders.subwords import NO_TOKENIZER, SubwordTokenizer
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm, parse_dtype
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 
-VOCABULARY = 49_408  # of every CLIP; the last two ids begin and end a text
+# Ids of every CLIP; the last two begin and end a text.
+VOCABULARY = 49_408
 POSITIONS = 77
 LAYERS = ("penultimate", "last")
-CLASSES = (
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPModel",
-)  # of transformers, that hold a text tower
+# Classes of transformers that hold a text tower.
+CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +35,13 @@ class Size:
     """The shape of a text tower.
 
     Attributes:
-      width: of the tokens.
-      layers: of the whole tower; the penultimate layer is the last but one of these.
-      heads: of attention.
+      width: width of the tokens.
+      layers: layers of the whole tower, including the last one.
+      heads: heads of attention.
       mlp: hidden width of the MLPs.
       activation: "gelu" or "quick_gelu".
       projection: width of the space shared with images.
-      pad_id: what the tower was trained with after the end of a text.
+      pad_id: padding id with which the tower was trained.
     """
 
     width: int
@@ -60,7 +58,8 @@ SIZES = {
     "openclip-bigg": Size(1280, 32, 20, 5120, "gelu", 1280, pad_id=0),
     "clip-l": Size(768, 12, 12, 3072, "quick_gelu", 768, pad_id=VOCABULARY - 1),
     "clip-b": Size(512, 12, 8, 2048, "quick_gelu", 512, pad_id=VOCABULARY - 1),
-    "tiny": Size(32, 3, 4, 64, "gelu", 16, pad_id=0),  # for tests and first runs
+    # For tests and first runs.
+    "tiny": Size(32, 3, 4, 64, "gelu", 16, pad_id=0),
 }
 
 
@@ -69,10 +68,10 @@ class TextTower(nn.Module):
 
     Attributes:
       size: its shape.
-      depth: layers that are run, from the first on.
-      project: whether the pooled state goes through the projection to the space shared with images.
-      dtype: of the products.
-      param_dtype: of the parameters.
+      depth: the number of layers to run.
+      project: whether to project the pooled state to the space shared with images.
+      dtype: type of the products.
+      param_dtype: type of the parameters.
     """
 
     size: Size
@@ -85,7 +84,8 @@ class TextTower(nn.Module):
     def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Ids int32 [B, L] -> (tokens [B, L, width], pooled [B, width or projection]), float32.
 
-        The pooled state is that of the first token with the largest id: the end of the text, also where it pads too.
+        The pooled state belongs to the first token with the largest id. That is the end token, even if the same id
+        pads the text.
         """
         size, length = self.size, ids.shape[1]
         table_of = nn.with_logical_partitioning(NORMAL_002, ("vocab", "embed"))
@@ -100,7 +100,8 @@ class TextTower(nn.Module):
         x_BLD = transformer.blocks(x_BLD, self.depth, jnp.asarray(causal), **fields, **types)
         norm = layer_norm("norm", epsilon=transformer.NORM_EPSILON, param_dtype=self.param_dtype)
         tokens_BLD = constrain(norm(x_BLD), *transformer.TOKEN_AXES)
-        ends = jnp.argmax(ids, axis=1)  # argmax gives the first
+        # argmax gives the first position of the largest id.
+        ends = jnp.argmax(ids, axis=1)
         pooled_BD = jnp.take_along_axis(tokens_BLD, ends[:, None, None], axis=1)[:, 0]
         if self.project:
             to_shared = Dense(size.projection, ("embed", "heads"), use_bias=False, name="projection", **types)
@@ -113,17 +114,18 @@ class ClipText:
     """`TextTower` with its tokenizer, as a run's text encoder.
 
     Attributes:
-      tokenizer: captions to ids; None where none was given, then `tokenize` cannot be called.
+      tokenizer: maps captions to ids; without one `tokenize` raises an error.
       weights: a local folder in the layout of Hugging Face (`text_encoder` of Stable Diffusion, a whole CLIP), a
-        safetensors file of transformers or open_clip, or a hub id with its revision; "random" draws them from the seed.
+        safetensors file of transformers or open_clip, or a hub id with its revision; "random" initialises them from
+        the run's seed.
       size: which tower, see SIZES.
       layer: "penultimate" or "last"; both go through the final norm.
-      project: pooled in the space shared with images, which the last layer was trained for.
-      length: tokens of every caption, with the marks of beginning and end; at most 77.
-      pad_id: what fills a caption up; -1: what the tower was trained with, 0 for OpenCLIP's and 49407 for OpenAI's.
-      tokenizer_files: a folder or file of `vocabularies.py`, such as bpe_simple_vocab_16e6.txt.gz; "": with `weights`.
-      dtype: of the products.
-      param_dtype: of the parameters.
+      project: whether to project the pooled state to the space shared with images; needs layer "last".
+      length: tokens of every caption, with begin and end tokens; at most 77.
+      pad_id: padding id; -1 for the one that the tower was trained with, 0 for OpenCLIP's and 49407 for OpenAI's.
+      tokenizer_files: a folder or file in a format of `vocabularies.py`; "" looks beside `weights`.
+      dtype: type of the products.
+      param_dtype: type of the parameters.
 
     Raises:
       UserError: an unknown size or layer, sizes that do not fit each other, or a tokenizer of another model.
@@ -179,18 +181,18 @@ class ClipText:
         return TextTower(size, depth, self.project, jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
 
     def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Captions -> (ids int32 [B, length], mask bool [B, length]); a caption that is cut still has its end."""
+        """Captions -> (ids int32 [B, length], mask bool [B, length]). A truncated caption keeps its end token."""
         if self.tokenizer is None:
             raise UserError(NO_TOKENIZER)
         pad_id = SIZES[self.size].pad_id if self.pad_id < 0 else self.pad_id
         return self.tokenizer.encode(captions, self.length, pad_id)
 
     def init(self, rng: jax.Array) -> Any:
-        """Fresh parameters, boxed with their logical axes."""
+        """Newly initialised parameters, boxed with their logical axes."""
         return self.module.init(rng, jnp.zeros((1, self.length), jnp.int32))["params"]
 
     def apply(self, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Ids, mask [B, length] -> (tokens [B, length, dim], mask, pooled [B, P]), float32; `mask` is handed on."""
+        """Ids, mask [B, length] -> (tokens [B, length, dim], mask, pooled [B, P]), float32, with `mask` unchanged."""
         towers: Any = self.module.apply({"params": params}, ids)
         tokens, pooled = towers
         return tokens, mask, pooled
@@ -199,17 +201,16 @@ class ClipText:
         """The parameters in `weights`, as numpy arrays.
 
         Raises:
-          UserError: missing or damaged files, or those of another architecture.
+          UserError: the files are missing, damaged or of another architecture.
         """
-        opened = pretrained.open_weights(
+        opened = places.open_weights(
             self.weights, part="text_encoder", classes=CLASSES, field="text_encoder.weights"
         )
         module, size = self.module, SIZES[self.size]
         wanted = {
             "hidden_size": size.width,
-            "num_hidden_layers": tuple(
-                {module.depth, size.layers}
-            ),  # Stable Diffusion 2 leaves the last one out
+            # Stable Diffusion 2 omits the last layer.
+            "num_hidden_layers": tuple({module.depth, size.layers}),
             "num_attention_heads": size.heads,
             "intermediate_size": size.mlp,
             "hidden_act": size.activation,

@@ -1,8 +1,8 @@
-"""CLIP's image tower, and both towers with their projections as one scorer of images against captions.
+"""CLIP's image tower, and both towers with their projections, to score images against captions.
 
-A vision transformer (arXiv 2103.00020, section 2.4; transformers' `CLIPVisionModelWithProjection`) with a class token,
-whose state is projected to the space shared with text. Metrics read it (CLIPScore, HPSv2 with that metric's weights);
-no run trains with it.
+A vision transformer (arXiv 2103.00020, section 2.4; transformers' `CLIPVisionModelWithProjection`). The state of its
+class token is projected to the space shared with text. Metrics use it (CLIPScore, and HPSv2 with weights of its own);
+training does not.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ from scaling_dit.encoders.clip import CLASSES as WHOLE_CLASSES
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue in [0, 1], over CLIP's training set
+# Mean and deviation of red, green and blue in [0, 1], over CLIP's training set.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLASSES = (*WHOLE_CLASSES[2:], "CLIPVisionModelWithProjection")
 
@@ -32,9 +33,9 @@ class Size:
     """The shape of an image tower.
 
     Attributes:
-      width: of the tokens.
-      layers: blocks.
-      heads: of attention.
+      width: width of the tokens.
+      layers: number of blocks.
+      heads: heads of attention.
       mlp: hidden width of the MLPs.
       patch: side of a patch in pixels.
       image: side of an image in pixels.
@@ -52,7 +53,8 @@ class Size:
     projection: int
 
 
-SIZES = {  # the same names as the text towers'
+# The same names as the text towers have.
+SIZES = {
     "openclip-h": Size(1280, 32, 16, 5120, 14, 224, "gelu", 1024),
     "openclip-bigg": Size(1664, 48, 16, 8192, 14, 224, "gelu", 1280),
     "clip-l": Size(1024, 24, 16, 4096, 14, 224, "quick_gelu", 768),
@@ -95,14 +97,14 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def resize(images: jax.Array, side: int) -> jax.Array:
-    """Square images uint8 [B, S, S, 3] -> uint8 [B, side, side, 3], antialiased bicubic as CLIP's own pictures are.
+    """Square images uint8 [B, S, S, 3] -> uint8 [B, side, side, 3], antialiased bicubic as in CLIP's own pipeline.
 
     Raises:
-      UserError: images that are not square.
+      UserError: the images are not square.
     """
     count, height, width, colours = images.shape
     if height != width:
-        raise UserError(f"images are {height} x {width} px; CLIP takes square ones, cut them before")
+        raise UserError(f"images are {height} x {width} px; CLIP takes square ones, so crop them first")
     if height == side:
         return images
     resized = jax.image.resize(
@@ -113,9 +115,9 @@ def resize(images: jax.Array, side: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Both towers of a pretrained CLIP, in the space they share.
+    """Both towers of a pretrained CLIP, with their projections to the shared space.
 
-    `Clip.load(...)` reads them; `params` is {"text": ..., "image": ...}.
+    `Clip.load(...)` reads them. `params` is {"text": ..., "image": ...}.
     """
 
     text: ClipText
@@ -127,16 +129,16 @@ class Clip:
     def load(
         cls, weights: str, size: str = "openclip-h", *, tokenizer_files: str = "", dtype: str = "float32"
     ) -> Self:
-        """Reads both towers of a place of weights (`pretrained.py`), under the names of transformers or of open_clip.
+        """Reads both towers from a place of weights (`weights/places.py`) with transformers' or open_clip's names.
 
         Args:
-          weights: the place; it must hold both towers with their projections.
-          size: of both, a name in SIZES.
+          weights: the place, which must hold both towers with their projections.
+          size: size of both towers, a name in SIZES.
           tokenizer_files: as the field of `ClipText`.
-          dtype: of the products.
+          dtype: type of the products.
 
         Raises:
-          UserError: unknown size, missing or damaged files, or those of another architecture.
+          UserError: the size is unknown, or the files are missing, damaged or of another architecture.
         """
         if size not in SIZES:
             raise UserError(f"there is no CLIP of the size {size!r}; {nearest(size, SIZES)}")
@@ -147,18 +149,18 @@ class Clip:
         return cls(text, SIZES[size], params, dtype)
 
     def embed_text(self, params: Mapping[str, Any], ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Ids, mask [B, 77] of `text.tokenize` -> directions [B, P] of length 1."""
+        """Ids and mask [B, 77] from `text.tokenize` -> vectors [B, P] of length 1."""
         return unit(self.text.apply(params["text"], ids, mask)[2])
 
     def embed_image(self, params: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        """Square images uint8 [B, S, S, 3] of any side -> directions [B, P] of length 1."""
+        """Square images uint8 [B, S, S, 3] of any side -> vectors [B, P] of length 1."""
         tower = VisionTower(self.size, jnp.dtype(self.dtype))
         embedded: Any = tower.apply({"params": params["image"]}, normalise(resize(images, self.size.image)))
         return unit(embedded)
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Each row of [B, P] with a length of 1, so that products of rows are cosines."""
+    """[B, P] with each row scaled to length 1, so that products of rows are cosines."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
@@ -166,9 +168,9 @@ def load_vision(weights: str, size: Size) -> dict[str, Any]:
     """The parameters of `VisionTower` in a place of weights, as numpy arrays.
 
     Raises:
-      UserError: missing or damaged files, or those of another architecture.
+      UserError: the files are missing, damaged or of another architecture.
     """
-    opened = pretrained.open_weights(weights, part="image_encoder", classes=CLASSES, field="weights")
+    opened = places.open_weights(weights, part="image_encoder", classes=CLASSES, field="weights")
     wanted = {
         "hidden_size": size.width,
         "num_hidden_layers": size.layers,

@@ -1,4 +1,4 @@
-"""CLIP's towers in files: entries of one tower under the names of transformers or of open_clip, and their tables."""
+"""The weight tables of CLIP's towers, with the names of transformers and of open_clip."""
 
 import re
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ _LAYER = re.compile(r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 def text_entries(
     tensors: Iterable[str], layers: int, depth: int, project: bool
 ) -> tuple[dict[str, str], table.Table]:
-    """The entries of a text tower in a file of it, or of a whole CLIP, and the table that they fit.
+    """The entries of a text tower in its own file or in a whole CLIP's, and the table that maps them.
 
     Args:
       tensors: names in the file.
-      layers: of the whole tower. Files of Stable Diffusion 2 have one less.
-      depth: layers that are wanted.
-      project: whether the projection is.
+      layers: layers of the whole tower. Files of Stable Diffusion 2 have one less.
+      depth: number of layers to load.
+      project: whether to load the projection.
 
     Returns:
       Name in the table -> name in the file, and the table.
@@ -43,7 +43,7 @@ def text_entries(
 
 
 def text_rows(depth: int) -> list[table.Row | table.Copy | table.Unread]:
-    """The table of transformers' CLIPTextModel of so many layers, without its prefix `text_model.`."""
+    """The table of transformers' CLIPTextModel with `depth` layers, without its prefix `text_model.`."""
     return [
         table.Row("embeddings.token_embedding.weight", "words"),
         table.Row("embeddings.position_embedding.weight", "positions"),
@@ -53,7 +53,7 @@ def text_rows(depth: int) -> list[table.Row | table.Copy | table.Unread]:
 
 
 def vision_entries(tensors: Iterable[str], layers: int, patch: int) -> tuple[dict[str, str], table.Table]:
-    """The entries of an image tower in a file of a whole CLIP, and the table that they fit; as `text_entries`."""
+    """The entries of an image tower in a whole CLIP's file, and the table that maps them; as `text_entries`."""
     if any(name.endswith("visual.conv1.weight") for name in tensors):
         names = {name.removeprefix("visual."): name for name in tensors if name.startswith("visual.")}
         rows = [
@@ -72,7 +72,8 @@ def vision_entries(tensors: Iterable[str], layers: int, patch: int) -> tuple[dic
             table.Row("embeddings.patch_embedding.weight", "patches/kernel", table.patch_conv(patch)),
             table.Row("embeddings.class_embedding", "class"),
             table.Row("embeddings.position_embedding.weight", "positions"),
-            *table.norm("pre_layrnorm", "norm_in"),  # transformers' spelling
+            # transformers' own misspelling.
+            *table.norm("pre_layrnorm", "norm_in"),
             *hugging_face_rows(layers),
             *table.norm("post_layernorm", "norm_out"),
             *table.linear("visual_projection", "projection", bias=False),
@@ -82,11 +83,11 @@ def vision_entries(tensors: Iterable[str], layers: int, patch: int) -> tuple[dic
 
 
 def _below(tensors: Iterable[str], prefix: str, others: tuple[str, ...]) -> dict[str, str]:
-    """Names without `prefix` -> names of the file, but for those of the other parts of a CLIP."""
+    """Names without `prefix` -> names in the file, without the entries of a CLIP's other parts."""
     return {name.removeprefix(prefix): name for name in tensors if not name.startswith(others)}
 
 
 def _beyond(name: str, depth: int, layers: int) -> bool:
-    """Whether an entry is of a layer of the tower that is not run."""
+    """Whether an entry belongs to a layer of the tower that is not loaded."""
     layer = _LAYER.match(name)
     return layer is not None and depth <= int(layer.group(1)) < layers

@@ -1,8 +1,8 @@
-"""Captions as the ids of subwords: the tokenizers that come with pretrained text encoders.
+"""Tokenizes captions into subword ids, with the tokenizers of pretrained text encoders.
 
-Whatever files a vocabulary is read from (`vocabularies.py`), it ends as one text in the format of the `tokenizers`
-library, which a workdir keeps as its `tokenizer.json`. So a run can be drawn from where the weights' folder is not, and
-transformers is needed nowhere.
+`vocabularies.py` converts every kind of vocabulary file to the format of the `tokenizers` library. A workdir keeps the
+result as its `tokenizer.json`, so a run can generate images without the folder of the text encoder's weights, and
+transformers is never needed.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from etils import epath
 
 from scaling_dit.encoders import vocabularies
 from scaling_dit.errors import UserError
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 
 NO_TOKENIZER = (
     "the text encoder has no tokenizer: set config.text_encoder.weights to a folder that holds one, "
@@ -25,37 +25,37 @@ NO_TOKENIZER = (
 
 @dataclasses.dataclass(frozen=True)
 class SubwordTokenizer:
-    """A tokenizer of the `tokenizers` library, with the marks that frame a text.
+    """A tokenizer of the `tokenizers` library that adds begin and end tokens to a text.
 
     Attributes:
-      definition: its `tokenizer.json`.
+      definition: the text of its `tokenizer.json`.
     """
 
     definition: str
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self | None:
-        """The tokenizer that the fields of a text encoder name: its `tokenizer_files`, else what lies by its `weights`.
+        """The tokenizer that a text encoder's fields name: in `tokenizer_files`, else beside the `weights`.
 
-        None where they name neither: sizes can be counted and planned without one.
+        None if both fields are empty: `count` and `plan` need no tokenizer.
 
         Raises:
-          UserError: nothing there, or damaged files.
+          UserError: the files are missing or damaged.
         """
         files, weights = fields.get("tokenizer_files", ""), fields.get("weights", "")
         if files:
             return cls(vocabularies.read(epath.Path(files)))
         if weights in ("", "random"):
             return None
-        place = pretrained.locate(weights, part="text_encoder", field="text_encoder.weights", weights=False)
+        place = places.locate(weights, part="text_encoder", field="text_encoder.weights", weights=False)
         return cls(vocabularies.find(place))
 
     @classmethod
     def load(cls, path: str | epath.Path) -> Self:
-        """Reads what `save` wrote.
+        """Reads a tokenizer that `save` wrote.
 
         Raises:
-          UserError: missing or damaged file.
+          UserError: the file is missing or damaged.
         """
         path = epath.Path(path)
         if not path.exists():
@@ -63,7 +63,7 @@ class SubwordTokenizer:
         return cls(vocabularies.read(path))
 
     def save(self, path: str | epath.Path) -> None:
-        """Writes one file, local or gs://, which transformers reads too."""
+        """Writes one file, local or gs://, which transformers can read as well."""
         epath.Path(path).write_text(self.definition)
 
     def __len__(self) -> int:
@@ -71,14 +71,16 @@ class SubwordTokenizer:
 
     @functools.cached_property
     def frame(self) -> tuple[int, ...]:
-        """The ids of the empty caption: the marks of beginning and end, as far as the tokenizer sets them."""
+        """The ids of the empty caption: the begin and end tokens that the tokenizer adds."""
         return tuple(vocabularies.parse(self.definition).encode("").ids)
 
     def encode(self, captions: Sequence[str], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of each caption with its frame, cut or filled up to `length`; a cut caption still has its end.
+        """Ids of each caption with begin and end tokens, truncated or padded to `length`.
+
+        A truncated caption keeps its end token.
 
         Returns:
-          ids int32 [B, length] and mask bool [B, length], True up to and with the end.
+          ids int32 [B, length] and mask bool [B, length], True up to and including the end token.
         """
         found = self._cutting_at(length).encode_batch_fast(list(captions))
         counts = np.fromiter((len(caption) for caption in found), np.int64, len(found))

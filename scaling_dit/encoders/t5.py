@@ -1,9 +1,9 @@
-"""T5's encoder as a text encoder: v1.1, as Imagen, DeepFloyd IF and PixArt read it, and Flan, which has its shapes.
+"""T5's encoder as a text encoder: v1.1, as in Imagen, DeepFloyd IF and PixArt, and Flan, which has the same shapes.
 
-A bidirectional transformer without biases (arXiv 1910.10683, section 2.1; transformers' `T5EncoderModel`): attention is
-not scaled, positions enter as a bias by distance that the first layer owns and all of them add, and the MLP is a gated
-GELU (arXiv 2002.05202). The residual stream, norms, logits and softmax are float32, so bfloat16 products are safe;
-float16, which overflows, is not offered.
+A bidirectional transformer without biases (arXiv 1910.10683, section 2.1; transformers' `T5EncoderModel`). Attention is
+not scaled. Positions enter as a bias on the attention logits by distance; the first layer owns the bias, and all layers
+add it. The MLP is a gated GELU (arXiv 2002.05202). The residual stream, norms, logits and softmax are float32, so
+bfloat16 products are safe. float16 overflows and is not offered.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ from scaling_dit.encoders import transformer
 from scaling_dit.encoders.subwords import NO_TOKENIZER, SubwordTokenizer
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.layers import Dense, constrain, parse_dtype, stack
-from scaling_dit.weights import places as pretrained
-from scaling_dit.weights import table
+from scaling_dit.weights import places, table
 
-VOCABULARY = 32_128  # rows of the table; the tokenizer has 32,100 ids
+# Rows of the embedding table; the tokenizer has 32,100 ids.
+VOCABULARY = 32_128
 BUCKETS, MAX_DISTANCE = 32, 128
 EPSILON = 1e-6
 PAD, END = 0, 1
-CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")  # of transformers, that hold an encoder
+# Classes of transformers that hold an encoder.
+CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ SIZES = {
     "large": Size(1024, 64, 2816, 24, 16),
     "xl": Size(2048, 64, 5120, 24, 32),
     "xxl": Size(4096, 64, 10240, 24, 64),
-    "tiny": Size(32, 8, 48, 2, 4),  # for tests and first runs
+    # For tests and first runs.
+    "tiny": Size(32, 8, 48, 2, 4),
 }
 
 
@@ -67,7 +69,7 @@ class RmsNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and gated MLP, each after a norm and on a residual branch: x, bias -> (x, nothing); see `stack`."""
+    """Attention and a gated MLP, each a residual branch after a norm: x, bias -> (x, None); see `stack`."""
 
     size: Size
     dtype: Any
@@ -100,12 +102,12 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The encoder over token ids, its layers scanned.
+    """The encoder over token ids, with scanned layers.
 
     Attributes:
       size: its shape.
-      dtype: of the products.
-      param_dtype: of the parameters.
+      dtype: type of the products.
+      param_dtype: type of the parameters.
     """
 
     size: Size
@@ -114,7 +116,7 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Ids int32 [B, L], mask bool [B, L], False = hidden from attention -> tokens [B, L, width], float32."""
+        """Ids int32 [B, L], mask bool [B, L] (False hides a token) -> token states [B, L, width], float32."""
         size = self.size
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         words: Any = self.param("words", init, (VOCABULARY, size.width), self.param_dtype)
@@ -132,16 +134,16 @@ class T5Encoder(nn.Module):
 
 
 def buckets(length: int) -> np.ndarray:
-    """The class of the distance from each query to each key, int32 [length, length], as T5 learns a bias for each.
+    """The distance bucket of each query and key, int32 [length, length]. T5 learns a bias for each bucket.
 
-    Half of the classes are for keys after the query; of each half, half for single distances and the rest for ranges
-    that grow exponentially up to MAX_DISTANCE, beyond which all is one.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets are single distances;
+    the others are ranges that grow exponentially up to MAX_DISTANCE. All larger distances share the last bucket.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = BUCKETS // 2
     exact = half // 2
     far = np.abs(distance)
-    # float32, as the code that trained it: a distance at an edge must fall to the same side.
+    # float32, as in the original code, so that a distance at the edge of a range falls into the same bucket.
     growth = np.log(np.maximum(far, 1).astype(np.float32) / exact) / np.float32(
         math.log(MAX_DISTANCE / exact)
     )
@@ -154,14 +156,14 @@ class T5Text:
     """`T5Encoder` with its tokenizer, as a run's text encoder.
 
     Attributes:
-      tokenizer: captions to ids; None where none was given, then `tokenize` cannot be called.
+      tokenizer: maps captions to ids; without one `tokenize` raises an error.
       weights: a local folder in the layout of Hugging Face (`text_encoder` of PixArt, a whole T5), a safetensors file,
-        or a hub id with its revision; "random" draws them from the seed.
+        or a hub id with its revision; "random" initialises them from the run's seed.
       size: small, base, large, xl or xxl, the same for v1.1 and Flan.
-      length: tokens of every caption, with its end; 120 in PixArt-alpha.
-      tokenizer_files: folder, tokenizer.json or spiece.model; "": with `weights`.
-      dtype: of the products.
-      param_dtype: of the parameters.
+      length: tokens of every caption, with the end token; 120 in PixArt-alpha.
+      tokenizer_files: folder, tokenizer.json or spiece.model; "" looks beside `weights`.
+      dtype: type of the products.
+      param_dtype: type of the parameters.
 
     Raises:
       UserError: an unknown size, a length below 1, or a tokenizer of another model.
@@ -203,13 +205,13 @@ class T5Text:
         return T5Encoder(SIZES[self.size], jnp.dtype(self.dtype), jnp.dtype(self.param_dtype))
 
     def tokenize(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Captions -> (ids int32 [B, length], mask bool [B, length]); a caption that is cut still has its end."""
+        """Captions -> (ids int32 [B, length], mask bool [B, length]). A truncated caption keeps its end token."""
         if self.tokenizer is None:
             raise UserError(NO_TOKENIZER)
         return self.tokenizer.encode(captions, self.length, PAD)
 
     def init(self, rng: jax.Array) -> Any:
-        """Fresh parameters, boxed with their logical axes."""
+        """Newly initialised parameters, boxed with their logical axes."""
         ids = jnp.zeros((1, self.length), jnp.int32)
         return self.module.init(rng, ids, jnp.ones(ids.shape, bool))["params"]
 
@@ -226,9 +228,9 @@ class T5Text:
         """The parameters in `weights`, as numpy arrays.
 
         Raises:
-          UserError: missing or damaged files, or those of another architecture.
+          UserError: the files are missing, damaged or of another architecture.
         """
-        opened = pretrained.open_weights(
+        opened = places.open_weights(
             self.weights, part="text_encoder", classes=CLASSES, field="text_encoder.weights"
         )
         size = SIZES[self.size]
@@ -250,9 +252,9 @@ class T5Text:
 
 
 def encoder_entries(tensors: Iterable[str]) -> dict[str, str]:
-    """Names of an encoder's entries -> themselves, of a file that may hold a decoder and its head as well.
+    """The entries of the encoder, new name -> name in the file, which may also hold a decoder and its head.
 
-    The table of words is stored once or twice, as `shared` and as the encoder's own, with the same values.
+    Files hold the word table once or twice with the same values: as `shared` and as the encoder's own.
     """
     names = {name: name for name in tensors if name.startswith(("encoder.", "shared."))}
     own = names.pop("encoder.embed_tokens.weight", None)
@@ -262,7 +264,7 @@ def encoder_entries(tensors: Iterable[str]) -> dict[str, str]:
 
 
 def encoder_rows(layers: int) -> list[table.Row]:
-    """Our parameters of `T5Encoder` and their names in transformers."""
+    """The table of `T5Encoder`: names in transformers -> our parameters."""
     at, to = "encoder.block.{i}.layer", "blocks_{i}"
     qkv = tuple(f"{at}.0.SelfAttention.{part}" for part in "qkv")
     gate = f"{at}.1.DenseReluDense.wi_0", f"{at}.1.DenseReluDense.wi_1"

@@ -1,7 +1,7 @@
-"""What the text and image towers of CLIP are built of: pre-norm blocks whose layers are scanned.
+"""The transformer blocks of text and image encoders: scanned pre-norm blocks, and attention with a bias.
 
 Norms, softmax and the residual stream are float32; products run in `dtype`. Lengths such as 77 and 257 do not divide
-over a mesh, so tokens stay whole on it. Shape suffixes: B batch, T queries, S keys, N heads, H head size, D width.
+over a mesh, so tokens are not sharded. Shape suffixes: B batch, T queries, S keys, N heads, H head size, D width.
 """
 
 from typing import Any
@@ -16,9 +16,8 @@ from scaling_dit.nn.layers import ACTIVATIONS, Dense, constrain, layer_norm, sta
 from scaling_dit.weights import table
 
 NORM_EPSILON = 1e-5
-HIDDEN = float(
-    np.finfo(np.float32).min / 2
-)  # a logit of weight 0; not -inf, which would make NaN of a row without keys
+# A logit whose weight is 0. With -inf a row without keys would become NaN.
+HIDDEN = float(np.finfo(np.float32).min / 2)
 
 TOKEN_AXES = ("batch", None, "act_embed")
 HEAD_AXES = ("batch", None, "act_heads", None)
@@ -30,13 +29,14 @@ def attend(
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v -> [B, T, N, H]; logits and softmax in float32, the rest in the inputs' dtype.
 
-    Backbones have `backbones/attention.py`, whose fused kernels know no bias; captions are too short to need them.
+    Backbones use `nn/attention.py`, whose fused kernels support no bias. Captions are too short to need these kernels.
 
     Args:
       q_BTNH: queries.
-      k_BSNH, v_BSNH: keys and values.
-      bias: float32, broadcast against [B, N, T, S]; `HIDDEN` hides a key. None: every query reads every key.
-      scale: factor on the products; T5 has 1.
+      k_BSNH: keys.
+      v_BSNH: values.
+      bias: float32, broadcast to [B, N, T, S]; `HIDDEN` hides a key. None lets every query see every key.
+      scale: factor on the products; 1 for T5.
     """
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BSNH, v_BSNH))
     logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
@@ -47,10 +47,10 @@ def attend(
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and on a residual branch: x, bias -> (x, nothing); see `stack`."""
+    """Attention and an MLP of hidden width `mlp`, each a residual branch after a LayerNorm: x, bias -> (x, None)."""
 
     heads: int
-    mlp: int  # hidden width
+    mlp: int
     activation: str
     dtype: Any
     param_dtype: Any
@@ -74,12 +74,12 @@ class Block(nn.Module):
 
 
 def blocks(x: jax.Array, count: int, bias: jax.Array | None, **fields: Any) -> jax.Array:
-    """`count` blocks inside a compact method, compiled once whatever their number: x [B, T, D] -> the same shape."""
+    """Applies `count` blocks inside a compact method, of which one is compiled: x [B, T, D] -> the same shape."""
     return stack(Block, count, "blocks", x, None, bias, remat="none", scan=True, **fields)[0]
 
 
 def hugging_face_rows(layers: int) -> list[table.Row]:
-    """The names of CLIP's blocks in transformers, below `encoder`."""
+    """The table of CLIP's blocks with transformers' names, below `encoder`."""
     at, to = "encoder.layers.{i}", "blocks_{i}"
     qkv = tuple(f"{at}.self_attn.{part}_proj" for part in "qkv")
     return [
@@ -93,7 +93,7 @@ def hugging_face_rows(layers: int) -> list[table.Row]:
 
 
 def open_clip_rows(layers: int) -> list[table.Row]:
-    """The names of the same blocks in open_clip, below `transformer`: q, k and v fused as torch's own attention has."""
+    """The table of the same blocks with open_clip's names, below `transformer`; q, k and v are fused as in torch."""
     at, to = "transformer.resblocks.{i}", "blocks_{i}"
     return [
         *table.norm(f"{at}.ln_1", f"{to}/norm1", layers),

@@ -1,8 +1,8 @@
-"""The autoencoder of Stable Diffusion and SDXL as a codec: images to latents of an eighth of their sides, and back.
+"""The autoencoder of Stable Diffusion and SDXL as a codec: images to latents with an eighth of their sides, and back.
 
-The architecture is diffusers' `AutoencoderKL` (arXiv 2112.10752, appendix G): convolutions, one attention over all
-pixels in the middle, and moments of a normal distribution over each latent. It is frozen in a run: encoding feeds
-training, or is done once by `prepare`, and decoding shows what was drawn.
+The architecture is diffusers' `AutoencoderKL` (arXiv 2112.10752, appendix G): convolutions, one attention layer over
+all pixels in the middle, and the moments of a normal distribution for each latent. A run keeps it frozen. It encodes
+images during training, or once in `prepare`, and decodes generated latents.
 """
 
 import contextlib
@@ -18,17 +18,20 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit import trees
+from scaling_dit.encoders import vae_weights
 from scaling_dit.encoders.codec import Pixels
 from scaling_dit.encoders.vae_config import ARCHITECTURES, CLASS_NAME, Architecture, read_architecture
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.nn.layers import conv3x3, parse_dtype
 from scaling_dit.nn.unet_layers import CONV_AXES, Upsample, flatten, group_norm, linear, torch_kernel, whole
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 
-EPSILON = 1e-6  # of every GroupNorm
+# Epsilon of every GroupNorm.
+EPSILON = 1e-6
 LOGVAR_RANGE = -30.0, 20.0
-OVERLAP = 4  # tiles overlap by a quarter of their side, as in diffusers
+# Tiles overlap by 1/OVERLAP of their side, as in diffusers.
+OVERLAP = 4
 COLOURS = 3
 
 
@@ -63,7 +66,8 @@ class PixelAttention(nn.Module):
         attend = SelfAttention(
             heads=1,
             qkv_bias=True,
-            implementation="xla",  # fused kernels have no heads as wide as this one
+            # Fused kernels do not support a head this wide.
+            implementation="xla",
             kernel_init=torch_kernel,
             length_axis=None,
             dtype=self.dtype,
@@ -73,7 +77,7 @@ class PixelAttention(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention unless it is left out, residual block: [B, H, W, C] -> [B, H, W, C]."""
+    """Residual block, attention (unless the architecture has none), residual block: [B, H, W, C] -> the same shape."""
 
     architecture: Architecture
     dtype: str = "float32"
@@ -101,7 +105,8 @@ class Encoder(nn.Module):
             for i in range(shape.res_blocks):
                 x = ResBlock(width, shape.groups, self.dtype, name=f"down_{level}_res_{i}")(x)
             if level < len(shape.widths) - 1:
-                below_and_right: Any = ((0, 1), (0, 1))  # zeros on two sides only, as trained
+                # The model was trained with zeros on two sides only.
+                below_and_right: Any = ((0, 1), (0, 1))
                 x = conv3x3(
                     f"down_{level}_sample", width, width,
                     axes=CONV_AXES, stride=2, padding=below_and_right, dtype=self.dtype,
@@ -131,13 +136,13 @@ class Decoder(nn.Module):
 
 
 def _last(x: jax.Array, features: int, groups: int) -> jax.Array:
-    """Norm, SiLU and 3x3 convolution, in float32: it is small, and its rounding would be the result's."""
+    """Norm, SiLU and 3x3 convolution in float32: cheap, and its rounding error would go to the result."""
     x = jax.nn.silu(group_norm("norm_out", epsilon=EPSILON, groups=groups)(x))
     return conv3x3("conv_out", x.shape[-1], features, axes=(None, None, "embed", None))(x)
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder with the 1x1 convolutions between them; diffusers' class of the same name.
+    """Encoder and decoder with the 1x1 convolutions between them, as diffusers' class of the same name.
 
     Norms, softmax and the last convolutions run in float32, other products in `dtype`. Initial values are PyTorch's.
     """
@@ -179,13 +184,11 @@ class Autoencoder:
     """`AutoencoderKL` as a run's codec.
 
     Attributes:
-      size: "sdxl" or "sd", which differ in the scale of latents; where `weights` is a place with a `config.json`, that
-        decides instead.
-      weights: a folder, file or `hub:` place of pretrained weights (`pretrained.py`); "random": drawn from the run's
-        seed; "": none, enough to count and to plan.
-      dtype: float32 or bfloat16, of the products.
-      tile: side in latent pixels of the tiles that are decoded one after the other, which bounds memory; 0: whole
-        images at once.
+      size: "sdxl" or "sd", which differ in the scale of latents. A `config.json` beside `weights` takes precedence.
+      weights: a folder, file or `hub:` place of pretrained weights (`weights/places.py`); "random" initialises them
+        from the run's seed; "" for none, which is enough to count and to plan.
+      dtype: type of the products, float32 or bfloat16.
+      tile: side in latent pixels of the tiles that are decoded in sequence to bound memory; 0 decodes whole images.
 
     Raises:
       UserError: an unknown size or dtype, or a tile that is too small.
@@ -210,10 +213,10 @@ class Autoencoder:
 
     @functools.cached_property
     def architecture(self) -> Architecture:
-        """That of the weights' `config.json`, else the named one."""
-        if not pretrained.is_place(self.weights):
+        """The architecture in the weights' `config.json`, else the one that `size` names."""
+        if not places.is_place(self.weights):
             return ARCHITECTURES[self.size]
-        config = pretrained.read_config(self.weights, **_PLACE)
+        config = places.read_config(self.weights, **_PLACE)
         return ARCHITECTURES[self.size] if config is None else read_architecture(config, self.weights)
 
     @property
@@ -230,7 +233,7 @@ class Autoencoder:
         """(height, width, channels) of a latent.
 
         Raises:
-          UserError: an image that cannot be halved as often as the encoder does.
+          UserError: the encoder's factor does not divide the image size.
         """
         factor = self.architecture.factor
         if image_size < 1 or image_size % factor:
@@ -243,21 +246,19 @@ class Autoencoder:
         return height, width, 2 * channels
 
     def init(self, rng: jax.Array) -> Any:
-        """Fresh parameters, boxed with their logical axes."""
+        """Newly initialised parameters, boxed with their logical axes."""
         side = 2 * self.architecture.factor
         return self.module.init(rng, jnp.zeros((1, side, side, COLOURS)))["params"]
 
     def load(self) -> dict[str, Any]:
-        """The pretrained parameters as a host tree of float32 arrays, of the structure of `init`.
+        """The pretrained parameters as a host tree of float32 arrays, with the structure of `init`.
 
         Raises:
-          UserError: weights that are not there, damaged, or of another architecture.
+          UserError: the weights are missing, damaged, or of another architecture.
         """
-        from scaling_dit.encoders import vae_weights as autoencoder_kl  # which imports every backbone
-
-        found = pretrained.open_weights(self.weights, **_PLACE)
+        found = places.open_weights(self.weights, **_PLACE)
         abstract = trees.unbox(jax.eval_shape(self.init, jax.random.key(0)))
-        return autoencoder_kl.load(
+        return vae_weights.load(
             self.architecture, abstract, found.tensors, f"the autoencoder of {self.weights}"
         )
 
@@ -272,11 +273,11 @@ class Autoencoder:
     def sample(self, params: Mapping[str, Any], moments: jax.Array, rng: jax.Array) -> jax.Array:
         """Moments [B, h, w, 2C] -> latents float32 [B, h, w, C]: (mean + std * normal - shift) * scale."""
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        drawn = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
-        return (drawn - self.architecture.shift) * self.architecture.scale
+        sampled = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
+        return (sampled - self.architecture.shift) * self.architecture.scale
 
     def encode(self, params: Mapping[str, Any], images: jax.Array, rng: jax.Array) -> jax.Array:
-        """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C], drawn from their moments."""
+        """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C], sampled from their moments."""
         return self.sample(params, self.moments(params, images), rng)
 
     def decode(self, params: Mapping[str, Any], latents: jax.Array) -> jax.Array:
@@ -284,7 +285,7 @@ class Autoencoder:
         return Pixels().decode({}, self.decode_float(params, latents))
 
     def decode_float(self, params: Mapping[str, Any], latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] -> images float32 [B, H, W, 3], about [-1, 1]: what `decode` rounds."""
+        """Latents [B, h, w, C] -> images float32 [B, H, W, 3], about [-1, 1]. `decode` rounds these to 8 bits."""
         unscaled = latents.astype(jnp.float32) / self.architecture.scale + self.architecture.shift
 
         def whole_image(z: jax.Array) -> jax.Array:
@@ -296,7 +297,7 @@ class Autoencoder:
             return decode_tiles(whole_image, unscaled, self.tile, self.architecture.factor)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Float32 is meant as such: on TPU products would run in bfloat16 unless told otherwise."""
+        """Makes float32 products run in float32: by default a TPU runs them in bfloat16."""
         return jax.default_matmul_precision("float32" if self.dtype == "float32" else "default")
 
 
@@ -306,16 +307,16 @@ _PLACE: dict[str, Any] = {"part": "vae", "classes": (CLASS_NAME,), "field": "cod
 def decode_tiles(
     decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int, factor: int
 ) -> jax.Array:
-    """Decodes square tiles one after the other, each laid over those before it with a linear ramp.
+    """Decodes square tiles in sequence and blends each over the previous ones with a linear ramp.
 
-    Tiles overlap by a quarter of their side, or by more at the far edges. Unlike the whole image, a tile is normalised
-    and attends within itself, so colours may differ a little from tile to tile; the ramps hide the seams.
+    Tiles overlap by a quarter of their side, or by more at the far edges. Norms and attention see one tile only, so
+    colours may differ slightly from tile to tile; the ramps hide the seams.
 
     Args:
       decode: latents [B, t, u, C] -> images [B, t * factor, u * factor, 3].
       latents: [B, h, w, C].
       tile: side of a tile in latent pixels; a shorter side of the latents is decoded whole.
-      factor: by which images are larger than latents.
+      factor: side of an image divided by the side of its latent.
 
     Returns:
       Images [B, h * factor, w * factor, 3].
@@ -342,6 +343,6 @@ def decode_tiles(
 
 
 def _starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin: they cover `size`, the last one ending with it."""
+    """The starts of tiles that cover `size`; the last tile ends at `size`."""
     stride = tile - tile // OVERLAP
     return [*range(0, size - tile, stride), max(size - tile, 0)]

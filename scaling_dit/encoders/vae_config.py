@@ -1,4 +1,4 @@
-"""The shape of an autoencoder, by name and from the `config.json` of diffusers' `AutoencoderKL`."""
+"""The architecture of an autoencoder, by name or from the `config.json` of diffusers' `AutoencoderKL`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from scaling_dit.errors import UserError
 
 CLASS_NAME = "AutoencoderKL"
 
-# What our module computes: the arguments of diffusers 0.42.1 that must have one value.
+# Arguments of diffusers 0.42.1 for which our module supports one value only.
 _FIXED: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -17,7 +17,7 @@ _FIXED: dict[str, Any] = {
     "latents_mean": None,
     "latents_std": None,
 }
-# Those that decide nothing here: tile size, and whether diffusers leaves float16.
+# Arguments without effect here: the tile size, and whether diffusers avoids float16.
 _FREE = ("sample_size", "force_upcast")
 
 
@@ -26,15 +26,15 @@ class Architecture:
     """Sizes of an `AutoencoderKL`; the defaults are SDXL's.
 
     Attributes:
-      widths: channels of each level, the finest first; each has half the sides of the one before.
+      widths: channels of each level, the finest first; each level halves the sides.
       res_blocks: residual blocks of a level in the encoder; the decoder has one more.
       latent_channels: channels of a latent.
-      groups: of every GroupNorm.
-      quant_conv: a 1x1 convolution after the encoder.
-      post_quant_conv: one before the decoder.
-      mid_attention: attention between the residual blocks in the middle.
-      scale: factor on latents, which brings them to a variance near 1.
-      shift: taken off before that.
+      groups: groups of every GroupNorm.
+      quant_conv: whether a 1x1 convolution follows the encoder.
+      post_quant_conv: whether a 1x1 convolution precedes the decoder.
+      mid_attention: whether attention lies between the residual blocks in the middle.
+      scale: factor on latents that brings their variance near 1.
+      shift: subtracted before scaling.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -49,7 +49,7 @@ class Architecture:
 
     @property
     def factor(self) -> int:
-        """By which images are larger than latents."""
+        """Side of an image divided by the side of its latent."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -57,10 +57,10 @@ ARCHITECTURES = {"sdxl": Architecture(), "sd": Architecture(scale=0.18215)}
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that a `config.json` describes; arguments that it leaves out have diffusers' defaults.
+    """The architecture that a `config.json` describes. Missing arguments get diffusers' defaults.
 
     Raises:
-      UserError: an argument that our module does not have, or a value of another kind.
+      UserError: an argument or value that our module does not support.
     """
     config = tuples(config)
     widths = config.get("block_out_channels", (64,))

@@ -1,8 +1,8 @@
-"""Names of the autoencoder's weights: diffusers' `AutoencoderKL`, now and as older files have it, and the original's.
+"""The weight table of the autoencoder, for three spellings of its names.
 
-Three spellings of one model: diffusers' own (`encoder.down_blocks.0.resnets.1`, attention as `to_q`), its older one
-(`query`, `key`, `value`, `proj_attn`) and that of the latent-diffusion code (`encoder.down.0.block.1`, `mid.attn_1.q`),
-which is also found inside whole checkpoints under `first_stage_model.`.
+Files have diffusers' current names (`encoder.down_blocks.0.resnets.1`, attention as `to_q`), diffusers' older names
+(`query`, `key`, `value`, `proj_attn`) or those of the latent-diffusion code (`encoder.down.0.block.1`, `mid.attn_1.q`).
+Whole checkpoints of that code hold the autoencoder under `first_stage_model.`.
 """
 
 import dataclasses
@@ -16,18 +16,22 @@ from scaling_dit.encoders.vae_config import Architecture
 from scaling_dit.weights import state_dicts, table
 from scaling_dit.weights.table import Row, Transform, convolution, norm, pointwise, stacked
 
-_PREFIX = "first_stage_model."  # of a whole checkpoint
+# Prefix of the autoencoder in a whole checkpoint.
+_PREFIX = "first_stage_model."
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """One spelling: names of the parts, with {side} for encoder or decoder, {b} for a level and {i} for a block."""
+    """One spelling: names of the parts, with {side} for encoder or decoder, {b} for a level and {i} for a block.
+
+    `ups_from_finest`: whether the decoder numbers its levels from the finest, else from the coarsest.
+    """
 
     down_res: str = "{side}.down_blocks.{b}.resnets.{i}"
     down: str = "{side}.down_blocks.{b}.downsamplers.0.conv"
     up_res: str = "{side}.up_blocks.{b}.resnets.{i}"
     up: str = "{side}.up_blocks.{b}.upsamplers.0.conv"
-    ups_from_finest: bool = False  # the levels of the decoder count from the finest; else from the coarsest
+    ups_from_finest: bool = False
     mid_res: str = "{side}.mid_block.resnets.{i}"
     first_mid: int = 0
     attention: str = "{side}.mid_block.attentions.0"
@@ -56,7 +60,7 @@ ORIGINAL = Names(
 def load(
     architecture: Architecture, abstract: Mapping[str, Any], tensors: Mapping[str, np.ndarray], what: str
 ) -> dict[str, Any]:
-    """Weights in any of the spellings as our tree of parameters, of the dtypes of `abstract`.
+    """Weights with any of the spellings as our tree of parameters, with the dtypes of `abstract`.
 
     Raises:
       UserError: unknown, missing or misshapen entries, all in one message.
@@ -71,7 +75,7 @@ def load(
 
 
 def spelling(tensors: Mapping[str, Any]) -> Names:
-    """The spelling that a set of names is in."""
+    """The spelling of a set of names."""
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
         return ORIGINAL
     older = any(".mid_block.attentions.0.query." in name for name in tensors)
@@ -81,7 +85,7 @@ def spelling(tensors: Mapping[str, Any]) -> Names:
 def rows(
     architecture: Architecture, names: Names = CURRENT, attention_as_convolutions: bool = False
 ) -> table.Table:
-    """The table of one autoencoder; the linear maps of its attention may be stored as 1x1 convolutions."""
+    """The table of an autoencoder. The linear maps of its attention may be stored as 1x1 convolutions."""
     table_rows = [
         row
         for side, architecture_levels in (

@@ -1,14 +1,14 @@
-"""The files that subword vocabularies come in, each as the text of a `tokenizer.json`.
+"""Reads the file formats of subword vocabularies; the result is the text of a `tokenizer.json`.
 
-| file | of |
+| file | format of |
 |---|---|
 | `tokenizer.json` | the `tokenizers` library, any model |
 | `vocab.json` with `merges.txt` | CLIP in transformers |
 | `bpe_simple_vocab_16e6.txt.gz` | CLIP of OpenAI and open_clip |
 | `spiece.model` | T5, in SentencePiece's format |
 
-Ids are those of transformers' `CLIPTokenizer` and `T5Tokenizer`. Neither repairs a text: open_clip's own tokenizer also
-undoes HTML entities and broken encodings, which is the business of whoever prepares captions here.
+Ids equal those of transformers' `CLIPTokenizer` and `T5Tokenizer`. Neither repairs a text. open_clip's own tokenizer
+also decodes HTML entities and fixes broken encodings; here that is left to the preparation of captions.
 """
 
 import base64
@@ -25,20 +25,22 @@ from scaling_dit.errors import UserError
 
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_END = "</s>"
-T5_EXTRA_IDS = 100  # sentinels of its pre-training, after the pieces
-_CLIP_MERGES = 49_152 - 256 - 2  # of the lines in CLIP's file, which has more
+# Sentinels of T5's pre-training, which follow the pieces.
+T5_EXTRA_IDS = 100
+# Merges used from CLIP's file, which has more lines.
+_CLIP_MERGES = 49_152 - 256 - 2
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _KINDS = "tokenizer.json, vocab.json with merges.txt, spiece.model or bpe_simple_vocab_16e6.txt.gz"
 
 
 def find(weights: epath.Path) -> str:
-    """The tokenizer that belongs to weights: in their folder, its `tokenizer`, or, as in a pipeline, beside it.
+    """The tokenizer of a text encoder: in the folder of its weights, in `tokenizer/` there, or beside that folder.
 
     Args:
-      weights: a folder or a file; the second text encoder of a pipeline, `text_encoder_2`, has `tokenizer_2`.
+      weights: a folder or a file. Beside a pipeline's `text_encoder_2` the tokenizer is `tokenizer_2`.
 
     Raises:
-      UserError: none of these holds one, or it is damaged.
+      UserError: no tokenizer is found, or it is damaged.
     """
     folder = weights if weights.is_dir() else weights.parent
     sibling = (
@@ -57,10 +59,10 @@ def find(weights: epath.Path) -> str:
 
 
 def read(path: epath.Path) -> str:
-    """The tokenizer in a folder or a file of one of the kinds above, checked by the `tokenizers` library.
+    """The tokenizer in a folder or a file of the formats above, checked by the `tokenizers` library.
 
     Raises:
-      UserError: nothing there, a file of another kind, or a damaged one.
+      UserError: the file is missing, damaged or of another format.
     """
     file = _file_in(path) if path.is_dir() else path
     if file is None or not file.exists():
@@ -83,21 +85,23 @@ def read(path: epath.Path) -> str:
 
 
 def parse(definition: str) -> Any:
-    """The `tokenizers.Tokenizer` of a text.
+    """The `tokenizers.Tokenizer` that a `tokenizer.json` text defines.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the text defines none.
     """
-    import tokenizers  # compiled code that only encoders with subwords need
+    # Compiled code that only encoders with subwords need.
+    import tokenizers
 
     try:
         return tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises bare exceptions
+    # The library raises bare exceptions.
+    except Exception as error:
         raise ValueError(error) from None
 
 
 def clip(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> str:
-    """CLIP's tokenizer: composed Unicode in lower case, byte pairs within words, begin and end around them."""
+    """CLIP's tokenizer: composed Unicode in lower case, byte pairs within words, begin and end tokens around a text."""
     words = {"type": "Split", "pattern": {"Regex": _CLIP_WORDS}, "behavior": "Removed", "invert": True}
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     begin, end = (CLIP_BEGIN, vocabulary[CLIP_BEGIN]), (CLIP_END, vocabulary[CLIP_END])
@@ -132,12 +136,12 @@ def clip(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> st
 
 
 def t5(pieces: Sequence[tuple[str, float]], unknown: int, charsmap: bytes) -> str:
-    """T5's tokenizer: the likeliest pieces of each word, which starts with a mark of its space, and an end.
+    """T5's tokenizer: the likeliest pieces of each word, which starts with a mark for its space, and an end token.
 
     Args:
       pieces: (piece, log probability), in the order of their ids.
-      unknown: id of what no piece covers.
-      charsmap: SentencePiece's compiled rules of Unicode; empty for none.
+      unknown: id of text that no piece covers.
+      charsmap: SentencePiece's compiled Unicode rules; empty for none.
     """
     sentinels = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(T5_EXTRA_IDS))]
     vocabulary = [*pieces, *sentinels]
@@ -176,7 +180,7 @@ def _definition(special: Sequence[tuple[str, int]], **parts: Any) -> str:
 
 
 def _file_in(folder: epath.Path) -> epath.Path | None:
-    """The file of a vocabulary in a folder; the newest format first."""
+    """The vocabulary file in a folder; of several the newest format."""
     for name in ("tokenizer.json", "vocab.json", "spiece.model", "bpe_simple_vocab_16e6.txt.gz"):
         if (folder / name).exists():
             return folder / name
@@ -189,7 +193,7 @@ def _merges(text: str) -> list[tuple[str, str]]:
 
 
 def _open_clip(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(vocabulary, merges) of CLIP's file of merges: bytes, bytes that end a word, merges, begin and end."""
+    """(vocabulary, merges) from CLIP's file. Ids go to bytes, bytes that end a word, merges, begin and end."""
     merges = _merges("\n".join(text.split("\n")[1 : _CLIP_MERGES + 1]))
     if len(merges) != _CLIP_MERGES:
         raise ValueError(f"it has {len(merges)} merges, not {_CLIP_MERGES}")
@@ -201,11 +205,11 @@ def _open_clip(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _sentence_piece(data: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
-    """(pieces with their scores, id of the unknown one, rules of Unicode) of a SentencePiece unigram model.
+    """(pieces with their scores, id of the unknown piece, Unicode rules) of a SentencePiece unigram model.
 
-    The few fields are read here, since the library's own reader wants a protobuf that TensorFlow and Beam cannot have
-    beside it. Numbers are those of sentencepiece_model.proto: pieces 1 (piece 1, score 2, type 3), trainer_spec 2
-    (model_type 3), normalizer_spec 3 (precompiled_charsmap 2).
+    This reads the few fields itself, because the library's own reader needs a version of protobuf that conflicts with
+    TensorFlow and Beam. Field numbers are from sentencepiece_model.proto: pieces 1 (piece 1, score 2, type 3),
+    trainer_spec 2 (model_type 3), normalizer_spec 3 (precompiled_charsmap 2).
     """
     pieces: list[tuple[str, float]] = []
     unknown, charsmap, kind = -1, b"", 1
@@ -227,7 +231,7 @@ def _sentence_piece(data: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
 
 
 def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a message: an int, or bytes for all that is no varint."""
+    """(number, value) of each field of a message. The value is an int for varints, else bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -249,7 +253,7 @@ def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends) of an integer in groups of 7 bits, the lowest first."""
+    """(value, end position) of an integer in groups of 7 bits, the lowest first."""
     value = shift = 0
     while True:
         if at >= len(data):

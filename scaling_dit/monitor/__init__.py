@@ -1,1 +1,1 @@
-"""What a run tells while it runs: metric writers and the progress line."""
+"""What a run reports while it trains: metrics, the progress line, goodput and profiles."""

@@ -1,22 +1,22 @@
-"""Where the time of a run goes: a stopwatch that always runs in exactly one part, and its record in the workdir.
+"""Measures how a run spends its time. A stopwatch always runs in exactly one part; its rows go to the workdir.
 
-| part | what it is |
+| part | meaning |
 |---|---|
 | start_up | from the command to the first step: imports, building, restoring |
 | compile | tracing, lowering and compiling, wherever it happens (`jax.monitoring`) |
-| step | the loop when it is in none of the others: training steps are on the devices |
+| step | the loop is in no other part: the devices run training steps |
 | data_wait | the loop waits for the next batch |
 | evaluation | validation loss, sample grid, metrics |
-| checkpoint | the loop is held up by a save; writing goes on in the background and then counts as step |
-| other | writing metrics and traces, going back after a loss spike, closing |
-| lost | steps and data waits whose results were thrown away: a later start, or a rewind, began before them |
-| downtime | from the last sign of life of a start to the next start |
+| checkpoint | the loop waits for a save; writing continues in the background, and that time counts as step |
+| other | writing metrics and traces, rewinding after a loss spike, closing |
+| lost | steps and data waits whose results were discarded, because a later start or a rewind began before them |
+| downtime | from the last row of a start to the next start |
 
-Steps are dispatched asynchronously. The host runs ahead until it reads metrics or saves, and there it waits for the
-devices; that wait is in the loop and so is step time. Over any stretch between two such moments the parts are exact.
+Steps are dispatched asynchronously. The host runs ahead until it reads metrics or saves a checkpoint. There it waits
+for the devices, and this wait counts as step time. Between two such moments the parts are exact.
 
-Each start writes a segment of rows to a folder: seconds of each part so far. Every part but `lost` and `downtime` is
-measured while it runs; those two follow from the rows of all starts, see `summary`.
+Each start writes a segment of rows to a folder, with the seconds of each part so far. All parts but `lost` and
+`downtime` are measured while the run goes; `summary` computes these two from the rows of all starts.
 """
 
 import contextlib
@@ -39,17 +39,18 @@ _MEASURED = PARTS[:-2]
 _LOSABLE = (STEP, DATA_WAIT)
 
 _COMPILE_EVENTS = "/jax/core/compile/"
-# A row is due after this share of the start's length so far, so that rows grow with its logarithm.
+# A row is due after this share of the start's duration so far, so that the number of rows grows with its logarithm.
 _BEAT = 1 / 200
-_SHORTEST, _LONGEST = 1.0, 60.0  # but not sooner and not later than so many seconds
+# Bounds on the time between rows, in seconds.
+_SHORTEST, _LONGEST = 1.0, 60.0
 
 
 class Stopwatch:
-    """Seconds of each part since `began`; their sum is the time since then, always.
+    """Seconds of each part since `began`. They always sum to the time since then.
 
     Args:
       began: when this start began, in seconds since 1970; now by default.
-      clock: seconds since any fixed moment; it must not go back.
+      clock: seconds since any fixed moment; must be monotonic.
       now: seconds since 1970.
     """
 
@@ -65,12 +66,14 @@ class Stopwatch:
         self._seconds = dict.fromkeys(_MEASURED, 0.0)
         self._since = clock() - (moment - self.began)
         self._part = START_UP
-        self._compiled: list[tuple[float, float]] = []  # (start, end) of the outermost compilations so far
-        self._lock = threading.Lock()  # the heartbeat reads while the loop writes
+        # (start, end) of the outermost compilations so far.
+        self._compiled: list[tuple[float, float]] = []
+        # The heartbeat thread reads while the loop writes.
+        self._lock = threading.Lock()
         self._thread = threading.get_ident()
 
     def switch(self, part: str) -> str:
-        """From now on time belongs to `part`; returns the part before."""
+        """Counts the time from now on as `part`; returns the previous part."""
         with self._lock:
             now = self.clock()
             self._seconds[self._part] += now - self._since
@@ -79,7 +82,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def part(self, part: str) -> Iterator[None]:
-        """Time inside belongs to `part`, and after it to the part before again."""
+        """Counts the time inside the context as `part`, then returns to the previous part."""
         before = self.switch(part)
         try:
             yield
@@ -96,9 +99,9 @@ class Stopwatch:
             }
 
     def compiled(self, seconds: float) -> None:
-        """A compilation of so many seconds has just ended: they belong to `compile`, not to the part it ran in.
+        """Moves the seconds of a compilation that has just ended from the current part to `compile`.
 
-        Traces report from the inside out, so one may contain others; each second is counted once.
+        jax reports nested traces from the inside out. Each second is counted once.
         """
         if threading.get_ident() != self._thread:
             return
@@ -114,11 +117,11 @@ class Stopwatch:
 
 
 class Recorder:
-    """Writes a stopwatch's rows to a folder, as a context; nothing on all processes but the first.
+    """A context that writes a stopwatch's rows to a folder. Only the first process writes.
 
     A row is {"time": seconds since 1970, "began", "step", "event", "seconds": {part: seconds so far}}. Events are
-    "start", "resumed", "step", "saved", "spike", "back" (to an earlier step), "done" and "stopped". A thread writes a
-    row now and then while the loop is held up, so a killed process has told nearly all of its time.
+    "start", "resumed", "step", "saved", "spike", "back" (to an earlier step), "done" and "stopped". A thread writes
+    rows while the loop is blocked, so a killed process loses at most a minute of accounting.
     """
 
     def __init__(self, directory: epath.Path, watch: Stopwatch) -> None:
@@ -127,7 +130,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._step: int | None = None
-        self._told = watch.clock()
+        self._last_write = watch.clock()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
@@ -147,8 +150,8 @@ class Recorder:
             self._write("done" if kind is None else "stopped")
             self._rows.close()
 
-    def tell(self, event: str, step: int) -> None:
-        """The state is at `step` now. "step" rows are written only now and then, all other events always."""
+    def record(self, event: str, step: int) -> None:
+        """Records an event at `step`. "step" rows are written only when one is due, other events always."""
         self._step = step
         if event != "step" or self._due():
             self._write(event)
@@ -156,7 +159,7 @@ class Recorder:
     def _due(self) -> bool:
         watch = self._watch
         gap = min(max(_SHORTEST, _BEAT * sum(watch.seconds().values())), _LONGEST)
-        return watch.clock() - self._told >= gap
+        return watch.clock() - self._last_write >= gap
 
     def _beat(self) -> None:
         while not self._closed.wait(_SHORTEST):
@@ -168,7 +171,7 @@ class Recorder:
             return
         with self._lock:
             seconds = self._watch.seconds()
-            self._told = self._watch.clock()
+            self._last_write = self._watch.clock()
             row = {"time": self._watch.began + sum(seconds.values()), "began": self._watch.began}
             self._rows.write(row | {"step": self._step, "event": event, "seconds": _rounded(seconds)})
             self._rows.flush()
@@ -181,20 +184,20 @@ class Recorder:
 def summary(directory: epath.PathLike) -> dict[str, Any]:
     """Goodput over all starts of a run, from the rows that `Recorder` wrote.
 
-    Wall time is from the first start to the last sign of life; a pause after a finished run is not part of it. A step
-    is lost when a later start, or a rewind, began before it; its time, with the waits for its data, is moved from
-    `step` and `data_wait` to `lost`. So is the time of a killed start after its last step known to be done. Where no
-    row was written at exactly the step gone back to, the time between the two rows around it is split by steps.
+    Wall time runs from the first start to the last row, without pauses after a finished run. A step is lost when a
+    later start or a rewind began before it; its time and the waits for its data move from `step` and `data_wait` to
+    `lost`. So does the time of a killed start after its last completed step. If no row was written at exactly the step
+    that the run returned to, the time between the rows around it is divided in proportion to steps.
 
     Returns:
-      "wall": seconds; "seconds": {part: seconds}, which add up to it; "goodput": step / wall; "starts"; "step": the
-      last one known; "lost_steps". Zeros where nothing is recorded.
+      "wall": seconds; "seconds": {part: seconds}, which sum to "wall"; "goodput": step / wall; "starts": their number;
+      "step": the last recorded one; "lost_steps". All are zero without a record.
     """
     return summarise(read_rows(epath.Path(directory)))
 
 
 def summarise(starts: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """`summary` of the rows of each start."""
+    """The `summary` of the rows of each start."""
     starts = [rows for rows in starts if rows]
     seconds = dict.fromkeys(PARTS, 0.0)
     done = _Ledger()
@@ -225,21 +228,23 @@ def summarise(starts: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
 
 class _Ledger:
-    """Stretches of steps that count, and what of them was lost."""
+    """The stretches of steps that count so far, and the time of those that were lost."""
 
     def __init__(self) -> None:
         self.step = 0
         self.lost = dict.fromkeys(_LOSABLE, 0.0)
         self.lost_steps = 0
-        self._stretches: list[tuple[int, int, dict[str, float]]] = []  # steps (first, last] and their seconds
-        self._pending = dict.fromkeys(_LOSABLE, 0.0)  # after the last step whose result was known
+        # Each has the steps (first, last] and their seconds.
+        self._stretches: list[tuple[int, int, dict[str, float]]] = []
+        # Seconds since the last recorded step.
+        self._pending = dict.fromkeys(_LOSABLE, 0.0)
 
     def spend(self, seconds: dict[str, float]) -> None:
         for part in _LOSABLE:
             self._pending[part] += seconds[part]
 
     def reach(self, step: int, restart: bool) -> None:
-        """The run is at `step`: on from where it was, or back; after a restart what was pending is gone."""
+        """Moves the run to `step`, forward or back. Going back or restarting loses the pending seconds."""
         if step > self.step:
             self._stretches.append((self.step, step, self._pending))
         elif step < self.step or restart:
@@ -263,26 +268,26 @@ class _Ledger:
             self.lost[part] += share * value
 
 
-def lines(figures: dict[str, Any]) -> list[str]:
-    """A summary as lines for people: seconds and share of each part, goodput, starts, steps."""
-    if not figures["starts"]:
+def lines(totals: dict[str, Any]) -> list[str]:
+    """A summary as lines of text: seconds and share of each part, goodput, starts, steps."""
+    if not totals["starts"]:
         return ["no record of its time (runs of older versions kept none)"]
-    wall = figures["wall"]
+    wall = totals["wall"]
     rows = [f"{'part':12} {'seconds':>12} {'share':>7}"]
     rows += [
         f"{part.replace('_', ' '):12} {value:12,.1f} {value / wall if wall else 0.0:7.1%}"
-        for part, value in figures["seconds"].items()
+        for part, value in totals["seconds"].items()
     ]
     rows.append(f"{'wall time':12} {wall:12,.1f} {1 if wall else 0:7.1%}")
     rows.append(
-        f"goodput {figures['goodput']:.1%} over {figures['starts']} start{'s' * (figures['starts'] != 1)}, "
-        f"step {figures['step']:,}, {figures['lost_steps']:,} steps lost"
+        f"goodput {totals['goodput']:.1%} over {totals['starts']} start{'s' * (totals['starts'] != 1)}, "
+        f"step {totals['step']:,}, {totals['lost_steps']:,} steps lost"
     )
     return rows
 
 
 def show(directory: epath.Path) -> None:
-    """Tells the goodput of a run that has ended, on stderr of the first process."""
+    """Prints the goodput of a run that has ended to stderr of the first process."""
     if jax.process_index() == 0:
         print("\n".join(lines(summary(directory))), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Pictures for people: a grid with the caption under each picture, and PNG files."""
+"""Images for people: a grid with the caption under each image, and PNG files."""
 
 import io
 import textwrap
@@ -8,16 +8,17 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-_TILE = 128  # px, the least width of an enlarged picture, so that captions are readable
-_MARGIN = 6  # px between tiles
-_FONT_SIZE = 12  # px
+# All in pixels. _TILE is the least width of an enlarged image, so that captions are readable.
+_TILE = 128
+_MARGIN = 6
+_FONT_SIZE = 12
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
-    """One picture of many: images uint8 [N, H, W, 3] and their N captions -> uint8 [height, width, 3].
+    """One image of many: images uint8 [N, H, W, 3] and their N captions -> uint8 [height, width, 3].
 
-    Small pictures are enlarged by a whole factor without smoothing, so that every pixel shows. `columns` defaults
-    to about sqrt(2 N), a shape that fits a screen.
+    Small images are enlarged by an integer factor without smoothing, so that every pixel shows. `columns` defaults
+    to about sqrt(2 N), which fits a screen.
     """
     count, height, width, _ = images.shape
     columns = columns or max(1, min(count, round((2 * count) ** 0.5)))
@@ -39,13 +40,13 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | N
 
 
 def write_png(path: epath.Path, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as PNG in one piece, so that a reader of a remote path never sees half a file."""
+    """Writes uint8 [H, W, 3] as PNG in one call, so that a reader of a remote path never sees half a file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     path.write_bytes(buffer.getvalue())
 
 
 def read_png(path: epath.Path) -> np.ndarray:
-    """The picture that `write_png` wrote."""
+    """An image as uint8 [H, W, 3], from a PNG file."""
     with path.open("rb") as file:
         return np.asarray(Image.open(file).convert("RGB"))

@@ -1,4 +1,4 @@
-"""JSON rows of a run on disk: one file for each start, so that nothing is renamed or appended to by another process."""
+"""JSON rows of a run on disk. Each start writes a file of its own, so no process renames or appends to another's."""
 
 import json
 import os
@@ -16,11 +16,11 @@ _SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
 class JsonLines:
     """JSON rows in `segment-NNNNN.jsonl`, one file for each start of a run; `read_rows` reads all of them.
 
-    A local segment grows line by line; a remote one (no append on object stores) is rewritten whole by `flush`.
+    A local segment grows line by line. Object stores cannot append, so `flush` rewrites a remote segment.
 
     Args:
-      directory: made if it does not exist.
-      append: whether files can be appended to; by default if the directory is local.
+      directory: created if it does not exist.
+      append: whether files can be appended to; true for a local directory by default.
     """
 
     def __init__(self, directory: epath.PathLike, *, append: bool | None = None) -> None:
@@ -32,7 +32,8 @@ class JsonLines:
             append = "://" not in os.fspath(directory)
         self._lines: list[str] = []
         self._file = self.segment.open("a") if append else None
-        self.flush()  # the file exists from the start, so that the number is taken
+        # Create the file now, so that no other start takes its number.
+        self.flush()
 
     def write(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row)
@@ -58,7 +59,7 @@ def read_rows(directory: epath.Path) -> list[list[dict[str, Any]]]:
     """The rows of each segment that `JsonLines` wrote, in the order of the starts.
 
     Raises:
-      UserError: a line that is not JSON, but for a last one that a kill cut short.
+      UserError: a line is not JSON. A last line that a kill cut short is skipped.
     """
     if not directory.exists():
         return []
@@ -76,7 +77,8 @@ def _segment_rows(path: epath.Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            if i != len(lines) - 1:  # only the last line can be torn; anything else is damage
+            # A kill can cut only the last line short; anything else is damage.
+            if i != len(lines) - 1:
                 raise UserError(
                     f"{path}: line {i + 1} is not JSON; put the file back, or delete that line"
                 ) from None

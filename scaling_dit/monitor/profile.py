@@ -16,17 +16,17 @@ class Profiler:
     """Traces the steps of `config.log.profile` with `jax.profiler`, as a context around the loop.
 
     Files go to `directory/plugins/profile/TIME/`, one set for each process and start, so nothing is overwritten. A
-    start that begins inside the window traces the rest of it; one that begins after it traces nothing.
+    start that begins inside the window traces the rest of the window. A start that begins after it traces nothing.
 
     Args:
-      directory: where TensorBoard looks, local or gs://; made when the window begins.
-      window: (first, last) step, both traced; () for none.
+      directory: TensorBoard's log directory, local or gs://; created when the window begins.
+      window: (first, last) step, both traced; () for no trace.
     """
 
     def __init__(self, directory: epath.Path, window: Sequence[int]) -> None:
         self._directory = directory
         self._first, self._last = window or (1, 0)
-        # The profiler writes local files only; those for a remote store are copied when the trace ends.
+        # The profiler writes local files only. For a remote store they are copied when the trace ends.
         self._copied = tempfile.TemporaryDirectory() if "://" in os.fspath(directory) else None
         self._tracing = False
 
@@ -42,7 +42,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the dispatch of a step, so that traces name it."""
+        """A context for the dispatch of a step, which marks the step in the trace."""
         if not self._first <= number <= self._last:
             yield
             return
@@ -53,7 +53,7 @@ class Profiler:
             yield
 
     def after(self, number: int, result: Any) -> None:
-        """Ends the trace after its last step, whose `result` it waits for; no other step is waited for."""
+        """Ends the trace after its last step. Waits for the `result` of that step, but of no other."""
         if self._tracing and number >= self._last:
             jax.block_until_ready(result)
             self._stop()

@@ -1,4 +1,4 @@
-"""How fast a run goes and when it will end: a meter, and a line that shows it."""
+"""The speed of a run and its remaining time: a meter, and the progress line that shows it."""
 
 import sys
 from collections import deque
@@ -8,21 +8,24 @@ from tqdm import tqdm
 
 from scaling_dit.monitor.goodput import DATA_WAIT, STEP, Stopwatch
 
-_RECENT = 30.0  # seconds the current rate is taken over: smooths jitter, follows a change soon
+# Seconds over which the current rate is measured: enough to smooth jitter, short enough to show a change soon.
+_RECENT = 30.0
 
 
 class _Mark(NamedTuple):
+    """A step of this start, the seconds of training up to it, and those of them spent waiting for data."""
+
     step: int
-    active: float  # seconds of this start up to the step, without pauses
-    waited: float  # of these, seconds spent waiting for data
+    active: float
+    waited: float
 
 
 class Meter:
-    """Steps and time of this start only: training and the waits for data within it, as a stopwatch has them.
+    """Measures the rate of training steps in this start, from the stopwatch's time in steps and in waits for data.
 
-    Steps are dispatched asynchronously, so a rate is right between two moments at which the host has read a result;
-    those are the moments to call `mark`. What lies before the first mark warms up and is left out of all rates as
-    soon as there is a second one; compilation is in no rate.
+    Steps are dispatched asynchronously, so a rate is right only between two moments at which the host has read a
+    result: call `mark` then. The time before the first mark is warm-up, and is left out of all rates once there is a
+    second mark. Compilation never counts.
 
     Args:
       start: the step this start begins at.
@@ -36,7 +39,7 @@ class Meter:
         self.back_to(start)
 
     def back_to(self, step: int) -> None:
-        """Rates start anew from this step."""
+        """Restarts the rates at this step."""
         self._first = self._now(step)
         self._recent: deque[_Mark] = deque([self._first])
         self._warming = True
@@ -47,7 +50,7 @@ class Meter:
         return _Mark(step, seconds[STEP] + waited, waited)
 
     def mark(self, step: int) -> None:
-        """At a step whose result is known; a second call for the same step changes nothing."""
+        """Notes the time at a step whose result the host has read. A second call for the same step does nothing."""
         if step <= self._recent[-1].step:
             return
         now = self._now(step)
@@ -59,7 +62,7 @@ class Meter:
             self._recent.popleft()
 
     def _since(self, mark: _Mark) -> tuple[float, float]:
-        """Steps per second, and the share of time spent waiting for data, from a mark to the last one."""
+        """Steps per second, and the share of time spent waiting for data, from a mark to the last mark."""
         last = self._recent[-1]
         seconds = last.active - mark.active
         if seconds <= 0:
@@ -77,12 +80,12 @@ class Meter:
         return self._since(self._recent[0])[1]
 
     def eta(self, remaining: int) -> float | None:
-        """Seconds that so many steps take at the current rate; None while it is not known."""
+        """Seconds for the remaining steps at the current rate; None before a rate is known."""
         rate = self.steps_per_second
         return remaining / rate if rate else None
 
     def rates(self) -> dict[str, float]:
-        """Figures for the metric writers; "mean" is over this start, the others over its last half minute."""
+        """Rates for the metric writers: "mean" over this start, the others over its last half minute."""
         mean, mean_wait = self._since(self._first)
         return {
             "speed/steps_per_second": self.steps_per_second,
@@ -94,16 +97,16 @@ class Meter:
 
 
 class Progress:
-    """A bar on a terminal, a plain line now and then elsewhere: step, loss, rates, time to go, data wait.
+    """Shows step, loss, rates, remaining time and data wait: as a bar on a terminal, else as a line now and then.
 
     Args:
-      total: the step the run ends at.
-      start: the step this start begins at; after a resume, the checkpoint's.
+      total: the step at which the run ends.
+      start: the step at which this start begins; after a resume, the checkpoint's.
       batch: images in a step, over all devices.
-      watch: the start's stopwatch, which rates are taken from.
-      stream: where it is shown; stderr by default.
-      every: seconds between plain lines.
-      enabled: false shows nothing, for all processes but the first; rates are kept all the same.
+      watch: the start's stopwatch, for the rates.
+      stream: where to print; stderr by default.
+      every: seconds between lines.
+      enabled: false prints nothing, as in all processes but the first. Rates are measured all the same.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class Progress:
         self._total, self._step = total, start
         self._stream = stream or sys.stderr
         self._every, self._enabled, self._clock = every, enabled, watch.clock
-        self._told, self._told_step = watch.clock(), start
+        self._last_print, self._printed_step = watch.clock(), start
         self._loss: float | None = None
         self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
@@ -135,51 +138,51 @@ class Progress:
             )
 
     def rates(self, step: int) -> dict[str, float]:
-        """Figures for the metric writers at a step whose result is known; see `Meter.rates`."""
+        """Rates for the metric writers, at a step whose result is known; see `Meter.rates`."""
         self.meter.mark(step)
         return self.meter.rates()
 
     def update(self, step: int, loss: float | None = None) -> None:
-        """At a step whose result is known; the last loss given stays shown."""
+        """Shows a step whose result is known. Without a new loss the last one stays."""
         self.meter.mark(step)
         advance, self._step = step - self._step, step
         self._loss = self._loss if loss is None else float(loss)
         if self._bar is not None:
             self._bar.set_description_str(self.line(), refresh=False)
             self._bar.update(advance)
-        elif self._enabled and self._clock() - self._told >= self._every:
-            self._tell()
+        elif self._enabled and self._clock() - self._last_print >= self._every:
+            self._print()
 
     def back_to(self, step: int) -> None:
-        """The run goes back to an earlier step; what is shown follows with the next update."""
+        """Restarts the rates at an earlier step. The display follows with the next update."""
         self.meter.back_to(step)
 
     def line(self) -> str:
-        """What is shown, in one line."""
+        """The text shown, in one line."""
         parts = [f"step {self._step}/{self._total}"]
         if self._loss is not None:
             parts.append(f"loss {self._loss:.4f}")
         rate, eta = self.meter.steps_per_second, self.meter.eta(self._total - self._step)
         if eta is not None:
-            parts.append(f"{_figures(rate)} steps/s")
-            parts.append(f"{_figures(rate * self.meter.batch)} images/s")
+            parts.append(f"{_rate_text(rate)} steps/s")
+            parts.append(f"{_rate_text(rate * self.meter.batch)} images/s")
             parts.append(f"{tqdm.format_interval(round(eta))} to go")
             parts.append(f"data wait {self.meter.data_wait:.0%}")
         return ", ".join(parts)
 
-    def _tell(self) -> None:
-        self._told, self._told_step = self._clock(), self._step
+    def _print(self) -> None:
+        self._last_print, self._printed_step = self._clock(), self._step
         print(self.line(), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """The last state stays on the screen."""
+        """Shows the last state, which stays on the screen."""
         if self._bar is not None:
             self._bar.set_description_str(self.line())
             self._bar.close()
-        elif self._enabled and self._told_step != self._step:
-            self._tell()
+        elif self._enabled and self._printed_step != self._step:
+            self._print()
 
 
-def _figures(value: float) -> str:
-    """Three significant figures for small numbers, whole ones above."""
+def _rate_text(value: float) -> str:
+    """A number with three significant digits; from 100 on as a whole number."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"

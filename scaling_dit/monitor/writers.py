@@ -1,8 +1,7 @@
-"""Where metrics go: JSON lines always, TensorBoard through clu when its packages are installed.
+"""Writes a run's metrics: always as JSON lines, and through clu to TensorBoard if its packages are installed.
 
-The only file that knows clu and TensorBoard. Every start of a run writes a segment file of its own in the
-folder of the metrics, so that nothing is ever renamed or appended to by another process, and a resumed run's figures
-replace those of the start that was killed.
+Only this file knows clu and TensorBoard. Every start of a run writes its own segment file in the folder of metrics, so
+no process renames or appends to another's file. The values of a resumed run replace those of the start that was killed.
 """
 
 import importlib
@@ -26,34 +25,34 @@ _INSTALL = 'TensorBoard is off: no module {missing!r}; for it: pip install "scal
 
 
 class Writer(Protocol):
-    """What the trainer calls. Steps count optimiser updates."""
+    """The interface that the trainer calls. Steps count optimizer updates."""
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers by name: Python, numpy or jax scalars."""
+        """Writes numbers by name: Python, numpy or jax scalars."""
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Pictures by name: uint8 [H, W, 3]."""
+        """Writes images by name: uint8 [H, W, 3]."""
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        """The resolved config: dotted key -> value."""
+        """Writes the resolved config: dotted key -> value."""
 
     def parameter_overview(self, params: Any) -> None:
-        """A table of the (abstract) parameters."""
+        """Writes a table of the parameters, which may be abstract."""
 
     def back_to(self, step: int) -> None:
-        """The run went back to this step: what was written of later ones is of updates that were undone."""
+        """Notes that the run returned to this step, which undid the updates of later steps."""
 
     def flush(self) -> None:
-        """Make all that was written readable by others."""
+        """Makes everything written so far readable by others."""
 
     def close(self) -> None:
-        """Flush and let go of files."""
+        """Flushes and closes files."""
 
 
 def create_writer(metrics: epath.PathLike, tensorboard: epath.PathLike | None = None) -> "MultiWriter":
     """The writers of a run, as a context: JSONL in the folder `metrics`, TensorBoard in the other one if it is given.
 
-    Without the extra `[tensorboard]` one line on stderr says what is missing, and JSONL goes on alone. On all
+    Without the extra `[tensorboard]` one line on stderr names the missing module, and only JSONL is written. In all
     processes but the first the writer does nothing.
     """
     if jax.process_index() != 0:
@@ -68,7 +67,7 @@ def create_writer(metrics: epath.PathLike, tensorboard: epath.PathLike | None = 
 
 
 class MultiWriter:
-    """Hands everything to several writers; as a context it closes them."""
+    """Passes every call to several writers. As a context it closes them at the end."""
 
     def __init__(self, writers: Iterable[Writer]) -> None:
         self.writers = tuple(writers)
@@ -109,7 +108,7 @@ class MultiWriter:
 
 
 class JsonlWriter:
-    """Metrics as JSON lines (see `JsonLines`), and pictures as PNG files next to them.
+    """Metrics as JSON lines (see `JsonLines`), and images as PNG files next to them.
 
     A row is {"step", "scalars"}, {"step", "images"} (file names), {"hparams"}, {"parameter_overview"} or
     {"back_to": step}.
@@ -156,10 +155,10 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: epath.PathLike) -> None:
-        # Read once, when TensorFlow is loaded. That oneDNN is on it would tell at any log level.
+        # TensorFlow reads these once, when it is loaded. It would log at any level that oneDNN is on.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-        # TensorFlow sets its own logger up and warns on it about accelerators it will not use here.
+        # TensorFlow warns about accelerators that it does not use here, on a logger of its own.
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
         for module in ("tensorflow", "tensorboard"):
             importlib.import_module(module)
@@ -176,7 +175,7 @@ class TensorBoardWriter:
         self._writer.write_hparams(_plain(values))
 
     def parameter_overview(self, params: Any) -> None:
-        # TensorBoard renders texts as Markdown, where an indented block keeps a table's columns.
+        # TensorBoard renders text as Markdown, in which an indented block keeps a table's columns.
         indented = "\n".join("    " + line for line in overview_text(params).splitlines())
         self._writer.write_texts(0, {"parameter_overview": indented})
 
@@ -192,10 +191,10 @@ class TensorBoardWriter:
 
 
 def read_scalars(metrics: epath.PathLike) -> list[dict[str, Any]]:
-    """All scalars that `JsonlWriter` wrote in a folder over all starts of a run.
+    """All scalars that `JsonlWriter` wrote to a folder, over all starts of a run.
 
-    Where several starts wrote the same figure of the same step, the newest start's stands; figures of updates that
-    a rewind undid are left out. A last line that a kill cut short is too.
+    If several starts wrote the same scalar for the same step, the newest value counts. Values of updates that a rewind
+    undid are left out, and so is a last line that a kill cut short.
 
     Returns:
       One dict for each step, ascending: "step" and each scalar by name.
@@ -206,15 +205,12 @@ def read_scalars(metrics: epath.PathLike) -> list[dict[str, Any]]:
             if "scalars" in row:
                 by_step.setdefault(row["step"], {"step": row["step"]}).update(row["scalars"])
             elif "back_to" in row:
-                by_step = {step: figures for step, figures in by_step.items() if step <= row["back_to"]}
+                by_step = {step: values for step, values in by_step.items() if step <= row["back_to"]}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def overview_text(params: Any) -> str:
-    """A table of names, shapes and sizes.
-
-    With clu installed it is `clu.parameter_overview`'s table (which needs no TensorFlow).
-    """
+    """A table of the parameters' names, shapes and sizes: clu's (which needs no TensorFlow) if it is installed."""
     try:
         overview = importlib.import_module("clu.parameter_overview")
     except ModuleNotFoundError:
@@ -228,7 +224,7 @@ def overview_text(params: Any) -> str:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Values that the formats know: bool, number or text, anything else by its repr."""
+    """Values of types that the formats support: bool, number or text; anything else as its repr."""
     return {
         name: value if isinstance(value, bool | int | float | str) else repr(value)
         for name, value in values.items()

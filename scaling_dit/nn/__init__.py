@@ -1,1 +1,1 @@
-"""Layers that backbones and encoders are made of: attention, norms, embeddings, scanned stacks."""
+"""Building blocks of backbones and encoders: attention, norms, embeddings, scanned stacks."""

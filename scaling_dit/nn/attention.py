@@ -1,4 +1,4 @@
-"""Attention goes through one function; which implementation runs is decided when the program is traced.
+"""The one attention function. It chooses an implementation when a program is traced.
 
 Shape suffixes: B batch, T queries, S keys, N heads, K key/value heads, H head size, D model width.
 """
@@ -20,12 +20,14 @@ from scaling_dit.nn.layers import ATTENTION, NORMAL_002, WEIGHTS, Dense, Initial
 
 IMPLEMENTATIONS = ("auto", "xla", "short", "splash", "cudnn")
 _TPU_KERNELS = {"short": short_attention.attend, "splash": splash.attend}
-ROWS = 16  # of a tile of bfloat16
-SPLASH_FROM = 512  # keys from which "auto" takes splash on TPUs; below, the padding to its blocks costs more
+# Rows of a bfloat16 tile.
+ROWS = 16
+# The least number of keys for which "auto" uses splash on TPUs; with fewer the padding to its blocks costs more.
+SPLASH_FROM = 512
 
 
 class Choice(NamedTuple):
-    """What one call of `attention` was traced with."""
+    """The implementation and shapes with which one call of `attention` was traced."""
 
     implementation: str
     queries: int
@@ -42,7 +44,7 @@ _choices: contextvars.ContextVar[set[Choice] | None] = contextvars.ContextVar("c
 
 @contextlib.contextmanager
 def recorded_choices() -> Iterator[set[Choice]]:
-    """Collects what every call traced inside chose; a program that was traced before adds nothing."""
+    """Collects the choices of all calls traced in this context. A program traced earlier adds none."""
     found: set[Choice] = set()
     token = _choices.set(found)
     try:
@@ -59,19 +61,19 @@ def attention(
     key_mask: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H], softmax in float32, the rest in the inputs' dtype.
+    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H], the softmax in float32, the rest in the inputs' dtype.
 
     Args:
       q_BTNH: queries.
-      k_BSNH, v_BSNH: keys and values; fewer heads than queries (a divisor) make grouped-query attention.
-      key_mask: [B, S] bool, False hides a key from every query. Where it hides all of them, none is hidden: what the
-        published code makes of a large negative number on every score.
+      k_BSNH: keys. They may have fewer heads than queries, a divisor, for grouped-query attention.
+      v_BSNH: values, with the heads of the keys.
+      key_mask: [B, S] bool; False hides a key from every query. A row that hides all keys hides none, as in the
+        published code, which adds the same large negative number to every score.
       implementation: "xla", "short" (TPU, up to 512 tokens in bfloat16), "splash" (TPU), "cudnn" (GPU), or "auto": the
-        first kernel of the device that can run (splash from SPLASH_FROM keys), else xla. An explicit one never falls
-        back.
+        first kernel that can run on the device (splash only from SPLASH_FROM keys), else xla. Only "auto" falls back.
 
     Raises:
-      UserError: an unknown implementation, or an explicit one that cannot run here.
+      UserError: the implementation is unknown or cannot run here.
     """
     check_implementation(implementation)
     obstacles = {
@@ -94,7 +96,8 @@ def attention(
         return _TPU_KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, key_mask)
     mask_B11S = None if key_mask is None else key_mask[:, None, None, :]
     if implementation == "cudnn":
-        if mask_B11S is not None:  # cuDNN takes a bias over all pairs of queries and keys
+        # cuDNN takes a bias over all pairs of queries and keys.
+        if mask_B11S is not None:
             mask_B11S = jnp.broadcast_to(mask_B11S, (q_BTNH.shape[0], 1, q_BTNH.shape[1], k_BSNH.shape[1]))
         return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask_B11S, implementation="cudnn")
     return _attend_xla(q_BTNH, k_BSNH, v_BSNH, mask_B11S)
@@ -107,13 +110,13 @@ def attend(
     v_BSNH: jax.Array,
     key_mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` as a module with the field `implementation` calls it, its output named for remat.
+    """`attention` for a module with a field `implementation`; names the output for the remat policy.
 
-    While a module is initialised only shapes matter, on whatever device that is: XLA's form is traced then.
+    Initialisation needs shapes only, so it traces XLA's form, which runs on any device.
     """
     implementation = "xla" if module.is_initializing() else module.implementation
     o_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask=key_mask, implementation=implementation)
-    # Named with its heads side by side: cut apart, heads of 64 would be kept in tiles of 128.
+    # Name the output with heads joined: separate heads of 64 would be kept in tiles of 128.
     o_BTD = checkpoint_name(rearrange(o_BTNH, "b t n h -> b t (n h)"), ATTENTION)
     return rearrange(o_BTD, "b t (n h) -> b t n h", n=o_BTNH.shape[2])
 
@@ -121,10 +124,10 @@ def attend(
 def padded_context(
     context_BSE: jax.Array, key_mask: jax.Array | None, dtype: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Text and its mask [B, S] with hidden tokens at the end, so that S is whole tiles of a TPU; as they are elsewhere.
+    """Text and its mask [B, S], on TPUs padded with hidden tokens so that S fills whole tiles; elsewhere unchanged.
 
-    What reads 77 tokens of many captions as rows of one matrix is then no copy: an eighth of the cycles of SDXL's
-    transformer blocks. `dtype` is that of the products.
+    Without padding a TPU copies the 77 tokens of many captions before it reads them as rows of one matrix, which took
+    an eighth of the cycles of SDXL's transformer blocks. `dtype` is the type of the products.
     """
     missing = -context_BSE.shape[1] % ROWS
     if per_device.target().platform != "tpu" or jnp.dtype(dtype) != jnp.bfloat16 or not missing:
@@ -134,17 +137,17 @@ def padded_context(
 
 
 def _readable(key_mask: jax.Array) -> jax.Array:
-    """The mask, where it hides all keys of an example hiding none."""
+    """The mask, with a row that hides all keys changed to hide none."""
     return key_mask | ~key_mask.any(axis=1, keepdims=True)
 
 
 def _attend_xla(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B11S: jax.Array | None
 ) -> jax.Array:
-    """Written out for XLA, with heads moved before lengths, so that each product is a plain batch of matrices.
+    """Attention for XLA, with heads moved before lengths, so that each product is a plain batch of matrices.
 
-    `jax.nn.dot_product_attention` contracts in place instead, which was slower on CPUs. Queries that share a key head
-    are stacked along the length.
+    `jax.nn.dot_product_attention` contracts without moving them, which was slower on CPUs. Queries that share a key
+    head are stacked along the length.
     """
     kv_heads = k_BSKH.shape[2]
     q = rearrange(q_BTNH, "b t (k g) h -> b k (g t) h", k=kv_heads)
@@ -155,9 +158,9 @@ def _attend_xla(
 
 @jax.custom_vjp
 def _core(q_BKTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B11S: jax.Array | None) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v -> [B, K, T, H], whose gradient keeps the weights in the type they are used in.
+    """softmax(q k^T / sqrt(H)) v -> [B, K, T, H], with the weights kept for the gradient in the type they are used in.
 
-    Differentiated step by step it keeps them in float32 as well, which is most of what a layer keeps.
+    Automatic differentiation would keep them in float32 as well, which is most of a layer's residuals.
     """
     return _core_forward(q_BKTH, k_BKSH, v_BKSH, mask_B11S)[0]
 
@@ -196,7 +199,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | None) -> str | None:
-    """Why cuDNN's fused attention cannot take these inputs on the default backend; None if it can."""
+    """The reason why cuDNN's fused attention cannot take these inputs on the default backend; None if it can."""
     platform, _ = per_device.target()
     if platform != "gpu":
         return f"the backend is {platform}, it needs gpu"
@@ -213,15 +216,20 @@ def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | N
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, one fused product for q, k and v: x [B, T, D], key_mask [B, T] -> [B, T, D]."""
+    """Multi-head self-attention, one fused product for q, k and v: x [B, T, D], key_mask [B, T] -> [B, T, D].
+
+    Attributes:
+      out_init: initializer of the last kernel; by default `kernel_init`.
+      length_axis: logical axis of tokens; None keeps images whole.
+    """
 
     heads: int
     qkv_bias: bool = False
     implementation: str = "auto"
     kernel_init: Initializer = NORMAL_002
-    out_init: Initializer | None = None  # of the last kernel; None: kernel_init
+    out_init: Initializer | None = None
     bias_init: Initializer = nn.initializers.zeros
-    length_axis: str | None = "length"  # logical axis of tokens; None keeps images whole
+    length_axis: str | None = "length"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -255,16 +263,20 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x to a context: x [B, T, D], context [B, S, E], key_mask [B, S] -> [B, T, D].
 
-    The kernels of k and v lie in one array [2, E, D].
+    The kernels of k and v are one array [2, E, D].
+
+    Attributes:
+      out_init: initializer of the last kernel; by default `kernel_init`.
+      length_axis: logical axis of tokens; None keeps images whole.
     """
 
     heads: int
     qkv_bias: bool = False
     implementation: str = "auto"
     kernel_init: Initializer = NORMAL_002
-    out_init: Initializer | None = None  # of the last kernel; None: kernel_init
+    out_init: Initializer | None = None
     bias_init: Initializer = nn.initializers.zeros
-    length_axis: str | None = "length"  # logical axis of tokens; None keeps images whole
+    length_axis: str | None = "length"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -1,4 +1,4 @@
-"""Pieces that several backbones are built of. Norms, softmax and time embeddings are float32; products run in `dtype`.
+"""Layers that several backbones share. Norms, softmax and time embeddings are float32; products run in `dtype`.
 
 Logical axes: parameters "embed", "heads", "mlp", "text", "layers", "norm"; activations "batch", "length", "act_embed",
 "act_heads", "act_mlp". `parallel/rules.py` maps them to mesh axes.
@@ -23,14 +23,15 @@ _DTYPES = ("float32", "bfloat16", "float16")
 Initializer = Callable[..., jax.Array]
 Axes = tuple[str | None, ...]
 NORMAL_002 = nn.initializers.normal(0.02)
-ATTENTION = "attention"  # name of what attention gives, for the remat policy
-WEIGHTS = "attention_weights"  # the same of its softmax, where XLA computes it
+# Names for the remat policy: the output of attention, and the softmax weights if XLA computes them.
+ATTENTION = "attention"
+WEIGHTS = "attention_weights"
 
 
 def _from_input(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """An elementwise function computed in float32 whose gradient keeps its input alone, in the input's dtype.
+    """An elementwise function in float32 that keeps only its input, in the input's dtype, for the backward pass.
 
-    Differentiated step by step, GELU keeps several float32 arrays of an MLP's whole width for the backward pass.
+    Without this GELU would keep several float32 arrays of an MLP's whole width.
     """
 
     def value(x: jax.Array) -> jax.Array:
@@ -42,23 +43,25 @@ def _from_input(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Arr
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x), by erf: `jax.nn.gelu` takes erfc, whose branches cost a TPU three times the product before it."""
+    """x Phi(x) by erf. `jax.nn.gelu` uses erfc, whose branches cost a TPU three times the product before it."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * np.float32(0.5**0.5)))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _from_input(_gelu),
     "gelu_tanh": _from_input(functools.partial(jax.nn.gelu, approximate=True)),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    # The activation of OpenAI's CLIP.
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": _from_input(jax.nn.silu),
 }
 _REMAT_POLICIES: dict[str, Any] = {
-    "full": None,  # keep a block's inputs only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, redo attention
-    "attention": jax.checkpoint_policies.save_only_these_names(
-        ATTENTION
-    ),  # keep what attention gives, redo the rest
-    # Keep every product, and of attention the weights and what it gives; redo norms and activations.
+    # Keeps only a block's inputs.
+    "full": None,
+    # Keeps products with parameters; recomputes attention.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keeps the output of attention; recomputes the rest.
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    # Keeps every product, and attention's weights and output; recomputes norms and activations.
     "products": jax.checkpoint_policies.save_from_both_policies(
         lambda primitive, *args, **options: (
             primitive is jax.lax.conv_general_dilated_p
@@ -66,7 +69,7 @@ _REMAT_POLICIES: dict[str, Any] = {
         ),
         jax.checkpoint_policies.save_only_these_names(ATTENTION, WEIGHTS),
     ),
-    # As "dots", kept in the host's memory between the passes.
+    # As "dots", but keeps the products in the host's memory between the passes.
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
@@ -74,8 +77,8 @@ _REMAT_POLICIES: dict[str, Any] = {
 def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     """Sinusoidal embedding [B, dim] float32 of timesteps [B], which may be fractional.
 
-    half = dim // 2, frequency_i = 10000^(-i/half), features [cos, sin]; one zero is appended when dim is odd. As
-    in DiT, PixArt, U-ViT and Large-DiT.
+    half = dim // 2, frequency_i = 10000^(-i/half), features [cos, sin]; an odd dim gets one zero at the end. DiT,
+    PixArt, U-ViT and Large-DiT use this embedding.
     """
     half = dim // 2
     frequencies = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
@@ -87,7 +90,7 @@ def sincos_2d(height: int, width: int, dim: int, *, base: int | None = None) -> 
     """Fixed 2-D positions [height * width, dim] float32, row-major, amplitude 1.
 
     The first half of the features encodes the column, the second the row, each as [sin, cos] (DiT `models.py`). With
-    `base` both run over [0, base) whatever the sides are: row i stands at i * base / height (PixArt-alpha).
+    `base` both run over [0, base) for any sides: row i has the position i * base / height (PixArt-alpha).
 
     Raises:
       UserError: dim is no multiple of 4.
@@ -116,7 +119,7 @@ def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Ar
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """Uniform in +-1/sqrt(fan_in): what PyTorch gives convolutions (weight and bias) unless told otherwise."""
+    """Uniform in +-1/sqrt(fan_in), PyTorch's default for weight and bias of a convolution."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -124,15 +127,20 @@ def torch_uniform(fan_in: int) -> Initializer:
 class Dense(nn.Module):
     """Linear map of the last axis: [..., in] -> [..., *features], with logical axes on its kernel [in, *features].
 
-    Several feature axes keep what is split apart afterwards (q, k, v) on an axis of its own, so that the split needs no
-    communication when the last axis is sharded. `apart` computes these parts one by one, which spares a TPU the copies
-    that cut them out and put their gradients together; it pays where each part is wide, as in a gated MLP. Its kernel
-    is [parts, in, features], so that a part is one piece of memory.
+    With several feature axes, parts that are split afterwards (q, k, v) have an axis of their own, so the split needs
+    no communication when the last axis is sharded. `apart` computes these parts one by one. That saves a TPU the copies
+    that slice the parts and join their gradients, and pays if each part is wide, as in a gated MLP. Its kernel is
+    [parts, in, features], so a part is contiguous in memory.
+
+    Attributes:
+      features: sizes of the new axes.
+      axes: logical axes of the kernel.
+      apart: whether to return a list with one product for each entry of the first feature axis.
     """
 
     features: int | tuple[int, ...]
-    axes: Axes  # of the kernel
-    apart: bool = False  # give a list with one product for each entry of the first feature axis
+    axes: Axes
+    apart: bool = False
     use_bias: bool = True
     kernel_init: Initializer = NORMAL_002
     bias_init: Initializer = nn.initializers.zeros
@@ -164,7 +172,7 @@ class Dense(nn.Module):
 
 
 def _parts_first(init: Initializer) -> Initializer:
-    """The values that `init` gives a kernel [in, parts, ...], as [parts, in, ...]."""
+    """An initializer for [parts, in, ...] with the values that `init` gives a kernel [in, parts, ...]."""
 
     def values(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
         return jnp.moveaxis(init(key, (shape[1], shape[0], *shape[2:]), dtype), 1, 0)
@@ -173,10 +181,11 @@ def _parts_first(init: Initializer) -> Initializer:
 
 
 def gathered(kernel: jax.Array, axes: Axes) -> jax.Array:
-    """A kernel as its product reads it: whole along "embed" and "text", which only storage splits, else as it lies.
+    """A kernel in the sharding that its product reads: whole along "embed" and "text", unchanged along other axes.
 
-    Left to choose, XLA may split the product by the sum instead, and then hands examples to the wrong devices on meshes
-    that split data, fsdp and tensor at once (seen with jax 0.10.2: rows 1 and 2 of a batch of 4 were exchanged).
+    Only storage splits "embed" and "text". Without the constraint XLA may split the product along its summed axis, and
+    then sends examples to the wrong devices on meshes that split data, fsdp and tensor at once (jax 0.10.2 exchanged
+    rows 1 and 2 of a batch of 4).
     """
     return constrain(kernel, *(None if axis in ("embed", "text") else axis for axis in axes))
 
@@ -195,14 +204,14 @@ def conv3x3(
     """3x3 convolution with zero padding: [B, H, W, in_channels] -> [B, H/stride, W/stride, features]; PyTorch's init.
 
     Args:
-      name: of its parameters.
-      in_channels: of the input.
-      features: of the output.
+      name: name of its parameters.
+      in_channels: channels of the input.
+      features: channels of the output.
       axes: logical axes of the kernel [3, 3, in, out].
       stride: 2 halves height and width.
       padding: rows and columns of zeros on each side, or ((above, below), (left, right)).
-      dtype: of the products and the output.
-      param_dtype: of kernel and bias.
+      dtype: type of the products and the output.
+      param_dtype: type of kernel and bias.
     """
     init = torch_uniform(9 * in_channels)
 
@@ -226,7 +235,7 @@ def conv3x3(
 def layer_norm(
     name: str, *, epsilon: float, affine: bool = True, param_dtype: Any = jnp.float32
 ) -> nn.LayerNorm:
-    """LayerNorm over the last axis, computed and returned in float32 whatever comes in; `affine`: scale and bias."""
+    """LayerNorm over the last axis, computed and returned in float32 for any input; `affine` adds scale and bias."""
     return nn.LayerNorm(
         epsilon=epsilon,
         dtype=jnp.float32,
@@ -235,18 +244,22 @@ def layer_norm(
         use_bias=affine,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits where a residual stream has a large mean
+        # E[x^2] - E[x]^2 loses precision if a residual stream has a large mean.
+        use_fast_variance=False,
         name=name,
     )
 
 
 class Mlp(nn.Module):
-    """Linear to `width`, activation, Linear back to the input's width: [..., D] -> [..., D]."""
+    """Linear to `width`, activation, Linear back to the input's width: [..., D] -> [..., D].
+
+    `out_init` initialises the second kernel; by default `kernel_init` does.
+    """
 
     width: int
     activation: str = "gelu"
     kernel_init: Initializer = NORMAL_002
-    out_init: Initializer | None = None  # of the second kernel; None: kernel_init
+    out_init: Initializer | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -263,11 +276,11 @@ class Mlp(nn.Module):
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Names the logical axes of an activation; nothing happens outside a mesh with axis rules.
+    """Names the logical axes of an activation. Does nothing outside a mesh with axis rules.
 
     Raises:
-      UserError: a feature map named to be split over its height, whose convolutions XLA gets wrong without a word when
-        another mesh axis splits channels.
+      UserError: the axes would split a feature map over its height. XLA silently computes wrong convolutions of such a
+        map when another mesh axis splits channels.
     """
     if x.ndim == 4 and "length" in axes and "act_heads" not in axes:
         raise UserError(
@@ -278,23 +291,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def check_remat(remat: bool | str) -> str:
-    """The name of a `remat` field, "none" or one of the policies; False and True stand for "none" and "full".
+    """The policy that a `remat` field names; False and True stand for "none" and "full".
 
     Raises:
-      UserError: none of these.
+      UserError: the field names no policy.
     """
-    name = {"false": "none", "true": "full"}.get(str(remat).lower(), str(remat))  # "true" as flags have it
+    # A flag gives "true" as text.
+    name = {"false": "none", "true": "full"}.get(str(remat).lower(), str(remat))
     if name != "none" and name not in _REMAT_POLICIES:
         raise UserError(f"unknown remat policy {remat!r}; {nearest(str(remat), ['none', *_REMAT_POLICIES])}")
     return name
 
 
 def rematerialised(block: type[nn.Module], remat: bool | str, *, scanned: bool = False) -> type[nn.Module]:
-    """The module class that recomputes its activations in the backward pass as `remat` says; same outputs."""
+    """The module class with its activations recomputed in the backward pass by the policy `remat`; same outputs."""
     policy = check_remat(remat)
     if policy == "none":
         return block
-    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    # In a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
     return nn.remat(block, policy=_REMAT_POLICIES[policy], prevent_cse=not scanned)
 
 
@@ -310,19 +324,22 @@ def stack(
     last_first: bool = False,
     **fields: Any,
 ) -> tuple[jax.Array, Any]:
-    """Runs `count` blocks one after the other inside a compact method: layer i is `x, out_i = block(x, in_i, ...)`.
+    """Runs `count` blocks in order inside a compact method: layer i is `x, out_i = block(x, in_i, *broadcast)`.
 
     Args:
       block: module class with the call (x, in_i, *broadcast) -> (x, out_i).
-      name: of the parameters: `{name}_{i}`, or `name` with a leading layer axis ("layers") when scanned.
-      per_layer: what layer i alone gets: a sequence, a stacked array when scanned, or None.
-      broadcast: what every layer gets.
-      remat: "none", "full", "dots", "products", "attention" or "offload", see `check_remat`.
-      scan: one traced block and `jax.lax.scan`, which compiles in a time that does not grow with depth.
-      last_first: whether `per_layer` starts with what the last layer gets.
+      count: number of layers.
+      name: name of the parameters: `{name}_{i}`, or `name` with a leading layer axis ("layers") if scanned.
+      x: the input of the first layer.
+      per_layer: the in_i: a sequence, a stacked array if scanned, or None.
+      broadcast: inputs of every layer.
+      remat: "none", "full", "dots", "products", "attention" or "offload", see `_REMAT_POLICIES`.
+      scan: whether to trace one block and scan it, so that compile time does not grow with depth.
+      last_first: whether `per_layer` is in reverse order, the last layer's entry first.
+      fields: fields of `block`.
 
     Returns:
-      The last x, and the out_i as a list, stacked when scanned.
+      The last x, and the out_i: a list, or stacked if scanned.
     """
     block = rematerialised(block, remat, scanned=scan)
     if scan and count:
@@ -335,7 +352,7 @@ def stack(
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(name=name, **fields)
-        # What `offload` keeps is in another memory, where only jax's own scan stacks it.
+        # `offload` keeps residuals in the host's memory, where only jax's own scan can stack them.
         if layers.is_initializing() or check_remat(remat) == "offload":
             turned = jax.tree.map(lambda a: a[::-1], per_layer) if last_first else per_layer
             return layers(x, turned, *broadcast)
@@ -345,7 +362,8 @@ def stack(
             return one.apply({"params": params}, x, own, *all_)
 
         params = trees.unbox(layers.variables["params"])
-        with jax.named_scope(name):  # as linen names what a module computes
+        # The scope that linen would give the module.
+        with jax.named_scope(name):
             return scan_layers(layer, last_first, params, x, per_layer, broadcast)
     outputs: list[Any] = []
     inputs: Sequence[Any] = [None] * count if per_layer is None else per_layer
@@ -360,7 +378,7 @@ def parse_dtype(name: Any, field: str) -> jnp.dtype:
     """The dtype that a `dtype` or `param_dtype` field names.
 
     Raises:
-      UserError: not one of float32, bfloat16, float16.
+      UserError: the field names no dtype of float32, bfloat16, float16.
     """
     try:
         dtype = jnp.dtype(name)

@@ -1,4 +1,4 @@
-"""Runs an attention kernel on each device of a mesh, on its examples and heads: XLA cannot split kernels itself.
+"""Runs an attention kernel on each device of a mesh, on its own examples and heads. XLA cannot split kernels itself.
 
 Shape suffixes as in attention.py.
 """
@@ -12,21 +12,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
-LANES = 128  # of a TPU's vectors, the last axis of a tile
+# Lanes of a TPU's vectors, which are the last axis of a tile.
+LANES = 128
 
 # (queries, keys, values, mask of keys) -> [B, T, N, H]
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 class Target(NamedTuple):
-    """What a program is compiled for."""
+    """The device that a program is compiled for: its platform ("cpu", "gpu" or "tpu") and jax's name of its kind."""
 
-    platform: str  # cpu, gpu, tpu
+    platform: str
     device_kind: str
 
 
 def target() -> Target:
-    """The devices of the mesh of the context, which may be those of a described topology; else the default device."""
+    """The device of the context's mesh, which may be a topology description's; without a mesh the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
         return Target(mesh.abstract_device.platform, mesh.abstract_device.device_kind)
@@ -34,7 +35,7 @@ def target() -> Target:
 
 
 def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
-    """Why a TPU's kernel cannot take these inputs: no TPU, or a mesh that cannot split them evenly; None if it can."""
+    """The reason why a TPU kernel cannot take these inputs: no TPU, or an uneven split on the mesh. None if it can."""
     if (platform := target().platform) != "tpu":
         return f"the backend is {platform}, it needs tpu"
     batch, _, heads = _mesh_axes()
@@ -49,17 +50,17 @@ def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
 
 
 def heads(count: int) -> int:
-    """How many of so many heads a device has."""
+    """The number of heads on each device, out of `count` in all."""
     return count // _parts(_mesh_axes()[2])
 
 
 def keeps_lengths() -> bool:
-    """Whether no axis of the mesh of the context splits lengths."""
+    """Whether no axis of the context's mesh splits lengths."""
     return _parts(_mesh_axes()[1]) == 1
 
 
 def run_on_rows(kernel: Callable[..., jax.Array], x_BTNH: jax.Array, *tables: jax.Array) -> jax.Array:
-    """The kernel (x, *tables) -> [B, T, N, H] on each device's examples and heads; tables are whole everywhere."""
+    """Runs a kernel (x, *tables) -> [B, T, N, H] on each device's examples and heads. All devices get whole tables."""
     if _alone():
         return kernel(x_BTNH, *tables)
     batch, _, heads = _mesh_axes()
@@ -70,14 +71,14 @@ def run_on_rows(kernel: Callable[..., jax.Array], x_BTNH: jax.Array, *tables: ja
 
 
 def _alone() -> bool:
-    """Whether there is no mesh, or one whose devices run alone already."""
+    """Whether there is no mesh, or the code already runs for each device separately."""
     return all(kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
 
 
 def run(
     kernel: Kernel, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, key_mask: jax.Array | None
 ) -> jax.Array:
-    """The kernel on each device's examples, heads and part of the queries -> [B, T, N, H].
+    """Runs a kernel on each device's examples, heads and part of the queries -> [B, T, N, H].
 
     Keys and values are gathered over the axis that splits lengths.
     """
@@ -93,7 +94,8 @@ def run(
         kernel,
         in_specs=(of_queries, of_keys, of_keys, PartitionSpec(batch)),
         out_specs=of_queries,
-        check_vma=False,  # kernels do not say over which axes their results vary
+        # Kernels do not declare over which mesh axes their results vary.
+        check_vma=False,
     )(q_BTNH, k_BSKH, v_BSKH, key_mask)
     return out_BTNH[:, :queries]
 

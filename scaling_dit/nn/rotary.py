@@ -1,7 +1,7 @@
-"""Rotary positions (RoPE, arXiv 2104.09864): tables of angles, and turning heads by them.
+"""Rotary positions (RoPE, arXiv 2104.09864): tables of angles, and the rotation of heads by them.
 
-For XLA neighbours on the last axis are swapped by rolling it, which a TPU does by copies of two cuts; there a kernel
-rolls the lanes where they lie.
+The rotation swaps neighbours on the last axis. In XLA this is a roll, which a TPU computes by copying two slices. A
+TPU kernel here rolls the lanes in place instead.
 """
 
 import functools
@@ -17,15 +17,19 @@ from jax.experimental.pallas import tpu as pltpu
 from scaling_dit.nn import per_device
 from scaling_dit.nn.per_device import LANES
 
-Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [T, H/2] float32
-_LONGEST = 1024  # tokens that a grid step takes
-_BLOCK = 2**19  # numbers of a grid step: two tables and two blocks in float32 are to fit 16 MiB twice
+# Cosines and sines [T, H/2] float32.
+Rotary = tuple[jax.Array, jax.Array]
+# The most tokens of a grid step.
+_LONGEST = 1024
+# The most numbers of a grid step: two tables and two blocks in float32 must fit 16 MiB twice.
+_BLOCK = 2**19
 _MOST_LANES = 512
-_BYTES_PER_CYCLE = 551  # what the compiler expects of an elementwise fusion on v5p
+# The compiler's estimate for an elementwise fusion on v5p.
+_BYTES_PER_CYCLE = 551
 
 
 def rotary_1d(length: int, head_size: int) -> Rotary:
-    """Tables [length, head_size/2] for the indices of a sequence.
+    """Tables [length, head_size/2] for the positions of a sequence.
 
     angle[t, i] = t * 10000^(-2i/head_size).
     """
@@ -35,8 +39,8 @@ def rotary_1d(length: int, head_size: int) -> Rotary:
 def rotary_2d(rows: int, columns: int, head_size: int) -> Rotary:
     """Tables [rows * columns, head_size/2] for a grid of tokens, row-major.
 
-    Half of the pairs turns with the row, half with the column, taking turns: pair 2i has angle row * f_i, pair 2i + 1
-    column * f_i, with f_i = 10000^(-4i/head_size).
+    Rows and columns alternate: pair 2i has the angle row * f_i, pair 2i + 1 the angle column * f_i, with
+    f_i = 10000^(-4i/head_size).
     """
     frequencies = _frequencies(head_size // 2)
     row, column = np.divmod(np.arange(rows * columns), columns)
@@ -53,13 +57,11 @@ def _tables(angles: np.ndarray) -> Rotary:
 
 
 def rotate(x_BTNH: jax.Array, rotary: Rotary, dtype: Any = jnp.float32) -> jax.Array:
-    """Turns each pair (x[2i], x[2i+1]) of a head by its angle: [B, T, N, H] -> the same in `dtype`.
-
-    Computed in float32.
-    """
+    """Rotates each pair (x[2i], x[2i+1]) of a head by its angle, in float32: [B, T, N, H] -> the same in `dtype`."""
     cos_TH, sin_TH = (jnp.repeat(table, 2, axis=-1) for table in rotary)
     even = np.arange(cos_TH.shape[-1]) % 2 == 0
-    sin_TH = jnp.where(even, -sin_TH, sin_TH)  # x[2i] takes its partner with the other sign
+    # x[2i] adds its partner with the opposite sign.
+    sin_TH = jnp.where(even, -sin_TH, sin_TH)
     if not _has_kernel(x_BTNH, jnp.dtype(dtype)):
         x = x_BTNH.astype(jnp.float32)
         partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
@@ -88,7 +90,7 @@ def _on_one_device(
 
 
 def _block_lanes(width: int, size: int) -> int:
-    """Lanes of a grid step: whole heads on whole tiles, about _MOST_LANES at most."""
+    """Lanes of a grid step: whole heads on whole tiles, up to about _MOST_LANES."""
     least = int(np.lcm(size, LANES))
     return max((n for n in range(least, _MOST_LANES + 1, least) if width % n == 0), default=least)
 

@@ -1,12 +1,13 @@
-"""A scan over layers that tells what it keeps for the backward pass.
+"""A scan over layers with explicit control of what is kept for the backward pass.
 
-`jax.lax.scan` differentiates itself: it writes what each layer keeps into arrays that start as zeros. XLA leaves the
-zeros away where a loop has them to itself; where two loops have arrays of one shape, it fills every one first (with
-jax 0.10.2 and libtpu 0.0.51 a sixth of a train step of U-ViT h2048-d42 on v5p, a quarter of SDXL's). On TPUs these
-arrays start as they lie in memory here, and what a layer reads from outside, its parameters above all, is read again
-rather than kept. There parameters also lie layer by layer: XLA likes to gather them so that the layers lie between one
-another, and then cutting one out can take longer than all its products (v6e:16x16, ten layers of width 1280: 40 % of a
-train step).
+`jax.lax.scan` writes the residuals of each layer into arrays that start as zeros. XLA omits the zeros if one loop owns
+the array. If two loops have arrays of the same shape, it fills each of them first. That took a sixth of a train step
+of U-ViT h2048-d42 on v5p, and a quarter of SDXL's (jax 0.10.2, libtpu 0.0.51).
+
+Here, on TPUs, these arrays start uninitialised, and inputs of a layer, above all its parameters, are read again
+instead of kept. Stacked parameters also get a layout with the layers outermost. XLA tends to gather them so that the
+layers interleave, and then slicing out one layer can take longer than all its products (v6e:16x16, ten layers of width
+1280: 40 % of a train step).
 """
 
 import functools
@@ -19,7 +20,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from scaling_dit.nn import per_device
 
-# (parameters of a layer, x, what it alone gets, what every layer gets) -> (x, out)
+# (parameters of a layer, x, the layer's own inputs, inputs of every layer) -> (x, out)
 Layer = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
@@ -27,15 +28,16 @@ Layer = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
 def scan_layers(
     layer: Layer, last_first: bool, params: Any, x: jax.Array, per_layer: Any, broadcast: Any
 ) -> tuple[jax.Array, Any]:
-    """x through all layers, one after the other: x, out_i = layer(params_i, x, per_layer_i, broadcast).
+    """Applies all layers in order: x, out_i = layer(params_i, x, per_layer_i, broadcast).
 
     Args:
       layer: a pure function that closes over no array.
-      last_first: whether `per_layer` lies the other way round, the entry of the last layer first. It is read so, for
-        turning it round would be a copy, and another one of its gradient.
-      params, per_layer: trees of arrays with a leading axis of layers, or None.
+      last_first: whether `per_layer` is in reverse order, with the entry of the last layer first. It is read in that
+        order, because reversing it would copy it, and its gradient as well.
+      params: tree of arrays with a leading axis of layers.
       x: any array.
-      broadcast: tree of arrays, or None, that every layer gets.
+      per_layer: tree of arrays with a leading axis of layers, or None.
+      broadcast: tree of arrays that every layer gets, or None.
 
     Returns:
       The last x, and the out_i stacked.
@@ -52,7 +54,7 @@ def scan_layers(
 
 @jax.tree_util.register_static
 class _Anatomy:
-    """How the gradient function of a layer is put together from the layer's inputs and from what was kept."""
+    """Describes how a layer's gradient function is rebuilt from the layer's inputs and the kept residuals."""
 
     def __init__(self, pullback: Any, given: Any) -> None:
         arrays, self.tree = jax.tree.flatten(pullback)
@@ -105,12 +107,12 @@ scan_layers.defvjp(_forward, _backward)
 
 
 def _inexact(tree: Any) -> Any:
-    """The tree with None in place of what has no gradient: masks and integers."""
+    """The tree with None for leaves that have no gradient: masks and integers."""
     return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree)
 
 
 def _layer_by_layer(stacks: Any) -> Any:
-    """The arrays, on TPUs with the layers outermost in memory, then axes too short to fill the 8 rows of a tile."""
+    """The arrays; on TPUs laid out with the layers outermost, then the axes too short to fill the 8 rows of a tile."""
     if per_device.target().platform != "tpu":
         return stacks
 
@@ -123,12 +125,12 @@ def _layer_by_layer(stacks: Any) -> Any:
 
 
 def _entry(tree: Any, index: Any) -> Any:
-    """What a layer reads of stacked arrays."""
+    """One layer's entry of stacked arrays."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
 def _filled(stacks: Any, entries: Any, index: Any) -> Any:
-    """Stacked arrays with what a layer gives in its place."""
+    """Stacked arrays with one layer's entry replaced."""
     return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, index, 0), stacks, entries)
 
 
@@ -141,10 +143,10 @@ def _scan(
     *,
     backward: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """carry, out_i, own_i = step(carry, inputs_i, per_layer_i), from the last layer on if `backward`.
+    """carry, out_i, own_i = step(carry, inputs_i, per_layer_i), from the last layer to the first if `backward`.
 
-    `jax.lax.scan`, but for what stacked results start as, as every entry is written before it is read; and `per_layer`
-    and the own_i lie the other way round if `last_first`.
+    Works as `jax.lax.scan`, except that stacked results start uninitialised on TPUs: every entry is written before it
+    is read. With `last_first`, `per_layer` and the own_i are in reverse order.
     """
     count = len(jax.tree.leaves(inputs)[0])
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (inputs, per_layer))
@@ -159,6 +161,6 @@ def _scan(
         carry, out, own_out = step(carry, _entry(inputs, at), _entry(per_layer, own_at))
         return carry, (_filled(stacks[0], out, at), _filled(stacks[1], own_out, own_at))
 
-    # Not a scan: XLA sees that every entry is written only where the loop's own counter is the index.
+    # A fori_loop, because XLA sees that every entry is written only if the loop's own counter is the index.
     carry, stacks = jax.lax.fori_loop(0, count, body, (carry, stacks))
     return carry, *stacks

@@ -1,11 +1,12 @@
-"""Attention of short sequences on TPUs: one kernel for all of a head's scores, which never leave the core's memory.
+"""Attention for short sequences on TPUs: one kernel computes all scores of a head in the core's memory.
 
-At 256 px a backbone has 64 to 334 tokens. XLA writes the scores of these to HBM, in float32 and once more as weights,
-and moves heads in front of lengths and back, so that the 1 to 3 % of a step's FLOPs that attention has take a fifth of
-its time. Splash attention (splash.py) pads lengths to blocks of 128 and gains nothing there. Here a grid step takes
-whole lengths of a few heads into VMEM as they lie in [B, T, N * H]. A head is never cut out: products run over the
-128-lane tiles that hold it, with the lanes of its neighbours masked, which costs the matrix unit nothing where a head
-is smaller than a tile. The gradient computes the weights again from q and k, the only things kept besides v.
+At 256 px a backbone has 64 to 334 tokens. XLA writes their scores to HBM, in float32 and again as weights, and
+transposes heads and lengths back and forth. So attention takes a fifth of a step's time for 1 to 3 % of its FLOPs.
+Splash attention (splash.py) pads lengths to blocks of 128 and gains nothing at these lengths.
+
+Here a grid step loads whole lengths of a few heads into VMEM in their layout [B, T, N * H]. A head is never cut out:
+products run over the 128-lane tiles that hold it, and the lanes of its neighbours are masked. For heads smaller than a
+tile this costs the matrix unit nothing. The gradient recomputes the weights from q and k; only q, k and v are kept.
 
 Shape suffixes as in attention.py; D = N * H.
 """
@@ -25,19 +26,24 @@ from scaling_dit.nn import per_device
 from scaling_dit.nn.per_device import LANES
 
 SUBLANES = 8
-LONGEST = 512  # queries and keys: four float32 arrays of scores are to fit the 16 MiB of a core's scoped VMEM
-_BLOCK_BYTES = 2**20  # of the longest array in a grid step
-_MOST_HEADS = 10  # of a grid step where scores are many; the kernel's code grows with them
-_FEW_SCORES, _MANY_SCORES = LANES**2, (3 * LANES) ** 2  # of a head
+# The most queries and keys: four float32 arrays of scores must fit the 16 MiB of a core's scoped VMEM.
+LONGEST = 512
+# The most bytes of the longest array in a grid step.
+_BLOCK_BYTES = 2**20
+# The most heads in a grid step with many scores, because the kernel's code grows with the heads.
+_MOST_HEADS = 10
+# Scores of one head.
+_FEW_SCORES, _MANY_SCORES = LANES**2, (3 * LANES) ** 2
 _HIDDEN = float(jnp.finfo(jnp.float32).min) / 2
-# Cycles of a head by the compiler's schedule for v5p: constant, and for each 8 x 128 scores (`python
+# Cycles of a head in the compiler's schedule for v5p: a constant, and cycles for each 8 x 128 scores (`python
 # benchmarks/kernel_cycles.py`). v5e is within a quarter of it; v4 takes up to twice as many, v6e down to half.
 _FORWARD_CYCLES, _BACKWARD_CYCLES = (40, 5.8), (210, 11.5)
-_TWO_CORES = ("TPU v4", "TPU v5")  # device kinds whose chips share out the grid
+# Device kinds whose chips divide the grid between two cores.
+_TWO_CORES = ("TPU v4", "TPU v5")
 
 
 def obstacle(q_BTNH: jax.Array, k_BSKH: jax.Array) -> str | None:
-    """Why the kernel cannot take these inputs on the mesh of the context; None if it can."""
+    """The reason why the kernel cannot take these inputs on the mesh of the context; None if it can."""
     if refused := per_device.obstacle(q_BTNH, k_BSKH):
         return refused
     for x in (q_BTNH, k_BSKH):
@@ -69,10 +75,10 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H]; arguments as `attention.attention`, every row of the mask with a key.
+    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H]. Arguments as `attention.attention`; no mask row may hide all keys.
 
-    On a mesh each device runs the kernel on its examples, heads and part of the queries; keys and values are gathered
-    over the axis that splits lengths. `interpret`: run on any device, slowly, for tests.
+    On a mesh each device runs the kernel on its examples, its heads and its part of the queries; keys and values are
+    gathered over the axis that splits lengths. `interpret` runs it on any device, slowly, for tests.
     """
     run = functools.partial(_on_one_device, interpret=interpret)
     return per_device.run(run, q_BTNH, k_BSNH, v_BSNH, key_mask)
@@ -120,16 +126,16 @@ def _call(
     cycles: tuple[int, float],
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs a kernel for every example and block of lanes; results are shaped like `outs`.
+    """Runs a kernel for every example and block of lanes; results have the shapes of `outs`.
 
     Args:
-      kernel: (head size, has a bias, *references).
-      size: of a head.
+      kernel: a function of (head size, whether there is a bias, *references).
+      size: head size.
       inputs: [B, T or S, D]; queries first, keys second.
-      bias: [B, 1, S] float32 added to the scores.
-      outs: examples of the results.
-      products: of matrices per head, of T x S x H multiply-adds each.
-      cycles: of a head, constant and for each 8 x 128 scores.
+      bias: [B, 1, S] float32, added to the scores.
+      outs: arrays with the shapes and dtypes of the results.
+      products: matrix products per head, of T x S x H multiply-adds each.
+      cycles: estimated cycles of a head: a constant, and for each 8 x 128 scores.
       interpret: whether to run it with XLA's operations.
     """
     (batch, queries, width), keys = inputs[0].shape, inputs[1].shape[1]
@@ -163,7 +169,7 @@ def _call(
 
 
 def block_lanes(width: int, size: int, queries: int, keys: int) -> int:
-    """Lanes of a grid step: whole heads on whole tiles, as many as memory and the length of the code allow."""
+    """Lanes of a grid step: whole heads on whole tiles, as many as memory and code size allow."""
     least = math.lcm(size, LANES)
     longest = max(queries, keys)
 
@@ -175,7 +181,7 @@ def block_lanes(width: int, size: int, queries: int, keys: int) -> int:
 
 
 def _heads(lanes: int, size: int) -> list[tuple[int, int, int, int]]:
-    """Of each head in a block the tiles that hold it, [low, high), and its lanes within these, [first, end)."""
+    """For each head in a block: the tiles that hold it, [low, high), and its lanes within them, [first, end)."""
     found = []
     for first in range(0, lanes, size):
         low, high = first // LANES * LANES, math.ceil((first + size) / LANES) * LANES
@@ -226,7 +232,7 @@ def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
 
 
 def _own(lanes: int, first: int, end: int) -> jax.Array | None:
-    """[1, lanes] whether a lane is the head's; None where all are."""
+    """[1, lanes] whether a lane belongs to the head; None if all lanes do."""
     if (first, end) == (0, lanes):
         return None
     lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
@@ -238,7 +244,7 @@ def _select(own: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def _store(ref: Any, x: jax.Array, low: int, high: int, own: jax.Array | None, first: int) -> None:
-    """Writes a head's lanes and leaves those before them, which are there already; later heads write those after."""
+    """Writes a head's lanes. Earlier heads have written the lanes before them; later heads write those after."""
     x = x.astype(ref.dtype)
     if own is not None and first:
         x = jnp.where(own, x, ref[0, :, low:high])

@@ -1,7 +1,7 @@
-"""Splash attention, the Pallas kernel for TPUs, at any length and head size: padding, blocks, masks and sharding.
+"""Splash attention, jax's Pallas kernel for TPUs, at any length and head size: padding, blocks, masks and sharding.
 
-The kernel never writes the [T, S] scores to memory. It wants lengths in multiples of its blocks, and blocks in
-multiples of 128; a mask is a pair of segment ids, a query sees the keys of its own segment. Shape suffixes as in
+The kernel never writes the [T, S] scores to memory. It needs lengths in multiples of its blocks, and blocks in
+multiples of 128. A mask is a pair of segment ids: a query sees the keys of its own segment. Shape suffixes as in
 attention.py.
 """
 
@@ -28,24 +28,32 @@ _LARGEST_BLOCK: dict[str, tuple[int, int]] = {
     "TPU v6 lite": (1024, 512),
 }
 _UNKNOWN_DEVICE = (512, 512)
-_FUSED_UP_TO = 4  # blocks of keys
+# The most blocks of keys for which the fused backward pass is used.
+_FUSED_UP_TO = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the kernel cuts its work: padded lengths of queries and keys, and the blocks of each pass."""
+    """How the kernel divides its work.
+
+    Attributes:
+      queries: padded length of the queries.
+      keys: padded length of the keys.
+      forward: lengths of a block of queries and of a block of keys in the forward pass.
+      backward: the same in the backward pass.
+    """
 
     queries: int
     keys: int
-    forward: tuple[int, int]  # block of queries, of keys
+    forward: tuple[int, int]
     backward: tuple[int, int]
 
 
 def blocks(queries: int, keys: int, device_kind: str) -> Blocks:
-    """The least padding to a multiple of blocks that are as large as the device takes them.
+    """The largest blocks that the device allows, with the least padding of lengths to a multiple of them.
 
-    A length is cut into the fewest equal blocks of multiples of 128 for the backward pass, whose limit is the lower;
-    the forward pass joins neighbours while they fit.
+    The backward pass has the lower limit: for it a length is cut into the fewest equal blocks that are multiples of
+    128. The forward pass joins neighbouring blocks as long as they fit.
     """
     most_forward, most_backward = _LARGEST_BLOCK.get(device_kind, _UNKNOWN_DEVICE)
     padded, forward, backward = [], [], []
@@ -67,10 +75,10 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H]; arguments as `attention.attention`, every row of the mask with a key.
+    """softmax(q k^T / sqrt(H)) v -> [B, T, N, H]. Arguments as `attention.attention`; no mask row may hide all keys.
 
-    On a mesh each device runs the kernel on its examples, heads and part of the queries; keys and values are gathered
-    over the axis that splits lengths. `interpret`: run on any device, slowly, for tests.
+    On a mesh each device runs the kernel on its examples, its heads and its part of the queries; keys and values are
+    gathered over the axis that splits lengths. `interpret` runs it on any device, slowly, for tests.
     """
     _, device_kind = per_device.target()
     run = functools.partial(_on_one_device, device_kind=device_kind, interpret=interpret)
@@ -86,11 +94,12 @@ def _on_one_device(
     device_kind: str,
     interpret: bool,
 ) -> jax.Array:
-    """Pads to blocks, moves heads before lengths, runs the kernel on each example."""
+    """Pads lengths to blocks, moves heads before lengths, and runs the kernel on each example."""
     queries, keys, heads = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
     cut = blocks(queries, keys, device_kind)
     segments = None
-    if key_mask is not None or cut.keys != keys:  # hidden keys and padding are of segment 0, the rest of 1
+    # Hidden keys and padding are segment 0, all other keys and the queries segment 1.
+    if key_mask is not None or cut.keys != keys:
         shown = jnp.ones((q_BTNH.shape[0], keys), bool) if key_mask is None else key_mask
         of_keys = jnp.pad(shown.astype(jnp.int32), ((0, 0), (0, cut.keys - keys)))
         segments = kernels.SegmentIds(q=jnp.ones((cut.queries,), jnp.int32), kv=of_keys)
@@ -99,7 +108,8 @@ def _on_one_device(
         block_sizes=_block_sizes(cut),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=ATTENTION,  # the log-sums of the softmax too, else the kernel runs again
+        # Names the softmax's log-sums for the remat policy too; else the backward pass runs the kernel again.
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     scale = q_BTNH.shape[-1] ** -0.5
@@ -114,7 +124,7 @@ def _on_one_device(
 
 
 def _block_sizes(cut: Blocks) -> kernels.BlockSizes:
-    # The fused backward pass adds up one dq for each block of keys, outside the kernel: good while these are few.
+    # The fused backward pass sums one dq for each block of keys, outside the kernel: good for few blocks.
     (q_forward, k_forward), (q_backward, k_backward) = cut.forward, cut.backward
     fused = cut.keys // k_backward <= _FUSED_UP_TO
     return kernels.BlockSizes(

@@ -1,10 +1,11 @@
-"""What the UNets are built of: residual blocks, down- and upsampling, transformers on feature maps, the U itself.
+"""Layers of the UNets: residual blocks, down- and upsampling, transformers on feature maps, and the U itself.
 
-Feature maps are [B, H, W, C] in `dtype`; GroupNorm, LayerNorm, softmax and the time embedding are float32. Only the
-batch of an activation is named to the mesh: a convolution split over height and over channels at once gives wrong
-values in XLA, so nothing here may split height, width or the tokens made of them. Every linear map and convolution
-starts uniform in +-1/sqrt(fan_in), weight and bias, norms as the identity: PyTorch's defaults, from which diffusers
-trains its UNets. Nothing starts at zero.
+Feature maps are [B, H, W, C] in `dtype`; GroupNorm, LayerNorm, softmax and the time embedding are float32. The mesh
+splits only the batch of an activation. XLA computes wrong values for a convolution split over height and channels at
+once, so nothing here may split height, width or the tokens made of them.
+
+Every linear map and convolution is initialised uniform in +-1/sqrt(fan_in), weight and bias, and norms as the identity.
+These are PyTorch's defaults, from which diffusers trains its UNets. Nothing starts at zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.attention import CrossAttention, SelfAttention
 from scaling_dit.nn.layers import ACTIVATIONS, Dense, conv3x3, layer_norm, torch_uniform
 
-GROUPS = 32  # of every GroupNorm
-EPSILON = 1e-5  # of every norm but a transformer's GroupNorm, which has 1e-6
+# Groups of every GroupNorm.
+GROUPS = 32
+# Epsilon of every norm except a transformer's GroupNorm, which has 1e-6.
+EPSILON = 1e-5
 CONV_AXES = (None, None, "embed", "mlp")
 
 Map = Callable[..., jax.Array]
@@ -30,16 +33,18 @@ Map = Callable[..., jax.Array]
 class ResBlock(nn.Module):
     """Residual block: norm, activation, 3x3 convolution, time, norm, activation, 3x3 convolution.
 
-    (x [B, H, W, C], time [B, E]) -> [B, H', W', features]. diffusers' ResnetBlock2D; a 1x1 shortcut where the channels
-    change.
+    (x [B, H, W, C], time [B, E]) -> [B, H', W', features]. diffusers' ResnetBlock2D, with a 1x1 shortcut if the
+    channels change.
+
+    Attributes:
+      scale_shift: whether time scales and shifts after the second norm; else it is added before that norm.
+      resample: "down" (mean of 2x2) or "up" (nearest neighbour) before the first convolution, or None.
     """
 
     features: int
     activation: str = "silu"
-    scale_shift: bool = False  # time scales and shifts after the second norm; else it is added before it
-    resample: str | None = (
-        None  # "down": mean of 2x2, "up": nearest, both before the first convolution; None: neither
-    )
+    scale_shift: bool = False
+    resample: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -76,7 +81,7 @@ class Upsample(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """`depth` transformer blocks on the pixels of a feature map, with a residual around them all.
+    """`depth` transformer blocks on the pixels of a feature map, with one residual connection around all of them.
 
     (x [B, H, W, C], text [B, L, D], text_mask [B, L]) -> [B, H, W, C]. diffusers' Transformer2DModel with linear
     projections.
@@ -164,16 +169,16 @@ class Embedding(nn.Module):
 def u_shape(
     x: jax.Array, widths: Sequence[int], res_blocks: int, *, res: Map, attend: Map, down: Map, up: Map
 ) -> jax.Array:
-    """The U: every block's output on the way down is concatenated to the input of a block on the way up.
+    """The U: the output of each block on the way down is concatenated to the input of a block on the way up.
 
     Args:
       x: [B, H, W, widths[0]].
-      widths: channels of each level, the finest first; each level has half the height and width of the one before.
-      res_blocks: residual blocks of a level on the way down; on the way up it has one more.
-      res: (name, x, width) -> x with `width` channels, made by the residual block of that name.
+      widths: channels of each level, the finest first; each level halves height and width.
+      res_blocks: residual blocks of a level on the way down; on the way up a level has one more.
+      res: (name, x, width) -> x with `width` channels, by the residual block of that name.
       attend: (name, x, level) -> x after attention; level is None in the middle.
-      down: (name, x) -> x of half the height and width.
-      up: (name, x) -> x of twice the height and width.
+      down: (name, x) -> x with half the height and width.
+      up: (name, x) -> x with twice the height and width.
 
     Returns:
       [B, H, W, widths[0]].
@@ -201,7 +206,7 @@ def u_shape(
 
 
 def head(x: jax.Array, features: int, activation: str, param_dtype: Any) -> jax.Array:
-    """Norm, activation and 3x3 convolution, float32: it is small, and its rounding would be the prediction's."""
+    """Norm, activation and 3x3 convolution in float32: cheap, and its rounding error would go to the prediction."""
     x = ACTIVATIONS[activation](group_norm("norm_out", param_dtype=param_dtype)(x))
     axes = (None, None, "embed", None)
     return conv3x3("conv_out", x.shape[-1], features, axes=axes, param_dtype=param_dtype)(x)
@@ -210,7 +215,7 @@ def head(x: jax.Array, features: int, activation: str, param_dtype: Any) -> jax.
 def group_norm(
     name: str, *, epsilon: float = EPSILON, groups: int = GROUPS, param_dtype: Any = jnp.float32
 ) -> nn.GroupNorm:
-    """GroupNorm, computed and returned in float32 whatever comes in."""
+    """GroupNorm, computed and returned in float32 for any input."""
     return nn.GroupNorm(
         num_groups=groups,
         epsilon=epsilon,
@@ -218,7 +223,8 @@ def group_norm(
         param_dtype=jnp.dtype(param_dtype),
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        use_fast_variance=False,  # as layers.layer_norm
+        # As in layers.layer_norm.
+        use_fast_variance=False,
         name=name,
     )
 
@@ -226,13 +232,13 @@ def group_norm(
 def linear(
     name: str | None, width: int, features: int | tuple[int, ...], axes: layers.Axes, **types: Any
 ) -> Dense:
-    """`Dense` on inputs of so many channels, with PyTorch's initial values."""
+    """`Dense` on inputs of `width` channels, with PyTorch's initial values."""
     init = torch_uniform(width)
     return Dense(features, axes, kernel_init=init, bias_init=init, name=name, **types)
 
 
 def torch_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """PyTorch's initial values of a linear map's kernel [in, ...]."""
+    """PyTorch's initial values for a linear map's kernel [in, ...]."""
     return torch_uniform(shape[0])(key, shape, dtype)
 
 
@@ -258,10 +264,10 @@ _RESAMPLE: dict[str, Map] = {"up": _double, "down": _halve}
 
 
 def size_fields(size: str | None, sizes: Mapping[str, Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
-    """The fields of a UNet: the row of `sizes` that `size` names, each replaced by the explicit field if it is set.
+    """The fields of a UNet: the row of `sizes` that `size` names, overridden by explicit fields.
 
     Raises:
-      UserError: an unknown size, a field that neither gives, or a number that is no integer or too small.
+      UserError: the size is unknown, a field is missing from both, or a number is too small or no integer.
     """
     if size is not None and size not in sizes:
         raise UserError(f"unknown size {size!r}; {nearest(size, sizes)}")
@@ -279,10 +285,10 @@ def size_fields(size: str | None, sizes: Mapping[str, Mapping[str, Any]], **fiel
 def level_widths(
     channels: int, channel_mult: Sequence[int], *, head_dim: int, attended: Sequence[int]
 ) -> tuple[int, ...]:
-    """Channels of each level, after checking that they, and the heads of the `attended` levels, come out even.
+    """Channels of each level, checked for division by GroupNorm and, on the `attended` levels, by heads.
 
     Raises:
-      UserError: GroupNorm or the heads do not divide a width.
+      UserError: GroupNorm's groups or the head size do not divide a width.
     """
     widths = tuple(channels * factor for factor in channel_mult)
     for level, width in enumerate(widths):
@@ -294,7 +300,7 @@ def level_widths(
 
 
 def check_integers(name: str, values: Any, least: int) -> None:
-    """Raises a UserError unless `values` is a tuple or list of one or more integers from `least` on."""
+    """Raises a UserError unless `values` is a tuple or list of one or more integers that are at least `least`."""
     if isinstance(values, tuple | list) and values:
         if all(isinstance(value, int) and value >= least for value in values):
             return
@@ -308,7 +314,7 @@ def check_halvings(backbone: str, latents: Sequence[int], levels: int) -> None:
     """Checks that latents [B, H, W, C] can be halved from level to level.
 
     Raises:
-      UserError: they cannot.
+      UserError: height or width is no multiple of 2^(levels - 1).
     """
     step = 2 ** (levels - 1)
     if latents[1] % step or latents[2] % step:

@@ -1,1 +1,1 @@
-"""Where arrays live: the device mesh and the rules that map logical axis names to its axes."""
+"""The device mesh, the sharding rules from logical axes to mesh axes, and the processes of a run."""

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a run that starts again compiles nothing."""
+"""Keeps compiled programs on disk, so that a restarted run compiles nothing."""
 
 import os
 from typing import Any
@@ -11,10 +11,10 @@ IN_WORKDIR = "workdir"
 
 
 def use(place: str, own: epath.PathLike) -> None:
-    """Makes jax read and write compiled programs in a folder; before the first of them is compiled.
+    """Makes jax keep compiled programs in a folder. Call it before the first compilation.
 
-    A program is found again if it, its options, jax, and the kind and layout of devices are the same. A folder that
-    jax was told of before, as by JAX_COMPILATION_CACHE_DIR, is left alone.
+    jax reuses a program if the program, its options, the version of jax, and the kind and layout of devices are the
+    same. A cache folder that is already set, for example by JAX_COMPILATION_CACHE_DIR, is left alone.
 
     Args:
       place: `config.compile_cache`: "" for none, "workdir" for a folder in the workdir, else a folder, local or gs://.
@@ -24,8 +24,9 @@ def use(place: str, own: epath.PathLike) -> None:
     if not place or settings.jax_compilation_cache_dir:
         return
     folder = epath.Path(own if place == IN_WORKDIR else place)
-    compilation_cache.reset_cache()  # it may have decided already that there is none
+    # jax may have decided already that there is no cache.
+    compilation_cache.reset_cache()
     settings.update("jax_compilation_cache_dir", os.fspath(folder))
-    # Programs that compile fast too: a start has hundreds of them.
+    # Keep programs that compile fast as well: a start has hundreds of them.
     settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     settings.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,12 +1,14 @@
-"""Loss and gradients with the parameters gathered once a step, by hand, over the rings of a TPU's torus.
+"""Loss and gradients with the parameters gathered explicitly, once a step, over the rings of a TPU's torus.
 
-Left to itself XLA gathers a kernel split over all 64 chips of a v5p:4x4x4 by writing it into zeros and reducing that
-over all chips, and reduces gradients whole before it slices them: twice the bytes of a gather and of a scatter, besides
-the zeros (libtpu 0.0.51). Here each device runs its share of the batch alone: kernels are cast to the type they are
-read in and gathered over one dimension of the torus, then over the plane of the other two; gradients are summed and
-scattered on the same way back. With `config.sharding.sparse_core` the rings are such that SparseCores do both, beside
-the computation (`xla_flags` has the options). Costs memory for one whole copy of the parameters and of the gradients,
-so it is for chips that have it.
+Without this file XLA chooses the collectives. For a kernel split over all 64 chips of a v5p:4x4x4 it writes each shard
+into an array of zeros and all-reduces that array, and it all-reduces whole gradients before it slices them. That sends
+twice the bytes of an all-gather and a reduce-scatter, and needs memory for the zeros (libtpu 0.0.51).
+
+Here each device computes its rows of the batch alone. It casts a kernel to the type that the model reads it in,
+gathers it over one dimension of the torus, then over the plane of the other two. Gradients are summed and scattered
+along the same rings in reverse. With `config.sharding.sparse_core` the rings are chosen so that SparseCores run both
+collectives beside the computation (options in `xla_flags`). Each device holds one whole copy of the parameters and of
+the gradients, so this suits chips with enough memory.
 """
 
 import functools
@@ -26,10 +28,11 @@ from scaling_dit.parallel import topologies
 from scaling_dit.parallel.rules import BATCH_AXES
 
 Params = Any
-LossFn = Callable[
-    [Params, Any], jax.Array
-]  # (whole parameters, rows of the batch) -> mean loss of these rows
-Rings = list[list[list[int]]]  # for each stage, groups of positions on fsdp
+# (whole parameters, rows of the batch) -> mean loss of these rows
+LossFn = Callable[[Params, Any], jax.Array]
+# For each stage of a collective, groups of positions on the fsdp axis.
+Rings = list[list[list[int]]]
+# Primitives whose body is a jaxpr of its own with the same inputs.
 _CALLS = {
     "jit",
     "pjit",
@@ -44,23 +47,23 @@ _CALLS = {
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Makes sure that devices differ in their rows of the batch and their shards of the parameters alone.
+    """Checks that devices differ only in their rows of the batch and their shards of the parameters.
 
     Raises:
-      UserError: context or tensor splits something, or fsdp nothing.
+      UserError: the mesh splits context or tensor, or does not split fsdp.
     """
-    told = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    mesh_text = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     if mesh.shape["context"] > 1 or mesh.shape["tensor"] > 1 or mesh.shape["fsdp"] == 1:
         raise UserError(
-            f"sharding.gather_once needs fsdp above 1, and context and tensor of 1; the mesh has {told}"
+            f"sharding.gather_once needs fsdp above 1, and context and tensor of 1; the mesh has {mesh_text}"
         )
 
 
 def check_sparse_core(mesh: Mesh, gather_once: bool) -> None:
-    """Makes sure that there is something for SparseCores to gather, and that a TPU has some.
+    """Checks that SparseCores have something to gather, and that the TPU has SparseCores.
 
     Raises:
-      UserError: `sharding.sparse_core` without `sharding.gather_once`, or for a TPU without them.
+      UserError: `sharding.sparse_core` without `sharding.gather_once`, or for a TPU without SparseCores.
     """
     if not gather_once:
         raise UserError(
@@ -75,13 +78,13 @@ def check_sparse_core(mesh: Mesh, gather_once: bool) -> None:
 def value_and_grad(
     loss_fn: LossFn, mesh: Mesh, shardings: Any, sparse_core: bool = False
 ) -> Callable[[Params, Any], tuple[jax.Array, Params]]:
-    """(params, rows) -> mean loss over all rows and its gradients, laid out as the parameters are.
+    """A function (params, rows) -> (mean loss over all rows, its gradients in the shardings of the parameters).
 
     Args:
-      loss_fn: mean loss of some rows; it sees whole parameters and runs on each device alone.
-      mesh: one that `check_mesh` lets pass.
+      loss_fn: mean loss of some rows. It gets whole parameters and runs on each device alone.
+      mesh: a mesh that `check_mesh` accepts.
       shardings: tree of NamedSharding of the parameters. Rows are split over data and fsdp.
-      sparse_core: over such rings as SparseCores gather and sum over beside the computation.
+      sparse_core: use rings over which SparseCores can gather and sum beside the computation.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -98,9 +101,10 @@ def value_and_grad(
         def loss(params: Params) -> jax.Array:
             return loss_fn(jax.tree.map(gather, params, specs, types), rows)
 
-        with nn.logical_axis_rules(()):  # nothing is split here
+        # No logical axis is split inside the shard_map.
+        with nn.logical_axis_rules(()):
             value, grads = jax.value_and_grad(loss)(params)
-        # Gathers have summed their gradients over fsdp on the way back.
+        # The backward pass of a gather has already summed its gradients over fsdp.
         grads = jax.tree.map(
             lambda g, spec: jax.lax.psum(g, "data" if "fsdp" in spec else BATCH_AXES) / shards, grads, specs
         )
@@ -123,7 +127,7 @@ def value_and_grad(
 
 
 def read_as(loss_fn: LossFn, params: Params, rows: Any) -> Any:
-    """The dtype of each parameter in which `loss_fn` reads it: a narrower one if it is cast to that one everywhere."""
+    """The dtype in which `loss_fn` reads each parameter: a narrower one if every use casts to it, else its own."""
     with nn.logical_axis_rules(()):
         closed = jax.make_jaxpr(loss_fn)(params, rows)
     leaves, tree = jax.tree.flatten(params)
@@ -134,7 +138,7 @@ def read_as(loss_fn: LossFn, params: Params, rows: Any) -> Any:
 
 
 def _casts(jaxpr: Any) -> list[Any]:
-    """Of each input the one narrower dtype that every use casts it to, None where there is none."""
+    """For each input the one narrower dtype that every use casts it to, or None."""
     seen: dict[Any, set[Any]] = {var: set() for var in jaxpr.invars}
     for eqn in jaxpr.eqns:
         inner: list[Any] = [None] * len(eqn.invars)
@@ -159,7 +163,7 @@ def _casts(jaxpr: Any) -> list[Any]:
 
 
 def _gatherer(gathers: Rings, sums: Rings) -> Callable[[jax.Array, int], jax.Array]:
-    """(shard, axis) -> the whole, gathered over `gathers`; its gradient is summed and scattered over `sums`."""
+    """A function (shard, axis) -> whole array: gathers over `gathers`, and its gradient is scattered over `sums`."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def along(shard: jax.Array, axis: int) -> jax.Array:
@@ -182,11 +186,12 @@ def _gatherer(gathers: Rings, sums: Rings) -> Callable[[jax.Array, int], jax.Arr
 
 
 def _rings(mesh: Mesh, sparse_core: bool) -> tuple[Rings, Rings]:
-    """Groups of positions on fsdp to gather over one after the other, the fastest varying first, and those to sum over.
+    """The rings to gather over and the rings to sum over, each in order, the fastest varying dimension first.
 
-    Two dimensions of the torus at a time, and those that carry most come last: XLA gathers over a plane by all its
-    links at once, but not over three dimensions. SparseCores gather over one dimension at a time, and sum over a plane
-    of a torus of three: over one that is all of the torus XLA does not scatter (libtpu 0.0.51).
+    XLA uses all links of a plane at once but not of three dimensions, so a stage covers at most two dimensions of the
+    torus, and the stages that carry most bytes come last. SparseCores gather over one dimension at a time. They can
+    sum over a plane of a three-dimensional torus, but XLA does not scatter over a plane that is the whole torus
+    (libtpu 0.0.51).
     """
     torus = _torus([getattr(device, "coords", None) for device in mesh.devices[0, :, 0, 0]])
 
@@ -201,7 +206,7 @@ def _rings(mesh: Mesh, sparse_core: bool) -> tuple[Rings, Rings]:
 
 
 def _torus(coords: list[Any]) -> tuple[int, ...]:
-    """The sizes of the torus's dimensions that devices of these coordinates run along, the slowest varying first."""
+    """The sizes of the torus dimensions that devices with these coordinates run along, the slowest varying first."""
 
     def changed(a: int) -> list[int]:
         return [i for i, (one, other) in enumerate(zip(coords[0], coords[a], strict=True)) if one != other]

@@ -1,4 +1,4 @@
-"""The device mesh: four named axes that every array of a run is laid out over."""
+"""The device mesh: the four named axes over which every array of a run is sharded."""
 
 import math
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes ("data", "fsdp", "context", "tensor") over all devices.
 
-    At most one size may be -1; it takes what the others leave. The axes are `AxisType.Auto`, since under the
-    `Explicit` default of `jax.make_mesh` the logical constraints of linen modules act as assertions and fail.
+    At most one size may be -1; that axis takes all remaining devices. The axes are `AxisType.Auto`, because under
+    `jax.make_mesh`'s default of `Explicit` the logical constraints of linen modules act as assertions and fail.
 
-    Within a slice TPUs are ordered so that an axis runs along links of the torus. Between slices there is only the data
+    Within a slice TPUs are ordered so that an axis runs along links of the torus. Slices are joined by the data
     centre's network, and only `data` crosses it: once a step, with gradients.
 
     Args:
       data: replicas of the parameters, each on its own part of the batch.
-      fsdp: parts of the batch whose devices also share (shard) the parameters and optimiser state.
+      fsdp: parts of the batch whose devices also shard the parameters and the optimizer state.
       context: parts of the token axis.
       tensor: parts of the heads and of the MLP.
-      slices: groups of devices that fast links join. Other devices than TPUs are split evenly, to try things out.
-      devices: the devices to use, a topology description's for instance; all devices of all processes if not given.
-      splits_tokens: whether the backbone can split its tokens over `context`. If not, `context` splits the batch too:
-        it becomes part of `data`, for a convolution split over height gives wrong values in XLA.
+      slices: groups of devices joined by fast links. Devices other than TPUs are split evenly, to try things out.
+      devices: the devices to use, such as those of a topology description. By default all devices of all processes.
+      splits_tokens: whether the backbone can split its tokens over `context`. If not, `context` becomes part of `data`
+        and splits the batch, because XLA computes wrong values for a convolution split over height.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices, or the slices are not those of the devices.
+      UserError: the sizes do not multiply to the number of devices, or `slices` is not their number of slices.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = _fill((data, fsdp, context, tensor), len(devices))
@@ -56,7 +56,7 @@ def make_mesh(
 
 
 def _slices(devices: list[jax.Device], slices: int, sizes: tuple[int, ...]) -> list[list[jax.Device]]:
-    """The devices of each slice, checked against what they say of themselves."""
+    """The devices of each slice, checked against the slice indices that the devices report."""
     if slices < 1 or sizes[0] % slices:
         raise UserError(
             f"mesh slices={slices} cannot share data={sizes[0]}: only data crosses slices, so it must be a multiple"
@@ -74,23 +74,25 @@ def _slices(devices: list[jax.Device], slices: int, sizes: tuple[int, ...]) -> l
 
 def _fill(sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
     """Sizes with -1 replaced, checked against the number of devices."""
-    told = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    mesh_text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size != -1 and size < 1 for size in sizes):
-        raise UserError(f"mesh {told}: every size must be at least 1, or -1 for one axis that fills up")
+        raise UserError(
+            f"mesh {mesh_text}: every size must be at least 1, or -1 for one axis that takes the rest"
+        )
     if sizes.count(-1) > 1:
-        raise UserError(f"mesh {told}: at most one axis can be -1; give the others a size")
+        raise UserError(f"mesh {mesh_text}: at most one axis can be -1; give the others a size")
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if devices % fixed:
             free = AXES[sizes.index(-1)]
             raise UserError(
-                f"mesh {told}: {devices} devices cannot be split into parts of {fixed} to fill {free};"
+                f"mesh {mesh_text}: {devices} devices cannot be split into parts of {fixed} to fill {free};"
                 f" the fixed sizes must multiply to a divisor of {devices}"
             )
         return tuple(devices // fixed if size == -1 else size for size in sizes)
     if fixed != devices:
         raise UserError(
-            f"mesh {told}: the sizes multiply to {fixed} but there are {devices} devices;"
+            f"mesh {mesh_text}: the sizes multiply to {fixed} but there are {devices} devices;"
             f" set one axis to -1 or make the product {devices}"
         )
     return sizes

@@ -1,11 +1,11 @@
-"""Several processes as one run: how they are joined, what they agree on, and how one that is lost ends the others.
+"""Several processes as one run: joins them, lets them agree on values, and ends all of them if one is lost.
 
-On TPU slices jax knows the processes from their host; elsewhere each is told by flags:
+On a TPU slice jax finds the processes through their host. Elsewhere each process gets its place by flags:
 
     scaling-dit train ... --coordinator=10.0.0.2:8482 --processes=4 --process=0     # and 1, 2, 3 on the others
 
-`rendezvous.py` names processes that do not come, `supervise.py` one that is lost later. Every function here is called
-by all processes in the same order; in a run of one process they cost nothing.
+`rendezvous.py` names processes that never start, `supervise.py` a process that is lost later. All processes call the
+functions of this file in the same order. In a run of one process they cost nothing.
 """
 
 import contextlib
@@ -26,14 +26,21 @@ from scaling_dit.errors import UserError
 from scaling_dit.parallel import rendezvous, supervise
 
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
-_COUNTS_BYTES = 4096  # of one process's counts as JSON
+# Size of one process's counts as JSON.
+_COUNTS_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """Which process of a run this is."""
+    """Which process of a run this is.
 
-    coordinator: str  # host:port of process 0
+    Attributes:
+      coordinator: "host:port" of process 0.
+      processes: the number of processes.
+      process: the index of this one, from 0.
+    """
+
+    coordinator: str
     processes: int
     process: int
 
@@ -47,10 +54,10 @@ class Membership:
 
 
 def from_flags(coordinator: str | None, processes: int | None, process: int | None) -> Membership | None:
-    """What the flags of a command say; None if they say nothing.
+    """The membership that a command's flags give; None without flags.
 
     Raises:
-      UserError: some of the three but not all, or values that do not fit each other.
+      UserError: some of the three flags are missing, or their values do not fit each other.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -65,18 +72,19 @@ def from_flags(coordinator: str | None, processes: int | None, process: int | No
 
 
 def on_tpu_host() -> bool:
-    """Whether this host has TPU chips that jax may use; nothing is started."""
+    """Whether this host has TPU chips that jax may use. Does not start jax."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     return (not platforms or "tpu" in platforms) and any(glob.glob(pattern) for pattern in _TPU_DEVICES)
 
 
 def detected() -> Membership | None:
-    """What jax finds out about a TPU slice from its host; None for a slice of one host.
+    """The membership that jax detects on the host of a TPU slice; None for a slice of one host.
 
     Raises:
-      UserError: it found no coordinator.
+      UserError: jax cannot find the hosts of the slice.
     """
-    from jax._src.clusters import ClusterEnv  # jax has no public name for it
+    # jax has no public name for this class.
+    from jax._src.clusters import ClusterEnv
 
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, [], None, 60)
@@ -96,13 +104,15 @@ def run_supervised(
     settings: Mapping[str, Any],
     arguments: Sequence[str],
 ) -> int:
-    """`main()` in a process joined with the others of its run, under a parent that tells how it ends.
+    """Runs `main()` in a child process that joins the other processes of the run; returns the exit code.
+
+    The parent process reports in one line how the child ended.
 
     Args:
-      main: the work of the verb, in one process, to its exit code: mistakes are told already.
-      membership: of the flags; on a TPU host None means what jax detects.
-      settings: `config.processes`: seconds of `heartbeat` and `start_up`.
-      arguments: of the command line, to start this process again as a child.
+      main: does the verb's work in one process, reports mistakes itself, and returns an exit code.
+      membership: given by flags. None on a TPU host means that jax detects it.
+      settings: `config.processes`, with `heartbeat` and `start_up` in seconds.
+      arguments: the command line's arguments, to start this process again as a child.
     """
     if membership is None and not on_tpu_host():
         return main()
@@ -116,15 +126,16 @@ def run_supervised(
 
 
 def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:
-    """Joins this process with the others; before any other call of jax.
+    """Joins this process with the others. Call it before anything else of jax.
 
     Args:
-      heartbeat: seconds without a sign of life after which a process counts as lost, and the others end.
+      membership: which process this is.
+      heartbeat: seconds without a heartbeat after which a process counts as lost and the others stop.
       start_up: seconds to wait for all processes.
 
     Raises:
-      MissingProcess: processes that did not come.
-      UserError: some that were started differently.
+      MissingProcess: some processes did not connect in time.
+      UserError: some processes were started differently.
     """
     import jax
 
@@ -137,7 +148,8 @@ def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:
         start_up,
         {"jax": jax.__version__, "scaling-dit": __version__},
     )
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no use but on CPUs
+    # Only CPUs read this option.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         membership.coordinator,
         membership.processes,
@@ -149,22 +161,25 @@ def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:
 
 
 def together(main: Callable[[], int], heartbeat: float) -> int:
-    """`main()`, such that no process waits for one that has failed.
+    """Runs `main()` so that no process waits long for one that has failed; returns the exit code.
 
-    A process that fails ends at once, without jax's shutdown, which would wait for the others for minutes while its
-    heartbeat goes on; so they notice within the heartbeat. An error of a collective, which is how a lost peer shows
-    on some networks, waits for the runtime to say whose loss it was.
+    A process that fails exits at once. jax's own shutdown would wait minutes for the other processes and keep its
+    heartbeat alive meanwhile; without it the others notice within `heartbeat` seconds. On some networks a lost peer
+    shows as an error of a collective. After such an error this process waits for jax's runtime to name the lost peer.
     """
     import jax
 
-    code = 1  # that of a traceback
+    # The exit code of Python after a traceback.
+    code = 1
     try:
         code = main()
     except Exception as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            time.sleep(heartbeat + 15)  # the runtime ends this process in the meantime if a peer is lost
+            # If a peer is lost, the runtime ends this process during the wait.
+            time.sleep(heartbeat + 15)
         traceback.print_exc()
-    if code not in (0, supervise.LOST):  # every process comes to these two
+    # All processes finish or stop for a lost peer together; any other exit code is of this process alone.
+    if code not in (0, supervise.LOST):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -173,20 +188,23 @@ def together(main: Callable[[], int], heartbeat: float) -> int:
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-    """Gives `reached()`: whether to save now and stop, since SIGTERM arrived at any of the processes.
+    """Gives `reached()`, which is true once any process has received SIGTERM: save a checkpoint now and stop.
 
-    All processes call it once for each step, and it answers yes at the same call in all of them. In a run of one
-    process it is a handler of this context's, and the old one comes back after.
+    All processes call `reached()` once a step, and it becomes true at the same call in all of them. In a run of one
+    process this context installs its own signal handler and restores the old one at its end.
     """
     import jax
     from jax.experimental import multihost_utils
 
-    if jax.process_count() > 1:  # the runtime has a handler of its own and passes the news on
-        calls = itertools.count()  # not the step, which a rewind takes back
+    # With several processes jax's runtime has its own handler and informs all of them.
+    if jax.process_count() > 1:
+        # A count of calls and not the step, because a rewind sets the step back.
+        calls = itertools.count()
         yield lambda: bool(multihost_utils.reached_preemption_sync_point(next(calls)))
         return
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+    # Only the main thread can set signal handlers.
+    if threading.current_thread() is not threading.main_thread():
         yield event.is_set
         return
     old = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
@@ -197,7 +215,7 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
 
 def first_says(value: bool) -> bool:
-    """What process 0 says, in all of them."""
+    """The value of process 0, in all processes."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -208,7 +226,7 @@ def first_says(value: bool) -> bool:
 
 
 def total(counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts by name, added up over all processes."""
+    """Counts by name, summed over all processes."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils

@@ -1,8 +1,8 @@
-"""The processes of a run find each other before jax joins them, so that one that is missing is named.
+"""Lets the processes of a run find each other before jax joins them, so that an error can name a missing process.
 
-jax's own start-up ends in a stack dump that names nobody. Here process 0 listens at the coordinator's address, the
-others call it and say who they are; once all have, or the time is up, process 0 tells them and frees the address for
-jax. Standard library only.
+If a process is missing, jax's own start-up ends in a stack dump that does not name it. Here process 0 listens at the
+coordinator's address, and the others connect and send their number. Once all have connected, or the time is up,
+process 0 sends the result to all of them and frees the address for jax. Uses the standard library only.
 """
 
 import contextlib
@@ -14,31 +14,35 @@ from collections.abc import Iterator, Mapping
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import supervise
 
-_RETRY = 0.2  # seconds between calls of a process that found nobody
-_ANSWER = 10.0  # seconds that a caller may take to say who it is
-_SHOWN = 8  # missing processes named
-_MISSING, _DIFFERENT = "missing ", "different "  # begin the line that ends all of them
+# Seconds between two attempts to connect to process 0.
+_RETRY = 0.2
+# Seconds that a connected process has to send its number.
+_ANSWER = 10.0
+# The most missing processes that an error names.
+_SHOWN = 8
+# Prefixes of the line that process 0 sends on failure.
+_MISSING, _DIFFERENT = "missing ", "different "
 
 
 class MissingProcess(UserError):
-    """Processes that did not come in time: no mistake, the same command may find them."""
+    """Some processes did not connect in time. This is not the user's mistake: the same command may work later."""
 
     exit_code = supervise.LOST
 
 
 def meet(coordinator: str, processes: int, process: int, seconds: float, about: Mapping[str, str]) -> None:
-    """Returns in every process once all `processes` of them have called.
+    """Returns in every process once all `processes` have connected.
 
     Args:
       coordinator: "host:port" of process 0.
-      processes: how many there are.
-      process: which one this is, from 0.
+      processes: the number of processes.
+      process: the index of this process, from 0.
       seconds: how long to wait for the others.
-      about: what must be equal in all of them, by name, such as the version of a library.
+      about: values by name that must be equal in all processes, such as the version of a library.
 
     Raises:
-      MissingProcess: processes that did not come.
-      UserError: some that came twice or were started differently. Either is the same line in all that came.
+      MissingProcess: some processes did not connect in time.
+      UserError: a process connected twice or was started differently. All connected processes raise the same line.
     """
     host, port = split_address(coordinator)
     about = {"--processes": str(processes), **about}
@@ -76,7 +80,8 @@ def _gather(
                 )
                 break
             hello = _read(caller)
-            if hello is None:  # someone else's call
+            # The connection came from another program.
+            if hello is None:
                 caller.close()
                 continue
             number = hello["process"]
@@ -86,7 +91,7 @@ def _gather(
             came.add(number)
             callers.append(caller)
         for caller in callers:
-            _tell(caller, _line(fault))
+            _send(caller, _line(fault))
     if fault is not None:
         raise fault
 
@@ -98,9 +103,10 @@ def _call(
     for _ in _until(deadline):
         try:
             with socket.create_connection((host, port), timeout=_ANSWER) as server:
+                # If nobody listens, the system may connect this socket to itself.
                 if server.getsockname() == server.getpeername():
-                    continue  # nobody listens, and the system gave this end the very port that it calls
-                _tell(server, json.dumps(hello))
+                    continue
+                _send(server, json.dumps(hello))
                 server.settimeout(max(0.001, deadline - time.monotonic()) + _ANSWER)
                 answer = server.makefile().readline()
         except OSError:
@@ -123,7 +129,7 @@ def _until(deadline: float) -> Iterator[None]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Listens on all addresses: the name that others know this host by may be another than its own."""
+    """Listens on all addresses, because other hosts may know this host by a name that it does not know itself."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
         return socket.create_server(
@@ -144,7 +150,7 @@ def _read(caller: socket.socket) -> dict | None:
         return None
 
 
-def _tell(other: socket.socket, line: str) -> None:
+def _send(other: socket.socket, line: str) -> None:
     with contextlib.suppress(OSError):
         other.sendall(line.encode() + b"\n")
 

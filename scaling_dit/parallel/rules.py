@@ -1,6 +1,6 @@
-"""Which mesh axis each logical axis goes to, and the shardings that follow for parameters, state and batch.
+"""Maps logical axes to mesh axes, and derives the shardings of parameters, training state and batch.
 
-Backbones name logical axes only. This table is the one place that turns names into a layout:
+Backbones name logical axes only. This table is the one place that maps the names to a layout:
 
 | logical axis | mesh axis | why |
 |---|---|---|
@@ -8,8 +8,8 @@ Backbones name logical axes only. This table is the one place that turns names i
 | length | context | tokens of backbones with SPLITS_TOKENS; for others `make_mesh` makes `context` a part of data |
 | act_heads, act_mlp | tensor | follow the parameters that make them, so that no gather is needed in between |
 | act_embed | - | every block reads the whole width of a token |
-| embed | fsdp | the width is in nearly every large parameter, so sharding it shards nearly all memory |
-| text | fsdp | the same for the text side; second to embed, for projections have both |
+| embed | fsdp | nearly every large parameter has the width, so sharding it shards nearly all memory |
+| text | fsdp | the width of the text side; after embed, because projections have both |
 | heads, mlp, vocab | tensor | columns of one matrix and rows of the next: one reduction for each block |
 | layers | - | scanned over: a split here would move whole layers between devices |
 | norm | - | vectors of a few kB: gathering costs more latency than their memory is worth |
@@ -49,20 +49,21 @@ _RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def logical_rules() -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
-    """The table above as flax's (logical axis, mesh axis) pairs, in order of precedence."""
+    """The table above as flax's pairs of logical axis and mesh axis, in order of precedence."""
     return _RULES
 
 
-_ROWS = ("heads", "mlp", "text")  # axes of rows that fsdp splits rather than the last one
+# Row axes that fsdp splits in preference to the last axis of a matrix.
+_ROWS = ("heads", "mlp", "text")
 
 
 @contextlib.contextmanager
 def activate(mesh: Mesh) -> Iterator[None]:
-    """Enter the mesh and the logical rules together; trace or call jitted functions inside.
+    """Activates the mesh and the logical rules together. Trace and call jitted functions inside this context.
 
-    Both are needed: without the mesh, or with the deprecated `with mesh:`, flax drops every logical constraint
-    without a word. Parameters are initialised outside, by `jax.jit(init, out_shardings=...)`: inside, flax
-    constrains each new parameter by name alone and fails where an axis does not divide.
+    Both are needed: without the mesh, or with the deprecated `with mesh:`, flax silently drops every logical
+    constraint. Initialise parameters outside, by `jax.jit(init, out_shardings=...)`: inside, flax constrains each new
+    parameter by name alone and fails where an axis does not divide.
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
         yield
@@ -71,9 +72,9 @@ def activate(mesh: Mesh) -> Iterator[None]:
 def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
     """Shardings of parameters, from their logical axis names.
 
-    An axis is split only where its size divides. A parameter that no name places (a module of a user's own, or
-    a width that does not divide) is split over fsdp by its largest axis that divides, so that memory falls with
-    the number of devices for any backbone.
+    An axis is split only where its size divides. If the names give a parameter no split (in a user's own module, or
+    for a width that does not divide), fsdp splits its largest axis that divides. So memory falls with the number of
+    devices for any backbone.
 
     Args:
       mesh: a mesh of `make_mesh`.
@@ -93,11 +94,17 @@ def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """How many bytes of parameters every device holds whole, because no axis of them divides or is named."""
+    """How many bytes of parameters every device holds whole, because none of their axes is named or divides.
 
-    total: int  # bytes of all parameters
-    whole: int  # bytes of those that are whole on every device
-    largest: tuple[tuple[str, int], ...]  # path and bytes of the largest of these, largest first
+    Attributes:
+      total: bytes of all parameters.
+      whole: bytes of the parameters that are whole on every device.
+      largest: path and bytes of the largest whole parameters, largest first.
+    """
+
+    total: int
+    whole: int
+    largest: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
         share = f"{self.whole / max(self.total, 1):.2%} of {self.total:,} bytes of parameters are whole on every device"
@@ -105,7 +112,7 @@ class Replicated:
 
 
 def replicated(mesh: Mesh, abstract_variables: Any, most: int = 3) -> Replicated:
-    """What `param_shardings` leaves whole on every device, with its `most` largest parameters.
+    """The parameters that `param_shardings` leaves whole on every device; names the `most` largest.
 
     Args:
       mesh: a mesh of `make_mesh`, or a `jax.sharding.AbstractMesh` with its axes.
@@ -127,11 +134,11 @@ def replicated(mesh: Mesh, abstract_variables: Any, most: int = 3) -> Replicated
 
 
 def _spec(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """The partition of one named parameter; each mesh axis is used at most once.
+    """The partition of one named parameter. Each mesh axis is used at most once.
 
-    Where the rows of a matrix can take fsdp it does not split its last axis: on TPUs that lies along the lanes, and XLA
-    sums a gradient that is to be cut there whole, with twice the bytes sent. Not so for a table of words, whose rows
-    are looked up: split by these, every device would look up the ids of the whole batch.
+    If fsdp can split the rows of a matrix, it does not split the last axis. On TPUs the last axis lies along the lanes;
+    XLA would sum the whole gradient before cutting it there, and send twice the bytes. Word tables are an exception:
+    with their rows split, every device would look up the ids of the whole batch.
     """
     parts: list[str | None] = [None] * len(shape)
     known = {name for name, _ in _RULES}
@@ -161,7 +168,7 @@ def _splits(mesh: Mesh, axis: str, size: int) -> bool:
 
 
 def _largest_axis(mesh: Mesh, shape: Sequence[int], fixed: Sequence[bool] | None = None) -> PartitionSpec:
-    """Fsdp on the largest axis that divides and is not fixed; nothing where there is none."""
+    """A partition with fsdp on the largest axis that divides and is not fixed; an empty one if there is none."""
     fixed = fixed or [False] * len(shape)
     usable = [i for i, size in enumerate(shape) if _splits(mesh, "fsdp", size) and not fixed[i]]
     best = max(usable, key=lambda i: shape[i], default=None)
@@ -169,15 +176,15 @@ def _largest_axis(mesh: Mesh, shape: Sequence[int], fixed: Sequence[bool] | None
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, params_shardings: Any) -> Any:
-    """Shardings of a whole training state: moments and EMAs lie where their parameter lies.
+    """Shardings of a whole training state: moments and EMAs are sharded like their parameter.
 
-    A leaf belongs to the parameter whose path is the longest suffix of the leaf's own path, if the shapes are
-    equal too (factored moments are not); everything else, such as step counters, is replicated.
+    A leaf belongs to the parameter whose path is the longest suffix of the leaf's own path, if the shapes are equal as
+    well (factored moments have other shapes). All other leaves, such as step counters, are replicated.
 
     Args:
       mesh: a mesh of `make_mesh`.
       abstract_state: state of arrays or shapes whose field or key `params` holds the parameters.
-      params_shardings: what `param_shardings` gave for those parameters.
+      params_shardings: the result of `param_shardings` for these parameters.
     """
     shapes = {path: np.shape(leaf) for path, leaf in trees.by_path(abstract_state).items()}
     by_path = trees.by_path(params_shardings)
@@ -194,7 +201,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any, params_shardings: Any) -> A
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of every batch array: the leading axis over data and fsdp, the rest whole."""
+    """The sharding of every batch array: the leading axis over data and fsdp, the other axes whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -218,13 +225,13 @@ def _check_batch(mesh: Mesh, batch: int) -> None:
 
 
 def local_positions(mesh: Mesh, batch: int) -> np.ndarray:
-    """The positions of the global batch that this process's devices hold, int64, sorted, each once.
+    """The positions of the global batch that this process's devices hold: int64, sorted, each once.
 
-    Devices that differ only in context or tensor hold the same positions. A loader that reads exactly these
-    gives every layout of processes the same global batch.
+    Devices that differ only in context or tensor hold the same positions. If each loader reads exactly its positions,
+    every layout of processes gets the same global batch.
 
     Raises:
-      UserError: if the batch does not divide over data x fsdp.
+      UserError: the batch does not divide over data x fsdp.
     """
     _check_batch(mesh, batch)
     held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
@@ -233,7 +240,7 @@ def local_positions(mesh: Mesh, batch: int) -> np.ndarray:
 
 
 def to_global(host_batch: Mapping[str, Any], mesh: Mesh, batch: int) -> dict[str, Any]:
-    """Global arrays [batch, ...] from the rows of this process; nothing is gathered on any host.
+    """Global arrays [batch, ...] from the rows of each process. No host gathers the rows of others.
 
     Args:
       host_batch: tree of numpy arrays [len(local_positions(mesh, batch)), ...], rows in that order.
@@ -241,7 +248,7 @@ def to_global(host_batch: Mapping[str, Any], mesh: Mesh, batch: int) -> dict[str
       batch: number of rows over all processes.
 
     Raises:
-      UserError: if the batch does not divide over data x fsdp.
+      UserError: the batch does not divide over data x fsdp.
     """
     _check_batch(mesh, batch)
     sharding = batch_sharding(mesh)
@@ -253,5 +260,5 @@ def to_global(host_batch: Mapping[str, Any], mesh: Mesh, batch: int) -> dict[str
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of `abstract` with the places of `shardings`: what a checkpoint is restored into."""
+    """Shapes and dtypes of `abstract` with these shardings: the target that a checkpoint is restored into."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

@@ -1,8 +1,8 @@
-"""One process of several is run by a parent that tells in one line how it ended.
+"""Runs one process of several as a child and reports in one line how it ended.
 
-jax's runtime ends a process whose peer is lost from a thread of its own, in C++, by SIGABRT and a stack dump; Python
-code in that process gets no chance to speak. The parent does: it passes everything on, but for that dump, of which it
-says which process was lost. Standard library only, so the parent holds no accelerator and little memory.
+When a peer is lost, jax's runtime ends this process from a C++ thread, with SIGABRT and a stack dump. Python code in
+the process cannot catch that, so a parent process does: it passes on all output but replaces the stack dump with one
+line that names the lost process. It uses the standard library only, so it holds no accelerator and little memory.
 """
 
 import ctypes
@@ -15,39 +15,45 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
-CHILD = "SCALING_DIT_SUPERVISED"  # in the environment of a supervised process
-LOST = 75  # exit code: EX_TEMPFAIL, the same command goes on; also that of a preempted run
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+# Environment variable of a supervised process.
+CHILD = "SCALING_DIT_SUPERVISED"
+# Exit code (EX_TEMPFAIL) after a lost process or a preemption: the same command resumes the run.
+LOST = 75
+# PR_SET_PDEATHSIG of prctl.
+_DEATH_SIGNAL = 1
 _FATAL = re.compile(
     rb"^F\d{4} .*Terminating process because the JAX distributed service detected fatal errors"
 )
 _RUNTIME = re.compile(rb"^[EW]\d{4} .*(coordination_service|preemption_sync_manager)")
-_LOG = re.compile(rb"^[IWEF](\d|$)")  # what may become one of these lines once it is whole
+# The beginning of a log line, which may become one of the lines above once it is complete.
+_LOG = re.compile(rb"^[IWEF](\d|$)")
 
 
 def supervised() -> bool:
-    """Whether this process has a parent that `run` made."""
+    """Whether `run` in the parent process started this process."""
     return os.environ.get(CHILD) == str(os.getppid())
 
 
 def run(command: Sequence[str]) -> int:
-    """Runs a command, passes SIGTERM and SIGINT to it and its output on; returns its exit code.
+    """Runs a command and returns its exit code. Forwards SIGTERM and SIGINT to it, and passes on its output.
 
-    That is LOST if another process of the run was lost, and 128 + N for a signal N. If this process is killed, the
-    command is too.
+    The exit code is LOST if another process of the run was lost, and 128 + N if signal N ended the command. If this
+    process is killed, the command is killed as well.
     """
     parent = os.getpid()
 
     def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already
+        # The parent has died already.
+        if os.getppid() != parent:
             os._exit(128 + signal.SIGKILL)
 
     with subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         env={**os.environ, CHILD: str(parent)},
-        process_group=0,  # or Ctrl-C reaches it twice, once from the terminal and once from here
+        # In the same group Ctrl-C would reach it twice: from the terminal and from this process.
+        process_group=0,
         preexec_fn=die_with_parent if sys.platform == "linux" else None,
     ) as child:
 
@@ -74,7 +80,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def forward(source: IO[bytes], out: IO[bytes]) -> str:
-    """Copies bytes as they come, without the runtime's dump and what it says just before; returns the dump."""
+    """Copies output as it arrives, without the runtime's dump and the messages just before it; returns the dump."""
     rest, skipping = b"", False
     dump: list[bytes] = []
     while chunk := os.read(source.fileno(), 1 << 16):
@@ -88,7 +94,8 @@ def forward(source: IO[bytes], out: IO[bytes]) -> str:
             elif not (skipping and _continues(line)):
                 skipping = False
                 kept.append(line)
-        if rest and not dump and not skipping and not _LOG.match(rest):  # a progress bar ends no line
+        # A progress bar does not end its lines.
+        if rest and not dump and not skipping and not _LOG.match(rest):
             kept.append(rest)
             rest = b""
         out.write(b"".join(kept))
@@ -100,7 +107,7 @@ def forward(source: IO[bytes], out: IO[bytes]) -> str:
 
 
 def _continues(line: bytes) -> bool:
-    """Whether a line goes on with the runtime's message about a lost process before it."""
+    """Whether a line continues the runtime's message about a lost process."""
     return bool(
         re.match(
             rb"(\S*task:)?\d+\s*$|\s*$|The tasks have crashed|Additional GRPC error|RPC: |:UNKNOWN:", line
@@ -109,8 +116,8 @@ def _continues(line: bytes) -> bool:
 
 
 def lost_line(dump: str) -> str:
-    """One line of which process a dump says was lost."""
-    advice = "the same command goes on from the last checkpoint, with as many processes or others"
+    """One line that names the process which a dump reports as lost."""
+    advice = "the same command resumes from the last checkpoint, with the same number of processes or another"
     unhealthy = re.search(r"stopped sending heartbeats\):\n((?:.*\d\n)+)", dump)
     if unhealthy:
         numbers = re.findall(r"(\d+)\n", unhealthy[1])

@@ -1,13 +1,14 @@
-"""Slices of TPUs that need not be there: descriptions for the compiler, and what their chips can do.
+"""Unattached TPU topologies: descriptions of slices for the compiler, and the specifications of their chips.
 
-`parse("v5p:4x4x4")` names a slice and `Topology.devices()` gives devices to compile for, on any Linux machine that has
-libtpu (`pip install 'scaling-dit[tpu]'`). Figures are per chip and per direction, from these pages, read in 2026:
+`parse("v5p:4x4x4")` describes a slice and `Topology.devices()` gives devices to compile for, on any Linux machine with
+libtpu (`pip install 'scaling-dit[tpu]'`). Numbers are per chip and per direction, from these pages, read in 2026:
 
 - generations, HBM, peak, DCN: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e
 - one-way bandwidth of a link: https://jax-ml.github.io/scaling-book/tpus
-- HBM that a program can use: the limit that the compiler of libtpu 0.0.51 names when a program does not fit
-- clock: peak FLOP/s / FLOPs a cycle of the matrix units named on those pages; v6e's is not published: that of v5p
-- price: US dollars of a chip-hour on demand, about the list price of 2025; not checked against a page, so give yours
+- HBM that a program can use: the limit that the compiler of libtpu 0.0.51 reports when a program does not fit
+- clock: peak FLOP/s divided by the FLOPs a cycle of the matrix units on those pages. The clock of v6e is not
+  published; the table has the clock of v5p instead
+- price: US dollars for a chip-hour on demand, about the list price of 2025. It was not checked, so give your own
 - GPUs: https://www.nvidia.com/en-us/data-center/h200, /h100, /a100; dense FLOP/s
 """
 
@@ -22,26 +23,42 @@ from typing import Any
 
 from scaling_dit.errors import UserError, nearest
 
-LOCAL = "local"  # instead of a topology: the devices of this process
+# Name in place of a topology: the devices of this process.
+LOCAL = "local"
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation of accelerators."""
+    """One generation of accelerators.
+
+    Attributes:
+      name: such as "v5p".
+      kind: the beginning of jax's `device_kind`.
+      per_host: chips of one host.
+      hbm: bytes of memory.
+      usable_hbm: bytes that programs can use.
+      peak: FLOP/s of bfloat16 matrix products.
+      hbm_bandwidth: bytes/s of the memory.
+      torus: axes of the torus that joins the chips of a slice; 0 if every chip is joined with every other.
+      link_bandwidth: bytes/s of one link in one direction. A chip has two links for each axis of a torus.
+      dcn_bandwidth: bytes/s between slices.
+      clock: Hz of the matrix units.
+      price: approximate US dollars an hour; 0 if there is no single price.
+    """
 
     name: str
-    kind: str  # begins jax's `device_kind`
+    kind: str
     per_host: int
-    hbm: float  # bytes
-    usable_hbm: float  # bytes that programs can have
-    peak: float  # FLOP/s of bfloat16 matrix products
-    hbm_bandwidth: float  # bytes/s
-    torus: int  # axes of the torus that joins the chips of a slice; 0 where all are joined with all
-    link_bandwidth: float  # bytes/s that one link takes one way; two links for each axis of a torus
-    dcn_bandwidth: float  # bytes/s between slices
-    clock: float  # Hz of the matrix units
-    price: float  # US dollars of an hour, about; 0 if there is no one price
+    hbm: float
+    usable_hbm: float
+    peak: float
+    hbm_bandwidth: float
+    torus: int
+    link_bandwidth: float
+    dcn_bandwidth: float
+    clock: float
+    price: float
 
 
 CHIPS: dict[str, Chip] = {
@@ -59,28 +76,32 @@ CHIPS: dict[str, Chip] = {
     )
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus)
-SPARSE_CORES = ("v5p", "v6e")  # whose SparseCores libtpu lets gather and sum
+# Generations whose SparseCores libtpu can use for gathers and sums.
+SPARSE_CORES = ("v5p", "v6e")
 EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x4x4", "v6e": "v6e:16x16"}
-# For libtpu on a machine without TPUs: it must not look for any, nor for their metadata server.
+# Keeps libtpu on a machine without TPUs from searching for chips and for their metadata server.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any; the topology asked for decides
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or two compilations at once stop at a lock file
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled here runs nowhere, and its time is told
+    # Any value will do; the topology description decides.
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    # Otherwise two compilations at once stop at a lock file.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # These programs never run, and their compile time is reported, so a cached one is of no use.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice, or several equal ones joined by the data-centre network.
+    """A slice, or several equal slices joined by the data-centre network.
 
     Attributes:
-      name: as `parse` takes it.
-      chip: its generation; None for local devices of an unknown kind, such as CPUs.
+      name: the text that `parse` takes.
+      chip: the generation; None for local devices of an unknown kind, such as CPUs.
       dims: chips along each axis of a slice's torus.
-      slices: how many.
+      slices: the number of slices.
     """
 
     name: str
@@ -90,12 +111,12 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.dims) * self.slices
 
     @property
     def hosts(self) -> int:
-        """Machines of all slices."""
+        """The number of hosts in all slices."""
         return max(1, self.chips // (self.chip.per_host if self.chip else self.chips))
 
     @functools.cached_property
@@ -103,7 +124,7 @@ class Topology:
         return local_devices() if self.name == LOCAL else _describe(self)
 
     def devices(self) -> list[Any]:
-        """jax devices, one for each chip. Those of a description only take compilations, and no array.
+        """jax devices, one for each chip. Devices of a description can be compiled for but hold no arrays.
 
         Raises:
           UserError: libtpu is missing or does not know this shape.
@@ -111,7 +132,7 @@ class Topology:
         return list(self._devices)
 
     def wraps(self, axis: int) -> bool:
-        """Whether the chips of a torus axis form a ring and not a line."""
+        """Whether the chips along a torus axis form a ring, not a line."""
         if self.chip is None or not self.chip.torus:
             return True
         if self.chip.torus == 2:
@@ -119,7 +140,7 @@ class Topology:
         return all(size % 4 == 0 for size in self.dims)
 
     def ici_bandwidth(self, axes: Iterable[int]) -> float:
-        """Bytes/s that one chip can send when data move along these axes of the torus; all of them if none is given."""
+        """Bytes/s that one chip can send along these axes of the torus, or along all axes if none is given."""
         if self.chip is None:
             return 0.0
         if not self.chip.torus:
@@ -135,7 +156,7 @@ def parse(text: str, slices: int = 1) -> Topology:
     64
 
     Raises:
-      UserError: an unknown generation, or a shape that is none.
+      UserError: an unknown generation or an impossible shape.
     """
     if text == LOCAL:
         devices = local_devices()
@@ -156,7 +177,7 @@ def parse(text: str, slices: int = 1) -> Topology:
 
 
 def find_chip(kind: str) -> Chip | None:
-    """The generation of a `device_kind` of jax; None if it is not known."""
+    """The generation of a jax `device_kind`; None if it is not known."""
     found = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     return max(found, key=lambda chip: len(chip.kind), default=None)
 
@@ -164,7 +185,7 @@ def find_chip(kind: str) -> Chip | None:
 def prepare_environment(
     topologies: Sequence[str], environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Sets what libtpu needs where no TPU is. To be called before jax is imported.
+    """Sets the environment that libtpu needs on a machine without a TPU. Call it before jax is imported.
 
     Raises:
       UserError: libtpu is not installed.
@@ -193,7 +214,7 @@ def local_devices() -> list[Any]:
 def _describe(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
-    # Without megacore a v4 chip shows its two cores as two devices, as no program of today uses them.
+    # Without megacore the two cores of a v4 chip appear as two devices, which programs no longer use.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
     if topology.slices > 1:
         options["num_slices"] = topology.slices

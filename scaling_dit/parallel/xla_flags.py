@@ -1,8 +1,8 @@
 """XLA options by TPU generation and number of slices, each with its reason.
 
-They are given to a program as it is compiled (`jax.jit(..., compiler_options=...)`), not to the process, so that a plan
-and the run it is for get the same ones. There are none for GPUs and CPUs. What is not here: continuation fusion
-(`xla_tpu_overlap_compute_collective_tc` with asynchronous gathers), which libtpu refuses on v5p and sets itself on v5e.
+Each program gets them when it is compiled (`jax.jit(..., compiler_options=...)`), not the process, so that a plan and
+its run use the same options. GPUs and CPUs have none. Continuation fusion (`xla_tpu_overlap_compute_collective_tc` with
+asynchronous gathers) is left out: libtpu refuses it on v5p and sets it by itself on v5e.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ class Option:
     """One option of XLA.
 
     Attributes:
-      name: as XLA knows it.
-      value: what it is set to.
-      reason: why.
-      chips: the generations it is for.
-      least_slices: the least number of slices it is for.
-      sparse_core: whether it is only for runs with `sharding.sparse_core`.
+      name: its name in XLA.
+      value: the value it is set to.
+      reason: why it is set.
+      chips: the generations that get it.
+      least_slices: the least number of slices from which a program gets it.
+      sparse_core: whether only runs with `sharding.sparse_core` get it.
     """
 
     name: str
@@ -42,13 +42,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "xla_tpu_enable_data_parallel_all_reduce_opt",
         True,
-        "sums the gradients of all slices while the backward pass still runs, for the network between slices is slow",
+        "sums the gradients of all slices during the backward pass, because the network between slices is slow",
         least_slices=2,
     ),
     Option(
         "xla_tpu_data_parallel_opt_different_sized_ops",
         True,
-        "lets the former join all-reduces of unequal sizes, as the layers of a model have",
+        "lets the option above join all-reduces of unequal sizes, such as those of a model's layers",
         least_slices=2,
     ),
     Option(
@@ -69,9 +69,11 @@ OPTIONS: tuple[Option, ...] = (
 
 
 def options(devices: Sequence[Any], sparse_core: bool = False) -> dict[str, Any]:
-    """The options of programs for these jax devices, or those of a topology description.
+    """The options of programs for these devices, attached or from a topology description.
 
-    `sparse_core`: whether SparseCores are to gather and sum, `config.sharding.sparse_core`.
+    Args:
+      devices: jax devices.
+      sparse_core: `config.sharding.sparse_core`, whether SparseCores gather and sum.
     """
     chip = topologies.find_chip(devices[0].device_kind)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})

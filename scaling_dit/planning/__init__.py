@@ -1,1 +1,1 @@
-"""What a run needs and how fast it can be at best, compiled ahead of time for TPUs that are not attached."""
+"""Plans a run ahead of time for unattached TPUs: the memory it needs, and the best possible speed."""

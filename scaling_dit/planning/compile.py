@@ -1,8 +1,8 @@
-"""A lowered program through the compiler, to its end or as far as most of a plan needs: its text, its memory.
+"""Compiles a lowered program, completely or as far as most of a plan needs, and gives its text and memory.
 
-The TPU's compiler first orders the kernels of a program and gives each array its place in memory; then it makes the
-kernels, in most of its time. Of what a plan tells, that second part adds the cycles, and some kilobytes at most that
-kernels ask for.
+The TPU compiler first orders the kernels of a program and assigns memory to each array. Then it generates the kernels,
+which takes most of its time. To a plan this second phase adds the cycles, and at most some kilobytes of memory that
+kernels need.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from scaling_dit.errors import UserError
 from scaling_dit.parallel.topologies import GIB, LOCAL, TPUS, Topology
 from scaling_dit.planning import hlo
 
-# Files that the compiler writes when all arrays have their places, the last one after the others.
+# Files that the compiler writes after it has assigned memory to all arrays; _LAST comes last.
 _ORDERED = "after_optimizations.txt"
 _PLACES = "after_optimizations-buffer-assignment.txt"
 _LAST = "after_optimizations_after_buffer_assignment.txt"
 # allocation 3: size 512, page 0, parameter 2, shape |f32[128]| at ShapeIndex {}, maybe-live-out:
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (color \d+, )?page \d+, (.*):$", re.MULTILINE)
-_POLL = 0.1  # seconds between two looks for the compiler's files
+# Seconds between two checks for the compiler's files.
+_POLL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Memory:
     """HBM of one chip, in bytes.
 
     Attributes:
-      arguments: state, frozen weights and batch, as they lie between steps. Sums of shards, padding included.
-      temporaries: what a step needs on top; None for a program that was not compiled to its end.
-      peak: most at any time; for a program that does not fit, what it needs at least.
-      limit: what a program can have; None if not known.
+      arguments: state, frozen weights and batch between steps. The sum of this chip's shards, padding included.
+      temporaries: additional memory during a step; None for a program that was not compiled completely.
+      peak: the most at any time; for a program that does not fit, the least that it needs.
+      limit: memory that a program can use; None if not known.
       fits: whether the compiler accepts the program and the peak is within the limit.
     """
 
@@ -49,12 +50,12 @@ class Memory:
 
 
 def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
-    """(the compiled program, or None if it does not fit, its memory on one chip).
+    """(the compiled program, or None if it does not fit; its memory on one chip).
 
-    `arguments` are the bytes of what it takes; where they alone do not fit, nothing is compiled.
+    `arguments` is the size of the program's arguments in bytes. If they alone do not fit, nothing is compiled.
 
     Raises:
-      UserError: the compiler fails, for another reason than memory.
+      UserError: the compiler fails for a reason other than memory.
     """
     limit = int(topology.chip.usable_hbm) if topology.chip else None
     if limit is not None and arguments > limit:
@@ -66,8 +67,8 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
         return None, Memory(arguments, None, needed, limit, fits=False)
     analysis = compiled.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    # Compilers for other chips than TPUs leave arguments out of their peak. Results that do not take the place of the
-    # donated state lie beside all the rest.
+    # Compilers for chips other than TPUs do not include arguments in their peak. Results that do not reuse the memory
+    # of the donated state need memory of their own.
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     on_tpu = topology.chip is not None and topology.chip.name in TPUS
     peak = analysis.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
@@ -75,17 +76,19 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
 
 
 def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
-    """As `compile_program`, without kernels: the program has no cycles, and the peak counts gaps between arrays too.
+    """As `compile_program`, but without kernels: the program has no cycles, and the peak includes gaps between arrays.
 
-    All else is the same; a kernel that the compiler would refuse stays unseen. The compiler cannot be stopped: it goes
-    on, in a thread, with files in the folder for temporary ones. So this is for a process that then ends, and whose
-    such folder is removed.
+    All else is the same, except that the compiler does not report kernels that it would refuse. The compiler cannot be
+    stopped: it continues in a thread and writes to the folder for temporary files. So only a process that ends
+    afterwards may call this, and its caller must remove that folder.
 
     Args:
-      topology: a description of TPUs, not the devices here.
+      lowered: the lowered program.
+      arguments: bytes of its arguments.
+      topology: a description of TPUs, not local devices.
 
     Raises:
-      UserError: the compiler fails, for another reason than memory, or its files are not there or cut short.
+      UserError: the compiler fails for a reason other than memory, or its files are missing or incomplete.
     """
     assert topology.name != LOCAL and topology.chip is not None
     limit = int(topology.chip.usable_hbm)
@@ -108,28 +111,32 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
     if failed:
         needed, of = out_of_memory(str(failed[0]), limit)
         return None, Memory(arguments, None, needed, of, fits=False)
-    # Programs of SparseCores are written as well, without the file that tells the main one.
+    # The compiler also writes programs of SparseCores, but this file only for the main program.
     last = next(folder.glob(f"*{_LAST}"), None)
     if last is None:
         raise UserError(
-            "the compiler does not write how it lays a program out: plan without --quick, or mend XLA_FLAGS if set"
+            "the compiler does not write its memory layout: plan without --quick, or fix XLA_FLAGS if set"
         )
     stem = last.name.removesuffix(_LAST)
     text, places = ((folder / f"{stem}{name}").read_text() for name in (_ORDERED, _PLACES))
     held, temporaries, fresh = allocated(places)
     if not (text.endswith("}\n\n") and places.endswith("\n") and held):
-        raise UserError(f"the layout that the compiler writes is cut short: is {folder.parent} full?")
+        raise UserError(f"the memory layout that the compiler writes is incomplete: is {folder.parent} full?")
     peak = held + temporaries + fresh
-    # Cycles stand there of hand-written kernels alone: their sum would pass for the step's.
+    # At this point only hand-written kernels have cycles. Their sum would be mistaken for the step's cycles.
     program = hlo.Program(re.sub(r'"estimated_cycles":"\d+"', "", text))
     return program, Memory(held, temporaries, peak, limit, fits=peak <= limit)
 
 
 def allocated(places: str) -> tuple[int, int, int]:
-    """The compiler's list of places -> bytes in HBM of (arguments, temporaries, results not in an argument's place)."""
+    """Bytes in HBM of (arguments, temporaries, other results), from the compiler's list of places.
+
+    Results in the memory of an argument do not count.
+    """
     arguments = temporaries = fresh = 0
     for size, color, what in _ALLOCATION.findall(places):
-        if color:  # another memory: VMEM, that of SparseCores or of the host
+        # Another memory: VMEM, SparseCore memory or the host's.
+        if color:
             continue
         if what.startswith("parameter "):
             arguments += int(size)
@@ -141,13 +148,14 @@ def allocated(places: str) -> tuple[int, int, int]:
 
 
 def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:
-    """(bytes needed, bytes there) from the compiler's error.
+    """(bytes needed, bytes available) from the compiler's error.
 
     Raises:
-      UserError: an error of another kind, in one line.
+      UserError: the error has another cause, in one line.
     """
     known = "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message
-    if not known or "space vmem" in message:  # a kernel's own memory is no matter of what fits the chip
+    # A kernel that exceeds its own memory (VMEM) would fail on any chip.
+    if not known or "space vmem" in message:
         raise UserError(f"the compiler fails: {message.strip().partition(chr(10))[0]}")
     found = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM])", message) or re.search(
         r"\(([\d.]+)([GM])\) exceeds available \w+ \(([\d.]+)([GM])\)", message
@@ -159,5 +167,5 @@ def out_of_memory(message: str, limit: int | None) -> tuple[int, int | None]:
 
 
 def shard_bytes(leaf: Any) -> int:
-    """Bytes of one device's part of an abstract array with a sharding, without the padding of a memory layout."""
+    """Bytes of one device's shard of an abstract array, without padding."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

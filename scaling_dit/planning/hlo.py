@@ -1,7 +1,7 @@
 """Reads the text of a compiled XLA program: computations, instructions, and how often each of them runs.
 
-`compiled.as_text()` is the one view of a compiled program that every backend and topology gives. What the compiler says
-of itself is not enough: `cost_analysis` counts the body of a loop once, and programs for TPU state no trip counts.
+`compiled.as_text()` is the only view of a compiled program that every backend and topology gives. The compiler's own
+`cost_analysis` is not enough: it counts the body of a loop once, and TPU programs state no trip counts.
 """
 
 import dataclasses
@@ -25,17 +25,16 @@ _OPCODE = re.compile(r"([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|async_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_KERNEL_NOTES = re.compile(
-    r"kernel_metadata=\{\n[^{}]*\}"
-)  # the one attribute that is printed on several lines
-# Their computations are applied to single numbers; what they hold is no work of its own.
+# The only attribute that is printed on several lines.
+_KERNEL_NOTES = re.compile(r"kernel_metadata=\{\n[^{}]*\}")
+# Their computations are applied to single numbers and are no work of their own.
 _ELEMENTWISE = {"reduce", "reduce-window", "scatter", "sort", "select-and-scatter", "map", "all-reduce",
                 "reduce-scatter", "all-reduce-start"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result: its type, sizes, and whether it lies in HBM (else in on-chip memory)."""
+    """One array of an instruction's result: its type, dimensions, and whether it lies in HBM, not in on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -43,7 +42,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Number of bytes without padding."""
+        """Bytes without padding."""
         bits = _BITS.get(self.dtype) or (
             4 if self.dtype.startswith("f4") else 8 if self.dtype != "token" else 0
         )
@@ -52,14 +51,24 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program."""
+    """One line of a program.
+
+    Attributes:
+      name: name of the instruction.
+      opcode: its operation.
+      arrays: arrays of the result, in order.
+      operands: names of the operands.
+      attributes: the rest of the line.
+      value: the value of an integer constant, or the number of a parameter.
+      root: whether it gives the computation's result.
+    """
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of the result, in order
-    operands: tuple[str, ...]  # names
-    attributes: str  # the rest of the line
-    value: int | None = None  # of an integer constant; of a parameter its number
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    value: int | None = None
     root: bool = False
 
     @property
@@ -69,13 +78,13 @@ class Instruction:
 
     @functools.cached_property
     def scope(self) -> str:
-        """Where in the source it comes from, as jax names it ("jit(step)/jvp(UViT)/.../dot_general"); "" if unknown."""
+        """Its place in the source, as jax names it ("jit(step)/jvp(UViT)/.../dot_general"); "" if unknown."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def called(self) -> list[str]:
-        """The computations it names."""
+        """The computations that it calls."""
         found = _CALLED.findall(self.attributes)
         for group in _BRANCHES.findall(self.attributes):
             found += re.findall(r"%?([\w.\-]+)", group)
@@ -87,14 +96,23 @@ _START = Instruction("", "call", (), (), "")
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An instruction as the program runs it."""
+    """An instruction in the run of a program.
+
+    Attributes:
+      instruction: the instruction.
+      computation: name of its computation.
+      times: how often it runs: the product of the trip counts of the loops around it.
+      fused: whether it lies inside a fusion, which is one kernel.
+      asynchronous: whether it lies inside a computation that runs beside others.
+      repeated: whether it lies inside a fusion that continues, or waits for, a collective begun by another fusion.
+    """
 
     instruction: Instruction
     computation: str
-    times: int  # the product of the trip counts of the loops around it
-    fused: bool  # inside a fusion, which is one kernel
-    asynchronous: bool  # inside a computation that runs beside others
-    repeated: bool  # inside a fusion that goes on with, or waits for, a collective which another one began
+    times: int
+    fused: bool
+    asynchronous: bool
+    repeated: bool
 
 
 class Program:
@@ -102,7 +120,8 @@ class Program:
 
     Attributes:
       computations: name -> its instructions in order.
-      entry: name of the computation that is the program.
+      entry: name of the main computation.
+      unknown_loops: while loops whose trip count could not be read; they count once.
     """
 
     def __init__(self, text: str) -> None:
@@ -124,24 +143,24 @@ class Program:
             name: {instruction.name: instruction for instruction in body}
             for name, body in self.computations.items()
         }
-        self.unknown_loops = 0  # while loops whose trip count could not be read; counted once each
+        self.unknown_loops = 0
 
     def operands(self, visit: Visit) -> list[Instruction]:
-        """The instructions whose results an instruction takes."""
+        """The instructions that give an instruction's operands."""
         named = self._named[visit.computation]
         return [named[name] for name in visit.instruction.operands if name in named]
 
     def walk(self) -> Iterator[Visit]:
-        """Every instruction that runs, with how often; of a conditional only the longest branch."""
+        """Every instruction that runs, with its number of runs; of a conditional only the longest branch."""
         self.unknown_loops = 0
         yield from self._walk(Visit(_START, self.entry, 1, False, False, False))
 
     def inside(self, instruction: Instruction, computation: str) -> Iterator[Visit]:
-        """One instruction of a computation, then all that it runs, with how often for each time that it runs."""
+        """One instruction, then all instructions that it runs, with their number of runs each time it runs."""
         return self._instruction(Visit(instruction, computation, 1, False, False, False))
 
     def _walk(self, at: Visit) -> Iterator[Visit]:
-        """The instructions of `at.computation`, each with the rest of `at`."""
+        """The instructions of `at.computation`, each with the other fields of `at`."""
         for instruction in self.computations.get(at.computation, ()):
             yield from self._instruction(dataclasses.replace(at, instruction=instruction))
 
@@ -175,7 +194,7 @@ class Program:
             )
 
     def longest(self, branches: list[str]) -> str:
-        """The branch of a conditional that counts: the one of most instructions."""
+        """The branch of a conditional that counts: the one with the most instructions."""
         return max(branches, key=self._length)
 
     def _length(self, computation: str) -> int:
@@ -185,9 +204,9 @@ class Program:
         )
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a while loop runs; None if that cannot be read.
+        """The number of runs of a while loop's body; None if it cannot be read.
 
-        The compiler's own note, else the bound of `i < bound` in the condition, as `jax.lax.scan` counts from 0 by 1.
+        Reads the compiler's own note, else the bound of `i < bound` in the condition: `jax.lax.scan` counts up from 0.
         """
         noted = _TRIP_COUNT.search(loop.attributes)
         if noted:
@@ -228,7 +247,7 @@ def _parse(name: str, rest: str, root: bool) -> Instruction | None:
 
 
 def _split_type(rest: str) -> tuple[str, str]:
-    """The type of a result and what follows it; a type may be a tuple and holds layouts in braces."""
+    """The type of a result and the rest of the line. A type may be a tuple, and holds layouts in braces."""
     depth = 0
     for place, char in enumerate(rest):
         depth += (char in "({[") - (char in ")}]")
@@ -254,8 +273,8 @@ def _dims(text: str) -> tuple[int, ...]:
 def compiled_text(lowered: Any, options: dict[str, Any] | None = None, dump: bool = True) -> tuple[Any, str]:
     """Compiles a lowered program -> (the compiled program, its text).
 
-    The text is the compiler's own dump, if it makes one, where jax cannot read a program back: it cannot where a TPU's
-    SparseCores look up embeddings or gather parameters (jax 0.10.2 with libtpu 0.0.51).
+    jax cannot read back a program in which a TPU's SparseCores look up embeddings or gather parameters (jax 0.10.2 with
+    libtpu 0.0.51). The text then is the compiler's own dump, if it writes one.
     """
     with tempfile.TemporaryDirectory() as folder:
         dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dump else {}

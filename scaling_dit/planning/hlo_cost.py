@@ -1,4 +1,4 @@
-"""What a compiled program costs one device: FLOPs, HBM traffic, collectives by mesh axis, the compiler's cycles.
+"""The cost of a compiled program for one device: FLOPs, HBM traffic, collectives by mesh axis, the compiler's cycles.
 
 Loops count as often as they run, see `hlo.Program`.
 """
@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from scaling_dit.planning.hlo import Array, Instruction, Program, Visit
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Parts of a step for `Statistics.parts`; the first whose pattern the scope holds (see `_part`).
+# Parts of a step for `Statistics.parts`. An instruction belongs to the first part whose pattern matches its scope (see
+# `_part`). "optimiser" is spelled as in the JSON of saved plans.
 PARTS = (
     "attention core", "projections", "MLP", "norms", "convolutions", "text encoder", "codec", "optimiser", "copies",
     "collectives", "other",
@@ -25,7 +26,7 @@ _FREE = {
     "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update", "async-done", "copy-done",
     "add-dependency",
 }  # fmt: skip
-# What only moves data: the last part of a scope, and opcodes.
+# Operations that only move data: last parts of a scope, and opcodes.
 _MOVES = {
     "broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "gather", "pad", "reshape",
     "rev", "slice", "split", "squeeze", "transpose",
@@ -53,12 +54,12 @@ class Collective:
     Attributes:
       kind: one of `COLLECTIVES`.
       axes: names of the mesh axes along which data move.
-      torus_axes: axes of the machine's torus along which they move; none if its coordinates are not known.
+      torus_axes: axes of the slice's torus along which data move; empty if the coordinates are not known.
       slices: whether they cross slices, over the data-centre network.
       asynchronous: whether they run beside the computation.
-      count: how many run in a step.
+      count: number of runs in a step.
       size: bytes of the whole (gathered, or not yet reduced) arrays.
-      wire: bytes that one device sends in a ring: (n - 1) / n of `size` for n devices, twice that for an all-reduce.
+      wire: bytes that one device sends in a ring: (n - 1) / n of `size` for n devices, twice as much for an all-reduce.
     """
 
     kind: str
@@ -76,12 +77,12 @@ class Statistics:
     """The cost of a program for one device.
 
     Attributes:
-      flops: 2 x multiply-adds of every matrix product and convolution, padding not counted, with `kernel_flops`.
-      kernel_flops: of hand-written kernels, as they declare themselves.
-      undeclared_kernels: hand-written kernels that declare no FLOPs: these are missing in `flops`.
-      hbm_bytes: read and written by all kernels, an estimate: an array counts once for each kernel that takes it.
-      cycles: the TPU compiler's estimates summed, collectives not included; 0 where it gives none.
-      parts: of those by part of the step, see `PARTS`.
+      flops: 2 x multiply-adds of every matrix product and convolution, without padding; includes `kernel_flops`.
+      kernel_flops: FLOPs that hand-written kernels declare.
+      undeclared_kernels: runs of hand-written kernels that declare no FLOPs, which `flops` lacks.
+      hbm_bytes: an estimate of the bytes that all kernels read and write: an array counts once for each kernel.
+      cycles: sum of the TPU compiler's estimates without collectives; 0 if it gives none.
+      parts: cycles by part of the step, see `PARTS`.
       collectives: by kind, mesh axes, and whether asynchronous.
       unknown_loops: loops whose trip count could not be read, counted as running once.
     """
@@ -98,12 +99,12 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the partitions of a program lie.
+    """The devices of a program's partitions.
 
     Attributes:
       axes: mesh axis -> size, in the order of the mesh; partition p is the p-th device of the mesh.
-      coords: [partitions, n] places in the machine's torus; None if not known.
-      slices: [partitions] number of the slice of each; None for one slice.
+      coords: [partitions, n] coordinates in the slice's torus; None if not known.
+      slices: [partitions] slice index of each partition; None for one slice.
     """
 
     axes: Mapping[str, int]
@@ -127,7 +128,8 @@ class Layout:
     def moved(self, groups: Sequence[np.ndarray]) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
         """(mesh axes, torus axes, whether slices are crossed) along which the members of groups differ."""
         members = np.stack(groups)
-        places = np.stack(np.unravel_index(members, tuple(self.axes.values())), -1)  # [groups, n, axes]
+        # [groups, n, axes]
+        places = np.stack(np.unravel_index(members, tuple(self.axes.values())), -1)
         varies = (places != places[:, :1]).any((0, 1))
         torus: tuple[int, ...] = ()
         if self.coords is not None:
@@ -179,9 +181,9 @@ def statistics(program: Program, layout: Layout) -> Statistics:
 
 
 def cycles_of(instruction: Instruction) -> int:
-    """The cycles that the TPU's compiler expects of one instruction, 0 where it says none."""
+    """The cycles that the TPU compiler expects for one instruction; 0 if it gives none."""
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-    # Parts of a kernel's result repeat what it says of itself; of SparseCores 2^63 - 1 cycles are expected.
+    # Elements of a kernel's result repeat its estimate. For SparseCores the compiler gives 2^63 - 1.
     known = cycles and instruction.opcode != "get-tuple-element" and int(cycles[1]) < 2**62
     return int(cycles[1]) if cycles and known else 0
 
@@ -202,7 +204,7 @@ def _dot_flops(dot: Instruction, left: Array, right: Array) -> int:
 
 
 def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> int:
-    """2 x multiply-adds; of a window only the places that meet data count, neither padding nor dilation.
+    """2 x multiply-adds. Positions of the window on padding or between dilated inputs do not count.
 
     On TPU every matrix product is a convolution; one over a batch is written with a window as large as the batch of
     which one place meets data.
@@ -242,17 +244,17 @@ def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> i
 def places_that_meet(
     size: int, taps: int, outputs: int, stride: int = 1, pad: int = 0, spread: int = 1, dilation: int = 1
 ) -> int:
-    """Pairs of output and tap of a convolution along one axis for which the tap lies on a number of the input.
+    """The number of pairs (output, tap) of a convolution along one axis whose tap lies on an input value.
 
-    Tap k of output o lies at o * stride - pad + k * dilation; the numbers of the input lie at 0, spread, 2 spread, ...
+    Tap k of output o lies at o * stride - pad + k * dilation. Input values lie at 0, spread, 2 spread, ...
 
     Args:
-      size: numbers of the input.
+      size: number of input values.
     """
     first = np.arange(outputs) * stride - pad
     low = np.maximum(0, -(first // dilation))
     high = np.minimum(taps - 1, ((size - 1) * spread - first) // dilation)
-    # Of these taps one in `every` lies on a number, from `start` on, or none does.
+    # From `start` on one in `every` of these taps lies on an input value, or none does.
     common = math.gcd(dilation, spread)
     every = spread // common
     start = (-first // common) * pow(dilation // common, -1, every) % every
@@ -261,7 +263,7 @@ def places_that_meet(
 
 
 def collective_of(program: Program, visit: Visit, layout: Layout) -> Collective | None:
-    """The collective that an instruction is or starts, once; None for any other instruction."""
+    """The collective that an instruction is or starts; None for any other instruction."""
     instruction, kind = visit.instruction, visit.instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES or visit.repeated:
         return None
@@ -269,7 +271,7 @@ def collective_of(program: Program, visit: Visit, layout: Layout) -> Collective 
     groups = _groups(instruction.attributes, layout.size)
     n = max(map(len, groups))
     size = taken * n if kind == "all-gather" else taken
-    # On TPU an all-reduce whose result is only sliced stands in a fusion of that name and moves half as much.
+    # On TPUs an all-reduce whose result is only sliced is inside a fusion of this name and moves half the bytes.
     if kind == "all-reduce" and visit.fused and visit.computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     wire = size if kind == "collective-permute" else size * (n - 1) * (2 if kind == "all-reduce" else 1) // n
@@ -278,7 +280,7 @@ def collective_of(program: Program, visit: Visit, layout: Layout) -> Collective 
 
 
 def _groups(attributes: str, world: int) -> list[np.ndarray]:
-    """The groups of devices that exchange data; XLA writes them in four ways."""
+    """The groups of devices that exchange data. XLA has four notations for them."""
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     if pairs:
         return [np.array(pair, int) for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
@@ -291,7 +293,8 @@ def _groups(attributes: str, world: int) -> list[np.ndarray]:
         order = [int(axis) for axis in iota[4].split(",")] if iota[4] else list(range(devices.ndim))
         return list(devices.transpose(order).reshape(int(iota[1]), int(iota[2])))
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes)
-    if mesh:  # mesh['a'=4,'b'=16] {'b'}: one group for each place on the other axes
+    # mesh['a'=4,'b'=16] {'b'}: one group for each position on the other axes.
+    if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         names, used = list(sizes), re.findall(r"'(\w+)'", mesh[3])
         devices = _device_ids(mesh[2] or "", world).reshape(list(sizes.values()))
@@ -311,7 +314,7 @@ def _device_ids(text: str, world: int) -> np.ndarray:
 
 
 def hbm_bytes(program: Program, visit: Visit) -> int:
-    """What one instruction reads from and writes to HBM; of an array that is only sliced or updated, that part."""
+    """Bytes that one instruction reads from and writes to HBM. Of a sliced or updated array only that part counts."""
     instruction = visit.instruction
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
@@ -336,7 +339,7 @@ def hbm_bytes(program: Program, visit: Visit) -> int:
 
 
 def _written(fusion: Instruction, body: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> int:
-    """Bytes that a fusion writes: of each result that is an array with a slice replaced, the slice."""
+    """Bytes that a fusion writes. Of a result that is an array with a slice replaced only the slice counts."""
     root = next((inner for inner in body if inner.root), None)
     results = [] if root is None else [root]
     if root is not None and root.opcode == "tuple":
@@ -355,10 +358,11 @@ def _written(fusion: Instruction, body: Sequence[Instruction], by_name: Mapping[
 
 
 def _read(parameter: Instruction, body: Sequence[Instruction], program: Program) -> int:
-    """Bytes that a fusion reads of one of its parameters, of one that is only sliced or updated that part."""
+    """Bytes that a fusion reads of one parameter. If it is only sliced or updated, only that part counts."""
     by_name = {inner.name: inner for inner in body}
     names, total = [parameter.name], 0
-    for name in names:  # grows by what is the parameter under another name
+    # The list grows by other names of the parameter.
+    for name in names:
         users = [inner for inner in body if name in inner.operands]
         if not users:
             return parameter.size
@@ -384,7 +388,7 @@ def _in_hbm(instruction: Instruction) -> int:
 
 
 def _part(program: Program, instruction: Instruction) -> str:
-    """The part of the step that an instruction belongs to, from where in the source it or its main product comes."""
+    """The part of the step that an instruction belongs to, by the scope of the instruction or of its main product."""
     body = [
         inner
         for name in (instruction.called if instruction.opcode == "fusion" else ())

@@ -1,10 +1,10 @@
-"""How long a device waits for collectives: its program gone through in the compiler's order.
+"""Computes how long a device waits for collectives, by simulating its program in the compiler's order.
 
-Computation takes the cycles that the compiler expects; a collective takes what it sends over the links that it spans
-(`roofline.collective_seconds`). One that is not asynchronous stops the device. An asynchronous one runs from the place
-of its start on; the device waits at the place of its end for what is left of it. One collective is on a network at a
-time, in the order of their starts. What the body of a loop, or a branch, has started ends with it, and one that sends
-waits for what was started before it.
+Computation takes the cycles that the compiler expects. A collective takes the time to send its bytes over its links
+(`roofline.collective_seconds`). A synchronous collective stops the device. An asynchronous one runs from its start
+instruction on, and the device waits at its done instruction for the remaining time. Each network runs one collective at
+a time, in the order of their starts. Collectives that the body of a loop or a branch starts end with it, and a body
+that sends waits for collectives that were started before it.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from scaling_dit.planning.roofline import collective_seconds
 
 @dataclasses.dataclass
 class _Clock:
-    """The state of one way through a computation.
+    """The state of the simulation within one computation.
 
     Attributes:
-      now: seconds since its start.
-      waited: of these without computation.
-      free: network (whether between slices) -> when it has done what was started.
-      ends: instruction -> when the collectives that it carries are done.
-      held: `async-start` -> its collectives, where they begin with an update.
+      now: seconds since the computation's start.
+      waited: the part of these seconds without computation.
+      free: network (whether between slices) -> time at which it has finished all collectives started so far.
+      ends: instruction -> time at which the collectives that it carries are finished.
+      held: `async-start` -> its collectives, if they begin with an update.
     """
 
     now: float = 0.0
@@ -39,16 +39,18 @@ class _Clock:
         self.now = max(until, self.now)
 
     def send(self, seconds: float, slices: bool) -> float:
-        """Starts what takes so long on a network as soon as that is free; when it is done."""
+        """Starts a transfer of `seconds` on a network as soon as the network is free; returns the time of its end."""
         self.free[slices] = max(self.now, self.free.get(slices, 0.0)) + seconds
         return self.free[slices]
 
 
 def waiting(program: Program, layout: Layout, topology: Topology) -> float | None:
-    """Seconds of one run of a program in which its device waits for collectives; None for a chip that is not known.
+    """Seconds that a device waits for collectives in one run of a program; None for an unknown chip.
 
     Args:
-      program: compiled and scheduled, for `layout.size` devices of the topology.
+      program: compiled and scheduled for `layout.size` devices of the topology.
+      layout: the program's partitions.
+      topology: where the program runs.
     """
     if topology.chip is None:
         return None
@@ -60,10 +62,11 @@ class _Timeline:
     program: Program
     layout: Layout
     topology: Topology
-    clock: float  # Hz
+    # In Hz.
+    clock: float
 
     def run(self, computation: str) -> _Clock:
-        """Goes through a computation; a loop in it counts as often as it runs."""
+        """Simulates a computation. A loop in it counts as often as it runs."""
         at = _Clock()
         for instruction in self.program.computations.get(computation, ()):
             if instruction.opcode in ("while", "conditional", "call") and instruction.called:
@@ -109,7 +112,7 @@ class _Timeline:
             return
         if opcode.endswith("-done") or "async-collective-done" in name:
             at.wait(max(carried))
-        elif begins or opcode == "get-tuple-element" or self._goes_on(instruction):
+        elif begins or opcode == "get-tuple-element" or self._carries_on(instruction):
             at.ends[name] = max(carried)
 
     def _send(self, at: _Clock, row: Collective) -> float:
@@ -118,6 +121,6 @@ class _Timeline:
     def _carried(self, at: _Clock, instruction: Instruction) -> Iterator[float]:
         return (at.ends[name] for name in instruction.operands if name in at.ends)
 
-    def _goes_on(self, instruction: Instruction) -> bool:
-        """Whether it computes beside a collective that it hands on."""
+    def _carries_on(self, instruction: Instruction) -> bool:
+        """Whether the instruction computes beside a running collective and passes it on."""
         return any(name.startswith("async_collective_fusion") for name in instruction.called)

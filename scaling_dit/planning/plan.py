@@ -1,8 +1,9 @@
-"""Compiles a run's real program for machines that are not there, and tells whether it fits and how fast it can be.
+"""Compiles a run's real program for unattached TPUs, and reports whether it fits and how fast it can be.
 
-What is compiled is what `train` and `sample` run: the same functions, shardings and XLA options (`program.StepProgram`,
-`generate.Sampler`), on the devices of a topology description instead of real ones. So the memory is the compiler's own
-figure for the real run, and FLOPs and collectives are counted in the program itself (`hlo_cost`).
+The compiled programs are those that `train` and `sample` run: the same functions, shardings and XLA options
+(`training.program.StepProgram`, `sampling.sampler.Sampler`), for the devices of a topology description instead of real
+ones. So the memory is the compiler's own number for the real run, and FLOPs and collectives are counted in the program
+itself (`hlo_cost`).
 """
 
 import dataclasses
@@ -34,22 +35,26 @@ STEPS = ("train", "sample")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of one program on one topology before it runs there.
+    """The facts about one program on one topology that are known before it runs.
 
     Attributes:
-      topology: name; slices: how many; chips, hosts: of all slices.
+      topology: name of the topology.
+      slices: number of slices.
+      chips: chips of all slices.
+      hosts: hosts of all slices.
       step: "train" or "sample".
       mesh: axis -> size.
       settings: batch, and fields of the config that `--search` varies.
       replicated: parameters that every chip holds whole.
-      attention: what each kind of attention call is computed with.
-      memory: of one chip.
-      model_flops: FLOPs of a train step over all chips by `scaling.count`; None for sampling.
-      statistics: of the compiled program, for one chip; None if it does not fit.
-      roofline: None without statistics, or for an unknown chip.
+      attention: implementation of each kind of attention call.
+      memory: HBM of one chip.
+      model_flops: FLOPs of a train step over all chips by `costs.count`; None for sampling.
+      statistics: cost of the compiled program for one chip; None if it does not fit.
+      roofline: best possible times; None without statistics or for an unknown chip.
       constraints: sharding constraints in the traced program.
-      lower_seconds, compile_seconds: what tracing and lowering, and compiling took here.
-      kernels: whether the compiler went on to the kernels; without them it expects no cycles, and there is no estimate.
+      lower_seconds: seconds of tracing and lowering on this machine.
+      compile_seconds: seconds of compiling on this machine.
+      kernels: whether kernels were compiled. Without them there are no cycles and no estimate.
     """
 
     topology: str
@@ -85,13 +90,15 @@ def make(
     """Compiles a resolved config for a topology.
 
     Args:
+      config: the resolved config.
+      topology: the devices to compile for.
       step: "train", or "sample" for one batch of `config.sample`.
-      price: US dollars of a chip-hour; the list price if not given.
-      kernels: False for a plan without them, see `plan_compile.outline_program`. The compiler cannot be stopped, so
-        that is for a process that then ends: `plan_quick.make` starts one.
+      price: US dollars of a chip-hour; the list price by default.
+      kernels: False to skip kernels, see `compile.outline_program`. The compiler cannot be stopped, so only a process
+        that ends afterwards may use this: `quick.make` starts one.
 
     Raises:
-      UserError: a mesh or batch that the topology does not divide, or a shape that libtpu does not know.
+      UserError: the mesh or batch does not divide over the topology, or libtpu does not know the topology's shape.
     """
     mesh = run_mesh(config, topology.devices())
     began = time.perf_counter()
@@ -99,9 +106,8 @@ def make(
     program = StepProgram.build(config, model, mesh)
     with recorded_choices() as chosen:
         if step == "train":
-            rules.local_positions(
-                mesh, config.batch // config.optim.accumulate
-            )  # a microbatch must split as well
+            # Checks that a microbatch splits as well.
+            rules.local_positions(mesh, config.batch // config.optim.accumulate)
             held: tuple[Any, ...] = (program.state, program.frozen, program.batch)
             lowered = program.lower()
         else:
@@ -140,7 +146,7 @@ def make(
 
 
 def settings(config: ConfigDict, step: str) -> dict[str, Any]:
-    """What a plan's memory and speed depend on beside the mesh."""
+    """The settings, besides the mesh, that determine a plan's memory and speed."""
     if step == "sample":
         return {"batch": config.sample.batch, "sampler": config.sample.sampler, "steps": config.sample.steps}
     remat = config.backbone.get("remat", "none")
@@ -154,7 +160,7 @@ def settings(config: ConfigDict, step: str) -> dict[str, Any]:
 
 
 def abstract_model(config: ConfigDict) -> Model:
-    """The model of a config, built as a new run builds it, without weights, and without tokenizer files if need be."""
+    """The model of a config, built as for a new run, but without weights; tokenizer files may be missing."""
     source = open_source(config)
     tokenizer = make_tokenizer(config, source)
     model = build_model(config, tokenizer, source)
@@ -164,7 +170,7 @@ def abstract_model(config: ConfigDict) -> Model:
 
 
 class _WithoutTokenizer:
-    """A text encoder that makes the same ids of every caption: which ones changes nothing in a plan."""
+    """A text encoder that gives every caption the same ids, because ids do not matter to a plan."""
 
     def __init__(self, encoder: encoders.TextEncoder) -> None:
         self._encoder = encoder
@@ -179,7 +185,7 @@ class _WithoutTokenizer:
 
 
 def train_flops(config: ConfigDict, model: Model) -> int | None:
-    """FLOPs of one train step over all chips, of the backbone alone; None for one that cannot be counted."""
+    """FLOPs of the backbone in one train step over all chips; None if they cannot be counted."""
     text = (model.text_encoder.length, model.text_encoder.dim)
     backbone: Any = model.backbone
     try:

@@ -1,6 +1,6 @@
-"""Plans without kernels, each in a process of its own, which is ended as soon as the program is laid out in memory.
+"""Plans without kernels, each in its own process, which ends once the program is laid out in memory.
 
-A process, because the compiler has no way to be told that its kernels are not wanted (`plan_compile.outline_program`).
+It needs a process because the compiler has no option to skip its kernels (`compile.outline_program`).
 """
 
 import os
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from scaling_dit.planning.plan import Plan
 
-_REQUEST, _REPLY = "request", "reply"  # files
-_FAILED = 70  # exit code of the process for what is no mistake of the user's; an error in Python ends with 1 as well
+# File names.
+_REQUEST, _REPLY = "request", "reply"
+# Exit code of the process for an error that is not the user's mistake.
+_FAILED = 70
 
 
 def require_described(name: str) -> None:
-    """Raises UserError for the topology of the devices here, which is none that is described."""
+    """Raises UserError for "local": only described topologies can be planned without kernels."""
     if name == topologies.LOCAL:
         raise UserError(
             f"--quick is for described slices, such as {topologies.EXAMPLES['v5p']}; it cannot go together with "
@@ -42,23 +44,19 @@ def make(
     """As `plan.make` with `kernels=False`.
 
     Raises:
-      UserError: as `plan.make`; the topology is that of the devices here; or the process ended without a plan.
+      UserError: as `plan.make`; or the topology is "local"; or the process ended without a plan.
     """
     require_described(topology.name)
-    path = [
-        entry or os.getcwd() for entry in sys.path
-    ]  # what can be imported here can be there, and nothing else
+    # The process can import exactly the modules that this one can.
+    path = [entry or os.getcwd() for entry in sys.path]
     with tempfile.TemporaryDirectory(prefix="scaling-dit-plan-") as name:
         folder = pathlib.Path(name)
         request = (os.getpid(), config, topology.name, topology.slices, step, price)
         (folder / _REQUEST).write_bytes(pickle.dumps(request))
         done = subprocess.run(
             [sys.executable, "-P", "-m", __name__, name],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path),
-                "TMPDIR": name,
-            },  # where the compiler writes
+            # The compiler writes its files to TMPDIR.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": name},
             stdout=subprocess.DEVNULL,
         )
         if not (folder / _REPLY).exists():
@@ -71,17 +69,18 @@ def make(
 
 def _how_it_ended(code: int) -> str:
     if code >= 0:
-        return f"the process that compiles ended with code {code}; what it says is above"
+        return f"the process that compiles ended with code {code}; its messages are above"
     return f"the process that compiles was ended by {signal.Signals(-code).name}; is there too little memory?"
 
 
 def main(name: str) -> None:
-    """The process: takes the request in a folder, and leaves the plan, or the mistake found, as the reply."""
+    """Runs in the process: reads the request in a folder, and writes the plan or the error as the reply."""
     folder = pathlib.Path(name)
     parent, config, topology, slices, step, price = pickle.loads((folder / _REQUEST).read_bytes())
     threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
     topologies.prepare_environment([topology])
-    from scaling_dit.planning import plan  # not before: it imports jax
+    # Imported after the environment is prepared, because it imports jax.
+    from scaling_dit.planning import plan
 
     reply: Plan | Exception
     try:
@@ -94,7 +93,7 @@ def main(name: str) -> None:
 
 
 def _end_with(parent: int, folder: pathlib.Path) -> None:
-    """Ends this process, and removes its folder, when its parent is gone."""
+    """Ends this process and removes its folder when its parent has ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     shutil.rmtree(folder, ignore_errors=True)
@@ -110,4 +109,5 @@ if __name__ == "__main__":
             sys.excepthook(type(error), error, error.__traceback__)
         code = _FAILED
     sys.stderr.flush()
-    os._exit(code)  # the compiler's threads still run
+    # The compiler's threads still run.
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""The `plan` verb: plans of a config for one or several topologies, as text or JSON."""
+"""The verb `plan`: plans a config for one or several topologies, and prints text or JSON."""
 
 import json
 import sys
@@ -15,7 +15,8 @@ from scaling_dit.planning.hlo_cost import Collective
 from scaling_dit.planning.plan import Memory, Plan
 from scaling_dit.planning.roofline import ASSUMPTIONS, Roofline
 
-FITS, FITS_NOT = 0, 1  # exit codes
+# Exit codes.
+FITS, FITS_NOT = 0, 1
 _GIB = topologies.GIB
 
 
@@ -31,7 +32,7 @@ def main(
     price: float | None = None,
     as_json: bool = False,
 ) -> int:
-    """Plans a resolved config for each topology and prints the plans; 0 if something fits, 1 if nothing does."""
+    """Plans a resolved config for each topology and prints the plans. Returns 0 if any plan fits, else 1."""
     make: Callable[..., Plan] = plan_lib.make
     if quick:
         for name in topology_names:
@@ -41,7 +42,7 @@ def main(
     fits, documents = False, []
     for topology in found:
         if search:
-            tried = plan_search.search(config, topology, step, price, search_limit, _tell, make)
+            tried = plan_search.search(config, topology, step, price, search_limit, _print_progress, make)
             fits |= any(plan.memory.fits for plan in tried)
             documents += [plan.to_dict() for plan in tried]
             text = search_table(topology, tried)
@@ -55,17 +56,17 @@ def main(
     if as_json:
         print(json.dumps(documents, indent=2))
     elif any(document["roofline"] for document in documents):
-        told = [line for line in ASSUMPTIONS if not (quick and line.startswith("estimate"))]
-        print("Nothing here is measured. " + "; ".join(told) + ".")
+        stated = [line for line in ASSUMPTIONS if not (quick and line.startswith("estimate"))]
+        print("Nothing here is measured. " + "; ".join(stated) + ".")
     return FITS if fits else FITS_NOT
 
 
-def _tell(line: str) -> None:
+def _print_progress(line: str) -> None:
     print(f"scaling-dit: {line}", file=sys.stderr, flush=True)
 
 
 def report(plan: Plan) -> str:
-    """A plan as lines of text; figures are per chip where nothing else is said."""
+    """A plan as lines of text. Numbers are per chip unless the line says otherwise."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
     slices = f"{plan.slices} slices, " if plan.slices > 1 else ""
@@ -79,7 +80,7 @@ def report(plan: Plan) -> str:
     if statistics is not None:
         model = f"{plan.model_flops / plan.chips / 1e12:.2f} TFLOP" if plan.model_flops else "not counted"
         kernels = (
-            f" ({statistics.undeclared_kernels} runs of kernels that state no FLOPs are not in it)"
+            f" ({statistics.undeclared_kernels} runs of kernels that declare no FLOPs are not included)"
             if statistics.undeclared_kernels
             else ""
         )
@@ -109,7 +110,7 @@ def report(plan: Plan) -> str:
 
 
 def memory_line(memory: Memory) -> str:
-    """Arguments, temporaries, peak and limit in GiB, and whether it fits."""
+    """Arguments, temporaries, peak and limit in GiB, and whether the program fits."""
     limit = "of an unknown limit" if memory.limit is None else f"of {memory.limit / _GIB:.2f} GiB"
     arguments = f"arguments {memory.arguments / _GIB:.2f}"
     if memory.temporaries is None:
@@ -119,7 +120,7 @@ def memory_line(memory: Memory) -> str:
 
 
 def collective_line(row: Collective) -> str:
-    """One kind of collective over one set of mesh axes."""
+    """One line for one kind of collective over one set of mesh axes."""
     network = " between slices" if row.slices else ""
     how = "asynchronous" if row.asynchronous else "synchronous"
     return (
@@ -129,7 +130,7 @@ def collective_line(row: Collective) -> str:
 
 
 def roofline_lines(found: Roofline) -> list[str]:
-    """Times, MFU and cost."""
+    """Lines for times, MFU and cost."""
     lines = [
         f"  at peak      compute {1e3 * found.compute:.1f} ms, HBM {1e3 * found.hbm:.1f} ms, "
         f"ICI {1e3 * found.ici:.1f} ms, DCN {1e3 * found.dcn:.1f} ms: bound by {found.bound}"
@@ -152,7 +153,7 @@ def roofline_lines(found: Roofline) -> list[str]:
 
 
 def search_table(topology: topologies.Topology, plans: Sequence[Plan]) -> str:
-    """Plans that were compiled, best first, one line each."""
+    """A table of the compiled plans, best first."""
     rows = [f"{topology.name}: {topology.chips} chips; {len(plans)} compiled, best first"]
     estimated = any(plan.roofline and plan.roofline.estimate for plan in plans)
     times = ("ms a step", "MFU") if estimated else ("ms limit", "MFU limit")

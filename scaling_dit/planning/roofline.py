@@ -1,8 +1,8 @@
-"""How fast a step can be at best, and what a run then costs: stated assumptions on top of counted work.
+"""The best possible time of a step and the cost of a run, from counted work and stated assumptions.
 
-Nothing here is measured. Two figures are told apart: the limit, in which everything overlaps perfectly and each unit
-runs at its peak, and the estimate, which takes the compiler's own cycles and adds the time that a device waits for
-collectives. A run is slower than both.
+Nothing here is measured. There are two times. In the limit everything overlaps perfectly and each unit runs at its
+peak. The estimate takes the compiler's own cycles and adds the time that a device waits for collectives. A real run is
+slower than both.
 """
 
 import dataclasses
@@ -26,16 +26,21 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step by resource, and what follows for the run.
+    """Seconds of a step by resource, and the resulting MFU and chip-hours of the run.
 
     Attributes:
-      compute, hbm, ici, dcn: seconds if that alone were the limit.
+      compute: seconds if compute alone were the limit.
+      hbm: seconds if HBM alone were the limit.
+      ici: seconds if the links of a slice alone were the limit.
+      dcn: seconds if the network between slices alone were the limit.
       exposed: seconds that the device waits for collectives.
-      bound: name of the slowest of the four.
-      limit: its seconds.
+      bound: name of the slowest of the four resources.
+      limit: seconds of the slowest resource.
       estimate: seconds by the compiler's cycles plus `exposed`; None without cycles.
-      mfu_limit, mfu_estimate: model FLOPs over peak in that time; None without model FLOPs.
-      chip_hours_limit, chip_hours_estimate: of all steps; None for what is not training.
+      mfu_limit: MFU at the limit; None without model FLOPs.
+      mfu_estimate: MFU at the estimate; None without model FLOPs or estimate.
+      chip_hours_limit: chip-hours of all steps at the limit; None for sampling.
+      chip_hours_estimate: chip-hours of all steps at the estimate; None for sampling or without estimate.
       price: US dollars of a chip-hour.
     """
 
@@ -59,7 +64,7 @@ class Roofline:
 
 
 def collective_seconds(topology: Topology, row: Collective) -> float:
-    """How long collectives take on the wire of a topology whose chip is known, each network at its peak."""
+    """Seconds that collectives take on the wire, each network at its peak. The topology's chip must be known."""
     assert topology.chip is not None
     bandwidth = topology.chip.dcn_bandwidth if row.slices else topology.ici_bandwidth(row.torus_axes)
     return row.wire / bandwidth
@@ -73,16 +78,16 @@ def roofline(
     price: float | None = None,
     exposed: float | None = None,
 ) -> Roofline | None:
-    """The roofline of a program on one chip of a topology; None if nothing is known of the chip.
+    """The roofline of a program on one chip of a topology; None for an unknown chip.
 
     Args:
-      topology: where it runs.
-      statistics: of the compiled program, for one device.
-      model_flops: FLOPs of the step by `scaling.count`, over all chips; None for what is not training.
-      steps: of the run; None for what is not training.
-      price: US dollars of a chip-hour; the list price if not given.
-      exposed: seconds that a device waits for collectives, see `hlo_timeline.waiting`; if not given, the time of those
-        that are not asynchronous.
+      topology: where the program runs.
+      statistics: statistics of the compiled program, for one device.
+      model_flops: FLOPs of the step over all chips by `costs.count`; None for sampling.
+      steps: steps of the run; None for sampling.
+      price: US dollars of a chip-hour; the list price by default.
+      exposed: seconds that a device waits for collectives, see `hlo_timeline.waiting`; by default the time of all
+        synchronous collectives.
     """
     chip = topology.chip
     if chip is None:

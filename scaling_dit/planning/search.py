@@ -1,8 +1,8 @@
 """Tries meshes, `sharding.gather_once`, microbatches and remat policies for a topology, and ranks those that fit.
 
-What costs least is tried first: as few microbatches and as little rematerialisation as possible, on the config's own
-mesh. What a compiled combination has shown not to fit is not tried with even less saving, and what cannot hold its
-state is not compiled.
+The search starts with the cheapest combination: few microbatches and little rematerialisation on the config's own mesh.
+If a combination does not fit, those that save less memory on the same mesh are skipped. A combination whose state alone
+does not fit is not compiled.
 """
 
 import itertools
@@ -20,7 +20,8 @@ from scaling_dit.planning import plan as plan_lib
 from scaling_dit.planning.plan import Plan
 from scaling_dit.training.program import run_mesh
 
-REMAT = ("none", "products", "dots", "attention", "full")  # from what keeps most to what keeps least
+# From the policy that keeps most to the one that keeps least.
+REMAT = ("none", "products", "dots", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8)
 
 
@@ -30,17 +31,22 @@ def search(
     step: str,
     price: float | None,
     limit: int,
-    tell: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[str], None] = lambda line: None,
     make: Callable[..., Plan] | None = None,
 ) -> list[Plan]:
-    """At most `limit` compiled plans, those that fit first, by their expected time.
+    """At most `limit` compiled plans: those that fit first, then by expected time.
 
     Args:
-      tell: takes a line about each combination as it is done.
-      make: `plan.make` if not given, or `plan_quick.make`, whose plans are ranked by their limit.
+      config: the resolved config.
+      topology: the devices to plan for.
+      step: "train" or "sample".
+      price: US dollars of a chip-hour; the list price by default.
+      limit: the most combinations to compile.
+      on_progress: called with a line about each finished combination.
+      make: `plan.make` (the default) or `quick.make`, whose plans are ranked by their limit.
 
     Raises:
-      UserError: no combination splits the batch over the topology; or none came through, then the last one's error.
+      UserError: no combination splits the batch over the topology, or all of them failed (with the last error).
     """
     plans: list[Plan] = []
     mistake: UserError | None = None
@@ -50,7 +56,7 @@ def search(
         saving = (
             MICROBATCHES.index(microbatches),
             REMAT.index(remat) if remat in REMAT else 0,
-            # It costs a copy of the parameters and of the gradients.
+            # gather_once needs a copy of the parameters and of the gradients.
             -once,
         )
         if any(mesh == other and all(map(operator.le, saving, most)) for other, most in failed):
@@ -60,12 +66,12 @@ def search(
         try:
             plan = (make or plan_lib.make)(chosen, topology, step, price)
         except UserError as error:
-            tell(f"{told(chosen)}: {error}")
+            on_progress(f"{describe(chosen)}: {error}")
             mistake = error
             continue
         if not plan.memory.fits:
             failed.append((mesh, saving))
-        tell(f"{told(chosen)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}")
+        on_progress(f"{describe(chosen)}: peak {plan.memory.peak / 2**30:.2f} GiB, fits: {plan.memory.fits}")
         plans.append(plan)
         if len(plans) >= limit:
             break
@@ -77,13 +83,13 @@ def search(
 
 
 def rank(plan: Plan) -> tuple[bool, float, int]:
-    """What fits first, then the least time, then the least memory."""
+    """Sort key: plans that fit first, then the least time, then the least memory."""
     found = plan.roofline
     time = (found.estimate or found.limit) if found else math.inf
     return not plan.memory.fits, time, plan.memory.peak
 
 
-def told(config: ConfigDict) -> str:
+def describe(config: ConfigDict) -> str:
     """The settings that `variant` gave a config, as text."""
     words = [f"{axis}={config.mesh[axis]}" for axis in AXES if config.mesh[axis] > 1]
     words += [name for name in ("gather_once", "sparse_core") if config.sharding[name]]
@@ -94,10 +100,10 @@ def told(config: ConfigDict) -> str:
 def candidates(
     config: ConfigDict, topology: Topology, step: str = "train"
 ) -> Iterator[tuple[dict[str, int], bool, int, str]]:
-    """(fields of config.mesh, gather_once, microbatches, remat) that split the batch, the cheapest first.
+    """(fields of config.mesh, gather_once, microbatches, remat) for which the batch divides, the cheapest first.
 
-    Rematerialisation costs up to a third of the FLOPs and a microbatch repeats the gathers of parameters, so both rise
-    together, over all meshes, before either goes to its end.
+    Rematerialisation costs up to a third of the FLOPs, and each microbatch repeats the gathers of parameters. So the
+    search raises both together, over all meshes, before it takes either to its end.
     """
     remats = (
         REMAT if "remat" in config.backbone and step == "train" else (config.backbone.get("remat", "none"),)
@@ -123,10 +129,10 @@ def candidates(
 
 
 def gathers(config: ConfigDict, sizes: dict[str, int], topology: Topology, step: str) -> tuple[bool, ...]:
-    """The values of `sharding.gather_once` to try on a mesh of such sizes, the config's own first.
+    """The values of `sharding.gather_once` to try on a mesh of these sizes, the config's own first.
 
-    True only to train on a TPU, whose rings it is for, and on meshes that it can run on; of these only on those that
-    have no more replicas than slices, where it gathers most. So the list stays short.
+    True is tried only for training on TPUs, on meshes that support it and have no more replicas than slices. On these
+    it gathers most, and the list of candidates stays short.
     """
     on_tpu = topology.chip is not None and topology.chip.name in TPUS
     if not on_tpu or step != "train" or sizes["data"] > topology.slices:

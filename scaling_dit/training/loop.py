@@ -123,7 +123,7 @@ def run_steps(
     state, spikes, loader = run.begin(store, rewinds)
     step = int(state.step)
     snapshots.back_to(step)
-    recorder.tell("resumed", step)
+    recorder.record("resumed", step)
     progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
     if step == 0 and config.rewind.factor:
         # So that the first spikes have a checkpoint to go back to.
@@ -152,7 +152,7 @@ def run_steps(
             # The host runs ahead of the devices.
             continue
         jax.block_until_ready(metrics)
-        recorder.tell("step", step)
+        recorder.record("step", step)
         if log:
             with watch.part(OTHER):
                 write_log(run, writer, progress, step, metrics)
@@ -160,7 +160,7 @@ def run_steps(
                 raise nonfinite(config, step, store)
         if (log or save) and (spike := spikes.first()) is not None:
             with watch.part(OTHER):
-                recorder.tell("spike", step)
+                recorder.record("spike", step)
                 rewinds.append(record_rewind(run, store, spike, rewinds))
                 loader.close()
                 # The restored state needs their memory.
@@ -169,7 +169,7 @@ def run_steps(
                 step = int(state.step)
                 for record in (snapshots, writer, progress):
                     record.back_to(step)
-                recorder.tell("back", step)
+                recorder.record("back", step)
             continue
         if save:
             with watch.part(CHECKPOINT):
@@ -177,7 +177,7 @@ def run_steps(
                 snapshots.wait()
                 writer.flush()
                 store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
-            recorder.tell("saved", step)
+            recorder.record("saved", step)
         if stop and not last:
             raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command resumes from there")
         if evaluator.due(step):

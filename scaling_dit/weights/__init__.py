@@ -1,1 +1,1 @@
-"""Published weights: where they lie, reading their files, and tables that map their names to ours."""
+"""Published weights: finds them, reads their files, and maps their names to ours by tables."""

@@ -1,7 +1,7 @@
 """Weights in safetensors files, whole or split into shards with an index, in the layout of the Hugging Face libraries.
 
-Shards are named `STEM-00001-of-00003.safetensors`; `STEM.safetensors.index.json` says which holds which entry. Nothing
-is ever unpickled: a pickle can run any code, so such files are refused.
+Shards are named `STEM-00001-of-00003.safetensors`; `STEM.safetensors.index.json` maps each entry to its shard. Pickles
+are refused, because reading one can run any code.
 """
 
 import json
@@ -18,7 +18,7 @@ from scaling_dit.errors import UserError
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-# Of diffusers' folders, and of ours in upstream names.
+# File stems in diffusers' folders, and in ours with upstream names.
 STEMS = ("diffusion_pytorch_model", "model")
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -27,8 +27,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def write(folder: epath.Path, stem: str, weights: Mapping[str, np.ndarray], shard_bytes: int) -> list[str]:
     """Writes contiguous arrays to a folder and returns the names of the files.
 
-    Entries fill the shards in order; one that is larger than `shard_bytes` gets a shard of its own. All that fits one
-    shard is one file without an index.
+    Entries fill the shards in order. An entry larger than `shard_bytes` gets its own shard. If all entries fit one
+    shard, it is a single file without an index.
     """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -44,7 +44,7 @@ def write(folder: epath.Path, stem: str, weights: Mapping[str, np.ndarray], shar
         for i in range(1, len(shards) + 1)
     ]
     for file, shard in zip(files, shards, strict=True):
-        # "pt" says that axes are in torch's order; readers of these libraries refuse files that do not say it.
+        # "pt" marks axes in torch's order. The readers of these libraries refuse files without it.
         (folder / file).write_bytes(safetensors_numpy.save(shard, metadata={"format": "pt"}))
     if not many:
         return files
@@ -56,13 +56,13 @@ def write(folder: epath.Path, stem: str, weights: Mapping[str, np.ndarray], shar
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The arrays of a set of safetensors files by name; each is read from its file whenever it is asked for.
+    """The arrays of a set of safetensors files by name. An array is read from its file at each access.
 
-    Remote files are copied to a temporary folder when first needed, which goes with this object.
+    A remote file is copied at first use to a temporary folder, which is deleted with this object.
     """
 
     def __init__(self) -> None:
-        # Name -> file.
+        # The file of each array, by the array's name.
         self.places: dict[str, epath.Path] = {}
         self._open: dict[epath.Path, Any] = {}
         self._copies: tempfile.TemporaryDirectory[str] | None = None
@@ -74,8 +74,8 @@ class Tensors(Mapping[str, np.ndarray]):
             array: np.ndarray = file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise _damaged(path, error) from None
+        # numpy has no such type.
         except (AttributeError, TypeError):
-            # NumPy has no such type.
             kind = file.get_slice(name).get_dtype()
             raise UserError(
                 f"{path} holds {name} as {kind}, which cannot be read; convert it to F32, F16 or BF16"
@@ -92,11 +92,11 @@ class Tensors(Mapping[str, np.ndarray]):
         """The open safetensors file of a path.
 
         Raises:
-          UserError: it is damaged.
+          UserError: the file is damaged.
         """
         if path not in self._open:
             local = path
-            # The library maps local files only.
+            # The library can map local files only.
             if "://" in str(path):
                 self._copies = self._copies or tempfile.TemporaryDirectory()
                 local = epath.Path(self._copies.name) / path.name
@@ -111,20 +111,20 @@ class Tensors(Mapping[str, np.ndarray]):
 def read(path: epath.Path) -> dict[str, np.ndarray]:
     """Every array of a safetensors file, an index of shards, or a folder that holds one of these.
 
-    Half precision keeps its type: float16, or bfloat16 of ml_dtypes.
+    Half precision keeps its type: float16, or ml_dtypes' bfloat16.
 
     Raises:
-      UserError: no such file, a pickle, a damaged file, several candidates, an index that its shards do not match, or
+      UserError: no such file, a pickle, a damaged file, several candidates, an index that does not match its shards, or
         8-bit floats.
     """
     return dict(open_tensors(path))
 
 
 def open_tensors(path: epath.Path) -> Tensors:
-    """As `read`, but each array is read when it is asked for.
+    """As `read`, but reads each array only when it is accessed.
 
     Raises:
-      UserError: as `read`; what is wrong with an array shows when it is read.
+      UserError: as `read`; a fault of an array raises only when that array is accessed.
     """
     path = _find(path)
     tensors = Tensors()
@@ -143,8 +143,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
+    # Invalid JSON or invalid UTF-8.
     except ValueError as error:
-        # Of JSON or of UTF-8.
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
@@ -152,7 +152,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def _find(path: epath.Path) -> epath.Path:
-    """The file or index that a path means."""
+    """The file or index that a path stands for."""
     if not path.exists():
         raise UserError(f"no file or folder {path} to import from")
     if not path.is_dir():
@@ -187,10 +187,10 @@ def _pickle(path: epath.Path) -> UserError:
 
 
 def _shard_places(index: epath.Path, tensors: Tensors) -> dict[str, epath.Path]:
-    """Which file holds which entry, after checking that they do."""
+    """The file of each entry, checked against the shards."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{index} has no weight_map that says which file holds which entry")
+        raise UserError(f"{index} has no weight_map, which maps each entry to its file")
     for file in sorted(set(map(str, places.values()))):
         shard = index.parent / file
         if epath.Path(file).name != file or not shard.exists():

@@ -1,7 +1,7 @@
-"""Published pickles as safetensors: `import --to=safetensors`, once, where you trust them.
+"""Converts published pickles to safetensors: `import --to=safetensors`, once, if you trust them.
 
-PyTorch reads them with `weights_only`, which runs no code of the file. TorchScript archives are opened by its own
-loader, which compiles what they hold and runs none of it here. The sha256 of the source stays in the file.
+PyTorch reads them with `weights_only`, which runs no code from the file. TorchScript archives are opened by PyTorch's
+own loader; it compiles their code but does not run it. The new file's metadata holds the sha256 of the source.
 """
 
 import hashlib
@@ -18,20 +18,20 @@ from scaling_dit.errors import UserError
 from scaling_dit.weights.files import INDEX_SUFFIX, SUFFIX, read_json
 
 _PICKLED_INDEX = ".bin.index.json"
-# The key under which trainers keep the weights beside other things.
+# The key under which trainers save weights beside other things.
 _NESTED = "state_dict"
 
 
 def main(source: str, out: str) -> int:
-    """The verb's work: converts a file, or all shards of an index, says what it wrote and returns the exit code.
+    """Does the verb's work: converts a file, or all shards of an index, prints what it wrote, returns the exit code.
 
     Args:
       source: a pickle (.bin, .pt, .pth, .ckpt), a TorchScript archive, or the `.bin.index.json` of pickled shards.
       out: the safetensors file to write, or a folder for the shards of an index; local or gs://.
 
     Raises:
-      UserError: no torch, a file that is none of these or needs code of its own, an output that is there already, or
-        entries that are no dense tensors.
+      UserError: torch is missing, the file has another format or needs its own code, the output exists already, or an
+        entry is no dense tensor.
     """
     path, target = epath.Path(source), epath.Path(out)
     if not path.exists():
@@ -53,10 +53,10 @@ def main(source: str, out: str) -> int:
 
 
 def convert(path: epath.Path, target: epath.Path) -> tuple[int, list[str]]:
-    """Writes the tensors of a pickle as one safetensors file, types kept; shared ones are written once for each name.
+    """Writes a pickle's tensors as one safetensors file, with their types. A shared tensor is written for each name.
 
     Returns:
-      How many tensors, and the names of entries that are no tensors.
+      The number of tensors, and the names of entries that are no tensors.
 
     Raises:
       UserError: as `main`.
@@ -85,10 +85,10 @@ def convert(path: epath.Path, target: epath.Path) -> tuple[int, list[str]]:
 
 
 def _convert_shards(index: epath.Path, folder: epath.Path) -> None:
-    """Converts every shard of a pickled index into a folder, with an index of its own and the config beside it."""
+    """Converts every shard of a pickled index into a folder, with a new index and a copy of the config."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{index} has no weight_map that says which file holds which entry")
+        raise UserError(f"{index} has no weight_map, which maps each entry to its file")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; give another --out")
     files = sorted(set(map(str, places.values())))
@@ -104,13 +104,13 @@ def _convert_shards(index: epath.Path, folder: epath.Path) -> None:
         config.copy(folder / config.name)
     name = index.name.removeprefix("pytorch_").removesuffix(_PICKLED_INDEX) + INDEX_SUFFIX
     table = {"metadata": {}, "weight_map": {entry: renamed[str(file)] for entry, file in places.items()}}
-    # Last: a folder with an index is whole.
+    # The index comes last: a folder that has one is complete.
     (folder / name).write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
 
 
 def _load(torch: Any, local: epath.Path, where: str) -> Any:
     try:
-        # About TorchScript, which is dealt with below.
+        # torch warns about TorchScript archives, which are opened below.
         with warnings.catch_warnings(action="ignore"):
             return torch.load(str(local), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -136,7 +136,7 @@ def _load(torch: Any, local: epath.Path, where: str) -> Any:
 
 
 def _tensors(found: Any, torch: Any, where: str) -> tuple[dict[str, Any], list[str]]:
-    """The tensors of what was loaded, at its top or under one key, and the names of what is left out."""
+    """The tensors of a loaded pickle, from its top level or under one key, and the names of all other entries."""
     if not isinstance(found, Mapping):
         raise UserError(f"{where} holds a {type(found).__name__}, not a state dict of tensors")
 
@@ -170,7 +170,7 @@ def _tensors(found: Any, torch: Any, where: str) -> tuple[dict[str, Any], list[s
 
 
 def _own_storage(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Contiguous tensors that share no memory: a view or a second name becomes a copy, for the file refuses them."""
+    """Contiguous tensors that share no memory. Views and second names become copies; safetensors refuses them."""
     seen: set[int] = set()
     own = {}
     for name, value in weights.items():

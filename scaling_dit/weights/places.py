@@ -1,13 +1,13 @@
-"""Where pretrained weights of frozen encoders come from: folders of Hugging Face, single files, pinned hub ids.
+"""Finds pretrained weights of frozen encoders: Hugging Face folders, single files and pinned hub ids.
 
 A place is one of
 
 - a folder with `config.json` and safetensors, whole or in shards, as `save_pretrained` writes it,
 - the folder of a whole pipeline, of which one part is read (`vae/`, `text_encoder/`),
-- one `.safetensors` file, or the index of its shards, with the `config.json` beside it if there is one,
-- `hub:ORG/NAME@COMMIT`, with `/FOLDER` or `/FILE` inside it if need be: a snapshot of the Hugging Face hub.
+- one `.safetensors` file, or the index of its shards, with a `config.json` beside it if it has one,
+- `hub:ORG/NAME@COMMIT`, if needed with `/FOLDER` or `/FILE` inside it: a snapshot of the Hugging Face hub.
 
-All but the last may be local or gs://. Nothing is unpickled.
+The first three may be local or gs://. Nothing is unpickled.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """The weights of one encoder and what describes them.
+    """The weights of one encoder and their description.
 
     Attributes:
-      place: as the user gave it.
-      path: the folder, or the file of a place that is one.
-      config: its `config.json`; None for a file that has none beside it.
-      tensors: upstream name -> array; each is read when it is asked for.
+      place: the place that the user gave.
+      path: the folder or file that the place stands for.
+      config: its `config.json`; None for a file without one beside it.
+      tensors: upstream name -> array, read at access.
     """
 
     place: str
@@ -51,7 +51,7 @@ class Pretrained:
     tensors: Mapping[str, np.ndarray]
 
     def load(self, rows: Table, abstract: Mapping[str, Any], what: str) -> dict[str, Any]:
-        """The tensors as a tree of the shapes and dtypes of `abstract`, on the host.
+        """The tensors as a tree with the shapes and dtypes of `abstract`, on the host.
 
         Raises:
           UserError: unknown, missing or misshapen entries, all in one message.
@@ -59,14 +59,14 @@ class Pretrained:
         return state_dicts.load(rows, abstract, self.tensors, f"{what} ({self.place})")
 
     def check(self, wanted: Mapping[str, Any], section: str = "") -> None:
-        """Makes sure that `config.json`, if there is one, describes the architecture that is to be filled.
+        """Checks that `config.json`, if there is one, describes the expected architecture.
 
         Args:
-          wanted: its keys -> the value needed, or a tuple of those that will do; a key that it lacks is not compared.
-          section: the object of the file that describes this encoder; the file itself where it has no such object.
+          wanted: key -> the required value, or a tuple of allowed ones. Keys that the file lacks are skipped.
+          section: the object of the file that describes this encoder; if the file has none, its top level.
 
         Raises:
-          UserError: it says another value.
+          UserError: the file has another value.
         """
         config = self.config or {}
         described = config.get(section) or config
@@ -80,35 +80,35 @@ class Pretrained:
                 )
 
     def renamed(self, names: Mapping[str, str]) -> "Pretrained":
-        """The same with only the tensors in `names`, new name -> upstream name; still read when they are asked for."""
+        """A copy with only the tensors in `names` (new name -> upstream name), still read at access."""
         return dataclasses.replace(self, tensors=state_dicts.Renamed(self.tensors, names))
 
 
 def is_place(weights: str) -> bool:
-    """Whether a `weights` field names a place, and not "" (none) or "random" (made from the run's seed)."""
+    """Whether a `weights` field names a place, not "" (none) or "random" (initialised from the run's seed)."""
     return weights not in (NONE, RANDOM)
 
 
 def missing(field: str) -> UserError:
-    """The error of a run that needs weights and has none; `field` is the config field to set."""
+    """The error for a run without the weights it needs; `field` is the config field to set."""
     return UserError(
         f"config.{field} is empty, which is enough to count and to plan; to run, set it to a folder or file of "
-        f"weights or to hub:ORG/NAME@COMMIT, or to {RANDOM!r} for weights made from the run's seed"
+        f"weights or to hub:ORG/NAME@COMMIT, or to {RANDOM!r} for random weights from the run's seed"
     )
 
 
 def open_weights(place: str, *, part: str, classes: Sequence[str], field: str) -> Pretrained:
-    """Opens the weights of a place; no tensor is read yet.
+    """Opens the weights of a place without reading a tensor yet.
 
     Args:
-      place: see above.
+      place: one of the forms above.
       part: the folder of this encoder inside a whole pipeline, such as "vae".
-      classes: names that `config.json` may give the architecture; () takes any.
+      classes: the class names that `config.json` may state; () allows any.
       field: the config field that holds the place, for errors.
 
     Raises:
       UserError: no such place, no weights in it, a pickle, a damaged file, another architecture, or a hub id that is
-        not pinned or cannot be had.
+        not pinned or cannot be downloaded.
     """
     path = locate(place, part=part, field=field)
     config = _read_config(path, place, classes, field)
@@ -119,17 +119,17 @@ def open_weights(place: str, *, part: str, classes: Sequence[str], field: str) -
 
 
 def read_config(place: str, *, part: str, classes: Sequence[str], field: str) -> dict[str, Any] | None:
-    """The `config.json` of a place, None if it has none; arguments and errors as in `open_weights`.
+    """The `config.json` of a place, or None; arguments and errors as in `open_weights`.
 
-    No weights are read, and of a hub id none are downloaded.
+    Reads and downloads no weights.
     """
     return _read_config(locate(place, part=part, field=field, weights=False), place, classes, field)
 
 
 def locate(place: str, *, part: str, field: str, weights: bool = True) -> epath.Path:
-    """The folder or file that a place means; arguments and errors as in `open_weights`.
+    """The folder or file that a place stands for; arguments and errors as in `open_weights`.
 
-    A hub id is downloaded to the cache of huggingface_hub, or found there; without `weights` its small files alone.
+    A hub id is downloaded to huggingface_hub's cache, or found there. Without `weights` only its small files are.
     """
     path = _snapshot(place, part, field, weights) if place.startswith(_HUB) else epath.Path(place)
     if not path.exists():
@@ -173,8 +173,8 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
                     repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
                 )
             )
+        # The network, the hub, or a cache without the files can fail in many ways.
         except Exception as error:
-            # Of the network, the hub, or a cache that lacks the files.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"config.{field} is {place!r}, which cannot be had: {reason}") from error
 
@@ -186,10 +186,10 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
         nested = not (path / _CONFIG).exists() and (path / part).is_dir()
         folder = "/".join(name for name in (inside, part if nested else "") if name)
         start = f"{folder}/" if folder else ""
-        # Patterns match across folders, so those below this one are left out by name.
+        # Patterns match across folders, so files of folders below this one are excluded explicitly.
         download([f"{start}*{weight_files.SUFFIX}"], [f"{start}*/*{weight_files.SUFFIX}"])
     elif inside.endswith(weight_files.SUFFIX):
-        # Beside which a config.json may lie; the file itself is not there yet.
+        # The file itself is not downloaded yet, but a config.json may lie beside it.
         return path.parent
     return path
 

@@ -17,7 +17,7 @@ from scaling_dit.weights.table import Arrays, Copy, Row, Table, Unread
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row for one layer: `layer` is its index in a stacked parameter, None where the parameter is its own."""
+    """A row for one layer. `layer` is the index in a stacked parameter, or None for a parameter that is not stacked."""
 
     names: tuple[str, ...]
     path: str
@@ -26,7 +26,7 @@ class Entry:
 
 
 def expand(rows: Table, paths: Iterable[str]) -> list[Entry]:
-    """One entry per Row and layer; a row's parameter is stacked where `paths`, our parameters, hold it so."""
+    """One entry for each Row and layer. A parameter is stacked if `paths`, our parameters, hold its stacked path."""
     known = set(paths)
     entries = []
     for row in rows:
@@ -88,7 +88,7 @@ def load(
     *,
     check_inverse: bool = False,
 ) -> dict[str, Any]:
-    """A state dict as our tree of parameters, numpy arrays of the dtypes of `abstract`.
+    """A state dict as our tree of parameters: numpy arrays with the dtypes of `abstract`.
 
     Args:
       rows: the table; it must name every parameter of `abstract`.
@@ -112,7 +112,7 @@ def load(
     for entry in entries:
         if not all(name in state_dict for name in entry.names):
             continue
-        # Each entry is read here and let go: a lazy state dict is never whole in memory.
+        # Each entry is read here and released, so a lazy state dict is never completely in memory.
         arrays = [_on_host(name, state_dict[name]) for name in entry.names]
         target = expected[entry.path]
         shape = target.shape if entry.layer is None else target.shape[1:]
@@ -144,10 +144,10 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Renamed(Mapping[str, Any]):
-    """Some entries of a mapping under other names; nothing is read before it is asked for."""
+    """Some entries of a mapping under new names, read only at access."""
 
     entries: Mapping[str, Any]
-    # New name -> that in `entries`.
+    # New name -> name in `entries`.
     names: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Any:
@@ -163,7 +163,7 @@ class Renamed(Mapping[str, Any]):
 def save(
     rows: Table, abstract: Mapping[str, Any], params: Mapping[str, Any], what: str
 ) -> dict[str, np.ndarray]:
-    """Our tree of parameters as a state dict of upstream names, contiguous numpy arrays.
+    """Our tree of parameters as a state dict: contiguous numpy arrays by upstream name.
 
     Raises:
       UserError: unknown, missing or misshapen parameters, all of them in one message.
@@ -178,7 +178,7 @@ def save(
             problems.append(f"{path} is {found}, it must be {wanted}")
     if problems:
         raise UserError(f"the parameters do not fit {what}: " + "; ".join(problems))
-    # Each stacked array is fetched once.
+    # Fetch each stacked array once.
     host = {path: np.asarray(value) for path, value in flat.items()}
     state_dict: dict[str, np.ndarray] = {}
     for entry in expand(rows, expected):
@@ -194,11 +194,11 @@ def save(
 
 
 def _on_host(name: str, value: Any) -> np.ndarray:
-    """An entry as a numpy array; torch's tensors are known by `detach`, so that torch need not be there."""
+    """An entry as a numpy array. Recognises torch tensors by `detach`, so torch need not be installed."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if value.is_floating_point():
-            # NumPy has no bfloat16 as torch has.
+            # numpy cannot hold torch's bfloat16.
             value = value.float()
         value = value.numpy()
     array = np.asarray(value)
@@ -218,7 +218,7 @@ def _saved(entry: Entry, array: np.ndarray) -> Arrays:
     try:
         parts = tuple(entry.row.transform.save(array))
     except Exception as error:
-        # Of numpy, einops, or a user's own code.
+        # numpy, einops or a user's own code may raise any error.
         raise UserError(_failed(entry, "save", array.shape, error)) from error
     if len(parts) != len(entry.names):
         raise UserError(
@@ -232,7 +232,7 @@ def _loaded(entry: Entry, arrays: Arrays) -> np.ndarray:
     try:
         return np.asarray(entry.row.transform.load(*arrays))
     except Exception as error:
-        # Of numpy, einops, or a user's own code.
+        # numpy, einops or a user's own code may raise any error.
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise UserError(_failed(entry, "load", shapes, error)) from error
 
@@ -259,7 +259,7 @@ def _compare_names(
 def _compare_rest(
     copies: Mapping[str, str], unread: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Any]
 ) -> list[str]:
-    """Problems of the entries that make no parameter of ours: shapes of unread ones, copies that differ."""
+    """Problems of entries that make no parameter of ours: wrong shapes of unread ones, copies that differ."""
     problems, differ = [], []
     for name, shape in unread.items():
         found = np.shape(_on_host(name, state_dict[name])) if name in state_dict else shape
@@ -277,7 +277,7 @@ def _compare_rest(
 
 
 def _compare_types(names: Sequence[str], arrays: Arrays) -> list[str]:
-    """Quantised weights need their scales, which nothing here applies."""
+    """Problems of arrays that are not floating: quantised weights need scales, which nothing here applies."""
     return [
         f"{name} is {array.dtype}, it must be floating"
         for name, array in zip(names, arrays, strict=True)
@@ -286,7 +286,7 @@ def _compare_types(names: Sequence[str], arrays: Arrays) -> list[str]:
 
 
 def _compare_shapes(entry: Entry, arrays: Arrays, wanted: Sequence[tuple[int, ...]]) -> list[str]:
-    """Problems of the upstream arrays of one entry; a free axis of ours is compared after the transform."""
+    """Problems of the shapes of one entry's upstream arrays. Free axes are compared after the transform."""
     if entry.row.free:
         loaded = _loaded(entry, arrays)
         target = entry.row.transform.load(*[np.broadcast_to(np.float32(0), shape) for shape in wanted])

@@ -1,8 +1,8 @@
-"""How a table of weights is written: rows that map entries of a state dict to our parameters.
+"""Tables of weights: rows that map entries of a state dict to our parameters.
 
-A row says which upstream entries make one of our parameters and how. `{i}` in its names stands for a layer index: our
-"in_blocks_{i}/attn/qkv/kernel" means one parameter per layer, or layer i of the stacked parameter
-"in_blocks/attn/qkv/kernel" where the backbone scans its layers. `state_dicts.py` reads and writes weights by a table.
+A row names the upstream entries that make one of our parameters, and the transform between them. `{i}` in a name is a
+layer index: "in_blocks_{i}/attn/qkv/kernel" is one parameter for each layer, or layer i of the stacked parameter
+"in_blocks/attn/qkv/kernel" if the backbone scans its layers. `state_dicts.py` reads and writes weights by a table.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ Arrays = Sequence[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """`load` makes our array of the upstream arrays; `save` is its inverse and gives as many as the row has names."""
+    """`load` makes our array from the upstream arrays. Its inverse `save` gives one array for each upstream name."""
 
     load: Callable[..., np.ndarray]
     save: Callable[[np.ndarray], Arrays]
@@ -94,10 +94,11 @@ class Row:
     """Upstream name or names <-> our parameter.
 
     Attributes:
-      upstream: names in the state dict, in the order the transform takes them.
+      upstream: names in the state dict, in the order of the transform's arguments.
       ours: path of our parameter, parts joined by "/".
-      layers: how many layers `{i}` runs over; None for a row without it.
-      free: axes of our array whose size is taken from the state dict, such as the length of a table of positions.
+      transform: converts between the upstream arrays and ours.
+      layers: the number of layers that `{i}` runs over; None for a row without `{i}`.
+      free: axes of our array whose size comes from the state dict, such as the length of a position table.
     """
 
     upstream: str | tuple[str, ...]
@@ -123,8 +124,9 @@ def linear(
 ) -> list[Row]:
     """The rows of a torch Linear: `upstream`.weight and .bias <-> `ours`/kernel and /bias.
 
-    Several names, or one Linear of several `parts`, make one kernel [in, parts, out], [parts, in, out] where ours is a
-    `Dense` with `apart`, and one bias [parts, out]. `bias`: whether there is one; None: where `upstream` is one name.
+    Several names, or one Linear of several `parts`, make one kernel [in, parts, out] and one bias [parts, out]. If ours
+    is a `Dense` with `apart`, the kernel is [parts, in, out]. `bias` says whether the Linear has one; by default only
+    if `upstream` is a single name.
     """
     weights: str | tuple[str, ...]
     biases: str | tuple[str, ...]
@@ -152,7 +154,7 @@ def convolution(upstream: str, ours: str) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """An upstream entry that must equal another one; written again when saving. `layers` as in a Row."""
+    """An upstream entry that must equal another entry, and is written as its copy. `layers` as in a Row."""
 
     upstream: str
     of: str
@@ -160,7 +162,7 @@ class Copy:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(the copy's name, the original's) for every layer."""
+        """(name of the copy, name of the original) for every layer."""
         if self.layers is None:
             return [(self.upstream, self.of)]
         return [
@@ -170,7 +172,7 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """An upstream entry that its code declares and never reads: may be missing, is dropped."""
+    """An upstream entry that the original code declares and never reads. It may be missing, and it is dropped."""
 
     upstream: str
     shape: tuple[int, ...]

@@ -150,7 +150,7 @@ def test_options_are_typed_and_checked(monkeypatch):
         create_captioner("blip", {})
 
 
-def test_a_captioner_that_loses_images_is_told(tars, tmp_path):
+def test_a_captioner_that_loses_photosis_reported(tars, tmp_path):
     class Short:
         def caption(self, images, seeds):
             return []
@@ -164,9 +164,9 @@ def test_scenes_are_captioned_exactly():
     source = create_source("shapes")
     captioner = create_captioner("shapes", {"captions": "4"})
     records = [source[index] for index in range(20)]
-    pictures = [Image.fromarray(record["image"]) for record in records]
-    found = captioner.caption(pictures, list(range(20)))
-    assert found == [captioner.caption([pictures[n]], [n])[0] for n in range(20)]
+    photos = [Image.fromarray(record["image"]) for record in records]
+    found = captioner.caption(photos, list(range(20)))
+    assert found == [captioner.caption([photos[n]], [n])[0] for n in range(20)]
     for record, captions in zip(records, found, strict=True):
         truth = sorted(
             word
@@ -224,7 +224,7 @@ def blip2(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def photos():
     rng = np.random.default_rng(3)
     return [Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(3)]
 
@@ -234,25 +234,25 @@ def captioner(blip2):
     return create_captioner(f"transformers:{blip2}", {"captions": "4", "max_tokens": "6"})
 
 
-def test_a_batch_is_captioned_like_its_images_alone(captioner, pictures):
-    together = captioner.caption(pictures, [7, 8, 9])
+def test_a_batch_is_captioned_like_its_photosalone(captioner, photos):
+    together = captioner.caption(photos, [7, 8, 9])
     assert [len(row) for row in together] == [4, 4, 4]
     assert len({text for row in together for text, _ in row}) > 6
-    for number, (picture, seed) in enumerate(zip(pictures, [7, 8, 9], strict=True)):
-        (alone,) = captioner.caption([picture], [seed])
+    for number, (photo, seed) in enumerate(zip(photos, [7, 8, 9], strict=True)):
+        (alone,) = captioner.caption([photo], [seed])
         assert [text for text, _ in alone] == [text for text, _ in together[number]]
         assert [score for _, score in alone] == pytest.approx(
             [score for _, score in together[number]], abs=1e-5
         )
-    assert captioner.caption(pictures[:1], [70])[0] != together[0]
+    assert captioner.caption(photos[:1], [70])[0] != together[0]
 
 
-def test_the_score_is_the_mean_log_probability_of_the_tokens(captioner, pictures):
+def test_the_score_is_the_mean_log_probability_of_the_tokens(captioner, photos):
     import torch
 
     model, processor = captioner._model, captioner._processor
-    (row,) = captioner.caption(pictures[:1], [5])
-    encoded = processor(images=pictures[0], return_tensors="pt")
+    (row,) = captioner.caption(photos[:1], [5])
+    encoded = processor(images=photos[0], return_tensors="pt")
     lengths = set()
     for text, score in row:
         words = processor.tokenizer.convert_tokens_to_ids(text.split())
@@ -298,7 +298,7 @@ def test_the_runner_with_a_real_model_and_a_prompt(blip2, tars, tmp_path):
     assert any(rows.values())
 
 
-def test_clip_ranks_the_captions(blip2, pictures, tmp_path):
+def test_clip_ranks_the_captions(blip2, photos, tmp_path):
     import transformers
 
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -322,18 +322,18 @@ def test_clip_ranks_the_captions(blip2, pictures, tmp_path):
     processor = transformers.CLIPProcessor(images, tokenizer)
     processor.save_pretrained(tmp_path)
     options = {"captions": "3", "max_tokens": "5"}
-    plain = create_captioner(f"transformers:{blip2}", options).caption(pictures, [1, 2, 3])
+    plain = create_captioner(f"transformers:{blip2}", options).caption(photos, [1, 2, 3])
     ranked = create_captioner(f"transformers:{blip2}", options | {"rank_by": str(tmp_path)}).caption(
-        pictures, [1, 2, 3]
+        photos, [1, 2, 3]
     )
-    for picture, row, before in zip(pictures, ranked, plain, strict=True):
+    for photo, row, before in zip(photos, ranked, plain, strict=True):
         assert [text for text, _ in row] == [text for text, _ in before]
-        given = processor(text=[text for text, _ in row], images=picture, return_tensors="pt", padding=True)
+        given = processor(text=[text for text, _ in row], images=photo, return_tensors="pt", padding=True)
         cosines = clip(**given).logits_per_image[0] / clip.logit_scale.exp()
         assert [score for _, score in row] == pytest.approx(cosines.tolist(), abs=1e-5)
 
 
-def test_what_is_no_model_is_told(tmp_path):
+def test_what_is_no_model_is_reported(tmp_path):
     with pytest.raises(UserError, match="holds no AutoModelForImageTextToText with its processor"):
         create_captioner(f"transformers:{tmp_path}", {})
     with pytest.raises(UserError, match="no folder '.*nowhere' .*; download the model and name its folder"):
@@ -348,7 +348,7 @@ def test_what_is_no_model_is_told(tmp_path):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers with the picture's size and the seed; `faults` are given out first, one per request."""
+    """Answers with the image's size and the seed; `faults` are given out first, one per request."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -410,8 +410,8 @@ def of_server(server, **fields):
 def test_the_endpoint_is_asked_as_openai_says(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     captioner = of_server(server, key_variable="MY_KEY", prompt="What?", image_format="png", threads=2)
-    pictures = [Image.new("RGB", (4 + n, 3)) for n in range(5)]
-    found = captioner.caption(pictures, list(range(5)))
+    photos = [Image.new("RGB", (4 + n, 3)) for n in range(5)]
+    found = captioner.caption(photos, list(range(5)))
     assert found == [[(f"PNG {4 + n}x3 seed {n} {k}", -k - 0.25) for k in range(2)] for n in range(5)]
     path, key, body = server.requests[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
@@ -461,7 +461,7 @@ def test_a_slow_server_times_out(server, monkeypatch):
     held.set()
 
 
-def test_wrong_settings_of_an_endpoint_are_told(server):
+def test_wrong_settings_of_an_endpoint_are_reported(server):
     with pytest.raises(UserError, match="give a URL such as"):
         create_captioner("openai:localhost", {})
     with pytest.raises(UserError, match="--option=model=NAME"):

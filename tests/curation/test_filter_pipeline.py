@@ -21,23 +21,23 @@ DISTANCE = 6
 
 
 def smooth(rng, side=32):
-    """A random picture with structure at the frequencies of the hash."""
+    """A random image with structure at the frequencies of the hash."""
     coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Three tars, 60 samples each: new pictures, copies, resized and slightly changed ones, flat and broken ones."""
+    """Three tars, 60 samples each: new images, copies, resized and slightly changed ones, flat and broken ones."""
     folder, rng = tmp_path_factory.mktemp("tars"), np.random.default_rng(1)
-    pictures = [smooth(rng) for _ in range(40)]
+    images = [smooth(rng) for _ in range(40)]
     for shard in range(3):
         samples = []
         for number in range(60):
-            picture = pictures[rng.integers(len(pictures))]
+            image = images[rng.integers(len(images))]
             side = int(rng.choice([16, 32, 32, 32, 48]))
             noise = rng.normal(0, rng.choice([0, 0, 4, 12]), (side, side, 3))
-            changed = np.asarray(Image.fromarray(picture).resize((side, side)), np.float64) + noise
+            changed = np.asarray(Image.fromarray(image).resize((side, side)), np.float64) + noise
             image = small_webdataset.encoded(np.clip(changed, 0, 255))
             if number % 20 == 3:
                 image = small_webdataset.encoded(np.full((32, 32, 3), number))
@@ -49,7 +49,7 @@ def tars(tmp_path_factory):
             }
             if rng.random() < 0.05:
                 del metadata["aesthetic"]
-            caption = "" if number == 50 else f"picture {number}"
+            caption = "" if number == 50 else f"image {number}"
             samples.append((f"{shard}{number:04d}", image, caption, metadata))
         small_webdataset.write_tar(folder / f"{shard:05d}.tar", samples)
     return f"webdataset:{folder}/*.tar"
@@ -146,7 +146,7 @@ def test_more_workers_write_the_same_bytes(tars, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_what_the_user_does_wrong_is_told_in_one_line(tars, tmp_path):
+def test_what_the_user_does_wrong_is_reported_in_one_line(tars, tmp_path):
     def run(source=tars, **options):
         filter_pipeline.main(RawName(source), str(tmp_path), **options)
 
@@ -169,28 +169,28 @@ def test_what_the_user_does_wrong_is_told_in_one_line(tars, tmp_path):
 
 
 def test_the_hash_is_the_sign_of_low_frequencies_around_their_median():
-    picture = smooth(np.random.default_rng(2), 64)
-    small = Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.BOX)
+    image = smooth(np.random.default_rng(2), 64)
+    small = Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX)
     grey = np.asarray(small, np.float64)
     n = np.arange(32)
     cosines = np.cos(np.pi / 32 * (n[None] + 0.5) * np.arange(1, 9)[:, None])  # [frequency, pixel]
     spectrum = cosines @ grey @ cosines.T
     assert np.allclose(spectrum / 16, scipy.fft.dctn(grey, norm="ortho")[1:9, 1:9])
     bits = (spectrum > np.median(spectrum)).ravel()
-    assert duplicates.perceptual_hash(Image.fromarray(picture)) == int(
+    assert duplicates.perceptual_hash(Image.fromarray(image)) == int(
         "".join("01"[b] for b in bits.astype(int)), 2
     )
     assert duplicates.perceptual_hash(Image.new("RGB", (40, 30), (10, 200, 30))) is None
 
 
-def test_a_smaller_or_recompressed_picture_is_near_and_another_is_not():
+def test_a_smaller_or_recompressed_image_is_near_and_another_is_not():
     rng = np.random.default_rng(3)
-    pictures = [Image.fromarray(smooth(rng, 128)) for _ in range(20)]
-    hashes = [duplicates.perceptual_hash(picture) for picture in pictures]
-    for picture, value in zip(pictures, hashes, strict=True):
-        jpeg = io.BytesIO(small_webdataset.encoded(picture.resize((60, 60)), "JPEG", quality=70))
+    images = [Image.fromarray(smooth(rng, 128)) for _ in range(20)]
+    hashes = [duplicates.perceptual_hash(image) for image in images]
+    for image, value in zip(images, hashes, strict=True):
+        jpeg = io.BytesIO(small_webdataset.encoded(image.resize((60, 60)), "JPEG", quality=70))
         assert (duplicates.perceptual_hash(Image.open(jpeg).convert("RGB")) ^ value).bit_count() <= 6
-        mirrored = duplicates.perceptual_hash(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        mirrored = duplicates.perceptual_hash(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
         assert (mirrored ^ value).bit_count() > 10
     assert min((a ^ b).bit_count() for a, b in itertools.combinations(hashes, 2)) > 10
 
@@ -222,15 +222,15 @@ def test_the_first_near_one_is_found_across_blocks(monkeypatch):
         assert any(index is not None for index in expected)
 
 
-def test_a_missing_or_broken_list_is_told(tmp_path):
+def test_a_missing_or_broken_list_is_reported(tmp_path):
     with pytest.raises(UserError, match="`scaling-dit filter` writes one"):
         sidecar.read_kept(tmp_path, "00000.tar")
     path = tmp_path / "00000.tar.filter.jsonl"
-    for text, told in (
+    for text, message in (
         ("{", "line 1 is no JSON"),
         ("[]", "line 1 is no JSON object"),
         ("{}", 'line 1 has no "key"'),
     ):
         path.write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             sidecar.read_kept(tmp_path, "00000.tar")

@@ -99,7 +99,7 @@ def test_the_reason_for_which_a_row_is_left_out(expression, reason):
 
 
 @pytest.mark.parametrize(
-    ("expression", "told"),
+    ("expression", "message"),
     [
         ("", "is no expression"),
         ("width >", "is no expression"),
@@ -133,10 +133,10 @@ def test_the_reason_for_which_a_row_is_left_out(expression, reason):
         ("(" * 300 + "1" + ")" * 300, ""),
     ],
 )
-def test_what_is_refused_is_told_in_one_line(expression, told):
+def test_refused_expressions_are_reported_in_one_line(expression, message):
     with pytest.raises(UserError) as raised:
         filters.parse(expression, columns=ROW)
-    assert told in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_filter_knows_its_columns_and_travels():

@@ -1,4 +1,4 @@
-"""`prepare`: every sound picture of a raw set as one record, whoever made it and however often it was killed."""
+"""`prepare`: every sound image of a raw set becomes one record, after any number of kills and by any process."""
 
 import errno
 import io
@@ -47,14 +47,14 @@ def whole(raw, tmp_path_factory):
     return out
 
 
-def test_every_sound_picture_is_there_and_every_fault_is_told(raw, whole, capsys):
+def test_every_sound_image_is_there_and_every_fault_is_reported(raw, whole, capsys):
     _, made = raw
     assert all(made.broken.values())  # every kind of damage is met
     assert_holds(whole, made)
 
 
-def test_moments_captions_and_splits_are_those_of_each_picture(raw, whole):
-    """Against the raw source itself, one picture at a time."""
+def test_moments_captions_and_splits_are_those_of_each_image(raw, whole):
+    """Against the raw source itself, one image at a time."""
     folder, _ = raw
     codec, records = create_codec("dct"), read_all(whole)
     source = create_source(
@@ -74,8 +74,8 @@ def test_three_processes_make_the_same_files(raw, whole, tmp_path, capsys):
     for process in (2, 0, 1):  # in any order
         prepare(raw[0], tmp_path, process=(process, 3))
     assert contents(tmp_path) == contents(whole)
-    told = capsys.readouterr().out
-    assert "1 of 5 parts are there" in told and f"latents:{tmp_path}" in told
+    printed = capsys.readouterr().out
+    assert "1 of 5 parts are finished" in printed and f"latents:{tmp_path}" in printed
 
 
 @pytest.mark.parametrize("moment", ["in a part", "between a part's files", "before the manifest"])
@@ -147,7 +147,7 @@ def test_an_object_store_gets_the_same_objects(raw, whole, tmp_path, monkeypatch
 
 
 def small_raw(folder, count=12):
-    """One tar of pictures of growing sides, 20 + 4 i by 30 + 4 i, with `score` i in the metadata."""
+    """One tar of images with growing sides, 20 + 4 i by 30 + 4 i, with `score` i in the metadata."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     write_tar(
@@ -168,10 +168,10 @@ def small_raw(folder, count=12):
 def test_filters_and_columns(tmp_path, capsys):
     raw = small_raw(tmp_path / "raw")
     prepare(raw, tmp_path / "set", filter="score != 3 and width < 70", min_size=28, columns=("score", "x"))
-    told = manifest.read(epath.Path(tmp_path / "set"))
-    assert {reason: left["count"] for reason, left in told.left_out.items()} == {"too_small": 2, "filter": 3}
+    found = manifest.read(epath.Path(tmp_path / "set"))
+    assert {reason: left["count"] for reason, left in found.left_out.items()} == {"too_small": 2, "filter": 3}
     assert sorted(read_all(tmp_path / "set")) == [f"a/{i:03d}" for i in (2, 4, 5, 6, 7, 8, 9)]
-    assert told.request["filter"] == "score != 3 and width < 70"
+    assert found.request["filter"] == "score != 3 and width < 70"
     prepare(raw, tmp_path / "none", filter="scroe != 3")
     assert (
         "0 records (0 held out) of 12 samples in 1 raw shards; nothing to train on" in capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_filters_and_columns(tmp_path, capsys):
     assert not (tmp_path / "other").exists()  # nothing is claimed by a typo
 
 
-def test_what_a_record_tells_of_its_picture(tmp_path):
+def test_the_fields_of_a_record_describe_its_image(tmp_path):
     raw = small_raw(tmp_path / "raw", 3)
     source = create_source(f"webdataset:{raw}/*.tar", image_size=8)
     selection = encode.Selection(((8, 8),), columns=("score", "x", "none"))
@@ -239,23 +239,23 @@ def test_buckets_are_written_apart_and_the_square_one_trains(tmp_path):
     (tmp_path / "raw").mkdir()
     sides = [(32, 32), (30, 50), (50, 30), (33, 32), (20, 80), (32, 31)]
     rng = np.random.default_rng(0)
-    pictures = [encoded(rng.integers(0, 256, (h, w, 3))) for h, w in sides]
-    write_tar(tmp_path / "raw/a.tar", [(f"{i}", data, "a caption", {}) for i, data in enumerate(pictures)])
+    pixels = [encoded(rng.integers(0, 256, (h, w, 3))) for h, w in sides]
+    write_tar(tmp_path / "raw/a.tar", [(f"{i}", data, "a caption", {}) for i, data in enumerate(pixels)])
     out = tmp_path / "set"
     prepare(tmp_path / "raw", out, "--config.source.held_out_fraction=0", buckets=True)
-    told = manifest.read(epath.Path(out))
-    assert Counter({shard.size: shard.records for shard in told.shards}) == {
+    found = manifest.read(epath.Path(out))
+    assert Counter({shard.size: shard.records for shard in found.shards}) == {
         (16, 16): 3, (12, 20): 1, (20, 12): 1, (10, 24): 1,
     }  # fmt: skip
-    assert told.moments["10x24"] == [5, 12, 4]
+    assert found.moments["10x24"] == [5, 12, 4]
     source = create_source(f"latents:{out}", image_size=SIDE)
     assert sorted(record["key"] for record in source.__getitems__(range(3))) == ["a/0", "a/3", "a/5"]
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (33, 33), (16, 16), (100, 17)])
 @pytest.mark.parametrize("to", [(16, 16), (24, 10)])
-def test_the_crop_told_is_what_is_shown(size, to):
-    """Cut out by hand and scaled, it is the picture that `fit` gives."""
+def test_the_recorded_crop_is_the_part_shown(size, to):
+    """Cropped by hand and scaled, it is the image that `fit` gives."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     shaped = shape.shape(image, (to[::-1],))
     by_hand = image.resize(to, Image.Resampling.BICUBIC, box=shaped.crop)
@@ -310,7 +310,7 @@ def test_sources_and_processes_that_do_not_fit(tmp_path):
         job.process_of(8, 8)
 
 
-def test_pictures_come_in_their_order_from_threads():
+def test_images_come_in_their_order_from_threads():
     def slow(number):
         time.sleep(0.002 * (number % 3))
         return number * 2
@@ -329,18 +329,18 @@ def test_progress_shows_rate_time_to_go_and_what_is_left_out():
         for _ in range(3):
             for _ in range(4):
                 clock.now += 1.0
-                progress.tell(25)
+                progress.add(25)
             progress.done(1, 2)
-        assert progress.line() == "part 4/10, 300 pictures, 25 pictures/s, 00:24 to go, 6 filtered, 3 damaged"
+        assert progress.line() == "part 4/10, 300 images, 25 images/s, 00:24 to go, 6 filtered, 3 damaged"
     lines = stream.getvalue().splitlines()
     assert lines[-1].startswith("part 4/10") and 2 <= len(lines) <= 4
 
 
 def test_the_rows_of_a_batch_do_not_depend_on_the_others():
     rng = np.random.default_rng(0)
-    pictures = list(rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
+    pixels = list(rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
     encoder = encode.Encoder(create_codec("dct"), {}, 5)
     assert encoder.batch == len(jax.local_devices())  # rounded up to what they divide
-    whole = np.asarray(encoder(pictures))
+    whole = np.asarray(encoder(pixels))
     assert whole.shape == (8, 8, 8, 4) == (8, *encoder.moments_shape((16, 16)))
-    np.testing.assert_array_equal(np.asarray(encoder(pictures[:2]))[:2], whole[:2])
+    np.testing.assert_array_equal(np.asarray(encoder(pixels[:2]))[:2], whole[:2])

@@ -77,12 +77,12 @@ def start(raw, vae, out, process, processes):
 
 def finish(running):
     """Waits for processes and returns what they said."""
-    told = []
+    made = []
     for process in running:
         text, _ = process.communicate(timeout=840)
         assert process.returncode == 0, text
-        told.append(text)
-    return "\n".join(told)
+        made.append(text)
+    return "\n".join(made)
 
 
 def kill_with_parts(running, out, parts):
@@ -103,9 +103,9 @@ def assert_same_set(raw, made, vae, folder, kills):
     for parts in kills:
         kill_with_parts([start(raw, vae, folder / "three", i, 3) for i in range(3)], folder / "three", parts)
         assert not (folder / "three" / manifest.MANIFEST).exists()
-    told = finish([start(raw, vae, folder / "three", i, 3) for i in range(3)])
+    made = finish([start(raw, vae, folder / "three", i, 3) for i in range(3)])
     assert contents(folder / "three") == contents(folder / "one")
-    assert "left out, unreadable_image" in told
+    assert "left out, unreadable_image" in made
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_three_killed_processes_make_what_one_makes(vae, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_thousand_pictures(vae, tmp_path):
+def test_twenty_thousand_images(vae, tmp_path):
     """The same at a size at which each process does its work many times over."""
     made = raw_images.write_webdataset(tmp_path / "raw", 40, 505, broken=0.01, seed=1)
     assert len(made.good) + sum(len(keys) for keys in made.broken.values()) >= 20_000
@@ -142,9 +142,9 @@ def run_config(ready, vae, *more):
 
 
 def test_a_prepared_set_tells_its_codec(ready, vae):
-    told = manifest.read(epath.Path(ready))
-    assert told.codec["name"] == "vae" and told.codec["scale"] == 0.5 and len(told.codec["sha256"]) == 64
-    assert told.moments == {"16x16": [8, 8, 8]}
+    made = manifest.read(epath.Path(ready))
+    assert made.codec["name"] == "vae" and made.codec["scale"] == 0.5 and len(made.codec["sha256"]) == 64
+    assert made.moments == {"16x16": [8, 8, 8]}
     source = create_source(f"latents:{ready}", image_size=SIDE)
     mean, logvar = np.split(source[0]["latents"].astype(np.float32), 2, axis=-1)
     assert mean.std() > 0 and logvar.std() > 0
@@ -152,7 +152,7 @@ def test_a_prepared_set_tells_its_codec(ready, vae):
 
 @pytest.mark.slow
 def test_training_from_moments_and_a_resume(ready, vae, tmp_path):
-    """Losses, validation and the grid of a run; killed after a checkpoint, it goes on to the same parameters."""
+    """Losses, validation and the grid of a run; killed after a checkpoint, it resumes to the same parameters."""
     whole = train(run_config(ready, vae), tmp_path / "whole")
     rows = {row["step"]: row for row in read_metrics(tmp_path / "whole")}
     assert any("validation/loss" in row for row in rows.values())
@@ -160,12 +160,12 @@ def test_training_from_moments_and_a_resume(ready, vae, tmp_path):
     train(run_config(ready, vae, "--config.steps=2"), tmp_path / "resumed")
     again = train(run_config(ready, vae), tmp_path / "resumed")
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
-    pictures = pipeline.load(tmp_path / "whole").sample(["a picture"], steps=2)
-    assert pictures.shape == (1, SIDE, SIDE, 3)
+    images = pipeline.load(tmp_path / "whole").sample(["an image"], steps=2)
+    assert images.shape == (1, SIDE, SIDE, 3)
 
 
-def test_latents_of_a_batch_are_drawn_from_its_moments(ready, vae):
-    """The same key draws the same latents from stored moments as from the pictures themselves, within bfloat16."""
+def test_latents_of_a_batch_are_sampled_from_its_moments(ready, vae):
+    """The same key gives the same latents from stored moments as from the images themselves, within bfloat16."""
     run = run_config(ready, vae)
     source = open_source(run)
     model = build_model(run, make_tokenizer(run, source), source)
@@ -174,12 +174,12 @@ def test_latents_of_a_batch_are_drawn_from_its_moments(ready, vae):
     by_key = {raw[i]["key"]: raw[i]["image"] for i in range(len(raw))}
     records = source.__getitems__(range(8))
     moments = np.stack([record["latents"] for record in records])
-    pictures = np.stack([by_key[record["key"]] for record in records])
-    drawn = jax.jit(model.batch_latents)(frozen, {"latents": moments}, jax.random.key(3))
-    encoded = jax.jit(model.batch_latents)(frozen, {"images": pictures}, jax.random.key(3))
-    np.testing.assert_allclose(drawn, encoded, atol=0.02 * np.abs(np.asarray(encoded)).max())
+    images = np.stack([by_key[record["key"]] for record in records])
+    sampled = jax.jit(model.batch_latents)(frozen, {"latents": moments}, jax.random.key(3))
+    encoded = jax.jit(model.batch_latents)(frozen, {"images": images}, jax.random.key(3))
+    np.testing.assert_allclose(sampled, encoded, atol=0.02 * np.abs(np.asarray(encoded)).max())
     other = jax.jit(model.batch_latents)(frozen, {"latents": moments}, jax.random.key(4))
-    assert np.abs(np.asarray(drawn) - np.asarray(other)).max() > 0.01
+    assert np.abs(np.asarray(sampled) - np.asarray(other)).max() > 0.01
 
 
 def test_a_run_with_another_codec_is_refused(ready, vae, tmp_path):

@@ -150,7 +150,7 @@ def test_damage_is_counted_and_the_table_says_what_was_used(tmp_path, capsys):
     assert written["images"] == 1 and written["aesthetic"]["mean"] is None
 
 
-def test_a_side_car_of_another_set_is_told(small, tmp_path):
+def test_a_side_car_of_another_set_is_reported(small, tmp_path):
     folder, rows = small
     name = RawName(f"webdataset:{folder}/*.tar")
     with pytest.raises(UserError, match="`scaling-dit caption` writes one"):

@@ -133,7 +133,7 @@ def test_density_is_what_a_search_for_each_phrase_finds():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (None, "no question file"),
         ("{", "is no JSON"),
@@ -142,11 +142,11 @@ def test_density_is_what_a_search_for_each_phrase_finds():
         ('[{"element": "red", "element_type": "color"}, {"element": "x"}]', "row 1 has no element"),
     ],
 )
-def test_a_wrong_question_file_is_told(tmp_path, text, told):
+def test_a_wrong_question_file_is_reported(tmp_path, text, message):
     path = tmp_path / "questions.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         density.read_elements(path)
 
 

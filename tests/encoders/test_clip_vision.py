@@ -96,18 +96,18 @@ def test_the_published_sizes_are_open_clip_s(size):
     assert ours.activation == ("quick_gelu" if config.get("quick_gelu") else "gelu")
 
 
-def test_pictures_are_resized_as_pillow_does():
+def test_images_are_resized_as_pillow_does():
     side = 96
-    picture = np.asarray(Image.linear_gradient("L").resize((side, side)).convert("RGB")).copy()
-    picture[20:60, 30:80] = (200, 40, 90)
-    theirs = np.asarray(Image.fromarray(picture).resize((28, 28), Image.Resampling.BICUBIC))
-    ours = np.asarray(clip_vision.resize(picture[None], 28))[0]
+    image = np.asarray(Image.linear_gradient("L").resize((side, side)).convert("RGB")).copy()
+    image[20:60, 30:80] = (200, 40, 90)
+    theirs = np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC))
+    ours = np.asarray(clip_vision.resize(image[None], 28))[0]
     difference = np.abs(ours.astype(int) - theirs)
     assert difference.max() <= 2
     assert difference.mean() < 0.5
-    np.testing.assert_array_equal(clip_vision.resize(picture[None], side)[0], picture)
+    np.testing.assert_array_equal(clip_vision.resize(image[None], side)[0], image)
     with pytest.raises(UserError, match=r"images are 48 x 96 px; CLIP takes square ones"):
-        clip_vision.resize(picture[None, :48], 28)
+        clip_vision.resize(image[None, :48], 28)
 
 
 def test_mistakes(folder):

@@ -1,4 +1,4 @@
-"""The block DCT: an orthonormal basis, coarse before fine, and pictures that come back."""
+"""The block DCT: an orthonormal basis, coarse before fine, and images that come back."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ RNG = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     source = sources.create_source(name="shapes", preset="free64")
     return np.stack([source[index]["image"] for index in range(256)])
 
@@ -27,7 +27,7 @@ def test_the_basis_is_orthonormal(patch):
 
 
 @pytest.mark.parametrize("patch, height, width", [(1, 4, 4), (2, 8, 12), (4, 16, 8)])
-def test_all_coefficients_give_the_picture_back_exactly(patch, height, width):
+def test_all_coefficients_give_the_image_back_exactly(patch, height, width):
     images = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), np.uint8)
     dct = BlockDct(patch, 3 * patch**2)
     latents = jax.jit(dct.encode)({}, images, RNG)
@@ -44,14 +44,14 @@ def test_coefficients_are_those_of_scipy():
     np.testing.assert_allclose(latents.ravel(), [expected[n] for n in order], atol=1e-5)
 
 
-def test_energy_falls_from_coarse_to_fine(pictures):
+def test_energy_falls_from_coarse_to_fine(images):
     """What is kept holds more, per coefficient, than what is dropped, so the error is as small as it can be."""
-    latents = np.asarray(BlockDct(2, 12, scale=1.0).encode({}, pictures, RNG))
+    latents = np.asarray(BlockDct(2, 12, scale=1.0).encode({}, images, RNG))
     energy = np.square(latents).mean((0, 1, 2))
     means, lines, crossings = energy[:3], energy[3:9], energy[9:]  # of 0, 1 and 2 changes within a block
     assert means.min() > 10 * lines.max()
     assert lines.min() > crossings.max()
-    pale = (pictures // 2 + 64).astype(np.uint8)  # so that nothing is clipped
+    pale = (images // 2 + 64).astype(np.uint8)  # so that nothing is clipped
     energy = np.square(np.asarray(BlockDct(2, 12, scale=1.0).encode({}, pale, RNG))).mean((0, 1, 2))
     for channels in (3, 4, 9):  # dropped coefficients are all that is lost
         dct = BlockDct(2, channels, scale=1.0)
@@ -60,11 +60,11 @@ def test_energy_falls_from_coarse_to_fine(pictures):
         assert error == pytest.approx(energy[channels:].sum() / 12, rel=0.02)
 
 
-def test_latents_of_shapes_have_the_scale_of_noise(pictures):
+def test_latents_of_shapes_have_the_scale_of_noise(images):
     dct = codec.create_codec("dct")
     assert dct.shape(64) == (32, 32, 4)
     assert not dct.bounded
-    assert 0.5 < np.asarray(dct.encode({}, pictures, RNG)).var() < 2.0
+    assert 0.5 < np.asarray(dct.encode({}, images, RNG)).var() < 2.0
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_wrong_fields(fields, message):
         codec.create_codec("dct", **fields)
 
 
-def test_pictures_that_do_not_divide():
+def test_images_that_do_not_divide():
     dct = BlockDct(patch=4)
     with pytest.raises(UserError, match=r"images of 30 px do not divide into blocks of codec\.patch=4"):
         dct.shape(30)

@@ -87,7 +87,7 @@ def test_the_table_of_words_under_either_name_and_a_decoder_beside(tmp_path, tab
 
 def test_buckets_are_those_of_transformers():
     attention = transformers.models.t5.modeling_t5.T5Attention
-    length = 300  # beyond the largest distance that is told apart
+    length = 300  # beyond the largest distance with a bucket of its own
     distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
     theirs = attention._relative_position_bucket(
         distance, bidirectional=True, num_buckets=t5.BUCKETS, max_distance=t5.MAX_DISTANCE

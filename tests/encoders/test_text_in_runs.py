@@ -111,7 +111,7 @@ def test_encoders_without_one_of_their_own_get_words_of_the_captions():
 
 @pytest.mark.slow
 def test_a_run_with_a_frozen_random_tower(vocabulary, tmp_path):
-    """Padding is shown, as Stable Diffusion 2 does; the run is drawn from after the vocabulary is gone."""
+    """Padding is shown, as Stable Diffusion 2 does; the run can be sampled after the vocabulary is gone."""
     config = tiny(steps=2, text_encoder__weights="random", text_encoder__tokenizer_files=vocabulary)
     train(config, tmp_path / "run")
     shutil.rmtree(vocabulary)
@@ -123,8 +123,8 @@ def test_a_run_with_a_frozen_random_tower(vocabulary, tmp_path):
     alone = ClipText(size="tiny", length=16).apply(pipe.frozen["text_encoder"], ids, None)
     np.testing.assert_allclose(tokens, alone[0], atol=1e-5)
     np.testing.assert_allclose(pooled, alone[2], atol=1e-5)
-    pictures = pipe.sample(["a red circle"], steps=1)
-    assert pictures.shape == (1, 16, 16, 3)
+    images = pipe.sample(["a red circle"], steps=1)
+    assert images.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.slow

@@ -98,16 +98,16 @@ def test_moments_and_decoding_equal_those_of_diffusers(model, folder, images):
     np.testing.assert_allclose(decode(params, latents), torch_decode(model, latents / 0.7), atol=1e-4)
 
 
-def test_latents_are_drawn_from_the_moments_and_scaled(folder):
+def test_latents_are_sampled_from_the_moments_and_scaled(folder):
     vae = Autoencoder(weights=str(folder))
     rng = np.random.default_rng(2)
     mean, logvar = rng.normal(size=(2, 64, 64, 3)), np.full((2, 64, 64, 3), np.log(0.25))
     moments = jnp.asarray(np.concatenate([mean, logvar], -1), jnp.float32)
-    drawn = np.asarray(vae.sample({}, moments, KEY))
-    noise = (drawn / 0.7 - mean) / 0.5
-    assert drawn.dtype == np.float32
+    sampled = np.asarray(vae.sample({}, moments, KEY))
+    noise = (sampled / 0.7 - mean) / 0.5
+    assert sampled.dtype == np.float32
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    np.testing.assert_array_equal(drawn, vae.sample({}, moments, KEY))
+    np.testing.assert_array_equal(sampled, vae.sample({}, moments, KEY))
     still = jnp.concatenate([moments[..., :3], jnp.full_like(moments[..., 3:], -jnp.inf)], -1)
     np.testing.assert_allclose(vae.sample({}, still, KEY), 0.7 * mean, rtol=1e-6)
 
@@ -121,7 +121,7 @@ def test_a_shift_is_taken_off_before_the_scale(tmp_path, model):
     np.testing.assert_allclose(vae.sample({}, moments, KEY), (1 - 0.3) * 0.7, rtol=1e-6)
 
 
-def test_encode_draws_from_the_moments_and_decode_rounds(folder, images):
+def test_encode_samples_from_the_moments_and_decode_rounds(folder, images):
     vae, params, moments_of, decode = opened(folder)
     latents = vae.sample(params, moments_of(params, images), KEY)
     np.testing.assert_allclose(jax.jit(vae.encode)(params, images, KEY), latents, atol=1e-4)
@@ -201,8 +201,8 @@ def test_bfloat16_drifts_little(folder, images):
     _, _, low_moments, low_decode = opened(folder, dtype="bfloat16")
     exact, moments = np.asarray(moments_of(params, images)), np.asarray(low_moments(params, images))
     latents = 0.7 * exact[..., :3]
-    pictures, drifted = np.asarray(decode(params, latents)), np.asarray(low_decode(params, latents))
-    for right, found in ((exact, moments), (pictures, drifted)):
+    decoded, drifted = np.asarray(decode(params, latents)), np.asarray(low_decode(params, latents))
+    for right, found in ((exact, moments), (decoded, drifted)):
         error = np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2))
         assert 1e-5 < error < 0.03  # it is used, and costs about one part in a hundred
     assert moments.dtype == drifted.dtype == np.float32

@@ -62,7 +62,7 @@ def test_nested_compilations_count_once():
     assert seconds[COMPILE] == pytest.approx(5.0) and seconds[STEP] == pytest.approx(1.0)
 
 
-def test_jax_tells_the_recorder_what_it_compiles(tmp_path):
+def test_jax_reports_compilations_to_the_recorder(tmp_path):
     watch = Stopwatch()
     with Recorder(tmp_path, watch):
         watch.switch(STEP)
@@ -98,15 +98,15 @@ def test_a_run_killed_twice():
         row(150, 12, "saved", 100, start_up=10, step=40),
         row(151, 12, "done", 100, start_up=10, step=40, other=1),
     ]
-    figures = summarise([first, second, third])
-    seconds = figures["seconds"]
+    totals = summarise([first, second, third])
+    seconds = totals["seconds"]
     assert seconds[LOST] == 12 + 3 + 2  # steps 5 to 7 with their data, and the one that was not finished
     assert seconds[STEP] == 15 + 40 and seconds[DATA_WAIT] == 4 and seconds[CHECKPOINT] == 2
     assert seconds[START_UP] == 25 and seconds[OTHER] == 1
     assert seconds[DOWNTIME] == (60 - 48) + (100 - 65)
-    assert figures["wall"] == sum(seconds.values()) == 151
-    assert figures["goodput"] == pytest.approx(55 / 151)
-    assert (figures["starts"], figures["step"], figures["lost_steps"]) == (3, 12, 3)
+    assert totals["wall"] == sum(seconds.values()) == 151
+    assert totals["goodput"] == pytest.approx(55 / 151)
+    assert (totals["starts"], totals["step"], totals["lost_steps"]) == (3, 12, 3)
 
 
 def test_steps_gone_back_to_between_two_rows_split_the_time():
@@ -116,29 +116,29 @@ def test_steps_gone_back_to_between_two_rows_split_the_time():
         row(12, 10, "spike", step=12),
         row(12, 4, "back", step=12),
     ]
-    figures = summarise([[*rows, row(20, 12, "done", step=20)]])
-    assert figures["lost_steps"] == 6
-    assert figures["seconds"][LOST] == pytest.approx(6 + 2)
-    assert figures["seconds"][STEP] == pytest.approx(4 + 8)
+    totals = summarise([[*rows, row(20, 12, "done", step=20)]])
+    assert totals["lost_steps"] == 6
+    assert totals["seconds"][LOST] == pytest.approx(6 + 2)
+    assert totals["seconds"][STEP] == pytest.approx(4 + 8)
 
 
 def test_a_finished_run_has_no_downtime_after_it():
     done = [row(0, 0, "resumed"), row(5, 5, "done", step=5)]
     again = [row(1001, 5, "resumed", 1000, start_up=1), row(1003, 7, "done", 1000, start_up=1, step=2)]
-    figures = summarise([done, again])
-    assert figures["seconds"][DOWNTIME] == 0 and figures["wall"] == 8 and figures["lost_steps"] == 0
+    totals = summarise([done, again])
+    assert totals["seconds"][DOWNTIME] == 0 and totals["wall"] == 8 and totals["lost_steps"] == 0
 
 
 def test_a_checkpoint_newer_than_the_last_row_loses_nothing():
     killed = [row(0, 0, "resumed"), row(4, 4, step=4), row(8, 4, step=8)]
-    figures = summarise([killed, [row(20, 8, "resumed", 10, start_up=10)]])
-    assert figures["seconds"][LOST] == 0 and figures["seconds"][STEP] == 8 and figures["step"] == 8
+    totals = summarise([killed, [row(20, 8, "resumed", 10, start_up=10)]])
+    assert totals["seconds"][LOST] == 0 and totals["seconds"][STEP] == 8 and totals["step"] == 8
 
 
 def test_nothing_recorded():
-    figures = summarise([])
-    assert figures["wall"] == 0 and figures["goodput"] == 0 and figures["starts"] == 0
-    assert goodput.lines(figures) == ["no record of its time (runs of older versions kept none)"]
+    totals = summarise([])
+    assert totals["wall"] == 0 and totals["goodput"] == 0 and totals["starts"] == 0
+    assert goodput.lines(totals) == ["no record of its time (runs of older versions kept none)"]
 
 
 def test_rows_grow_slowly_with_the_length_of_a_start(tmp_path):
@@ -146,30 +146,30 @@ def test_rows_grow_slowly_with_the_length_of_a_start(tmp_path):
     with Recorder(tmp_path, clock.watch) as recorder:
         for step in range(1, 20_001):
             clock.now += 1
-            recorder.tell("step", step)
+            recorder.record("step", step)
     rows = (tmp_path / "segment-00001.jsonl").read_text().splitlines()
     assert 200 < len(rows) < 1500
     assert json.loads(rows[-1])["step"] == 20_000 and json.loads(rows[-1])["event"] == "done"
 
 
-def test_a_loop_that_is_held_up_still_tells_its_time(tmp_path):
+def test_a_blocked_loop_still_records_its_time(tmp_path):
     with Recorder(tmp_path, Stopwatch()) as recorder:
-        recorder.tell("resumed", 3)
+        recorder.record("resumed", 3)
         until = time.monotonic() + 60
-        while (told := goodput.summary(tmp_path))["wall"] <= 0.9 and time.monotonic() < until:
+        while (printed := goodput.summary(tmp_path))["wall"] <= 0.9 and time.monotonic() < until:
             time.sleep(0.1)  # as a kill at this moment would leave it; a loaded machine writes late
-    assert told["wall"] > 0.9 and told["step"] == 3
+    assert printed["wall"] > 0.9 and printed["step"] == 3
 
 
 def test_only_the_first_process_records(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with Recorder(tmp_path, Stopwatch()) as recorder:
-        recorder.tell("saved", 1)
+        recorder.record("saved", 1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_lines_show_seconds_and_shares():
-    told = goodput.lines(summarise([[row(0, 0, "resumed"), row(100, 50, "done", step=75, evaluation=25)]]))
-    assert ["step", "75.0", "75.0%"] in [line.split() for line in told]
-    assert ["wall", "time", "100.0", "100.0%"] in [line.split() for line in told]
-    assert told[-1] == "goodput 75.0% over 1 start, step 50, 0 steps lost"
+    printed = goodput.lines(summarise([[row(0, 0, "resumed"), row(100, 50, "done", step=75, evaluation=25)]]))
+    assert ["step", "75.0", "75.0%"] in [line.split() for line in printed]
+    assert ["wall", "time", "100.0", "100.0%"] in [line.split() for line in printed]
+    assert printed[-1] == "goodput 75.0% over 1 start, step 50, 0 steps lost"

@@ -38,7 +38,7 @@ def traced_steps(directory):
 def test_the_window_is_traced_and_nothing_else(tmp_path):
     assert loop(tmp_path, (3, 4), range(1, 8)) == [4]
     assert traced_steps(tmp_path) == ({3, 4}, 1)
-    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))  # where TensorBoard's plugin looks
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))  # where TensorBoard's plugin reads
 
 
 def test_a_start_inside_the_window_traces_its_rest_and_one_after_it_nothing(tmp_path):

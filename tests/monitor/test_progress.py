@@ -113,10 +113,10 @@ def test_plain_lines_now_and_then_when_not_a_terminal():
     assert [line.split(",")[0] for line in lines] == [f"step {s}/100" for s in (30, 40, 50, 60)]
     assert lines[-1] == ("step 60/100, loss 0.0167, 1 steps/s, 8 images/s, 00:40 to go, data wait 50%")
     progress.close()
-    assert stream.getvalue().splitlines() == lines  # the last step is told already
+    assert stream.getvalue().splitlines() == lines  # the last step was printed already
 
 
-def test_the_last_step_is_told_at_the_end():
+def test_the_last_step_is_printed_at_the_end():
     stream, clock = io.StringIO(), Clock()
     progress = progress_on(stream, clock, every=10.0)
     run(progress, clock, range(21, 26), mark=lambda step: progress.update(step, loss=2.0))

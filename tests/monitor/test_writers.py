@@ -26,7 +26,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def pictures(count, seed=0):
+def random_images(count, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 6, 3), dtype=np.uint8)
 
 
@@ -120,7 +120,7 @@ def test_everything_else_is_in_the_segment_too(tmp_path):
     writer = JsonlWriter(tmp_path)
     writer.hparams({"seed": 1, "optim.ema": (0.9, 0.99), "optim.decay": "cosine", "note": "a \u2028 b"})
     writer.parameter_overview(PARAMS)
-    writer.images(5, {"samples/grid": pictures(1)[0]})
+    writer.images(5, {"samples/grid": random_images(1)[0]})
     writer.close()
     hparams, overview, images = rows_by_newline(writer.segment)
     hparams["hparams"].pop("note")
@@ -128,7 +128,7 @@ def test_everything_else_is_in_the_segment_too(tmp_path):
     assert "1,004" in overview["parameter_overview"]
     assert "dense/kernel" in overview["parameter_overview"]
     saved = {name: np.asarray(Image.open(tmp_path / file)) for name, file in images["images"].items()}
-    np.testing.assert_array_equal(saved["samples/grid"], pictures(1)[0])
+    np.testing.assert_array_equal(saved["samples/grid"], random_images(1)[0])
 
 
 def rows_by_newline(path):
@@ -146,16 +146,16 @@ def test_parameter_table_without_clu(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["tensorflow", "tensorboard", "clu.metric_writers"])
-def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch, capsys, missing):
+def test_a_missing_package_is_reported_in_one_line(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     for name in ("tensorflow", "tensorboard", "clu.metric_writers"):
         if name != missing:
             monkeypatch.setitem(sys.modules, name, sys)  # whatever can be imported
     with create_writer(tmp_path / "metrics", tmp_path / "tensorboard") as writer:
         writer.scalars(1, {"loss": 1.0})
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert missing in told and 'pip install "scaling-dit[tensorboard]"' in told
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert missing in printed and 'pip install "scaling-dit[tensorboard]"' in printed
     assert read_scalars(tmp_path / "metrics") == [{"step": 1, "loss": 1.0}]
     assert not (tmp_path / "tensorboard").exists()
 
@@ -164,7 +164,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with create_writer(tmp_path / "metrics", tmp_path / "tensorboard") as writer:
         writer.scalars(1, {"loss": 1.0})
-        writer.images(1, {"grid": pictures(1)[0]})
+        writer.images(1, {"grid": random_images(1)[0]})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -226,7 +226,7 @@ def test_products_apart_are_the_parts_of_one_product():
 
 @pytest.mark.parametrize("init", [layers.NORMAL_002, nn.initializers.xavier_uniform()])
 def test_a_kernel_apart_starts_with_the_spread_of_the_fused_one(init):
-    """An initialiser that looks at the shape sees the parts where the fused kernel has them."""
+    """An initializer that depends on the shape sees the parts where the fused kernel has them."""
     x = jnp.ones((1, 6))
     one = layers.Dense((3, 8), ("embed", None, "mlp"), kernel_init=init)
     apart = layers.Dense((3, 8), (None, "embed", "mlp"), apart=True, kernel_init=init)

@@ -147,13 +147,13 @@ def choice(**changed):
     return (q, k, v), next(iter(chosen)).implementation
 
 
-@pytest.mark.parametrize("changed, told", OBSTACLES)
-def test_what_it_cannot_take_is_told_and_left_to_xla(monkeypatch, changed, told):
+@pytest.mark.parametrize("changed, reason", OBSTACLES)
+def test_inputs_it_cannot_take_are_reported_and_left_to_xla(monkeypatch, changed, reason):
     pretend_tpu(monkeypatch)
     qkv, implementation = choice(**changed)
     assert implementation == ("splash" if changed.get("keys", 0) >= attention_lib.SPLASH_FROM else "xla")
     with pytest.raises(
-        UserError, match=f"attention='short' cannot run: {told}; use attention='xla' or 'auto'"
+        UserError, match=f"attention='short' cannot run: {reason}; use attention='xla' or 'auto'"
     ):
         attention(*qkv, implementation="short")
 

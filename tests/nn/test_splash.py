@@ -118,12 +118,12 @@ def test_an_explicit_splash_never_falls_back(monkeypatch):
     qkv, _ = inputs(queries=6, keys=5, heads=3, kv_heads=3, size=8)
     with pytest.raises(UserError, match="attention='splash' cannot run: the backend is cpu, it needs tpu"):
         attention(*qkv, implementation="splash")
-    for axes, told in (
+    for axes, message in (
         ({"data": 1, "fsdp": 4}, "2 examples cannot be split over data x fsdp = 4"),
         ({"data": 2, "tensor": 2}, "3 heads cannot be split over tensor = 2"),
     ):
         mesh = make_mesh(**axes, devices=jax.devices()[:4])
-        with rules.activate(mesh), tpu(monkeypatch, []), pytest.raises(UserError, match=told):
+        with rules.activate(mesh), tpu(monkeypatch, []), pytest.raises(UserError, match=message):
             attention(*qkv, implementation="splash")
 
 

@@ -40,7 +40,7 @@ def start(workdir, steps: int) -> dict[str, int]:
 def test_a_second_start_compiles_nothing(tmp_path):
     first = start(tmp_path, 4)
     assert first["misses"] > 0  # everything is compiled here
-    # A start that goes on restores a checkpoint and does not draw parameters, so it needs other small programs.
+    # A start that resumes restores a checkpoint and does not initialise parameters, so it needs other small programs.
     start(tmp_path, 8)
     again = start(tmp_path, 12)
     assert again["misses"] == 0 and again["hits"] > 0

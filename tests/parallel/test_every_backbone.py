@@ -1,4 +1,4 @@
-"""Every backbone computes on a mesh what it computes on one device: XLA has split products wrongly without a word."""
+"""Every backbone computes on a mesh what it computes on one device: XLA has split products wrongly and silently."""
 
 import functools
 
@@ -49,8 +49,8 @@ def outcome(name, modes, mesh=None):
 
 def flatten(result):
     (loss, prediction), (grads, grad_latents) = jax.device_get(result)
-    told = {"loss": loss, "prediction": prediction, "latents": grad_latents}
-    return traverse_util.flatten_dict(grads, sep="/") | told
+    results = {"loss": loss, "prediction": prediction, "latents": grad_latents}
+    return traverse_util.flatten_dict(grads, sep="/") | results
 
 
 @functools.cache

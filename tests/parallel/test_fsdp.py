@@ -104,20 +104,20 @@ def test_rings_are_planes_and_lines_of_the_torus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, gather_once, told",
+    "kind, gather_once, expected",
     [
         ("cpu", False, "for the gathers of sharding.gather_once, which is off"),
         ("TPU v5 lite", True, "sharding.sparse_core is for v5p and v6e; the mesh is of v5e"),
         ("TPU v4", True, "the mesh is of v4"),
     ],
 )
-def test_sparse_cores_are_refused_where_there_are_none_or_nothing_to_gather(kind, gather_once, told):
+def test_sparse_cores_are_refused_where_there_are_none_or_nothing_to_gather(kind, gather_once, expected):
     def mesh(kind):
         return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)]))
 
     for there in ("cpu", "TPU v5", "TPU v6 lite"):
         fsdp.check_sparse_core(mesh(there), True)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         fsdp.check_sparse_core(mesh(kind), gather_once)
 
 

@@ -43,7 +43,7 @@ def test_some_devices_only():
 
 
 @pytest.mark.parametrize(
-    "sizes, told",
+    "sizes, expected",
     [
         ({"data": 3, "fsdp": 2}, ["multiply to 6", "8 devices", "-1"]),
         ({"data": -1, "fsdp": 3}, ["parts of 3", "divisor of 8", "data"]),
@@ -54,11 +54,11 @@ def test_some_devices_only():
         ({"slices": 0}, ["slices=0"]),
     ],
 )
-def test_wrong_sizes_give_one_line(sizes, told):
+def test_wrong_sizes_give_one_line(sizes, expected):
     with pytest.raises(UserError) as error:
         make_mesh(**sizes)
     assert "\n" not in str(error.value)
-    for part in told:
+    for part in expected:
         assert part in str(error.value)
 
 

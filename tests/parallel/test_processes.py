@@ -69,7 +69,7 @@ def test_two_processes_share_a_batch_and_a_checkpoint(tmp_path):
         )
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=240)[0] for process in processes]
-    for rank, (process, text) in enumerate(zip(processes, told, strict=True)):
+    output = [process.communicate(timeout=240)[0] for process in processes]
+    for rank, (process, text) in enumerate(zip(processes, output, strict=True)):
         assert process.returncode == 0, text
         assert f"done {rank}" in text

@@ -38,20 +38,20 @@ def test_all_come(address):
 
 
 def test_those_that_do_not_come_are_named_in_all_others(address):
-    told = meet_all(address, [(0, ABOUT), (2, ABOUT)], 5, seconds=1.0)
+    answers = meet_all(address, [(0, ABOUT), (2, ABOUT)], 5, seconds=1.0)
     expected = f"processes 1, 3, 4 of 5 did not come to {address} within 1 s"
-    assert told == [(75, expected)] * 2  # worth a retry
+    assert answers == [(75, expected)] * 2  # worth a retry
 
 
 def test_many_missing_ones_are_counted(address):
-    ((code, told),) = meet_all(address, [(0, ABOUT)], 32, seconds=0.2)
-    assert code == 75 and told.startswith("processes 1, 2, 3, 4, 5, 6, 7, 8 and 23 more of 32")
+    ((code, answers),) = meet_all(address, [(0, ABOUT)], 32, seconds=0.2)
+    assert code == 75 and answers.startswith("processes 1, 2, 3, 4, 5, 6, 7, 8 and 23 more of 32")
 
 
 def test_no_process_0(address):
-    (told,) = meet_all(address, [(1, ABOUT)], 2, seconds=0.5)
+    (answers,) = meet_all(address, [(1, ABOUT)], 2, seconds=0.5)
     line = f"process 0 did not answer at {address} within 0.5 s; is it started, and is the port open?"
-    assert told == (75, line)
+    assert answers == (75, line)
 
 
 def test_a_call_that_meets_itself_is_no_answer(address, monkeypatch):
@@ -69,10 +69,10 @@ def test_a_call_that_meets_itself_is_no_answer(address, monkeypatch):
         rendezvous.meet(address, 2, 1, 0.5, ABOUT)
 
 
-def test_other_versions_are_told_in_all(address):
-    told = meet_all(address, [(0, ABOUT), (1, {"jax": "1.2.4"})], 2)
+def test_other_versions_are_reported_by_all(address):
+    answers = meet_all(address, [(0, ABOUT), (1, {"jax": "1.2.4"})], 2)
     line = "process 1 has jax 1.2.4, process 0 has 1.2.3; start all of them alike"
-    assert told == [(2, line)] * 2  # a mistake
+    assert answers == [(2, line)] * 2  # a mistake
 
 
 def test_other_counts_of_processes(address):
@@ -83,13 +83,13 @@ def test_other_counts_of_processes(address):
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        told = [result.result() for result in (pool.submit(meet, 0, 2), pool.submit(meet, 1, 3))]
-    assert told == ["process 1 has --processes 3, process 0 has 2; start all of them alike"] * 2
+        answers = [result.result() for result in (pool.submit(meet, 0, 2), pool.submit(meet, 1, 3))]
+    assert answers == ["process 1 has --processes 3, process 0 has 2; start all of them alike"] * 2
 
 
 def test_one_number_given_twice(address):
-    told = meet_all(address, [(0, ABOUT), (1, ABOUT), (1, ABOUT)], 3)
-    assert told == [(2, "process 1 came twice; give each process its own --process")] * 3
+    answers = meet_all(address, [(0, ABOUT), (1, ABOUT), (1, ABOUT)], 3)
+    assert answers == [(2, "process 1 came twice; give each process its own --process")] * 3
 
 
 def test_a_call_of_someone_else_is_not_counted(address):

@@ -248,14 +248,14 @@ def test_a_batch_is_rounded_up_to_what_the_mesh_splits(batch, rounded):
     assert rules.round_batch(make_mesh(data=1, tensor=8), batch) == batch
 
 
-def test_a_batch_that_does_not_divide_is_told_in_one_line():
+def test_a_batch_that_does_not_divide_is_reported_in_one_line():
     mesh = make_mesh(data=2, fsdp=4)
     for call in (lambda: rules.local_positions(mesh, 12), lambda: rules.to_global(batch_of(12), mesh, 12)):
         with pytest.raises(UserError, match=r"batch 12 .*data=2 x fsdp=4 = 8 .*: 16"):
             call()
 
 
-def test_what_stays_whole_is_told():
+def test_what_stays_whole_is_reported():
     mesh = make_mesh(data=2, fsdp=4)
     variables = {
         "kernel": box((16, 64), "embed", "mlp"),

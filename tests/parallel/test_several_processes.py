@@ -49,9 +49,9 @@ def start(workdir: pathlib.Path, count: int, *overrides: str) -> list[subprocess
 
 def finish(started: list[subprocess.Popen], code: int = 0) -> list[str]:
     """What each said on stderr; all must end with `code`."""
-    told = [process.communicate(timeout=900)[1] for process in started]
-    assert [process.returncode for process in started] == [code] * len(started), "\n----\n".join(told)
-    return told
+    output = [process.communicate(timeout=900)[1] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), "\n----\n".join(output)
+    return output
 
 
 def wait_for_step(workdir: pathlib.Path, step: int, started: list[subprocess.Popen]) -> None:
@@ -101,12 +101,12 @@ def test_a_lost_process_ends_the_others_and_another_count_goes_on(tmp_path, lost
     os.kill(child(started[lost]), signal.SIGKILL)
     began = time.monotonic()
     other = started[1 - lost]
-    told = other.communicate(timeout=3 * HEARTBEAT)[1]
+    output = other.communicate(timeout=3 * HEARTBEAT)[1]
     assert time.monotonic() - began < HEARTBEAT + 10  # some seconds for what the machine does besides
     assert other.returncode == 75
-    (line,) = re.findall(r"scaling-dit: .*lost.*", told)
+    (line,) = re.findall(r"scaling-dit: .*lost.*", output)
     assert line.startswith(f"scaling-dit: process {lost} is lost: ")
-    assert "Check failure" not in told and "Traceback" not in told
+    assert "Check failure" not in output and "Traceback" not in output
     assert "ended by SIGKILL" in started[lost].communicate(timeout=60)[1]
     assert started[lost].returncode == 137
 
@@ -126,20 +126,20 @@ def test_sigterm_at_one_process_saves_the_same_step_in_all(tmp_path):
     started = start(tmp_path, 2, "--config.steps=100000", "--config.eval.every=0")
     wait_for_step(tmp_path, 5, started)
     started[1].send_signal(signal.SIGTERM)
-    steps = [re.findall(r"SIGTERM: saved step (\d+);", told) for told in finish(started, code=75)]
+    steps = [re.findall(r"SIGTERM: saved step (\d+);", output) for output in finish(started, code=75)]
     assert len(steps[0]) == 1 and steps[0] == steps[1]
     assert pipeline.load(tmp_path).step == int(steps[0][0])
 
 
 @pytest.mark.slow
-def test_a_mistake_of_one_process_and_one_that_is_missing_are_told(tmp_path):
+def test_a_mistake_of_one_process_and_a_missing_process_are_reported(tmp_path):
     started = start(tmp_path, 2, "--config.processes.start_up=15")
     started[1].kill()
     started[1].communicate()
-    told = started[0].communicate(timeout=120)[1]
+    output = started[0].communicate(timeout=120)[1]
     assert started[0].returncode == 75
     assert (
-        told.strip()
+        output.strip()
         .splitlines()[-1]
         .startswith("scaling-dit: error: process 1 of 2 did not come to localhost:")
     )
@@ -214,11 +214,11 @@ def test_a_process_that_fails_ends_without_jaxs_shutdown(monkeypatch, capsys):
     assert codes == [3, 1, 1] and slept == []
     processes.together(raises(jax.errors.JaxRuntimeError("Gloo: connection closed")), 100)
     assert codes == [3, 1, 1, 1] and slept == [115]  # the runtime may know better in the meantime
-    told = capsys.readouterr().err
-    assert told.count("Traceback") == 3 and "ValueError: unforeseen" in told
+    output = capsys.readouterr().err
+    assert output.count("Traceback") == 3 and "ValueError: unforeseen" in output
 
 
-def test_mistakes_are_told_by_the_process_that_makes_them(monkeypatch, tmp_path, capsys):
+def test_mistakes_are_reported_by_the_process_that_makes_them(monkeypatch, tmp_path, capsys):
     """What the verb hands over to run in company ends in an exit code, not in an exception that all would wait for."""
     from scaling_dit.cli import main as cli
 

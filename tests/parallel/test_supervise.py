@@ -54,11 +54,11 @@ def forward(text: str, chunks: int = 7) -> tuple[str, str]:
 
 @pytest.mark.parametrize("chunks", [1, 7, 100_000])
 def test_everything_but_the_dump_is_passed_on(chunks):
-    told = "one\n\rstep 1\rstep 2\nE1121 10:00:00.000000 1 other.cc:1] kept\nFinally\n"
-    passed, dump = forward(told + SERVICE + HEAD + UNHEALTHY.format("1\n"), chunks)
-    assert passed == told
+    output = "one\n\rstep 1\rstep 2\nE1121 10:00:00.000000 1 other.cc:1] kept\nFinally\n"
+    passed, dump = forward(output + SERVICE + HEAD + UNHEALTHY.format("1\n"), chunks)
+    assert passed == output
     assert dump.startswith("F1121") and "SendToLog" in dump
-    assert forward(told + "no end of line", chunks) == (told + "no end of line", "")
+    assert forward(output + "no end of line", chunks) == (output + "no end of line", "")
 
 
 def test_what_follows_the_runtimes_message_is_passed_on():
@@ -79,7 +79,7 @@ def test_what_follows_the_runtimes_message_is_passed_on():
 def test_the_line_names_the_process(dump, start):
     line = supervise.lost_line(HEAD + dump)
     assert line.startswith(start) and "\n" not in line
-    assert "goes on from the last checkpoint" in line
+    assert "resumes from the last checkpoint" in line
 
 
 def supervised(program: str, **options) -> subprocess.Popen:
@@ -117,7 +117,7 @@ def test_a_dump_becomes_a_line_and_the_code_of_a_lost_process():
     assert errors.count("\n") == 1 and errors.startswith("scaling-dit: process 1 is lost: ")
 
 
-def test_a_signal_is_told():
+def test_a_signal_is_reported():
     process = supervised("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert (
         process.communicate(timeout=60)[1]
@@ -175,4 +175,4 @@ def test_the_child_does_not_outlive_its_parent():
                 break
         time.sleep(0.05)
     else:
-        raise AssertionError("the child goes on")
+        raise AssertionError("the child still runs")

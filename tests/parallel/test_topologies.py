@@ -27,7 +27,7 @@ def test_chips_and_hosts(text, slices, chips, hosts):
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, expected",
     [
         ("v5p-128", "give the shape of the slice, such as v5p:4x4x4"),
         ("v5q:4x4", "did you mean"),
@@ -37,10 +37,10 @@ def test_chips_and_hosts(text, slices, chips, hosts):
         ("h200:8", "no generation 'h200'"),
     ],
 )
-def test_a_shape_that_is_none_is_one_line(text, told):
+def test_a_shape_that_is_none_is_one_line(text, expected):
     with pytest.raises(UserError, match=f"--topology={text}") as error:
         parse(text)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_local_devices_are_a_topology():

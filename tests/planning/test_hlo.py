@@ -77,7 +77,7 @@ def test_a_convolution_counts_the_places_that_meet_data(stride, padding, dilatio
     assert read(convolve, x, kernel).flops == 2 * int(ones.sum())
 
 
-def test_collectives_are_told_apart_by_mesh_axis():
+def test_collectives_are_counted_by_mesh_axis():
     mesh = make_mesh(**AXES)
     n = 512
 
@@ -248,7 +248,7 @@ def test_what_lies_on_the_chip_is_no_hbm_traffic():
     assert started == 16 * 8 * 2  # its result; %w lies in memory space 1
 
 
-def test_a_loop_without_a_bound_is_told():
+def test_a_loop_without_a_bound_is_reported():
     text = TPU.replace("direction=LT", "direction=NE")
     found = hlo_cost.statistics(hlo.Program(text), Layout(AXES))
     assert found.unknown_loops == 1 and found.flops == 2 * 32 * 16 * 8

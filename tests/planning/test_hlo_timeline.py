@@ -67,7 +67,7 @@ def test_sparse_cores_begin_with_their_update():
 
 
 def test_fusions_that_go_on_with_a_gather_hand_it_on():
-    """A v5e begins a gather in one fusion, goes on beside products in others, and waits in a last one."""
+    """A v5e begins a gather in one fusion, continues it beside products in others, and waits for it in a last one."""
     part = (
         "%NAME (p: f32[1]) -> f32[4] {\n  %p = f32[1]{0} parameter(0)\n"
         f"  ROOT %NAME_g = f32[4]{{0}} all-gather(%p), {GROUPS}, dimensions={{0}}\n}}"

@@ -148,19 +148,19 @@ def test_a_quick_search_ranks_by_the_limit():
 
 
 @pytest.mark.parametrize(
-    "program, places, told",
+    "program, places, expected",
     [
-        ("HloModule m\n\nENTRY %main {\n}\n\n", None, "does not write how it lays a program out"),
-        ("HloModule m\n\nENTRY %main {\n}\n\n", "", "cut short"),
-        ("HloModule m\n\nENTRY %main {\n}\n\n", "BufferAssignment:\nallocation 0: si", "cut short"),
+        ("HloModule m\n\nENTRY %main {\n}\n\n", None, "does not write its memory layout"),
+        ("HloModule m\n\nENTRY %main {\n}\n\n", "", "is incomplete"),
+        ("HloModule m\n\nENTRY %main {\n}\n\n", "BufferAssignment:\nallocation 0: si", "is incomplete"),
         (
             "HloModule m\n\nENTRY %ma",
             "allocation 1: size 8, page 0, parameter 0, shape |f32[2]|:\n",
-            "cut short",
+            "is incomplete",
         ),
     ],
 )
-def test_a_layout_that_is_not_there_or_cut_short_is_no_plan(program, places, told):
+def test_a_layout_that_is_not_there_or_cut_short_is_no_plan(program, places, expected):
     class Lowered:
         """Writes what a compiler writes."""
 
@@ -173,14 +173,14 @@ def test_a_layout_that_is_not_there_or_cut_short_is_no_plan(program, places, tol
             for name, text in files.items():
                 (folder / f"module_0000.jit_step.{name}").write_text(text)
 
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         plan_compile.outline_program(Lowered(), 8, parse("v5e:2x2"))
 
 
 def test_a_process_that_is_killed_is_one_line(monkeypatch):
     monkeypatch.setattr(plan_quick, "__name__", "this_is_no_module")
     config = config_lib.load(SMOKE, FSDP)
-    with pytest.raises(UserError, match="ended with code 1; what it says is above"):
+    with pytest.raises(UserError, match="ended with code 1; its messages are above"):
         plan_quick.make(config, parse("v5e:2x2"))
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9))
     with pytest.raises(UserError, match="ended by SIGKILL; is there too little memory"):
@@ -213,7 +213,7 @@ def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, expected",
     [
         (
             ["--topology=local", "--config=shapes:smoke", "--search"],
@@ -222,9 +222,9 @@ def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
         (["--topology=v5e:2x2", "--config=shapes:smoke", "--config.batch=6"], "batch 6 cannot be split"),
     ],
 )
-def test_a_mistake_in_a_quick_plan_is_one_line(flags, told):
+def test_a_mistake_in_a_quick_plan_is_one_line(flags, expected):
     done = command(*flags, "--quick", code=2)
-    assert told in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert expected in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_places_in_memory_are_added_up():

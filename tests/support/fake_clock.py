@@ -4,7 +4,7 @@ from scaling_dit.monitor.goodput import Stopwatch
 
 
 class Clock:
-    """Seconds that pass only when told to, and a stopwatch that reads them."""
+    """Seconds that pass only when a test advances them, and a stopwatch that reads them."""
 
     def __init__(self, now: float = 1000.0):
         self.now = now

@@ -1,4 +1,4 @@
-"""What the tests of sources of encoded images share: pictures, and reading through the loader."""
+"""Helpers for the tests of sources of encoded images: image files, and reading through the loader."""
 
 import io
 
@@ -11,14 +11,14 @@ SIZE, BATCH = 8, 16
 
 
 def encoded(image, kind="PNG", **options):
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def picture(number, kind="PNG"):
-    """The file of a picture of one colour, which is its number."""
+    """The file of an image of one colour, which encodes its number."""
     return encoded(Image.new("RGB", (SIZE, SIZE), colour(number)), kind)
 
 
@@ -57,5 +57,5 @@ def check_same_rows_for_any_split(make, steps=6):
         for found, expected in zip(part, whole[start:], strict=True):
             for mine, all_rows in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(mine, all_rows[list(positions)])
-    for images, numbers in whole:  # picture and caption are of one record
+    for images, numbers in whole:  # image and caption belong to one record
         np.testing.assert_array_equal(images[:, 0, 0], [colour(int(number)) for number in numbers])

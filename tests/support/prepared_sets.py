@@ -15,7 +15,7 @@ SIDE = 16
 
 
 def config_of(folder, *overrides):
-    """A config that prepares the tars of a folder, with the DCT codec unless told otherwise."""
+    """A config that prepares the tars of a folder, with the DCT codec by default."""
     base = (
         f"--config.source.name=webdataset:{folder}/*.tar",
         f"--config.source.image_size={SIDE}",
@@ -54,7 +54,7 @@ def read_parts(folder):
 
 
 def assert_holds(folder, made):
-    """A set holds every sound picture of a raw set, and tells what was wrong with the others, one by one."""
+    """A set holds every sound image of a raw set, and reports the fault of each other one."""
     records = read_all(folder)
     assert {key: record["captions"] for key, record in records.items()} == {
         key: (caption,) for key, caption in made.good.items()
@@ -66,10 +66,10 @@ def assert_holds(folder, made):
     assert {kind: sorted(keys) for kind, keys in found.items()} == {
         kind: sorted(keys) for kind, keys in made.broken.items()
     }
-    told = manifest.read(epath.Path(folder))
-    assert {kind: left["count"] for kind, left in told.left_out.items()} == {
+    found = manifest.read(epath.Path(folder))
+    assert {kind: left["count"] for kind, left in found.left_out.items()} == {
         kind: len(keys) for kind, keys in made.broken.items() if keys
     }
-    assert all(1 <= len(left["examples"]) <= manifest.EXAMPLES for left in told.left_out.values())
-    assert sum(told.records.values()) == len(made.good)
-    assert told.read == len(made.good) + sum(len(keys) for keys in made.broken.values())
+    assert all(1 <= len(left["examples"]) <= manifest.EXAMPLES for left in found.left_out.values())
+    assert sum(found.records.values()) == len(made.good)
+    assert found.read == len(made.good) + sum(len(keys) for keys in made.broken.values())

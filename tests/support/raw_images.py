@@ -1,4 +1,4 @@
-"""Webdatasets of real and drawn pictures with every kind of damage, and the list of what is wrong with which."""
+"""Webdatasets of real and rendered images with every kind of damage, and the list of the damage."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def photographs():
 def write_webdataset(folder, tars, samples, *, broken=0.01, seed=0, sides=(32, 64)):
     """`tars` tars of `samples` each; a share of `broken` is spread over all kinds of damage.
 
-    Pictures are crops of a photograph or a scene of shapes, in turn over the three formats; every tenth picture is one
+    Images are crops of a photograph or a scene of shapes, in turn over the three formats; every tenth image is one
     that came before, under a key of its own.
     """
     rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def write_webdataset(folder, tars, samples, *, broken=0.01, seed=0, sides=(32, 6
                 if i % 10 == 9 and earlier:
                     image, extension = earlier[int(rng.integers(len(earlier)))]
                 else:
-                    image = _encode(_picture(rng, photos, scenes, sides), extension)
+                    image = _encode(_image(rng, photos, scenes, sides), extension)
                     if len(earlier) < 200:
                         earlier.append((image, extension))
                 _write(tar, made, f"{name}/{key}", key, extension, image, kind, rng)
@@ -69,7 +69,7 @@ def write_webdataset(folder, tars, samples, *, broken=0.01, seed=0, sides=(32, 6
     return made
 
 
-def _picture(rng, photos, scenes, sides):
+def _image(rng, photos, scenes, sides):
     side = int(rng.integers(*sides, endpoint=True))
     if rng.random() < 0.3:
         return Image.fromarray(scenes[int(rng.integers(len(scenes)))]).resize((side, side))
@@ -81,9 +81,9 @@ def _picture(rng, photos, scenes, sides):
     return Image.fromarray(photo[top : top + height, left : left + width])
 
 
-def _encode(picture, extension):
+def _encode(image, extension):
     buffer = io.BytesIO()
-    picture.save(buffer, **FORMATS[extension])
+    image.save(buffer, **FORMATS[extension])
     return buffer.getvalue()
 
 

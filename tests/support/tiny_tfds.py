@@ -1,4 +1,4 @@
-"""A TFDS builder for tests: prepared without TensorFlow, since its pictures are given as files.
+"""A TFDS builder for tests: prepared without TensorFlow, because its images are given as files.
 
 In a file of its own, because TFDS asks a builder for the folder that its class stands in.
 """
@@ -21,7 +21,7 @@ def alt(number):
 class TinySet(tfds.core.GeneratorBasedBuilder):
     """The features that `coco_captions` has, as far as they matter, and synthetic captions.
 
-    `files` replaces the picture of some numbers, `texts` their captions.
+    `files` replaces the image of some numbers, `texts` their captions.
     """
 
     VERSION = tfds.core.Version("1.2.0")

@@ -99,11 +99,11 @@ if __name__ == "__main__":
     for lay_out in (scanning._layer_by_layer, lambda stacks: stacks):
         scanning._layer_by_layer = lay_out
         cut.append(cutting(compile_stack(many, rows=2048, width=1280, depth=10, gather_once=True)))
-    told = {
+    results = {
         "slices": [sorted({device.slice_index for device in row.flat}) for row in across.devices],
         "bfloat16": summed_types(plain),
         "float32": summed_types(compile_stack(mesh, dtype="float32")),
         "on host": [c.memory_analysis().host_temp_size_in_bytes for c in (plain, offloaded)],
         "cut out": cut,
     }
-    print(json.dumps(told))
+    print(json.dumps(results))

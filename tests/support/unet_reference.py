@@ -26,13 +26,13 @@ SCANNED_DOTS = {"scan_layers": True, "remat": "dots"}
 
 
 def small(**fields):
-    """A UNet of 32 channels and heads of 16; SDXL's form unless told otherwise."""
+    """A UNet of 32 channels and heads of 16; SDXL's form by default."""
     tiny = {"size": "sdxl", "channels": 32, "head_dim": 16, "in_channels": 3, "text_dim": 12}
     return backbones.create("unet", **(tiny | SDXL | fields))
 
 
 def small_if(**fields):
-    """IF's UNet of 32 channels and heads of 16; three levels with attention at two unless told otherwise."""
+    """IF's UNet of 32 channels and heads of 16; three levels with attention at two by default."""
     tiny = {"channels": 32, "head_dim": 16, "in_channels": 3, "text_dim": 12}
     return backbones.create("unet_if", **(tiny | IF | fields))
 

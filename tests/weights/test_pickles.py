@@ -42,9 +42,11 @@ def test_types_views_and_shared_tensors_come_back(tmp_path, capsys):
     for name, value in weights.items():
         assert str(found[name].dtype) == str(value.dtype).removeprefix("torch.")
         np.testing.assert_array_equal(found[name].astype(np.float32), value.float().numpy())
-    told = metadata(tmp_path / "model.safetensors")
-    assert told["source_sha256"] == hashlib.sha256((tmp_path / "last.ckpt").read_bytes()).hexdigest()
-    assert (told["source"], told["format"]) == ("last.ckpt", "pt")
+    metadata_of_file = metadata(tmp_path / "model.safetensors")
+    assert (
+        metadata_of_file["source_sha256"] == hashlib.sha256((tmp_path / "last.ckpt").read_bytes()).hexdigest()
+    )
+    assert (metadata_of_file["source"], metadata_of_file["format"]) == ("last.ckpt", "pt")
 
 
 def test_shards_get_an_index_and_are_read_as_a_place(tmp_path, capsys):
@@ -92,7 +94,7 @@ class Trap:
         ({"a": torch.ones(2).to_sparse()}, "sparse"),
     ],
 )
-def test_what_cannot_be_converted_is_told_in_one_line(content, message, tmp_path, capsys):
+def test_files_that_cannot_be_converted_are_reported_in_one_line(content, message, tmp_path, capsys):
     torch.save(content, tmp_path / "a.pt")
     assert convert(tmp_path / "a.pt", tmp_path / "model.safetensors") == 2
     printed = capsys.readouterr()

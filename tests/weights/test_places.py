@@ -160,7 +160,7 @@ def test_without_the_extra_a_hub_id_says_what_to_install(monkeypatch):
         ("half", "names the shard .* which is not beside it"),
     ],
 )
-def test_what_is_wrong_with_a_place_is_told_in_one_line(place, message, tmp_path, monkeypatch):
+def test_a_wrong_place_is_reported_in_one_line(place, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pickled = tmp_path / "pickled"
     pickled.mkdir()

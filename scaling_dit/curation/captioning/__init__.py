@@ -1,8 +1,8 @@
-"""Captions that a model writes: one file per captioner, and the runner that captions a whole source.
+"""Captioners, one file each, and the runner that captions a whole source.
 
-`transformers:FOLDER` is a captioning model of transformers, such as BLIP-2; `openai:URL` a server with OpenAI's chat
-interface; `shapes` reads images of the built-in scenes exactly; "package.module:Name" is a user's own, whose answers
-are checked.
+`transformers:FOLDER` is a captioning model of transformers, such as BLIP-2. `openai:URL` is a server with OpenAI's chat
+interface. `shapes` reads images of the built-in scenes exactly. "package.module:Name" is a user's own captioner,
+whose answers are checked.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from PIL import Image
 from scaling_dit.components import Registry, check_methods, describe, one_line
 from scaling_dit.errors import UserError
 
-# A caption and how good it is among those of its image; None if nobody says.
+# A caption and its score among the captions of its image, or None without a score.
 Scored = tuple[str, float | None]
 _REGISTRY = Registry(
     "captioner",
@@ -24,7 +24,8 @@ _REGISTRY = Registry(
         "shapes": "scaling_dit.curation.captioning.scenes:ShapesCaptioner",
     },
 )
-_PLACES = {"transformers": "folder", "openai": "url"}  # field that stands after the colon of a name
+# The field that follows the colon of a name.
+_PLACES = {"transformers": "folder", "openai": "url"}
 
 
 class Captioner(Protocol):
@@ -35,10 +36,10 @@ class Captioner(Protocol):
 
         Args:
           images: RGB, of any size.
-          seeds: one per image; equal images with equal seeds get equal captions, in any batch, but for rounding.
+          seeds: one per image. Equal images with equal seeds get equal captions in any batch, apart from rounding.
 
         Returns:
-          For each image its captions in any order; none if this image cannot be captioned.
+          For each image its captions in any order; an empty list for an image that cannot be captioned.
         """
 
 
@@ -47,10 +48,10 @@ def create_captioner(name: str, options: Mapping[str, str]) -> Captioner:
 
     Args:
       name: see the module.
-      options: field -> value as text; the field's default tells the type.
+      options: field -> value as text, converted to the type of the field's default.
 
     Raises:
-      UserError: unknown name or field, a value of the wrong type, or a captioner that cannot start.
+      UserError: the name or a field is unknown, a value has the wrong type, or the captioner cannot start.
     """
     kind, place = _split(name)
     known = _REGISTRY.arguments(kind)
@@ -110,7 +111,7 @@ def _split(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _typed(field: str, text: str, default: Any) -> Any:
-    """The text of an option as a value of the type of its default."""
+    """The text of an option, converted to the type of its default."""
     kind = type(default) if isinstance(default, int | float) and not isinstance(default, bool) else str
     try:
         return kind(text)

@@ -1,4 +1,4 @@
-"""Captions by a server with OpenAI's chat interface: vLLM, SGLang, llama.cpp, Ollama or a hosted service."""
+"""Captions from a server with OpenAI's chat interface: vLLM, SGLang, llama.cpp, Ollama or a hosted service."""
 
 import base64
 import concurrent.futures
@@ -20,13 +20,12 @@ from PIL import Image
 from scaling_dit.curation.captioning import Scored
 from scaling_dit.errors import UserError
 
-_REFUSED = (
-    400,
-    413,
-    422,
-)  # about this image; other answers from 400 on, but for those below, about every image
-_AGAIN = (408, 409, 425, 429)  # and from 500 on: later it may work
-_LONGEST_PAUSE = 60.0  # seconds
+# Status codes that refuse one image. Other codes from 400 to 499 would refuse every image.
+_REFUSED = (400, 413, 422)
+# Status codes, besides those from 500 on, after which a later request may work.
+_AGAIN = (408, 409, 425, 429)
+# In seconds.
+_LONGEST_PAUSE = 60.0
 
 
 class _Refused(Exception):
@@ -34,7 +33,7 @@ class _Refused(Exception):
 
 
 class _Later(Exception):
-    """What failed may work after a pause of at least `seconds`."""
+    """A request failed that may work after a pause of at least `seconds`."""
 
     def __init__(self, why: str, seconds: float = 0.0) -> None:
         super().__init__(why)
@@ -45,19 +44,19 @@ class _Later(Exception):
 class EndpointCaptioner:
     """Sends each image to `URL/chat/completions`, several at once.
 
-    A request that times out, or is answered by 408, 409, 425, 429, 500 or above, or by no sound JSON, is repeated after
-    pauses that double, or as long as the server asks for. 400, 413 and 422 refuse one image, which then has no
-    captions. Anything else stops the run. A caption's score is the mean log-probability of its tokens, if the server
-    says it.
+    A request is repeated if it times out, or if the answer is 408, 409, 425, 429, 500 or above, or no valid JSON. The
+    pauses double each time, or are as long as the server asks for. 400, 413 and 422 refuse one image, which then has no
+    captions. Any other status stops the run. A caption's score is the mean log-probability of its tokens, if the server
+    gives it.
 
     Attributes:
       url: of the interface, such as http://localhost:8000/v1.
       model: its name on the server.
-      prompt: what is asked about the image.
-      captions: per image.
-      max_tokens: longest caption.
+      prompt: the request about the image.
+      captions: number of captions per image.
+      max_tokens: the most tokens of a caption.
       temperature: of sampling.
-      top_p: share of the probability that tokens are drawn from.
+      top_p: probability mass of nucleus sampling.
       image_format: png | jpeg, in which images are sent.
       tries: requests for one image before the run stops.
       pause: seconds before the second try; the third waits twice as long.
@@ -98,10 +97,10 @@ class EndpointCaptioner:
             )
 
     def caption(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[list[Scored]]:
-        """See `Captioner`; whether equal seeds give equal captions is up to the server.
+        """See `Captioner`. Whether equal seeds give equal captions depends on the server.
 
         Raises:
-          UserError: the server refuses every image, or none of `tries` requests for one was answered.
+          UserError: the server refuses every image, or answers none of `tries` requests for one.
         """
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self._of_image, images, seeds))
@@ -119,7 +118,7 @@ class EndpointCaptioner:
             if tried < self.tries:
                 time.sleep(max(why.seconds, min(self.pause * 2 ** (tried - 1), _LONGEST_PAUSE)))
         raise UserError(
-            f"{self.url}: {why}; {self.tries} tries; finished shards are kept, run again to go on"
+            f"{self.url}: {why}; {self.tries} tries; finished shards are kept, run the same command to resume"
         )
 
     def _request(self, image: Image.Image, seed: int) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def _score(choice: dict[str, Any]) -> float | None:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """The pause that a server asks for; a date is taken as none."""
+    """The pause in seconds that a server asks for; 0 if it gives a date."""
     try:
         return min(max(float(retry_after or 0), 0.0), _LONGEST_PAUSE)
     except ValueError:

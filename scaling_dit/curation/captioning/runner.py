@@ -1,8 +1,8 @@
-"""`caption`: writes captions for every image of a raw source, one side-car file per shard.
+"""The verb `caption`: writes captions for every image of a raw source, one side-car file per shard.
 
-A shard's file is written whole when all its images are captioned, so a run that was killed goes on with the shards
-that have none. Several processes take every n-th shard each. Captions depend on the image, its key and `seed`, not on
-the process, the order or what was done before.
+A shard's file is written once all its images are captioned, so a killed run resumes with the shards that have no file.
+Each of n processes takes every n-th shard. Captions depend on the image, its key and `seed`, not on the process, the
+order or earlier work.
 """
 
 import functools
@@ -24,7 +24,8 @@ from scaling_dit.errors import UserError
 from scaling_dit.files import claim
 
 _OTHERWISE = "was captioned in another way"
-MADE_KINDS = ("synthetic", "long")  # of data.captions.KINDS, those that a model writes
+# The kinds of data.captions.KINDS that a model writes.
+MADE_KINDS = ("synthetic", "long")
 
 
 def main(
@@ -39,21 +40,21 @@ def main(
     process: int = 0,
     processes: int = 1,
 ) -> int:
-    """The verb `caption`.
+    """Does the work of `caption`.
 
     Args:
-      source: of encoded images.
-      captioner: name of the captioner, see `data.captioning`.
-      out: folder of the side-cars, local or remote; finished shards in it stay.
+      source: a source of encoded images.
+      captioner: name of the captioner, see `create_captioner`.
+      out: folder of the side-cars, local or remote; finished shards in it are kept.
       options: fields of the captioner.
-      kind: what the captions are for a caption policy: synthetic or long.
+      kind: kind of the captions for caption policies, synthetic or long.
       batch: images captioned at once.
       seed: of the captions.
-      process: number of this process, from 0.
-      processes: how many share the work.
+      process: index of this process, from 0.
+      processes: number of processes.
 
     Raises:
-      UserError: wrong settings, others than those of the captions already there, or a captioner that fails.
+      UserError: the settings are wrong or differ from those of existing captions, or the captioner fails.
     """
     if kind not in MADE_KINDS:
         raise UserError(f"--kind={kind}: give {' or '.join(MADE_KINDS)}")
@@ -89,10 +90,10 @@ def _caption_shards(
     batch: int,
     seed: int,
 ) -> None:
-    """Captions shard after shard and prints a line for each: images, those without captions, speed, time left.
+    """Captions the shards in order and prints a line for each: images, images without captions, speed, remaining time.
 
-    `note` is called before a file is written, not at the start: a captioner that fails at once leaves nothing behind
-    that would refuse the corrected command.
+    `note` records the settings. It is called before the first file is written, not at the start, so that a captioner
+    that fails at once leaves no settings that would refuse the corrected command.
     """
     began, total = time.monotonic(), 0
     for done, name in enumerate(names, start=1):
@@ -113,17 +114,17 @@ def _caption_shards(
 def caption_shard(
     source: ImageFileSource, captioner: Captioner, name: str, *, kind: str, batch: int, seed: int
 ) -> Iterator[tuple[str, list[sidecar.MadeCaption]]]:
-    """(key, captions with the best first) of each sample of a shard, in its order; damaged samples are left out.
+    """(key, captions, the best first) of each sample of a shard, in the shard's order; damaged samples are left out.
 
     An image that cannot be decoded has no captions.
     """
     samples = source.samples(source.shards().index(name))
     for group in _batches((sample for sample in samples if isinstance(sample, RawSample)), batch):
-        pictures = [_decode(sample, source.max_pixels) for sample in group]
-        sound = [number for number, picture in enumerate(pictures) if picture is not None]
+        decoded = [_decode(sample, source.max_pixels) for sample in group]
+        sound = [number for number, image in enumerate(decoded) if image is not None]
         found: list[list[Scored]] = [[] for _ in group]
         if sound:
-            shown = [picture for picture in pictures if picture is not None]
+            shown = [image for image in decoded if image is not None]
             answers = captioner.caption(shown, [key_seed(seed, group[number].key) for number in sound])
             if len(answers) != len(sound):
                 raise UserError(
@@ -136,13 +137,13 @@ def caption_shard(
 
 
 def key_seed(seed: int, key: str) -> int:
-    """A seed below 2**63 that depends on `seed` and the key alone."""
+    """A seed below 2**63 that depends only on `seed` and the key."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _ranked(captions: Sequence[Scored], kind: str) -> list[sidecar.MadeCaption]:
-    """Best first; blank ones are left out, and those without a score come last, in their order."""
+    """The captions, best first. Blank ones are left out; those without a score come last, in their order."""
     ordered = sorted(captions, key=lambda scored: math.inf if scored[1] is None else -scored[1])
     return [sidecar.MadeCaption(text.strip(), kind, score) for text, score in ordered if text.strip()]
 

@@ -1,4 +1,4 @@
-"""Exact captions of the built-in scenes, read from pixels: what a perfect captioner would write, at no cost."""
+"""Exact captions of the built-in scenes, read from pixels: a perfect captioner at no cost."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from scaling_dit.errors import UserError, nearest
 
 @dataclasses.dataclass
 class ShapesCaptioner:
-    """Captions of pictures of one preset, all equally good, so without scores.
+    """Captions images of one preset. All captions are equally good, so they have no scores.
 
-    A picture of another size, or one in which nothing can be read, has no captions.
+    An image of another size, or without recognisable objects, has no captions.
 
     Attributes:
-      preset: of `data.shapes`.
-      captions: per picture, each worded and ordered by chance.
+      preset: a preset of `data.shapes`.
+      captions: number of captions per image, with random wording and order.
       level: 0 to 4, the kinds of facts, as in `source.caption_level`.
       mention_probability: of each fact.
     """
@@ -41,9 +41,9 @@ class ShapesCaptioner:
 
     def caption(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[list[Scored]]:
         """See `Captioner`."""
-        return [self._of_picture(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return [self._caption_image(image, seed) for image, seed in zip(images, seeds, strict=True)]
 
-    def _of_picture(self, image: Image.Image, seed: int) -> list[Scored]:
+    def _caption_image(self, image: Image.Image, seed: int) -> list[Scored]:
         canvas = PRESETS[self.preset].canvas
         seen = oracle.read(np.asarray(image), self.preset).objects if image.size == (canvas, canvas) else ()
         if not seen:

@@ -141,7 +141,7 @@ def build(**fields):
 
 @pytest.mark.parametrize("out, fits", [(1, False), (3, True), (5, False), (6, True)])
 def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
-    model = build(name="test_pipeline:Returning", out=out)
+    model = build(name="tests.sampling.test_pipeline:Returning", out=out)
     latents, text = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 4, 32))
     params, _ = model.init(jax.random.key(0))
     if fits:
@@ -158,7 +158,7 @@ def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
 
 def test_extras_that_nothing_supplies_are_refused():
     with pytest.raises(UserError, match="needs the extras pooled"):
-        build(name="test_pipeline:Demanding")
+        build(name="tests.sampling.test_pipeline:Demanding")
 
 
 def test_zero_asks_for_the_raw_weights_as_a_number_or_a_word(pipe):

@@ -1,4 +1,4 @@
-"""Sampling: pictures depend on (seed, number, prompt) alone; folders are resumable."""
+"""Sampling: images depend on (seed, number, prompt) alone; folders are resumable."""
 
 import json
 import shutil
@@ -13,7 +13,6 @@ import scaling_dit
 from scaling_dit.errors import UserError
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.folder import iterate, sample_to_folder
-from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.sample import sample_prompts
 from scaling_dit.sampling.sampler import Sampler
 
@@ -31,13 +30,14 @@ def pipe(smoke_run):
     return scaling_dit.load(smoke_run)
 
 
-def test_pictures_depend_neither_on_the_batch_nor_on_the_mesh(pipe):
+def test_images_depend_neither_on_the_batch_nor_on_the_mesh(pipe):
     whole = pipe.sample(PROMPTS, seed=3)
     assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8
-    one = Sampler.of(pipe.model, make_mesh(devices=jax.devices()[:1]), pipe.config.sample, batch=2)
+    one = Sampler(pipe.model, make_mesh(devices=jax.devices()[:1]), pipe.sampler(batch=2).options)
     params, frozen = jax.device_put((pipe.params, pipe.frozen), jax.devices()[0])
     by_two = one(params, frozen, PROMPTS, seed=3)
-    assert np.abs(whole.astype(int) - by_two).max() <= 1  # rounding to 8 bits
+    # Rounding to 8 bits.
+    assert np.abs(whole.astype(int) - by_two).max() <= 1
     alone = one(params, frozen, PROMPTS[3:4], seed=3, numbers=[3])
     assert np.abs(whole[3].astype(int) - alone[0]).max() <= 1
 
@@ -58,49 +58,50 @@ def test_guidance_steps_and_sampler_are_used(pipe):
     np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:2], guidance=pipe.config.sample.guidance))
 
 
-def test_guidances_variants_are_used_and_told(pipe):
-    def of(**changes):
-        chosen = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample, steps=2, guidance=40.0, **changes)
-        return chosen, chosen(pipe.params, pipe.frozen, PROMPTS[:2])
-
-    plain, base = of()
-    assert set(plain.about) == {"sampler", "steps", "guidance"}
-    tags = {tag({"step": 4, "ema": "none"} | plain.about, 0)}
+def test_every_option_of_guidance_reaches_the_images(pipe):
+    base = pipe.sample(PROMPTS[:2], steps=2, guidance=40.0)
     # Of the timesteps 501 and 1 the interval holds the second.
     for changes in ({"guidance_rescale": 0.7}, {"guidance_interval": (0.0, 400.0)}):
-        chosen, pictures = of(**changes)
-        assert (pictures != base).any()
-        # As a manifest's line gives it back.
-        assert json.loads(json.dumps(chosen.about)) == chosen.about != plain.about
-        tags.add(tag({"step": 4, "ema": "none"} | chosen.about, 0))
-    start = "step4-emanone-ddim2-guidance40.0"
-    assert tags == {f"{start}{more}-seed0" for more in ("", "-rescale0.7", "-interval0.0-400.0")}
+        assert (pipe.sample(PROMPTS[:2], steps=2, guidance=40.0, **changes) != base).any()
 
 
-def test_an_unknown_sampler_is_told(pipe):
-    with pytest.raises(UserError, match="unknown 'dpmpp2m'; did you mean 'dpmpp_2m'"):
-        pipe.sample(PROMPTS[:1], sampler="dpmpp2m")
+def test_the_batch_changes_no_image(pipe):
+    one_by_one = pipe.sample(PROMPTS[:3], seed=2, batch=1)
+    assert np.abs(one_by_one.astype(int) - pipe.sample(PROMPTS[:3], seed=2)).max() <= 1
+
+
+def test_a_program_is_compiled_once_for_equal_options(pipe):
+    given = pipe.config.sample.guidance
+    assert pipe.sampler() is pipe.sampler(guidance=given) is pipe.sampler(steps=None)
+    assert pipe.sampler() is not pipe.sampler(guidance=given + 1)
+
+
+def test_a_string_is_one_prompt(pipe):
+    images = pipe.sample(PROMPTS[0])
+    assert images.shape == (1, 16, 16, 3)
+    np.testing.assert_array_equal(images, pipe.sample(PROMPTS[:1]))
+    tokens, _, _ = pipe.encode_text(PROMPTS[0])
+    np.testing.assert_array_equal(tokens, pipe.encode_text(PROMPTS[:1])[0])
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("call", "message"),
     [
-        (
-            {"guidance_interval": (800.0, 200.0)},
-            "guidance_interval is .* two timesteps .low, high. from 0 to 1000",
-        ),
-        ({"guidance_interval": (500.0,)}, "two timesteps"),
-        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it must be from 0 to 1"),
-        ({"guidance": -1.0}, "guidance is -1.0; it must be 0 or more"),
-        ({"steps": 1000}, "steps is 1000; it must be from 1 to 999"),
+        (lambda pipe: pipe.sample(["x"], sampler="dpmpp2m"), "sampler is 'dpmpp2m'; did you mean 'dpmpp_2m'"),
+        (lambda pipe: pipe.sample(["x"], stpes=3), "sampling has no option 'stpes'; did you mean 'steps'?"),
+        (lambda pipe: pipe.sample(["x"], steps=1000), "steps is 1000; it must be from 1 to 999"),
+        (lambda pipe: pipe.sample(["x", 3]), r"prompts\[1\] is 3; a prompt is a string"),
+        (lambda pipe: pipe.encode_text([None]), r"prompts\[0\] is None; a prompt is a string"),
+        (lambda pipe: pipe.sample("x", seed=-1), r"seed is -1; it must be an integer from 0 to 2\*\*32 - 1"),
+        (lambda pipe: pipe.sample("x", seed=0.5), "seed is 0.5; it must be an integer"),
     ],
 )
-def test_settings_out_of_range_are_told(pipe, changes, message):
+def test_mistakes_in_a_call_are_one_line(pipe, call, message):
     with pytest.raises(UserError, match=message):
-        Sampler.of(pipe.model, pipe.mesh, pipe.config.sample, **changes)
+        call(pipe)
 
 
-def test_no_prompts_make_no_pictures(pipe):
+def test_no_prompts_make_no_images(pipe):
     assert pipe.sample([]).shape == (0, 16, 16, 3)
 
 
@@ -108,7 +109,8 @@ class Counting:
     """A sampler that notes what it was asked for, and may die."""
 
     def __init__(self, sampler, fail_at=None):
-        self._sampler, self.batch, self.asked, self._fail_at = sampler, 2, [], fail_at
+        self._sampler, self.asked, self._fail_at = sampler, [], fail_at
+        self.options = sampler.options.replace(batch=2)
 
     def __call__(self, params, frozen, prompts, seed, numbers):
         if self._fail_at is not None and len(self.asked) >= self._fail_at:
@@ -117,8 +119,8 @@ class Counting:
         return self._sampler(params, frozen, prompts, seed=seed, numbers=numbers)
 
 
-def test_a_request_goes_on_where_it_stopped(pipe, tmp_path):
-    sampler = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample)
+def test_a_request_is_resumed_where_it_stopped(pipe, tmp_path):
+    sampler = pipe.sampler()
     items = [(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)]
     batches = list(iterate(sampler, pipe, items, epath.Path(tmp_path / "a"), seed=1, about={"step": 4}))
     whole = np.concatenate(batches)
@@ -140,7 +142,7 @@ def test_a_request_goes_on_where_it_stopped(pipe, tmp_path):
 
 
 def test_a_folder_of_another_request_is_refused(pipe, tmp_path):
-    sampler = Sampler.of(pipe.model, pipe.mesh, pipe.config.sample)
+    sampler = pipe.sampler()
     out = epath.Path(tmp_path)
     sample_to_folder(sampler, pipe, [("a", "a red circle")], out, seed=1, about={})
     with pytest.raises(UserError, match="another request.*seed"):
@@ -151,13 +153,13 @@ def test_a_folder_of_another_request_is_refused(pipe, tmp_path):
         sample_to_folder(sampler, pipe, [("a", "x"), ("a", "y")], out, seed=2, about={})
 
 
-def test_the_verb_draws_several_of_each_and_says_where(smoke_run, tmp_path, capsys):
+def test_the_verb_makes_several_of_each_and_says_where(smoke_run, tmp_path, capsys):
     code = sample_prompts(
         str(smoke_run), [("a", "a red circle"), ("b", "a blue square")], str(tmp_path), num=2
     )
     assert code == 0
     said = capsys.readouterr().out
-    assert "4 pictures" in said and "grid.png" in said and "ema 0.995" in said
+    assert "4 images" in said and "grid.png" in said and "ema 0.995" in said
     assert sorted(path.name for path in tmp_path.glob("*-*.png")) == [
         "a-0.png",
         "a-1.png",
@@ -166,9 +168,7 @@ def test_the_verb_draws_several_of_each_and_says_where(smoke_run, tmp_path, caps
     ]
 
 
-def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_found_again(
-    smoke_run, tmp_path, capsys
-):
+def test_another_request_gets_its_own_folder_and_the_same_one_is_found_again(smoke_run, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(smoke_run, workdir)
     for prompt, seed in (("a red circle", 0), ("a blue square", 0), ("a red circle", 1), ("a red circle", 0)):
@@ -177,3 +177,29 @@ def test_another_request_gets_a_folder_of_its_own_and_the_same_one_is_found_agai
     assert all(
         path.name.startswith("step4-ema0.995-ddim4-guidance") for path in (workdir / "samples").iterdir()
     )
+
+
+def test_options_are_refused_before_weights_are_read(smoke_run, tmp_path):
+    (tmp_path / "config.json").write_bytes((smoke_run / "config.json").read_bytes())
+    with pytest.raises(UserError, match="guidance_rescale is 2.0; it must be from 0 to 1"):
+        sample_prompts(str(tmp_path), [("a", "x")], changes={"guidance_rescale": 2.0})
+
+
+def test_a_folder_begun_before_options_were_declared_is_resumed(smoke_run, tmp_path, capsys):
+    """The name and the manifest line are those that earlier versions wrote for the same request."""
+    workdir = tmp_path / "run"
+    shutil.copytree(smoke_run, workdir)
+    out = workdir / "samples/step4-ema0.995-ddim4-guidance3.0-rescale0.5-interval100.0-900.0-seed7-eec6d831"
+    row = {
+        "id": "a", "prompt": "a red circle", "seed": 7, "number": 0, "path": "a.png", "step": 4, "ema": "0.995",
+        "sampler": "ddim", "steps": 4, "guidance": 3.0, "guidance_rescale": 0.5, "guidance_interval": [100.0, 900.0],
+    }  # fmt: skip
+    out.mkdir(parents=True)
+    (out / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    blue = np.zeros((16, 16, 3), np.uint8) + np.array([0, 0, 200], np.uint8)
+    Image.fromarray(blue).save(out / "a.png")
+    changes = {"guidance": 3.0, "guidance_rescale": 0.5, "guidance_interval": (100.0, 900.0)}
+    assert sample_prompts(str(workdir), [("a", "a red circle")], seed=7, changes=changes) == 0
+    assert [path.name for path in (workdir / "samples").iterdir()] == [out.name]
+    assert json.loads((out / "manifest.jsonl").read_text()) == row
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "a.png")), blue)

@@ -23,9 +23,10 @@ _PLACE = re.compile(r"(before the line|after the line|in place of)\s+`(.+?)`(?=,
 
 
 def copy_repository(folder: pathlib.Path) -> pathlib.Path:
-    """The package, the experiments and the docs, in `folder`, to be edited there."""
-    for name in ("scaling_dit", "experiments", "docs"):
+    """The package, the experiments, the tools and the docs, in `folder`, to be edited there."""
+    for name in ("scaling_dit", "experiments", "tools", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", folder)
     return folder
 
 

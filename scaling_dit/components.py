@@ -15,7 +15,8 @@ from typing import Any
 
 from scaling_dit.errors import UserError, nearest
 
-REQUIRED = dataclasses.MISSING  # stands for the default of an argument that has none
+# Stands for the default of an argument that has none.
+REQUIRED = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Registry:
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
-            if name in self.known:  # a fault of ours
+            # A fault of the library.
+            if name in self.known:
                 raise
             missing = isinstance(error, ModuleNotFoundError) and error.name
             if missing and f"{module_name}.".startswith(f"{missing}."):

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.support.page_edits import ROOT, carry_out, copy_repository
+from tests.support.page_edits import carry_out, copy_repository
+from tests.support.paths import ROOT
 
 SAMPLER = """
 import jax, jax.numpy as jnp, numpy as np
@@ -50,6 +51,7 @@ def copy(tmp_path):
     return folder, run
 
 
+@pytest.mark.slow
 def test_a_sampler(copy):
     folder, run = copy
     files = carry_out("A sampler", folder)

@@ -14,9 +14,8 @@ import pathlib
 import re
 import shutil
 
-from tests.support.paths import DOCS
+from tests.support.paths import DOCS, ROOT
 
-ROOT = DOCS.parent
 _BLOCK = re.compile(r"((?:[^\n]+\n)+)\n```(?:python|markdown)\n(.*?)```", re.DOTALL)
 _FILE = re.compile(r"(?:In|At the end of|Save as)\s+`([\w/.]+\.\w+)`")
 _PLACE = re.compile(r"(before the line|after the line|in place of)\s+`(.+?)`(?=,|:)")

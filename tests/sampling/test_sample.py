@@ -12,7 +12,8 @@ from PIL import Image
 import scaling_dit
 from scaling_dit.errors import UserError
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.sampling.folder import iterate, sample_to_folder, tag
+from scaling_dit.sampling.folder import iterate, sample_to_folder
+from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.sample import sample_prompts
 from scaling_dit.sampling.sampler import Sampler
 

@@ -10,12 +10,14 @@ import dataclasses
 import importlib
 import inspect
 import traceback
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
 
-REQUIRED = dataclasses.MISSING  # stands for the default of an argument that has none
+# Stands for the default of an argument that has none.
+REQUIRED = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Registry:
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
-            if name in self.known:  # a fault of ours
+            # A fault of the library.
+            if name in self.known:
                 raise
             missing = isinstance(error, ModuleNotFoundError) and error.name
             if missing and f"{module_name}.".startswith(f"{missing}."):
@@ -136,11 +139,11 @@ class Registry:
                 f"{self.what} {name!r}: importing {module_name} failed at {_place(error)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        # A registry of other things than classes and functions takes any value.
+        takes = callable if self.kind in ("class", "function", "class or function") else _is_value
         found = getattr(module, class_name, None)
-        # An object of some other kind, such as a table, is judged by `check`.
-        fits: Callable[[Any], bool] = callable if "function" in self.kind else lambda value: value is not None
-        if not fits(found):
-            names = [key for key, value in vars(module).items() if fits(value) and not key.startswith("_")]
+        if found is None or not takes(found):
+            names = [key for key, value in vars(module).items() if takes(value) and not key.startswith("_")]
             hint = nearest(class_name, names) if names else "it defines none"
             raise UserError(f"{self.what} {name!r}: {module_name} has no {self.kind} {class_name!r}; {hint}")
         return found
@@ -260,6 +263,10 @@ def tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: tuples(item) for key, item in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_value(value: Any) -> bool:
+    return not isinstance(value, types.ModuleType)
 
 
 def _is_plain(value: Any) -> bool:

@@ -18,9 +18,11 @@ from scaling_dit.diffusion import guidance, predictions, samplers, schedules, ti
 from scaling_dit.encoders import codec, create_text_encoder
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import schedulers
+from scaling_dit.parallel.topologies import LOCAL, parse
+from scaling_dit.planning import plan
 from scaling_dit.training import optim
 from tests.support.pages import blocks, commands
-from tests.support.paths import DOCS
+from tests.support.paths import DOCS, ROOT
 
 PAGE = "own_parts.md"
 VP = schedules.make_schedule("scaled_linear")
@@ -126,6 +128,7 @@ def test_the_table_has_every_field_that_takes_a_part():
         assert f"class {protocol}" in (DOCS.parent / "scaling_dit" / place).read_text()
 
 
+@pytest.mark.slow
 def test_the_commands_run_one_after_the_other(folder, capsys):
     train, sample, caption = commands(PAGE)
     assert cli.main(train) == 0, capsys.readouterr().err
@@ -143,6 +146,9 @@ def test_the_commands_run_one_after_the_other(folder, capsys):
     one, two = pipe.sample(["a red circle"], seed=3), pipe.sample(["a red circle", "a blue square"], seed=3)
     assert np.abs(one[0].astype(int) - two[0]).max() <= 1
     assert (pipe.sample(["a red circle"], seed=3, sampler="ddim") != one).any()
+
+    planned = plan.make(saved, parse(LOCAL))
+    assert planned.memory.fits and planned.statistics.unknown_loops == 0
 
     (folder / "data/mine").mkdir(parents=True)
     rows = []
@@ -166,6 +172,6 @@ def test_a_pipeline_of_diffusers_is_refused(folder):
             "config.sample.sampler is 'ancestral:Ancestral', which diffusers",
         ),
     ):
-        own = config.load("experiments/shapes.py:smoke", [f"--config.{override}"])
+        own = config.load(f"{ROOT}/experiments/shapes.py:smoke", [f"--config.{override}"])
         with pytest.raises(UserError, match=message):
             schedulers.write(own)

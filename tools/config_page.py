@@ -58,19 +58,23 @@ def _section(name: str, group: schema.Section) -> str:
     title = f"`{name}`" if name else "The run"
     free = " **Free.**" if group.free else ""
     rows = [
-        (f"`{name}.{field}`" if name else f"`{field}`", _value(declared.default), _described(declared))
+        (
+            f"`{name}.{field}`" if name else f"`{field}`",
+            _value(declared.default),
+            _described(f"{name}.{field}", declared),
+        )
         for field, declared in group.fields.items()
     ]
     return f"\n## {title}\n\n{group.doc}{free}\n\n{_table(rows)}"
 
 
-def _described(field: schema.Field) -> str:
+def _described(key: str, field: schema.Field) -> str:
     """What a field means and may be, as one cell."""
     found = field.doc
     if not all(choice in field.doc for choice in field.choices):
         found += ": " + ", ".join(f"`{choice}`" for choice in field.choices)
     if field.own:
-        found += ", or `package.module:Name` of your own"
+        found += f", or [your own](own_parts.md) with its fields in `{schema.OWN_PARTS[key].section}`"
     if field.check is not None:
         found += f". Must be {field.check.right}"
     return f"{found}. **Free**" if field.free else found

@@ -1,4 +1,4 @@
-"""The training loss, the validation loss, and what training draws besides noise.
+"""The training loss, the error of the validation loss, and the random dropping of captions.
 
 What a backbone predicts is in `predictions.py`, how its error is weighted in `weightings.py`. Everything here computes
 in float32, whatever type the backbone returns.

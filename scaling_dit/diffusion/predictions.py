@@ -148,7 +148,7 @@ def check_prediction(kind: Kind, schedule: Schedule) -> None:
     if find_prediction(kind).needs_signal and schedule.zero_terminal_snr:
         name = next((name for name, known in _KINDS.items() if kind in (name, known)), type(kind).__name__)
         raise UserError(
-            f"diffusion.prediction {name!r} does not tell the latents where no signal is left, as with "
+            f"diffusion.prediction {name!r} does not determine the latents where no signal is left, as with "
             "diffusion.zero_snr and schedule 'flow'; predict 'v', 'x0' or 'flow'"
         )
 

@@ -20,13 +20,15 @@ Column = TypeVar("Column", np.ndarray, jax.Array)
 class Table(NamedTuple, Generic[Column]):
     """One row a step, noisiest first: each [S], or [] in one row."""
 
-    timesteps: Column  # what the backbone sees
+    # What the backbone sees.
+    timesteps: Column
     alpha: Column
     sigma: Column
     timesteps_next: Column
     alpha_next: Column
     sigma_next: Column
-    correction: Column  # factor of the sampler's second-order term; 0 = a step of first order
+    # Factor of the sampler's second-order term; 0 = a step of first order.
+    correction: Column
 
 
 def leading(total: int, steps: int) -> np.ndarray:

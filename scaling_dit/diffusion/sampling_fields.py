@@ -11,7 +11,12 @@ from typing import Any, Literal
 from scaling_dit.fields import BATCH, FROM_0, SHARE, Field, Rule
 
 # Names of the built-in samplers, `diffusion.samplers.SAMPLERS`, which is too heavy for --help.
-SAMPLERS = ("ddim", "dpmpp_2m", "euler", "heun")
+SAMPLERS = (
+    "ddim",
+    "dpmpp_2m",
+    "euler",
+    "heun",
+)
 
 # When manifests and folder names note an option.
 Noted = Literal["always", "if changed", "never"]
@@ -45,7 +50,7 @@ class SamplingFields:
     sampler: str = _option(
         Field(
             "ddim",
-            f"sampler: {', '.join(SAMPLERS)} or package.module:Name",
+            f"sampler: {', '.join(SAMPLERS)}",
             choices=SAMPLERS,
             own=True,
         ),
@@ -56,7 +61,7 @@ class SamplingFields:
     guidance_method: str = _option(
         Field(
             "cfg",
-            "how predictions with and without the prompt are combined: cfg or package.module:Name",
+            "how predictions with and without the prompt are combined: cfg",
             choices=("cfg",),
             own=True,
         ),

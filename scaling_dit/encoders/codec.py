@@ -1,7 +1,7 @@
 """Image codecs: between pixels and the latents that are noised.
 
 A codec has `channels`, `shape(image_size)`, and pure functions over its frozen parameters. Encoding has two halves, so
-that the costly one can be done once and stored: `moments` of images, which draws nothing, and `sample`, which draws
+that the costly one can be done once and stored: `moments` of images, which is not random, and `sample`, which samples
 latents from them.
 """
 
@@ -46,10 +46,10 @@ class Codec(Protocol):
         """Fresh parameters, boxed with their logical axes; {} if there are none. Reads no files."""
 
     def moments(self, params: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        """Images uint8 [B, H, W, 3] -> what their latents are drawn from, float32 [B, h, w, M]."""
+        """Images uint8 [B, H, W, 3] -> what their latents are sampled from, float32 [B, h, w, M]."""
 
     def sample(self, params: Mapping[str, Any], moments: jax.Array, rng: jax.Array) -> jax.Array:
-        """Moments [B, h, w, M] -> latents float32 [B, h, w, C]; `rng` for codecs that draw."""
+        """Moments [B, h, w, M] -> latents float32 [B, h, w, C]; `rng` for codecs that sample."""
 
     def encode(self, params: Mapping[str, Any], images: jax.Array, rng: jax.Array) -> jax.Array:
         """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C]: `sample` of their `moments`."""
@@ -59,7 +59,7 @@ class Codec(Protocol):
 
 
 class FixedCodec:
-    """A base for codecs without weights that draw nothing: the moments of an image are its latents.
+    """A base for codecs without weights or randomness: the moments of an image are its latents.
 
     A subclass has `channels`, `bounded`, `shape`, `encode` (which does not read its key) and `decode`.
     """
@@ -109,7 +109,7 @@ def create_codec(name: str, **fields: Any) -> Codec:
     """A codec without weights.
 
     Args:
-      name: "pixels", "dct", "vae" or "package.module:Class".
+      name: "pixels", "dct", "vae" or "package.module:Name".
       **fields: fields of that codec, see `codec_fields`.
 
     Raises:
@@ -129,8 +129,9 @@ def check_own_codec(codec: Codec, name: str, image_size: int) -> None:
 
 
 def init_codec(codec: Codec, rng: jax.Array) -> Any:
-    """The parameters that a run draws for its codec from its key, boxed."""
-    return codec.init(jax.random.fold_in(rng, 1))  # the key itself is split for the rest of the run
+    """Fresh parameters of a run's codec, from the key of the run, boxed."""
+    # The key itself is split for the rest of the run.
+    return codec.init(jax.random.fold_in(rng, 1))
 
 
 def codec_fields(name: str) -> dict[str, Any]:

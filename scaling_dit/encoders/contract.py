@@ -50,9 +50,9 @@ def check_codec(codec: Any, image_size: int, where: str) -> None:
     drawn = jax.ShapeDtypeStruct((_ROWS, *latents), jnp.float32)
     stored = jax.ShapeDtypeStruct((_ROWS, *moments), jnp.float32)
     params = _init(codec, key, where)
+    _check_call(codec.encode, (params, images, key), f"{where}: encode()", [(drawn.shape, _F32)])
     _check_call(codec.moments, (params, images), f"{where}: moments()", [(stored.shape, _F32)])
     _check_call(codec.sample, (params, stored, key), f"{where}: sample()", [(drawn.shape, _F32)])
-    _check_call(codec.encode, (params, images, key), f"{where}: encode()", [(drawn.shape, _F32)])
     _check_call(codec.decode, (params, drawn), f"{where}: decode()", [(images.shape, np.dtype(np.uint8))])
 
 

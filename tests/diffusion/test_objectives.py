@@ -195,7 +195,7 @@ def test_the_best_constant_answer_of_flow_is_learned():
 def test_eps_is_refused_where_no_signal_is_left():
     for schedule in (make_schedule("cosine", zero_snr=True), make_schedule("flow")):
         with pytest.raises(
-            UserError, match="'eps' does not tell the latents where no signal is left"
+            UserError, match="'eps' does not determine the latents where no signal is left"
         ) as error:
             check_prediction("eps", schedule)
         assert "\n" not in str(error.value)

@@ -319,5 +319,5 @@ def test_mistakes_are_told_in_one_line(sampler):
         sample(model, jnp.asarray(NOISE), VP, sampler=sampler[:-1])
     with pytest.raises(UserError, match="did you mean 'eps'"):
         sample(model, jnp.asarray(NOISE), VP, sampler=sampler, prediction="epsi")
-    with pytest.raises(UserError, match="'eps' does not tell the latents"):
+    with pytest.raises(UserError, match="'eps' does not determine the latents"):
         sample(model, jnp.asarray(NOISE), make_schedule("linear", zero_snr=True), sampler=sampler)

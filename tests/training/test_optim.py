@@ -1,4 +1,4 @@
-"""The optimiser against torch and closed forms."""
+"""The optimizer against torch and closed forms."""
 
 import jax
 import jax.numpy as jnp

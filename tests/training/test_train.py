@@ -256,7 +256,10 @@ def test_rectified_flow_trains_and_samples(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero_snr": True, "prediction": "eps"}, "'eps' does not tell the latents where no signal is left"),
+        (
+            {"zero_snr": True, "prediction": "eps"},
+            "'eps' does not determine the latents where no signal is left",
+        ),
         ({"schedule": "flow", "prediction": "eps"}, "predict 'v', 'x0' or 'flow'"),
         ({"schedule": "flow", "zero_snr": True}, "'flow' ends without signal by itself"),
         ({"time_shift": 2.0}, "time_shift=2.0 is for diffusion.schedule 'flow', not 'scaled_linear'"),

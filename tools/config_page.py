@@ -57,20 +57,21 @@ def text() -> str:
 def _section(name: str, group: schema.Section) -> str:
     title = f"`{name}`" if name else "The run"
     free = " **Free.**" if group.free else ""
+    fields = {f"{name}.{field}" if name else field: declared for field, declared in group.fields.items()}
     rows = [
-        (f"`{name}.{field}`" if name else f"`{field}`", _value(declared.default), _described(declared))
-        for field, declared in group.fields.items()
+        (f"`{key}`", _value(declared.default), _described(key, declared)) for key, declared in fields.items()
     ]
     return f"\n## {title}\n\n{group.doc}{free}\n\n{_table(rows)}"
 
 
-def _described(field: schema.Field) -> str:
+def _described(key: str, field: schema.Field) -> str:
     """What a field means and may be, as one cell."""
     found = field.doc
     if not all(choice in field.doc for choice in field.choices):
         found += ": " + ", ".join(f"`{choice}`" for choice in field.choices)
     if field.own:
-        found += ", or `package.module:Name` of your own"
+        own = "" if "package.module:Name" in found else ", or `package.module:Name` of your own"
+        found += f"{own}, whose fields are in `{schema.OWN_PARTS[key].section}`"
     if field.check is not None:
         found += f". Must be {field.check.right}"
     return f"{found}. **Free**" if field.free else found
@@ -143,8 +144,15 @@ def _commented(component: type[Any]) -> dict[str, str]:
                     break
                 above.insert(0, line.strip().lstrip("#").strip())
             if comment := trailing.strip() or " ".join(above):
-                found[node.target.id] = comment
+                found[node.target.id] = _phrase(comment)
     return found
+
+
+def _phrase(comment: str) -> str:
+    """A comment as a cell: no capital letter at its start, unless of an acronym or a constant, and no full stop."""
+    first = comment.split()[0].rstrip(",:")
+    lower = first[0].isupper() and first[1:] == first[1:].lower() and first not in ("None", "True", "False")
+    return (comment[0].lower() if lower else comment[0]) + comment[1:].rstrip(".")
 
 
 def _value(value: Any) -> str:

@@ -58,7 +58,7 @@ class Derived(Base):
     """
 
     third: int = 3  # said beside
-    # Said above,
+    # Said above, of an MLP,
     # on two lines.
     fourth: str = "#"
     fifth: int = 5
@@ -72,7 +72,7 @@ def test_classes_and_their_bases_say_what_fields_are(monkeypatch):
         "first": "one line and another",
         "second": "its own",
         "third": "said beside",
-        "fourth": "Said above, on two lines.",
+        "fourth": "said above, of an MLP, on two lines",
     }
 
 

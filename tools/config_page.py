@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from scaling_dit.components import Registry
-from scaling_dit.config import schema
+from scaling_dit.config import metrics, schema
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "config.md"
 # Component section -> the module that knows its built-in components.
@@ -43,6 +43,11 @@ COMPONENTS_HEAD = """
 A component section names a component, built-in or a class of your own (`package.module:Class`), and carries that
 component's fields.
 """
+METRICS_HEAD = """
+### `metrics`
+
+Each metric that `config.eval.metrics` names has a section, `metrics.NAME`. **Free.**
+"""
 
 
 def text() -> str:
@@ -51,6 +56,7 @@ def text() -> str:
     parts += [_section(name, group) for name, group in schema.SECTIONS.items()]
     parts.append(COMPONENTS_HEAD)
     parts += [_component(name, component) for name, component in schema.COMPONENTS.items()]
+    parts += [METRICS_HEAD, *map(_metric, metrics.REGISTRY.known)]
     return "".join(parts)
 
 
@@ -96,6 +102,17 @@ def _component(section: str, component: schema.Component) -> str:
             summary += f" [What its fields mean]({section}s/{name}.md)."
         parts.append(f"\n#### `{name}`\n\n{summary}\n\n{_table(rows) if rows else 'No fields.' + chr(10)}")
     return "".join(parts)
+
+
+def _metric(name: str) -> str:
+    component = metrics.REGISTRY.resolve(name)
+    docs = {field: _described(field, declared) for field, declared in metrics.COMMON.items()}
+    docs |= field_docs(component)
+    rows = [
+        (f"`{field}`", _value(default), docs.get(field, ""))
+        for field, default in metrics.metric_fields(name).items()
+    ]
+    return f"\n#### `{name}`\n\n{_summary(component)}\n\n{_table(rows)}"
 
 
 def _registry(module: str) -> Registry:

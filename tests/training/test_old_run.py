@@ -16,11 +16,10 @@ from etils import epath
 
 import scaling_dit
 from scaling_dit import config as config_lib
-from scaling_dit.checkpoints.workdir import read_config
+from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.cli import main as cli
 from scaling_dit.config import renamed
 from scaling_dit.monitor.grid import read_png
-from scaling_dit.monitor.writers import read_metrics
 from tests.support.paths import GOLDEN
 
 OLD = GOLDEN / "old_run"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from scaling_dit.components import Registry
-from scaling_dit.config import schema
+from scaling_dit.config import metrics, schema
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "config.md"
 # Component section -> the module that knows its built-in components.
@@ -43,6 +43,11 @@ COMPONENTS_HEAD = """
 A component section names a component, built-in or a class of your own (`package.module:Class`), and carries that
 component's fields.
 """
+METRICS_HEAD = """
+### `metrics`
+
+Each metric that `config.eval.metrics` names has a section, `metrics.NAME`. **Free.**
+"""
 
 
 def text() -> str:
@@ -51,19 +56,16 @@ def text() -> str:
     parts += [_section(name, group) for name, group in schema.SECTIONS.items()]
     parts.append(COMPONENTS_HEAD)
     parts += [_component(name, component) for name, component in schema.COMPONENTS.items()]
+    parts += [METRICS_HEAD, *map(_metric, metrics.REGISTRY.known)]
     return "".join(parts)
 
 
 def _section(name: str, group: schema.Section) -> str:
     title = f"`{name}`" if name else "The run"
     free = " **Free.**" if group.free else ""
+    fields = {f"{name}.{field}" if name else field: declared for field, declared in group.fields.items()}
     rows = [
-        (
-            f"`{name}.{field}`" if name else f"`{field}`",
-            _value(declared.default),
-            _described(f"{name}.{field}", declared),
-        )
-        for field, declared in group.fields.items()
+        (f"`{key}`", _value(declared.default), _described(key, declared)) for key, declared in fields.items()
     ]
     return f"\n## {title}\n\n{group.doc}{free}\n\n{_table(rows)}"
 
@@ -99,6 +101,17 @@ def _component(section: str, component: schema.Component) -> str:
             summary += f" [What its fields mean]({section}s/{name}.md)."
         parts.append(f"\n#### `{name}`\n\n{summary}\n\n{_table(rows) if rows else 'No fields.' + chr(10)}")
     return "".join(parts)
+
+
+def _metric(name: str) -> str:
+    component = metrics.REGISTRY.resolve(name)
+    docs = {field: _described(field, declared) for field, declared in metrics.COMMON.items()}
+    docs |= field_docs(component)
+    rows = [
+        (f"`{field}`", _value(default), docs.get(field, ""))
+        for field, default in metrics.metric_fields(name).items()
+    ]
+    return f"\n#### `{name}`\n\n{_summary(component)}\n\n{_table(rows)}"
 
 
 def _registry(module: str) -> Registry:
@@ -147,8 +160,15 @@ def _commented(component: type[Any]) -> dict[str, str]:
                     break
                 above.insert(0, line.strip().lstrip("#").strip())
             if comment := trailing.strip() or " ".join(above):
-                found[node.target.id] = comment
+                found[node.target.id] = _phrase(comment)
     return found
+
+
+def _phrase(comment: str) -> str:
+    """A comment as a cell: no capital letter at its start, unless of an acronym or a constant, and no full stop."""
+    first = comment.split()[0].rstrip(",:")
+    lower = first[0].isupper() and first[1:] == first[1:].lower() and first not in ("None", "True", "False")
+    return (comment[0].lower() if lower else comment[0]) + comment[1:].rstrip(".")
 
 
 def _value(value: Any) -> str:

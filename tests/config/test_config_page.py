@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from scaling_dit import config as config_lib
-from scaling_dit.config import schema
+from scaling_dit.config import metrics, schema
 from tools import config_page
 
 
@@ -30,6 +30,13 @@ def test_every_built_in_component_has_its_fields():
             config[section] = {"name": f"{name}:x" if section == "source" and name != "shapes" else name}
             fields = set(config_lib.complete(config)[section]) - {"name"}
             assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == fields
+
+
+def test_every_metric_has_its_fields():
+    part = config_page.PAGE.read_text().split("\n### `metrics`\n")[1]
+    for name in metrics.REGISTRY.known:
+        rows = part.split(f"\n#### `{name}`\n")[1].split("\n#### ")[0]
+        assert re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE) == list(metrics.metric_fields(name))
 
 
 @dataclasses.dataclass
@@ -58,7 +65,7 @@ class Derived(Base):
     """
 
     third: int = 3  # said beside
-    # Said above,
+    # Said above, of an MLP,
     # on two lines.
     fourth: str = "#"
     fifth: int = 5
@@ -72,7 +79,7 @@ def test_classes_and_their_bases_say_what_fields_are(monkeypatch):
         "first": "one line and another",
         "second": "its own",
         "third": "said beside",
-        "fourth": "Said above, on two lines.",
+        "fourth": "said above, of an MLP, on two lines",
     }
 
 

@@ -13,7 +13,7 @@ from scaling_dit.errors import UserError
 def saved(fields=None):
     """A config as an earlier version saved it: with the old names at the values of `fields`."""
     values = json.loads(config_lib.to_json(config_lib.load("experiments/shapes.py:smoke")))
-    del values["sharding"]
+    del values["sharding"], values["metrics"]
     values["mesh"] |= {"gather_once": False, "sparse_core": False}
     values["backbone"]["mask_text"] = True
     values["eval"]["metrics"] = ["tifa"]

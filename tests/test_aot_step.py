@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.support import xla
 from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "aot_step.py"
@@ -49,11 +50,12 @@ def test_a_saved_program_gives_the_same_numbers_again(tmp_path):
         sys.executable, str(SCRIPT), "--backbone=uvit", "--size=h1024-d20-n16", "--topology=v5e:2x4", "--batch=64",
         f"--json={numbers}", "--set", "hidden=128", "depth=2", "heads=2",
     ]  # fmt: skip
-    subprocess.run([*command, f"--hlo={program}"], check=True, capture_output=True)
+    environment = xla.plain_environment()
+    subprocess.run([*command, f"--hlo={program}"], check=True, capture_output=True, env=environment)
     first = json.loads(numbers.read_text())
     assert first["cycles_m"] > 0 and first["peak_gib"] > first["arguments_gib"] > 0
     assert first["wire_sync_gb"] > 0 and 0 < first["mfu_estimate"] < 1
-    subprocess.run([*command, f"--again={program}"], check=True, capture_output=True)
+    subprocess.run([*command, f"--again={program}"], check=True, capture_output=True, env=environment)
     assert json.loads(numbers.read_text()) == first
     row = subprocess.run(
         [sys.executable, str(SCRIPT), "--table", str(numbers)], capture_output=True, text=True

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.support import xla
 from tests.support.paths import ROOT
 
 FEW = ROOT / "tests/support/few_packages.py"
@@ -14,7 +15,7 @@ FAMILIES = ("uvit", "unet_if")  # one of each kind
 
 def run(*command):
     """What a command prints; one device, as a user has it who simulates none."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=1)}
     done = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT
     )

@@ -24,7 +24,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.sampling import pipeline
 from scaling_dit.training.loop import train
-from tests.support import raw_images
+from tests.support import raw_images, xla
 from tests.support.prepared_sets import SIDE, assert_holds, contents
 
 
@@ -66,7 +66,7 @@ def start(raw, vae, out, process, processes):
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla.flags(devices=1),
     }
     more = (f"--process={process}", f"--processes={processes}")
     return subprocess.Popen(

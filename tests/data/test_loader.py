@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scaling_dit.data.captions import choose_caption
 from scaling_dit.data.loader import KeyedGenerator, make_loader
 from scaling_dit.errors import UserError
+from tests.support import xla
 from tests.support.paths import SUPPORT
 
 SIZE = 4
@@ -241,7 +242,7 @@ def assert_processes_read_the_same(folder, processes, address=""):
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla.flags(devices=2),
     }
     outs = [folder / f"{processes}-{process}.npz" for process in range(processes)]
     commands = [[str(i), str(processes), str(out), address] for i, out in enumerate(outs)]

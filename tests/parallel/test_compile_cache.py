@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from scaling_dit.parallel import compile_cache
+from tests.support import xla
 
 START = """
     import collections, json, sys
@@ -29,7 +30,7 @@ START = """
 
 def start(workdir, steps: int) -> dict[str, int]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices=2)}
     command = [sys.executable, "-c", textwrap.dedent(START), str(workdir), str(steps)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

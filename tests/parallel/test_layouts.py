@@ -16,7 +16,7 @@ from scaling_dit.parallel import rules
 from scaling_dit.training import program as program_lib
 from scaling_dit.training.program import StepProgram, run_mesh
 from tests.support.layouts import LAYOUTS
-from tests.support.uvit_golden import QUICK, fill
+from tests.support.uvit_golden import fill
 
 MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}
 BACKBONES = {
@@ -128,7 +128,7 @@ def test_a_whole_step_is_that_of_one_device(name, accumulate):
             key: rng.integers(0, 2 if leaf.dtype == bool else 5, leaf.shape).astype(leaf.dtype)
             for key, leaf in made.batch.items()
         }
-        losses, step = [], made.lower().compile(compiler_options=QUICK)
+        losses, step = [], made.lower().compile()
         with rules.activate(made.mesh):
             for _ in range(2):
                 state, metrics = step(state, model_frozen, rules.to_global(batch, made.mesh, config.batch))

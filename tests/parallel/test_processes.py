@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from tests.support import xla
 from tests.support.paths import ROOT
 
 PROCESS = """
@@ -55,7 +56,7 @@ def test_two_processes_share_a_batch_and_a_checkpoint(tmp_path):
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla.flags(devices=2),
     }
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
     processes = [

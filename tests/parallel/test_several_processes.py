@@ -18,6 +18,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.parallel import processes
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
+from tests.support import xla
 
 HEARTBEAT = 20
 COMMAND = [
@@ -32,7 +33,7 @@ def start(workdir: pathlib.Path, count: int, *overrides: str) -> list[subprocess
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"}
+    env = {**os.environ, "XLA_FLAGS": xla.flags(devices=4 // count)}
     command = [*COMMAND, f"--workdir={workdir}", *overrides]
     joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
     return [

@@ -1,7 +1,6 @@
 """Plans: the memory of the real state, what does not fit, searches, and the paper's sizes on the papers' slices."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from scaling_dit.planning import (
 from scaling_dit.planning.hlo_cost import Collective, Statistics
 from scaling_dit.planning.roofline import roofline
 from scaling_dit.training.start import Run
+from tests.support import xla
 
 SMOKE = "experiments/shapes.py:smoke"
 FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
@@ -43,9 +43,11 @@ FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
 
 def command(*flags, code=0):
     """Runs `scaling-dit plan` in a process of its own, as it sets up jax; returns what it prints."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "scaling_dit", "plan", *flags], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "scaling_dit", "plan", *flags],
+        capture_output=True,
+        text=True,
+        env=xla.plain_environment(),
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done
@@ -188,7 +190,6 @@ def test_a_process_that_is_killed_is_one_line(monkeypatch):
 
 
 def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     verb = [
         sys.executable,
         "-m",
@@ -199,7 +200,7 @@ def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
         "--quick",
     ]
     with subprocess.Popen(
-        verb, env=environment | {"TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
+        verb, env=xla.plain_environment() | {"TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
     ) as parent:
         while not list(tmp_path.glob("*/request")):
             time.sleep(0.1)

@@ -1,6 +1,5 @@
 """What tests of the attention kernels share: inputs, the comparison with XLA's attention, and compiling for TPUs."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from scaling_dit.nn import per_device
 from scaling_dit.nn.attention import attention
 from scaling_dit.parallel import rules, topologies
 from scaling_dit.parallel.mesh import make_mesh
+from tests.support import xla as compiling
 
 
 def inputs(queries, keys, heads, kv_heads, size, batch=2, dtype=jnp.float32):
@@ -88,7 +88,7 @@ def pretend_tpu(monkeypatch, kind="TPU v5"):
 
 def tpu_environment(topology):
     """The variables of a process that compiles for a topology that is not here."""
-    environment = dict(os.environ)
+    environment = compiling.plain_environment()
     topologies.prepare_environment([topology], environment)
     return environment
 

@@ -13,6 +13,7 @@ import pytest
 
 from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.sampling import pipeline
+from tests.support import xla
 
 STEPS = 30
 COMMAND = [
@@ -20,7 +21,7 @@ COMMAND = [
     "--config.eval.every=0", "--config.checkpoint.every=4", "--config.log.every=1", "--config.log.tensorboard=false",
 ]  # fmt: skip
 # One device: the quickest layout.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla.flags(devices=1)}
 
 
 def run(workdir: pathlib.Path) -> subprocess.Popen:

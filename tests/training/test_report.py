@@ -13,6 +13,7 @@ from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import main as cli
 from scaling_dit.monitor import goodput
 from scaling_dit.training import report
+from tests.support import xla
 
 
 def test_a_finished_run(smoke_run, capsys):
@@ -66,7 +67,7 @@ def test_the_parts_of_a_run_killed_twice_are_its_wall_time(tmp_path):
         f"--config.steps={steps}", "--config.eval.every=50", f"--config.checkpoint.every={every}",
         "--config.log.every=1", "--config.log.tensorboard=false",
     ]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=1)}
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -1,0 +1,31 @@
+"""How XLA compiles in tests: small programs that run a few times, so compiling is what takes time."""
+
+import os
+
+# LLVM's optimizations and the fusion emitters take five sixths of compiling a tiny backbone with its gradients. A test
+# compares programs that were all compiled this way, so comparisons of bits mean what they say.
+QUICK = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+)
+_COUNT = "--xla_force_host_platform_device_count"
+
+
+def flags(devices: int) -> str:
+    """XLA_FLAGS of a process with this many simulated devices."""
+    return f"{QUICK} {_COUNT}={devices}"
+
+
+def prepare(environment) -> None:
+    """Sets XLA_FLAGS of the tests themselves: eight devices; what a user set stays and wins."""
+    given = environment.get("XLA_FLAGS", "")
+    count = "" if _COUNT in given else f"{_COUNT}=8"
+    environment["XLA_FLAGS"] = " ".join(part for part in (QUICK, count, given) if part)
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment of a process that compiles as a user's does: for TPUs, or for figures of a program."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}

@@ -23,7 +23,7 @@ class Renamed:
 
 @dataclasses.dataclass(frozen=True)
 class RenamedValue:
-    """Another name of a value, in configs that do not hold the field `before`."""
+    """Another name of a value, in configs that do not hold the field or section `before`."""
 
     before: str
     values: dict[str, str]
@@ -38,7 +38,7 @@ FIELDS: dict[str, Renamed] = {
 
 VALUES: dict[str, RenamedValue] = {
     # `tifa` is the published metric since.
-    "eval.metrics": RenamedValue("sharding.gather_once", {"tifa": "shapes_tifa"}),
+    "eval.metrics": RenamedValue("metrics", {"tifa": "shapes_tifa"}),
 }
 
 

@@ -82,6 +82,15 @@ def test_an_old_name_is_refused_elsewhere_with_the_new_one(key):
 
 
 def test_new_names_are_fields():
-    known = config_lib.flatten(config_lib.load("experiments/shapes.py:smoke"))
-    assert {entry.key for entry in renamed.FIELDS.values()} <= set(known)
-    assert {entry.before for entry in renamed.VALUES.values()} <= set(known)
+    config = config_lib.load("experiments/shapes.py:smoke")
+    known = {*config_lib.flatten(config), *config.to_dict()}
+    assert {entry.key for entry in renamed.FIELDS.values()} <= known
+    assert {entry.before for entry in renamed.VALUES.values()} <= known
+
+
+def test_a_config_of_this_version_without_metrics_is_no_earlier_one():
+    config = config_lib.load("experiments/shapes.py:smoke", ["--config.eval.metrics=()"])
+    values = json.loads(config_lib.to_json(config))
+    assert values["metrics"] == {}
+    values["eval"]["metrics"] = ["tifa"]
+    assert config_lib.from_json(json.dumps(values)).eval.metrics == ("tifa",)

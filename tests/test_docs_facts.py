@@ -161,9 +161,14 @@ def test_the_questions_on_the_page_are_asked():
         assert question in {row["question"] for row in rows if row["element_type"] == kind}
 
 
-def test_the_metrics_are_listed():
+def test_the_metrics_are_listed_and_explained():
     listed = (DOCS / "evaluation.md").read_text().split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE) == list(METRICS)
+    names = re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE)
+    assert len(names) == 2 and set(names) <= set(METRICS)
+    headings = re.findall(r"^## (\w+)$", (DOCS / "evaluation.md").read_text(), re.MULTILINE)
+    assert headings[: len(names)] == names
+    part = (DOCS / "config.md").read_text().split("\n### `metrics`\n")[1]
+    assert re.findall(r"^#### `(\w+)`$", part, re.MULTILINE) == list(METRICS)
 
 
 def test_samplers_schedules_and_their_timesteps():
@@ -178,7 +183,7 @@ def test_samplers_schedules_and_their_timesteps():
     ):
         (cell,) = re.findall(rf"^\| `config\.diffusion\.{field}` \| (.+) \|$", text, re.MULTILINE)
         assert [name for name in re.findall(r"`(\w+)`", cell) if name in names] == list(names)
-    rows = re.findall(r"^\| (as a rule|with `zero_snr`) \| (.+?) \| (.+?) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| (by default|with `zero_snr`) \| (.+?) \| (.+?) \|", text, re.MULTILINE)
     for (how, first, second), zero_snr in zip(rows, (False, True), strict=True):
         assert ("zero_snr" in how) == zero_snr
         schedule = make_schedule("scaled_linear", zero_snr=zero_snr)

@@ -25,6 +25,7 @@ REGISTRY = Registry(
         "digits": "scaling_dit.evaluation.metrics.digits:DigitAccuracy",
     },
     check=_check_class,
+    kind="class",
 )
 
 # Fields that every metric's section has. A metric that has one of them as a field of its own gives it another default,

@@ -11,7 +11,7 @@ from tests.support.paths import DOCS
 
 ROOT = DOCS.parent
 SECTION = (DOCS / "extending.md").read_text().split("## A metric\n")[1].split("\n## ")[0]
-FOLDERS = ("scaling_dit", "docs")
+FOLDERS = ("scaling_dit", "docs", "tools")
 # What a run does with the metric, with true images in place of generated ones, and what it imports for another one.
 USE = """
 import sys
@@ -59,6 +59,10 @@ def copy(tmp_path_factory):
         (folder / path).write_text(text)
     for path, diff in re.findall(r"^In `(.+?)`.*?```diff\n(.*?)```", SECTION, re.DOTALL | re.MULTILINE):
         (folder / path).write_text(changed((folder / path).read_text(), diff))
+    for command in re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL):
+        program, *arguments = command.split()
+        assert program == "python"
+        subprocess.run([sys.executable, "-B", *arguments], cwd=folder, check=True, capture_output=True)
     return folder
 
 
@@ -76,7 +80,7 @@ def test_it_touches_three_files(copy):
     assert touched == {
         "scaling_dit/config/metrics.py",
         "scaling_dit/evaluation/metrics/sharpness.py",
-        "docs/evaluation.md",
+        "docs/config.md",
     }
 
 
@@ -87,5 +91,6 @@ def test_the_copy_has_the_metric(copy):
 
 
 def test_the_page_of_the_copy_lists_it(copy):
-    listed = (copy / "docs/evaluation.md").read_text().split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE) == ["shapes_tifa", "digits", "sharpness"]
+    part = (copy / "docs/config.md").read_text().split("\n### `metrics`\n")[1]
+    assert re.findall(r"^#### `(\w+)`$", part, re.MULTILINE) == ["shapes_tifa", "digits", "sharpness"]
+    assert "| `step` | `1` | distance of the neighbours in pixels |" in part.splitlines()

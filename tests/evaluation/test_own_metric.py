@@ -92,7 +92,10 @@ def test_the_methods_are_those_of_the_contract():
     "name, line",
     [
         ("my_broken:Nothing", "metric 'Nothing': update must return (state, rows), got NoneType"),
-        ("my_broken:number", "metric 'my_broken:number' is no class but int; name a class"),
+        (
+            "my_broken:number",
+            "metric 'my_broken:number': my_broken has no class 'number'; known: Needs, Nothing, PerImage, Plain",
+        ),
         ("my_broken:Plain", "metric 'my_broken:Plain' is no metric: it has no method items, init, update"),
         (
             "my_broken:Nothin",

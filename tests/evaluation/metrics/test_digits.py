@@ -14,7 +14,7 @@ def test_real_digits_are_recognised_and_wrong_ones_are_not(tmp_path):
     from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
-    by_digit = [digits.to_pictures(scans[labels == d][:5].reshape(-1, 8, 8)) for d in range(10)]
+    by_digit = [digits.to_images(scans[labels == d][:5].reshape(-1, 8, 8)) for d in range(10)]
     images = np.stack([np.repeat(by_digit[i % 10][i // 10][..., None], 3, axis=-1) for i in range(50)])
 
     source = create_source(f"folder:{digits.write(tmp_path)}", image_size=16)

@@ -7,7 +7,6 @@ its time. What is read must be equal to the last bit. What is computed may diffe
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -22,6 +21,7 @@ from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.config import renamed
 from scaling_dit.monitor.grid import read_png
+from tests.support import xla
 from tests.support.paths import GOLDEN, ROOT
 
 OLD = GOLDEN / "old_run"
@@ -116,8 +116,7 @@ def run(commands):
     """Runs commands as the recorded ones were: on one device, compiled with all of XLA's optimizations."""
     code = f"from scaling_dit.cli import main as cli; assert not any(map(cli.main, {commands!r}))"
     # Those of the tests (conftest.py) are others, and what they compiled has other rounding.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "JAX_"))}
-    environment["JAX_PLATFORMS"] = "cpu"
+    environment = xla.plain_environment() | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -5,13 +5,15 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 RUN ?= runs/demo
 ARGS ?=
-PYTEST := -n 2 --dist loadfile  # two workers; tests of one file share what they set up
+# Two workers; tests of one file share what they set up.
+PYTEST := -n 2 --dist loadfile
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 EXTRAS_demo := [tensorboard]
 EXTRAS_test := [docs,eval,tensorboard,test]
-ALONE_test := open_clip_torch  # for its vocabulary; the torchvision it asks for does not load beside torch's CPU build
+# For its vocabulary; the torchvision it asks for does not load beside torch's CPU build.
+ALONE_test := open_clip_torch
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
@@ -21,7 +23,7 @@ help:
 	@echo 'make demo      train on shapes for some minutes, generate images, score them (RUN=runs/demo)'
 	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
 	@echo 'make test-all  the slow tests, which make test leaves out'
-	@echo 'make lint      ruff and mypy'
+	@echo 'make lint      ruff, mypy, and the layers of the package (import-linter)'
 	@echo 'make format    ruff, changing files'
 	@echo 'make golden    rewrite the golden files in tests/golden; read their diff'
 	@echo 'make docs      the documentation site, into site/; stops at a dead link'
@@ -46,6 +48,7 @@ lint: .venv/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/.installed-lint
 	$(BIN)/ruff check --fix .

@@ -55,6 +55,7 @@ EXTRAS = {
         "diffusers",
         "ftfy",
         "hypothesis",
+        "import-linter",
         "importlib_resources",
         LIBTPU,
         "pyarrow",
@@ -71,7 +72,7 @@ EXTRAS = {
         "transformers",
     ],
     "docs": ["matplotlib", "mkdocs"],
-    "lint": ["mypy", "ruff"],
+    "lint": ["import-linter", "mypy", "ruff"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -193,18 +193,6 @@ def test_torch_is_always_the_exact_version(setup_arguments):
     assert torch == {"torch==2.13.0"}
 
 
-def test_modules_outside_the_writer_import_no_tensorflow_torch_or_clu():
-    forbidden = re.compile(r"^\s*(import|from) (tensorflow|torch|clu|tensorboard)\b", re.MULTILINE)
-    found = {
-        str(p.relative_to(ROOT))
-        for p in (ROOT / "scaling_dit").rglob("*.py")
-        if forbidden.search(p.read_text())
-    }
-    # These two are torch's: pickles, and captioning models of transformers; each imports it inside a function.
-    torch = {"scaling_dit/weights/pickles.py", "scaling_dit/curation/captioning/transformers_models.py"}
-    assert found <= {"scaling_dit/monitor/writers.py"} | torch
-
-
 def test_make_targets_are_all_explained():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)

@@ -1,0 +1,82 @@
+"""The layers of the package, and that the contract of pyproject.toml finds an import that breaks them."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+
+
+def lint_imports(folder):
+    """(exit code, what is printed) of `lint-imports` on the package of a folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter import cli; cli.lint_imports_command()", "--no-cache"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_package_keeps_its_contracts():
+    code, text = lint_imports(ROOT)
+    assert code == 0 and "0 broken" in text, text
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with the package and its contracts."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.txt")
+    shutil.copytree(ROOT / "scaling_dit", tmp_path / "scaling_dit", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "file, line, contract, reported",
+    [
+        (
+            "nn/layers.py",
+            "from scaling_dit.training import loop",
+            "layers",
+            "scaling_dit.nn is not allowed to import scaling_dit.training",
+        ),
+        (
+            "config/__init__.py",
+            "def late():\n    import scaling_dit.evaluation",
+            "layers",
+            "scaling_dit.config is not allowed to import scaling_dit.evaluation",
+        ),
+        (
+            "errors.py",
+            "from scaling_dit import trees",
+            "layers",
+            "scaling_dit.errors is not allowed to import",
+        ),
+        ("another/__init__.py", "", "layers", "another"),
+        (
+            "data/sources/__init__.py",
+            "def late():\n    from scaling_dit.data import loader",
+            "no cycles",
+            "- .sources -> .loader (1 import)",
+        ),
+        (
+            "training/loop.py",
+            "import orbax.checkpoint",
+            "only checkpoints/store.py knows Orbax",
+            "scaling_dit.training.loop -> orbax",
+        ),
+    ],
+    ids=["upward", "upward in a function", "upward from the ground", "a new folder", "a cycle", "orbax"],
+)
+def test_an_import_that_breaks_a_contract_is_reported(copy, file, line, contract, reported):
+    path = copy / "scaling_dit" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    code, text = lint_imports(copy)
+    assert code == 1 and f"{contract} BROKEN" in text, text
+    assert reported in text.split("Broken contracts")[1], text

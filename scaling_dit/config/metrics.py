@@ -95,6 +95,17 @@ def rename_sections(config: ConfigDict, names: Iterable[str]) -> None:
         config.metrics = ConfigDict({key: value for key, value in config.metrics.items() if key in kept})
 
 
+def drop_untouched(config: ConfigDict, named: Iterable[str]) -> None:
+    """Drops in place the sections of built-in metrics that are not `named` and hold their defaults only.
+
+    They are left in a resolved config whose `eval.metrics` is then set from Python, and say nothing. A section with
+    another value stays, so that it is refused.
+    """
+    for section, fields in list(config.get("metrics", ConfigDict()).items()):
+        if section not in named and section in REGISTRY.known and fields.to_dict() == metric_fields(section):
+            del config.metrics[section]
+
+
 def check(config: ConfigDict) -> None:
     """Checks the fields that every metric has.
 

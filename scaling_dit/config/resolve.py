@@ -189,9 +189,10 @@ def _named(config: ConfigDict, key: str) -> str:
 
 
 def _metric_sections(given: ConfigDict, default: Sequence[str]) -> ConfigDict:
-    """`config.metrics` of the metrics that a config names, with their defaults."""
+    """`config.metrics` of the metrics that `given` names, with their defaults; drops idle sections from it."""
     named = given.get("eval", ConfigDict()).get("metrics", default)
     found = metrics.sections(named if isinstance(named, tuple | list) else default)
+    metrics.drop_untouched(given, found)
     for section in given.get("metrics", ConfigDict()):
         if section not in found:
             raise UserError(f"config.metrics.{section}: config.eval.metrics names no metric {section!r}")

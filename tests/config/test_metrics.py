@@ -95,3 +95,18 @@ def test_a_metric_is_imported_only_when_it_is_named():
         "assert 'scaling_dit.evaluation.metrics.digits' in sys.modules and 'sklearn' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_metrics_may_be_left_out_of_a_loaded_config():
+    """What a user of the Python API does: the section that loading made holds defaults only."""
+    loaded = config_lib.load("experiments/shapes.py:smoke").copy_and_resolve_references()
+    loaded.unlock()
+    loaded.eval.metrics = ()
+    assert config_lib.resolve(loaded).metrics.to_dict() == {}
+    loaded = config_lib.load(
+        "shapes:smoke", ["--config.metrics.shapes_tifa.prompts=3"]
+    ).copy_and_resolve_references()
+    loaded.unlock()
+    loaded.eval.metrics = ()
+    with pytest.raises(UserError, match="config.metrics.shapes_tifa: config.eval.metrics names no metric"):
+        config_lib.resolve(loaded)

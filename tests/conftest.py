@@ -1,6 +1,7 @@
 """Every test sees eight simulated CPU devices, so that sharding is tested on any machine."""
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
@@ -33,10 +34,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only."""
+    """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only.
+
+    All workers read the same run: the first that needs it makes it, and another waits at the lock meanwhile.
+    """
     from scaling_dit import config
     from scaling_dit.training import loop
 
-    workdir = tmp_path_factory.mktemp("smoke")
-    loop.train(config.load("experiments/shapes.py:smoke"), workdir)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    workdir, finished = folder / "smoke", folder / "smoke.finished"
+    with open(folder / "smoke.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            loop.train(config.load("experiments/shapes.py:smoke"), workdir)
+            finished.touch()
     return workdir

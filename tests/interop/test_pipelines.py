@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 import transformers
 
+from scaling_dit import backbones
 from scaling_dit import config as config_lib
 from scaling_dit.cli import main as cli
 from scaling_dit.encoders import vocabularies
@@ -239,10 +240,9 @@ def test_runs_that_no_pipeline_draws(smoke_run):
     pipe = pipeline.load(smoke_run)
     with pytest.raises(UserError, match="no pipeline of diffusers samples with backbone 'uvit'"):
         pipelines.kind_of(pipe)
-    with pipe.config.unlocked():
-        pipe.config.backbone.name = "unet"
+    other = dataclasses.replace(pipe.model, backbone=backbones.create("unet", size="sd2"))
     with pytest.raises(UserError, match="needs a CLIPTextModel; this run has text encoder 'scratch'"):
-        pipelines.kind_of(pipe)
+        pipelines.kind_of(dataclasses.replace(pipe, model=other))
     config = pipe.config.copy_and_resolve_references()
     config.diffusion.update({"schedule": "flow", "prediction": "flow"})
     with pytest.raises(UserError, match="which no pipeline of diffusers"):

@@ -168,7 +168,8 @@ def test_the_recipe_trains_in_miniature(tmp_path):
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - np.asarray(b)).max()), started, jax.device_get(state.params)
     )
-    assert 0 < max(jax.tree.leaves(moved)) < 2 * 8e-5  # one step of warm-up from zero, and no more
+    # One step of warm-up from zero, and no more.
+    assert 0 < max(jax.tree.leaves(moved)) < 2 * 8e-5
 
 
 def test_the_papers_encoders_take_the_stand_ins_place():

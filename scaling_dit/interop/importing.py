@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from scaling_dit import backbones, files, interop, trees
 from scaling_dit import config as config_lib
-from scaling_dit import files, interop, trees
 from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir
@@ -101,36 +101,47 @@ def run_config(
     if there != name:
         # Another backbone's sizes are not this one's.
         config.backbone = ConfigDict({"name": name})
-    explicit = {f"backbone.{key}" for key in config.get("backbone", ConfigDict())}
-    explicit |= {config_lib.override_key(override) for override in overrides}
+    section = config.get("backbone", ConfigDict({"name": name}))
+    by_hand = {field for field, value in section.items() if value is not None}
+    by_hand |= {
+        field
+        for component, _, field in (config_lib.override_key(one).partition(".") for one in overrides)
+        if component == "backbone"
+    }
     fields = diffusers_config.read_fields(family, described, source)
-    resolved = config_lib.resolve(config, overrides).copy_and_resolve_references()
-    with resolved.unlocked():
-        _fill(resolved.backbone, fields, explicit, source)
-    return config_lib.resolve(resolved)
+    fields = {field: value for field, value in fields.items() if field not in _FROM_RUN}
+    _fill(section, backbones.backbone_fields(name), fields, by_hand)
+    config.backbone = section
+    resolved = config_lib.resolve(config, overrides)
+    _check_by_hand(resolved.backbone, fields, by_hand, source)
+    return resolved
 
 
-def _fill(section: ConfigDict, fields: Mapping[str, Any], explicit: set[str], source: str) -> None:
-    """Sets the backbone's fields in place; those that were set by hand must agree.
+def _fill(
+    section: ConfigDict, defaults: Mapping[str, Any], fields: Mapping[str, Any], by_hand: set[str]
+) -> None:
+    """Sets in place the backbone's fields that were not set by hand.
 
-    What a size set by hand stands for is compared once the backbone is built.
+    Fields that a size set by hand stands for stay unset; they are compared once the backbone is built.
     """
-    by_size = section.get("size") is not None and "backbone.size" in explicit
+    by_size = "size" in by_hand
     for field, value in fields.items():
-        if field in _FROM_RUN:
-            continue
-        now = section[field]
-        if now is not None and f"backbone.{field}" in explicit:
-            if now != value:
-                raise UserError(
-                    f"config.backbone.{field} is {now!r}, but {source} has {value!r}; leave it out, for it follows "
-                    "from there"
-                )
-        elif not (by_size and now is None):
+        if field not in by_hand and not (by_size and defaults.get(field) is None):
             section[field] = value
-    if "size" in section and not by_size:
+    if "size" in defaults and not by_size:
         # A default, which the fields replace.
         section.size = None
+
+
+def _check_by_hand(section: ConfigDict, fields: Mapping[str, Any], by_hand: set[str], source: str) -> None:
+    """Makes sure that the fields that were set by hand agree with the folder's."""
+    for field, value in fields.items():
+        now = section[field]
+        if field in by_hand and now is not None and now != value:
+            raise UserError(
+                f"config.backbone.{field} is {now!r}, but {source} has {value!r}; leave it out, for it follows from "
+                "there"
+            )
 
 
 def start_run(

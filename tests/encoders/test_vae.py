@@ -22,7 +22,8 @@ from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.weights import state_dicts
 
-SIDE = 32  # px
+# Px.
+SIDE = 32
 KEY = jax.random.key(0)
 SIZES = {
     "block_out_channels": (16, 32),
@@ -89,7 +90,8 @@ def torch_decode(model, latents):
 
 
 def test_moments_and_decoding_equal_those_of_diffusers(model, folder, images):
-    vae, params, moments_of, decode = opened(folder.parent)  # the part of a whole pipeline is found
+    # The part of a whole pipeline is found.
+    vae, params, moments_of, decode = opened(folder.parent)
     moments = moments_of(params, images)
     assert moments.dtype == jnp.float32
     assert moments.shape == (2, *vae.moments_shape(SIDE)) == (2, 16, 16, 6)
@@ -204,7 +206,8 @@ def test_bfloat16_drifts_little(folder, images):
     decoded, drifted = np.asarray(decode(params, latents)), np.asarray(low_decode(params, latents))
     for right, found in ((exact, moments), (decoded, drifted)):
         error = np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2))
-        assert 1e-5 < error < 0.03  # it is used, and costs about one part in a hundred
+        # It is used, and costs about one part in a hundred.
+        assert 1e-5 < error < 0.03
     assert moments.dtype == drifted.dtype == np.float32
 
 
@@ -258,7 +261,8 @@ def test_sdxl_has_the_published_sizes_and_names():
     with torch.device("meta"):
         published = AutoencoderKL(**config).state_dict()
     rows = autoencoder_kl.rows(vae.architecture)
-    upstream = {  # the shapes that the table wants
+    # The shapes that the table wants.
+    upstream = {
         name: part.shape
         for entry in state_dicts.expand(rows, [])
         for name, part in zip(

@@ -79,7 +79,8 @@ def test_lengths_are_padded_to_as_few_blocks_as_the_device_takes(queries, keys, 
 def test_blocks_divide_whatever_the_length():
     for length in range(1, 5000, 37):
         cut = splash.blocks(length, length, "TPU v5")
-        assert 0 <= cut.keys - length < 128 * -(-length // 512)  # less than a tile of each block is padding
+        # Less than a tile of each block is padding.
+        assert 0 <= cut.keys - length < 128 * -(-length // 512)
         for block in (*cut.forward, *cut.backward):
             assert block % 128 == 0 == cut.keys % block
 
@@ -142,7 +143,8 @@ def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # compiles in half a minute, but the TPU's compiler takes every core it finds
+# Compiles in half a minute, but the TPU's compiler takes every core it finds.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:2x4"])
 def test_forward_and_backward_compile_for_tpus_at_every_head_size(topology):
     cases = [f"334:77:4:2:{size}" for size in HEAD_SIZES] + ["1101:1101:4:4:128"]

@@ -60,9 +60,11 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
     found = open_weights(str(folder), **PLACE)
     second = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
     intact = second.read_bytes()
-    second.write_bytes(intact[:-2] + b"\x00\x00")  # where the values of b lie
+    # Where the values of b lie.
+    second.write_bytes(intact[:-2] + b"\x00\x00")
     np.testing.assert_array_equal(found.tensors["a"], WEIGHTS["a"])
-    assert found.tensors["b"][-1] == 0  # mapped, not copied when it was opened
+    # Mapped, not copied when it was opened.
+    assert found.tensors["b"][-1] == 0
 
 
 def test_a_remote_folder_is_read_through_copies(tmp_path):

@@ -15,8 +15,7 @@ from scaling_dit.costs import count_table
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.model.build import abstract_params, build_model, open_source
-from scaling_dit.training import optim
-from scaling_dit.training import step as train_step
+from scaling_dit.training import optim, step
 from tools.model_table import PRINTED
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
@@ -125,7 +124,7 @@ def test_a_train_step_of_the_real_size(row):
     images = jax.ShapeDtypeStruct((config.batch, 64, 64, 3), jnp.uint8)
     batch = {"images": images, "ids": ids, "mask": jax.ShapeDtypeStruct(ids.shape, jnp.bool_)}
     after, metrics = jax.eval_shape(
-        train_step.make_train_step(model, optimizer, config), state, {"codec": {}}, batch
+        step.make_train_step(model, optimizer, config), state, {"codec": {}}, batch
     )
     assert after == state
     assert metrics["loss"].shape == ()

@@ -13,8 +13,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import torch as safetensors_torch
 
 from scaling_dit import trees
-from scaling_dit.encoders import codec
-from scaling_dit.encoders import vae_weights as autoencoder_kl
+from scaling_dit.encoders import codec, vae_weights
 from scaling_dit.encoders.vae import Autoencoder, decode_tiles
 from scaling_dit.encoders.vae_config import ARCHITECTURES, Architecture, read_architecture
 from scaling_dit.errors import UserError
@@ -171,7 +170,7 @@ def test_older_names_give_the_same_weights(convolutions, folder, model, tmp_path
 def test_the_original_names_are_those_that_diffusers_converts(folder, model, tmp_path):
     vae, params, _, _ = opened(folder)
     abstract = jax.eval_shape(lambda: params)
-    rows = autoencoder_kl.rows(vae.architecture, autoencoder_kl.ORIGINAL, attention_as_convolutions=True)
+    rows = vae_weights.rows(vae.architecture, vae_weights.ORIGINAL, attention_as_convolutions=True)
     original = {
         name: torch.from_numpy(value)
         for name, value in state_dicts.save(rows, abstract, params, "it").items()
@@ -260,7 +259,7 @@ def test_sdxl_has_the_published_sizes_and_names():
     }  # fmt: skip
     with torch.device("meta"):
         published = AutoencoderKL(**config).state_dict()
-    rows = autoencoder_kl.rows(vae.architecture)
+    rows = vae_weights.rows(vae.architecture)
     # The shapes that the table wants.
     upstream = {
         name: part.shape
@@ -288,9 +287,7 @@ def test_an_architecture_without_its_optional_parts():
     other = tiny(**options, latent_channels=16)
     architecture = read_architecture(dict(other.config), "it")
     assert not architecture.quant_conv and architecture.latent_channels == 16
-    names = {
-        name for entry in state_dicts.expand(autoencoder_kl.rows(architecture), []) for name in entry.names
-    }
+    names = {name for entry in state_dicts.expand(vae_weights.rows(architecture), []) for name in entry.names}
     assert names == other.state_dict().keys()
 
 

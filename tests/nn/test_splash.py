@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from scaling_dit import backbones as backbones_lib
-from scaling_dit import trees
+from scaling_dit import backbones, trees
 from scaling_dit.errors import UserError
 from scaling_dit.nn import attention as attention_lib
 from scaling_dit.nn import splash
@@ -131,8 +130,8 @@ def test_an_explicit_splash_never_falls_back(monkeypatch):
 def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatch):
     fields = {"hidden": 32, "depth": 2, "heads": 2, "text_dim": 12}
     args = (jnp.ones((2, 4, 4, 4)), jnp.ones(2), jnp.ones((2, 5, 12)), jnp.ones((2, 5), bool))
-    plain = backbones_lib.create("uvit", attention="xla", **fields)
-    kernel = backbones_lib.create("uvit", attention="splash", **fields)
+    plain = backbones.create("uvit", attention="xla", **fields)
+    kernel = backbones.create("uvit", attention="splash", **fields)
     variables = trees.unbox(jax.jit(kernel.init)(jax.random.key(0), *args))
     wanted = jax.jit(plain.apply)(variables, *args)
     pretend_tpu(monkeypatch)

@@ -16,7 +16,7 @@ from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
-from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.model import frozen
 from scaling_dit.model.build import abstract_params, build_model, open_source
 from scaling_dit.training.rewind import SpikeDetector
 from scaling_dit.training.start import Run
@@ -177,8 +177,8 @@ def test_frozen_hash_sees_values_names_and_types():
         {"a": jnp.ones(3, jnp.bfloat16)},
         {"a": jnp.ones((3, 1))},
     ]
-    hashes = [frozen_weights.frozen_hash(tree) for tree in [base, *others]]
-    assert len(set(hashes)) == 5 and frozen_weights.frozen_hash({}) == ""
+    hashes = [frozen.frozen_hash(tree) for tree in [base, *others]]
+    assert len(set(hashes)) == 5 and frozen.frozen_hash({}) == ""
 
 
 def test_a_trained_run_of_a_folder_needs_no_folder_to_draw():

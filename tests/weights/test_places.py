@@ -12,7 +12,7 @@ from huggingface_hub import constants, utils
 
 from scaling_dit.errors import UserError
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 from scaling_dit.weights.places import locate, open_weights, read_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -190,5 +190,5 @@ def test_transformers_name_their_architectures(tmp_path):
 
 
 def test_what_names_a_place():
-    assert [pretrained.is_place(weights) for weights in ("", "random", "vae")] == [False, False, True]
-    assert "config.codec.weights is empty" in str(pretrained.missing("codec.weights"))
+    assert [places.is_place(weights) for weights in ("", "random", "vae")] == [False, False, True]
+    assert "config.codec.weights is empty" in str(places.missing("codec.weights"))

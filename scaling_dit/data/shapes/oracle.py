@@ -78,7 +78,7 @@ def _templates(preset: str) -> _Templates:
 def read(image: np.ndarray, preset: str) -> Reading:
     """Reads an image into objects.
 
-    Foreground is every pixel far from the background colour. Each connected piece takes the shape, size and place of the
+    Foreground is every pixel far from the background colour. Each connected piece takes shape, size and place of the
     template with the greatest intersection over union, and the palette colour nearest to its mean under the template.
 
     Args:
@@ -137,7 +137,7 @@ def answer(image: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Args:
       image: uint8 [H, W, 3].
-      rows: the TIFA rows of one caption, as `data.shapes_text.questions` makes them (with `about`).
+      rows: the TIFA rows of one caption, as `data.shapes.text.questions` makes them (with `about`).
 
     Returns:
       One of each row's choices, or "no" or "none" where the object asked about is not seen.

@@ -74,7 +74,7 @@ class Registry:
         return {argument: default for argument, default in defaults.items() if argument not in self.filled}
 
     def fields(self, name: str) -> dict[str, Any]:
-        """What a config can set of a component, with the defaults; arguments that are no plain values are left out.
+        """The fields that a config can set of a component, with their defaults; only plain values are fields.
 
         Raises:
           UserError: as `resolve`, and for an argument without a default.
@@ -242,7 +242,7 @@ def check_methods(part: Any, where: str, methods: Mapping[str, str]) -> None:
 
 
 def describe(thing: Any) -> str:
-    """What a thing is, for an error line: "the class UViT", "a float"."""
+    """Describes an object, for an error line: "the class UViT", "a float"."""
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 

@@ -22,9 +22,8 @@ def script(monkeypatch):
         "TPU_ACCELERATOR_TYPE",
         "ALLOW_MULTIPLE_LIBTPU_LOAD",
     ):
-        monkeypatch.setenv(
-            name, os.environ.get(name, "")
-        )  # the script sets what is missing; that ends with the test
+        # The script sets what is missing; that ends with the test.
+        monkeypatch.setenv(name, os.environ.get(name, ""))
         monkeypatch.delenv(name)
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     return importlib.import_module("aot_step")

@@ -78,9 +78,11 @@ def test_a_cell_is_tried_until_it_fits_and_its_settings_are_printed(
     assert "--config.optim.accumulate=4" not in calls[1]
     kept = json.loads((tmp_path / "sdxl@v5p-4x4x4.json").read_text())
     assert kept["flags"] == ["--config.backbone.remat=full"] and kept["memory"]["fits"] and not kept["failed"]
-    assert "gather_once True, remat products" in capsys.readouterr().out  # as the plan itself has it
+    # As the plan itself has it.
+    assert "gather_once True, remat products" in capsys.readouterr().out
     run(table, monkeypatch, tmp_path, "--sizes=sdxl", "--slices=v5p:4x4x4")
-    assert len(calls) == 2  # what is there is not planned again
+    # What is there is not planned again.
+    assert len(calls) == 2
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeypatch, tmp_path, capsys):
@@ -104,7 +106,8 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(table, planned, monkeyp
     (shown,) = [line for line in lines if "it / fails" in line]
     assert shown.startswith("| sdxl | v5e:16x16 | --config.backbone.remat=full --config.optim.accumulate=4: ")
     answers.clear()
-    run(table, monkeypatch, tmp_path, *chosen)  # tries the failed one again, and no other
+    # Tries the failed one again, and no other.
+    run(table, monkeypatch, tmp_path, *chosen)
     assert len(calls) == 8 and "error" not in json.loads((tmp_path / "sdxl@v5e-16x16.json").read_text())
 
 
@@ -137,7 +140,8 @@ def test_a_quick_cell_has_no_cycles_and_is_made_whole_by_a_run_without(table, pl
     monkeypatch.setitem(PLAN, "statistics", counted)
     monkeypatch.setitem(PLAN, "roofline", {"limit": 0.02, "estimate": None})
     monkeypatch.setitem(PLAN, "kernels", False)
-    for _ in range(2):  # the second has nothing to do
+    # The second has nothing to do.
+    for _ in range(2):
         run(table, monkeypatch, tmp_path, "--quick", *chosen)
     assert ["--quick" in call for call in calls] == [True]
     run(table, monkeypatch, tmp_path, f"--note={tmp_path / 'note.md'}", what="write")

@@ -10,7 +10,8 @@ from tests.support import xla
 from tests.support.paths import ROOT
 
 FEW = ROOT / "tests/support/few_packages.py"
-FAMILIES = ("uvit", "unet_if")  # one of each kind
+# One of each kind.
+FAMILIES = ("uvit", "unet_if")
 
 
 def run(*command):
@@ -47,4 +48,5 @@ def test_step_time_measures_backbones_with_few_packages(tmp_path):
     for row in rows[1:]:
         _, parameters, batch, milliseconds, *rest = row.strip("| ").split(" | ")
         assert float(parameters.split()[0]) < 3 and batch == "4" and float(milliseconds) > 0
-        assert all(float(value) > 0 for value in rest[:3]) and rest[3:] == ["-", "-"]  # a CPU has no peak
+        # A CPU has no peak.
+        assert all(float(value) > 0 for value in rest[:3]) and rest[3:] == ["-", "-"]

@@ -68,7 +68,8 @@ def test_a_module_is_imported_when_its_component_is_asked_for(registry):
 
 def test_arguments_and_what_a_config_sets_of_them(registry):
     arguments = registry.arguments("data")
-    assert arguments == {"width": 8, "rates": (0.5,), "act": print}  # not what the program fills or hides
+    # Not what the program fills or hides.
+    assert arguments == {"width": 8, "rates": (0.5,), "act": print}
     assert registry.fields("data") == {"width": 8, "rates": (0.5,)}
     assert registry.arguments("own_parts:Plain") == {"depth": REQUIRED, "size": "small"}
     with pytest.raises(UserError, match="part 'own_parts:Plain': field 'depth' needs a default"):

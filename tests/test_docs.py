@@ -126,7 +126,8 @@ def test_the_commands_of_the_readme_are_understood():
             config.load(spec, command.overrides)
 
 
-ALONE = ("count", "plan")  # verbs that need nothing of the commands before them
+# Verbs that need nothing of the commands before them.
+ALONE = ("count", "plan")
 
 
 @pytest.mark.slow
@@ -220,7 +221,8 @@ def test_the_error_lines_are_in_the_code():
     """The parts of each line, between names and numbers that are filled in, are texts of the program."""
     package = pathlib.Path(scaling_dit.__file__).parent
     code = " ".join(path.read_text() for path in sorted(package.rglob("*.py")))
-    code = re.sub(r'"\s+f?"', "", code)  # texts that run over lines
+    # Texts that run over lines.
+    code = re.sub(r'"\s+f?"', "", code)
     lines = [line for cell in first_column("errors_and_exit_codes.md", "Frequent lines")
              for line in re.findall(r"`(.+?)`", cell)]  # fmt: skip
     assert len(lines) > 10

@@ -81,9 +81,10 @@ def test_the_probabilities_of_captions():
 
 @pytest.fixture
 def beside_my_source(tmp_path, monkeypatch):
-    """A working directory with the page's `my_source.py` and pictures."""
+    """A working directory with the page's `my_source.py` and images."""
     (code,) = blocks("python", PAGE)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 45  # a page
+    # A page.
+    assert len([line for line in code.splitlines() if line.strip()]) <= 45
     (tmp_path / "my_source.py").write_text(code)
     levels = np.arange(40, dtype=np.uint8)
     images = np.broadcast_to(levels[:, None, None, None], (40, 16, 16, 3))
@@ -112,7 +113,8 @@ def test_a_source_of_ones_own_feeds_the_loader(beside_my_source):
     loader.close()
     assert (batch["images"][:, 0, 0, 0] == batch["ids"][:, 0]).all()
     assert sorted(batch["ids"][:, 0]) == [number for number in range(40) if number % 10]
-    assert not batch["ids"][:, 1].any()  # long ones only
+    # Long ones only.
+    assert not batch["ids"][:, 1].any()
     with pytest.raises(UserError, match="it must name an .npz file"):
         create_source("my_source:ArraySource")
 

@@ -68,7 +68,8 @@ def test_texts_fit_their_boxes_and_do_not_touch(drawn):
         if box is not None:
             assert left >= box.left[0] + 2 and right <= box.right[0] - 2, text.get_text()
             assert low >= box.bottom[1] and high <= box.top[1], text.get_text()
-        extents.append((left, low + 2, right, high - 2, text.get_text()))  # lines of one box stand close
+        # Lines of one box stand close.
+        extents.append((left, low + 2, right, high - 2, text.get_text()))
     assert len(extents) > 20
     for (l1, b1, r1, t1, one), (l2, b2, r2, t2, other) in itertools.combinations(extents, 2):
         assert r1 <= l2 or r2 <= l1 or t1 <= b2 or t2 <= b1, (one, other)

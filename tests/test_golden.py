@@ -47,7 +47,8 @@ def test_every_experiment_has_its_files(texts):
 
 def test_named_arguments_are_dumped_and_differ(tmp_path):
     (tmp_path / "mine.py").write_text(EXPERIMENT)
-    (tmp_path / "recipe.py").write_text("LEARNING_RATE = 1e-4\n")  # a part of experiments, none itself
+    # A part of experiments, none itself.
+    (tmp_path / "recipe.py").write_text("LEARNING_RATE = 1e-4\n")
     texts = update_golden.current(tmp_path)
     assert set(texts) - {"public.txt"} == {
         f"{kind}/{name}.txt" for kind in ("configs", "params") for name in ("mine", "mine-wide")

@@ -15,8 +15,7 @@ from scaling_dit.costs import count_table
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
 from scaling_dit.model.build import abstract_params, build_model, open_source
-from scaling_dit.training import optim
-from scaling_dit.training import step as train_step
+from scaling_dit.training import optim, step
 from tools.model_table import PRINTED
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
@@ -125,7 +124,7 @@ def test_a_train_step_of_the_real_size(row):
     images = jax.ShapeDtypeStruct((config.batch, 64, 64, 3), jnp.uint8)
     batch = {"images": images, "ids": ids, "mask": jax.ShapeDtypeStruct(ids.shape, jnp.bool_)}
     after, metrics = jax.eval_shape(
-        train_step.make_train_step(model, optimizer, config), state, {"codec": {}}, batch
+        step.make_train_step(model, optimizer, config), state, {"codec": {}}, batch
     )
     assert after == state
     assert metrics["loss"].shape == ()
@@ -168,7 +167,8 @@ def test_the_recipe_trains_in_miniature(tmp_path):
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - np.asarray(b)).max()), started, jax.device_get(state.params)
     )
-    assert 0 < max(jax.tree.leaves(moved)) < 2 * 8e-5  # one step of warm-up from zero, and no more
+    # One step of warm-up from zero, and no more.
+    assert 0 < max(jax.tree.leaves(moved)) < 2 * 8e-5
 
 
 def test_the_papers_encoders_take_the_stand_ins_place():

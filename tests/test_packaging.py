@@ -178,7 +178,8 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
         k: v for k, v in setup_arguments["extras_require"].items() if k not in ("all", "docs", "lint", "test")
     }
     optional = {normal(requirement) for extra in extras.values() for requirement in extra}
-    optional |= {"spacy"}  # used where a user installed it with a model of it
+    # Used where a user installed it with a model of it.
+    optional |= {"spacy"}
     assert {normal(requirement) for requirement in setup_arguments["install_requires"]} == needed - optional
 
 

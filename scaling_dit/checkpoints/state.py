@@ -17,9 +17,9 @@ from scaling_dit.trees import Params
 
 @flax.struct.dataclass
 class TrainState:
-    """Step, parameters, optimiser state and averages. Frozen weights are not in it.
+    """Step, parameters, optimizer state and averages. Frozen weights are not in it.
 
-    step: int32 [], optimiser updates done or skipped, which is also the next step's position in the data.
+    step: int32 [], optimizer updates done or skipped, which is also the next step's position in the data.
     params: {"backbone": tree, "text_encoder": tree if it is trained}, float32.
     opt_state: of `optim.make_optimizer`; the moments have the structure of `params`, so they shard like them.
     emas: name (see `ema_name` and `power_name`) -> moving average with the structure of `params`, float32.

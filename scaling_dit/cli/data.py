@@ -47,9 +47,7 @@ class Prepare(Verb):
     OVERRIDES = True
 
     config: str = config_flag(required=True)
-    out: str = flag(
-        "folder of the prepared set, local or gs://; what is finished there is kept", required=True
-    )
+    out: str = flag("folder of the prepared set, local or gs://; finished shards are kept", required=True)
     filter: str = flag(_FILTER, "")
     min_size: int = flag("skip images whose shorter side has fewer pixels", 0, FROM_0)
     buckets: bool = flag("crop images to the nearest of seven aspect ratios, not to squares", False)

@@ -15,7 +15,7 @@ import numpy as np
 from scaling_dit.components import check_methods, describe, one_line
 from scaling_dit.errors import UserError
 
-# What the contract of a backbone says: it sees timesteps in [0, 1000).
+# The contract of a backbone: it sees timesteps in [0, 1000).
 TIMESTEPS = 1000
 _ROWS = 4
 _SIDE = (3, 3, 2)

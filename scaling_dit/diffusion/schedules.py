@@ -27,7 +27,7 @@ SEAM = Seam("diffusion.schedule", SCHEDULES)
 
 
 class Schedule(abc.ABC):
-    """What training, validation and samplers need of a schedule.
+    """The methods of a schedule, which training, validation and samplers use.
 
     The methods take timesteps of any shape, integer or fractional, in [0, num_timesteps]. The share of noise,
     sigma / alpha, rises with the timestep, and is large at the last one, because samplers start from noise alone.
@@ -143,7 +143,7 @@ def make_schedule(
       num_timesteps: of a built-in one.
       zero_snr: rescale it so that its last timestep holds no signal (`zero_terminal_snr`); not for "flow".
       time_shift: shift of the timesteps of training and samplers towards noise; for "flow" only.
-      fields: those of a user's own.
+      fields: the fields of a user's own schedule.
 
     Raises:
       UserError: unknown name, an option that the schedule does not take, or a user's own that is no schedule.

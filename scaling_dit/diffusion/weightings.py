@@ -14,7 +14,7 @@ from scaling_dit.errors import UserError, nearest
 WEIGHTINGS = ("none", "min_snr")
 SEAM = Seam("diffusion.weighting", WEIGHTINGS)
 
-# Whose error a weight may be for: that of the prediction itself, or of what it implies.
+# The quantities whose error a weight may be for: the prediction itself, or a quantity that it implies.
 SPACES = ("prediction", *PREDICTIONS)
 # alpha and sigma that a user's own weighting sees are at least this, so that their ratios are finite.
 LEAST = 1e-4
@@ -60,7 +60,7 @@ def loss_weight(
     none: 1. min_snr: min(snr, gamma) in x0 space, where snr = (alpha / sigma)^2 (Hang et al. 2023, section 3.4).
     In the other spaces it is that times the squared ratio of the errors: min(snr, gamma) / snr for eps,
     min(snr, gamma) / (snr + 1) for v on a variance-preserving schedule. For v and flow it is finite at every snr.
-    A user's own: its weight times the squared ratio of the errors in its space and in that of `prediction`.
+    A user's own: its weight times the squared ratio of the errors in its space and in the space of `prediction`.
 
     Raises:
       UserError: unknown weighting or kind of prediction.

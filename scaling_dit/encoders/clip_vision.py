@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from scaling_dit import trees
-from scaling_dit.encoders import clip_weights, transformer
-from scaling_dit.encoders.clip import CLASSES as WHOLE_CLASSES
+from scaling_dit.encoders import clip, clip_weights, transformer
 from scaling_dit.encoders.clip import ClipText
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.layers import NORMAL_002, Dense, constrain, layer_norm
@@ -25,7 +24,7 @@ from scaling_dit.weights import places
 # Mean and deviation of red, green and blue in [0, 1], over CLIP's training set.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-CLASSES = (*WHOLE_CLASSES[2:], "CLIPVisionModelWithProjection")
+CLASSES = (*clip.CLASSES[2:], "CLIPVisionModelWithProjection")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ _REGISTRY = Registry(
 
 
 class Codec(Protocol):
-    """What a run needs of a codec."""
+    """The methods of a codec that a run uses."""
 
     @property
     def channels(self) -> int:

@@ -25,8 +25,10 @@ from scaling_dit.nn.layers import Initializer, Mlp, constrain, layer_norm, parse
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-MAX_WORDS = 16_384  # beyond, the rarest words become <unk>
-EPSILON = 1e-6  # of every LayerNorm
+# With more words than this, the rarest become <unk>.
+MAX_WORDS = 16_384
+# Of every LayerNorm.
+EPSILON = 1e-6
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -34,7 +36,8 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 class WordTokenizer:
     """Lower-case words and single punctuation marks -> ids; ids 0-3 are pad, bos, eos, unk."""
 
-    words: tuple[str, ...]  # word i has id i + 4
+    # Word i has id i + 4.
+    words: tuple[str, ...]
 
     @classmethod
     def build(cls, captions: Iterable[str], max_words: int = MAX_WORDS) -> "WordTokenizer":
@@ -151,7 +154,8 @@ class Block(nn.Module):
     """Attention and an MLP, each after a layer norm and on a residual branch: x [B, L, D], mask [B, L] -> [B, L, D]."""
 
     heads: int
-    branch_variance: float  # of what a branch adds at the start, about
+    # Approximate variance of the sum that a branch adds at initialization.
+    branch_variance: float
     dtype: str
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""What most metrics share: `PerImage` for a score of each image by itself, `Base` for statistics over all images."""
+"""Bases for most metrics: `PerImage` for a score of each image by itself, `Base` for statistics over all images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

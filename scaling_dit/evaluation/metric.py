@@ -1,4 +1,4 @@
-"""What a metric is: it gives prompts, takes the images made of them batch by batch, and gives a result.
+"""The protocol of a metric: it gives prompts, takes the images made of them batch by batch, and gives a result.
 
 A metric is a component: a class whose constructor arguments are plain values with defaults, which are fields of
 `config.metrics.NAME`. The images of a request arrive in order. They are cut into parts of a fixed number of images, and
@@ -25,7 +25,7 @@ from scaling_dit.errors import UserError
 
 # Accumulators by name. Their shapes do not depend on how many images were seen, so memory does not grow.
 State = dict[str, np.ndarray]
-# What is kept of one image: JSON values, and arrays such as features.
+# The values kept for one image: JSON values, and arrays such as features.
 Row = dict[str, Any]
 
 
@@ -120,11 +120,11 @@ class Metric(Protocol):
         """The result as JSON values.
 
         `scalars` maps names to the numbers worth a curve, the most important one first; it is required. `interval` is
-        [low, high] of the first. `seed` is that of the bootstrap or of random subsets.
+        [low, high] of the first. `seed` is the seed of the bootstrap or of random subsets.
         """
 
     def about(self) -> dict[str, Any]:
-        """What the scores depend on besides images and fields, as JSON values.
+        """Whatever else the scores depend on, besides images and fields, as JSON values.
 
         Such as the judge, the template of its questions, the hash of weights, how images are resized and cropped.
         """
@@ -172,7 +172,7 @@ def check_items(items: Any, name: str) -> list[tuple[str, str]]:
 
 
 def check_update(returned: Any, count: int, name: str) -> tuple[State, list[Row]]:
-    """What `update` returned for `count` images, checked, with plain numbers in place of numpy's.
+    """The rows that `update` returned for `count` images, checked, with plain numbers in place of numpy's.
 
     Raises:
       UserError: it is something else than (state, rows).

@@ -21,7 +21,7 @@ def encode(state: State, rows: Sequence[Row], name: str) -> bytes:
     """A part as an npz file: `state/KEY`, `rows` as JSON lines, and `rows/KEY` [N, ...] for arrays in the rows.
 
     Raises:
-      UserError: a row of metric `name` holds what is neither JSON nor an array, or rows with different arrays.
+      UserError: a row of metric `name` holds a value that is neither JSON nor an array, or rows with different arrays.
     """
     arrays: dict[str, list[np.ndarray]] = {}
     lines = []
@@ -81,7 +81,7 @@ class Parts(Protocol):
 
 
 class InMemory:
-    """Parts of an evaluation whose images are few; nothing is left of it when the process ends."""
+    """Parts of an evaluation with few images; nothing of it is kept when the process ends."""
 
     def __init__(self) -> None:
         self._parts: dict[int, bytes] = {}

@@ -22,7 +22,7 @@ from scaling_dit.sampling.pipeline import open_for_sampling
 
 RESULT = "result.json"
 ROWS = "rows.jsonl"
-# Folder of what is scored so far; removed at the end.
+# Folder of the parts scored so far; removed at the end.
 _PARTS = "parts"
 
 
@@ -41,7 +41,7 @@ def main(
     """Scores a run by each metric; images, rows and `result.json` go to OUT/METRIC. Returns the exit code.
 
     Without `out` they go to a folder of these settings under `evaluation/` in the workdir: the same command again only
-    adds what is missing there.
+    adds the missing rows there.
 
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
@@ -83,7 +83,7 @@ def score_to_folder(
 ) -> dict[str, Any]:
     """The result of a metric, `head` first, which is written to `folder` with the rows and what TIFA's tools read.
 
-    A call that was killed and is made again scores only what is missing.
+    A call that was killed scores only the missing images when it is repeated.
 
     Args:
       images: uint8 [some, H, W, 3], any number at a time, in the order of the items.

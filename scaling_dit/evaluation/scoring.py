@@ -67,7 +67,7 @@ class Scoring:
         Args:
           images: uint8 [some, H, W, 3], any number at a time, all images of the request in the order of the items.
           parts: where finished parts are kept.
-          share: (i, n) for parts i, i + n, ...; by default those of this process of jax's.
+          share: (i, n) for parts i, i + n, ...; by default the parts of this process of jax's.
         """
         index, count = share or (jax.process_index(), jax.process_count())
         start, mine = 0, False
@@ -90,7 +90,7 @@ class Scoring:
         """The result of all parts, which are merged in their order, and the rows.
 
         Raises:
-          UserError: the metric returned what is no result.
+          UserError: the metric returned an invalid result.
         """
         states = (decode_state(parts.read(number)) for number in self.numbers)
         state = check_state(functools.reduce(self.metric.merge, states), self.name)

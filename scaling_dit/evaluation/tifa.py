@@ -20,7 +20,7 @@ from scaling_dit.evaluation.intervals import percentiles, resamples
 Question = Mapping[str, Any]
 VQA = Callable[[np.ndarray, Sequence[Question]], list[str]]
 
-# What a row keeps of each question; the rest is in the question file.
+# The fields of each question that a row keeps; the rest is in the question file.
 _KEPT = ("question", "element_type", "answer")
 
 

@@ -10,7 +10,8 @@ from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.trees import Params
 
-_SEED = 20_000  # of the noise: the same for every run, whatever its own seed
+# Of the noise: the same for every run, whatever its own seed.
+_SEED = 20_000
 
 
 class ValidationLoss:
@@ -18,8 +19,8 @@ class ValidationLoss:
 
     The triples depend on the data and `images` alone: the first held-out records with their first captions, timesteps
     of scaled_linear spread evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or
-    backbones meet the same ones; runs with other schedules meet them at the timesteps of their own with as much noise
-    to signal, so that the errors compare.
+    backbones get the same ones. Runs with other schedules get them at those of their own timesteps that have the same
+    ratio of noise to signal, so that the errors compare.
 
     Args:
       images: how many triples, at least 1; at most as many records as are held out are used, repeated if fewer.
@@ -43,7 +44,7 @@ class ValidationLoss:
         ids, mask = model.text_encoder.tokenize([record["captions"][0] for record in records])
         reference = schedules.make_schedule("scaled_linear")
         self._total = total = reference.num_timesteps
-        # Evenly spread and then dealt out, so that a bin does not hold neighbouring records only.
+        # Evenly spread and then shuffled, so that a bin does not hold neighbouring records only.
         times = np.floor((np.arange(images) + 0.5) * total / images).astype(np.int32)
         times = np.random.default_rng(_SEED).permutation(times)
         alpha, sigma = reference.coefficients(times)
@@ -51,9 +52,11 @@ class ValidationLoss:
             **stack_images(records),
             "ids": ids,
             "mask": mask,
-            "reference_timesteps": times,  # for the bins
+            # For the bins.
+            "reference_timesteps": times,
             "timesteps": model.schedule.timesteps_of(sigma / alpha).astype(np.float32),
-            "number": np.arange(1, images + 1, dtype=np.int32),  # of the noise; 0 is the codec's
+            # Of the noise; 0 is the codec's.
+            "number": np.arange(1, images + 1, dtype=np.int32),
         }
         self._batch = rules.round_batch(mesh, min(batch, images))
         self._run = jax.jit(self._errors)

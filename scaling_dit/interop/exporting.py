@@ -16,12 +16,12 @@ from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
 from scaling_dit.interop.declared import diffusers_class
-from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.interop.diffusers import pipelines
+from scaling_dit.interop.diffusers.config import keep_spelling, write_config
 from scaling_dit.model.model import Model
 from scaling_dit.sampling import pipeline
 from scaling_dit.sampling.pipeline import Pipeline
-from scaling_dit.weights import files as weight_files
+from scaling_dit.weights.files import SHARD_BYTES, STEMS, read_json, write
 
 PIPELINE = "diffusers-pipeline"
 _CONFIG = "config.json"
@@ -34,7 +34,7 @@ def main(
     to: str,
     step: int | None = None,
     ema: str | None = None,
-    shard_bytes: int = weight_files.SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """The `export` verb: writes the backbone of a run, or all of it, and says where; returns the exit code.
 
@@ -92,12 +92,12 @@ def model_inputs(model: Model) -> tuple[Any, ...]:
 def describe(pipe: Pipeline, workdir: epath.Path) -> dict[str, Any]:
     """The `config.json` of a run's backbone; one that was imported keeps the spelling of the file it came with."""
     name = pipe.config.backbone.name
-    described = diffusers_config.write_config(name, pipe.model.backbone, pipe.model.latent_shape[:2])
+    described = write_config(name, pipe.model.backbone, pipe.model.latent_shape[:2])
     imported = Workdir(workdir).imported
     family = diffusers_class(type(pipe.model.backbone))
     if family is None or not imported.exists():
         return described
-    return diffusers_config.keep_spelling(family, described, weight_files.read_json(imported))
+    return keep_spelling(family, described, read_json(imported))
 
 
 @contextlib.contextmanager
@@ -124,8 +124,8 @@ def write_backbone(
     folder: epath.Path, weights: dict[str, np.ndarray], described: dict[str, Any] | None, shard_bytes: int
 ) -> list[str]:
     """Writes weights and, if there is one, config.json; returns the names of the files."""
-    stem = weight_files.STEMS[1 if described is None else 0]
-    files = weight_files.write(folder, stem, weights, shard_bytes)
+    stem = STEMS[1 if described is None else 0]
+    files = write(folder, stem, weights, shard_bytes)
     if described is not None:
         (folder / _CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
         files.append(_CONFIG)

@@ -13,14 +13,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from scaling_dit import backbones, interop, trees
 from scaling_dit import config as config_lib
-from scaling_dit import files, interop, trees
 from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir
 from scaling_dit.errors import UserError
-from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.files import write_whole
 from scaling_dit.interop.diffusers import pipelines
+from scaling_dit.interop.diffusers.config import check_same, family_of, read_fields
 from scaling_dit.interop.exporting import model_inputs
 from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.frozen import frozen_hash, open_frozen, open_trained, save_frozen
@@ -28,7 +29,7 @@ from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.training import optim
 from scaling_dit.training.program import run_mesh
-from scaling_dit.weights import files as weight_files
+from scaling_dit.weights import files
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
 _FROM_RUN = {"in_channels": "config.codec.name", "text_dim": "config.text_encoder.dim"}
@@ -59,7 +60,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
         path = pipelines.backbone_folder(path)
     described = read_described(path)
     config = run_config(experiment, overrides, described, source)
-    weights = weight_files.read(path)
+    weights = files.read(path)
     start_run(config, folder, weights, described, source)
     print(
         f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; `train` resumes it"
@@ -70,7 +71,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
 def read_described(path: epath.Path) -> dict[str, Any] | None:
     """The `config.json` of a diffusers folder; None for a file, or for a folder that holds none."""
     file = path / "config.json"
-    return weight_files.read_json(file) if path.is_dir() and file.exists() else None
+    return files.read_json(file) if path.is_dir() and file.exists() else None
 
 
 def run_config(
@@ -92,7 +93,7 @@ def run_config(
         return config_lib.resolve(config, overrides)
     there = config.get("backbone", ConfigDict()).get("name", config_lib.defaults().backbone.name)
     name = config_lib.component_names(overrides, ("backbone",)).get("backbone", there)
-    needed, family = diffusers_config.family_of(described, source, configured=name)
+    needed, family = family_of(described, source, configured=name)
     if name != needed:
         raise UserError(
             f"config.backbone.name is {name!r}, but {source} holds a {family.class_name}; add "
@@ -101,36 +102,47 @@ def run_config(
     if there != name:
         # Another backbone's sizes are not this one's.
         config.backbone = ConfigDict({"name": name})
-    explicit = {f"backbone.{key}" for key in config.get("backbone", ConfigDict())}
-    explicit |= {config_lib.override_key(override) for override in overrides}
-    fields = diffusers_config.read_fields(family, described, source)
-    resolved = config_lib.resolve(config, overrides).copy_and_resolve_references()
-    with resolved.unlocked():
-        _fill(resolved.backbone, fields, explicit, source)
-    return config_lib.resolve(resolved)
+    section = config.get("backbone", ConfigDict({"name": name}))
+    by_hand = {field for field, value in section.items() if value is not None}
+    by_hand |= {
+        field
+        for component, _, field in (config_lib.override_key(one).partition(".") for one in overrides)
+        if component == "backbone"
+    }
+    fields = read_fields(family, described, source)
+    fields = {field: value for field, value in fields.items() if field not in _FROM_RUN}
+    _fill(section, backbones.backbone_fields(name), fields, by_hand)
+    config.backbone = section
+    resolved = config_lib.resolve(config, overrides)
+    _check_by_hand(resolved.backbone, fields, by_hand, source)
+    return resolved
 
 
-def _fill(section: ConfigDict, fields: Mapping[str, Any], explicit: set[str], source: str) -> None:
-    """Sets the backbone's fields in place; those that were set by hand must agree.
+def _fill(
+    section: ConfigDict, defaults: Mapping[str, Any], fields: Mapping[str, Any], by_hand: set[str]
+) -> None:
+    """Sets in place the backbone's fields that were not set by hand.
 
-    What a size set by hand stands for is compared once the backbone is built.
+    Fields that a size set by hand stands for stay unset; they are compared once the backbone is built.
     """
-    by_size = section.get("size") is not None and "backbone.size" in explicit
+    by_size = "size" in by_hand
     for field, value in fields.items():
-        if field in _FROM_RUN:
-            continue
-        now = section[field]
-        if now is not None and f"backbone.{field}" in explicit:
-            if now != value:
-                raise UserError(
-                    f"config.backbone.{field} is {now!r}, but {source} has {value!r}; leave it out, for it follows "
-                    "from there"
-                )
-        elif not (by_size and now is None):
+        if field not in by_hand and not (by_size and defaults.get(field) is None):
             section[field] = value
-    if "size" in section and not by_size:
+    if "size" in defaults and not by_size:
         # A default, which the fields replace.
         section.size = None
+
+
+def _check_by_hand(section: ConfigDict, fields: Mapping[str, Any], by_hand: set[str], source: str) -> None:
+    """Makes sure that the fields that were set by hand agree with the folder's."""
+    for field, value in fields.items():
+        now = section[field]
+        if field in by_hand and now is not None and now != value:
+            raise UserError(
+                f"config.backbone.{field} is {now!r}, but {source} has {value!r}; leave it out, for it follows from "
+                "there"
+            )
 
 
 def start_run(
@@ -175,21 +187,21 @@ def start_run(
     with Checkpoints(workdir.checkpoints) as store:
         store.save(0, start, {"frozen_sha256": frozen_hash(frozen, *model.encoders)}, wait=True)
     if described is not None and jax.process_index() == 0:
-        files.write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
+        write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
     save_frozen(workdir.frozen, model, frozen)
     claim_workdir(workdir, config, tokenizer)
 
 
 def _check_described(config: ConfigDict, model: Model, described: Mapping[str, Any], source: str) -> None:
-    name, family = diffusers_config.family_of(described, source, configured=config.backbone.name)
+    name, family = family_of(described, source, configured=config.backbone.name)
     backbone: Any = model.backbone
-    fields = diffusers_config.read_fields(family, described, source)
+    fields = read_fields(family, described, source)
     for field, setting in _FROM_RUN.items():
         if getattr(backbone, field) != fields[field]:
             raise UserError(
                 f"{source} has {field} {fields[field]}, but this run gives {getattr(backbone, field)}; set {setting}"
             )
-    diffusers_config.check_same(name, family, described, backbone, model.latent_shape[:2], source)
+    check_same(name, family, described, backbone, model.latent_shape[:2], source)
 
 
 def _check_shapes(found: Mapping[Any, Any], wanted: Mapping[Any, Any], model: Model) -> None:

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from scaling_dit import backbones, encoders, trees
 from scaling_dit.data import sources
 from scaling_dit.diffusion import predictions, schedules
-from scaling_dit.encoders import codec as codecs
 from scaling_dit.encoders import scratch
+from scaling_dit.encoders.codec import check_own_codec, create_codec
 from scaling_dit.errors import UserError
 from scaling_dit.model.model import Model
 from scaling_dit.trees import Params
@@ -28,9 +28,9 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
       UserError: parts that do not fit together.
     """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
-    codec = codecs.create_codec(**config.codec.to_dict())
+    codec = create_codec(**config.codec.to_dict())
     image_size = _image_size(config) if source is None else source.image_size
-    codecs.check_own_codec(codec, config.codec.name, image_size)
+    check_own_codec(codec, config.codec.name, image_size)
     backbone = backbones.create_for(
         in_channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from scaling_dit import encoders
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.diffusion import predictions, schedules
-from scaling_dit.encoders import codec as codecs
+from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError
 from scaling_dit.trees import Params
 
@@ -24,7 +24,7 @@ from scaling_dit.trees import Params
 class Model:
     """The modules of a run and the pure functions over their weights."""
 
-    codec: codecs.Codec
+    codec: Codec
     text_encoder: encoders.TextEncoder
     backbone: Backbone
     schedule: schedules.Schedule
@@ -42,7 +42,7 @@ class Model:
         return self.codec.shape(self.image_size)
 
     @property
-    def encoders(self) -> tuple[codecs.Codec, encoders.TextEncoder]:
+    def encoders(self) -> tuple[Codec, encoders.TextEncoder]:
         """Codec and text encoder, trained or not."""
         return self.codec, self.text_encoder
 
@@ -58,7 +58,7 @@ class Model:
             others = ", ".join(sorted(set(variables) - {"params"}))
             raise UserError(f"{type(self.backbone).__name__} keeps {others}; a run can train 'params' only")
         params: Params = {"backbone": variables["params"]}
-        frozen: Params = {"codec": codecs.init_codec(self.codec, rng)}
+        frozen: Params = {"codec": init_codec(self.codec, rng)}
         (params if self.train_text_encoder else frozen)["text_encoder"] = text_params
         return params, frozen
 

@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 
 from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
-from scaling_dit.checkpoints import store as checkpoints
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
+from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, load_tokenizer, read_config
 from scaling_dit.errors import UserError
-from scaling_dit.model import frozen as frozen_weights
 from scaling_dit.model.build import build_model
+from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen
 from scaling_dit.model.model import Model
-from scaling_dit.parallel import mesh as mesh_lib
 from scaling_dit.parallel import rules
+from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
@@ -114,21 +114,21 @@ def open_run(
     """As `load`, with the run's config, which the caller has read."""
     run = Workdir(workdir)
     model = build_model(config, load_tokenizer(config, run))
-    mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+    mesh = make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
     target = rules.with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))
     name, kept = find_ema(config, ema), kept_emas(config)
     rebuilt = name is not None and name not in kept
-    with checkpoints.Checkpoints(run.checkpoints, read_only=True) as store:
+    with Checkpoints(run.checkpoints, read_only=True) as store:
         if name is not None and not rebuilt:
             target = _float32(target)
         params, saved, step = _read_params(store, step, target, None if rebuilt else name)
         if rebuilt:
             wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
             params = posthoc_ema.rebuild(run.ema_snapshots, store, step, wide, str(name), power_names(config))
-    frozen = frozen_weights.open_frozen(run.frozen, model, config.seed, mesh, boxed_frozen)
-    now = frozen_weights.frozen_hash(frozen, *model.encoders)
-    frozen_weights.check_frozen(now, saved, str(workdir))
+    frozen = open_frozen(run.frozen, model, config.seed, mesh, boxed_frozen)
+    now = frozen_hash(frozen, *model.encoders)
+    check_frozen(now, saved, str(workdir))
     return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step, ema=name)
 
 
@@ -171,7 +171,7 @@ def _float32(target: Any) -> Any:
 
 
 def _read_params(
-    store: checkpoints.Checkpoints, step: int | None, target: Any, ema: str | None
+    store: Checkpoints, step: int | None, target: Any, ema: str | None
 ) -> tuple[Params, dict[str, Any], int]:
     """(parameters, `extra`, step) of a checkpoint; of the newest one again if training removes it meanwhile."""
     while True:

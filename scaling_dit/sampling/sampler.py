@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from scaling_dit.diffusion import guidance as guidance_lib
 from scaling_dit.diffusion import samplers
+from scaling_dit.diffusion.guidance import Guidance, create_guidance, guided
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules, xla_flags
 from scaling_dit.sampling.options import SamplingOptions
@@ -91,7 +91,7 @@ class Sampler:
             return self._run.lower(params, frozen, inputs, jax.ShapeDtypeStruct((), jnp.uint32))
 
     @functools.cached_property
-    def _parts(self) -> tuple[samplers.Sampler, guidance_lib.Guidance]:
+    def _parts(self) -> tuple[samplers.Sampler, Guidance]:
         """The sampler and the guidance that the options name.
 
         Raises:
@@ -101,7 +101,7 @@ class Sampler:
         sampler = samplers.create_sampler(
             chosen.sampler, dict(chosen.sampler_fields), self.model.schedule, chosen.steps
         )
-        guidance = guidance_lib.create_guidance(chosen.guidance_method, dict(chosen.guidance_method_fields))
+        guidance = create_guidance(chosen.guidance_method, dict(chosen.guidance_method_fields))
         return sampler, guidance
 
     @functools.cached_property
@@ -125,7 +125,7 @@ class Sampler:
         def predict(latents: jax.Array, timesteps: jax.Array, condition: dict[str, jax.Array]) -> jax.Array:
             return model.predict(params, latents, timesteps, condition["text"], condition.get("text_mask"))
 
-        guided = guidance_lib.guided(
+        denoise = guided(
             predict,
             self.options.guidance,
             condition(inputs["ids"], inputs["mask"]),
@@ -135,7 +135,7 @@ class Sampler:
             interval=self.options.guidance_interval,
         )
         latents = samplers.sample(
-            guided,
+            denoise,
             noise,
             model.schedule,
             sampler=sampler,

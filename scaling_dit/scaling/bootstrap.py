@@ -1,4 +1,4 @@
-"""Resampling by run: intervals of anything that is fitted to the points of several runs."""
+"""Resampling by run: intervals of values fitted to the points of several runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,7 +15,7 @@ def resample_runs(
 ) -> Iterator[np.ndarray]:
     """Indices of points, int [M], for each bootstrap sample: whole runs are drawn with replacement.
 
-    The points of one run (its checkpoints) share its seed and its data order, so they are no independent samples.
+    The points of one run (its checkpoints) share its seed and its data order, so they are not independent samples.
 
     Args:
       runs: the run that each point belongs to, [points]; each point is a run of its own if None.
@@ -53,15 +53,15 @@ def intervals(
       UserError: more than half of the samples cannot be fitted.
     """
     rows: list[Mapping[str, float]] = []
-    drawn = 0
+    tried = 0
     for indices in samples:
-        drawn += 1
+        tried += 1
         values = fit(indices)
         if values is not None:
             rows.append(values)
-    if len(rows) * 2 < drawn or not rows:
+    if len(rows) * 2 < tried or not rows:
         raise UserError(
-            f"{drawn - len(rows)} of {drawn} bootstrap samples cannot be fitted; add runs of more sizes and budgets"
+            f"{tried - len(rows)} of {tried} bootstrap samples cannot be fitted; add runs of more sizes and budgets"
         )
     tails = [50 * (1 - level), 50 * (1 + level)]
     found = {}

@@ -1,6 +1,6 @@
 """Claims about members of a study, answered from several training seeds.
 
-A claim is written down before its runs: "the metric of A minus that of B is more than `margin`". It is answered
+A claim is written down before its runs: "the metric of A minus the metric of B is more than `margin`". It is answered
 supported, refuted or undecided, with the effect, its interval, the smallest difference that these runs could have
 detected, and a p-value corrected for the number of claims (Holm 1979). The unit is the training seed: prompts and
 generation seeds make the value of one run more precise, but only other training seeds show how much training varies
@@ -22,7 +22,7 @@ _POWER = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The metric of member `a` minus that of member `b` is more than `margin`.
+    """The metric of member `a` minus the metric of member `b` is more than `margin`.
 
     Attributes:
       name: the claim in words, for the report.
@@ -211,7 +211,7 @@ class RankStability:
     Attributes:
       order: members from best to worst by their mean.
       above: above[i][j] is the probability that order[i] is truly above order[j], by bootstrap over seeds.
-      tau: Kendall's tau between the order of the means and that of each bootstrap sample, on average, and its interval.
+      tau: mean Kendall's tau between the order of the means and the order in each bootstrap sample, and its interval.
     """
 
     order: tuple[str, ...]

@@ -8,7 +8,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.scaling.curves import Curve, power_law
 from scaling_dit.scaling.points import Values, positive
 
-# Half the width of a grid, in octaves of parameters, within which a parabola is a fair picture of a profile.
+# Half the width of a grid, in octaves of parameters, within which a parabola fits a profile well.
 WIDEST = 1.0
 # How far the middle of a grid may lie from its minimum, in octaves.
 FARTHEST = 0.5
@@ -88,16 +88,16 @@ def _budgets(flops: np.ndarray) -> list[np.ndarray]:
 
 def _grid_warnings(budget: float, sizes: np.ndarray, centre: float) -> list[str]:
     half, off = (sizes.max() - sizes.min()) / 2, abs(sizes.max() + sizes.min() - 2 * centre) / 2
-    told = []
+    warnings = []
     if half > WIDEST * 1.01:
-        told.append(
+        warnings.append(
             f"{budget:.3g} FLOPs: sizes span +-{half:.2g} octaves; a parabola is biased beyond +-{WIDEST:g}"
         )
     if off > FARTHEST:
-        told.append(
+        warnings.append(
             f"{budget:.3g} FLOPs: the minimum lies {off:.2g} octaves off the middle of the sizes, which biases it"
         )
-    return told
+    return warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def pareto(cost: Values, value: Values) -> np.ndarray:
     """Indices of the points that no other beats: less cost with at least the value; by rising cost.
 
     Args:
-      cost: what is to be small, [N]. value: what is to be great, [N].
+      cost: the smaller the better, [N]. value: the larger the better, [N].
     """
     costs, values = np.asarray(cost, float), np.asarray(value, float)
     order = np.lexsort((-values, costs))

@@ -1,8 +1,8 @@
 """Scaling laws: how loss or a metric follows from parameters, samples and compute.
 
 Each function fits one law to arrays of points and returns it with the warnings that a reader needs. Intervals are
-bootstraps over whole runs (`bootstrap.py`), computed when they are first asked for. What cannot be fitted is refused
-with the reason.
+bootstraps over whole runs (`bootstrap.py`), computed when they are first asked for. Points that cannot be fitted are
+refused with the reason.
 """
 
 from scaling_dit.scaling.curves import Curve, power_law, saturating

@@ -11,7 +11,8 @@ from scaling_dit.errors import UserError
 from scaling_dit.scaling import bootstrap
 from scaling_dit.scaling.points import Interval, Runs, Values, positive
 
-HUBER_DELTA = 1e-3  # of log residuals, as in Hoffmann et al. 2022, appendix D.3
+# Of log residuals, as in Hoffmann et al. 2022, appendix D.3.
+HUBER_DELTA = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +115,7 @@ def _parametric_warnings(fitted: dict[str, float], n: np.ndarray, d: np.ndarray)
     warnings = []
     for name, values in (("params", n), ("samples", d)):
         if len(np.unique(values)) < 3:
-            warnings.append(
-                f"only two values of {name}: its exponent and E cannot be told apart from these points"
-            )
+            warnings.append(f"only two values of {name}: these points do not separate its exponent from E")
     if fitted["alpha"] < 1e-3 or fitted["beta"] < 1e-3:
         warnings.append("an exponent is near 0: the points show no dependence on that axis")
     return warnings

@@ -226,7 +226,7 @@ def damage_listed(run: Run) -> Iterator[None]:
 def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequence[Rewind]) -> None:
     """Begins the metrics of a start: writes a new run's config and parameters, or where a resumed one goes back to.
 
-    What was decided for this start's devices is printed, for it may differ from start to start.
+    The decisions for the devices of this start are printed, for they may differ from start to start.
     """
     step, decisions = int(state.step), run.decisions()
     if jax.process_index() == 0:

@@ -14,7 +14,7 @@ from scaling_dit import backbones, trees
 from scaling_dit.checkpoints.state import init_state
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import fsdp, rules, xla_flags
-from scaling_dit.parallel import mesh as mesh_lib
+from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.training import optim
 from scaling_dit.training.step import make_train_step
 
@@ -98,7 +98,7 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         without SparseCores.
     """
     splits = backbones.splits_tokens(config.backbone.name)
-    mesh = mesh_lib.make_mesh(**config.mesh, devices=devices, splits_tokens=splits)
+    mesh = make_mesh(**config.mesh, devices=devices, splits_tokens=splits)
     if config.sharding.gather_once:
         fsdp.check_mesh(mesh)
     if config.sharding.sparse_core:

@@ -2,7 +2,8 @@
 
 A spike is a loss above `factor` times the median of the `window` losses before it. The run then goes back to the last
 checkpoint at least `back` steps before the spike and skips the data from there to `ahead` steps after it, as PaLM's
-training did (arXiv 2204.02311, 5.1). Noise and timesteps stay those of (seed, step); other data make another pass.
+training did (arXiv 2204.02311, 5.1). Noise and timesteps still depend on (seed, step) alone; other data make
+another pass.
 
 Every decision follows from the losses, the settings and the checkpoints of `checkpoint.every`, so that a run killed
 anywhere decides the same again. The record of a rewind is on disk, written whole, before anything follows from it:

@@ -1,4 +1,4 @@
-"""What every start of a run builds before its first step: data, model, programs, weights, and its first state."""
+"""The start of a run, before its first step: data, model, programs, weights, and its first state."""
 
 import dataclasses
 import functools
@@ -96,7 +96,7 @@ class Run:
         )
 
     def decisions(self) -> dict[str, str]:
-        """What was decided for this mesh: how each attention runs, and which parameters no device splits.
+        """The decisions for this mesh: how each attention runs, and which parameters no device splits.
 
         The step is traced for it, once: its first call reuses the trace.
         """
@@ -144,5 +144,5 @@ class Run:
         return state
 
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
-        """What a checkpoint holds next to the state."""
+        """The values that a checkpoint holds beside the state."""
         return {"frozen_sha256": self.frozen_hash, "rewinds": len(rewinds), "losses": spikes.recent}

@@ -1,4 +1,4 @@
-"""One update of a run as a pure function: noise, forward pass, loss, gradients, optimiser, averages."""
+"""One update of a run as a pure function: noise, forward pass, loss, gradients, optimizer, averages."""
 
 import functools
 from collections.abc import Callable

@@ -19,8 +19,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.errors import UserError
-from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import state_dicts
+from scaling_dit.weights import files, state_dicts
 from scaling_dit.weights.table import Table
 
 # Values of a `weights` field that name no place.
@@ -113,7 +112,7 @@ def open_weights(place: str, *, part: str, classes: Sequence[str], field: str) -
     path = locate(place, part=part, field=field)
     config = _read_config(path, place, classes, field)
     try:
-        return Pretrained(place, path, config, weight_files.open_tensors(path))
+        return Pretrained(place, path, config, files.open_tensors(path))
     except UserError as error:
         raise UserError(f"config.{field}: {error}") from None
 
@@ -148,7 +147,7 @@ def _read_config(path: epath.Path, place: str, classes: Sequence[str], field: st
     file = path / _CONFIG if path.is_dir() else path.parent / _CONFIG
     if not file.exists():
         return None
-    config = weight_files.read_json(file)
+    config = files.read_json(file)
     named = [config["_class_name"]] if config.get("_class_name") else config.get("architectures") or []
     if classes and named and not set(map(str, named)) & set(classes):
         right = " or ".join(classes)
@@ -180,15 +179,15 @@ def _snapshot(place: str, part: str, field: str, weights: bool) -> epath.Path:
 
     root = download(_SMALL_FILES)
     path = root / inside if inside else root
-    if weights and inside.endswith(weight_files.SUFFIX):
+    if weights and inside.endswith(files.SUFFIX):
         download([inside])
     elif weights:
         nested = not (path / _CONFIG).exists() and (path / part).is_dir()
         folder = "/".join(name for name in (inside, part if nested else "") if name)
         start = f"{folder}/" if folder else ""
         # Patterns match across folders, so files of folders below this one are excluded explicitly.
-        download([f"{start}*{weight_files.SUFFIX}"], [f"{start}*/*{weight_files.SUFFIX}"])
-    elif inside.endswith(weight_files.SUFFIX):
+        download([f"{start}*{files.SUFFIX}"], [f"{start}*/*{files.SUFFIX}"])
+    elif inside.endswith(files.SUFFIX):
         # The file itself is not downloaded yet, but a config.json may lie beside it.
         return path.parent
     return path

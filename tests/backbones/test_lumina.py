@@ -71,7 +71,8 @@ def test_padded_text_has_no_influence_and_a_row_may_be_all_padding(name):
     assert np.isfinite(grad).all() and np.isfinite(grad_again).all()
     assert not np.asarray(grad)[~np.asarray(mask)].any()
     assert np.asarray(grad)[np.asarray(mask)].all(axis=-1).any()
-    everything = run(backbone.apply, variables, latents, timesteps, text)  # no mask: all tokens are real
+    # No mask: all tokens are real.
+    everything = run(backbone.apply, variables, latents, timesteps, text)
     assert relative_error(everything[2], prediction[2]) < 1e-5
     assert relative_error(everything[0], prediction[0]) > 1e-3
     assert relative_error(everything[1], prediction[1]) > 1e-3
@@ -123,7 +124,8 @@ def test_every_parameter_names_its_axes(name, scan_layers):
     for box in jax.tree.leaves(params, is_leaf=trees.is_box):
         assert len(box.names) == box.value.ndim
         named = [n for n in box.names if n]
-        assert len(set(named)) == len(named)  # none twice
+        # None twice.
+        assert len(set(named)) == len(named)
     layer = params["layers"] if scan_layers else params["layers_1"]
     stacked = ("layers",) if scan_layers else ()
     assert layer["attention"]["text_kv"]["kernel"].names == (*stacked, None, "text", "heads")

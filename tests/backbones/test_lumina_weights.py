@@ -22,14 +22,16 @@ def test_large_dit_round_trip_is_identical_but_for_the_padding_token(name, scan_
     for key, value in written.items():
         assert value.dtype == golden.params[key].dtype and value.flags["C_CONTIGUOUS"]
         np.testing.assert_array_equal(value, golden.params[key], err_msg=key)
-    without = interop.load_state_dict(backbone, written)  # so the padding token may be missing
+    # So the padding token may be missing.
+    without = interop.load_state_dict(backbone, written)
     jax.tree.map(np.testing.assert_array_equal, without, variables)
 
 
 def test_large_dit_lists_all_that_does_not_fit():
     golden = uvit_golden.load("large_dit_tiny_gqa")
     params = dict(golden.params, pad_token=np.zeros(63), other=np.zeros(2))
-    params["layers.1.attention.wv.weight"] = np.zeros((64, 64))  # ungrouped
+    # Ungrouped.
+    params["layers.1.attention.wv.weight"] = np.zeros((64, 64))
     del params["eol_token"], params["layers.0.attention.wk.weight"]
     with pytest.raises(UserError) as error:
         interop.load_state_dict(golden.backbone(), params)

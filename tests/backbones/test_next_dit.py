@@ -65,7 +65,8 @@ def test_outputs_and_all_gradients_equal_diffusers(fields, shape):
         image_rotary_emb=get_2d_rotary_pos_embed_lumina(backbone.head_size, rows, columns),
         cross_attention_kwargs={},
     ).sample.permute(0, 2, 3, 1)
-    weights = np.random.default_rng(5).normal(size=prediction.shape).astype("f4")  # as in value_and_grads
+    # As in value_and_grads.
+    weights = np.random.default_rng(5).normal(size=prediction.shape).astype("f4")
     (out * torch.from_numpy(weights)).sum().backward()
     assert relative_error(prediction, out.detach()) < 1e-4
     assert relative_error(grad_latents, x.grad.permute(0, 2, 3, 1)) < 1e-3
@@ -73,7 +74,8 @@ def test_outputs_and_all_gradients_equal_diffusers(fields, shape):
     theirs = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     ours = interop.to_state_dict(backbone, grads)
     assert set(ours) - set(theirs) == {"pad_token"}
-    for name in theirs:  # ours is one parameter for both attentions, so its gradient is the sum
+    # Ours is one parameter for both attentions, so its gradient is the sum.
+    for name in theirs:
         if ".attn1." in name and name.split(".")[-2] in ("to_q", "norm_q"):
             copy = name.replace("attn1", "attn2")
             theirs[name] = theirs[copy] = theirs[name] + theirs[copy]

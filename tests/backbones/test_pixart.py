@@ -163,7 +163,8 @@ def test_initial_values():
     for zero in (block["cross_attn"]["proj"], params["head"]["linear"]):
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(zero))
     for kernel, fans in (
-        (block["attn"]["qkv"]["kernel"], 4 * 128),  # one map from 128 to 3 * 128
+        # One map from 128 to 3 * 128.
+        (block["attn"]["qkv"]["kernel"], 4 * 128),
         (block["cross_attn"]["kv"]["kernel"], 3 * 128),
         (block["cross_attn"]["q"]["kernel"], 2 * 128),
         (block["mlp"]["fc1"]["kernel"], 5 * 128),
@@ -188,7 +189,8 @@ def test_every_parameter_names_its_axes(scan_layers):
     is_box = lambda leaf: hasattr(leaf, "names")  # noqa: E731
     for box in jax.tree.leaves(params, is_leaf=is_box):
         assert len(box.names) == box.value.ndim
-        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+        # None twice.
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])
     assert not scan_layers or params["blocks"]["table"].names == ("layers", None, "embed")
     halves = contract.abstract_variables(small(param_dtype="bfloat16"), inputs)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(halves)} == {"bfloat16"}

@@ -62,12 +62,14 @@ def test_scanned_parameters_are_stacked_and_every_parameter_names_its_axes():
     assert params["up_1_res_0"]["conv1"]["kernel"].names == (None, None, "embed", "mlp")
     for box in jax.tree.leaves(params, is_leaf=trees.is_box):
         assert len(box.names) == box.value.ndim
-        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+        # None twice.
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])
 
 
 def test_initial_values_are_pytorchs():
     x, text = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 5, 12))
-    key = jax.random.key(0, impl="rbg")  # compiles fast
+    # Compiles fast.
+    key = jax.random.key(0, impl="rbg")
     transformer, res = (
         trees.unbox(run(module.init, key, *args))["params"]
         for module, args in (

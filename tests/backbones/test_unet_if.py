@@ -42,7 +42,8 @@ def test_every_parameter_names_its_axes():
     assert params["down_1_res_0"]["time_proj"]["kernel"].value.shape == (128, 2, 64)
     for box in jax.tree.leaves(params, is_leaf=trees.is_box):
         assert len(box.names) == box.value.ndim
-        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+        # None twice.
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])
 
 
 def test_sizes_and_overrides():

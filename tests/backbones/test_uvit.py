@@ -105,7 +105,8 @@ def test_every_parameter_names_its_axes():
     is_box = lambda leaf: hasattr(leaf, "names")  # noqa: E731
     for box in jax.tree.leaves(params, is_leaf=is_box):
         assert len(box.names) == box.value.ndim
-        assert len({n for n in box.names if n}) == len([n for n in box.names if n])  # none twice
+        # None twice.
+        assert len({n for n in box.names if n}) == len([n for n in box.names if n])
 
 
 def keys_cubic(size, wanted):
@@ -132,9 +133,8 @@ def test_positions_are_resized_for_other_images(height, width):
     found = run(backbone.apply, variables, *other)
     assert relative_error(found, run(backbone.apply, by_hand, *other)) < 1e-5
     grads = jax.grad(lambda table: uvit.resize_grid(table, rows, columns).sum())(jnp.ones((4, 4, 1)))
-    assert jnp.sum(grads) == pytest.approx(
-        rows * columns, rel=1e-5
-    )  # every new position is a mean of old ones
+    # Every new position is a mean of old ones.
+    assert jnp.sum(grads) == pytest.approx(rows * columns, rel=1e-5)
 
 
 def test_a_table_is_resized_only_from_a_square():

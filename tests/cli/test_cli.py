@@ -37,7 +37,8 @@ def real(*arguments, cwd=ROOT):
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # main() adds the working directory
+    # main() adds the working directory.
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def error(capsys, *arguments):

@@ -1,15 +1,10 @@
 """docs/extending.md, "A config field": a copy of the package, changed as the page says, has the field everywhere."""
 
-import pathlib
-import re
-import shutil
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SECTION = (ROOT / "docs/extending.md").read_text().split("## A config field\n")[1].split("\n## ")[0]
+from tests.support import extending
+from tests.support.paths import DOCS
+
 # What a run does with the field: 6 images in rows of 2 and 3, without training anything.
 USE = """
 import numpy as np
@@ -35,39 +30,13 @@ for columns in (2, 3):
 """
 
 
-def changed(text: str, diff: str) -> str:
-    """A file with one of the page's diffs applied."""
-    lines = diff.splitlines(keepends=True)
-    before = "".join(line[1:] for line in lines if line[0] in " -")
-    after = "".join(line[1:] for line in lines if line[0] in " +")
-    assert text.count(before) == 1, f"the page changes lines that are not there:\n{before}"
-    return text.replace(before, after)
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("copy")
-    for name in ("scaling_dit", "experiments", "tools", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, diff in re.findall(r"^In `(.+?)`.*?```diff\n(.*?)```", SECTION, re.DOTALL | re.MULTILINE):
-        (folder / path).write_text(changed((folder / path).read_text(), diff))
-    for command in re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL):
-        program, *arguments = command.split()
-        assert program == "python"
-        subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True)
-    return folder
+    return extending.carry_out("A config field", tmp_path_factory.mktemp("copy"))
 
 
-def test_it_touches_three_files(copy):
-    touched = {
-        str(path.relative_to(copy))
-        for name in ("scaling_dit", "experiments", "tools", "docs")
-        for path in (copy / name).rglob("*")
-        if path.is_file()
-        and path.suffix != ".pyc"
-        and path.read_bytes() != (ROOT / path.relative_to(copy)).read_bytes()
-    }
-    assert touched == {
+def test_it_touches_two_files_and_the_page_of_fields(copy):
+    assert copy.touched == {
         "scaling_dit/config/schema.py",
         "scaling_dit/evaluation/in_training.py",
         "docs/config.md",
@@ -77,25 +46,27 @@ def test_it_touches_three_files(copy):
 def test_its_row_is_on_the_page(copy):
     meaning = "images in a row of the sample grid; 0 = as many as fit a screen. Must be 0 or more"
     row = f"| `eval.columns` | `0` | {meaning} |"
-    assert row in (copy / "docs/config.md").read_text().splitlines()
-    assert row not in (ROOT / "docs/config.md").read_text().splitlines()
+    assert row in (copy.folder / "docs/config.md").read_text().splitlines()
+    assert row not in (DOCS / "config.md").read_text().splitlines()
 
 
-def test_it_is_a_flag_that_is_checked(copy):
-    command = "train --config=experiments/shapes.py:smoke --workdir=run --config.eval.columns=-1"
-    done = subprocess.run(
-        [sys.executable, "-m", "scaling_dit", *command.split()], cwd=copy, capture_output=True, text=True
-    )
-    (line,) = re.findall(r"```text\n(.*?)\n```", SECTION)
+def test_it_is_a_flag_that_is_checked(copy, tmp_path):
+    command, line = copy.refused
+    done = copy.call(command, tmp_path)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (2, f"scaling-dit: error: {line}")
-    assert not (copy / "run").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_uses_it(copy):
-    done = subprocess.run([sys.executable, "-c", USE], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     two, three = (
-        tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("grid")
+        tuple(map(int, line.split()[1:])) for line in copy.python(USE).splitlines() if line.startswith("grid")
     )
     # 3 rows of 2, then 2 rows of 3.
     assert two[0] > three[0] and two[1] < three[1]
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page_runs(copy, tmp_path):
+    (command,) = copy.commands
+    copy.run(command, tmp_path, "--config.steps=2", "--config.eval.metrics=()")
+    assert (tmp_path / "runs/columns/checkpoints/2").is_dir()

@@ -74,7 +74,8 @@ class Layer(nn.Module):
 
 def test_equal_layers_are_one_stack_and_others_keep_their_numbers():
     found = count(Nested(), latents=(2, 2, 4), text=(5, 8))
-    layer = 3 * 4 * 256  # 3 layers, 4 pixels
+    # 3 layers, 4 pixels.
+    layer = 3 * 4 * 256
     assert found.modules == {
         "down_0": Cost(32, 4 * 32, 0, 4 * 32),
         "down_1": Cost(128, 4 * 128, 0, 4 * 128),
@@ -118,7 +119,8 @@ def test_activations_of_rematerialised_blocks():
     }
     blocks = (d + 1) * tokens * h * 2
     ends = found["full"] - blocks
-    heads = 16 * 4 * (h * 2 + 2)  # the last norm, in float32: its input, its output and two numbers a token
+    # The last norm, in float32: its input, its output and two numbers a token.
+    heads = 16 * 4 * (h * 2 + 2)
     inputs = 2 * (16 * 16 + 15 * 16)
     assert 0 < ends < 1.5 * (heads + inputs) + tokens * h * 2
     deeper = count(plain.clone(remat="full", size=f"h{h}-d{d + 2}-n2"), **shapes).activation_bytes
@@ -173,7 +175,8 @@ def test_convolutions():
         "strided": 16 * 8 * 9 * 4,
         "grouped": 16 * 8 * 9 * 2,
         "dilated": 16 * 8 * 9 * 8,
-        "transposed": 16 * 16 * 8 * 4,  # each input reaches 16 outputs
+        # Each input reaches 16 outputs.
+        "transposed": 16 * 16 * 8 * 4,
     }
     assert found.macs_paper == found.macs_total
 
@@ -197,9 +200,8 @@ class ControlFlow(nn.Module):
     def cond(self, x, w, t):
         return jax.lax.cond(t[0] > 1, lambda a: a @ w @ w, lambda a: a @ w, x)
 
-    def chosen_weight(
-        self, x, w, t
-    ):  # the choice depends on an input, so the product is not one with a weight
+    # The choice depends on an input, so the product is not one with a weight.
+    def chosen_weight(self, x, w, t):
         return x @ jax.lax.cond(t[0] > 1, lambda: w, lambda: -w)
 
     def chain(self, x, w, t):
@@ -220,7 +222,8 @@ class ControlFlow(nn.Module):
         return jax.lax.while_loop(lambda c: c.sum() < 10, lambda c: c @ w, x)
 
 
-N = 8 * 8 * 16  # multiply-accumulates of one product [64, 4] x [4, 4]
+# Multiply-accumulates of one product [64, 4] x [4, 4].
+N = 8 * 8 * 16
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,8 @@ def test_a_carry_is_followed_through_a_scan():
     class Carried(ControlFlow):
         kind: str = "carried"
 
-        def carried(self, x, w, t):  # the first carry is a weight until the third iteration
+        # The first carry is a weight until the third iteration.
+        def carried(self, x, w, t):
             shift = lambda c, _: ((c[1], c[2], x.T @ x), None)  # noqa: E731
             return x @ jax.lax.scan(shift, (w, w, w), None, length=3)[0][0]
 

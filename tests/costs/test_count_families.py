@@ -8,10 +8,12 @@ from scaling_dit.backbones import contract
 from scaling_dit.costs.count import count
 
 H, D, TEXT_LENGTH, TEXT_DIM = 48, 3, 9, 20
-ROWS, COLUMNS = 4, 6  # of tokens
+# Of tokens.
+ROWS, COLUMNS = 4, 6
 SHAPES = {"latents": (2 * ROWS, 2 * COLUMNS, 4), "text": (TEXT_LENGTH, TEXT_DIM)}
 T = ROWS * COLUMNS
-IN_AND_OUT = 2 * T * 16 * H  # patches of 2x2x4 to tokens and back
+# Patches of 2x2x4 to tokens and back.
+IN_AND_OUT = 2 * T * 16 * H
 
 
 def small(name, **fields):
@@ -35,9 +37,11 @@ def test_large_dit_and_next_dit(name):
     """Attention 4 h^2 a token, text to k and v at its own width, a gated MLP of 3 h F, a modulation in every block."""
     found = small(name)
     large = name == "large_dit"
-    tokens = ROWS * (COLUMNS + 1) if large else T  # Large-DiT's rows end in a token of their own
+    # Large-DiT's rows end in a token of their own.
+    tokens = ROWS * (COLUMNS + 1) if large else T
     parts, head_parts = (6, 2) if large else (4, 1)
-    ffn = 256  # 8 h / 3 = 128, up to a multiple of 256
+    # 8 h / 3 = 128, up to a multiple of 256.
+    ffn = 256
     attention = tokens * 4 * H * H + 2 * TEXT_LENGTH * TEXT_DIM * H
     block = attention + tokens * 3 * H * ffn + parts * H * H
     conditioning = 256 * H + H * H + TEXT_DIM * H
@@ -45,9 +49,8 @@ def test_large_dit_and_next_dit(name):
     assert found.macs_attention == D * attention
     assert found.macs_total - found.macs_paper == D * 2 * tokens * (tokens + TEXT_LENGTH) * H
     if large:
-        block = (
-            4 * H * H + 2 * TEXT_DIM * H + 4 + 6 * H + 3 * H * ffn + 6 * H * (H + 1) + 2 * H + TEXT_DIM
-        )  # with 4 gates and the joint norms of q, k and the text's k
+        # With 4 gates and the joint norms of q, k and the text's k.
+        block = 4 * H * H + 2 * TEXT_DIM * H + 4 + 6 * H + 3 * H * ffn + 6 * H * (H + 1) + 2 * H + TEXT_DIM
         time = 256 * H + H + H * H + H
         pooled = 2 * TEXT_DIM + TEXT_DIM * H + H
         assert found.params == D * block + 17 * H + time + pooled + 16 * (H + 1) + 2 * H * (H + 1) + H
@@ -65,7 +68,8 @@ def test_convolutions_and_attention_of_a_unet():
     ).modules
     pixels, width = 4 * 6, 128
     assert found["conv_in"].macs_total == 96 * 9 * 4 * 64
-    assert found["down_0_res"].macs_total == 96 * 2 * 9 * 64 * 64 + 256 * 64  # and the projection of time
+    # A ResBlock, and the projection of time.
+    assert found["down_0_res"].macs_total == 96 * 2 * 9 * 64 * 64 + 256 * 64
     assert found["down_0_sample"].macs_total == pixels * 9 * 64 * 64
     own, cross, ff = 4 * width * width, 2 * width * width, 12 * width * width
     linear = pixels * (2 * width * width + own + cross + ff) + TEXT_LENGTH * TEXT_DIM * 2 * width
@@ -89,7 +93,7 @@ def test_convolutions_and_attention_of_a_unet():
 def test_against_xla(name, fields, low, high):
     """FLOPs of the unrolled program by XLA = 2 x MACs + elementwise work, some per cent at these widths.
 
-    Of a convolution XLA leaves out what meets the zeros around the picture, which counting includes, as the papers'
+    Of a convolution XLA leaves out what meets the zeros around the image, which counting includes, as the papers'
     figures do: 1.5 % of a 3x3 convolution at 64x64, 3 % at 32x32.
     """
     backbone = backbones.create(name, text_dim=64, attention="xla", **fields)

@@ -11,7 +11,8 @@ from scaling_dit.costs.count import count
 from tools import model_table
 from tools.model_table import PRINTED, REASONS, T5, Row
 
-FAST = {"sdxl", "sdxl-td4_4", "if-xl-c512"}  # UNets take seconds to trace
+# UNets take seconds to trace.
+FAST = {"sdxl", "sdxl-td4_4", "if-xl-c512"}
 
 # Parameters, GMACs of convolutions and linear layers, with the products inside attention, of attention by P1's rule.
 UNETS = [
@@ -124,7 +125,8 @@ def test_every_size_printed_row_and_reason_is_tested():
     assert set(PRINTED) <= tested
     sizes = {(row.backbone, row.size) for row in tested} | {(name, size) for name, size, *_ in LUMINA}
     named = {(name, size) for name in model_table.TITLES for size in model_table.sizes(name)}
-    assert named - sizes == {("unet", "sdxl-official")}  # which has a test of its own
+    # It has a test of its own.
+    assert named - sizes == {("unet", "sdxl-official")}
     assert {label for label, _ in REASONS} <= {row.label for row in PRINTED}
 
 

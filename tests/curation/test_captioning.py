@@ -71,7 +71,8 @@ def made(tars, tmp_path, monkeypatch):
 def test_captions_are_ranked_and_keyed(made):
     rows = sidecar.read_captions(made, "1.tar")
     assert list(rows) == [f"1/{n}" for n in range(5)]
-    assert rows["1/2"] == []  # cannot be decoded
+    # Cannot be decoded.
+    assert rows["1/2"] == []
     for key in ("1/0", "1/4"):
         scores = [caption.score for caption in rows[key]]
         assert scores == [0.75, 0.5, None] and rows[key][0].kind == "synthetic"
@@ -95,7 +96,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tars, made, tmp_path, capsys):
         "from scaling_dit.curation.raw import RawName\n"
         "import data.test_captioning as t\n"
         "sys.modules['mean_captioner'] = t\n"
-        "t.Mean.__init__.__defaults__ = (3, 8)\n"  # an option would be a setting of the captions
+        # An option would be a setting of the captions.
+        "t.Mean.__init__.__defaults__ = (3, 8)\n"
         f"runner.main(RawName({tars.name!r}), 'mean_captioner:Mean', {str(out)!r}, batch=2)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -213,7 +215,8 @@ def blip2(tmp_path_factory):
     )
     torch.manual_seed(0)
     model = transformers.Blip2ForConditionalGeneration(config)
-    with torch.no_grad():  # sharper than at initialisation, so that a nucleus leaves some tokens out
+    # Sharper than at initialisation, so that a nucleus leaves some tokens out.
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
     image_processor = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
@@ -294,7 +297,8 @@ def test_the_runner_with_a_real_model_and_a_prompt(blip2, tars, tmp_path):
     for captions in rows.values():
         scores = [caption.score for caption in captions]
         assert scores == sorted(scores, reverse=True)
-        assert all(len(caption.text.split()) <= 4 for caption in captions)  # without the prompt's two words
+        # Without the prompt's two words.
+        assert all(len(caption.text.split()) <= 4 for caption in captions)
     assert any(rows.values())
 
 

@@ -173,7 +173,8 @@ def test_the_hash_is_the_sign_of_low_frequencies_around_their_median():
     small = Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX)
     grey = np.asarray(small, np.float64)
     n = np.arange(32)
-    cosines = np.cos(np.pi / 32 * (n[None] + 0.5) * np.arange(1, 9)[:, None])  # [frequency, pixel]
+    # [frequency, pixel].
+    cosines = np.cos(np.pi / 32 * (n[None] + 0.5) * np.arange(1, 9)[:, None])
     spectrum = cosines @ grey @ cosines.T
     assert np.allclose(spectrum / 16, scipy.fft.dctn(grey, norm="ortho")[1:9, 1:9])
     bits = (spectrum > np.median(spectrum)).ravel()

@@ -49,7 +49,8 @@ def whole(raw, tmp_path_factory):
 
 def test_every_sound_image_is_there_and_every_fault_is_reported(raw, whole, capsys):
     _, made = raw
-    assert all(made.broken.values())  # every kind of damage is met
+    # Every kind of damage is met.
+    assert all(made.broken.values())
     assert_holds(whole, made)
 
 
@@ -64,14 +65,16 @@ def test_moments_captions_and_splits_are_those_of_each_image(raw, whole):
         record = source[index]
         moments = codec.moments({}, jnp.asarray(record["image"])[None])[0]
         stored = records[record["key"]]["latents"].astype(np.float32)
-        np.testing.assert_allclose(stored, moments, rtol=2**-8, atol=1e-6)  # bfloat16 keeps 8 bits
+        # bfloat16 keeps 8 bits.
+        np.testing.assert_allclose(stored, moments, rtol=2**-8, atol=1e-6)
         assert tuple(records[record["key"]]["captions"]) == tuple(record["captions"])
     for key, record in records.items():
         assert record["split"] == ("held_out" if key_hash(key) < 0.05 else "train")
 
 
 def test_three_processes_make_the_same_files(raw, whole, tmp_path, capsys):
-    for process in (2, 0, 1):  # in any order
+    # In any order.
+    for process in (2, 0, 1):
         prepare(raw[0], tmp_path, process=(process, 3))
     assert contents(tmp_path) == contents(whole)
     printed = capsys.readouterr().out
@@ -90,7 +93,8 @@ def test_going_on_after_a_kill_gives_the_same_files(raw, whole, tmp_path, monkey
 
     def killed_later(path, data, write=files.write_whole):
         calls.append(path)
-        if len(calls) == 4:  # the request, two parts, and then this one's shards without their part
+        # The request, two parts, and then this one's shards without their part.
+        if len(calls) == 4:
             raise Killed
         write(path, data)
 
@@ -109,7 +113,8 @@ def test_going_on_after_a_kill_gives_the_same_files(raw, whole, tmp_path, monkey
     prepare(raw[0], tmp_path, process=(0, 2))
     prepare(raw[0], tmp_path, process=(1, 2))
     assert contents(tmp_path) == contents(whole)
-    assert all(path.stat().st_mtime_ns == then for path, then in done.items())  # what is done is kept
+    # What is done is kept.
+    assert all(path.stat().st_mtime_ns == then for path, then in done.items())
 
 
 def test_again_changes_nothing_and_a_lost_shard_is_made_again(raw, whole, tmp_path):
@@ -182,7 +187,8 @@ def test_filters_and_columns(tmp_path, capsys):
         UserError, match=r"--columns=scroe: none of the first 12 samples has it; did you mean 'score'"
     ):
         prepare(raw, tmp_path / "other", columns=("x", "scroe"))
-    assert not (tmp_path / "other").exists()  # nothing is claimed by a typo
+    # Nothing is claimed by a typo.
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_fields_of_a_record_describe_its_image(tmp_path):
@@ -194,7 +200,8 @@ def test_the_fields_of_a_record_describe_its_image(tmp_path):
     record = encode.to_record(ready, np.zeros((2, 2, 4), jnp.bfloat16), selection.columns, made)
     assert (record.width, record.height, record.crop) == (30, 20, (5.0, 0.0, 25.0, 20.0))
     assert record.captions == ("number 0", "a made one") and record.kinds == ("alt", "synthetic")
-    assert record.columns == {"score": 0}  # lists and missing ones are not kept
+    # Lists and missing ones are not kept.
+    assert record.columns == {"score": 0}
 
 
 def test_lists_of_filter_and_captions_of_caption(tmp_path):
@@ -206,7 +213,8 @@ def test_lists_of_filter_and_captions_of_caption(tmp_path):
     lists = {"kept": str(tmp_path / "kept"), "captions": str(tmp_path / "captions")}
     with pytest.raises(UserError, match=r"no file .*filter\.json; `scaling-dit filter` writes it"):
         prepare(raw, out, **lists)
-    assert not (out / manifest.REQUEST).exists()  # the corrected command is not refused
+    # The corrected command is not refused.
+    assert not (out / manifest.REQUEST).exists()
     (tmp_path / "kept/filter.json").write_text("{}")
     (tmp_path / "captions/caption.json").write_text("{}")
     prepare(raw, out, **lists)
@@ -217,7 +225,8 @@ def test_lists_of_filter_and_captions_of_caption(tmp_path):
     }
     assert records["a/000"]["kinds"] == ("alt", "long")
     assert manifest.read(epath.Path(out)).left_out["not_kept"]["count"] == 2
-    (tmp_path / "kept/filter.json").write_text('{"kept": 3}')  # filtered anew into the same folder
+    # Filtered anew into the same folder.
+    (tmp_path / "kept/filter.json").write_text('{"kept": 3}')
     with pytest.raises(UserError, match="prepared in another way: kept_sha256 differ"):
         prepare(raw, out, **lists)
 
@@ -281,7 +290,8 @@ def test_a_full_disk_is_one_line_and_finished_parts_stay(raw, whole, tmp_path, m
     assert "\n" not in str(error.value)
     assert staged is files.staged and any("00002.train" in path for path in opened)
     assert sorted(path.name for path in (tmp_path / manifest.PARTS).iterdir()) == ["00000.json", "00001.json"]
-    assert not list((tmp_path / manifest.SHARDS).glob("00002*"))  # nothing half written is left
+    # Nothing half written is left.
+    assert not list((tmp_path / manifest.SHARDS).glob("00002*"))
     monkeypatch.undo()
     assert job.read_part(epath.Path(tmp_path), 1) is not None
     prepare(raw[0], tmp_path)
@@ -319,7 +329,8 @@ def test_images_come_in_their_order_from_threads():
     reads = []
     given = encode.in_order((reads.append(i) or i for i in range(50)), lambda x: x, 2, 5)
     next(given)
-    assert len(reads) == 6  # no further ahead than asked for
+    # No further ahead than asked for.
+    assert len(reads) == 6
 
 
 def test_progress_shows_rate_time_to_go_and_what_is_left_out():
@@ -340,7 +351,8 @@ def test_the_rows_of_a_batch_do_not_depend_on_the_others():
     rng = np.random.default_rng(0)
     pixels = list(rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
     encoder = encode.Encoder(create_codec("dct"), {}, 5)
-    assert encoder.batch == len(jax.local_devices())  # rounded up to what they divide
+    # Rounded up to what they divide.
+    assert encoder.batch == len(jax.local_devices())
     whole = np.asarray(encoder(pixels))
     assert whole.shape == (8, 8, 8, 4) == (8, *encoder.moments_shape((16, 16)))
     np.testing.assert_array_equal(np.asarray(encoder(pixels[:2]))[:2], whole[:2])

@@ -27,12 +27,15 @@ def record(kinds):
 # Policy, kinds of an image's captions -> the probability of each of them, worked out by hand.
 TABLE = [
     (CaptionPolicy(), FULL, [1 / 6] * 6),
-    (HALF_SYNTHETIC, FULL, [0.5] + [0.1] * 5),  # 0.5 alt, else one of five
+    # 0.5 alt, else one of five.
+    (HALF_SYNTHETIC, FULL, [0.5] + [0.1] * 5),
     (HALF_SYNTHETIC, ("synthetic", "alt", "synthetic"), [0.25, 0.5, 0.25]),
-    (HALF_SYNTHETIC, ("alt", "alt"), [0.5, 0.5]),  # no synthetic one: alt-text
+    # No synthetic one: alt-text.
+    (HALF_SYNTHETIC, ("alt", "alt"), [0.5, 0.5]),
     (HALF_SYNTHETIC, ("synthetic",) * 4, [0.25] * 4),
     (HALF_SYNTHETIC, EVERY, [0.5] + [0.1] * 5 + [0, 0]),
-    (HALF_SYNTHETIC, ("long", "long"), [0.5, 0.5]),  # only kinds of share 0
+    # Only kinds of share 0.
+    (HALF_SYNTHETIC, ("long", "long"), [0.5, 0.5]),
     (HALF_LONG, ("alt", "long"), [0.5, 0.5]),
     (HALF_LONG, EVERY, [0.5] + [0] * 5 + [0.25, 0.25]),
     (HALF_LONG, FULL, [1.0] + [0] * 5),
@@ -182,7 +185,8 @@ def test_the_choice_follows_from_seed_step_and_position():
     share = (whole[..., 1] == 0).mean()
     assert abs(share - 0.5) < 5 * (0.25 / whole[..., 1].size) ** 0.5
     uniform = shown(CaptionPolicy(), 40, range(12))
-    np.testing.assert_array_equal(whole[..., 0], uniform[..., 0])  # the same records in the same order
+    # The same records in the same order.
+    np.testing.assert_array_equal(whole[..., 0], uniform[..., 0])
     assert (whole[..., 1] != shown(HALF_SYNTHETIC, 40, range(12), seed=6)[..., 1]).mean() > 0.3
 
 
@@ -213,4 +217,5 @@ def test_the_config_is_checked():
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             config_lib.load("shapes", overrides)
-    check_policy(CaptionPolicy(alt=0.9))  # shares do not matter to uniform
+    # Shares do not matter to uniform.
+    check_policy(CaptionPolicy(alt=0.9))

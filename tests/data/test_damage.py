@@ -24,7 +24,8 @@ PLANNED = {
     "missing_file": 9, "unreadable_image": 12, "too_large": 3,
 }  # fmt: skip
 
-OF_IMAGES = ("missing_file", "unreadable_image", "too_large")  # met when read, the others when opened
+# Met when read, the others when opened.
+OF_IMAGES = ("missing_file", "unreadable_image", "too_large")
 
 
 def encoded(image, kind="PNG", **options):
@@ -116,7 +117,8 @@ def test_counts_by_kind_are_exact(folders):
     images = {fault.what.split("'")[1] for kind in OF_IMAGES for fault in found.examples(kind)}
     assert images == folders[2]
     lines = (folders[0] / "metadata.jsonl").read_bytes().split(b"\n")
-    for kind in PLANNED:  # each is told with its own line
+    # Each is reported in a line of its own.
+    for kind in PLANNED:
         for fault in found.examples(kind):
             number = int(fault.where.rpartition(" ")[2])
             if kind in OF_IMAGES or kind == "duplicate_file":
@@ -124,7 +126,8 @@ def test_counts_by_kind_are_exact(folders):
     source = open_mixed(folders)
     opened = {kind: count for kind, count in PLANNED.items() if kind not in OF_IMAGES}
     assert source.damage.counts() == dict(sorted(opened.items()))
-    for _ in range(2):  # met twice, counted once
+    # Met twice, counted once.
+    for _ in range(2):
         for i in range(len(source)):
             source[i]
     assert source.damage.counts() == dict(sorted(PLANNED.items()))
@@ -144,10 +147,12 @@ def test_training_is_unaffected_otherwise(folders):
     for batch, plan in zip(batches(mixed, steps), order, strict=True):
         for image, number, index in zip(batch["images"], batch["ids"][:, 0], plan["ids"][:, 0], strict=True):
             key = f"{number}.png"
-            np.testing.assert_array_equal(image, wanted[key])  # picture and caption of one sound record
+            # Picture and caption of one sound record.
+            np.testing.assert_array_equal(image, wanted[key])
             replaced += names[index] != key
             assert (names[index] != key) == (names[index] in folders[2])
-    assert 20 <= replaced <= 24  # all 24 in an epoch but those of a last partial batch
+    # All 24 in an epoch but those of a last partial batch.
+    assert 20 <= replaced <= 24
 
 
 class Names:
@@ -171,7 +176,8 @@ class Names:
 @pytest.mark.slow
 def test_stand_ins_depend_on_the_index_alone(folders):
     whole = batches(open_mixed(folders), 45)
-    even, odd = range(0, BATCH, 2), range(1, BATCH, 2)  # of two processes
+    # Of two processes.
+    even, odd = range(0, BATCH, 2), range(1, BATCH, 2)
     for start, positions, threads in ((0, even, 4), (0, odd, 0), (20, range(BATCH), 1)):
         part = batches(open_mixed(folders), 45 - start, start=start, positions=positions, threads=threads)
         for found, expected in zip(part, whole[start:], strict=True):
@@ -181,7 +187,8 @@ def test_stand_ins_depend_on_the_index_alone(folders):
     backwards = [source[i]["key"] for i in reversed(range(len(source)))][::-1]
     assert backwards == [open_mixed(folders)[i]["key"] for i in range(len(source))]
     stand_ins = [key for key, row in zip(backwards, rows_of(source), strict=True) if key != row.file_name]
-    assert len(stand_ins) == 24 and len(set(stand_ins)) > 20  # spread over the folder
+    # Spread over the folder.
+    assert len(stand_ins) == 24 and len(set(stand_ins)) > 20
 
 
 def test_an_index_past_either_end_is_refused():
@@ -203,7 +210,8 @@ def test_the_split_of_sound_images_does_not_move(folders):
     }
     for i in range(len(held_out)):
         held_out[i]
-    assert held_out.damage is train.damage  # one count of a run
+    # One count of a run.
+    assert held_out.damage is train.damage
     assert sum(train.damage.counts().values()) < sum(PLANNED.values())
 
 
@@ -212,7 +220,8 @@ def test_the_limit_stops_with_file_and_line(folders):
         UserError, match=r"metadata.jsonl line \d+: .*more than config.source.max_damaged=29 .*bad_json"
     ):
         open_mixed(folders, max_damaged=29)
-    source = open_mixed(folders, max_damaged=30)  # every line at fault, and no image
+    # Every line at fault, and no image.
+    source = open_mixed(folders, max_damaged=30)
     with pytest.raises(UserError, match=r"line \d+: .* more than config.source.max_damaged=30") as error:
         batches(source, 40)
     assert "\n" not in str(error.value)
@@ -267,7 +276,8 @@ def test_unusual_images_are_read_right(tmp_path):
     for name, (data, _) in ODD.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join(line(name, name) for name in ODD))
-    source = FolderSource(str(tmp_path), image_size=SIZE, held_out_fraction=0.0)  # stops at any damage
+    # Stops at any damage.
+    source = FolderSource(str(tmp_path), image_size=SIZE, held_out_fraction=0.0)
     for i, (name, (_, colour)) in enumerate(ODD.items()):
         assert source[i]["key"] == name
         expected = np.full((SIZE, SIZE, 3), colour)
@@ -285,9 +295,11 @@ def test_captions_of_any_script_and_length(tmp_path):
     tokenizer = build_tokenizer(source)
     ids, mask = tokenizer.encode(texts, 16)
     assert ids.shape == mask.shape == (4, 16)
-    assert mask.sum(1).tolist() == [7, 16, 3, 6]  # with bos and eos; the long one is cut
+    # With bos and eos; the long one is cut.
+    assert mask.sum(1).tolist() == [7, 16, 3, 6]
     assert (ids[1, 1:15] == ids[1, 1]).all()
-    assert ids[1, 15] == ids[0, 6]  # eos
+    # The end of the text.
+    assert ids[1, 15] == ids[0, 6]
 
 
 @pytest.mark.slow
@@ -319,7 +331,8 @@ def test_the_list_keeps_what_earlier_starts_met(tmp_path):
         damage.save(epath.Path(tmp_path) / "damaged.jsonl")
         listed = [json.loads(text)["where"] for text in path.read_text().splitlines()]
         if places[0] == "a":
-            path.write_text(path.read_text()[:-5])  # cut by a kill
+            # Cut by a kill.
+            path.write_text(path.read_text()[:-5])
     assert listed == ["a", "b", "c", "d"]
 
 
@@ -357,6 +370,7 @@ def test_log_lines_are_few_and_the_list_is_whole(tmp_path, caplog):
         rows = [json.loads(text) for text in (tmp_path / name).read_text().splitlines()]
         assert rows[29] == {"kind": "missing_file", "where": "file line 29", "what": "gone"}
     (tmp_path / "damaged.jsonl").unlink()
-    damage.save(epath.Path(tmp_path) / "damaged.jsonl")  # nothing new
+    # Nothing new.
+    damage.save(epath.Path(tmp_path) / "damaged.jsonl")
     assert not (tmp_path / "damaged.jsonl").exists()
     assert damage_of(object()).counts() == {}

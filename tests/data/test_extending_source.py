@@ -6,17 +6,18 @@ import numpy as np
 
 from tests.support import extending
 
-HEADING = "A source of images"
-
 
 def test_the_page_adds_a_source(tmp_path):
-    touched = extending.apply(HEADING, tmp_path)
-    assert touched == ["scaling_dit/data/sources/arrays.py", "scaling_dit/data/sources/__init__.py"]
+    copy = extending.carry_out("A source of images", tmp_path)
+    assert copy.touched == {
+        "scaling_dit/data/sources/arrays.py",
+        "scaling_dit/data/sources/__init__.py",
+        "docs/config.md",
+    }
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, captions=[f"number {i}" for i in range(40)])
-    (command,) = extending.commands(HEADING)
-    # The metric of the experiment asks about scenes of shapes.
-    extending.run(tmp_path, "-m", "scaling_dit", *command, "--config.eval.metrics=()")
+    (command,) = copy.commands
+    copy.run(command, tmp_path, *extending.TINY)
     assert (
         json.loads((tmp_path / "runs/arrays/config.json").read_text())["source"]["name"] == "npz:images.npz"
     )

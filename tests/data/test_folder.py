@@ -58,7 +58,8 @@ def test_splits_are_disjoint_complete_and_stable(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines[:25]))
     fewer = FolderSource(str(tmp_path), image_size=8, held_out_fraction=0.3)
     assert {fewer[i]["key"] for i in range(len(fewer))} <= names[0]
-    assert key_hash("images/0.png") == pytest.approx(0.77541, abs=1e-5)  # the same on any machine
+    # The same on any machine.
+    assert key_hash("images/0.png") == pytest.approx(0.77541, abs=1e-5)
 
 
 def test_a_small_folder_has_a_split_and_an_empty_one_is_told(tmp_path):
@@ -86,13 +87,15 @@ def test_square_keeps_the_centre_of_the_shorter_side(size):
     width, height = size
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     along = x if width > height else y
-    third = max(size) // 4  # outer quarters red, inner half green
+    # Outer quarters red, inner half green.
+    third = max(size) // 4
     inner = (along >= third) & (along < max(size) - third)
     pixels = np.where(inner[..., None], [0, 255, 0], [255, 0, 0]).astype(np.uint8)
     square = to_square(Image.fromarray(pixels), 8)
     assert square.shape == (8, 8, 3)
     assert (square[1:-1, 1:-1] == [0, 255, 0]).all()
-    assert square[..., 0].max() < 40  # resampling reaches half a pixel beyond the cut
+    # Resampling reaches half a pixel beyond the cut.
+    assert square[..., 0].max() < 40
 
 
 def test_shrinking_is_antialiased():
@@ -105,7 +108,8 @@ def test_other_modes_become_rgb():
     grey16 = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     assert np.abs(to_square(grey16, 4).astype(int) - 128).max() <= 1
     assert (to_square(Image.new("L", (4, 4), 77), 4) == 77).all()
-    assert (to_square(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), 4) == 255).all()  # transparent: white
+    # Transparent: white.
+    assert (to_square(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), 4) == 255).all()
     assert (to_square(Image.new("RGBA", (4, 4), (10, 20, 30, 255)), 4) == [10, 20, 30]).all()
     assert to_square(Image.new("CMYK", (4, 4)), 4).shape == (4, 4, 3)
 
@@ -114,7 +118,8 @@ def test_camera_orientation_is_applied(tmp_path):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4] = 255
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    # Upside down.
+    exif[0x0112] = 3
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as image:
         np.testing.assert_array_equal(to_square(image, 8), pixels[::-1])

@@ -81,9 +81,8 @@ def test_contents_and_types():
     assert batch["images"].dtype == np.uint8
     assert batch["ids"].dtype == np.int32
     assert batch["mask"].dtype == bool
-    np.testing.assert_array_equal(
-        batch["ids"][:, 0], indices(batch)
-    )  # each caption stands beside its own image
+    # Each caption stands beside its own image.
+    np.testing.assert_array_equal(batch["ids"][:, 0], indices(batch))
 
 
 @pytest.mark.parametrize(("length", "batch"), [(10, 4), (12, 4), (5, 16), (1, 3), (97, 8)])
@@ -133,7 +132,8 @@ def test_seed_decides_order_and_captions():
     assert_equal(load(Numbers(100), 3), load(Numbers(100), 3))
     other = load(Numbers(100), 3, seed=4)
     assert not np.array_equal(indices(load(Numbers(100), 1)[0]), indices(other[0]))
-    single = [load(Numbers(1), 20, seed=seed) for seed in (0, 1)]  # one record: only the captions can differ
+    # One record: only the captions can differ.
+    single = [load(Numbers(1), 20, seed=seed) for seed in (0, 1)]
     assert not np.array_equal(single[0][0]["ids"], single[1][0]["ids"])
 
 
@@ -158,7 +158,8 @@ def test_reading_and_tokenising_run_in_background_threads():
 
 
 def test_captions_are_uniform_and_change_from_epoch_to_epoch():
-    batches = load(Numbers(250), 24, batch=250)  # every step is an epoch
+    # Every step is an epoch.
+    batches = load(Numbers(250), 24, batch=250)
     chosen = np.stack([batch["ids"][:, 1] for batch in batches])
     counts = np.bincount(chosen.ravel(), minlength=PARAPHRASES)
     assert counts.min() > 0.9 * chosen.size / PARAPHRASES
@@ -171,13 +172,15 @@ def test_captions_are_uniform_and_change_from_epoch_to_epoch():
 
 def test_a_long_source_costs_no_memory():
     source = Numbers(2**40)
-    load(Numbers(100), 1)  # imports and caches
+    # Imports and caches.
+    load(Numbers(100), 1)
     tracemalloc.start()
     (batch,) = load(source, 1, batch=4, start_step=10**9, threads=0, prefetch=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
-    assert max(source.reads) > 2**32  # the whole range is drawn from, not its first 32 bits
+    # The whole range is drawn from, not its first 32 bits.
+    assert max(source.reads) > 2**32
     assert len(batch["ids"]) == 4
 
 
@@ -224,7 +227,8 @@ def test_choose_caption_reads_only_the_chosen_one():
 
 def test_keyed_generator_is_philox_at_that_counter():
     keyed = KeyedGenerator(5)
-    first = keyed.at(7, 11).integers(2**60, size=9)  # leaves half-used buffers behind
+    # Leaves half-used buffers behind.
+    first = keyed.at(7, 11).integers(2**60, size=9)
     keyed.at(7, 12).integers(100, dtype=np.int32)
     np.testing.assert_array_equal(keyed.at(7, 11).integers(2**60, size=9), first)
     fresh = np.random.Generator(np.random.Philox(key=5, counter=(7 << 192) | (11 << 128)))
@@ -263,7 +267,8 @@ def assert_processes_read_the_same(folder, processes, address=""):
     positions = np.concatenate([part.pop("positions") for part in parts])
     worker = runpy.run_path(str(WORKER))
     rows = np.arange(worker["BATCH"])
-    np.testing.assert_array_equal(np.sort(positions), rows)  # each row is read by one process
+    # Each row is read by one process.
+    np.testing.assert_array_equal(np.sort(positions), rows)
     for key, expected in worker["read"](rows).items():
         found = np.concatenate([part[key] for part in parts], axis=1)[:, np.argsort(positions)]
         np.testing.assert_array_equal(found, expected)

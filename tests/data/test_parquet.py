@@ -159,7 +159,8 @@ def test_a_page_whose_checksum_is_wrong_costs_its_row_group(sound, tmp_path):
     write(tmp_path, {})
     path = tmp_path / "train-00001-of-00003.parquet"
     data = bytearray(path.read_bytes())
-    place = pq.read_metadata(path).row_group(2).column(0)  # image bytes of rows 16 to 23
+    # Image bytes of rows 16 to 23.
+    place = pq.read_metadata(path).row_group(2).column(0)
     data[place.data_page_offset + place.total_compressed_size // 2] ^= 0xFF
     path.write_bytes(data)
     source = opened(tmp_path)

@@ -92,7 +92,8 @@ def test_samples_of_a_shard(sound):
     numbers = [int(sample.captions[0].split()[1]) for sample in samples]
     assert sorted(numbers) == list(range(40))
     for number, sample in zip(numbers, samples, strict=True):
-        assert sample.image == picture(number)  # the file itself, not decoded
+        # The file itself, not decoded.
+        assert sample.image == picture(number)
         assert sample.metadata["similarity"] == 0.5
         assert json.loads(json.dumps(sample.metadata)) == sample.metadata
     # A part of a split holds the same records under the same keys.
@@ -118,7 +119,8 @@ def test_damage_is_counted_by_kind_and_stood_in_for(planted):
     assert numbers == set(range(40)) - PLAN.keys()
     assert source.damage.counts() == {"empty_caption": 1, "too_large": 1, "unreadable_image": 3}
     kept = [sample for sample in source.samples(0) if not isinstance(sample, DamagedRecord)]
-    assert len(kept) == 39  # images are not decoded
+    # Images are not decoded.
+    assert len(kept) == 39
     (fault,) = source.damage.examples("empty_caption")
     path, _, record = fault.where.partition(" record ")
     assert pathlib.Path(path).exists() and 0 <= int(record) < 40
@@ -192,7 +194,8 @@ def test_other_formats_are_refused(sound, tmp_path, file_format, message):
 
 def test_names_and_fields_are_checked(sound, tmp_path):
     folder = sound / "tiny_set" / "1.2.0"
-    assert len(opened("", name=str(folder))) == 40  # a folder instead of a name
+    # A folder instead of a name.
+    assert len(opened("", name=str(folder))) == 40
     assert len(opened(sound, name="tiny_set:1.2.0")) == 40
     for name, fields, message in (
         ("tiny_st", {}, "no TFDS set 'tiny_st' in .*; did you mean 'tiny_set'"),

@@ -48,7 +48,8 @@ def members(shard, row, kind):
     described = {"caption": f"number {number}", "synthetic": [f"synthetic {number}"] * 5, "width": SIZE}
     ending = "jpg" if kind == "duplicate_key" else ("jpg", "png", "webp", "jpeg")[row % 4]
     held = {
-        ending: picture(number),  # the file tells its format, not the name
+        # The file tells its format, not the name.
+        ending: picture(number),
         "txt": f"number {number}".encode(),
         "json": json.dumps(described).encode(),
     }
@@ -115,11 +116,12 @@ def test_every_sound_sample_is_read_with_what_belongs_to_it(planted):
         for sample in source.samples(shard):
             if not isinstance(sample, DamagedRecord):
                 found[sample.key] = sample
+    # Not decoded here; a synthetic caption is left.
     usable = (
         "unreadable_image",
         "too_large",
         "empty_caption",
-    )  # not decoded here; a synthetic caption is left
+    )
     assert found.keys() == sound.keys() | {
         f"{s:05d}/{s:05d}{r:04d}" for (s, r), kind in PLAN.items() if kind in usable
     }
@@ -130,16 +132,18 @@ def test_every_sound_sample_is_read_with_what_belongs_to_it(planted):
         assert sample.metadata["width"] == SIZE and sample.metadata["caption"] == f"number {number}"
         assert sample.image == picture(number)
     assert source.shards() == ("00000.tar", "00001.tar", "00002.tar")
-    assert not source.damage.counts().keys() & {"bad_json", "unreadable_image"}  # only what opening tells
+    # Only damage that is found on opening.
+    assert not source.damage.counts().keys() & {"bad_json", "unreadable_image"}
 
 
 def test_records_are_decoded_and_carry_their_kinds(planted):
     folder, sound = planted
     source = opened(folder, alt_fields=("caption",), synthetic_fields=("synthetic",))
     keys = {source[i]["key"] for i in range(len(source))}
+    # The txt is not read here.
     assert keys == sound.keys() | {
         f"{s:05d}/{s:05d}{r:04d}" for (s, r), kind in PLAN.items() if kind in ("bad_text", "empty_caption")
-    }  # the txt is not read here
+    }
     record = source[10]
     number = int(record["captions"][0].split()[1])
     assert record["kinds"] == ("alt", *["synthetic"] * 5)
@@ -149,7 +153,8 @@ def test_records_are_decoded_and_carry_their_kinds(planted):
 def test_damage_is_counted_by_kind_and_stood_in_for(planted):
     folder, sound = planted
     source = opened(folder)
-    for _ in range(2):  # met twice, counted once
+    # Met twice, counted once.
+    for _ in range(2):
         assert {source[i]["key"] for i in range(len(source))} == sound.keys()
     assert source.damage.counts() == expected_counts()
     assert scan(f"webdataset:{folder}/*.tar", max_pixels=10_000).counts() == expected_counts()
@@ -201,7 +206,8 @@ def test_a_tar_cut_anywhere_keeps_its_complete_samples(tmp_path, style):
     write(tmp_path, {}, style)
     whole = (tmp_path / "00000.tar").read_bytes()
     with tarfile.open(tmp_path / "00000.tar") as tar:
-        ends = {}  # key -> end of its last member
+        # Key -> end of its last member.
+        ends = {}
         for member in tar.getmembers():
             ends[member.name.partition(".")[0]] = member.offset_data + member.size
     end_mark = max(ends.values()) // 512 * 512 + 512
@@ -209,7 +215,8 @@ def test_a_tar_cut_anywhere_keeps_its_complete_samples(tmp_path, style):
         index = tar_index.build(io.BytesIO(whole[:cut]), "00000")
         complete = [key for key, end in ends.items() if end <= cut]
         if len(complete) == 1:
-            complete = []  # whether it is complete cannot be told from one before it
+            # How many members a sample has is known from the samples before it, and there is none.
+            complete = []
         assert [key.decode() for key in index.keys] == complete, cut
         ((kind, offset, what),) = index.faults
         assert kind == "truncated_tar" and 0 < offset <= cut and what.startswith("the tar ends")
@@ -219,7 +226,8 @@ def test_a_tar_cut_anywhere_keeps_its_complete_samples(tmp_path, style):
 def test_a_truncated_tar_is_one_damaged_record_with_file_and_offset(tmp_path):
     sound = write(tmp_path, {})
     with tarfile.open(tmp_path / "00001.tar") as tar:
-        member = tar.getmembers()[3 * 30 + 1]  # the txt of sample 30
+        # The txt of sample 30.
+        member = tar.getmembers()[3 * 30 + 1]
     (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes()[: member.offset_data + 4])
     message = refused(tmp_path, max_damaged=0)
     assert f"{tmp_path}/00001.tar at byte {member.offset_data + 4}: the tar ends within member" in message
@@ -238,7 +246,8 @@ def test_a_header_that_is_none_is_told(tmp_path):
     write(tmp_path, {})
     data = bytearray((tmp_path / "00000.tar").read_bytes())
     with tarfile.open(tmp_path / "00000.tar") as tar:
-        member = tar.getmembers()[33]  # a sample's first
+        # The first member of a sample.
+        member = tar.getmembers()[33]
     data[member.offset + 3] ^= 0xFF
     (tmp_path / "00000.tar").write_bytes(data)
     source = opened(tmp_path)
@@ -293,14 +302,16 @@ def test_the_index_is_kept_checked_and_made_again(tmp_path, monkeypatch):
         return sorted(made)
 
     assert again() == []
-    kept.write_bytes(data[:-1])  # half written
+    # Half written.
+    kept.write_bytes(data[:-1])
     assert again() == ["00000"]
     kept.write_bytes(data[:900] + bytes([data[900] ^ 1]) + data[901:])
     assert again() == ["00000"]
     (tmp_path / "00001.tar.index").unlink()
     assert again() == ["00001"]
     with open(tmp_path / "00002.tar", "ab") as file:
-        file.write(bytes(512))  # another tar than the index is of
+        # Another tar than the index is of.
+        file.write(bytes(512))
     assert again() == ["00002"]
 
 
@@ -313,7 +324,8 @@ def test_a_raw_source_opens_one_tar_at_a_time(tmp_path):
     samples = list(source.samples(1))
     assert [path.name for path in tmp_path.glob("*.index")] == ["00001.tar.index"]
     kinds = [sample.kind for sample in samples if isinstance(sample, DamagedRecord)]
-    assert kinds == ["bad_text", "missing_caption"]  # images are not decoded
+    # Images are not decoded.
+    assert kinds == ["bad_text", "missing_caption"]
     assert {key for key in sound if key.startswith("00001/")} <= {
         getattr(sample, "key", "") for sample in samples
     }
@@ -323,7 +335,8 @@ def test_a_raw_source_opens_one_tar_at_a_time(tmp_path):
 
 
 def test_faults_are_kept_with_the_index(planted):
-    counts = [opened(planted[0]).damage.counts() for _ in range(2)]  # the second from the kept indexes
+    # The second from the kept indexes.
+    counts = [opened(planted[0]).damage.counts() for _ in range(2)]
     assert counts[0] == counts[1] == {"duplicate_key": 4, "missing_caption": 1, "missing_image": 3}
 
 
@@ -337,7 +350,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
         patch.setattr(type(epath.Path(tmp_path)), "write_bytes", denied)
         with caplog.at_level(logging.WARNING, logger="absl"):
             assert len(opened(tmp_path)) == TARS * PER_TAR
-    (message,) = caplog.messages  # once for all tars
+    # Once for all tars.
+    (message,) = caplog.messages
     assert message == (
         f"indexes of tars cannot be kept in {tmp_path} (Permission denied); set config.source.index_dir"
     )

@@ -1,10 +1,8 @@
-"""A sampler added as docs/extending.md says: two files, and it samples what it must."""
+"""A sampler added as docs/extending.md says: two files, and its samples have the right distribution."""
 
 import pytest
 
 from tests.support import extending
-
-HEADING = "A sampler"
 
 # For data that are normal with mean 0.5 and deviation 0.1 the exact model is known, and so is what must come out.
 CHECK = """
@@ -34,14 +32,17 @@ for name in ("ddpm", "ddim"):
 
 @pytest.mark.slow
 def test_the_page_adds_a_sampler(tmp_path):
-    touched = extending.apply(HEADING, tmp_path)
-    assert set(touched) == {"scaling_dit/diffusion/samplers.py", "scaling_dit/diffusion/sampling_fields.py"}
-    ddpm, ddim = extending.run(tmp_path, "-c", CHECK).splitlines()
+    copy = extending.carry_out("A sampler", tmp_path)
+    assert copy.touched == {
+        "scaling_dit/diffusion/samplers.py",
+        "scaling_dit/diffusion/sampling_fields.py",
+        "docs/config.md",
+    }
+    ddpm, ddim = copy.python(CHECK).splitlines()
     mean, deviation, ours = map(float, ddpm.split())
     assert abs(mean - 0.5) < 0.01 and abs(deviation - 0.1) < 0.02
-    # With fresh noise what comes out is no function of what went in, as it is with DDIM.
+    # With fresh noise the samples do not depend on the initial noise alone, as they do with DDIM.
     assert abs(ours) < 0.2 < 0.8 < float(ddim.split()[2])
-    (command,) = extending.commands(HEADING)
-    tiny = ("--config.steps=2", "--config.eval.metrics=()", "--config.eval.grid=2")
-    extending.run(tmp_path, "-m", "scaling_dit", *command, *tiny)
+    (command,) = copy.commands
+    copy.run(command, tmp_path, "--config.steps=2", "--config.eval.metrics=()", "--config.eval.grid=2")
     assert (tmp_path / "runs/ddpm/checkpoints/2").is_dir()

@@ -110,7 +110,8 @@ def test_guidance_keeps_to_its_interval(rescale):
     nowhere = guided(backbone, 1.0, condition, negative)(LATENTS, TIMES)
     for interval, inside in {
         (0.0, 1000.0): [True, True, True],
-        (1.0, 500.0): [True, True, False],  # both ends belong to it
+        # Both ends belong to it.
+        (1.0, 500.0): [True, True, False],
         (500.5, 1000.0): [False, False, True],
         (2.0, 400.0): [False, False, False],
     }.items():
@@ -123,7 +124,8 @@ def test_one_program_serves_inside_and_outside_the_interval():
     backbone = Backbone()
     predict = guided(backbone, 5.0, text_of(1, 3), text_of(2, 1), interval=(300.0, 700.0))
     sample(predict, LATENTS, make_schedule("scaled_linear"), sampler="dpmpp_2m", steps=8)
-    assert backbone.batches == [(6, 6, 6, 6)]  # traced once
+    # Traced once.
+    assert backbone.batches == [(6, 6, 6, 6)]
 
 
 def test_guided_sampling_does_not_mix_the_rows_of_a_batch():

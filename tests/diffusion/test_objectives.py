@@ -145,7 +145,8 @@ def test_dropped_rows_hold_the_empty_caption():
     rng = jax.random.key(0)
     new_ids, new_mask = objectives.drop_captions(rng, ids, mask, empty_ids, empty_mask, 0.1)
     dropped = np.asarray((new_ids == empty_ids).all(1))
-    assert abs(dropped.mean() - 0.1) < 0.025  # five standard deviations
+    # Five standard deviations.
+    assert abs(dropped.mean() - 0.1) < 0.025
     np.testing.assert_array_equal(new_ids[~dropped], ids[~dropped])
     np.testing.assert_array_equal(new_mask[dropped], np.broadcast_to(empty_mask, (dropped.sum(), length)))
     assert new_mask[~dropped].all()

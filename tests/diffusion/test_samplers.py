@@ -150,7 +150,8 @@ def test_flow_trajectory_equals_diffusers(sampler, steps, shift):
     expected_times, expected = reference_trajectory(FLOW_REFERENCES[sampler](shift), steps)
     times, trajectory = our_trajectory(make_schedule("flow", time_shift=shift), sampler, steps, "flow")
     np.testing.assert_allclose(times, expected_times, rtol=2e-6)
-    assert times.max() < 1000  # what a backbone may see; the reference starts at 1000
+    # What a backbone may see; the reference starts at 1000.
+    assert times.max() < 1000
     np.testing.assert_allclose(trajectory, expected, rtol=0, atol=2e-5)
 
 
@@ -305,7 +306,8 @@ def test_predictions_use_the_first_channels_and_see_a_time_per_row():
         return jnp.concatenate([output, jnp.full_like(output, jnp.nan)], axis=-1)
 
     final = sample(wide, jnp.asarray(NOISE), VP, steps=5)
-    assert seen == [((2,), jnp.float32)]  # traced once, whatever the number of steps
+    # Traced once, whatever the number of steps.
+    assert seen == [((2,), jnp.float32)]
     assert final.dtype == jnp.float32
     assert bool(jnp.isfinite(final).all())
 

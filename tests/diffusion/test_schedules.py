@@ -90,7 +90,8 @@ def test_times_past_the_last_keep_its_value_and_shapes_are_kept():
 @pytest.mark.parametrize("name", VP_SCHEDULES)
 def test_zero_terminal_snr_equals_diffusers(name):
     schedule = make_schedule(name, zero_snr=True)
-    expected = rescale_zero_terminal_snr(torch.tensor(make_betas(name)))  # in float64
+    # In float64.
+    expected = rescale_zero_terminal_snr(torch.tensor(make_betas(name)))
     np.testing.assert_allclose(1 - expected, ratios(schedule.alphas_cumprod), rtol=1e-9, atol=1e-12)
     assert schedule.alphas_cumprod[-1] == 0 and schedule.zero_terminal_snr
     assert schedule.alpha(jnp.int32(999)) == 0 and schedule.sigma(jnp.int32(999)) == 1
@@ -119,7 +120,8 @@ def test_flow_is_a_straight_line_at_any_time():
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_time_shift_equals_diffusers_and_its_inverse(shift):
-    reference = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.numpy()  # of 1, 0.999, ..., 0.001
+    # Of 1, 0.999, ..., 0.001.
+    reference = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.numpy()
     shares = np.arange(1000, 0, -1) / 1000
     np.testing.assert_allclose(shift_time(shares, shift), reference, rtol=1e-5)
     np.testing.assert_allclose(shift_time(shift_time(shares, shift), 1 / shift), shares, rtol=1e-12)

@@ -47,8 +47,10 @@ def test_any_shard_of_a_stratified_batch_is_unbiased():
     keys = jax.random.split(jax.random.key(1), 400)
     times = np.asarray(jax.vmap(lambda key: sample_timesteps(key, 32, "stratified", VP))(keys))
     for shard in (times[:, :8], times[:, 24:], times[:, 0::4], times[:, 3::4]):
-        assert abs(shard.mean() - 499.5) < 25  # five standard errors
-    assert times.mean(axis=1).std() < 3  # against 51 for independent draws
+        # Five standard errors.
+        assert abs(shard.mean() - 499.5) < 25
+    # Against 51 for independent draws.
+    assert times.mean(axis=1).std() < 3
 
 
 @pytest.mark.parametrize("name", TIME_SAMPLINGS)
@@ -56,7 +58,8 @@ def test_flow_times_are_real_numbers_below_the_last(name):
     times = sample_timesteps(jax.random.key(0), 4096, name, FLOW, location=3.0, scale=4.0)
     assert times.shape == (4096,)
     assert times.dtype == jnp.float32
-    assert (times % 1 != 0).mean() > 0.7  # a wide logit-normal rounds to 999.99994 often
+    # A wide logit-normal rounds to 999.99994 often.
+    assert (times % 1 != 0).mean() > 0.7
     assert times.min() >= 0 and times.max() < 1000
     assert (
         jnp.float32(largest_timestep(1000)) < 1000 == jnp.nextafter(largest_timestep(1000), jnp.float32(2000))
@@ -69,9 +72,11 @@ def test_the_logit_of_logit_normal_times_is_normal(schedule):
         sample_timesteps(jax.random.key(3), 40_000, "logit_normal", schedule, location=-0.5, scale=0.8)
     )
     assert times.dtype == (np.float32 if schedule.continuous else np.int32)
-    share = (times + (0 if schedule.continuous else 0.5)) / 1000  # the middle of what was cut off
+    # The middle of what was cut off.
+    share = (times + (0 if schedule.continuous else 0.5)) / 1000
     logits = np.log(share / (1 - share))
-    assert abs(logits.mean() + 0.5) < 0.02  # five standard errors
+    # Five standard errors.
+    assert abs(logits.mean() + 0.5) < 0.02
     assert abs(logits.std() - 0.8) < 0.015
     # Closed form of a share: P(z < 0) for z normal(-0.5, 0.8) is Phi(0.625) = 0.734.
     assert abs((times < 500).mean() - 0.734) < 0.012

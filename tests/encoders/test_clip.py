@@ -174,8 +174,10 @@ def test_bfloat16_drifts_little(pipeline_folder, ids, expected):
     [
         ({"size": "openclip-h"}, 340.387840),
         ({"size": "openclip-h", "layer": "last", "project": True}, 354.032640),
-        ({"size": "clip-l", "layer": "last"}, 123.060480),  # that of Stable Diffusion 1
-        ({"size": "openclip-bigg", "layer": "last", "project": True}, 694.659840),  # the second of SDXL
+        # The encoder of Stable Diffusion 1.
+        ({"size": "clip-l", "layer": "last"}, 123.060480),
+        # The second of SDXL.
+        ({"size": "openclip-bigg", "layer": "last", "project": True}, 694.659840),
     ],
 )
 def test_sizes(fields, millions):

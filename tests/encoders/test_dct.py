@@ -48,12 +48,15 @@ def test_energy_falls_from_coarse_to_fine(images):
     """What is kept holds more, per coefficient, than what is dropped, so the error is as small as it can be."""
     latents = np.asarray(BlockDct(2, 12, scale=1.0).encode({}, images, RNG))
     energy = np.square(latents).mean((0, 1, 2))
-    means, lines, crossings = energy[:3], energy[3:9], energy[9:]  # of 0, 1 and 2 changes within a block
+    # Of 0, 1 and 2 changes within a block.
+    means, lines, crossings = energy[:3], energy[3:9], energy[9:]
     assert means.min() > 10 * lines.max()
     assert lines.min() > crossings.max()
-    pale = (images // 2 + 64).astype(np.uint8)  # so that nothing is clipped
+    # So that nothing is clipped.
+    pale = (images // 2 + 64).astype(np.uint8)
     energy = np.square(np.asarray(BlockDct(2, 12, scale=1.0).encode({}, pale, RNG))).mean((0, 1, 2))
-    for channels in (3, 4, 9):  # dropped coefficients are all that is lost
+    # Dropped coefficients are all that is lost.
+    for channels in (3, 4, 9):
         dct = BlockDct(2, channels, scale=1.0)
         decoded = np.asarray(dct.decode({}, dct.encode({}, pale, RNG)), np.float32)
         error = np.square((decoded - pale) / 127.5).mean()

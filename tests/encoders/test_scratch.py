@@ -39,7 +39,8 @@ def apply(encoder):
 
 def test_words_are_lower_case_and_by_frequency(tokenizer):
     assert tokenizer.words[:3] == ("a", "circle", "red")
-    assert tokenizer.words[3:] == tuple(sorted(tokenizer.words[3:]))  # once each: by alphabet
+    # Once each: by alphabet.
+    assert tokenizer.words[3:] == tuple(sorted(tokenizer.words[3:]))
     assert set(tokenizer.words[3:]) == {",", ".", "blue", "left", "of", "square", "triangle"}
     assert WordTokenizer.build(reversed(CAPTIONS)) == tokenizer
     assert WordTokenizer.build(CAPTIONS, max_words=2).words == ("a", "circle")
@@ -76,7 +77,8 @@ def test_any_text_is_encoded_within_its_frame(texts, length):
     ids, mask = tokenizer.encode(texts, length)
     assert ids.shape == mask.shape == (len(texts), length)
     assert ids.max(initial=0) < len(tokenizer)
-    assert UNK not in ids  # every word was seen
+    # Every word was seen.
+    assert UNK not in ids
     for row, real in zip(ids, mask, strict=True):
         assert row[0] == BOS
         assert row[real][-1] == EOS
@@ -140,7 +142,8 @@ def test_padding_changes_nothing(encoder, params, apply):
     other_tokens, _, other_pooled = apply(params, other, mask)
     np.testing.assert_allclose(other_tokens[mask], tokens[mask], atol=1e-6)
     np.testing.assert_allclose(other_pooled, pooled, atol=1e-6)
-    short = mask[:1, :5]  # and a longer frame gives the same embeddings as a shorter one
+    # And a longer frame gives the same embeddings as a shorter one.
+    short = mask[:1, :5]
     assert short.all()
     np.testing.assert_allclose(apply(params, ids[:1, :5], short)[0][0], tokens[0, :5], atol=1e-5)
 

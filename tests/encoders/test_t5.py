@@ -87,7 +87,8 @@ def test_the_table_of_words_under_either_name_and_a_decoder_beside(tmp_path, tab
 
 def test_buckets_are_those_of_transformers():
     attention = transformers.models.t5.modeling_t5.T5Attention
-    length = 300  # beyond the largest distance with a bucket of its own
+    # Beyond the largest distance with a bucket of its own.
+    length = 300
     distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
     theirs = attention._relative_position_bucket(
         distance, bidirectional=True, num_buckets=t5.BUCKETS, max_distance=t5.MAX_DISTANCE
@@ -114,9 +115,8 @@ def test_bfloat16_drifts_little_and_stays_finite(folder, ids, expected):
     assert 1e-4 < error < 2e-2
     params = encoder.load()
     large = dict(params, words=params["words"] * np.float32(1e4).astype(params["words"].dtype))
-    assert np.isfinite(
-        jax.jit(encoder.apply)(large, *ids)[0]
-    ).all()  # beyond float16's largest number within a block
+    # Beyond float16's largest number within a block.
+    assert np.isfinite(jax.jit(encoder.apply)(large, *ids)[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,8 @@ def test_fresh_weights_give_tokens_of_one_scale():
     params = trees.unbox(jax.jit(encoder.init)(jax.random.key(0)))
     ids = np.arange(24).reshape(2, 12) + 100
     tokens, _, _ = encoder.apply(params, ids, np.ones(ids.shape, bool))
-    assert float(np.std(tokens)) == pytest.approx(1.0, abs=0.05)  # the last norm's
+    # The last norm's.
+    assert float(np.std(tokens)) == pytest.approx(1.0, abs=0.05)
     assert len({round(float(x), 4) for x in tokens[:, 0, 0]}) == 2
 
 

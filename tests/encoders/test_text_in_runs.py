@@ -46,7 +46,8 @@ def vocabulary(tmp_path):
 
 @pytest.mark.parametrize("kind", [ClipText, pytest.param(T5Text, marks=pytest.mark.slow)])
 def test_tokens_and_gradients_on_a_mesh_are_those_of_one_device(kind):
-    encoder = kind(size="tiny", length=11)  # which no axis of the mesh divides
+    # No axis of the mesh divides 11.
+    encoder = kind(size="tiny", length=11)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0))
     params = trees.unbox(jax.jit(encoder.init)(jax.random.key(0)))
     mask = np.arange(11) < np.arange(4, 12)[:, None]
@@ -89,7 +90,8 @@ def test_a_workdir_keeps_the_tokenizer(vocabulary, tmp_path):
     claim_workdir(workdir, config, tokenizer)
     shutil.rmtree(vocabulary)
     assert open_workdir(workdir, config) == tokenizer
-    assert open_workdir(workdir, tiny(text_encoder__weights="random")) == tokenizer  # a place may change
+    # A place may change.
+    assert open_workdir(workdir, tiny(text_encoder__weights="random")) == tokenizer
     with pytest.raises(UserError, match=r"text_encoder.size is 'tiny' there and 'clip-l' here"):
         open_workdir(workdir, tiny(text_encoder__weights="random", text_encoder__size="clip-l"))
     Workdir(workdir).tokenizer.write_text(json.dumps({"words": []}))

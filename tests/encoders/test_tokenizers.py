@@ -55,7 +55,8 @@ def test_ids_of_clip_are_those_of_transformers(clip, reference, length):
     np.testing.assert_array_equal(mask, their_mask)
     assert ids.dtype == np.int32
     assert (ids[:, 0] == BEGIN).all()
-    assert (ids[np.arange(len(ids)), mask.sum(1) - 1] == END).all()  # a cut caption too
+    # A cut caption too.
+    assert (ids[np.arange(len(ids)), mask.sum(1) - 1] == END).all()
 
 
 def open_clip_tokenizer(monkeypatch):
@@ -64,7 +65,8 @@ def open_clip_tokenizer(monkeypatch):
     module = types.ModuleType("open_clip_tokenizer")
     module.__file__ = str(folder / "tokenizer.py")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # which the file changes
+    # The file changes it.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     exec(compile((folder / "tokenizer.py").read_text(), module.__file__, "exec"), module.__dict__)
     return module._tokenizer
 
@@ -122,7 +124,8 @@ def test_ids_of_t5_are_those_of_transformers_and_sentencepiece(pieces):
     assert [piece for piece, _ in found] == [processor.id_to_piece(i) for i in range(size)]
     np.testing.assert_allclose([score for _, score in found], [processor.get_score(i) for i in range(size)])
     assert unknown == processor.unk_id() == 2
-    assert len(charsmap) > 10_000  # the rules of nmt_nfkc
+    # The rules of nmt_nfkc.
+    assert len(charsmap) > 10_000
 
     ours = read(pieces)
     assert (ours.frame, len(ours)) == ((1,), size + 100)
@@ -134,7 +137,8 @@ def test_ids_of_t5_are_those_of_transformers_and_sentencepiece(pieces):
         np.testing.assert_array_equal(row, right, err_msg=repr(caption))
     np.testing.assert_array_equal(mask, wanted_mask)
     for caption, row, real in zip(HARD, ids, mask, strict=True):
-        if "<" not in caption:  # SentencePiece itself takes marks for text
+        # SentencePiece itself takes marks for text.
+        if "<" not in caption:
             assert row[real].tolist() == [*processor.encode(caption)[:119], 1], repr(caption)
 
 

@@ -13,8 +13,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import torch as safetensors_torch
 
 from scaling_dit import trees
-from scaling_dit.encoders import codec
-from scaling_dit.encoders import vae_weights as autoencoder_kl
+from scaling_dit.encoders import codec, vae_weights
 from scaling_dit.encoders.vae import Autoencoder, decode_tiles
 from scaling_dit.encoders.vae_config import ARCHITECTURES, Architecture, read_architecture
 from scaling_dit.errors import UserError
@@ -22,7 +21,8 @@ from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.weights import state_dicts
 
-SIDE = 32  # px
+# Px.
+SIDE = 32
 KEY = jax.random.key(0)
 SIZES = {
     "block_out_channels": (16, 32),
@@ -89,7 +89,8 @@ def torch_decode(model, latents):
 
 
 def test_moments_and_decoding_equal_those_of_diffusers(model, folder, images):
-    vae, params, moments_of, decode = opened(folder.parent)  # the part of a whole pipeline is found
+    # The part of a whole pipeline is found.
+    vae, params, moments_of, decode = opened(folder.parent)
     moments = moments_of(params, images)
     assert moments.dtype == jnp.float32
     assert moments.shape == (2, *vae.moments_shape(SIDE)) == (2, 16, 16, 6)
@@ -169,7 +170,7 @@ def test_older_names_give_the_same_weights(convolutions, folder, model, tmp_path
 def test_the_original_names_are_those_that_diffusers_converts(folder, model, tmp_path):
     vae, params, _, _ = opened(folder)
     abstract = jax.eval_shape(lambda: params)
-    rows = autoencoder_kl.rows(vae.architecture, autoencoder_kl.ORIGINAL, attention_as_convolutions=True)
+    rows = vae_weights.rows(vae.architecture, vae_weights.ORIGINAL, attention_as_convolutions=True)
     original = {
         name: torch.from_numpy(value)
         for name, value in state_dicts.save(rows, abstract, params, "it").items()
@@ -204,7 +205,8 @@ def test_bfloat16_drifts_little(folder, images):
     decoded, drifted = np.asarray(decode(params, latents)), np.asarray(low_decode(params, latents))
     for right, found in ((exact, moments), (decoded, drifted)):
         error = np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2))
-        assert 1e-5 < error < 0.03  # it is used, and costs about one part in a hundred
+        # It is used, and costs about one part in a hundred.
+        assert 1e-5 < error < 0.03
     assert moments.dtype == drifted.dtype == np.float32
 
 
@@ -257,8 +259,9 @@ def test_sdxl_has_the_published_sizes_and_names():
     }  # fmt: skip
     with torch.device("meta"):
         published = AutoencoderKL(**config).state_dict()
-    rows = autoencoder_kl.rows(vae.architecture)
-    upstream = {  # the shapes that the table wants
+    rows = vae_weights.rows(vae.architecture)
+    # The shapes that the table wants.
+    upstream = {
         name: part.shape
         for entry in state_dicts.expand(rows, [])
         for name, part in zip(
@@ -284,9 +287,7 @@ def test_an_architecture_without_its_optional_parts():
     other = tiny(**options, latent_channels=16)
     architecture = read_architecture(dict(other.config), "it")
     assert not architecture.quant_conv and architecture.latent_channels == 16
-    names = {
-        name for entry in state_dicts.expand(autoencoder_kl.rows(architecture), []) for name in entry.names
-    }
+    names = {name for entry in state_dicts.expand(vae_weights.rows(architecture), []) for name in entry.names}
     assert names == other.state_dict().keys()
 
 

@@ -24,7 +24,8 @@ from scaling_dit.weights import files as weight_files
 
 FAMILIES = built_in_diffusers()
 SMOKE = "experiments/shapes.py:smoke"
-SIZE, CHANNELS, TEXT = 16, 3, 32  # of that run: pixels, and the width of the text
+# Of that run: pixels, and the width of the text.
+SIZE, CHANNELS, TEXT = 16, 3, 32
 
 
 def lumina(model, latents, timesteps, text):
@@ -120,10 +121,12 @@ def published(name, folder, dtype=torch.float32, **changes):
     model = getattr(diffusers, FAMILIES[name].class_name)(**(arguments | changes)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():  # gates and heads too, which start at zero
+        # Gates and heads too, which start at zero.
+        for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         own = dict(model.named_parameters())
-        for key, value in own.items():  # one projection of the queries
+        # One projection of the queries.
+        for key, value in own.items():
             if "attn1.to_q" in key or "attn1.norm_q" in key:
                 own.get(key.replace("attn1", "attn2"), value).copy_(value)
     model.to(dtype).save_pretrained(folder)
@@ -243,9 +246,8 @@ def test_positions_of_pixart_are_those_of_the_folder():
         return diffusers_config.read_fields(family, arguments, "it")["base_size"]
 
     assert base_size(sample_size=32) == 16 and base_size(sample_size=64) == 32
-    assert (
-        base_size(sample_size=128, use_additional_conditions=False) == 32
-    )  # scaled by two unless it says otherwise
+    # Scaled by two unless it says otherwise.
+    assert base_size(sample_size=128, use_additional_conditions=False) == 32
     assert base_size(sample_size=64, interpolation_scale=2) == 16
     with pytest.raises(UserError, match="no whole number of tokens"):
         base_size(sample_size=64, interpolation_scale=3)

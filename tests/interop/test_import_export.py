@@ -87,7 +87,8 @@ def test_step_and_average_are_chosen(capsys, smoke_run, weights, tmp_path):
 def test_an_export_is_never_overwritten_nor_half_there(capsys, smoke_run, weights, tmp_path, monkeypatch):
     command = ["export", f"--workdir={smoke_run}", "--to=safetensors"]
     refuses(capsys, "exists and is not empty; give another --out", *command, f"--out={weights}")
-    monkeypatch.chdir(tmp_path)  # an empty folder
+    # An empty folder.
+    monkeypatch.chdir(tmp_path)
     refuses(capsys, "give a new one, such as --out=export", *command, "--out=.")
     out = tmp_path / "out"
 
@@ -133,7 +134,8 @@ def test_train_goes_on_from_it_as_from_its_own_start(imported, weights, tmp_path
     assert int(last.step) == resolved.steps
     kernel = np.asarray(last.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"])
     start = exported(weights)["mid_block.mlp.fc1.weight"].T
-    assert 0 < np.abs(kernel - start).max() < 0.02  # four updates of at most 1.5e-3 each
+    # Four updates of at most 1.5e-3 each.
+    assert 0 < np.abs(kernel - start).max() < 0.02
 
 
 def test_halves_and_shards_are_read(weights, tmp_path, capsys):

@@ -15,7 +15,7 @@ from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import config as diffusers_config
-from scaling_dit.weights import files as weight_files
+from scaling_dit.weights import files
 from scaling_dit.weights.table import Row, Transform
 from tests.support.uvit_golden import fill
 
@@ -212,7 +212,7 @@ def test_import_and_export_of_a_run(own, tmp_path, monkeypatch, capsys, to, stem
     variables = fill(contract.abstract_variables(backbone, inputs))
     weights = interop.to_state_dict(backbone, variables)
     (tmp_path / "published").mkdir()
-    weight_files.write(epath.Path("published"), stem, weights, 10**9)
+    files.write(epath.Path("published"), stem, weights, 10**9)
     if to == "diffusers":
         described = diffusers_config.write_config("own_backbones:Mine", backbone, (16, 16))
         (tmp_path / "published" / "config.json").write_text(json.dumps(described))
@@ -223,7 +223,7 @@ def test_import_and_export_of_a_run(own, tmp_path, monkeypatch, capsys, to, stem
     params = scaling_dit.load("run").params["backbone"]
     jax.tree.map(np.testing.assert_array_equal, dict(params), dict(variables["params"]))
     assert cli.main(["export", "--workdir=run", "--out=out", f"--to={to}"]) == 0, capsys.readouterr().err
-    written = weight_files.read(epath.Path("out"))
+    written = files.read(epath.Path("out"))
     assert set(written) == NAMES
     for name, array in weights.items():
         np.testing.assert_array_equal(written[name], array)

@@ -1,4 +1,4 @@
-"""Whole pipelines of diffusers in and out: the same pictures from the same noise, before and after training goes on."""
+"""Whole pipelines of diffusers in and out: the same images from the same noise, before and after more training."""
 
 import dataclasses
 import io
@@ -41,25 +41,25 @@ VAE = {
 }
 
 
-class FloatPictures(Autoencoder):
-    """Pictures before they are rounded to 256 levels, in [0, 1]."""
+class FloatImages(Autoencoder):
+    """Images before they are rounded to 256 levels, in [0, 1]."""
 
     def decode(self, params, latents):
         return jnp.clip((self.decode_float(params, latents) + 1) / 2, 0, 1)
 
 
 def ours(workdir):
-    """Pictures [N, H, W, 3] in [0, 1] of a run, and the noise they were drawn from."""
+    """Images [N, H, W, 3] in [0, 1] of a run, and the noise they were sampled from."""
     pipe = pipeline.load(workdir)
-    model = dataclasses.replace(pipe.model, codec=FloatPictures(**dataclasses.asdict(pipe.model.codec)))
+    model = dataclasses.replace(pipe.model, codec=FloatImages(**dataclasses.asdict(pipe.model.codec)))
     options = SamplingOptions.of(pipe.config.sample, steps=STEPS, guidance=GUIDANCE)
     sampler = Sampler(model, pipe.mesh, options)
-    pictures = sampler(pipe.params, pipe.frozen, PROMPTS, seed=5)
-    return pictures, np.asarray(model.noise(jax.random.key(5), jnp.arange(len(PROMPTS))))
+    images = sampler(pipe.params, pipe.frozen, PROMPTS, seed=5)
+    return images, np.asarray(model.noise(jax.random.key(5), jnp.arange(len(PROMPTS))))
 
 
 def theirs(pipe, noise, **options):
-    """Pictures of a pipeline of diffusers from our noise."""
+    """Images of a pipeline of diffusers from our noise."""
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         return pipe(
@@ -164,26 +164,28 @@ def case(request, tmp_path_factory):
     return saved, folder / "run", options
 
 
-def test_an_imported_pipeline_draws_the_same_pictures(case):
+def test_an_imported_pipeline_gives_the_same_images(case):
     saved, workdir, options = case
-    pictures, noise = ours(workdir)
-    np.testing.assert_allclose(pictures, theirs(load(saved), noise, **options), rtol=0, atol=1e-3)
-    assert pictures.std() > 0.05  # they are not blank
+    images, noise = ours(workdir)
+    np.testing.assert_allclose(images, theirs(load(saved), noise, **options), rtol=0, atol=1e-3)
+    # They are not blank.
+    assert images.std() > 0.05
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_and_its_exported_pipeline_draws_the_same_pictures(case, tmp_path):
+def test_a_run_is_resumed_and_its_exported_pipeline_gives_the_same_images(case, tmp_path):
     saved, workdir, options = case
     settings = json.loads((workdir / "config.json").read_text())
     run("train", f"--workdir={workdir}", "--config.eval.every=0")
-    pictures, noise = ours(workdir)
+    images, noise = ours(workdir)
     run(
         "export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--to=diffusers-pipeline", "--ema=none"
     )
     exported = load(tmp_path / "out")
-    np.testing.assert_allclose(pictures, theirs(exported, noise, **options), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(images, theirs(exported, noise, **options), rtol=0, atol=1e-3)
     before = theirs(load(saved), noise, **options)
-    assert np.abs(pictures - before).max() > 1e-3  # training changed them
+    # Training changed them.
+    assert np.abs(images - before).max() > 1e-3
     assert type(exported) is type(load(saved))
     # The tokenizers that were written split captions as those that came.
     first, again = load(saved).tokenizer, exported.tokenizer

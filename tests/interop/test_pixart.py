@@ -74,7 +74,8 @@ def test_a_wrong_field_shows_in_the_error(model):
 def test_parameters_and_half_precision_of_torch(model):
     backbone = small()
     plain = interop.load_state_dict(backbone, model.state_dict())["params"]["patch_embed"]["kernel"]
-    parameters = dict(model.named_parameters())  # these require gradients
+    # These require gradients.
+    parameters = dict(model.named_parameters())
     kernel = interop.load_state_dict(backbone, parameters)["params"]["patch_embed"]["kernel"]
     np.testing.assert_array_equal(kernel, plain)
     halves = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}

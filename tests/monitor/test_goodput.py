@@ -53,9 +53,11 @@ def test_nested_compilations_count_once():
     clock = Clock()
     clock.watch.switch(STEP)
     clock.now += 2
-    clock.watch.compiled(1.0)  # from 1001 to 1002, within the next one
+    # From 1001 to 1002, within the next one.
+    clock.watch.compiled(1.0)
     clock.now += 3
-    clock.watch.compiled(4.5)  # from 1000.5 to 1005
+    # From 1000.5 to 1005.
+    clock.watch.compiled(4.5)
     clock.now += 1
     clock.watch.compiled(0.5)
     seconds = clock.watch.seconds()
@@ -87,9 +89,11 @@ def test_a_run_killed_twice():
         row(10, 0, "resumed", start_up=10),
         row(31, 4, "saved", start_up=10, step=15, data_wait=4, checkpoint=2),
         row(46, 7, start_up=10, step=27, data_wait=7, checkpoint=2),
-        row(48, 7, start_up=10, step=29, data_wait=7, checkpoint=2),  # on the way to 8 when it was killed
+        # On the way to 8 when it was killed.
+        row(48, 7, start_up=10, step=29, data_wait=7, checkpoint=2),
     ]
-    second = [  # killed before it had restored anything
+    # Killed before it had restored anything.
+    second = [
         row(65, None, "start", 60, start_up=5),
     ]
     third = [
@@ -100,7 +104,8 @@ def test_a_run_killed_twice():
     ]
     totals = summarise([first, second, third])
     seconds = totals["seconds"]
-    assert seconds[LOST] == 12 + 3 + 2  # steps 5 to 7 with their data, and the one that was not finished
+    # Steps 5 to 7 with their data, and the one that was not finished.
+    assert seconds[LOST] == 12 + 3 + 2
     assert seconds[STEP] == 15 + 40 and seconds[DATA_WAIT] == 4 and seconds[CHECKPOINT] == 2
     assert seconds[START_UP] == 25 and seconds[OTHER] == 1
     assert seconds[DOWNTIME] == (60 - 48) + (100 - 65)
@@ -157,7 +162,8 @@ def test_a_blocked_loop_still_records_its_time(tmp_path):
         recorder.record("resumed", 3)
         until = time.monotonic() + 60
         while (printed := goodput.summary(tmp_path))["wall"] <= 0.9 and time.monotonic() < until:
-            time.sleep(0.1)  # as a kill at this moment would leave it; a loaded machine writes late
+            # As a kill at this moment would leave it; a loaded machine writes late.
+            time.sleep(0.1)
     assert printed["wall"] > 0.9 and printed["step"] == 3
 
 

@@ -38,11 +38,13 @@ def traced_steps(directory):
 def test_the_window_is_traced_and_nothing_else(tmp_path):
     assert loop(tmp_path, (3, 4), range(1, 8)) == [4]
     assert traced_steps(tmp_path) == ({3, 4}, 1)
-    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))  # where TensorBoard's plugin reads
+    # Where TensorBoard's plugin reads.
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_a_start_inside_the_window_traces_its_rest_and_one_after_it_nothing(tmp_path):
-    loop(tmp_path, (3, 6), range(5, 6))  # ended early, by SIGTERM say: the trace is written all the same
+    # Ended early, by SIGTERM say: the trace is written all the same.
+    loop(tmp_path, (3, 6), range(5, 6))
     assert traced_steps(tmp_path) == ({5}, 1)
     assert loop(tmp_path / "late", (3, 6), range(7, 9)) == []
     assert not (tmp_path / "late").exists()

@@ -37,7 +37,8 @@ def test_rates_leave_compilation_out():
     with clock.watch.part(COMPILE):
         clock.now += 500.0
     run(meter, clock, [1], seconds=50.0)
-    assert meter.steps_per_second == pytest.approx(1 / 50)  # all there is yet
+    # All there is yet.
+    assert meter.steps_per_second == pytest.approx(1 / 50)
     run(meter, clock, range(2, 12), seconds=0.5, wait=0.1)
     rates = meter.rates()
     assert rates["speed/steps_per_second"] == pytest.approx(2.0)
@@ -113,7 +114,8 @@ def test_plain_lines_now_and_then_when_not_a_terminal():
     assert [line.split(",")[0] for line in lines] == [f"step {s}/100" for s in (30, 40, 50, 60)]
     assert lines[-1] == ("step 60/100, loss 0.0167, 1 steps/s, 8 images/s, 00:40 to go, data wait 50%")
     progress.close()
-    assert stream.getvalue().splitlines() == lines  # the last step was printed already
+    # The last step was printed already.
+    assert stream.getvalue().splitlines() == lines
 
 
 def test_the_last_step_is_printed_at_the_end():
@@ -160,7 +162,8 @@ def test_rates_are_those_of_the_line():
 def test_a_bar_on_a_terminal():
     stream, clock = Terminal(), Clock()
     progress = progress_on(stream, clock)
-    assert "20%" in stream.getvalue()  # a resumed run does not begin at nothing
+    # A resumed run does not begin at nothing.
+    assert "20%" in stream.getvalue()
     run(progress, clock, range(21, 101), seconds=0.5, mark=lambda step: progress.update(step, loss=0.25))
     progress.close()
     last = stream.getvalue().rstrip().split("\r")[-1]

@@ -46,7 +46,8 @@ def test_the_newest_start_wins_step_by_step(tmp_path):
     with create_writer(tmp_path / "metrics") as first:
         for step in (10, 20, 30):
             first.scalars(step, {"loss": step / 10, "eval": 1.0})
-    with create_writer(tmp_path / "metrics") as second:  # resumed at step 10
+    # Resumed at step 10.
+    with create_writer(tmp_path / "metrics") as second:
         second.scalars(20, {"loss": 99.0})
         second.scalars(40, {"loss": 4.0})
     assert read_scalars(tmp_path / "metrics") == [
@@ -74,7 +75,8 @@ def test_a_torn_last_line_is_left_out_and_other_damage_is_not(tmp_path):
     text = writer.segment.read_text()
     for cut in range(1, 20):
         writer.segment.write_text(text[:-cut])
-        expected = 2 if cut == 1 else 1  # only the newline is gone
+        # Only the newline is gone.
+        expected = 2 if cut == 1 else 1
         assert len(read_scalars(tmp_path / "metrics")) == expected
     writer.segment.write_text(text.replace("{", "", 1))
     with pytest.raises(UserError, match=r"segment-00001.jsonl: line 1"):
@@ -150,7 +152,8 @@ def test_a_missing_package_is_reported_in_one_line(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, missing, None)
     for name in ("tensorflow", "tensorboard", "clu.metric_writers"):
         if name != missing:
-            monkeypatch.setitem(sys.modules, name, sys)  # whatever can be imported
+            # Whatever can be imported.
+            monkeypatch.setitem(sys.modules, name, sys)
     with create_writer(tmp_path / "metrics", tmp_path / "tensorboard") as writer:
         writer.scalars(1, {"loss": 1.0})
     printed = capsys.readouterr().err
@@ -227,7 +230,8 @@ def test_tensorboard_reads_back_what_was_written(tmp_path, monkeypatch):
     assert loss == [(10, np.float32(0.1)), (20, np.float32(0.05))]
     ((step, samples),) = tensors["samples"]
     assert step == 20
-    assert samples.string_val[:2] == [b"6", b"8"]  # width and height, then the PNG files
+    # Width and height, then the PNG files.
+    assert samples.string_val[:2] == [b"6", b"8"]
     assert samples.string_val[2].startswith(b"\x89PNG")
     table = tensors["parameter_overview"][0][1].string_val[0].decode()
     assert "dense/kernel" in table and all(line.startswith("    ") for line in table.splitlines())

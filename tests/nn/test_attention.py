@@ -56,7 +56,8 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     q, k, v = qkv(dtype=jnp.bfloat16)
     before = str(jax.make_jaxpr(attention)(q, k, v)).split(" = exp ")
     assert len(before) == 2
-    assert ":f32[" in before[0].rsplit("\n", 1)[-1]  # the type of what exp gives
+    # The type of what exp gives.
+    assert ":f32[" in before[0].rsplit("\n", 1)[-1]
     assert attention(q, k, v).dtype == jnp.bfloat16
 
 
@@ -103,7 +104,8 @@ def chosen(monkeypatch):
         ({"dtype": jnp.float16}, "cudnn"),
         ({"dtype": jnp.float32}, "xla"),
         ({"dtype": jnp.bfloat16, "size": 12}, "xla"),
-        ({"dtype": jnp.bfloat16, "size": 160}, "xla"),  # above 128 only from compute capability 9.0
+        # Above 128 only from compute capability 9.0.
+        ({"dtype": jnp.bfloat16, "size": 160}, "xla"),
     ],
 )
 def test_auto_on_a_gpu(chosen, shape, implementation):
@@ -163,7 +165,8 @@ def test_padding_the_context_for_a_tpu_changes_no_value(masked, monkeypatch):
     mask = jnp.array([[True] * 4 + [False] * 3, [False] * 7, [True] * 7]) if masked else None
     wanted = attention(q, k, v, key_mask=mask, implementation="xla")
     same, none = attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.bfloat16)
-    assert same.shape == (3, 7, 16) and none is mask  # not for a TPU
+    # Not for a TPU.
+    assert same.shape == (3, 7, 16) and none is mask
 
     monkeypatch.setattr(per_device, "target", lambda: per_device.Target("tpu", "TPU v5"))
     assert attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.float32)[0].shape == (3, 7, 16)

@@ -29,7 +29,8 @@ def test_timestep_embedding_is_cos_then_sin(dim):
     found = layers.timestep_embedding(jnp.asarray(t), dim)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, atol=2e-4)
-    whole = layers.timestep_embedding(jnp.asarray([3]), dim)  # integers too
+    # Integers too.
+    whole = layers.timestep_embedding(jnp.asarray([3]), dim)
     np.testing.assert_array_equal(whole, layers.timestep_embedding(jnp.asarray([3.0]), dim))
 
 
@@ -245,4 +246,5 @@ def test_activations_and_their_gradients_are_jax_own(name):
     for of in (lambda f: f, lambda f: jax.vmap(jax.grad(f))):
         np.testing.assert_allclose(of(layers.ACTIVATIONS[name])(x), of(own)(x), rtol=1e-5, atol=2e-6)
     kept = jax.eval_shape(lambda x: jax.vjp(layers.ACTIVATIONS[name], x)[1], x.astype(jnp.bfloat16))
-    assert [leaf.dtype for leaf in jax.tree.leaves(kept)] == [jnp.bfloat16]  # its input and nothing else
+    # Its input and nothing else.
+    assert [leaf.dtype for leaf in jax.tree.leaves(kept)] == [jnp.bfloat16]

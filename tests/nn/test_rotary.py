@@ -37,14 +37,17 @@ def test_the_kernel_turns_as_xla_does_forward_and_back(length, heads, size, into
         ((1, 1024, 4, 64), "float32", True),
         ((1, 1025, 4, 64), "float32", False),
         ((1, 256, 32, 72), "float32", True),
-        ((1, 784, 32, 72), "float32", False),  # more than a core's memory
+        # More than a core's memory.
+        ((1, 784, 32, 72), "float32", False),
         ((1, 256, 16, 128), "float16", False),
-        ((1, 256, 3, 64), "bfloat16", False),  # half a tile
+        # Half a tile.
+        ((1, 256, 3, 64), "bfloat16", False),
     ],
 )
 def test_where_the_kernel_can_run(shape, dtype, able, monkeypatch):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    assert not rotary._has_kernel(x, jnp.dtype(jnp.bfloat16))  # no TPU here
+    # No TPU here.
+    assert not rotary._has_kernel(x, jnp.dtype(jnp.bfloat16))
     pretend_tpu(monkeypatch)
     assert rotary._has_kernel(x, jnp.dtype(jnp.bfloat16)) == able
     assert not rotary._has_kernel(x, jnp.dtype(jnp.float16))

@@ -104,12 +104,16 @@ def test_block_lanes_are_whole_heads_on_whole_tiles_that_divide_the_width():
 @pytest.mark.parametrize(
     "width, size, queries, keys, lanes",
     [
-        (2048, 64, 64, 77, 2048),  # few scores: all heads at once
-        (1280, 64, 256, 77, 640),  # 20 heads are too many, 10 are not
+        # Few scores: all heads at once.
+        (2048, 64, 64, 77, 2048),
+        # 20 heads are too many, 10 are not.
+        (1280, 64, 256, 77, 640),
         (2048, 128, 334, 334, 1024),
         (1536, 96, 334, 334, 768),
-        (1152, 72, 64, 64, 1152),  # 16 heads fill the first whole tile
-        (4096, 256, 512, 512, 1024),  # as many as memory takes
+        # 16 heads fill the first whole tile.
+        (1152, 72, 64, 64, 1152),
+        # As many as memory takes.
+        (4096, 256, 512, 512, 1024),
     ],
 )
 def test_block_lanes_of_the_papers_backbones(width, size, queries, keys, lanes):
@@ -175,7 +179,8 @@ def test_heads_that_a_mesh_splits_are_counted_on_a_device(monkeypatch):
     [(64, 64, "short"), (334, 511, "short"), (512, 512, "short"), (64, 513, "splash"), (1024, 77, "xla")],
 )
 def test_auto_on_a_tpu(monkeypatch, queries, keys, implementation):
-    assert choice(queries=queries, keys=keys)[1] == "xla"  # here
+    # A CPU.
+    assert choice(queries=queries, keys=keys)[1] == "xla"
     pretend_tpu(monkeypatch)
     assert choice(queries=queries, keys=keys)[1] == implementation
 
@@ -235,7 +240,8 @@ def test_auto_for_a_tpu_that_is_not_here_is_what_that_tpu_would_take():
     narrow, short, long = "64:64:2:2:64", "64:511:4:4:64", "64:513:2:2:64"
     found = compiled("v5e:2x4", "auto", [narrow, short, long])
     assert {case: (len(cycles), chosen) for case, (cycles, chosen) in found.items()} == {
-        narrow: (0, "xla"),  # 64 lanes on a device
+        # 64 lanes on a device.
+        narrow: (0, "xla"),
         short: (2, "short"),
         long: (2, "splash"),
     }

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from scaling_dit import backbones as backbones_lib
-from scaling_dit import trees
+from scaling_dit import backbones, trees
 from scaling_dit.errors import UserError
 from scaling_dit.nn import attention as attention_lib
 from scaling_dit.nn import splash
@@ -79,7 +78,8 @@ def test_lengths_are_padded_to_as_few_blocks_as_the_device_takes(queries, keys, 
 def test_blocks_divide_whatever_the_length():
     for length in range(1, 5000, 37):
         cut = splash.blocks(length, length, "TPU v5")
-        assert 0 <= cut.keys - length < 128 * -(-length // 512)  # less than a tile of each block is padding
+        # Less than a tile of each block is padding.
+        assert 0 <= cut.keys - length < 128 * -(-length // 512)
         for block in (*cut.forward, *cut.backward):
             assert block % 128 == 0 == cut.keys % block
 
@@ -130,8 +130,8 @@ def test_an_explicit_splash_never_falls_back(monkeypatch):
 def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatch):
     fields = {"hidden": 32, "depth": 2, "heads": 2, "text_dim": 12}
     args = (jnp.ones((2, 4, 4, 4)), jnp.ones(2), jnp.ones((2, 5, 12)), jnp.ones((2, 5), bool))
-    plain = backbones_lib.create("uvit", attention="xla", **fields)
-    kernel = backbones_lib.create("uvit", attention="splash", **fields)
+    plain = backbones.create("uvit", attention="xla", **fields)
+    kernel = backbones.create("uvit", attention="splash", **fields)
     variables = trees.unbox(jax.jit(kernel.init)(jax.random.key(0), *args))
     wanted = jax.jit(plain.apply)(variables, *args)
     pretend_tpu(monkeypatch)
@@ -142,7 +142,8 @@ def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # compiles in half a minute, but the TPU's compiler takes every core it finds
+# Compiles in half a minute, but the TPU's compiler takes every core it finds.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:2x4"])
 def test_forward_and_backward_compile_for_tpus_at_every_head_size(topology):
     cases = [f"334:77:4:2:{size}" for size in HEAD_SIZES] + ["1101:1101:4:4:128"]

@@ -40,7 +40,8 @@ def start(workdir, steps: int) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path):
     first = start(tmp_path, 4)
-    assert first["misses"] > 0  # everything is compiled here
+    # Everything is compiled here.
+    assert first["misses"] > 0
     # A start that resumes restores a checkpoint and does not initialise parameters, so it needs other small programs.
     start(tmp_path, 8)
     again = start(tmp_path, 12)

@@ -40,7 +40,8 @@ def test_all_come(address):
 def test_those_that_do_not_come_are_named_in_all_others(address):
     answers = meet_all(address, [(0, ABOUT), (2, ABOUT)], 5, seconds=1.0)
     expected = f"processes 1, 3, 4 of 5 did not come to {address} within 1 s"
-    assert answers == [(75, expected)] * 2  # worth a retry
+    # Worth a retry.
+    assert answers == [(75, expected)] * 2
 
 
 def test_many_missing_ones_are_counted(address):
@@ -72,7 +73,8 @@ def test_a_call_that_meets_itself_is_no_answer(address, monkeypatch):
 def test_other_versions_are_reported_by_all(address):
     answers = meet_all(address, [(0, ABOUT), (1, {"jax": "1.2.4"})], 2)
     line = "process 1 has jax 1.2.4, process 0 has 1.2.3; start all of them alike"
-    assert answers == [(2, line)] * 2  # a mistake
+    # A mistake.
+    assert answers == [(2, line)] * 2
 
 
 def test_other_counts_of_processes(address):

@@ -96,15 +96,21 @@ def spec(sizes, leaf):
         (box((64, 16), "mlp", "embed"), P("tensor", "fsdp")),
         (box((2, 16, 32), "layers", "embed", "heads"), P(None, "fsdp", "tensor")),
         (box((16,), "norm"), P(None)),
-        (box((12, 16), "text", "embed"), P("fsdp", None)),  # rows rather than columns, fsdp only once
+        # Rows rather than columns, fsdp only once.
+        (box((12, 16), "text", "embed"), P("fsdp", None)),
         (box((12, 8), "text", None), P("fsdp", None)),
         (box((16, 16), "embed", "embed"), P("fsdp", None)),
-        (box((6, 64), "embed", "mlp"), P(None, "tensor")),  # 6 does not split by 4, mlp is taken by tensor
-        (box((6, 64), "embed", None), P(None, "fsdp")),  # 6 does not split, so the largest that does
-        (box((8, 6, 3), "layers", "embed", None), P(None, None, None)),  # never over the scanned axis
+        # 6 does not split by 4, mlp is taken by tensor.
+        (box((6, 64), "embed", "mlp"), P(None, "tensor")),
+        # 6 does not split, so the largest that does.
+        (box((6, 64), "embed", None), P(None, "fsdp")),
+        # Never over the scanned axis.
+        (box((8, 6, 3), "layers", "embed", None), P(None, None, None)),
         (box((16, 3), "embed", "heads"), P("fsdp", None)),
-        (box((4, 8), None, None), P(None, None)),  # placed nowhere on purpose
-        (box((12, 7), "my_axis", None), P("fsdp", None)),  # a name of the user's own
+        # Placed nowhere on purpose.
+        (box((4, 8), None, None), P(None, None)),
+        # A name of the user's own.
+        (box((12, 7), "my_axis", None), P("fsdp", None)),
         (jax.ShapeDtypeStruct((3, 8, 12), jnp.float32), P(None, None, "fsdp")),
         (jax.ShapeDtypeStruct((8, 9), jnp.float32), P("fsdp", None)),
         (jax.ShapeDtypeStruct((3, 5), jnp.float32), P(None, None)),
@@ -166,7 +172,8 @@ def test_activate_keeps_the_constraints():
         return jax.jit(lambda p, b: loss(p, b)).lower(plain, batch).as_text().count("sharding_constraint")
 
     with rules.activate(mesh):
-        assert constraints() == 2  # the two of Block; its body is scanned
+        # The two of Block; its body is scanned.
+        assert constraints() == 2
     assert constraints() == 0
 
 
@@ -198,7 +205,8 @@ def test_moments_and_emas_lie_where_their_parameter_lies():
     assert shardings.step.spec == P()
     moments = [s.spec for s in jax.tree.leaves(shardings.opt_state)]
     of_params = [s.spec for s in jax.tree.leaves(by_param)]
-    assert moments.count(P()) == len(moments) - 2 * len(of_params)  # the two counters
+    # The two counters.
+    assert moments.count(P()) == len(moments) - 2 * len(of_params)
     assert sorted(map(str, moments)) == sorted(map(str, [*of_params, *of_params, P(), P()]))
     placed = jax.jit(lambda p: optimiser.init(p), out_shardings=shardings.opt_state)(
         jax.tree.map(jnp.zeros_like, params)
@@ -309,7 +317,10 @@ def test_without_tensor_parallelism_rows_are_split_and_not_lanes():
     sizes = {"fsdp": 8}
     assert spec(sizes, box((64, 16), "mlp", "embed")) == P("fsdp", None)
     assert spec(sizes, box((5, 3, 64, 16), "layers", None, "heads", "embed")) == P(None, None, "fsdp", None)
-    assert spec(sizes, box((64, 16), "vocab", "embed")) == P(None, "fsdp")  # rows of words are looked up
+    # Rows of words are looked up.
+    assert spec(sizes, box((64, 16), "vocab", "embed")) == P(None, "fsdp")
     assert spec(sizes, box((8, 16), None, "embed")) == P(None, "fsdp")
-    assert spec(sizes, box((8, 16), "layers", "embed")) == P(None, "fsdp")  # layers are never split
-    assert spec(sizes, box((12, 16), "mlp", "embed")) == P(None, "fsdp")  # 12 does not divide
+    # Layers are never split.
+    assert spec(sizes, box((8, 16), "layers", "embed")) == P(None, "fsdp")
+    # 12 does not divide.
+    assert spec(sizes, box((12, 16), "mlp", "embed")) == P(None, "fsdp")

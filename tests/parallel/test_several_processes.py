@@ -103,7 +103,8 @@ def test_a_lost_process_ends_the_others_and_another_count_goes_on(tmp_path, lost
     began = time.monotonic()
     other = started[1 - lost]
     output = other.communicate(timeout=3 * HEARTBEAT)[1]
-    assert time.monotonic() - began < HEARTBEAT + 10  # some seconds for what the machine does besides
+    # Some seconds for what the machine does besides.
+    assert time.monotonic() - began < HEARTBEAT + 10
     assert other.returncode == 75
     (line,) = re.findall(r"scaling-dit: .*lost.*", output)
     assert line.startswith(f"scaling-dit: process {lost} is lost: ")
@@ -208,13 +209,15 @@ def test_a_process_that_fails_ends_without_jaxs_shutdown(monkeypatch, capsys):
         return main
 
     assert processes.together(lambda: 0, 100) == 0 and processes.together(lambda: 75, 100) == 75
-    assert codes == []  # all processes come to these ends, and jax's shutdown is theirs together
+    # All processes come to these ends, and jax's shutdown is theirs together.
+    assert codes == []
     assert processes.together(lambda: 3, 100) == 3 and codes == [3]
     processes.together(raises(ValueError("unforeseen")), 100)
     processes.together(raises(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory")), 100)
     assert codes == [3, 1, 1] and slept == []
     processes.together(raises(jax.errors.JaxRuntimeError("Gloo: connection closed")), 100)
-    assert codes == [3, 1, 1, 1] and slept == [115]  # the runtime may know better in the meantime
+    # The runtime may know better in the meantime.
+    assert codes == [3, 1, 1, 1] and slept == [115]
     output = capsys.readouterr().err
     assert output.count("Traceback") == 3 and "ValueError: unforeseen" in output
 

@@ -170,7 +170,8 @@ def test_the_child_does_not_outlive_its_parent():
             os.kill(child, 0)
         except ProcessLookupError:
             break
-        with open(f"/proc/{child}/stat") as stat:  # ended, if nobody has collected it yet
+        # Ended, if nobody has collected it yet.
+        with open(f"/proc/{child}/stat") as stat:
             if stat.read().rpartition(")")[2].split()[0] == "Z":
                 break
         time.sleep(0.05)

@@ -79,9 +79,11 @@ def test_devices_are_known_by_their_kind():
 
 def test_bandwidth_follows_the_torus():
     link = CHIPS["v5p"].link_bandwidth
-    assert parse("v5p:4x4x4").ici_bandwidth((0, 1, 2)) == 6 * link  # 4800 Gbit/s
+    # 4800 Gbit/s.
+    assert parse("v5p:4x4x4").ici_bandwidth((0, 1, 2)) == 6 * link
     assert parse("v5p:4x4x4").ici_bandwidth((1,)) == 2 * link
-    assert parse("v5p:2x2x4").ici_bandwidth((0, 1, 2)) == 3 * link  # lines, no rings
+    # Lines, no rings.
+    assert parse("v5p:2x2x4").ici_bandwidth((0, 1, 2)) == 3 * link
     assert parse("v5e:16x16").ici_bandwidth((0,)) == 2 * CHIPS["v5e"].link_bandwidth
     assert parse("v5e:8x16").ici_bandwidth((0, 1)) == 3 * CHIPS["v5e"].link_bandwidth
     assert parse("v6e:16x16").ici_bandwidth(()) == 4 * CHIPS["v6e"].link_bandwidth

@@ -38,7 +38,8 @@ def test_products_in_nested_loops_count_as_often_as_they_run():
         return jax.lax.scan(outer, x, weights)[0].sum()
 
     found = read(jax.grad(loss, (0, 1)), shape(32, 16), shape(5, 7, 16, 16))
-    assert found.flops == 3 * 5 * 7 * 2 * 32 * 16 * 16  # forward, and two products backward
+    # Forward, and two products backward.
+    assert found.flops == 3 * 5 * 7 * 2 * 32 * 16 * 16
     assert found.unknown_loops == 0
 
 
@@ -51,7 +52,8 @@ def test_places_that_meet_are_those_found_one_by_one(seed):
         at = np.arange(outputs)[:, None] * stride - pad + np.arange(taps) * dilation
         wanted = int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
         assert hlo_cost.places_that_meet(size, taps, outputs, stride, pad, spread, dilation) == wanted
-    batch = 2**16  # of a product over a batch, which XLA writes as a window as large
+    # Of a product over a batch, which XLA writes as a window as large.
+    batch = 2**16
     assert hlo_cost.places_that_meet(batch, batch, 1) == batch
 
 
@@ -92,11 +94,13 @@ def test_collectives_are_counted_by_mesh_axis():
     function = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     found = read(function, shape(n, sharding=NamedSharding(mesh, spec)), layout=Layout.of(mesh))
     rows = {row.kind: row for row in found.collectives}
-    part = n // 8 * 4  # bytes of one device's share of x
+    # Bytes of one device's share of x.
+    part = n // 8 * 4
     gathered = 4 * part
     assert {kind: (row.axes, row.size, row.wire) for kind, row in rows.items()} == {
         "all-gather": (("fsdp",), gathered, gathered * 3 // 4),
-        "all-reduce": (("data",), gathered, gathered),  # twice half of it
+        # Twice half of it.
+        "all-reduce": (("data",), gathered, gathered),
         "reduce-scatter": (("data", "fsdp"), gathered, gathered * 7 // 8),
         "collective-permute": (("fsdp",), gathered // 8, gathered // 8),
         "all-to-all": (("fsdp",), gathered // 8, gathered // 8 * 3 // 4),
@@ -128,7 +132,8 @@ def test_every_way_of_writing_groups_is_read(attributes, axes):
 
 
 def test_the_axes_of_the_torus_and_the_slices_are_found():
-    places = np.array(list(itertools.product(range(2), range(4))))  # slice, place on a ring of 4
+    # Slice, place on a ring of 4.
+    places = np.array(list(itertools.product(range(2), range(4))))
     layout = Layout(AXES, coords=np.stack([places[:, 1], 0 * places[:, 1]], -1), slices=places[:, 0])
     assert layout.moved([np.arange(4), np.arange(4, 8)]) == (("fsdp",), (0,), False)
     assert layout.moved([np.array([i, i + 4]) for i in range(4)]) == (("data",), (), True)
@@ -237,7 +242,8 @@ def test_hbm_bytes_of_a_loop_count_slices_not_stacks():
         return jax.lax.scan(lambda x, row: (x * row, None), x, stack)[0]
 
     found = read(sweep, shape(n), shape(layers, n)).hbm_bytes
-    each = 3 * n * 4  # reads x and a row, writes x
+    # Reads x and a row, writes x.
+    each = 3 * n * 4
     assert layers * each <= found <= layers * each + 6 * n * 4
 
 
@@ -245,7 +251,8 @@ def test_what_lies_on_the_chip_is_no_hbm_traffic():
     program = hlo.Program(TPU)
     fusions = {v.instruction.name: v for v in program.walk() if v.instruction.opcode == "fusion"}
     started = hlo_cost.hbm_bytes(program, fusions["async-collective-start.1"])
-    assert started == 16 * 8 * 2  # its result; %w lies in memory space 1
+    # Its result; %w lies in memory space 1.
+    assert started == 16 * 8 * 2
 
 
 def test_a_loop_without_a_bound_is_reported():
@@ -288,4 +295,5 @@ def test_the_cycles_that_a_kernel_declares_count_once():
         "copies": 30,
     }
     assert (found.flops, found.kernel_flops, found.undeclared_kernels) == (640, 640, 0)
-    assert found.hbm_bytes == (4 + 3) * 4 * 8 * 2  # the kernel's four arrays, the three of the sum
+    # The kernel's four arrays, the three of the sum.
+    assert found.hbm_bytes == (4 + 3) * 4 * 8 * 2

@@ -51,7 +51,8 @@ def test_a_network_does_one_after_the_other():
         waits(START + second + compute("a", 10) + DONE + DONE.replace("%d", "%e").replace("%b", "%b2")) == 2
     )
     synchronous = GATHER.replace("%g", "%g2")
-    assert waits(START + compute("a", 2) + synchronous + DONE) == 4 + 6  # the wire is free after the first
+    # The wire is free after the first.
+    assert waits(START + compute("a", 2) + synchronous + DONE) == 4 + 6
 
 
 def test_sparse_cores_begin_with_their_update():
@@ -109,7 +110,8 @@ def test_of_branches_the_one_of_most_instructions_counts_as_in_the_other_figures
 
 def test_what_a_loop_has_not_waited_for_ends_with_each_of_its_runs():
     assert waits(loop(2), branch("body", START, compute("a", 1)), branch("other")) == 2 * 5
-    held = START + loop(2) + DONE  # a loop that sends nothing runs beside what was started before it
+    # A loop that sends nothing runs beside what was started before it.
+    held = START + loop(2) + DONE
     assert waits(held, branch("body", compute("a", 2)), branch("other")) == 2
     assert waits(held, branch("body", SHARD, GATHER), branch("other")) == 6 + 2 * 6
 

@@ -134,7 +134,8 @@ def test_a_quick_plan_is_the_plan_but_for_cycles(verb):
 
 def test_a_quick_plan_says_what_it_leaves_out_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # what is found here is found by the process that compiles
+    # What is found here is found by the process that compiles.
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     done = command("--config=shapes:smoke", "--topology=v5p:2x2x1", "--step=sample", "--quick")
     assert "without kernels: no cycles, no estimate" in done.stdout and "  limit " in done.stdout
     assert (
@@ -204,7 +205,8 @@ def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
     ) as parent:
         while not list(tmp_path.glob("*/request")):
             time.sleep(0.1)
-        time.sleep(1)  # Python of the child starts
+        # Python of the child starts.
+        time.sleep(1)
         parent.terminate()
     for _ in range(300):
         if not list(tmp_path.iterdir()):
@@ -249,7 +251,8 @@ def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1(flags):
     done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", *flags, code=1)
     assert "does not fit" in done.stdout and "of 15.75 GiB" in done.stdout
     needed = float(done.stdout.split("needs at least ")[1].split(" ")[0])
-    assert 27 < needed < 30  # parameters, two moments and an average of 7.6B in float32, over 4 chips
+    # Parameters, two moments and an average of 7.6B in float32, over 4 chips.
+    assert 27 < needed < 30
 
 
 @pytest.mark.parametrize(
@@ -277,9 +280,8 @@ def test_another_error_of_the_compiler_is_one_line():
     with pytest.raises(UserError, match="the compiler fails: INTERNAL: something") as error:
         plan_compile.out_of_memory("INTERNAL: something\nat some place", None)
     assert "\n" not in str(error.value)
-    with pytest.raises(
-        UserError, match="the compiler fails: RESOURCE_EXHAUSTED.* vmem"
-    ):  # of a core, not of the chip
+    # Of a core, not of the chip.
+    with pytest.raises(UserError, match="the compiler fails: RESOURCE_EXHAUSTED.* vmem"):
         plan_compile.out_of_memory(
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 28.33M of 16.00M vmem.", None
         )
@@ -372,7 +374,8 @@ def test_a_search_does_not_compile_what_must_need_more_than_what_failed(made):
     own = [rest for fsdp, *rest in made if fsdp == 8]
     place = {tuple(settings): at for at, settings in enumerate(own)}
     assert len(place) == len(own)
-    for microbatches, remat, once in place:  # whatever saves less comes earlier, or was known to fail
+    # Whatever saves less comes earlier, or was known to fail.
+    for microbatches, remat, once in place:
         for other in plan_search.REMAT[: plan_search.REMAT.index(remat)]:
             assert place.get((microbatches, other, once), -1) < place[(microbatches, remat, once)]
     # 50 GiB without gathering once do not fit, so twice that was not compiled; half of 16 was.
@@ -391,7 +394,8 @@ def test_a_search_gathers_once_where_a_mesh_and_the_chip_allow_it(made):
     with config.unlocked():
         config.sharding.gather_once = True
     for sizes, topology, step, wanted in (
-        ((1, 8, 1, 1), "v5e:2x4", "train", (True, False)),  # the config's own first
+        # The config's own first.
+        ((1, 8, 1, 1), "v5e:2x4", "train", (True, False)),
         ((1, 4, 1, 2), "v5e:2x4", "train", (False,)),
         ((2, 4, 1, 1), "v5e:2x4", "train", (False,)),
         ((1, 8, 1, 1), "v5e:2x4", "sample", (False,)),
@@ -414,7 +418,8 @@ PAPER = [
     ("dit_scaling:uvit-h2048-d42-n16", "v5e:16x16", [], 8.0),
     ("dit_scaling:large_dit-h4096-d32-n32", "v5p:4x4x4", ["--config.backbone.remat=full"], 40.0),
 ]
-BATCH = 2304  # nine images for each of 256 chips, a number that no width has
+# Nine images for each of 256 chips, a number that no width has.
+BATCH = 2304
 
 
 @pytest.fixture(scope="module", params=PAPER, ids=lambda case: case[0])
@@ -442,7 +447,8 @@ def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(paper):
     found, _ = paper
     rows = found["statistics"]["collectives"]
     assert {tuple(row["axes"]) for row in rows} == {("fsdp",)}
-    parameters = found["replicated"]["total"] // 2  # bytes in bfloat16
+    # Bytes in bfloat16.
+    parameters = found["replicated"]["total"] // 2
     moved = sum(row["size"] for row in rows)
     # Gathered forward, backward, and once more where a layer is computed again; gradients reduced once.
     assert 2.5 * parameters < moved < 4.5 * parameters
@@ -497,7 +503,9 @@ def test_no_array_of_a_program_holds_the_whole_batch():
     step = StepProgram.build(config, plan.abstract_model(config), mesh)
     program = Program(step.lower().compile().as_text())
     arrays = [array for visit in program.walk() for array in visit.instruction.arrays]
-    assert any(9 in array.dims for array in arrays)  # an eighth of it
+    # An eighth of it.
+    assert any(9 in array.dims for array in arrays)
     whole = [array.size for array in arrays if 72 in array.dims]
-    assert max(whole, default=0) <= 72 * 8 * 4  # timesteps, keys: numbers for each image, never its latents
+    # Timesteps, keys: numbers for each image, never its latents.
+    assert max(whole, default=0) <= 72 * 8 * 4
     assert hlo_cost.statistics(program, hlo_cost.Layout.of(mesh)).collectives

@@ -18,7 +18,8 @@ def test_slices_sums_over_devices_host_memory_and_stacks():
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["slices"] == [[0], [1]]  # a row of the mesh along data is one slice
+    # A row of the mesh along data is one slice.
+    assert found["slices"] == [[0], [1]]
     assert found["bfloat16"] == ["bf16"]
     assert found["float32"] == ["f32"]
     without, offloaded = found["on host"]

@@ -16,7 +16,7 @@ from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.encoders import scratch
 from scaling_dit.errors import UserError
-from scaling_dit.model import frozen as frozen_weights
+from scaling_dit.model import frozen
 from scaling_dit.model.build import abstract_params, build_model, open_source
 from scaling_dit.training.rewind import SpikeDetector
 from scaling_dit.training.start import Run
@@ -31,7 +31,8 @@ def test_text_and_prediction_have_their_shapes(pipe):
     tokens, mask, pooled = pipe.encode_text(["a red circle", "a large blue square above a red circle"])
     length = pipe.config.text_encoder.length
     assert tokens.shape == (2, length, 32) and mask.shape == (2, length) and pooled.shape == (2, 32)
-    assert mask.sum(1).tolist() == [5, 10]  # words and both ends
+    # Words and both ends.
+    assert mask.sum(1).tolist() == [5, 10]
     latents = jnp.zeros((2, 16, 16, 3))
     prediction = pipe.predict(latents, jnp.array([10.0, 500.0]), tokens, mask)
     assert prediction.shape == latents.shape and prediction.dtype == jnp.float32
@@ -104,7 +105,8 @@ def test_the_newest_checkpoint_may_be_replaced_while_a_run_is_opened(smoke_run, 
     monkeypatch.setattr(Checkpoints, "restore_params", restore_params)
     assert scaling_dit.load(tmp_path / "run").step == 6 and asked == [4, 6]
     with pytest.raises(UserError, match=r"no checkpoint of step 4 in .*; there are: \[2, 6\]"):
-        scaling_dit.load(tmp_path / "run", step=4)  # one that was asked for has no other in its place
+        # One that was asked for has no other in its place.
+        scaling_dit.load(tmp_path / "run", step=4)
 
 
 def test_widths_come_from_codec_and_text_encoder():
@@ -150,7 +152,8 @@ def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
             model.predict(params, latents + 1, jnp.zeros(2), text, train=True, rng=jax.random.key(k))
             for k in (0, 1)
         ]
-        assert (trained[0] != trained[1]).any()  # dropout has its key
+        # Dropout has its key.
+        assert (trained[0] != trained[1]).any()
     else:
         with pytest.raises(UserError, match=r"Returning returned .* it must return"):
             model.predict(params, latents, jnp.zeros(2), text)
@@ -174,8 +177,8 @@ def test_frozen_hash_sees_values_names_and_types():
         {"a": jnp.ones(3, jnp.bfloat16)},
         {"a": jnp.ones((3, 1))},
     ]
-    hashes = [frozen_weights.frozen_hash(tree) for tree in [base, *others]]
-    assert len(set(hashes)) == 5 and frozen_weights.frozen_hash({}) == ""
+    hashes = [frozen.frozen_hash(tree) for tree in [base, *others]]
+    assert len(set(hashes)) == 5 and frozen.frozen_hash({}) == ""
 
 
 def test_a_trained_run_of_a_folder_needs_no_folder_to_draw():

@@ -127,7 +127,8 @@ def test_a_request_is_resumed_where_it_stopped(pipe, tmp_path):
     out = epath.Path(tmp_path / "b")
     with pytest.raises(KeyboardInterrupt):
         sample_to_folder(Counting(sampler, fail_at=2), pipe, items, out, seed=1, about={"step": 4})
-    (out / "p1.png").unlink()  # listed, but lost
+    # Listed, but lost.
+    (out / "p1.png").unlink()
     again = Counting(sampler)
     resumed = np.concatenate(list(iterate(again, pipe, items, out, seed=1, about={"step": 4})))
     assert again.asked == [1, 2, 3, 4]

@@ -27,7 +27,8 @@ def required(names):
             continue
         try:
             lines = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:  # for another Python or system
+        # For another Python or system.
+        except importlib.metadata.PackageNotFoundError:
             continue
         found.add(name)
         left += [normal(re.match(r"[\w.-]+", line)[0]) for line in lines if "extra ==" not in line]
@@ -53,7 +54,8 @@ class Refuse(importlib.abc.MetaPathFinder):
 if __name__ == "__main__":
     sys.meta_path.insert(0, Refuse())
     for module in [name for name in sys.modules if name.partition(".")[0] in sys.meta_path[0].others]:
-        del sys.modules[module]  # of what a start-up file imported
+        # Of what a start-up file imported.
+        del sys.modules[module]
     sys.argv = sys.argv[1:]
     sys.path[0] = str(pathlib.Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

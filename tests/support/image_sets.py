@@ -31,7 +31,8 @@ UNREADABLE = (
     picture(1)[:40],
     encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)))[:900],
 )
-TOO_LARGE = encoded(Image.new("1", (101, 100)))  # for max_pixels=10_000
+# For max_pixels=10_000.
+TOO_LARGE = encoded(Image.new("1", (101, 100)))
 
 
 def rows(source, steps, positions=range(BATCH), *, start=0, threads=2):
@@ -57,5 +58,6 @@ def check_same_rows_for_any_split(make, steps=6):
         for found, expected in zip(part, whole[start:], strict=True):
             for mine, all_rows in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(mine, all_rows[list(positions)])
-    for images, numbers in whole:  # image and caption belong to one record
+    # Image and caption belong to one record.
+    for images, numbers in whole:
         np.testing.assert_array_equal(images[:, 0, 0], [colour(int(number)) for number in numbers])

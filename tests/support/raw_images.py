@@ -25,9 +25,12 @@ KINDS = ("unreadable_image", "bad_json", "empty_caption", "missing_caption", "du
 class Made:
     """What a set holds."""
 
-    good: dict[str, str]  # key -> caption
-    broken: dict[str, list[str]]  # kind -> keys, in the order written
-    places: dict[str, str]  # "TAR at byte OFFSET" -> key of the member that begins there
+    # Key -> caption.
+    good: dict[str, str]
+    # Kind -> keys, in the order written.
+    broken: dict[str, list[str]]
+    # "TAR at byte OFFSET" -> key of the member that begins there.
+    places: dict[str, str]
 
 
 def photographs():
@@ -108,7 +111,8 @@ def _write(tar, made, full_key, key, extension, image, kind, rng):
         made.broken[kind].append(full_key)
     for ending, data in members.items():
         _add(tar, f"{key}.{ending}", data)
-    if kind == "duplicate_key":  # the same key once more, behind another, as a webdataset reader sees it
+    # The same key once more, behind another, as a webdataset reader sees it.
+    if kind == "duplicate_key":
         _add(tar, f"{key}-between.{extension}", image)
         _add(tar, f"{key}-between.txt", b"between")
         made.good[f"{full_key}-between"] = "between"

@@ -26,8 +26,10 @@ HARD = (
     "it's the dog's, they'll we've I'd I'm you're don't",
     "12345 3.14 1,000,000 50% №5 ½ ²",
     "...!?!? --- ;;; ((nested)) [x] {y} <z> \\ / | ~ ` ^ _under_score_",
-    "caf\u00e9 na\u00efve \u00c5ngstr\u00f6m",  # composed
-    "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",  # the same, decomposed
+    # Composed.
+    "caf\u00e9 na\u00efve \u00c5ngstr\u00f6m",
+    # The same, decomposed.
+    "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
     "İstanbul Straße ǅ ﬁne ＦＵＬＬ",
     "日本語のキャプション と 漢字",
     "中文字幕，没有空格。",

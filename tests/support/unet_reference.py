@@ -51,14 +51,13 @@ def model(backbone, seed=0):
     if isinstance(backbone, unet.UNet):
         attended = [shape.depths[level] > 0 for level in levels]
         names = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+        # Diffusers: number of heads.
         common |= {
             "transformer_layers_per_block": [
                 *map(max, shape.depths[:-1], [1] * len(levels)),
                 shape.mid_depth,
             ],
-            "attention_head_dim": [
-                width // shape.head_dim for width in shape.widths
-            ],  # diffusers: number of heads
+            "attention_head_dim": [width // shape.head_dim for width in shape.widths],
             "use_linear_projection": True,
         }
         if shape.text_time:
@@ -146,7 +145,8 @@ def check(backbone, height, width, *, gradients=True):
     args = inputs(backbone, height, width)
     wanted, by_input, by_parameter = forward(reference, args)
     variables = interop.load_state_dict(backbone, state_dict(reference))
-    if not gradients:  # compiles in a third of the time
+    # Compiles in a third of the time.
+    if not gradients:
         assert relative_error(run(backbone.apply, variables, *args), wanted) < 1e-4
         return
 
@@ -160,7 +160,8 @@ def check(backbone, height, width, *, gradients=True):
     assert relative_error(prediction, wanted) < 1e-4
     assert relative_error(by_latents, by_input["latents"]) < 1e-3
     assert relative_error(by_text, by_input["text"]) < 1e-3
-    assert not np.asarray(by_text)[~args[3]].any()  # padded text has no influence
+    # Padded text has no influence.
+    assert not np.asarray(by_text)[~args[3]].any()
     assert np.asarray(by_text)[args[3]].all()
     found = interop.to_state_dict(backbone, grads)
     assert set(found) == set(by_parameter)

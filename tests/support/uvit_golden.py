@@ -19,12 +19,17 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    family: str  # name of our backbone
-    fields: dict  # of our backbone
-    params: dict  # upstream name -> array
+    # Name of our backbone.
+    family: str
+    # Of our backbone.
+    fields: dict
+    # Upstream name -> array.
+    params: dict
     grads: dict
-    inputs: tuple  # latents [B, H, W, C], timesteps, text, and text_mask of Large-DiT
-    prediction: np.ndarray  # [B, H, W, C]
+    # Latents [B, H, W, C], timesteps, text, and text_mask of Large-DiT.
+    inputs: tuple
+    # [B, H, W, C].
+    prediction: np.ndarray
     cotangent: np.ndarray
     grad_latents: np.ndarray
 

@@ -123,7 +123,7 @@ def compiled_once():
 
 @pytest.fixture(scope="module")
 def poisoned():
-    """Pictures of data steps 10 and 11 are noise, whose loss is out of all that came before; yields what was read."""
+    """Images of data steps 10 and 11 are noise, whose loss is out of all that came before; yields what was read."""
     real, read = HostBatches.__getitem__, []
 
     def getitem(self, index):

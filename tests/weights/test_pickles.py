@@ -10,8 +10,7 @@ import safetensors
 import torch
 
 from scaling_dit.cli import main as cli
-from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import files, places
 
 
 def convert(source, out):
@@ -37,7 +36,7 @@ def test_types_views_and_shared_tensors_come_back(tmp_path, capsys):
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "last.ckpt")
     assert convert(tmp_path / "last.ckpt", tmp_path / "model.safetensors") == 0
     assert "7 tensors" in (out := capsys.readouterr().out) and "left out: epoch" in out
-    found = weight_files.read(tmp_path / "model.safetensors")
+    found = files.read(tmp_path / "model.safetensors")
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         assert str(found[name].dtype) == str(value.dtype).removeprefix("torch.")
@@ -59,9 +58,7 @@ def test_shards_get_an_index_and_are_read_as_a_place(tmp_path, capsys):
     (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (source / "config.json").write_text('{"architectures": ["T5EncoderModel"]}')
     assert convert(source / "pytorch_model.bin.index.json", out) == 0
-    found = pretrained.open_weights(
-        str(out), part="", classes=("T5EncoderModel",), field="text_encoder.weights"
-    )
+    found = places.open_weights(str(out), part="", classes=("T5EncoderModel",), field="text_encoder.weights")
     assert set(found.tensors) == {"one", "two"}
     assert (out / "model-00002-of-00002.safetensors").exists()
     np.testing.assert_array_equal(found.tensors["two"], np.ones(3))
@@ -73,7 +70,7 @@ def test_a_torchscript_archive_gives_its_state_dict(tmp_path):
     module = torch.nn.Linear(2, 3)
     torch.jit.script(module).save(str(tmp_path / "script.pt"))
     assert convert(tmp_path / "script.pt", tmp_path / "model.safetensors") == 0
-    found = weight_files.read(tmp_path / "model.safetensors")
+    found = files.read(tmp_path / "model.safetensors")
     np.testing.assert_array_equal(found["weight"], module.weight.detach().numpy())
 
 

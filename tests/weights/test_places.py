@@ -12,7 +12,7 @@ from huggingface_hub import constants, utils
 
 from scaling_dit.errors import UserError
 from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import places as pretrained
+from scaling_dit.weights import places
 from scaling_dit.weights.places import locate, open_weights, read_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -60,9 +60,11 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
     found = open_weights(str(folder), **PLACE)
     second = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
     intact = second.read_bytes()
-    second.write_bytes(intact[:-2] + b"\x00\x00")  # where the values of b lie
+    # Where the values of b lie.
+    second.write_bytes(intact[:-2] + b"\x00\x00")
     np.testing.assert_array_equal(found.tensors["a"], WEIGHTS["a"])
-    assert found.tensors["b"][-1] == 0  # mapped, not copied when it was opened
+    # Mapped, not copied when it was opened.
+    assert found.tensors["b"][-1] == 0
 
 
 def test_a_remote_folder_is_read_through_copies(tmp_path):
@@ -188,5 +190,5 @@ def test_transformers_name_their_architectures(tmp_path):
 
 
 def test_what_names_a_place():
-    assert [pretrained.is_place(weights) for weights in ("", "random", "vae")] == [False, False, True]
-    assert "config.codec.weights is empty" in str(pretrained.missing("codec.weights"))
+    assert [places.is_place(weights) for weights in ("", "random", "vae")] == [False, False, True]
+    assert "config.codec.weights is empty" in str(places.missing("codec.weights"))

@@ -8,8 +8,8 @@ from PIL import Image
 
 from scaling_dit.curation.captioning import Scored
 from scaling_dit.data.shapes import oracle
-from scaling_dit.data.shapes import text as shapes_text
 from scaling_dit.data.shapes.scenes import PRESETS, Draws, Scene
+from scaling_dit.data.shapes.text import caption
 from scaling_dit.errors import UserError, nearest
 
 
@@ -51,6 +51,5 @@ class ShapesCaptioner:
         scene = Scene(self.preset, tuple(seen))
         draws = [Draws("caption", seed, number) for number in range(self.captions)]
         return [
-            (shapes_text.caption(scene, self.level, self.mention_probability, draw, plain=False), None)
-            for draw in draws
+            (caption(scene, self.level, self.mention_probability, draw, plain=False), None) for draw in draws
         ]

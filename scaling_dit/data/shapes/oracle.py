@@ -35,7 +35,7 @@ MAX_EXTRA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is seen in one image."""
+    """The objects found in one image."""
 
     objects: tuple[Object, ...]
     # Objects and other pieces of foreground, without specks.
@@ -78,7 +78,7 @@ def _templates(preset: str) -> _Templates:
 def read(image: np.ndarray, preset: str) -> Reading:
     """Reads an image into objects.
 
-    Foreground is what is far from the background colour; each connected piece takes the shape, size and place of the
+    Foreground is every pixel far from the background colour. Each connected piece takes shape, size and place of the
     template with the greatest intersection over union, and the palette colour nearest to its mean under the template.
 
     Args:
@@ -131,16 +131,16 @@ def answer(image: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Answers all questions of one caption about one image.
 
     An object is there if its match has its colour and shape; a colour or shape is the match's; a size counts only with
-    the right colour or shape; a relation needs both objects there; the number is that of all pieces seen. Of all
+    the right colour or shape; a relation needs both objects there; the number counts all pieces seen. Of all
     matchings the one is taken under which most questions are answered as the caption wants. With more than
     `MAX_EXTRA` surplus pieces, or more than `MAX_UNEXPLAINED` of the foreground unaccounted for, nothing is credited.
 
     Args:
       image: uint8 [H, W, 3].
-      rows: the TIFA rows of one caption, as `data.shapes_text.questions` makes them (with `about`).
+      rows: the TIFA rows of one caption, as `data.shapes.text.questions` makes them (with `about`).
 
     Returns:
-      One of each row's choices, or "no" or "none" where what is asked for is not seen.
+      One of each row's choices, or "no" or "none" where the object asked about is not seen.
 
     Raises:
       UserError: a row without `about`, or an image of the wrong size.
@@ -210,7 +210,7 @@ def _speak(
     pieces: int,
     right: bool,
 ) -> str:
-    """The answer in words: what is seen, as far as the choices have it."""
+    """The answer in words: the value seen, if the choices have it."""
     kind, *places = query
     if "yes" in choices:
         return "yes" if right else "no"

@@ -53,7 +53,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What an image shows, in the order in which plain captions name it."""
+    """The objects of an image, in the order in which plain captions name it."""
 
     preset: str
     objects: tuple[Object, ...]
@@ -76,7 +76,7 @@ class Preset:
     gap: int
     # Name of a size -> side of the box that a shape fills, odd.
     pixels: Mapping[str, int]
-    # Those that can be told apart at these sizes.
+    # The shapes that differ at these sizes.
     shapes: tuple[str, ...] = SHAPES
 
 
@@ -90,7 +90,7 @@ class ShapesSpec:
 
     seed: int = 0
     preset: str = "grid16"
-    # () = all that the preset can tell apart; the same for the next two.
+    # () = all that differ at the sizes of the preset; the same for the next two.
     shapes: tuple[str, ...] = ()
     colours: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
@@ -343,7 +343,7 @@ def distinct_held_out_scenes(spec: ShapesSpec, count: int) -> list[int]:
     )
 
 
-# grid8 has one size (no two can be told apart in 4-px cells) and no diamond (at 3 px it is the cross).
+# grid8 has one size (two would not differ in 4-px cells) and no diamond (at 3 px it is the cross).
 PRESETS: dict[str, Preset] = {
     "grid8": Preset(canvas=8, cell=4, gap=1, pixels={"small": 3}, shapes=SHAPES[:4]),
     "grid16": Preset(canvas=16, cell=8, gap=1, pixels={"small": 5, "large": 7}),

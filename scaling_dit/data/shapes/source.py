@@ -73,7 +73,7 @@ class ShapesSource(ShapesSpec):
         return make_scene(self, self.split, self._checked(index))
 
     def questions(self, index: int) -> list[dict[str, Any]]:
-        """TIFA rows about record `index` (see `shapes_text.questions`): what its full caption says, plainly worded."""
+        """TIFA rows about record `index` (see `text.questions`): what its full caption says, plainly worded."""
         scene = self.scene(index)
         text = caption(scene, self.prompt_level, 1.0, Draws(), plain=True)
         return questions(scene, text, self._key(index), self.prompt_level)

@@ -26,7 +26,7 @@ class DigitAccuracy(Base):
         """`count` prompts, digit after digit in turn.
 
         Raises:
-          UserError: images of another size than those of `data.digits`.
+          UserError: images of another size than the images of `data.digits`.
         """
         if source.image_size != 16 or not isinstance(source, FolderSource):
             raise UserError(

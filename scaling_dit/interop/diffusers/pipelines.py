@@ -18,8 +18,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import schedulers, text_encoders
 from scaling_dit.sampling.pipeline import Pipeline
-from scaling_dit.weights import files as weight_files
-from scaling_dit.weights import state_dicts
+from scaling_dit.weights import files, state_dicts
 from scaling_dit.weights.diffusers_class import VERSION
 
 INDEX = "model_index.json"
@@ -117,21 +116,21 @@ def write(
         vae_weights.rows(codec.architecture), vae_params, vae_params, vae_config.CLASS_NAME
     )
     parts = {
-        kind.folder: (described, weights, weight_files.STEMS[0]),
+        kind.folder: (described, weights, files.STEMS[0]),
         VAE: (
             vae_config.write_architecture(codec.architecture, model.image_size),
             vae_arrays,
-            weight_files.STEMS[0],
+            files.STEMS[0],
         ),
         TEXT_ENCODER: (
             text_encoders.describe(encoder),
             text_encoders.state_dict(encoder, text_params),
-            weight_files.STEMS[1],
+            files.STEMS[1],
         ),
     }
     for name, (config, arrays, stem) in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        weight_files.write(folder / name, stem, arrays, shard_bytes)
+        files.write(folder / name, stem, arrays, shard_bytes)
         (folder / name / _CONFIG).write_text(_json(config))
     text_encoders.write_tokenizer(encoder, folder / TOKENIZER)
     (folder / SCHEDULER).mkdir(exist_ok=True)
@@ -190,7 +189,7 @@ def set_components(config: ConfigDict, path: epath.Path) -> None:
     config.train_text_encoder = False
     config.text_mask = text["name"] == "t5"
     file = path / SCHEDULER / _SCHEDULER_CONFIG
-    diffusion, sample = schedulers.read(weight_files.read_json(file), str(file))
+    diffusion, sample = schedulers.read(files.read_json(file), str(file))
     for section, fields in (("diffusion", diffusion), ("sample", sample)):
         if section not in config:
             config[section] = ConfigDict()

@@ -11,8 +11,8 @@ from scaling_dit import trees
 from scaling_dit.encoders import clip, clip_weights, t5, transformer, vocabularies
 from scaling_dit.encoders.subwords import NO_TOKENIZER
 from scaling_dit.errors import UserError
-from scaling_dit.weights import files as weight_files
 from scaling_dit.weights import state_dicts
+from scaling_dit.weights.files import read_json
 
 _CLIP_PREFIX = "text_model."
 
@@ -113,7 +113,7 @@ def read_fields(pipeline: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: one of another architecture than ours.
     """
-    described = weight_files.read_json(pipeline / "text_encoder" / "config.json")
+    described = read_json(pipeline / "text_encoder" / "config.json")
     named = (described.get("architectures") or ["none"])[0]
     if named in clip.CLASSES:
         return {"name": "clip", **_clip_fields(described, pipeline), "weights": str(pipeline)}
@@ -154,7 +154,7 @@ def _read_pad_id(pipeline: epath.Path, size: clip.Size) -> int:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).exists():
             continue
-        token = weight_files.read_json(folder / name).get("pad_token")
+        token = read_json(folder / name).get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
             vocabulary = json.loads(vocabularies.find(pipeline / "text_encoder"))["model"]["vocab"]

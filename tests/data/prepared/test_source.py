@@ -183,7 +183,8 @@ def test_a_damaged_record_is_counted_and_another_stands_in(own_set):
     flip(path, path.read_bytes().index(b"picture 4,"))
     source = open_set(own_set, max_damaged=1)
     alone, batch = source[4], source.__getitems__([3, 4, 5])
-    assert alone["key"] == batch[1]["key"] != "key/4"  # depends on the index alone
+    # Depends on the index alone.
+    assert alone["key"] == batch[1]["key"] != "key/4"
     assert [batch[0]["key"], batch[2]["key"]] == ["key/3", "key/5"]
     assert source.damage.counts() == {"damaged_record": 1}
     (fault,) = source.damage.examples("damaged_record")

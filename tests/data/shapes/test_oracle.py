@@ -1,4 +1,4 @@
-"""The oracle: right on true pictures, hard on wrong and cluttered ones."""
+"""The oracle: right on true images, hard on wrong and cluttered ones."""
 
 import dataclasses
 import itertools
@@ -22,11 +22,11 @@ ALL = sorted(PRESETS)
 SCENES = 40
 
 
-def average(preset: str, picture: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> float:
-    """TIFA of the first held-out scenes of a preset after something was done to their true pictures."""
+def average(preset: str, change: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> float:
+    """TIFA of the first held-out scenes of a preset after something was done to their true images."""
     source = ShapesSource(preset=preset, max_objects=3).held_out()
     rng = np.random.default_rng(0)
-    images = [picture(source[i]["image"], rng) for i in source.distinct(SCENES)]
+    images = [change(source[i]["image"], rng) for i in source.distinct(SCENES)]
     rows = [source.questions(i) for i in source.distinct(SCENES)]
     return float(tifa.score(images, rows, oracle.answer, oracle.VQA_MODEL, 0)["tifa_average"])
 
@@ -47,16 +47,17 @@ def ringing(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("preset", ALL)
-def test_true_pictures_score_one_also_when_damaged_a_little(preset):
+def test_true_images_score_one_also_when_damaged_a_little(preset):
     assert average(preset, lambda image, rng: image) == 1.0
     assert average(preset, lambda image, rng: noisy(image, rng, 10)) == 1.0
     assert average(preset, lambda image, rng: blurred(image, 0.5)) == 1.0
     assert average(preset, lambda image, rng: ringing(image)) == 1.0
-    assert average(preset, lambda image, rng: (0.7 * image + 0.3 * 128).astype(np.uint8)) == 1.0  # faded
+    # Faded.
+    assert average(preset, lambda image, rng: (0.7 * image + 0.3 * 128).astype(np.uint8)) == 1.0
 
 
 @pytest.mark.parametrize("preset", ALL)
-def test_blank_and_noise_pictures_score_nothing(preset):
+def test_blank_and_noise_images_score_nothing(preset):
     for value in (0, 128, 255):
         assert average(preset, lambda image, rng, value=value: np.full_like(image, value)) < 0.05
     assert average(preset, lambda image, rng: rng.integers(0, 256, image.shape).astype(np.uint8)) < 0.05
@@ -79,7 +80,7 @@ def test_reads_back_the_scene_graph(preset):
         assert seen.pieces == len(seen.objects) and seen.unexplained == 0.0
 
 
-# One edit of a true picture. What must fail follows from the two scene graphs alone.
+# One edit of a true image. What must fail follows from the two scene graphs alone.
 
 
 def expected_failures(
@@ -116,7 +117,8 @@ def failures(image: np.ndarray, rows: Sequence[dict[str, Any]]) -> set[str]:
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[ShapesSource, int]:
     preset = draw(st.sampled_from(ALL))
-    few = {"shapes": ("circle", "square", "cross"), "colours": ("red", "blue")}  # many near misses
+    # Many near misses.
+    few = {"shapes": ("circle", "square", "cross"), "colours": ("red", "blue")}
     source = ShapesSource(preset=preset, max_objects=3, **draw(st.sampled_from([{}, few])))
     return source.held_out(), draw(st.integers(0, 10_000))
 
@@ -165,7 +167,8 @@ def test_changing_an_attribute_fails_the_questions_about_it(data):
     assume(radius <= min(item.x, item.y) and max(item.x, item.y) + radius < preset.canvas)
     assume(stands(source.preset, item, others))
     edited = [item if k == i else other for k, other in enumerate(scene.objects)]
-    assert check(source, index, edited)  # something failed
+    # Something failed.
+    assert check(source, index, edited)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -217,7 +220,8 @@ def test_two_surplus_objects_are_clutter():
 
 def test_unexplained_foreground_is_clutter():
     image = render(Scene("grid32", (RED, BLUE)))
-    image[20:23, 2:30] = (0, 255, 0)  # no shape, and more than there is of the objects
+    # No shape, and more than there is of the objects.
+    image[20:23, 2:30] = (0, 255, 0)
     assert len(failures(image, rows_of(RED, BLUE))) == len(rows_of(RED, BLUE))
     assert oracle.read(image, "grid32").unexplained > oracle.MAX_UNEXPLAINED
 
@@ -269,7 +273,8 @@ def test_answers_say_what_is_seen():
 
 def test_a_size_needs_the_right_colour_or_shape():
     other = Object("square", "blue", "small", 3, 3)
-    assert len(failures(render(Scene("grid32", (other,))), rows_of(RED))) == 4  # all but the count
+    # All but the count.
+    assert len(failures(render(Scene("grid32", (other,))), rows_of(RED))) == 4
 
 
 def test_the_oracle_does_not_look_at_the_answers():

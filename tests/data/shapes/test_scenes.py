@@ -1,4 +1,4 @@
-"""Scenes of shapes: determinism, splits, pictures, and the source built on them."""
+"""Scenes of shapes: determinism, splits, images, and the source built on them."""
 
 import dataclasses
 import itertools
@@ -51,7 +51,8 @@ def test_scenes_are_the_same_on_every_machine():
     """Written down once: a change of the generator changes every published figure."""
     scene = make_scene(ShapesSpec(), "train", 0)
     assert scene == Scene("grid16", (Object("triangle", "yellow", "small", 3, 3),))
-    assert render(scene).sum() == 16 * 16 * 3 * 128 + 13 * (2 * 255 - 3 * 128)  # 13 px turn yellow
+    # 13 px turn yellow.
+    assert render(scene).sum() == 16 * 16 * 3 * 128 + 13 * (2 * 255 - 3 * 128)
     far = make_scene(ShapesSpec(seed=3, max_objects=3), "held_out", UNLIMITED - 1)
     assert far.canonical() == "grid16:triangle,yellow,large,3,11"
 
@@ -67,9 +68,8 @@ def test_objects_of_a_scene_keep_apart_and_have_unique_names(preset):
             relations(a, b, PRESETS[preset].pixels) for a, b in itertools.combinations(scene.objects, 2)
         )
         areas = [glyph(o.shape, PRESETS[preset].pixels[o.size]).sum() for o in scene.objects]
-        assert (render(scene) != BACKGROUND).any(axis=-1).sum() == sum(
-            areas
-        )  # nothing overlaps or is cut off
+        # Nothing overlaps or is cut off.
+        assert (render(scene) != BACKGROUND).any(axis=-1).sum() == sum(areas)
 
 
 @pytest.mark.parametrize("preset", ALL)
@@ -99,7 +99,7 @@ def test_glyphs_fill_their_box():
         glyph("hexagon", 5)
 
 
-def test_a_picture_shows_exactly_its_scene():
+def test_an_image_shows_exactly_its_scene():
     image = render(Scene("grid16", (Object("cross", "yellow", "small", 11, 3),)))
     assert image.shape == (16, 16, 3) and image.dtype == np.uint8
     assert (image[3, 9:14] == PALETTE["yellow"]).all() and (image[1:6, 11] == PALETTE["yellow"]).all()
@@ -109,7 +109,8 @@ def test_a_picture_shows_exactly_its_scene():
 
 
 def test_relations_need_a_clear_separation():
-    pixels = PRESETS["free32"].pixels  # small 7 px, large 11 px: more than 6.75 px apart
+    # Small 7 px, large 11 px: more than 6.75 px apart.
+    pixels = PRESETS["free32"].pixels
 
     def seen(dx: int, dy: int) -> tuple[str, ...]:
         here, there = (
@@ -159,7 +160,7 @@ def test_distinct_held_out_scenes():
         distinct_held_out_scenes(tiny, 20)
 
 
-def test_the_order_of_objects_makes_no_other_picture():
+def test_the_order_of_objects_makes_no_other_image():
     scene = make_scene(ShapesSpec(preset="free64", min_objects=3, max_objects=3), "train", 5)
     turned = Scene(scene.preset, scene.objects[::-1])
     assert turned.canonical() == scene.canonical() and (render(turned) == render(scene)).all()
@@ -168,7 +169,8 @@ def test_the_order_of_objects_makes_no_other_picture():
 def test_draws_are_uniform_and_keyed():
     draws = Draws("a", 1)
     counts = np.bincount([draws.below(7) for _ in range(14_000)], minlength=7)
-    assert abs(counts - 2000).max() < 200  # 4.8 standard deviations
+    # 4.8 standard deviations.
+    assert abs(counts - 2000).max() < 200
     assert [Draws("a", 1).below(2**32) for _ in range(2)] == [Draws("a", 1).below(2**32)] * 2
     assert Draws("a", 1).below(2**32) != Draws("a", 2).below(2**32) != Draws("b", 1).below(2**32)
     assert not any(draws.chance(0.0) for _ in range(1000)) and all(draws.chance(1.0) for _ in range(1000))
@@ -219,7 +221,8 @@ def test_the_source_is_a_source():
     assert len(record["captions"]) == 3 and all(isinstance(text, str) for text in record["captions"])
     assert record["key"] == source[7]["key"] != source[8]["key"]
     assert (record["image"] == render(source.scene(7))).all()
-    assert sum(1 for _ in source) == 40  # IndexError past the end
+    # IndexError past the end.
+    assert sum(1 for _ in source) == 40
     with pytest.raises(IndexError):
         source[-1]
     test = source.held_out()
@@ -235,7 +238,8 @@ def test_the_source_is_a_source():
 
 def test_records_are_fast_enough_to_feed_training():
     source = ShapesSource(max_objects=3)
-    source[0]["captions"][1]  # fill the caches
+    # Fill the caches.
+    source[0]["captions"][1]
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -243,7 +247,8 @@ def test_records_are_fast_enough_to_feed_training():
             source[i]["captions"][1]
         return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(5)) / 200 < 400e-6  # about 50e-6 on one free core
+    # About 50e-6 on one free core.
+    assert min(seconds() for _ in range(5)) / 200 < 400e-6
 
 
 def test_a_combination_that_cannot_occur_cannot_be_held_out():

@@ -11,9 +11,8 @@ from scaling_dit.data.shapes.scenes import PRESETS, Draws, Object, Scene, Shapes
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.data.shapes.text import SYNONYMS, Captions, caption, describe, facts, questions
 
-TWO = Scene(
-    "grid16", (Object("circle", "red", "large", 3, 3), Object("square", "blue", "small", 11, 11))
-)  # left of and above
+# Left of and above.
+TWO = Scene("grid16", (Object("circle", "red", "large", 3, 3), Object("square", "blue", "small", 11, 11)))
 THREE = Scene("grid16", (*TWO.objects, Object("cross", "red", "small", 3, 11)))
 PLAIN = {variant: word for word, variants in SYNONYMS.items() for variant in variants}
 
@@ -89,7 +88,8 @@ def test_the_densest_caption_has_every_attribute_and_relation(preset, plain):
             one, other = f"{a.colour} {a.shape}", f"{b.colour} {b.shape}"
             either_way = {(one, r, other) for r in relations(a, b, pixels)}
             either_way |= {(other, r, one) for r in relations(b, a, pixels)}
-            assert pairs[frozenset((one, other))] == len(relations(a, b, pixels))  # all are said, each once
+            # All are said, each once.
+            assert pairs[frozenset((one, other))] == len(relations(a, b, pixels))
             assert {triple for triple in stated if set(triple) >= {one, other}} <= either_way
 
 
@@ -107,7 +107,8 @@ def test_mention_probability_is_the_share_of_facts(probability):
         scene, text = source.scene(i), source[i]["captions"][0]
         possible += len(facts(scene, 4))
         said += len(re.findall(r"\b(small|large)\b", text)) + len(RELATION.findall(text))
-        first = re.sub(r"the (\w+ )?\w+", "", text)  # second mentions repeat facts
+        # Second mentions repeat facts.
+        first = re.sub(r"the (\w+ )?\w+", "", text)
         said += len(re.findall(r"\b(red|green|blue|yellow|magenta|cyan|white|black)\b", first))
         said += len(re.findall(r"\b(circle|square|triangle|cross|diamond)\b", first))
     assert said / possible == pytest.approx(probability, abs=0.03 if 0 < probability < 1 else 0)
@@ -128,7 +129,8 @@ def test_wrong_caption_rate(rate):
     wrong = [source[i]["captions"][0] != text for i, text in enumerate(right)]
     assert sum(wrong) / 500 == pytest.approx(rate, abs=0.07 if 0 < rate < 1 else 0)
     every = {caption(source.scene(i), 4, 1.0, Draws(), plain=True) for i in range(1000)}
-    assert all(source[i]["captions"][0] in every for i in range(500))  # those of other scenes, not nonsense
+    # Those of other scenes, not nonsense.
+    assert all(source[i]["captions"][0] in every for i in range(500))
 
 
 def test_held_out_prompts_are_complete_whatever_the_training_captions_are():
@@ -154,7 +156,8 @@ def test_texts_has_every_word_of_every_caption(preset):
             word for i in range(300) for text in split[i]["captions"] for word in re.findall(r"\w+|,", text)
         }
     assert used <= known
-    assert len(known - used) <= 2  # and hardly more
+    # Hardly any word of the table is unused.
+    assert len(known - used) <= 2
 
 
 def test_captions_are_a_lazy_sequence():
@@ -206,7 +209,8 @@ def test_question_rows_are_well_formed(preset):
     for i in range(100):
         rows = source.questions(i)
         assert json.loads(json.dumps(rows)) == rows
-        assert len({row["question"] for row in rows}) == len(rows)  # TIFA's result is keyed by the question
+        # TIFA's result is keyed by the question.
+        assert len({row["question"] for row in rows}) == len(rows)
         assert {row["id"] for row in rows} == {source[i]["key"]}
         assert all(row["caption"] == source[i]["captions"][0] for row in rows)
         for row in rows:

@@ -1,5 +1,7 @@
 """The UNets of SD2 and SDXL against diffusers, and their own modes against each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +161,13 @@ def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
     assert "\n" not in str(error.value)
 
 
+@functools.cache
+def small_with_variables(text_time):
+    """A backbone that several tests only read, and variables for it."""
+    backbone = small(**(TEXT_TIME if text_time else {}))
+    return backbone, fill(contract.abstract_variables(backbone, inputs(backbone, 8, 8)))
+
+
 POOLED, SIZES = ("pooled", (2, 10)), ("sizes", (2, 6))
 
 
@@ -177,8 +186,7 @@ POOLED, SIZES = ("pooled", (2, 10)), ("sizes", (2, 6))
     ],
 )
 def test_wrong_inputs_are_told_in_one_line(fields, change, message):
-    backbone = small(**fields)
-    variables = fill(contract.abstract_variables(backbone, inputs(backbone, 8, 8)))
+    backbone, variables = small_with_variables("text_time" in fields)
     call = {"latents": (2, 8, 8, 3), "text": (2, 5, 12), "conditions": None, "extras": []} | change
     extras = {name: jnp.zeros(shape) for name, shape in call["extras"]}
     with pytest.raises(UserError, match=message) as error:

@@ -72,6 +72,12 @@ def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def small_variables():
+    backbone = small_if()
+    return fill(contract.abstract_variables(backbone, inputs(backbone, 4, 4)))
+
+
 @pytest.mark.parametrize(
     "latents, extras, message",
     [
@@ -80,9 +86,9 @@ def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
         ((2, 8, 8, 3), {"pooled": None}, "the extra 'pooled'; it reads none"),
     ],
 )
-def test_wrong_inputs_are_told_in_one_line(latents, extras, message):
-    backbone = small_if()
-    variables = fill(contract.abstract_variables(backbone, inputs(backbone, 4, 4)))
+def test_wrong_inputs_are_told_in_one_line(small_variables, latents, extras, message):
     with pytest.raises(UserError, match=message) as error:
-        backbone.apply(variables, jnp.zeros(latents), jnp.zeros(2), jnp.zeros((2, 5, 12)), None, None, extras)
+        small_if().apply(
+            small_variables, jnp.zeros(latents), jnp.zeros(2), jnp.zeros((2, 5, 12)), None, None, extras
+        )
     assert "\n" not in str(error.value)

@@ -38,6 +38,11 @@ def variables_of(backbone, args):
     return fill(contract.abstract_variables(backbone, args))
 
 
+@pytest.fixture(scope="module")
+def small_variables():
+    return variables_of(small(), inputs())
+
+
 def init(backbone, args):
     return trees.unbox(run(backbone.init, jax.random.key(0), *args))
 
@@ -268,14 +273,19 @@ def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
         ({"extras": {"pooled": None}}, "the extra 'pooled'"),
     ],
 )
-def test_wrong_inputs_are_told_in_one_line(change, message):
-    backbone, args = small(), inputs()
-    variables = variables_of(backbone, args)
-    latents, timesteps, text = args
+def test_wrong_inputs_are_told_in_one_line(small_variables, change, message):
+    backbone = small()
+    latents, timesteps, text = inputs()
     call = {"latents": latents, "text": text, "conditions": None, "extras": None}
     call |= {key: jnp.zeros(value) if isinstance(value, tuple) else value for key, value in change.items()}
     with pytest.raises(UserError, match=message) as error:
         backbone.apply(
-            variables, call["latents"], timesteps, call["text"], None, call["conditions"], call["extras"]
+            small_variables,
+            call["latents"],
+            timesteps,
+            call["text"],
+            None,
+            call["conditions"],
+            call["extras"],
         )
     assert "\n" not in str(error.value)

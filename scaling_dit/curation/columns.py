@@ -8,26 +8,19 @@
 These names hide metadata of the same name, because a stored width is often the width before resizing.
 """
 
-import io
 from typing import Any
 
-from PIL import Image
-
-from scaling_dit.data import images
-from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data import image_header
 from scaling_dit.data.sources.image_files import RawSample
 
-# Exif tag of the orientation, and its values for images turned by 90 degrees.
-_ORIENTATION, _SIDEWAYS = 0x0112, range(5, 9)
 
-
-def columns(sample: RawSample) -> dict[str, Any]:
+def columns(sample: RawSample, max_pixels: int = image_header.MAX_PIXELS) -> dict[str, Any]:
     """Column -> value of one sample, without decoding the image.
 
     Raises:
-      DamagedRecord: unreadable_image, if the image's header cannot be read.
+      DamagedRecord: unreadable_image or too_large, by the image's header.
     """
-    width, height = shown_size(sample)
+    width, height = image_header.shown_size(sample.image, sample.where, sample.key, max_pixels)
     own = {
         "key": sample.key,
         "width": width,
@@ -38,23 +31,3 @@ def columns(sample: RawSample) -> dict[str, Any]:
         "kinds": list(sample.kinds),
     }
     return sample.metadata | own
-
-
-def shown_size(sample: RawSample) -> tuple[int, int]:
-    """(width, height) in pixels from an image's header, after the rotation that a camera recorded.
-
-    Raises:
-      DamagedRecord: unreadable_image.
-    """
-    try:
-        with Image.open(io.BytesIO(sample.image), formats=images.FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except MemoryError:
-        raise
-    # As in images.decode, any other error means damage.
-    except Exception as error:
-        raise DamagedRecord(
-            "unreadable_image", sample.where, f"no header of a known format in image {sample.key!r}"
-        ) from error
-    return (height, width) if turned else (width, height)

@@ -23,7 +23,7 @@ from scaling_dit import files
 from scaling_dit.curation import columns, shape
 from scaling_dit.curation.filters import Filter
 from scaling_dit.curation.sidecar import MadeCaption
-from scaling_dit.data import images
+from scaling_dit.data import image_header, images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources.image_files import ImageFileSource, RawSample, key_hash
@@ -57,7 +57,7 @@ class Selection:
     keep: Filter | None = None
     columns: tuple[str, ...] = ()
     held_out_fraction: float = 0.0
-    max_pixels: int = images.MAX_PIXELS
+    max_pixels: int = image_header.MAX_PIXELS
 
     def split(self, key: str) -> str:
         """The split of the image with this key."""
@@ -67,11 +67,11 @@ class Selection:
         """The reason to leave out a sample, by its metadata and its image's header; None to encode it.
 
         Raises:
-          DamagedRecord: unreadable_image.
+          DamagedRecord: unreadable_image or too_large.
         """
         if not self.min_size and self.keep is None:
             return None
-        row = columns.columns(sample)
+        row = columns.columns(sample, self.max_pixels)
         if min(row["width"], row["height"]) < self.min_size:
             return "too_small"
         return None if self.keep is None else self.keep.why_not(row)

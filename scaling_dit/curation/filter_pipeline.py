@@ -151,7 +151,7 @@ class _Read(beam.DoFn):
 
     def _examine(self, sample: RawSample, max_pixels: int) -> str | tuple[int, bytes, int | None]:
         """The reason to drop a sample, or its number of pixels, digest and perceptual hash."""
-        row = columns(sample)
+        row = columns(sample, max_pixels)
         reason = self._keep.why_not(row) if self._keep else None
         if reason:
             return reason

@@ -1,32 +1,20 @@
 """Image files to pixels: one decoder for every source and for `prepare`.
 
-What is right with a file is used: of an animation the first frame, of 16-bit grey the upper byte, transparent pixels
-on white, the orientation that a camera recorded. What is not is a damaged record (`data/damage.py`), of one kind:
-
-    missing_file      no such file
-    unreadable_image  truncated, no image, or of a format or pixel type that is not read
-    too_large         more pixels than `max_pixels`, known from the header; it is not decoded
+What is right with a file is used: of an animation the first frame, pixels of every type that `data/pixels.py` reads,
+transparent ones on white, colours in sRGB, the orientation that a camera recorded. What is not is a damaged record
+(`data/damage.py`): missing_file, or of a kind that `data/image_header.py` lists.
 """
 
 import errno
-import io
-import warnings
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from scaling_dit.data import image_header, pixels
 from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.image_header import MAX_PIXELS
 from scaling_dit.errors import UserError
-
-# Those that Pillow decodes itself; others would run programs of the system (EPS: Ghostscript).
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# 8192 x 8192, the default limit.
-MAX_PIXELS = 2**26
-# Pillow refuses more, and warns from half of it on.
-PILLOW_MAX_PIXELS = 2 * 89_478_485
-# `max_pixels` decides.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -41,22 +29,12 @@ def decode(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> 
     Raises:
       DamagedRecord: unreadable_image or too_large, at `where`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
-                return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise DamagedRecord("too_large", where, f"image {name!r}: {error}") from None
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Damaged bytes make Pillow's decoders raise nearly anything.
-        # Pillow's own message would show an address in memory.
-        why = "no image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DamagedRecord("unreadable_image", where, f"cannot read image {name!r}: {why}") from error
-    what = f"image {name!r} has {width}x{height} pixels; source.max_pixels is {max_pixels}"
-    raise DamagedRecord("too_large", where, what)
+    with image_header.opened(data, where, name, max_pixels) as header:
+        image = pixels.to_rgb(header.image, header.bits)
+        image = image if header.turn is None else image.transpose(header.turn)
+        if image.size != (header.width, header.height):
+            raise ValueError(f"{image.width}x{image.height} pixels; its header says {header.width}x{header.height}")
+        return image
 
 
 def read_bytes(path: epath.Path, where: str) -> bytes:
@@ -79,27 +57,14 @@ def read_bytes(path: epath.Path, where: str) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB and upright: transparent pixels on white, the orientation that a camera recorded applied.
+    """RGB and upright, of an image in memory: as `decode` of its file.
 
     Raises:
-      ValueError: floating-point pixels, whose range is not known; for damaged data whatever Pillow raises.
+      ValueError: pixels whose range is not known; for damaged data whatever Pillow raises.
     """
-    # Damage to the pixels shows here.
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:
-        # A damaged EXIF block says nothing about the orientation.
-        image = image.copy()
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save 8 or 16 bits")
-    # 16-bit grey: PIL's own conversion clips at 255 instead of scaling.
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    turn = image_header.turn(image)
+    image = pixels.to_rgb(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def fit(image: Image.Image, width: int, height: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from scaling_dit.data import images
+from scaling_dit.data import image_header, images
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.sources import Record, create_raw_source
 from scaling_dit.errors import UserError
@@ -92,7 +92,7 @@ class ImageFileSource(abc.ABC):
     path: str = dataclasses.field(metadata={"config": False})
     image_size: int = 64
     held_out_fraction: float = 0.05
-    max_pixels: int = images.MAX_PIXELS
+    max_pixels: int = image_header.MAX_PIXELS
     max_damaged: int = 0
     # train | held_out | both
     split: str = dataclasses.field(default="train", metadata={"config": False})
@@ -107,9 +107,9 @@ class ImageFileSource(abc.ABC):
             raise UserError(f"source.image_size is {self.image_size}; it must be at least 1 pixel")
         if not 0 <= self.held_out_fraction < 1:
             raise UserError(f"source.held_out_fraction is {self.held_out_fraction}; it must be in [0, 1)")
-        if not 1 <= self.max_pixels <= images.PILLOW_MAX_PIXELS:
+        if not 1 <= self.max_pixels <= image_header.PILLOW_MAX_PIXELS:
             raise UserError(
-                f"source.max_pixels is {self.max_pixels}; it must be from 1 to {images.PILLOW_MAX_PIXELS}"
+                f"source.max_pixels is {self.max_pixels}; it must be from 1 to {image_header.PILLOW_MAX_PIXELS}"
             )
         if self.max_damaged < 0:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")

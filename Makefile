@@ -57,6 +57,7 @@ format: .venv/.installed-lint
 golden: .venv/.installed-test
 	$(BIN)/python tools/update_golden.py
 	$(BIN)/python -m tools.config_page
+	$(BIN)/python -m tools.image_modes
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from scaling_dit.data import pixels, png
+from scaling_dit.data import jpeg2000, pixels, png
 from scaling_dit.data.damage import DamagedRecord
 
 # Those that Pillow decodes itself; others would run programs of the system (EPS: Ghostscript).
@@ -50,8 +50,6 @@ _KNOWN = (
     ("TIFF", 0, b"II*\0"), ("TIFF", 0, b"MM\0*"), ("TIFF", 0, b"II+\0"), ("TIFF", 0, b"MM\0+"), ("BMP", 0, b"BM"),
     ("PNG", 0, png.SIGNATURE), ("JPEG", 0, b"\xff\xd8\xff"), ("JPEG 2000", 4, b"jP  "), ("WebP", 8, b"WEBP"),
 )  # fmt: skip
-# Start of the codestream of JPEG 2000, and where its marker SIZ has the number of components and their depths.
-_CODESTREAM, _COMPONENTS = b"\xff\x4f\xff\x51", 40
 
 
 class Header(NamedTuple):
@@ -86,10 +84,10 @@ def opened(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> 
       DamagedRecord: unreadable_image or too_large, at `where`.
     """
     try:
-        file = png.readable(data)
-        with Image.open(io.BytesIO(file.data), formats=FORMATS) as image:
-            if file.profile:
-                image.info["icc_profile"] = file.profile
+        file, profile = jpeg2000.readable(data) if data[4:8] == b"jP  " else png.readable(data)
+        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+            if profile:
+                image.info["icc_profile"] = profile
             header = _header(image, data)
             if header.width * header.height > max_pixels:
                 what = f"has {header.width}x{header.height} pixels; source.max_pixels is {max_pixels}"
@@ -138,26 +136,8 @@ def _header(image: Image.Image, data: bytes) -> Header:
         width, height = tags[_WIDTH], tags[_HEIGHT]
     if found in _SIDEWAYS:
         width, height = height, width
-    bits = _jpeg2000_bits(image, data) if image.format == "JPEG2000" else 16
+    bits = jpeg2000.bits(data) if image.format == "JPEG2000" else 16
     return Header(image, width, height, _TURNS.get(found) if tags is None else None, bits)
-
-
-def _jpeg2000_bits(image: Image.Image, data: bytes) -> int:
-    """Bits of grey; a profile in the header goes where Pillow puts those of other formats.
-
-    Raises:
-      ValueError: a depth that Pillow does not scale to 8 or 16 bits.
-    """
-    siz = data[data.find(_CODESTREAM) :]
-    count = int.from_bytes(siz[_COMPONENTS : _COMPONENTS + 2], "big")
-    depths = set(siz[_COMPONENTS + 2 : _COMPONENTS + 2 + 3 * count : 3])
-    bits = (depths.pop() & 0x7F) + 1 if len(depths) == 1 and max(depths) < 128 else 0
-    if bits != 8 and not (count == 1 and 8 < bits <= 16):
-        raise ValueError("JPEG 2000 is read with unsigned pixels of 8 bits, grey also of 9 to 16; save such ones")
-    at = data[: data.find(_CODESTREAM)].find(b"colr\x02")
-    if at >= 4:
-        image.info["icc_profile"] = data[at + 7 : at - 4 + int.from_bytes(data[at - 4 : at], "big")]
-    return bits
 
 
 def _unidentified(data: bytes) -> str:

@@ -33,7 +33,9 @@ def decode(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> 
         image = pixels.to_rgb(header.image, header.bits)
         image = image if header.turn is None else image.transpose(header.turn)
         if image.size != (header.width, header.height):
-            raise ValueError(f"{image.width}x{image.height} pixels; its header says {header.width}x{header.height}")
+            raise ValueError(
+                f"{image.width}x{image.height} pixels; its header says {header.width}x{header.height}"
+            )
         return image
 
 

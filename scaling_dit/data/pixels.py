@@ -13,7 +13,7 @@ from scaling_dit.data.colours import to_srgb
 
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _INKS, _EXTRA, _SAMPLE_FORMAT = 258, 262, 332, 338, 339
-_WHITE_IS_ZERO, _NO_CMYK = 0, 2
+_WHITE_IS_ZERO, _YCBCR, _NO_CMYK = 0, 6, 2
 _SIGNED, _FLOAT = 2, 3
 # The upper four bits of 16 are never used below this.
 _LOWER_BITS = 2**12
@@ -29,6 +29,8 @@ def refusal(image: Image.Image) -> str | None:
         return "signed pixels have no known range; save unsigned ones of 8 or 16 bits"
     if np.max(tags.get(_BITS, 1)) > 16:
         return "32-bit pixels have no known range; save 8 or 16 bits"
+    if tags.get(_PHOTOMETRIC) == _YCBCR and image.info.get("compression") == "raw":
+        return "TIFF with luma and chroma that are not compressed is not read; save RGB"
     if image.mode == "CMYK" and tags.get(_INKS) == _NO_CMYK:
         return "inks other than cyan, magenta, yellow and black are not read; save RGB"
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
@@ -64,7 +66,11 @@ def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     if image.mode == "LAB":
         return image.convert("RGB")
     if not image.has_transparency_data:
-        base = image if image.mode in ("L", "RGB", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
+        base = (
+            image
+            if image.mode in ("L", "RGB", "CMYK")
+            else image.convert("L" if image.mode == "1" else "RGB")
+        )
         return to_srgb(base, profile)
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
@@ -96,11 +102,14 @@ def _check_range(image: Image.Image) -> None:
 
     Of 16-bit RGB Pillow gives the upper bytes only.
     """
+    if image.mode == "CMYK":
+        return
+    values = np.asarray(image)[..., :3] if image.mode.startswith("RGB") else np.asarray(image)
     limit = _LOWER_BITS if image.mode.startswith("I") else _LOWER_BITS >> 8
-    extrema = image.getextrema()
-    bands = [extrema] if len(image.getbands()) == 1 else extrema[:3]
-    if image.mode != "CMYK" and max(band[1] for band in bands) < limit and bands != [(0, 0)]:
-        raise ValueError("16-bit pixels use their lower 12 bits only, so their range is not known; scale them")
+    if 0 < values.max() < limit:
+        raise ValueError(
+            "16-bit pixels use their lower 12 bits only, so their range is not known; scale them"
+        )
 
 
 def _from_16_bits(image: Image.Image, bits: int, raw_mode: str, tags: Any) -> Image.Image:

@@ -6,7 +6,6 @@ are dropped here without being decompressed. Only those that may hold an orienta
 """
 
 import zlib
-from typing import NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The most bytes of a text that Pillow decompresses.
@@ -20,26 +19,16 @@ _ORIENTED = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")
 _SRGB = {(1, 13), (1, 1), (1, 6), (1, 14), (1, 15)}
 
 
-class Readable(NamedTuple):
-    """A PNG file for Pillow.
+def readable(data: bytes) -> tuple[bytes, bytes | None]:
+    """(a file that Pillow reads if its pixels are sound, a colour profile that was taken out of it).
 
-    Attributes:
-      data: the file, without what Pillow would refuse.
-      profile: a colour profile that was taken out of it.
-    """
-
-    data: bytes
-    profile: bytes | None = None
-
-
-def readable(data: bytes) -> Readable:
-    """A file that Pillow reads if its pixels are sound. What is no PNG comes back as it is.
+    What is no PNG comes back as it is.
 
     Raises:
       ValueError: a colour profile of more than MAX_PROFILE bytes, or colours of another space than sRGB in cICP.
     """
     if not data.startswith(SIGNATURE):
-        return Readable(data)
+        return data, None
     before: list[bytes | memoryview] = [SIGNATURE]
     after: list[bytes | memoryview] = []
     part, changed, coded, profile = before, False, None, None
@@ -72,7 +61,7 @@ def readable(data: bytes) -> Readable:
     if coded and coded not in _SRGB and b"iCCP" not in found:
         raise ValueError(f"colours of another space than sRGB (cICP {coded[0]}, {coded[-1]}) are not read")
     # What is left is cut short, or follows the end: Pillow says so, or does not look at it.
-    return Readable(b"".join([*before, *after, whole[at:]]), profile) if changed else Readable(data)
+    return (b"".join([*before, *after, whole[at:]]) if changed else data), profile
 
 
 def _keeps(kind: bytes, keyword: bytes, body: bytes) -> bool:

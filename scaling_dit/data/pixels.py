@@ -75,7 +75,8 @@ def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
     shown = to_srgb(image.convert("RGB"), profile)
-    if unsure and alpha.getextrema() == (0, 0):
+    least, most = alpha.getextrema()
+    if least == 255 or (unsure and most == 0):
         return shown
     shown.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), shown).convert("RGB")

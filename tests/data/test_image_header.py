@@ -41,10 +41,7 @@ def tagged(kind, orientation):
     body = turned.tobytes()[6:]
     plain = saved(image, "PNG")
     late = len(plain) - 12
-    raw = f"
-exif
-{len(body) + 6}
-{(b'Exif' + bytes(2) + body).hex()}"
+    raw = "\n".join(("", "exif", str(len(body) + 6), (b"Exif\0\0" + body).hex()))
     text = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP % orientation
     return {
         "PNG": lambda: saved(image, "PNG", exif=turned),
@@ -221,7 +218,7 @@ def test_a_profile_beyond_the_bound_is_refused_and_costs_no_more_than_the_bound(
 def test_a_sound_png_is_not_copied_and_a_cut_one_stays_damaged():
     assert png.readable(PLAIN)[0] is PLAIN
     large = inserted(chunk(b"tEXt", b"a\0b"))
-    # Up to the last byte of the pixels; behind them are their checksum and the chunk IEND.
-    for end in range(9, len(large) - 16):
+    # Behind the pixels are the checksums of the stream and of its chunk, and the chunk IEND.
+    for end in range(9, len(large) - 20):
         with pytest.raises(DamagedRecord):
             images.decode(large[:end], "w", "k")

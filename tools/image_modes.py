@@ -31,6 +31,9 @@ on white. "read" means: the values are those of the same image saved with 8 bits
 An ICC profile is applied (JPEG, JPEG 2000, PNG, TIFF, WebP), unless it is damaged or made for another kind of pixels.
 A chunk `gAMA` of a PNG is ignored.
 
+A fourth channel that is 0 everywhere is transparency, so the image is white. In a BMP, and in a TIFF that does not
+say what the channel is, it was never written, and the colours are shown.
+
 | format | pixels | result |
 |---|---|---|
 """

@@ -13,6 +13,8 @@ from PIL import Image
 from scaling_dit.curation import duplicates, filter_pipeline, filters, sidecar
 from scaling_dit.curation.columns import columns
 from scaling_dit.curation.raw import RawName, open_raw, raw_name
+from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.sources.image_files import RawSample
 from scaling_dit.errors import UserError
 from tests.support import small_webdataset
 
@@ -130,6 +132,17 @@ def test_without_a_filter_only_damage_drops(tars, tmp_path, capsys):
     assert json.loads((tmp_path / "filter.json").read_text())["settings"] == {
         "source": tars, "filter": None, "duplicates": "none",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("side", [101, 20_000])
+def test_a_large_image_is_too_large_whether_or_not_it_is_decoded(near, side):
+    buffer = io.BytesIO()
+    Image.new("1", (side, 100)).save(buffer, "PNG")
+    sample = RawSample("k", buffer.getvalue(), ("c",), ("alt",), {}, "w")
+    reader = filter_pipeline._Read(RawName("folder:nowhere"), None, near)
+    with pytest.raises(DamagedRecord, match=f"image 'k' has {side}x100 pixels; source.max_pixels is 10000"):
+        reader._examine(sample, 10_000)
 
 
 def test_more_workers_write_the_same_bytes(tars, tmp_path):

@@ -11,6 +11,7 @@ from scaling_dit.curation import columns, encode
 from scaling_dit.data import image_header, images, png
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.image_files import RawSample
+from tools import image_modes
 from tools.image_files import chunk, saved, tiff
 
 WIDTH, HEIGHT = 24, 8
@@ -222,3 +223,26 @@ def test_a_sound_png_is_not_copied_and_a_cut_one_stays_damaged():
     for end in range(9, len(large) - 20):
         with pytest.raises(DamagedRecord):
             images.decode(large[:end], "w", "k")
+
+
+def test_changed_bytes_never_make_header_and_pixels_disagree():
+    files = [case.data for case in image_modes.cases()] + [tagged(kind, 6) for kind in KINDS]
+    rng, found = np.random.default_rng(0), set()
+    for _ in range(400):
+        data = bytearray(files[rng.integers(len(files))])
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(min(len(data), rng.choice([60, 300, 10**9])))] = rng.integers(256)
+        sizes = []
+        for way in (
+            lambda d: images.decode(d, "w", "k", 2**20).size,
+            lambda d: image_header.shown_size(d, "w", "k", 2**20),
+        ):
+            try:
+                sizes.append(way(bytes(data)))
+            except DamagedRecord as fault:
+                sizes.append(fault.kind)
+        decoded, said = sizes
+        # Damage to the pixels alone does not show in the header; all else is the same.
+        assert decoded == said or (decoded == "unreadable_image" and isinstance(said, tuple))
+        found.add(decoded if isinstance(decoded, str) else "read")
+    assert found >= {"read", "unreadable_image"}

@@ -6,10 +6,12 @@ same file do not disturb each other.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +28,51 @@ PARTIAL = ".partial"
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path lies in a remote store such as gs://."""
     return "://" in str(path)
+
+
+# Schemes of remote paths: the package that reads each, and the extra of this package with it.
+_SCHEMES = {"gs": ("gcsfs", " (pip install 'scaling-dit[gcs]')"), "s3": ("s3fs", ""), "az": ("adlfs", "")}
+
+
+def check_scheme(path: epath.PathLike) -> None:
+    """Makes sure that the store of a remote path can be read here; no request is sent.
+
+    Raises:
+      UserError: an unknown scheme, or one whose package is not installed.
+    """
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if not separator:
+        return
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
+        raise UserError(f"{path}: {scheme}:// is not read; a path is local or begins with one of {known}")
+    package, extra = _SCHEMES[scheme]
+    # etils prefers TensorFlow where it is installed.
+    if not any(importlib.util.find_spec(name) for name in (package, "tensorflow")):
+        raise UserError(f"{path}: {scheme}:// needs the package {package}{extra}")
+
+
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def special(path: epath.PathLike) -> str:
+    """What a local path is that cannot be read as a file: "a folder", "a pipe (FIFO)", ...; "" for all others.
+
+    Reading a pipe waits for a writer, and some devices have no end. Remote stores hold files only.
+    """
+    if is_remote(path):
+        return ""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return "a link to nothing" if os.path.islink(path) and not os.path.exists(path) else ""
+    return next((what for holds, what in _SPECIAL if holds(mode)), "")
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling_dit.data.text import sound
 from scaling_dit.errors import UserError
 
 KINDS = ("alt", "synthetic", "long")
@@ -69,6 +70,8 @@ class CaptionPolicy:
             raise UserError(
                 f"record {record.get('key')!r} has as caption a {type(caption).__name__}, it must be a text"
             )
+        # Of a user's own source; those of the package give sound ones.
+        caption = sound(caption)
         if self.random_length and rng.random() < self.random_length:
             return cut(caption, self.unit, rng)
         return caption

@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from scaling_dit.data.text import sound
 from scaling_dit.errors import UserError
 
 # Records that get a line of their own in the log.
@@ -34,8 +35,9 @@ class DamagedRecord(UserError):
     """
 
     def __init__(self, kind: str, where: str, what: str) -> None:
-        super().__init__(f"{where}: {what}")
-        self.kind, self.where, self.what = kind, where, what
+        # Both go into files in UTF-8, and may quote what cannot be encoded.
+        self.kind, self.where, self.what = kind, sound(where), sound(what)
+        super().__init__(f"{self.where}: {self.what}")
 
 
 class Damage:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from scaling_dit import files
 from scaling_dit.data import image_header, pixels
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.image_header import MAX_PIXELS
@@ -46,6 +47,8 @@ def read_bytes(path: epath.Path, where: str) -> bytes:
       DamagedRecord: missing_file, at `where`.
       UserError: the file is there and cannot be read: a fault of the disk or network, not of the record.
     """
+    if kind := files.special(path):
+        raise DamagedRecord("missing_file", where, f"{path.name!r} in {path.parent} is {kind}, no file")
     try:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

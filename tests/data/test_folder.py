@@ -140,7 +140,7 @@ GOOD = '{"file_name": "a.png", "text": "a"}'
         ('{"file_name": "a.png", "texts": "a"}', "line 2: 'text' must be a string, 'texts' a list"),
         ('{"file_name": "a.png", "texts": []}', "line 2: .* at least one string"),
         (b'{"file_name": "\xff"}', "line 2: not JSON"),
-        ('{"file_name": "b.png", "text": "\\ud800"}', "line 2: not JSON.*surrogates"),
+        ('{"file_name": "b.png", "text": "\\ud800"}', "line 2: .* half of a surrogate pair"),
         ("[" * 100_000, "line 2: not JSON"),
         ('{"file_name": "b\\u0000.png", "text": "a"}', "line 2: no 'file_name'"),
         ('{"file_name": "b.png", "text": " \\n"}', "line 2: the caption of 'b.png' is empty"),

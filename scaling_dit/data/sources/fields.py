@@ -1,4 +1,8 @@
-"""Fields of records: where captions stand, and values as JSON has them."""
+"""Fields of records: where captions stand, and values as JSON has them.
+
+A null among captions is no caption, as a field that is null: it is left out, and the captions beside it are used. So is
+a NaN, which pandas writes in its place.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,6 +11,7 @@ import numpy as np
 
 from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.text import is_sound, sound
 from scaling_dit.errors import nearest
 
 
@@ -31,7 +36,7 @@ class CaptionFields(NamedTuple):
         for kind in KINDS:
             for name in getattr(self, kind):
                 value = lookup(record, name)
-                if value is None:
+                if is_null(value):
                     continue
                 found = True
                 for text in texts_of(value, name, where):
@@ -51,11 +56,11 @@ class CaptionFields(NamedTuple):
 def lookup(record: Any, name: str) -> Any:
     """A field of nested mappings: "image/filename" is that key, or `filename` of `image`; None if it is not there.
 
-    A list of mappings gives the list of their values.
+    A list of mappings gives the list of their values, without those that are not there.
     """
     if isinstance(record, list | tuple):
-        found = [lookup(item, name) for item in record]
-        return None if any(value is None for value in found) else found
+        found = [value for value in (lookup(item, name) for item in record) if value is not None]
+        return found if found or not record else None
     if not hasattr(record, "get"):
         return None
     if name in record:
@@ -64,8 +69,13 @@ def lookup(record: Any, name: str) -> Any:
     return lookup(record[head], rest) if rest and head in record else None
 
 
+def is_null(value: Any) -> bool:
+    """Whether a value stands for none: None, or NaN."""
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+
+
 def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
-    """A caption field as strings: text or UTF-8 bytes, alone or in a list or array.
+    """A caption field as strings: text or UTF-8 bytes, alone or in a list or array, whose nulls are left out.
 
     Raises:
       DamagedRecord: bad_text.
@@ -75,6 +85,8 @@ def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
         raise DamagedRecord("bad_text", where, f"{name!r} is {type(value).__name__}, not text")
     texts = []
     for text in values:
+        if is_null(text):
+            continue
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8-sig")
@@ -82,19 +94,19 @@ def texts_of(value: Any, name: str, where: str) -> Sequence[str]:
                 raise DamagedRecord("bad_text", where, f"{name!r} is not UTF-8: {error}") from None
         if not isinstance(text, str):
             raise DamagedRecord("bad_text", where, f"{name!r} holds {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # Half of a surrogate pair is no text.
-            raise DamagedRecord("bad_text", where, f"{name!r} is not text: {error}") from None
+        if not is_sound(text):
+            raise DamagedRecord("bad_text", where, f"{name!r} is not text: it holds half of a surrogate pair")
         texts.append(text)
     return texts
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's types: bytes as text, numbers of numpy as Python's; what has no such form is left out."""
+    """The value in JSON's types: bytes as text, numbers of numpy as Python's; what has no such form is left out.
+
+    Every text is sound, see `data/text.py`.
+    """
     if isinstance(value, dict):
-        held = {str(key): plain(item) for key, item in value.items()}
+        held = {sound(str(key)): plain(item) for key, item in value.items()}
         return {key: item for key, item in held.items() if item is not None}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
@@ -102,4 +114,6 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    return value if isinstance(value, str | bool | int | float) else None
+    if isinstance(value, str):
+        return sound(value)
+    return value if isinstance(value, bool | int | float) else None

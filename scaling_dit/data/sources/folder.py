@@ -2,12 +2,14 @@
 
 Each line of `metadata.jsonl` is a JSON object with `file_name` (relative to the folder) and `text` (one caption) or
 `texts` (a list of captions); `kinds` may say of each text whether it is alt, synthetic or long (`data/captions.py`),
-and other keys do not matter here. One line per image: several captions go into `texts`.
+and other keys do not matter here. One line per image: several captions go into `texts`. A null is a caption that is
+not there.
 
 What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on images:
 
     bad_json          a line that is no JSON, or not UTF-8
     bad_line          JSON of another form: no object, a key missing or of a wrong type
+    bad_text          a caption that holds half of a surrogate pair
     empty_caption     every caption is blank (blank ones beside others are left out)
     outside_folder    an absolute file name, or one that leaves the folder with ".."
     duplicate_file    a file that an earlier line has already
@@ -15,24 +17,26 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     unreadable_image  truncated, no image, or of a format or pixel type that is not read
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 
-The first five are found when the folder is opened, and such lines are no records. The others are met when an image is
+The first six are found when the folder is opened, and such lines are no records. The others are met when an image is
 read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network) is no
 damaged record: the run stops.
 """
 
 import dataclasses
-import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.data import images
 from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.sources.fields import is_null
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, key_hash
+from scaling_dit.data.text import is_sound, loads
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
@@ -102,6 +106,9 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
     Raises:
       UserError: missing folder or file.
     """
+    files.check_scheme(path)
+    if kind := files.special(path):
+        raise UserError(f"{path} is {kind}, it cannot be read as a file")
     if not path.parent.is_dir():
         raise UserError(
             f"no folder {path.parent}; source folder:PATH needs a folder of images with a {METADATA}"
@@ -131,10 +138,8 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
 
 def _parse(where: str, number: int, line: bytes) -> Row:
     try:
-        entry: Any = json.loads(line.decode("utf-8-sig"))
-        # Half of a surrogate pair is no text.
-        json.dumps(entry, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        entry: Any = loads(line)
+    except ValueError as error:
         raise DamagedRecord("bad_json", where, f"not JSON: {error}") from None
 
     def bad_line(what: str) -> DamagedRecord:
@@ -143,17 +148,9 @@ def _parse(where: str, number: int, line: bytes) -> Row:
     if not isinstance(entry, dict):
         raise bad_line(f"a JSON object is needed, not {type(entry).__name__}")
     file_name = entry.get("file_name")
-    if not isinstance(file_name, str) or not file_name or "\0" in file_name:
+    if not isinstance(file_name, str) or not file_name or "\0" in file_name or not is_sound(file_name):
         raise bad_line(f"no 'file_name' (a string); {nearest('file_name', entry)}")
-    texts = entry.get("texts", [entry["text"]] if "text" in entry else None)
-    if texts is None:
-        raise bad_line(f"no 'text' (a string) or 'texts' (a list); {nearest('text', entry)}")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise bad_line("'text' must be a string, 'texts' a list of at least one string")
-    kinds = entry.get("kinds", ["alt"] * len(texts))
-    if not isinstance(kinds, list) or len(kinds) != len(texts) or not all(kind in KINDS for kind in kinds):
-        raise bad_line(f"'kinds' must be a list with one of {', '.join(KINDS)} for each text")
-    kept = [(text, kind) for text, kind in zip(texts, kinds, strict=True) if text.strip()]
+    kept = _captions(entry, where, bad_line)
     if not kept:
         raise DamagedRecord("empty_caption", where, f"the caption of {file_name!r} is empty")
     normal = posixpath.normpath(file_name)
@@ -162,3 +159,36 @@ def _parse(where: str, number: int, line: bytes) -> Row:
         raise DamagedRecord("outside_folder", where, what)
     metadata = {key: value for key, value in entry.items() if key not in KEYS}
     return Row(normal, tuple(text for text, _ in kept), tuple(kind for _, kind in kept), metadata, number)
+
+
+def _captions(
+    entry: dict[str, Any], where: str, bad_line: Callable[[str], DamagedRecord]
+) -> list[tuple[str, str]]:
+    """The captions of a line with their kinds, without nulls and blank ones."""
+    texts = entry.get("texts")
+    if is_null(texts):
+        if "text" not in entry and "texts" not in entry:
+            raise bad_line(f"no 'text' (a string) or 'texts' (a list); {nearest('text', entry)}")
+        texts = [entry.get("text")]
+    form = "'text' must be a string, 'texts' a list of at least one string"
+    if not isinstance(texts, list) or not texts:
+        raise bad_line(form)
+    kinds = entry.get("kinds")
+    if is_null(kinds):
+        kinds = ["alt"] * len(texts)
+    right = f"'kinds' must be a list with one of {', '.join(KINDS)} for each text"
+    if not isinstance(kinds, list) or len(kinds) != len(texts):
+        raise bad_line(right)
+    kept = []
+    for text, kind in zip(texts, kinds, strict=True):
+        if is_null(text):
+            continue
+        if not isinstance(text, str):
+            raise bad_line(form)
+        if kind not in KINDS:
+            raise bad_line(right)
+        if not is_sound(text):
+            raise DamagedRecord("bad_text", where, f"{text!r} is not text: it holds half of a surrogate pair")
+        if text.strip():
+            kept.append((text, kind))
+    return kept

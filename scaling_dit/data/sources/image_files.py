@@ -18,6 +18,7 @@ import numpy as np
 from scaling_dit.data import image_header, images
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.sources import Record, create_raw_source
+from scaling_dit.data.text import sound_value
 from scaling_dit.errors import UserError
 
 # That open shards; they wait for a disk or a network most of the time.
@@ -179,12 +180,13 @@ class ImageFileSource(abc.ABC):
     def samples(self, shard: int) -> Iterator[RawSample | DamagedRecord]:
         """Everything in one shard, of both splits: what is damaged about it as a whole first, then its samples.
 
-        A damaged sample comes as the DamagedRecord; it is not counted in `damage`. Images are not decoded.
+        A damaged sample comes as the DamagedRecord; it is not counted in `damage`. Images are not decoded. Every text
+        of the metadata is sound (`data/text.py`), whatever the source reads.
         """
         yield from self._shard(shard).faults
         for read in self._read_shard(shard):
             try:
-                yield read()
+                yield _sound(read())
             except DamagedRecord as fault:
                 yield fault
 
@@ -245,6 +247,13 @@ def scan(name: str, **fields: Any) -> Damage:
             except DamagedRecord as fault:
                 damage.meet(fault, log=False)
     return damage
+
+
+def _sound(sample: RawSample) -> RawSample:
+    try:
+        return sample._replace(metadata=sound_value(sample.metadata))
+    except RecursionError:
+        raise DamagedRecord("bad_json", sample.where, "its metadata are nested too deeply") from None
 
 
 def key_hash(key: str) -> float:

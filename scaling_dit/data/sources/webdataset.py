@@ -27,7 +27,6 @@ What is damaged (`data/damage.py`) is of one kind. Of the first five, what shows
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -39,6 +38,7 @@ from scaling_dit.data.sources.fields import CaptionFields
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard
 from scaling_dit.data.sources.patterns import matching
 from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT
+from scaling_dit.data.text import loads
 from scaling_dit.errors import UserError
 
 
@@ -127,8 +127,8 @@ class WebdatasetSource(ImageFileSource):
         metadata = {}
         if described is not None:
             try:
-                metadata = json.loads(described.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
+                metadata = loads(described)
+            except ValueError as error:
                 raise DamagedRecord("bad_json", where, f"the json is not JSON: {error}") from None
             if not isinstance(metadata, dict):
                 raise DamagedRecord(

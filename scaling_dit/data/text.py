@@ -1,0 +1,50 @@
+"""Text that every encoder takes: the one place where text that cannot be encoded is replaced.
+
+JSON can hold half of a surrogate pair ("\\ud83d", a title cut within an emoji), Parquet and tars bytes that are no UTF-8,
+file systems names of such bytes. None of them can be written as UTF-8. In metadata each is replaced by U+FFFD; a
+caption with one is a damaged record (`data/sources/fields.py`).
+"""
+
+import json
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+
+
+def is_sound(text: str) -> bool:
+    """Whether a text can be encoded as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def sound(text: str) -> str:
+    """The text with U+FFFD in place of each lone surrogate; a sound text is returned as it is."""
+    if is_sound(text):
+        return text
+    return "".join(_REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in text)
+
+
+def sound_value(value: Any) -> Any:
+    """A JSON value in which every text is sound, keys included."""
+    if isinstance(value, str):
+        return sound(value)
+    if isinstance(value, dict):
+        return {sound_value(key): sound_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [sound_value(item) for item in value]
+    return value
+
+
+def loads(data: bytes) -> Any:
+    """The JSON value in bytes of UTF-8, with or without a byte order mark.
+
+    Raises:
+      ValueError: no JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -63,5 +63,9 @@ def _hint(pattern: str, ending: str) -> str:
     if path.exists():
         return f"the name of this file does not end in {ending}"
     if "::" in pattern or re.search(r"\{.*\}", pattern):
-        return f"'::' and braces are not read; wildcards are *, ? and [0-9], as in /data/set/0000[0-9]{ending}"
+        return (
+            f"'::' and braces are not read; wildcards are *, ? and [0-9], as in /data/set/0000[0-9]{ending}"
+        )
+    if not pattern.endswith(("*", ending)):
+        return f"only files whose names end in {ending} are read"
     return f"a pattern such as /data/set/*{ending} is needed"

@@ -1,18 +1,24 @@
-"""Where the members of a tar lie: built from its headers once, kept as a file, checked when it is read."""
+"""Where the members of a tar lie: built from its headers once, kept as a file, checked when it is read.
+
+A member belongs to a sample if its name has a known ending (`ENDINGS`) and does not begin with a dot. All others are
+passed over: they neither begin a sample nor end one.
+"""
 
 import dataclasses
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.data.sources.image_files import key_hash
+from scaling_dit.errors import UserError
 
 # Columns of `Index.spans`.
 IMAGE, TEXT, JSON = range(3)
@@ -21,11 +27,20 @@ ENDINGS = {
     "txt": TEXT, "json": JSON,
 }  # fmt: skip
 SUFFIX = ".index"
-_VERSION = 1
+_VERSION = 2
 _BLOCK = 512
+# Two empty blocks end a tar, and zeros fill up its last record.
+_END, _RECORD = 2 * _BLOCK, 20 * _BLOCK
+# Bytes read at once in search of the end of zeros.
+_CHUNK = 2**20
+# Bytes at the end of a member that a download cut short leaves at zero.
+_TAIL = 8
 # Bytes of SHA-256.
 _DIGEST = 32
 _ABSENT = (-1, 0)
+
+# The first bytes of a compressed file.
+_GZIP = b"\x1f\x8b"
 
 # Kind, offset, what.
 Fault = tuple[str, int, str]
@@ -62,9 +77,18 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
     Args:
       path: the tar, local or gs://.
       index_dir: folder of the kept index; None = that of the tar.
+
+    Raises:
+      UserError: the tar cannot be read.
     """
     kept = (index_dir or path.parent) / f"{path.name}{SUFFIX}"
-    stat = path.stat()
+    for file in (path, kept):
+        if kind := files.special(file):
+            raise UserError(f"{file} is {kind}, it cannot be read as a file")
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
     state = [_VERSION, stat.length, stat.mtime]
     try:
         found = _loads(kept.read_bytes(), path.stem, state)
@@ -72,8 +96,11 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
         found = None
     if found is not None:
         return found
-    with path.open("rb") as file:
-        index = build(file, path.stem)
+    try:
+        with path.open("rb") as opened:
+            index = build(opened, path.stem)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
     try:
         if index_dir is not None:
             index_dir.mkdir(parents=True, exist_ok=True)
@@ -89,20 +116,24 @@ def build(file: IO[bytes], stem: str) -> Index:
     """Reads the headers of a tar; `file` is open for binary reading and can seek."""
     groups: list[_Group] = []
     faults: list[Fault] = []
-    try:
-        for name, offset, size in _members(file):
-            key, ending = _split(name)
-            if not groups or groups[-1].key != key or ending in groups[-1].endings:
-                groups.append(_Group(key, offset, {}, set()))
-            groups[-1].endings.add(ending)
-            if ending.lower() in ENDINGS:
-                groups[-1].members.setdefault(ENDINGS[ending.lower()], (offset, size))
-    except _CutError as cut:
-        faults.append((cut.kind, cut.offset, cut.what))
-        earlier = {column for group in groups[:-1] for column in group.members}
-        if groups and (not earlier or groups[-1].members.keys() != earlier):
-            # It may have had more members.
-            groups.pop()
+    joins = False
+    for found in _walk(file):
+        if isinstance(found, _Break):
+            joins = False
+            if found.fault is not None:
+                faults.append(found.fault)
+                if not _is_complete(groups, file):
+                    groups.pop()
+            continue
+        name, offset, size = found
+        key, ending = _split(name)
+        if key is None or ending.lower() not in ENDINGS:
+            continue
+        if not joins or groups[-1].key != key or ending in groups[-1].endings:
+            groups.append(_Group(key, offset, {}, set()))
+            joins = True
+        groups[-1].endings.add(ending)
+        groups[-1].members.setdefault(ENDINGS[ending.lower()], (offset, size))
     keys: list[str] = []
     spans: list[list[tuple[int, int]]] = []
     seen: set[str] = set()
@@ -120,6 +151,23 @@ def build(file: IO[bytes], stem: str) -> Index:
     return _index(stem, np.array([key.encode() for key in keys], "S"), spans, faults)
 
 
+def _is_complete(groups: Sequence["_Group"], file: IO[bytes]) -> bool:
+    """Whether the last sample before a place where a tar is cut has all of its members; True if there is none.
+
+    It may have had more members, unless it has those of the samples before it. Where a download was cut whose file had
+    its full size from the start, the rest of the last member is zeros.
+    """
+    if not groups:
+        return True
+    last = groups[-1].members
+    if last.keys() != {column for group in groups[:-1] for column in group.members}:
+        return False
+    start, size = max(last.values())
+    tail = min(size, _TAIL)
+    file.seek(start + size - tail)
+    return not tail or any(file.read(tail))
+
+
 def _index(stem: str, keys: np.ndarray, spans: Any, faults: Iterable[Fault]) -> Index:
     hashes = np.array([key_hash(f"{stem}/{key.decode()}") for key in keys], np.float64)
     return Index(stem, keys, np.array(spans, np.int64).reshape(-1, 3, 2), hashes, tuple(faults))
@@ -133,46 +181,69 @@ class _Group(NamedTuple):
     offset: int
     # Column -> offset and size.
     members: dict[int, tuple[int, int]]
-    # Of all its members.
+    # Of its members.
     endings: set[str]
 
 
-class _CutError(Exception):
-    """A tar cannot be read any further."""
+class _Member(NamedTuple):
+    """A regular member of a tar."""
 
-    def __init__(self, kind: str, offset: int, what: str) -> None:
-        super().__init__(what)
-        self.kind, self.offset, self.what = kind, offset, what
+    name: str
+    # Of its data, in bytes.
+    offset: int
+    size: int
 
 
-def _members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular member of a tar: ustar, GNU or pax.
+class _Break(NamedTuple):
+    """A place that no sample crosses: the end of a tar that another follows, or damage."""
 
-    `tarfile.TarFile` is not used to walk: it takes a damaged header for the end of the archive.
+    fault: Fault | None
 
-    Raises:
-      _CutError: truncated_tar or bad_tar.
+
+def _walk(file: IO[bytes]) -> Iterator[_Member | _Break]:
+    """The regular members of a tar (ustar, GNU or pax) and of those behind it in the same file, and what is damaged.
+
+    `tarfile.TarFile` is not used to walk: it takes a damaged header, or a block of zeros, for the end of the archive.
     """
     length = file.seek(0, io.SEEK_END)
-    offset, long_name = 0, ""
+    begin, offset, long_name = 0, 0, ""
     while True:
         file.seek(offset)
         header = file.read(_BLOCK)
+        if header and not any(header):
+            following = _after_zeros(file, offset, length)
+            if following < length and following - offset < _END:
+                # A lone empty block ends nothing.
+                offset = following
+                continue
+            yield _Break(_end_fault(begin, offset, following, length))
+            if following == length:
+                return
+            begin = offset = following
+            long_name = ""
+            continue
+        if not offset and header.startswith(_GZIP):
+            yield _Break(("bad_tar", 0, "the tar is compressed with gzip; unpack it with gunzip"))
+            return
         if len(header) < _BLOCK:
             where = "between members" if not header else "within a header"
-            raise _CutError("truncated_tar", min(offset, length), f"the tar ends {where}")
-        if not any(header):
+            yield _Break(("truncated_tar", min(offset, length), f"the tar ends {where}"))
             return
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
         except tarfile.HeaderError as error:
-            raise _CutError("bad_tar", offset, f"no header of a member: {error}") from None
+            what = "data after the end of the tar" if 0 < offset == begin else "no header of a member"
+            yield _Break(("bad_tar", offset, f"{what}: {error}"))
+            return
         start, size = offset + _BLOCK, member.size
+        if size < 0:
+            yield _Break(("bad_tar", offset, f"no header of a member: a size of {size} bytes"))
+            return
         offset = start + -(-size // _BLOCK) * _BLOCK
         if start + size > length:
-            raise _CutError(
-                "truncated_tar", length, f"the tar ends within member {long_name or member.name!r}"
-            )
+            what = f"the tar ends within member {long_name or member.name!r}"
+            yield _Break(("truncated_tar", length, what))
+            return
         if member.type == tarfile.GNUTYPE_LONGNAME:
             file.seek(start)
             long_name = file.read(size).rstrip(b"\0").decode("utf-8", "replace")
@@ -181,8 +252,38 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
             long_name = _pax_path(file.read(size)) or long_name
         elif member.type != tarfile.XGLTYPE:
             if member.isreg():
-                yield long_name or member.name, start, size
+                yield _Member(long_name or member.name, start, size)
             long_name = ""
+
+
+def _after_zeros(file: IO[bytes], offset: int, length: int) -> int:
+    """Where the block begins that holds the first byte from `offset` on that is not zero; `length` if there is none."""
+    file.seek(offset)
+    at = offset
+    while data := file.read(_CHUNK):
+        kept = data.lstrip(b"\0")
+        if kept:
+            return (at + len(data) - len(kept)) // _BLOCK * _BLOCK
+        at += len(data)
+    return length
+
+
+def _end_fault(begin: int, end: int, following: int, length: int) -> Fault | None:
+    """What is wrong with the zeros from `end` to `following` that end a tar which begins at `begin`; None if nothing.
+
+    Two empty blocks end a tar, and more fill up its last record. A hole in a file is longer: a download that was cut,
+    whose file had its full size from the start.
+    """
+    zeros = following - end
+    if following == length and zeros < _END:
+        return "truncated_tar", end, "the tar ends without the two empty blocks that end one"
+    full = -(-(end + _END - begin) // _RECORD) * _RECORD
+    if following - begin > full:
+        what = f"the tar ends {length - end:,} bytes before its file does"
+        if following < length:
+            what = f"the tar has a hole of {zeros:,} bytes"
+        return "truncated_tar", end, f"{what}, all zero: a download that was cut?"
+    return None
 
 
 def _pax_path(records: bytes) -> str:
@@ -198,11 +299,14 @@ def _pax_path(records: bytes) -> str:
     return ""
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and ending of a member: up to the first dot of its file name, as webdataset has it."""
+def _split(name: str) -> tuple[str | None, str]:
+    """Key and ending of a member: up to the first dot of its file name, as webdataset has it.
+
+    The key is None for a file whose name begins with a dot: macOS packs one beside every file.
+    """
     folder, slash, file_name = name.removeprefix("./").rpartition("/")
     key, _, ending = file_name.partition(".")
-    return folder + slash + key, ending
+    return folder + slash + key if key else None, ending
 
 
 def _dumps(index: Index, state: list[Any]) -> bytes:

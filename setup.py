@@ -38,6 +38,8 @@ EXTRAS = {
     # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.
     "tfds": ["importlib_resources", "tensorflow-datasets"],
     "parquet": ["pyarrow"],
+    # Paths on gs://.
+    "gcs": ["etils[epath-gcs]"],
     # `filter` and `stats`: what needs all of a data set.
     "beam": ["apache-beam>=2.70"],
     # Weights and tokenizers by hub id; those in a local folder need nothing.

@@ -31,7 +31,12 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 # Schemes of remote paths: the package that reads each, and the extra of this package with it.
-_SCHEMES = {"gs": ("gcsfs", " (pip install 'scaling-dit[gcs]')"), "s3": ("s3fs", ""), "az": ("adlfs", "")}
+_SCHEMES = {
+    "gs": ("gcsfs", "; pip install 'scaling-dit[gcs]'"),
+    "s3": ("s3fs", ""),
+    "az": ("adlfs", ""),
+    "hf": ("huggingface_hub", "; pip install 'scaling-dit[text]'"),
+}
 
 
 def check_scheme(path: epath.PathLike) -> None:
@@ -47,9 +52,14 @@ def check_scheme(path: epath.PathLike) -> None:
         known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise UserError(f"{path}: {scheme}:// is not read; a path is local or begins with one of {known}")
     package, extra = _SCHEMES[scheme]
-    # etils prefers TensorFlow where it is installed.
-    if not any(importlib.util.find_spec(name) for name in (package, "tensorflow")):
-        raise UserError(f"{path}: {scheme}:// needs the package {package}{extra}")
+    # Where TensorFlow is installed, etils reads gs:// with it.
+    others = ("tensorflow",) if scheme == "gs" else ()
+    if not any(_is_installed(name) for name in (package, *others)):
+        raise UserError(f"{path}: {scheme}:// needs the package {package}, which is not installed{extra}")
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 _SPECIAL = (

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from scaling_dit.data.sources.fields import is_null
+from scaling_dit.data.text import loads, sound_value
 from scaling_dit.errors import UserError
-from scaling_dit.files import sha256, write_whole
+from scaling_dit.files import sha256, special, write_whole
 
 # Kinds of side-car files.
 CAPTIONS, FILTER = "captions", "filter"
@@ -80,7 +82,9 @@ def read_captions(folder: epath.PathLike, shard: str) -> dict[str, list[MadeCapt
     for where, row in _lines(folder, shard, CAPTIONS):
         try:
             found[str(row["key"])] = [
-                MadeCaption(str(made["text"]), str(made["kind"]), made["score"]) for made in row["captions"]
+                MadeCaption(str(made["text"]), str(made["kind"]), made["score"])
+                for made in row["captions"]
+                if not is_null(made["text"])
             ]
         except (KeyError, TypeError):
             raise UserError(
@@ -114,10 +118,15 @@ def _lines(folder: epath.PathLike, shard: str, what: str) -> Iterator[tuple[str,
     path = path_of(folder, shard, what)
     if not path.exists():
         raise UserError(f"no file {path}; `{_MAKERS[what]}` writes one for each shard, of the same source")
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    if kind := special(path):
+        raise UserError(f"{path} is {kind}, it cannot be read as a file")
+    # Split on bytes: str.splitlines would also split at U+2028 and others, which are legal inside a JSON string.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         where = f"{path} line {number}"
         try:
-            row = json.loads(line)
+            row = sound_value(loads(line))
         except ValueError as error:
             raise UserError(f"{where} is no JSON: {error}") from None
         if not isinstance(row, dict):

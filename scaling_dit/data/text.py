@@ -1,8 +1,8 @@
 """Text that every encoder takes: the one place where text that cannot be encoded is replaced.
 
 JSON can hold half of a surrogate pair (a title that was cut within an emoji); Parquet, tars and names of files can hold
-bytes that are no UTF-8. None of them can be written as UTF-8. In metadata each is replaced by U+FFFD; a caption with one
-is a damaged record (`data/sources/fields.py`).
+bytes that are no UTF-8. None of them can be written as UTF-8. In metadata each is replaced by U+FFFD; a caption with
+one is a damaged record (`data/sources/fields.py`).
 """
 
 import json

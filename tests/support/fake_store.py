@@ -10,6 +10,8 @@ import pathlib
 
 from etils.epath import backend, gpath
 
+from scaling_dit import files
+
 PREFIX = "s3://"
 
 
@@ -91,5 +93,6 @@ def install(monkeypatch, folder):
     """Puts a store behind `s3://` for one test and returns it."""
     store = ObjectStore(folder)
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "s3", store)
+    monkeypatch.setitem(files._SCHEMES, "s3", ("etils", ""))
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     return store

@@ -9,30 +9,25 @@ damaged is found when it is read, by ArrayRecord's own checksums, and is a damag
 import concurrent.futures
 import dataclasses
 import functools
-import os
-import pathlib
-import shutil
-import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from scaling_dit import files
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.prepared import manifest as manifest_lib
 from scaling_dit.data.prepared import records
+from scaling_dit.data.prepared.readers import Readers
 from scaling_dit.data.sources import Record
 from scaling_dit.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from array_record.python.array_record_module import ArrayRecordReader
+
 # That check shards when a set is opened.
 _THREADS = 32
-_READ_AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
-# Bytes of a reader; one is open for every shard.
-_READ_BUFFER = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +55,7 @@ class PreparedSource:
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        files.check_scheme(self.path)
         if self.max_damaged < 0:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
         if self.damage is None:
@@ -171,37 +167,18 @@ class PreparedSource:
     def _begins(self) -> np.ndarray:
         return self._ends - [shard.records for shard in self._shards]
 
-    def _reader(self, number: int) -> ArrayRecordReader:
-        """Of a shard of this split; opened once, and used by all threads.
+    def _reader(self, number: int) -> "ArrayRecordReader":
+        """Of a shard of this split; kept open for a while, and used by all threads.
 
         Raises:
-          UserError: the shard holds another number of records than the manifest says.
+          UserError: the shard cannot be opened, or holds another number of records than the manifest says.
         """
-        found = self._readers.open.get(number)
-        if found is None:
-            shard = self._shards[number]
-            with self._readers.lock:
-                found = self._readers.open.get(number)
-                if found is None:
-                    found = self._readers.open[number] = self._open(shard)
-        return found
-
-    def _open(self, shard: manifest_lib.Shard) -> ArrayRecordReader:
-        path = epath.Path(self.path) / shard.file
-        try:
-            reader = ArrayRecordReader(
-                self._readers.local(path), options=_READ_AT_RANDOM, file_reader_buffer_size=_READ_BUFFER
-            )
-            count = reader.num_records()
-        except RuntimeError as error:
-            raise UserError(f"cannot read shard {path}: {' '.join(str(error).split())}") from None
-        if count != shard.records:
-            raise UserError(f"{path} holds {count} records; its manifest says {shard.records}")
-        return reader
+        shard = self._shards[number]
+        return self._readers.get(epath.Path(self.path) / shard.file, shard.records)
 
     @functools.cached_property
-    def _readers(self) -> "_Readers":
-        return _Readers()
+    def _readers(self) -> Readers:
+        return Readers()
 
     def _check_files(self) -> None:
         """Compares the shards of both splits with the manifest: that they are there, their sizes, their checksums."""
@@ -214,6 +191,8 @@ class PreparedSource:
     def _fault(self, shard: manifest_lib.Shard) -> str:
         """What is wrong with a shard, in one line; "" for nothing."""
         path = epath.Path(self.path) / shard.file
+        if kind := files.special(path):
+            return f"shard {path} is {kind}, no file"
         again = "copy the set again, or delete its part and run `prepare` again"
         try:
             size = path.stat().length
@@ -224,23 +203,3 @@ class PreparedSource:
         if self.verify and files.sha256(path) != shard.sha256:
             return f"shard {path} has another checksum than its manifest says; {again}"
         return ""
-
-
-class _Readers:
-    """Open readers of a source's shards, and local copies of those that ArrayRecord cannot read in place."""
-
-    def __init__(self) -> None:
-        self.open: dict[int, ArrayRecordReader] = {}
-        self.lock = threading.Lock()
-        self._copies: tempfile.TemporaryDirectory[str] | None = None
-
-    def local(self, path: epath.Path) -> str:
-        """A path that ArrayRecord reads: local files and gs:// as they are, others as a copy."""
-        if not files.is_remote(path) or str(path).startswith("gs://"):
-            return os.fspath(path) if not files.is_remote(path) else str(path)
-        if self._copies is None:
-            self._copies = tempfile.TemporaryDirectory(prefix="scaling_dit_latents_")
-        copy = pathlib.Path(self._copies.name) / path.name
-        with path.open("rb") as source, copy.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-        return str(copy)

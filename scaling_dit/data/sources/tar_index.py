@@ -206,20 +206,24 @@ def _walk(file: IO[bytes]) -> Iterator[_Member | _Break]:
     `tarfile.TarFile` is not used to walk: it takes a damaged header, or a block of zeros, for the end of the archive.
     """
     length = file.seek(0, io.SEEK_END)
-    begin, offset, long_name = 0, 0, ""
+    # Where the tar may have begun that is read: its last record is filled up from there.
+    begins = [0]
+    offset, long_name = 0, ""
     while True:
         file.seek(offset)
         header = file.read(_BLOCK)
         if header and not any(header):
             following = _after_zeros(file, offset, length)
             if following < length and following - offset < _END:
-                # A lone empty block ends nothing.
+                # A lone empty block ends nothing, though another tar may begin behind it.
                 offset = following
+                begins.append(offset)
                 continue
-            yield _Break(_end_fault(begin, offset, following, length))
+            yield _Break(_end_fault(begins, offset, following, length))
             if following == length:
                 return
-            begin = offset = following
+            offset = following
+            begins = [offset]
             long_name = ""
             continue
         if not offset and header.startswith(_GZIP):
@@ -232,7 +236,7 @@ def _walk(file: IO[bytes]) -> Iterator[_Member | _Break]:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
         except tarfile.HeaderError as error:
-            what = "data after the end of the tar" if 0 < offset == begin else "no header of a member"
+            what = "data after the end of the tar" if 0 < offset == begins[-1] else "no header of a member"
             yield _Break(("bad_tar", offset, f"{what}: {error}"))
             return
         start, size = offset + _BLOCK, member.size
@@ -268,8 +272,8 @@ def _after_zeros(file: IO[bytes], offset: int, length: int) -> int:
     return length
 
 
-def _end_fault(begin: int, end: int, following: int, length: int) -> Fault | None:
-    """What is wrong with the zeros from `end` to `following` that end a tar which begins at `begin`; None if nothing.
+def _end_fault(begins: Sequence[int], end: int, following: int, length: int) -> Fault | None:
+    """What is wrong with the zeros from `end` to `following`; None if nothing. The tar begins at one of `begins`.
 
     Two empty blocks end a tar, and more fill up its last record. A hole in a file is longer: a download that was cut,
     whose file had its full size from the start.
@@ -277,8 +281,8 @@ def _end_fault(begin: int, end: int, following: int, length: int) -> Fault | Non
     zeros = following - end
     if following == length and zeros < _END:
         return "truncated_tar", end, "the tar ends without the two empty blocks that end one"
-    full = -(-(end + _END - begin) // _RECORD) * _RECORD
-    if following - begin > full:
+    full = max(begin - (begin - end - _END) // _RECORD * _RECORD for begin in begins)
+    if following > full:
         what = f"the tar ends {length - end:,} bytes before its file does"
         if following < length:
             what = f"the tar has a hole of {zeros:,} bytes"

@@ -139,6 +139,8 @@ def read(folder: epath.Path) -> Manifest:
       UserError: no such folder, a set that is not finished, or a manifest that is damaged or of another format.
     """
     path = folder / MANIFEST
+    if kind := files.special(path):
+        raise UserError(f"{path} is {kind}, it cannot be read as a file")
     if not path.exists():
         if (folder / REQUEST).exists():
             done = len(list((folder / PARTS).glob("*.json"))) if (folder / PARTS).exists() else 0

@@ -55,7 +55,6 @@ class PreparedSource:
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        files.check_scheme(self.path)
         if self.max_damaged < 0:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
         if self.damage is None:

@@ -12,6 +12,7 @@ from scaling_dit.components import Registry
 from scaling_dit.data.sources import contract
 from scaling_dit.data.sources.contract import Record, Source
 from scaling_dit.errors import UserError
+from scaling_dit.files import check_scheme
 
 if TYPE_CHECKING:
     from scaling_dit.data.sources.image_files import ImageFileSource
@@ -67,6 +68,7 @@ def create_source(name: str, **fields: Any) -> Source:
       UserError: unknown name or field, a class that is no source, or a source that cannot be opened.
     """
     kind, filled = _split(name)
+    check_scheme(filled.get("path", ""))
     source: Source = _REGISTRY.create(kind, fields, **filled)
     contract.check_source(source, name)
     return source
@@ -82,6 +84,7 @@ def create_raw_source(name: str, **fields: Any) -> "ImageFileSource":
     from scaling_dit.data.sources.image_files import ImageFileSource
 
     kind, filled = _split(name)
+    check_scheme(filled.get("path", ""))
     if not issubclass(_REGISTRY.resolve(kind), ImageFileSource):
         known = [key for key in SOURCES if issubclass(_REGISTRY.resolve(key), ImageFileSource)]
         raise UserError(f"source {name!r} holds no image files; give {', '.join(f'{key}:' for key in known)}")

@@ -106,7 +106,6 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
     Raises:
       UserError: missing folder or file.
     """
-    files.check_scheme(path)
     if kind := files.special(path):
         raise UserError(f"{path} is {kind}, it cannot be read as a file")
     if not path.parent.is_dir():

@@ -20,7 +20,6 @@ def matching(pattern: str, ending: str) -> list[epath.Path]:
     Raises:
       UserError: none, two with the same name, which their records would share, or one that is no regular file.
     """
-    files.check_scheme(pattern)
     try:
         found = sorted(path for path in _named(pattern) if path.name.endswith(ending) and not path.is_dir())
     except (OSError, ValueError, NotImplementedError) as error:

@@ -89,6 +89,8 @@ class Readers:
         if count != records:
             if not files.is_remote(local):
                 os.close(os.open(local, os.O_RDONLY | os.O_NONBLOCK))
+            if not count:
+                raise UserError(f"cannot read shard {path}: no record is found; its manifest says {records}")
             raise UserError(f"{path} holds {count} records; its manifest says {records}")
         return reader
 

@@ -2,8 +2,8 @@
 
 The members of one sample follow one another and share a name up to the first dot: `000012.jpg` (jpg, jpeg, png, webp,
 ...), `000012.txt` (the caption) and `000012.json` (an object; what it says is `RawSample.metadata`). Members of other
-endings do not matter. The headers of a tar are read once, for an index of where each member lies; from then on any
-sample is one read, and nothing is unpacked.
+endings, and those whose names begin with a dot, do not matter. The headers of a tar are read once, for an index of where
+each member lies; from then on any sample is one read, and nothing is unpacked.
 
 The index of `00000.tar` is kept as `00000.tar.index` beside it, or in `index_dir`. It holds the tar's size and time and
 a checksum of its own, so one that is out of date or half written is made again; where nothing can be written it is
@@ -11,9 +11,10 @@ made at each start. It costs some 80 bytes of memory per sample: for more than t
 
 What is damaged (`data/damage.py`) is of one kind. Of the first five, what shows in the headers is found on opening:
 
-    truncated_tar     the file ends within a member, or without the two empty blocks that end a tar: one for the tar;
-                      the samples before the place that are complete are used
-    bad_tar           a header that is none: one for the tar; the samples before the place are used
+    truncated_tar     the file ends within a member, or without the two empty blocks that end a tar, or is zero from a
+                      place on, or for a while: the samples before and behind the place that are complete are used
+    bad_tar           a header that is none, or data behind the end that are no tar: one for the tar; the samples before
+                      the place are used
     duplicate_key     a key that came before in this tar
     missing_image     a sample without an image
     missing_caption   a sample without a caption: no txt, and none of the caption fields in the json

@@ -215,6 +215,27 @@ def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | N
     return None
 
 
+def _attend_and_project(
+    module: "SelfAttention | CrossAttention",
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    key_mask: jax.Array | None,
+) -> jax.Array:
+    """Attention and its last product, `proj` of the module that calls this: [B, T, D]."""
+    o_BTNH = attend(module, q_BTNH, k_BSNH, v_BSNH, key_mask)
+    proj = Dense(
+        q_BTNH.shape[2] * q_BTNH.shape[3],
+        ("heads", "embed"),
+        kernel_init=module.out_init or module.kernel_init,
+        bias_init=module.bias_init,
+        name="proj",
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+    )
+    return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention, one fused product for q, k and v: x [B, T, D], key_mask [B, T] -> [B, T, D].
 
@@ -253,11 +274,7 @@ class SelfAttention(nn.Module):
             )
             for i in range(3)
         )  # fmt: skip
-        o_BTNH = attend(self, q_BTNH, k_BTNH, v_BTNH, key_mask)
-        out_init = self.out_init or self.kernel_init
-        inits: dict[str, Any] = {"kernel_init": out_init, "bias_init": self.bias_init}
-        proj = Dense(width, ("heads", "embed"), name="proj", **inits, **types)
-        return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
+        return _attend_and_project(self, q_BTNH, k_BTNH, v_BTNH, key_mask)
 
 
 class CrossAttention(nn.Module):
@@ -293,8 +310,4 @@ class CrossAttention(nn.Module):
             constrain(rearrange(part, "b t (n h) -> b t n h", n=self.heads), *axes)
             for part in (q_BTD, k_BSD, v_BSD)
         )
-        o_BTNH = attend(self, q_BTNH, k_BSNH, v_BSNH, key_mask)
-        out_init = self.out_init or self.kernel_init
-        inits: dict[str, Any] = {"kernel_init": out_init, "bias_init": self.bias_init}
-        proj = Dense(width, ("heads", "embed"), name="proj", **inits, **types)
-        return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
+        return _attend_and_project(self, q_BTNH, k_BSNH, v_BSNH, key_mask)

@@ -1,9 +1,9 @@
 """Tar files of images and captions, as img2dataset and the webdataset library write them: `webdataset:GLOB`.
 
-The members of one sample follow one another and share a name up to the first dot: `000012.jpg` (jpg, jpeg, png, webp,
-...), `000012.txt` (the caption) and `000012.json` (an object; what it says is `RawSample.metadata`). Members of other
-endings, and those whose names begin with a dot, do not matter. The headers of a tar are read once, for an index of where
-each member lies; from then on any sample is one read, and nothing is unpacked.
+The members of one sample follow one another and share a name up to the first dot: `000012.jpg` (jpg, png, webp, ...),
+`000012.txt` (the caption) and `000012.json` (an object; what it says is `RawSample.metadata`). Members of other
+endings, and those whose names begin with a dot, do not matter. The headers of a tar are read once, for an index of
+where each member lies; from then on any sample is one read, and nothing is unpacked.
 
 The index of `00000.tar` is kept as `00000.tar.index` beside it, or in `index_dir`. It holds the tar's size and time and
 a checksum of its own, so one that is out of date or half written is made again; where nothing can be written it is

@@ -105,6 +105,8 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": BuiltIn(sampler_tables.heun_table, _nothing, heun_step),
 }
 SEAM = Seam("sample.sampler", SAMPLERS)
+# The samplers that `import` names, see published_samplers.py.
+_OF_THE_PACKAGE = "scaling_dit.diffusion.published_samplers:"
 
 
 def create_sampler(name: str, fields: Mapping[str, Any], schedule: Schedule, steps: int) -> Sampler:
@@ -116,7 +118,11 @@ def create_sampler(name: str, fields: Mapping[str, Any], schedule: Schedule, ste
     if not SEAM.is_own(name):
         return SAMPLERS[name]
     sampler: Sampler = SEAM.create(name, fields)
-    contract.check_sampler(sampler, schedule, steps, SEAM.where(name))
+    if name.startswith(_OF_THE_PACKAGE):
+        # Its tests have checked it; its table refuses settings and steps that do not fit.
+        sampler.table(schedule, steps)
+    else:
+        contract.check_sampler(sampler, schedule, steps, SEAM.where(name))
     return sampler
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from scaling_dit.backbones.pixart import PixArt
 from scaling_dit.errors import UserError
 from scaling_dit.weights.diffusers_class import Arguments, DiffusersClass
-from scaling_dit.weights.table import Row, Table, linear, patch_conv
+from scaling_dit.weights.table import Copy, Row, Table, Unread, linear, patch_conv
 
 
 def rows(backbone: PixArt) -> Table:
     """The table of one backbone; its fields decide which entries there are."""
     depth = backbone.widths[1]
     block, time = "transformer_blocks.{i}", "adaln_single.emb.timestep_embedder"
-    table = [
+    table: list[Row | Copy | Unread] = [
         Row("pos_embed.proj.weight", "patch_embed/kernel", patch_conv(backbone.patch)),
         Row("pos_embed.proj.bias", "patch_embed/bias"),
         *linear(f"{time}.linear_1", "time/fc1"),
@@ -41,6 +41,8 @@ def rows(backbone: PixArt) -> Table:
     if backbone.embeds_caption:
         table += linear("caption_projection.linear_1", "caption_embed/fc1")
         table += linear("caption_projection.linear_2", "caption_embed/fc2")
+        # The learned empty caption, of any length, which training put in place of captions.
+        table.append(Unread("caption_projection.y_embedding", (None, backbone.text_dim)))
     return table
 
 

@@ -113,7 +113,7 @@ def _placed(settings: Settings, schedule: Schedule, steps: int) -> tuple[np.ndar
         times = noise_levels.timesteps_of(levels, all_levels)
         # Else they are cut below, and the first one lies under the last timestep by a rounding error there.
         rounded = name in ("karras", "lu") and not settings.cosine
-        times = np.round(times) if rounded else times - 1e-3
+        times = np.round(times) if rounded else times - 1e-6
     else:
         levels = np.interp(times, np.arange(total), all_levels)
     end = all_levels[0] if settings.final_sigmas_type == "sigma_min" else 0.0

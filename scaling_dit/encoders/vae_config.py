@@ -6,6 +6,7 @@ from typing import Any
 
 from scaling_dit.components import tuples
 from scaling_dit.errors import UserError
+from scaling_dit.weights.inert import EMA_SETTINGS
 
 CLASS_NAME = "AutoencoderKL"
 
@@ -69,7 +70,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         fixed[name] = (kind,) * (len(widths) if isinstance(widths, tuple) else 1)
     known = {
         "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "use_quant_conv",
-        "use_post_quant_conv", "mid_block_add_attention", "scaling_factor", "shift_factor", *_FREE,
+        "use_post_quant_conv", "mid_block_add_attention", "scaling_factor", "shift_factor", *_FREE, *EMA_SETTINGS,
     }  # fmt: skip
     for name, value in config.items():
         if name in fixed and value != fixed[name]:

@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from scaling_dit.encoders.vae_config import Architecture
-from scaling_dit.weights import state_dicts, table
+from scaling_dit.weights import inert, state_dicts, table
 from scaling_dit.weights.table import Row, Transform, convolution, norm, pointwise, stacked
 
 # Prefix of the autoencoder in a whole checkpoint.
@@ -71,7 +71,8 @@ def load(
     names = spelling(tensors)
     query = f"{names.attention}.{names.attention_parts[1]}.weight".replace("{side}", "encoder")
     as_convolutions = query in tensors and tensors[query].ndim == 4
-    return state_dicts.load(rows(architecture, names, as_convolutions), abstract, tensors, what)
+    table_rows = rows(architecture, names, as_convolutions)
+    return state_dicts.load(table_rows, abstract, tensors, what, training_only=inert.AUTOENCODER)
 
 
 def spelling(tensors: Mapping[str, Any]) -> Names:

@@ -56,7 +56,8 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
             raise UserError(f"{folder} holds a run already; give another --workdir")
     experiment = config_lib.read_experiment(spec).copy_and_resolve_references()
     if pipelines.is_pipeline(path):
-        pipelines.set_components(experiment, path)
+        chosen = "sample.sampler" in map(config_lib.override_key, overrides)
+        pipelines.set_components(experiment, path, sampling=not chosen)
         path = pipelines.backbone_folder(path)
     described = read_described(path)
     config = run_config(experiment, overrides, described, source)

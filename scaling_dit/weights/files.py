@@ -5,6 +5,7 @@ are refused, because reading one can run any code.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,10 @@ from scaling_dit.errors import UserError
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+# Files of a variant, such as fp16: `STEM.fp16.safetensors`, `STEM.safetensors.index.fp16.json`.
+_VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[A-Za-z0-9_-]+\.json$")
+# A shard, in the names of all versions; a variant stands before or after the numbers.
+_SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}(?:\.[A-Za-z0-9_-]+)?\.safetensors$")
 # File stems in diffusers' folders, and in ours with upstream names.
 STEMS = ("diffusion_pytorch_model", "model")
 SHARD_BYTES = 5 * 10**9
@@ -128,11 +133,16 @@ def open_tensors(path: epath.Path) -> Tensors:
     """
     path = _find(path)
     tensors = Tensors()
-    if path.name.endswith(INDEX_SUFFIX):
+    if is_index(path.name):
         tensors.places = _shard_places(path, tensors)
     else:
         tensors.places = dict.fromkeys(tensors.file(path).keys(), path)
     return tensors
+
+
+def is_index(name: str) -> bool:
+    """Whether a file's name is that of an index of shards, of a variant too."""
+    return name.endswith(INDEX_SUFFIX) or _VARIANT_INDEX.search(name) is not None
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -158,14 +168,15 @@ def _find(path: epath.Path) -> epath.Path:
     if not path.is_dir():
         if path.suffix in _PICKLES:
             raise _pickle(path)
-        if not path.name.endswith((SUFFIX, INDEX_SUFFIX)):
+        if not path.name.endswith(SUFFIX) and not is_index(path.name):
             raise UserError(f"{path} is neither {SUFFIX}, {INDEX_SUFFIX} nor a folder that holds one")
         return path
     names = sorted(file.name for file in path.iterdir())
     usual = [stem + suffix for stem in STEMS for suffix in (SUFFIX, INDEX_SUFFIX)]
     found = [name for name in usual if name in names]
-    found = found or [name for name in names if name.endswith(INDEX_SUFFIX)]
-    found = found or [name for name in names if name.endswith(SUFFIX)]
+    # Those of a variant, where the usual ones are not here; shards belong to an index.
+    found = found or [name for name in names if is_index(name)]
+    found = found or [name for name in names if name.endswith(SUFFIX) and not _SHARD.search(name)]
     if len(found) == 1:
         return path / found[0]
     if found:
@@ -173,6 +184,11 @@ def _find(path: epath.Path) -> epath.Path:
     if "model_index.json" in names:
         parts = [name for name in ("transformer", "unet") if name in names]
         raise UserError(f"{path} is a whole pipeline; give the folder of its backbone, {' or '.join(parts)}")
+    shards = [name for name in names if _SHARD.search(name)]
+    if shards:
+        raise UserError(
+            f"{path} holds shards, such as {shards[0]}, without their index {STEMS[0]}{INDEX_SUFFIX}; put it beside them"
+        )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise _pickle(path / pickles[0])

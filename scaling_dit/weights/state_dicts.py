@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from scaling_dit.errors import UserError
+from scaling_dit.weights import inert
 from scaling_dit.weights.table import Arrays, Copy, Row, Table, Unread
 
 
@@ -87,6 +88,7 @@ def load(
     what: str,
     *,
     check_inverse: bool = False,
+    training_only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A state dict as our tree of parameters: numpy arrays with the dtypes of `abstract`.
 
@@ -96,6 +98,7 @@ def load(
       state_dict: upstream name -> array; float arrays of any width, torch's tensors and parameters too.
       what: names the backbone in an error.
       check_inverse: also make sure that saving gives back what was loaded.
+      training_only: prefixes of entries that only training used, see `inert.py`.
 
     Raises:
       UserError: a transform that does not fit its parameter or is no inverse; an entry that is no array of numbers;
@@ -106,7 +109,8 @@ def load(
     copies = dict(pair for row in rows if isinstance(row, Copy) for pair in row.pairs)
     unread = {row.upstream: row.shape for row in rows if isinstance(row, Unread)}
     known = {name for entry in entries for name in entry.names} | set(copies)
-    problems = _compare_names(known, set(state_dict) - set(unread))
+    ignored = inert.inert(set(state_dict) - known - set(unread), training_only)
+    problems = _compare_names(known, set(state_dict) - set(unread) - set(ignored))
     problems += _compare_rest(copies, unread, state_dict)
     flat: dict[str, np.ndarray] = {}
     for entry in entries:
@@ -139,6 +143,9 @@ def load(
             flat[entry.path][entry.layer] = loaded
     if problems:
         raise UserError(f"the state dict does not fit {what}: " + "; ".join(problems))
+    ignored += sorted(set(unread) & set(state_dict))
+    if ignored:
+        inert.report(tuple(ignored), what)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -257,14 +264,18 @@ def _compare_names(
 
 
 def _compare_rest(
-    copies: Mapping[str, str], unread: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Any]
+    copies: Mapping[str, str], unread: Mapping[str, tuple[int | None, ...]], state_dict: Mapping[str, Any]
 ) -> list[str]:
     """Problems of entries that make no parameter of ours: wrong shapes of unread ones, copies that differ."""
     problems, differ = [], []
     for name, shape in unread.items():
-        found = np.shape(_on_host(name, state_dict[name])) if name in state_dict else shape
-        if found != shape:
-            problems.append(f"{name} is {found}, it must be {shape}")
+        if name not in state_dict:
+            continue
+        found = np.shape(_on_host(name, state_dict[name]))
+        sizes = len(found) == len(shape) and all(right in (None, size) for size, right in zip(found, shape, strict=True))
+        if not sizes:
+            right = str(shape).replace("None", "any")
+            problems.append(f"{name} is {found}, it must be {right}")
     for name, original in copies.items():
         if name in state_dict and original in state_dict:
             copy = _on_host(name, state_dict[name])

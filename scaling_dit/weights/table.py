@@ -172,10 +172,13 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """An upstream entry that the original code declares and never reads. It may be missing, and it is dropped."""
+    """An upstream entry that nothing reads after training. It may be missing, and it is dropped.
+
+    None in its shape stands for any size.
+    """
 
     upstream: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
 
 
 Table = Sequence[Row | Copy | Unread]

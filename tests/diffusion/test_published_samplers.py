@@ -71,7 +71,7 @@ CASES = {
             SDE | {"solver_order": 3}, SDE | KARRAS, SDE | {"solver_type": "heun"}, OLD, OLD | {"solver_order": 3},
             OLD | {"solver_type": "heun"}, OLD | THRESHOLD, OLD_SDE, OLD_SDE | {"solver_type": "heun"},
             {"lower_order_final": False, **MIN, "solver_order": 3}, {"euler_at_final": True, **MIN},
-            COSINE | {"lambda_min_clipped": -5.1}, COSINE | {"lambda_min_clipped": -5.1} | KARRAS,
+            COSINE | {"lambda_min_clipped": -5.1},
         )
     ],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}],
@@ -132,12 +132,41 @@ def ours(described, steps):
     return seen, np.asarray(latents)
 
 
+def check(name, settings, steps, monkeypatch):
+    scheduler = getattr(diffusers, name)(**settings)
+    their_times, expected = theirs(scheduler, steps, monkeypatch)
+    our_times, found = ours(dict(scheduler.config) | {"_class_name": name}, steps)
+    # diffusers cuts the times of these curves to whole numbers, where rounding errors decide.
+    cut = name == "DPMSolverMultistepScheduler" and settings.keys() & {*EXPONENTIAL, *BETA}
+    np.testing.assert_allclose(our_times[: len(their_times)], their_times, atol=1.0 if cut else 2e-2)
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "settings"), LISTED, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LISTED)])
 def test_latents_equal_diffusers(name, settings, monkeypatch):
-    for steps in (4, 17):
-        scheduler = getattr(diffusers, name)(**settings)
-        their_times, expected = theirs(scheduler, steps, monkeypatch)
-        described = dict(scheduler.config) | {"_class_name": name}
-        our_times, found = ours(described, steps)
-        np.testing.assert_allclose(our_times[: len(their_times)], their_times, atol=2e-2)
-        np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-3)
+    check(name, settings, 5, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), LISTED, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LISTED)])
+def test_latents_of_more_steps_equal_diffusers(name, settings, monkeypatch):
+    for steps in (1, 2, 16, 30):
+        check(name, settings, steps, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields", "line"),
+    [
+        ("Ddim", {"timestep_spacing": "middle"}, "timestep_spacing is 'middle'; it must be one of leading"),
+        ("DpmSolver", {"solver_order": 4}, "solver_order is 4; it must be one of 1, 2, 3"),
+        ("DpmSolver", {"algorithm_type": "dpmsolver"}, "needs final_sigmas_type sigma_min"),
+        ("Euler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas"),
+        ("Heun", {"order": 2}, "has no field 'order'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(sampler, fields, line):
+    name = f"scaling_dit.diffusion.published_samplers:{sampler}"
+    with pytest.raises(UserError, match=line):
+        samplers.create_sampler(name, fields, make_schedule("linear"), 20)
+    with pytest.raises(UserError, match="needs a schedule that preserves variance"):
+        samplers.create_sampler(name.replace(sampler, "Euler"), {}, make_schedule("flow"), 20)

@@ -1,6 +1,7 @@
 """Whole pipelines of diffusers in and out: the same images from the same noise, before and after more training."""
 
 import dataclasses
+import inspect
 import io
 import json
 import warnings
@@ -17,6 +18,7 @@ import transformers
 from scaling_dit import backbones
 from scaling_dit import config as config_lib
 from scaling_dit.cli import main as cli
+from scaling_dit.diffusion import published_samplers
 from scaling_dit.encoders import vocabularies
 from scaling_dit.encoders.vae import Autoencoder
 from scaling_dit.errors import UserError
@@ -215,7 +217,15 @@ def test_a_scheduler_is_written_and_read(sampler, schedule, zero_snr):
     }.items() <= described.items()
     diffusion, sample = schedulers.read({**scheduler.config, "_class_name": described["_class_name"]}, "here")
     assert diffusion == {"schedule": schedule, "prediction": "v", "zero_snr": zero_snr}
-    assert sample == {"sampler": sampler}
+    # Where the built-in sampler is not exactly diffusers', with trailing timesteps, the class of the scheduler is.
+    if zero_snr and sampler in ("ddim", "dpmpp_2m"):
+        assert sample["sampler"].startswith("scaling_dit.diffusion.published_samplers:")
+        assert sample["sampler_fields"]["timestep_spacing"] == "trailing"
+    else:
+        assert sample == {"sampler": sampler}
+    with config.unlocked():
+        config.sample.update(sample)
+    assert schedulers.read(schedulers.write(config), "here") == (diffusion, sample)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +233,19 @@ def test_a_scheduler_is_written_and_read(sampler, schedule, zero_snr):
     [
         ({"beta_end": 0.5}, "betas scaled_linear from 0.00085 to 0.5"),
         ({"trained_betas": [0.1]}, "betas of its own"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "rectified flow"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "with shift_terminal 0.1"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "invert_sigmas": True}, "with invert_sigmas True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas True"),
         ({"prediction_type": "flow"}, "prediction_type 'flow'"),
+        ({"_class_name": "EDMEulerScheduler"}, "is of a EDMEulerScheduler, whose noise schedule is not here"),
+        ({"_class_name": "IPNDMScheduler"}, "is of a IPNDMScheduler, whose noise schedule is not here"),
+        ({"_class_name": None}, "is of a None, whose noise schedule is not here"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "no sampler here equals.*--config.sample.sampler="),
+        ({"_class_name": "PNDMScheduler"}, "with skip_prk_steps False.*right would be True"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "with variance_type 'learned_range'"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'continuous'"),
+        ({"new_in_a_later_version": 3}, "with new_in_a_later_version 3, which is not known here"),
+        ({"steps_offset": "one"}, "with steps_offset 'one'; it must be of type int"),
     ],
 )
 def test_schedulers_that_are_not_here(changes, line):
@@ -233,9 +254,37 @@ def test_schedulers_that_are_not_here(changes, line):
         schedulers.read(schedulers.write(config) | changes, "scheduler_config.json")
 
 
-def test_a_sampler_that_is_not_here_leaves_the_runs(tmp_path):
-    described = schedulers.write(config_lib.resolve(config_lib.defaults())) | {"_class_name": "PNDMScheduler"}
-    assert schedulers.read(described, "here")[1] == {}
+def test_with_a_sampler_of_the_users_choice_only_the_noise_schedule_is_read():
+    described = schedulers.write(config_lib.resolve(config_lib.defaults()))
+    expected = schedulers.read(described, "here")[0]
+    for name in ("UniPCMultistepScheduler", "LMSDiscreteScheduler", "PNDMScheduler"):
+        assert schedulers.read(described | {"_class_name": name}, "here", sampling=False) == (expected, {})
+    with pytest.raises(UserError, match="whose noise schedule is not here"):
+        schedulers.read(described | {"_class_name": "EDMEulerScheduler"}, "here", sampling=False)
+
+
+def test_every_scheduler_of_diffusers_is_read_or_refused_by_name():
+    """With its own defaults; none becomes another schedule in silence."""
+    known = {*published_samplers.SCHEDULERS.values(), *schedulers._SAME, *schedulers._FLOW}
+    found = set()
+    for name in dir(diffusers):
+        if name.endswith("Scheduler") and name not in ("SchedulerMixin", "PNDMScheduler"):
+            kind = getattr(diffusers, name)
+            arguments = inspect.signature(kind.__init__).parameters.values()
+            defaults = {p.name: p.default for p in arguments if p.default is not p.empty}
+            try:
+                schedulers.read({"_class_name": name, **defaults}, "here")
+                found.add(name)
+            except UserError as error:
+                assert name in str(error) or name in known, name
+    assert found <= known and len(found) > 6
+
+
+def test_a_stable_diffusion_pipeline_sets_two_settings_itself():
+    described = schedulers.write(config_lib.resolve(config_lib.defaults()))
+    old = described | {"clip_sample": True, "steps_offset": 0}
+    assert schedulers.read(old, "here", pipeline="StableDiffusionPipeline")[1] == {"sampler": "ddim"}
+    assert schedulers.read(old, "here")[1]["sampler_fields"] == {"set_alpha_to_one": False}
 
 
 def test_runs_that_no_pipeline_draws(smoke_run):

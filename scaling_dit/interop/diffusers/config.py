@@ -12,6 +12,7 @@ from scaling_dit import backbones
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.interop.declared import built_in_diffusers, diffusers_class
 from scaling_dit.weights.diffusers_class import VERSION, DiffusersClass
+from scaling_dit.weights.inert import EMA_SETTINGS
 
 
 def write_config(backbone_name: str, backbone: Any, latents: tuple[int, int]) -> dict[str, Any]:
@@ -67,6 +68,9 @@ def read_fields(family: DiffusersClass, config: Mapping[str, Any], where: str) -
       UserError: an argument that diffusers does not have and that is switched on, or a value of the wrong type.
     """
     for name, value in config.items():
+        # The average of weights that a trainer of diffusers saves has settings of its own.
+        if name in EMA_SETTINGS and name not in family.defaults:
+            continue
         # Files of older versions carry switches that later ones dropped; off, they mean nothing.
         if name not in family.defaults and not name.startswith("_") and value:
             raise UserError(f"{where} sets {name}, which {family.class_name} does not have")

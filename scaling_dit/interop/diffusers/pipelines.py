@@ -170,10 +170,15 @@ def backbone_folder(path: epath.Path) -> epath.Path:
     )
 
 
-def set_components(config: ConfigDict, path: epath.Path) -> None:
-    """Sets what a pipeline's folder decides of a run, in place: codec, text encoder and noise schedule.
+def set_components(config: ConfigDict, path: epath.Path, *, sampling: bool = True) -> None:
+    """Sets what a pipeline's folder decides of a run, in place: codec, text encoder, noise schedule and sampler.
 
     Autoencoder and text encoder stay where they are, frozen: the config names the folder.
+
+    Args:
+      config: of the experiment.
+      path: the folder.
+      sampling: False where the user has chosen a sampler, so that the scheduler's own way is not read.
 
     Raises:
       UserError: a part that is missing, or of an architecture that is not here.
@@ -189,12 +194,18 @@ def set_components(config: ConfigDict, path: epath.Path) -> None:
     config.train_text_encoder = False
     config.text_mask = text["name"] == "t5"
     file = path / SCHEDULER / _SCHEDULER_CONFIG
-    diffusion, sample = schedulers.read(files.read_json(file), str(file))
+    pipeline = str(files.read_json(path / INDEX).get("_class_name"))
+    diffusion, sample = schedulers.read(
+        files.read_json(file), str(file), sampling=sampling, pipeline=pipeline
+    )
     for section, fields in (("diffusion", diffusion), ("sample", sample)):
         if section not in config:
             config[section] = ConfigDict()
+        if "sampler" in fields and "sampler_fields" in config[section]:
+            # Those of the experiment's sampler.
+            del config[section].sampler_fields
         for name, value in fields.items():
-            config[section][name] = value
+            config[section][name] = ConfigDict(value) if isinstance(value, dict) else value
 
 
 def _json(value: Any) -> str:

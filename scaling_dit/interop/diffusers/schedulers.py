@@ -46,7 +46,24 @@ _NOISE = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
-_NOISE_OF = {"HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012}}
+_NOISE_OF = dict.fromkeys(
+    (
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "DPMSolverSDEScheduler",
+    ),
+    {"beta_start": 0.00085, "beta_end": 0.012},
+)
+# The others have no `rescale_betas_zero_snr`, and diffusers passes over it in their files.
+_ZERO_SNR = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
 # Settings of each class that are here for one value only.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "DDPMScheduler": {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
@@ -227,12 +244,12 @@ def _read_noise(found: Mapping[str, Any], name: str, where: str) -> dict[str, An
             break
     else:
         betas = f"{noise['beta_schedule']} from {noise['beta_start']} to {noise['beta_end']}"
-        raise UserError(f"{where} has betas {betas}; schedules here are {', '.join(_SCHEDULES)}")
+        raise UserError(f"{where} is of a {name} with betas {betas}; schedules here are {', '.join(_SCHEDULES)}")
     kinds = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     kind = noise["prediction_type"]
     if kind not in kinds:
-        raise UserError(f"{where} has prediction_type {kind!r}; {nearest(str(kind), kinds)}")
-    zero_snr = bool(noise["rescale_betas_zero_snr"])
+        raise UserError(f"{where} is of a {name} with prediction_type {kind!r}; {nearest(str(kind), kinds)}")
+    zero_snr = bool(noise["rescale_betas_zero_snr"]) and name in _ZERO_SNR
     return {"schedule": schedule, "prediction": kinds[kind], "zero_snr": zero_snr}
 
 
@@ -292,13 +309,15 @@ def _solver_fields(fields: Mapping[str, Any], diffusion: Mapping[str, Any]) -> d
 def _built_in(name: str, fields: Mapping[str, Any], diffusion: Mapping[str, Any]) -> str:
     """The built-in sampler that does exactly what these settings do, "" if there is none."""
     sampler = next((ours for ours, theirs in _CLASSES.items() if theirs == name), "")
-    trailing = fields["timestep_spacing"] == "trailing" and diffusion["zero_snr"]
-    leading = (fields["timestep_spacing"], fields["steps_offset"], diffusion["zero_snr"]) == (
-        "leading", 1, False,
-    )  # fmt: skip
-    spacing = trailing or leading
-    if sampler == "dpmpp_2m":
-        spacing = trailing or (fields["timestep_spacing"] == "linspace" and not diffusion["zero_snr"])
+    # Euler's and Heun's change with zero terminal SNR, to trailing timesteps.
+    placed = {
+        "ddim": ("leading", 1, False),
+        "euler": ("trailing", None, True) if diffusion["zero_snr"] else ("leading", 1, False),
+        "heun": ("leading", 1, False),
+        "dpmpp_2m": ("linspace", None, False),
+    }.get(sampler)
+    offset = fields["steps_offset"] if fields["timestep_spacing"] == "leading" else None
+    spacing = placed == (fields["timestep_spacing"], offset, diffusion["zero_snr"])
     rest = {
         "ddim": {"set_alpha_to_one": False, "clip_sample": False, "thresholding": False},
         "euler": {"final_sigmas_type": "zero"},

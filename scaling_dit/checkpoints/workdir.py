@@ -3,8 +3,10 @@
 No other module names a file of a run's folder. Layers below get the path of the one file or folder they write.
 """
 
+import hashlib
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,12 +131,51 @@ def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | N
     return tokenizer
 
 
-def check_resumed_weights(workdir: epath.PathLike, frozen_hash: str) -> None:
-    """Makes sure that a run resumes with the frozen weights of its newest checkpoint, before its config is replaced.
+def tokenizer_hash(workdir: epath.PathLike, tokenizer: Tokenizer) -> str:
+    """sha256 of the run's tokenizer file; of what will be written where a new run has none yet.
+
+    Checkpoints hold it, because ids mean nothing to weights that were trained with others.
+    """
+    kept = Workdir(workdir).tokenizer
+    return hashlib.sha256(kept.read_bytes() if kept.exists() else _tokenizer_file(tokenizer)).hexdigest()
+
+
+def _tokenizer_file(tokenizer: Tokenizer) -> bytes:
+    """The contents of the file that a tokenizer writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = epath.Path(folder) / "tokenizer.json"
+        tokenizer.save(path)
+        return path.read_bytes()
+
+
+def check_tokenizer(now: str, saved: Mapping[str, Any], where: str) -> None:
+    """Makes sure that trained weights are used with the tokenizer they were trained with.
+
+    Args:
+      now: `tokenizer_hash` of the tokenizer at hand.
+      saved: the checkpoint's `extra`; those of older versions hold no hash and are taken as they are.
+      where: the folder that the error names.
+
+    Raises:
+      UserError: the hashes differ.
+    """
+    then = saved.get("tokenizer_sha256")
+    if then is not None and now != then:
+        raise UserError(
+            f"the checkpoint in {where} was trained with another tokenizer.json (sha256 {then[:12]}, now {now[:12]}); "
+            "put that file back, or start a new run"
+        )
+
+
+def check_resumed_weights(workdir: epath.PathLike, frozen_hash: str, tokenizer: str) -> None:
+    """Makes sure that a run resumes with the frozen weights and the tokenizer of its newest checkpoint.
+
+    It is checked before the run's config is replaced.
 
     Args:
       workdir: of the run.
       frozen_hash: of the frozen weights at hand, see `model.frozen`.
+      tokenizer: hash of the tokenizer at hand, see `tokenizer_hash`.
 
     Raises:
       UserError: the checkpoint was trained with others.
@@ -145,7 +186,9 @@ def check_resumed_weights(workdir: epath.PathLike, frozen_hash: str) -> None:
     with Checkpoints(folder, read_only=True) as store:
         step = store.latest_step()
         if step is not None:
-            check_frozen(frozen_hash, store.extra(step), str(store.directory))
+            extra = store.extra(step)
+            check_frozen(frozen_hash, extra, str(store.directory))
+            check_tokenizer(tokenizer, extra, str(store.directory))
 
 
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:
@@ -159,5 +202,5 @@ def claim_workdir(workdir: epath.PathLike, config: ConfigDict, tokenizer: Tokeni
     run = Workdir(workdir)
     run.folder.mkdir(parents=True, exist_ok=True)
     if not run.tokenizer.exists():
-        tokenizer.save(run.tokenizer)
+        files.write_whole(run.tokenizer, _tokenizer_file(tokenizer))
     files.write_whole(run.config, config_lib.to_json(config).encode())

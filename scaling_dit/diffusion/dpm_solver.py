@@ -83,7 +83,9 @@ def _check(settings: Settings) -> None:
             f"config.sample.sampler_fields: algorithm_type {settings.algorithm_type} needs final_sigmas_type sigma_min"
         )
     if settings.algorithm_type == "sde-dpmsolver" and settings.solver_order == 3:
-        raise UserError("config.sample.sampler_fields: algorithm_type sde-dpmsolver needs solver_order 1 or 2")
+        raise UserError(
+            "config.sample.sampler_fields: algorithm_type sde-dpmsolver needs solver_order 1 or 2"
+        )
 
 
 def _order(settings: Settings, step: int, steps: int) -> int:

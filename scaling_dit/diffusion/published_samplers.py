@@ -78,7 +78,9 @@ class Published:
         """The clean latents, clipped as the fields say that a sampler has."""
         fields: dict[str, Any] = vars(self)
         if fields.get("thresholding"):
-            most = jnp.quantile(jnp.abs(x0).reshape(len(x0), -1), fields["dynamic_thresholding_ratio"], axis=1)
+            most = jnp.quantile(
+                jnp.abs(x0).reshape(len(x0), -1), fields["dynamic_thresholding_ratio"], axis=1
+            )
             # As torch.clamp, whose upper bound wins.
             most = jnp.minimum(jnp.maximum(most, 1.0), fields["sample_max_value"])
             most = most.reshape(-1, *[1] * (x0.ndim - 1))
@@ -106,9 +108,7 @@ class Ddim(Published):
         times = np.round(noise_levels.spaced(self.timestep_spacing, self.steps_offset, total, steps))
         after = _signal_at(signals, times - total // steps, 1.0 if self.set_alpha_to_one else signals[0])
         now = signals[times.astype(int)]
-        return new_table(
-            times, np.sqrt(now), np.sqrt(1 - now), x0=np.sqrt(after), eps=np.sqrt(1 - after)
-        )
+        return new_table(times, np.sqrt(now), np.sqrt(1 - now), x0=np.sqrt(after), eps=np.sqrt(1 - after))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +130,7 @@ class Ddpm(Published):
     def table(self, schedule: Schedule, steps: int) -> Linear[np.ndarray]:
         """See `samplers.Sampler`."""
         signals = noise_levels.signal(schedule, exact=True)
-        spaced = noise_levels.spaced(
-            self.timestep_spacing, self.steps_offset, schedule.num_timesteps, steps
-        )
+        spaced = noise_levels.spaced(self.timestep_spacing, self.steps_offset, schedule.num_timesteps, steps)
         times = np.round(spaced)
         now = signals[times.astype(int)]
         after = np.append(now[1:], 1.0)
@@ -168,10 +166,15 @@ class Pndm(Published):
         if steps > 1:
             start[1], end[1] = seen[1] + total // steps, seen[1]
         final = 1.0 if self.set_alpha_to_one else signals[0]
-        now, after = _signal_at(signals, np.minimum(start, total - 1.0), final), _signal_at(signals, end, final)
+        now, after = (
+            _signal_at(signals, np.minimum(start, total - 1.0), final),
+            _signal_at(signals, end, final),
+        )
         keep = np.sqrt(after / now)
         change = -(after - now) / (now * np.sqrt(1 - after) + np.sqrt(now * (1 - now) * after))
-        factors = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]])
+        factors = np.array(
+            [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]]
+        )
         weights = np.concatenate([factors, np.tile([55 / 24, -59 / 24, 37 / 24, -9 / 24], (len(seen), 1))])
         weights = weights[: len(seen)]
         if self.prediction_type == "v_prediction":

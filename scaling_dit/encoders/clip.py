@@ -167,6 +167,8 @@ class ClipText:
                 f"the tokenizer of text_encoder {self.size!r} frames a text by the ids {self.tokenizer.frame}; "
                 f"CLIP's has {(last - 1, last)}, with no tokens added"
             )
+        if self.tokenizer is not None:
+            self.tokenizer.check_ids(VOCABULARY, f"text_encoder 'clip', size {self.size!r}")
 
     @property
     def dim(self) -> int:

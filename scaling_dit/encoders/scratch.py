@@ -58,6 +58,10 @@ class WordTokenizer:
             raise UserError(f"no tokenizer at {path}; `train` writes it when a run starts") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{path} is no tokenizer: a JSON object with a list "words" is needed') from None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f'{path} is no tokenizer: its "words" must be a list of texts')
+        if len(set(words)) < len(words):
+            raise UserError(f'{path} is damaged: its "words" hold one twice; put the run\'s own file back')
         return cls(tuple(words))
 
     def save(self, path: str | epath.Path) -> None:

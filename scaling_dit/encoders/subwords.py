@@ -70,6 +70,25 @@ class SubwordTokenizer:
         return int(vocabularies.parse(self.definition).get_vocab_size())
 
     @functools.cached_property
+    def largest(self) -> tuple[str, int]:
+        """The token with the largest id, added tokens included, and that id."""
+        vocabulary = vocabularies.parse(self.definition).get_vocab(with_added_tokens=True)
+        return max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+
+    def check_ids(self, rows: int, where: str) -> None:
+        """Makes sure that every id has a row in an embedding table of so many rows.
+
+        Raises:
+          UserError: names the token whose id is the largest.
+        """
+        token, number = self.largest
+        if number >= rows:
+            raise UserError(
+                f"the tokenizer of {where} gives {token!r} the id {number}, but its embedding table has the rows 0 to "
+                f"{rows - 1}; the tokenizer that these weights came with, without added tokens, would be right"
+            )
+
+    @functools.cached_property
     def frame(self) -> tuple[int, ...]:
         """The ids of the empty caption: the begin and end tokens that the tokenizer adds."""
         return tuple(vocabularies.parse(self.definition).encode("").ids)

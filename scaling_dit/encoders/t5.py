@@ -186,13 +186,12 @@ class T5Text:
             raise UserError(f"text_encoder.length is {self.length}; it must be at least 1, for the end")
         parse_dtype(self.dtype, "text_encoder.dtype")
         parse_dtype(self.param_dtype, "text_encoder.param_dtype")
-        if self.tokenizer is not None and (
-            self.tokenizer.frame != (END,) or len(self.tokenizer) > VOCABULARY
-        ):
+        if self.tokenizer is not None and self.tokenizer.frame != (END,):
             raise UserError(
-                f"the tokenizer of text_encoder 't5' frames a text by the ids {self.tokenizer.frame} and has "
-                f"{len(self.tokenizer)} ids; T5's has {(END,)} and at most {VOCABULARY}"
+                f"the tokenizer of text_encoder 't5' frames a text by the ids {self.tokenizer.frame}; T5's has {(END,)}"
             )
+        if self.tokenizer is not None:
+            self.tokenizer.check_ids(VOCABULARY, f"text_encoder 't5', size {self.size!r}")
 
     @property
     def dim(self) -> int:

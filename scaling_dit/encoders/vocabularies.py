@@ -30,6 +30,8 @@ T5_EXTRA_IDS = 100
 # Merges used from CLIP's file, which has more lines.
 _CLIP_MERGES = 49_152 - 256 - 2
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Where transformers keeps the tokens that were added to a vocabulary.
+_ADDED = ("added_tokens.json", "tokenizer_config.json")
 _KINDS = "tokenizer.json, vocab.json with merges.txt, spiece.model or bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -76,12 +78,39 @@ def read(path: epath.Path) -> str:
             definition = t5(*_sentence_piece(file.read_bytes()))
         else:
             definition = file.read_text()
-        parse(definition)
+        tokenizer = parse(definition)
     except FileNotFoundError:
         raise UserError(f"{file.parent / 'merges.txt'} is missing, which vocab.json needs") from None
     except (ValueError, TypeError, KeyError, EOFError, OSError, zlib.error, struct.error) as error:
         raise UserError(f"{file} is damaged or no tokenizer: {error}") from None
+    _check_added(tokenizer, file)
     return definition
+
+
+def _check_added(tokenizer: Any, file: epath.Path) -> None:
+    """Makes sure that the tokens that files beside a vocabulary add are in it: transformers would add them.
+
+    Raises:
+      UserError: a token that is not in it, or that has another id there.
+    """
+    for beside in (file.parent / name for name in _ADDED):
+        if beside == file or not beside.exists():
+            continue
+        try:
+            held = json.loads(beside.read_text())
+            if beside.name == _ADDED[0]:
+                added = {str(token): int(number) for token, number in held.items()}
+            else:
+                decoder = held.get("added_tokens_decoder", {})
+                added = {str(token["content"]): int(number) for number, token in decoder.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{beside} is damaged or adds no tokens: {error}") from None
+        for token, number in added.items():
+            if tokenizer.token_to_id(token) != number:
+                raise UserError(
+                    f"{beside} adds the token {token!r} with the id {number}, which {file.name} does not have; give a "
+                    f"folder with a tokenizer.json that holds it, or remove it from {beside.name}"
+                )
 
 
 def parse(definition: str) -> Any:

@@ -17,7 +17,7 @@ from scaling_dit import backbones, interop, trees
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir
+from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir, tokenizer_hash
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
 from scaling_dit.interop.diffusers import pipelines
@@ -186,7 +186,11 @@ def start_run(
     shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
     start = jax.jit(make, out_shardings=shardings)(given)
     with Checkpoints(workdir.checkpoints) as store:
-        store.save(0, start, {"frozen_sha256": frozen_hash(frozen, *model.encoders)}, wait=True)
+        hashes = {
+            "frozen_sha256": frozen_hash(frozen, *model.encoders),
+            "tokenizer_sha256": tokenizer_hash(workdir, tokenizer),
+        }
+        store.save(0, start, hashes, wait=True)
     if described is not None and jax.process_index() == 0:
         write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
     save_frozen(workdir.frozen, model, frozen)

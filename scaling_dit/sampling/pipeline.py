@@ -15,7 +15,13 @@ from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import Workdir, load_tokenizer, read_config
+from scaling_dit.checkpoints.workdir import (
+    Workdir,
+    check_tokenizer,
+    load_tokenizer,
+    read_config,
+    tokenizer_hash,
+)
 from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen
@@ -113,7 +119,8 @@ def open_run(
 ) -> Pipeline:
     """As `load`, with the run's config, which the caller has read."""
     run = Workdir(workdir)
-    model = build_model(config, load_tokenizer(config, run))
+    tokenizer = load_tokenizer(config, run)
+    model = build_model(config, tokenizer)
     mesh = make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
     target = rules.with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))
@@ -129,6 +136,7 @@ def open_run(
     frozen = open_frozen(run.frozen, model, config.seed, mesh, boxed_frozen)
     now = frozen_hash(frozen, *model.encoders)
     check_frozen(now, saved, str(workdir))
+    check_tokenizer(tokenizer_hash(run, tokenizer), saved, str(workdir))
     return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step, ema=name)
 
 

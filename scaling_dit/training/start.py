@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import Workdir, check_resumed_weights, claim_workdir, open_workdir
+from scaling_dit.checkpoints.workdir import (
+    Workdir,
+    check_resumed_weights,
+    check_tokenizer,
+    claim_workdir,
+    open_workdir,
+    tokenizer_hash,
+)
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
@@ -41,6 +48,7 @@ class Run:
       positions: rows of the global batch that this process reads.
       frozen: weights that are not trained, in their shardings.
       frozen_hash: their hash, which every checkpoint holds.
+      tokenizer_hash: of the run's tokenizer, likewise.
       evaluator: what `config.eval` asks for.
     """
 
@@ -52,6 +60,7 @@ class Run:
     positions: np.ndarray
     frozen: Params
     frozen_hash: str
+    tokenizer_hash: str
     evaluator: InTraining
 
     @classmethod
@@ -80,7 +89,8 @@ class Run:
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config)
         digest = frozen_hash(frozen, *model.encoders)
-        check_resumed_weights(workdir, digest)
+        words = tokenizer_hash(workdir, tokenizer)
+        check_resumed_weights(workdir, digest, words)
         save_frozen(workdir.frozen, model, frozen)
         claim_workdir(workdir, config, tokenizer)
         return cls(
@@ -92,6 +102,7 @@ class Run:
             positions=positions,
             frozen=frozen,
             frozen_hash=digest,
+            tokenizer_hash=words,
             evaluator=evaluator,
         )
 
@@ -124,6 +135,7 @@ class Run:
         else:
             state, extra = store.restore(None, self.program.state)
             check_frozen(self.frozen_hash, extra, str(store.directory))
+            check_tokenizer(self.tokenizer_hash, extra, str(store.directory))
         loader = make_loader(
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
             positions=self.positions, start_step=int(state.step),
@@ -145,4 +157,9 @@ class Run:
 
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
         """The values that a checkpoint holds beside the state."""
-        return {"frozen_sha256": self.frozen_hash, "rewinds": len(rewinds), "losses": spikes.recent}
+        return {
+            "frozen_sha256": self.frozen_hash,
+            "tokenizer_sha256": self.tokenizer_hash,
+            "rewinds": len(rewinds),
+            "losses": spikes.recent,
+        }

@@ -187,7 +187,7 @@ def _find(path: epath.Path) -> epath.Path:
     shards = [name for name in names if _SHARD.search(name)]
     if shards:
         raise UserError(
-            f"{path} holds shards, such as {shards[0]}, without their index {STEMS[0]}{INDEX_SUFFIX}; put it beside them"
+            f"{path} holds shards, such as {shards[0]}, without their index; put {STEMS[0]}{INDEX_SUFFIX} beside"
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:

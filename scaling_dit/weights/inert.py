@@ -1,4 +1,4 @@
-"""Entries of published files that only training used: they are passed over and named once. All others must fit a table."""
+"""Entries of published files that only training used: they are passed over and named once; others must fit a table."""
 
 import functools
 import re

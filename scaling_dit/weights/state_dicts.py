@@ -272,7 +272,9 @@ def _compare_rest(
         if name not in state_dict:
             continue
         found = np.shape(_on_host(name, state_dict[name]))
-        sizes = len(found) == len(shape) and all(right in (None, size) for size, right in zip(found, shape, strict=True))
+        sizes = len(found) == len(shape) and all(
+            right in (None, size) for size, right in zip(found, shape, strict=True)
+        )
         if not sizes:
             right = str(shape).replace("None", "any")
             problems.append(f"{name} is {found}, it must be {right}")

@@ -40,8 +40,10 @@ OLD = {"algorithm_type": "dpmsolver", **MIN}
 OLD_SDE = {"algorithm_type": "sde-dpmsolver", **MIN}
 CASES = {
     "DDIMScheduler": [
-        SD, SD | NO_CLIP, SD | NO_CLIP | LEADING | {"set_alpha_to_one": False}, SD | NO_CLIP | LEADING, SD | CLIP | V,
-        SD | THRESHOLD, SD | NO_CLIP | TRAILING, SD | NO_CLIP | LINSPACE, PIXART | NO_CLIP | X0, SD | NO_CLIP | ZERO_SNR,
+        SD, SD | NO_CLIP, SD | NO_CLIP | LEADING | {"set_alpha_to_one": False}, SD | NO_CLIP | LEADING,
+        SD | CLIP | V,
+        SD | THRESHOLD, SD | NO_CLIP | TRAILING, SD | NO_CLIP | LINSPACE, PIXART | NO_CLIP | X0,
+        SD | NO_CLIP | ZERO_SNR,
     ],
     "DDIMParallelScheduler": [SD | NO_CLIP | LEADING],
     "DDPMScheduler": [
@@ -114,9 +116,7 @@ def ours(described, steps):
     schedule = make_schedule(
         diffusion["schedule"], zero_snr=diffusion["zero_snr"], time_shift=diffusion.get("time_shift", 1.0)
     )
-    sampler = samplers.create_sampler(
-        options["sampler"], options.get("sampler_fields", {}), schedule, steps
-    )
+    sampler = samplers.create_sampler(options["sampler"], options.get("sampler_fields", {}), schedule, steps)
     seen = []
 
     def denoise(latents, timestep, alpha, sigma):
@@ -142,13 +142,17 @@ def check(name, settings, steps, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "settings"), LISTED, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LISTED)])
+@pytest.mark.parametrize(
+    ("name", "settings"), LISTED, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LISTED)]
+)
 def test_latents_equal_diffusers(name, settings, monkeypatch):
     check(name, settings, 5, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "settings"), LISTED, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LISTED)])
+@pytest.mark.parametrize(
+    ("name", "settings"), LISTED, ids=[f"{name}-{i}" for i, (name, _) in enumerate(LISTED)]
+)
 def test_latents_of_more_steps_equal_diffusers(name, settings, monkeypatch):
     for steps in (1, 2, 16, 30):
         check(name, settings, steps, monkeypatch)
@@ -160,7 +164,11 @@ def test_latents_of_more_steps_equal_diffusers(name, settings, monkeypatch):
         ("Ddim", {"timestep_spacing": "middle"}, "timestep_spacing is 'middle'; it must be one of leading"),
         ("DpmSolver", {"solver_order": 4}, "solver_order is 4; it must be one of 1, 2, 3"),
         ("DpmSolver", {"algorithm_type": "dpmsolver"}, "needs final_sigmas_type sigma_min"),
-        ("Euler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas"),
+        (
+            "Euler",
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            "use_karras_sigmas and use_beta_sigmas",
+        ),
         ("Heun", {"order": 2}, "has no field 'order'"),
     ],
 )

@@ -148,3 +148,28 @@ def test_an_index_must_fit_its_shards(tmp_path):
     refused(tmp_path, "must hold a JSON object, it holds a list")
     index_path.write_text("{}")
     refused(tmp_path, "has no weight_map")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{stem}-{n:05d}-of-00002.fp16.safetensors", "{stem}.fp16-{n:05d}-of-00002.safetensors"]
+)
+def test_a_variant_alone_is_read_by_its_index(tmp_path, pattern):
+    weights = some_weights()
+    names = list(weights)
+    places = {}
+    for n, part in enumerate((names[:2], names[2:]), start=1):
+        file = pattern.format(stem=STEM, n=n)
+        safetensors_torch.save_file({name: torch.from_numpy(weights[name]) for name in part}, tmp_path / file)
+        places |= dict.fromkeys(part, file)
+    with pytest.raises(UserError, match="holds shards, such as .* without their index"):
+        weight_files.read(epath.Path(tmp_path))
+    index = tmp_path / f"{STEM}.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert_same(weight_files.read(epath.Path(tmp_path)), weights)
+    assert_same(weight_files.read(epath.Path(index)), weights)
+    # The usual files, where they are, and one variant of two only where it is named.
+    (tmp_path / f"{STEM}.safetensors.index.bf16.json").write_text(index.read_text())
+    with pytest.raises(UserError, match="several sets of weights"):
+        weight_files.read(epath.Path(tmp_path))
+    weight_files.write(epath.Path(tmp_path), STEM, {"a": np.zeros(1, np.float32)}, 10**6)
+    assert weight_files.read(epath.Path(tmp_path)).keys() == {"a"}

@@ -31,8 +31,7 @@ _CLASSES = {
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
 _OWN = {
-    f"{kind.__module__}:{kind.__name__}": (kind, name)
-    for kind, name in published_samplers.SCHEDULERS.items()
+    f"{kind.__module__}:{kind.__name__}": (kind, name) for kind, name in published_samplers.SCHEDULERS.items()
 }
 # Which sample as another class does.
 _SAME = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
@@ -46,15 +45,13 @@ _NOISE = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
-_NOISE_OF = dict.fromkeys(
-    (
-        "HeunDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "DPMSolverSDEScheduler",
-    ),
-    {"beta_start": 0.00085, "beta_end": 0.012},
-)
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_NOISE_OF = {
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "DPMSolverSDEScheduler": _SD_BETAS,
+}
 # The others have no `rescale_betas_zero_snr`, and diffusers passes over it in their files.
 _ZERO_SNR = (
     "DDIMScheduler",
@@ -204,9 +201,7 @@ def read(
     name = _SAME.get(named, named)
     found = dict(described)
     if pipeline == "StableDiffusionPipeline":
-        found |= {
-            key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in found
-        }
+        found |= {key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in found}
     if name in _FLOW:
         return _read_flow(found, name, where, sampling)
     known = set(_CLASSES.values()) | set(published_samplers.SCHEDULERS.values())
@@ -244,7 +239,9 @@ def _read_noise(found: Mapping[str, Any], name: str, where: str) -> dict[str, An
             break
     else:
         betas = f"{noise['beta_schedule']} from {noise['beta_start']} to {noise['beta_end']}"
-        raise UserError(f"{where} is of a {name} with betas {betas}; schedules here are {', '.join(_SCHEDULES)}")
+        raise UserError(
+            f"{where} is of a {name} with betas {betas}; schedules here are {', '.join(_SCHEDULES)}"
+        )
     kinds = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     kind = noise["prediction_type"]
     if kind not in kinds:

@@ -24,16 +24,35 @@ _FEW = 15
 class Settings(Protocol):
     """The fields of `published_samplers.DpmSolver` that are read here."""
 
-    timestep_spacing: str
-    steps_offset: int
-    solver_order: int
-    algorithm_type: str
-    solver_type: str
-    lower_order_final: bool
-    euler_at_final: bool
-    final_sigmas_type: str
-    lambda_min_clipped: float
-    cosine: bool
+    @property
+    def timestep_spacing(self) -> str: ...
+
+    @property
+    def steps_offset(self) -> int: ...
+
+    @property
+    def solver_order(self) -> int: ...
+
+    @property
+    def algorithm_type(self) -> str: ...
+
+    @property
+    def solver_type(self) -> str: ...
+
+    @property
+    def lower_order_final(self) -> bool: ...
+
+    @property
+    def euler_at_final(self) -> bool: ...
+
+    @property
+    def final_sigmas_type(self) -> str: ...
+
+    @property
+    def lambda_min_clipped(self) -> float: ...
+
+    @property
+    def cosine(self) -> bool: ...
 
 
 def table(settings: Settings, schedule: Schedule, steps: int) -> Linear[np.ndarray]:
@@ -100,6 +119,7 @@ def _order(settings: Settings, step: int, steps: int) -> int:
 def _placed(settings: Settings, schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [S] as the model sees them, and noise levels [S + 1]."""
     total, spacing = schedule.num_timesteps, settings.timestep_spacing
+    times: np.ndarray
     noise_levels.check_spacing(spacing, total, steps)
     all_levels = noise_levels.levels_of(noise_levels.signal(schedule))
     last = total - int(np.searchsorted(-np.log(all_levels)[::-1], settings.lambda_min_clipped))

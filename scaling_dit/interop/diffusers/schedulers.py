@@ -315,7 +315,7 @@ def _built_in(name: str, fields: Mapping[str, Any], diffusion: Mapping[str, Any]
     }.get(sampler)
     offset = fields["steps_offset"] if fields["timestep_spacing"] == "leading" else None
     spacing = placed == (fields["timestep_spacing"], offset, diffusion["zero_snr"])
-    rest = {
+    known: dict[str, dict[str, Any]] = {
         "ddim": {"set_alpha_to_one": False, "clip_sample": False, "thresholding": False},
         "euler": {"final_sigmas_type": "zero"},
         "heun": {"clip_sample": False},
@@ -323,7 +323,8 @@ def _built_in(name: str, fields: Mapping[str, Any], diffusion: Mapping[str, Any]
             "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
             "final_sigmas_type": "zero", "lambda_min_clipped": -1e9, "thresholding": False,
         },
-    }.get(sampler)  # fmt: skip
+    }  # fmt: skip
+    rest = known.get(sampler)
     switches = [value for key, value in fields.items() if key.startswith("use_")]
     same = rest is not None and all(fields[key] == value for key, value in rest.items())
     return sampler if spacing and same and not any(switches) else ""

@@ -13,7 +13,10 @@ STEPS = 20
 
 
 def tiny(steps: int = STEPS, **changes) -> ConfigDict:
-    """A run of seconds; `changes` are dotted keys with __ for the dot."""
+    """A run of seconds; `changes` are dotted keys with __ for the dot.
+
+    The learning rate is constant after warm-up, so that runs of any number of steps share one compiled step.
+    """
     config = config_lib.load("experiments/shapes.py:smoke")
     overrides = {
         "steps": steps,
@@ -21,6 +24,7 @@ def tiny(steps: int = STEPS, **changes) -> ConfigDict:
         "checkpoint.every": 1000,
         "log.every": 1,
         "log.tensorboard": False,
+        "optim.decay": "constant",
     }
     overrides |= {key.replace("__", "."): value for key, value in changes.items()}
     with config.unlocked():

@@ -1,6 +1,7 @@
 """The layers of the package, and that the contract of pyproject.toml finds an import that breaks them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,3 +81,12 @@ def test_an_import_that_breaks_a_contract_is_reported(copy, file, line, contract
     code, text = lint_imports(copy)
     assert code == 1 and f"{contract} BROKEN" in text, text
     assert reported in text.split("Broken contracts")[1], text
+
+
+def test_a_test_file_imports_from_no_other_test_file():
+    between = re.compile(
+        r"^\s*(from tests(\.\w+)*\.test_|from tests(\.\w+)* import test_|import tests.*\btest_)", re.M
+    )
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    assert not [str(path.relative_to(ROOT)) for path in paths if between.search(path.read_text())]
+    assert between.search("    from tests.training.test_optim import run\n")

@@ -9,51 +9,9 @@ import torch
 
 from scaling_dit.checkpoints.ema import update_emas
 from scaling_dit.checkpoints.state import create_state
-from scaling_dit.config import defaults
 from scaling_dit.errors import UserError
 from scaling_dit.training import optim as optim_lib
-
-
-def section(**fields):
-    optim = defaults().optim
-    optim.update({"warmup_steps": 0, "learning_rate": 0.1, "ema": (), **fields})
-    return optim
-
-
-def make_params(seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "backbone": {"dense": {"kernel": (4, 3), "bias": (3,)}, "pos_embed": (5, 4)},
-        "text_encoder": {"embed": {"embedding": (6, 4)}, "out": {"kernel": (4, 4), "bias": (2, 4)}},
-    }
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape).astype(np.float32)),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-def make_grads(seed, scale=1.0):
-    return jax.tree.map(lambda p: scale * p, make_params(1000 + seed))
-
-
-def run(optim, gradients, params=None, losses=None, total_steps=100):
-    """States before and after each step."""
-    optimizer = optim_lib.make_optimizer(optim, total_steps)
-    states = [create_state(make_params() if params is None else params, optimizer, optim.ema)]
-    step = jax.jit(
-        lambda state, loss, grads: optim_lib.apply_gradients(state, loss, grads, optimizer, optim.ema)
-    )
-    for index, grads in enumerate(gradients):
-        loss = 1.0 if losses is None else losses[index]
-        states.append(step(states[-1], jnp.float32(loss), grads))
-    return states
-
-
-def assert_trees_equal(first, second):
-    assert jax.tree.structure(first) == jax.tree.structure(second)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+from tests.support.optimizer_steps import assert_trees_equal, make_grads, make_params, run, section
 
 
 def differs(first, second):

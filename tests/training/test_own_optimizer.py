@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.errors import UserError
 from scaling_dit.training import optim as optim_lib
-from tests.training.test_optim import assert_trees_equal, make_grads, make_params, run, section
+from tests.support.optimizer_steps import assert_trees_equal, make_grads, make_params, run, section
 
 
 def own(name, **fields):

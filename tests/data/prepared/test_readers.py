@@ -9,7 +9,7 @@ import pytest
 from scaling_dit.data.prepared import manifest, readers
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
-from tests.data.prepared.test_source import assert_is, write_set
+from tests.support.prepared_records import assert_is, write_set
 
 SHARDS = 60
 

@@ -141,7 +141,7 @@ def test_a_captioner_that_fails_leaves_nothing_that_refuses_the_corrected_comman
 
 def test_options_are_typed_and_checked(monkeypatch):
     monkeypatch.setitem(sys.modules, "mean_captioner", sys.modules[__name__])
-    assert create_captioner("mean_captioner:Mean", {"captions": "2"}).captions == 2
+    assert create_captioner("mean_captioner:Mean", {"captions": "2"}).captioner.captions == 2
     with pytest.raises(UserError, match="--option=captions=two: give a value such as 3"):
         create_captioner("mean_captioner:Mean", {"captions": "two"})
     with pytest.raises(UserError, match="no field 'caption'; did you mean 'captions'"):

@@ -201,7 +201,9 @@ def test_an_error_in_a_reading_thread_reaches_the_caller():
             record = super().__getitem__(index)
             return {**record, "image": record["image"][:3]}
 
-    with pytest.raises(UserError, match="is 3x4x3 uint8; the source promises 4x4x3 uint8") as error:
+    with pytest.raises(
+        UserError, match="has an image of 3x4x3 uint8; the source promises 4x4x3 uint8"
+    ) as error:
         load(Odd(5), 1)
     assert "\n" not in str(error.value)
 

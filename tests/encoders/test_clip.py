@@ -149,7 +149,8 @@ def test_quick_gelu_and_the_end_that_also_pads(monkeypatch, tmp_path, tokenizer)
     theirs = reference(model, ids)
     np.testing.assert_allclose(tokens, theirs.last_hidden_state.numpy(), atol=TOLERANCE)
     np.testing.assert_allclose(pooled, theirs.pooler_output.numpy(), atol=TOLERANCE)
-    np.testing.assert_array_equal(pooled, tokens[[0, 1], [4, 1]])
+    # To the last bit but one: the norm of one state and that of all are different programs.
+    np.testing.assert_allclose(pooled, tokens[[0, 1], [4, 1]], rtol=0, atol=2.4e-7)
 
 
 def test_padding_is_what_the_fields_say(tokenizer):

@@ -177,9 +177,7 @@ def test_mistakes(folder, tmp_path):
     save_file(weights, old / "model.safetensors")
     with pytest.raises(UserError, match=r"missing: encoder.block.1.layer.0.SelfAttention.k.weight"):
         T5Text(weights=str(old), size="tiny").load()
-    with pytest.raises(
-        UserError, match=r"frames a text by the ids \(49406, 49407\) and has 49408 ids; T5's has"
-    ):
+    with pytest.raises(UserError, match=r"frames a text by the ids \(49406, 49407\); T5's has"):
         T5Text(SubwordTokenizer.read({"tokenizer_files": str(text_towers.clip_vocabulary())}))
 
 

@@ -133,7 +133,7 @@ def test_without_a_table(own):
             "WEIGHTS of Mine 'no_such:rows': no module 'no_such' on the Python path; write package",
         ),
         ("own_weights:row", "own_weights has no function 'row'; did you mean 'rows'"),
-        ("own_weights:NOT_A_FUNCTION", "must be a function from a backbone to rows, not a int"),
+        ("own_weights:NOT_A_FUNCTION", "own_weights has no function 'NOT_A_FUNCTION'; known: "),
     ],
 )
 def test_a_table_that_is_not_found_is_one_line(own, monkeypatch, place, message):

@@ -28,7 +28,10 @@ def average(preset: str, change: Callable[[np.ndarray, np.random.Generator], np.
     rng = np.random.default_rng(0)
     images = [change(source[i]["image"], rng) for i in source.distinct(SCENES)]
     rows = [source.questions(i) for i in source.distinct(SCENES)]
-    return float(tifa.score(images, rows, oracle.answer, oracle.VQA_MODEL, 0)["tifa_average"])
+    scored = [
+        tifa.caption_row(image, asked, oracle.answer) for image, asked in zip(images, rows, strict=True)
+    ]
+    return float(tifa.summary(scored, oracle.VQA_MODEL, 0)["tifa_average"])
 
 
 def noisy(image: np.ndarray, rng: np.random.Generator, sd: float) -> np.ndarray:

@@ -4,7 +4,7 @@ Its `pad_token`, which only fills sequences up, is dropped from what is read, an
 """
 
 from scaling_dit.backbones.large_dit import LargeDiT
-from scaling_dit.weights.table import Row, Table, Unread, linear, norm, patch_linear
+from scaling_dit.weights.table import Row, Table, Unread, linear, norm, patch_linear, query_key_value
 
 
 def rows(backbone: LargeDiT) -> Table:
@@ -43,10 +43,7 @@ def _attention(upstream: str, ours: str, layers: int, backbone: LargeDiT) -> lis
         *linear((f"{upstream}.wk_y", f"{upstream}.wv_y"), f"{ours}/text_kv", layers, apart=True),
         *linear(f"{upstream}.wo", f"{ours}/out", layers, bias=False),
     ]
-    if backbone.grouped:
-        table += linear(q, f"{ours}/q", layers, bias=False) + linear((k, v), f"{ours}/kv", layers)
-    else:
-        table += linear((q, k, v), f"{ours}/qkv", layers)
+    table += query_key_value(q, k, v, ours, layers, grouped=backbone.grouped)
     if backbone.qk_norm:
         for theirs, name in (("q", "q"), ("k", "k"), ("ky", "text_k")):
             table += norm(f"{upstream}.{theirs}_norm", f"{ours}/{name}_norm", layers)

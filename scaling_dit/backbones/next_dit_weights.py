@@ -9,7 +9,7 @@ from typing import Any
 from scaling_dit.backbones.next_dit import NextDiT
 from scaling_dit.errors import UserError
 from scaling_dit.weights.diffusers_class import Arguments, DiffusersClass
-from scaling_dit.weights.table import Copy, Row, Table, linear, norm, patch_linear
+from scaling_dit.weights.table import Copy, Row, Table, linear, norm, patch_linear, query_key_value
 
 
 def rows(backbone: NextDiT) -> Table:
@@ -47,10 +47,7 @@ def _attention(block: str, ours: str, layers: int, backbone: NextDiT) -> Table:
         *linear((f"{text}.to_k", f"{text}.to_v"), f"{ours}/text_kv", layers, apart=True),
         *linear(f"{text}.to_out.0", f"{ours}/out", layers, bias=False),
     ]
-    if backbone.grouped:
-        table += linear(q, f"{ours}/q", layers, bias=False) + linear((k, v), f"{ours}/kv", layers)
-    else:
-        table += linear((q, k, v), f"{ours}/qkv", layers)
+    table += query_key_value(q, k, v, ours, layers, grouped=backbone.grouped)
     if backbone.qk_norm:
         table += norm(f"{image}.norm_q", f"{ours}/q_norm", layers)
         table += norm(f"{image}.norm_k", f"{ours}/k_norm", layers)

@@ -215,29 +215,8 @@ def cudnn_obstacle(q_BTNH: jax.Array, k_BSNH: jax.Array, key_mask: jax.Array | N
     return None
 
 
-def _attend_and_project(
-    module: "SelfAttention | CrossAttention",
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNH: jax.Array,
-    key_mask: jax.Array | None,
-) -> jax.Array:
-    """Attention and its last product, `proj` of the module that calls this: [B, T, D]."""
-    o_BTNH = attend(module, q_BTNH, k_BSNH, v_BSNH, key_mask)
-    proj = Dense(
-        q_BTNH.shape[2] * q_BTNH.shape[3],
-        ("heads", "embed"),
-        kernel_init=module.out_init or module.kernel_init,
-        bias_init=module.bias_init,
-        name="proj",
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-    )
-    return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, one fused product for q, k and v: x [B, T, D], key_mask [B, T] -> [B, T, D].
+class _MultiHead(nn.Module):
+    """What self- and cross-attention share: fields, splitting products into heads, and the product after attention.
 
     Attributes:
       out_init: initializer of the last kernel; by default `kernel_init`.
@@ -254,10 +233,36 @@ class SelfAttention(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @nn.nowrap
+    def _heads(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, N, H]."""
+        x_BTNH = rearrange(x_BTD, "b t (n h) -> b t n h", n=self.heads)
+        return constrain(x_BTNH, "batch", self.length_axis, "act_heads", None)
+
+    @nn.nowrap
+    def _project(
+        self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, key_mask: jax.Array | None
+    ) -> jax.Array:
+        """Attention and the product `proj` after it: [B, T, D]."""
+        o_BTNH = attend(self, q_BTNH, k_BSNH, v_BSNH, key_mask)
+        proj = Dense(
+            q_BTNH.shape[2] * q_BTNH.shape[3],
+            ("heads", "embed"),
+            kernel_init=self.out_init or self.kernel_init,
+            bias_init=self.bias_init,
+            name="proj",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        return proj(rearrange(o_BTNH, "b t n h -> b t (n h)"))
+
+
+class SelfAttention(_MultiHead):
+    """Multi-head self-attention, one fused product for q, k and v: x [B, T, D], key_mask [B, T] -> [B, T, D]."""
+
     @nn.compact
     def __call__(self, x: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
         width = x.shape[-1]
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         fused = Dense(
             (3, width),
             ("embed", None, "heads"),
@@ -265,37 +270,18 @@ class SelfAttention(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
             name="qkv",
-            **types,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
         )(x)
-        q_BTNH, k_BTNH, v_BTNH = (
-            constrain(
-                rearrange(fused[:, :, i], "b t (n h) -> b t n h", n=self.heads),
-                "batch", self.length_axis, "act_heads", None,
-            )
-            for i in range(3)
-        )  # fmt: skip
-        return _attend_and_project(self, q_BTNH, k_BTNH, v_BTNH, key_mask)
+        q_BTNH, k_BTNH, v_BTNH = (self._heads(fused[:, :, i]) for i in range(3))
+        return self._project(q_BTNH, k_BTNH, v_BTNH, key_mask)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_MultiHead):
     """Multi-head attention from x to a context: x [B, T, D], context [B, S, E], key_mask [B, S] -> [B, T, D].
 
     The kernels of k and v are one array [2, E, D].
-
-    Attributes:
-      out_init: initializer of the last kernel; by default `kernel_init`.
-      length_axis: logical axis of tokens; None keeps images whole.
     """
-
-    heads: int
-    qkv_bias: bool = False
-    implementation: str = "auto"
-    kernel_init: Initializer = NORMAL_002
-    out_init: Initializer | None = None
-    bias_init: Initializer = nn.initializers.zeros
-    length_axis: str | None = "length"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
@@ -305,9 +291,4 @@ class CrossAttention(nn.Module):
         inputs["bias_init"] = self.bias_init
         q_BTD = Dense(width, ("embed", "heads"), name="q", **inputs)(x)
         k_BSD, v_BSD = Dense((2, width), (None, "text", "heads"), apart=True, name="kv", **inputs)(context)
-        axes = ("batch", self.length_axis, "act_heads", None)
-        q_BTNH, k_BSNH, v_BSNH = (
-            constrain(rearrange(part, "b t (n h) -> b t n h", n=self.heads), *axes)
-            for part in (q_BTD, k_BSD, v_BSD)
-        )
-        return _attend_and_project(self, q_BTNH, k_BSNH, v_BSNH, key_mask)
+        return self._project(*map(self._heads, (q_BTD, k_BSD, v_BSD)), key_mask)

@@ -141,6 +141,15 @@ def linear(
     return rows + ([Row(biases, f"{ours}/bias", transforms[1], layers)] if has_bias else [])
 
 
+def query_key_value(
+    q: str, k: str, v: str, ours: str, layers: int | None = None, *, grouped: bool = False
+) -> list[Row]:
+    """The rows of three Linears without bias <-> one kernel `ours`/qkv, or `ours`/q and /kv for grouped queries."""
+    if grouped:
+        return linear(q, f"{ours}/q", layers, bias=False) + linear((k, v), f"{ours}/kv", layers)
+    return linear((q, k, v), f"{ours}/qkv", layers)
+
+
 def norm(upstream: str, ours: str, layers: int | None = None, *, bias: bool = True) -> list[Row]:
     """The rows of a torch norm: `upstream`.weight and .bias <-> `ours`/scale and /bias."""
     rows = [Row(f"{upstream}.weight", f"{ours}/scale", layers=layers)]

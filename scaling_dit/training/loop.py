@@ -228,7 +228,7 @@ def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequ
 
     The decisions for the devices of this start are printed, for they may differ from start to start.
     """
-    step, decisions = int(state.step), run.decisions()
+    step, decisions = int(state.step), run.program.decisions
     if jax.process_index() == 0:
         for name, decided in decisions.items():
             print(f"scaling-dit: {name}: {decided}", file=sys.stderr)

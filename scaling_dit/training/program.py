@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
+from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.state import init_state
 from scaling_dit.model.model import Model
+from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.training import optim
@@ -84,10 +86,66 @@ class StepProgram:
             batch=batch_shapes(config, model, mesh),
         )
 
+    @functools.cached_property
+    def decisions(self) -> dict[str, str]:
+        """The decisions for this mesh: how each attention runs, and which parameters no device splits.
+
+        The step is traced for it, once: its first call reuses the trace.
+        """
+        with rules.activate(self.mesh), recorded_choices() as chosen:
+            self.step.trace(self.state, self.frozen, self.batch)
+        decided = {"attention": "; ".join(sorted(map(str, chosen)))}
+        # On other meshes every parameter is whole on each device, as the config asks.
+        if self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1:
+            decided["replicated"] = str(rules.replicated(self.mesh, self.boxed_params))
+        return decided
+
     def lower(self) -> Any:
         """The train step lowered for the mesh's devices, attached or not: a `jax.stages.Lowered`."""
         with rules.activate(self.mesh):
             return self.step.lower(self.state, self.frozen, self.batch)
+
+
+# Sections of a config that a run reads beside its jitted functions.
+BESIDE = (
+    "captions",
+    "checkpoint",
+    "compile_cache",
+    "eval",
+    "loader",
+    "log",
+    "metrics",
+    "processes",
+    "rewind",
+    "sample",
+)
+# The program of this process's last run and what it was built from.
+_last: list[tuple[Any, StepProgram]] = []
+
+
+def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
+    """`StepProgram.build`, or the program of the process's last run if this one's would be the same.
+
+    Runs that differ in nothing that the step reads are traced and compiled once, one after another in a process. What
+    a user brings by "package.module:Name" may have changed in between, so such a run always builds its own. One
+    program is held until another takes its place.
+    """
+    fields = {
+        name: value
+        for name, value in config_lib.flatten(config).items()
+        if name.partition(".")[0] not in BESIDE
+    }
+    if config.optim.decay == "constant":
+        del fields["steps"]
+    # A source reaches the program by shapes and words alone, which are the model's.
+    if any(
+        isinstance(value, str) and ":" in value for name, value in fields.items() if name[:7] != "source."
+    ):
+        return StepProgram.build(config, model, mesh)
+    key = repr(fields), repr(model), mesh
+    if not _last or _last[0][0] != key:
+        _last[:] = [(key, StepProgram.build(config, model, mesh))]
+    return _last[0][1]
 
 
 def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

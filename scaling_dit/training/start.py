@@ -27,10 +27,9 @@ from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.codec_identity import check_source
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
-from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import rules
 from scaling_dit.training import rewind
-from scaling_dit.training.program import StepProgram, run_mesh
+from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
 from scaling_dit.trees import Params
 
@@ -84,7 +83,7 @@ class Run:
         model = build_model(config, tokenizer, source)
 
         # Shapes first, then straight into their shardings.
-        program = StepProgram.build(config, model, mesh)
+        program = shared(config, model, mesh)
         frozen = open_frozen(workdir.frozen, model, config.seed, mesh, program.boxed_frozen)
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config)
@@ -105,20 +104,6 @@ class Run:
             tokenizer_hash=words,
             evaluator=evaluator,
         )
-
-    def decisions(self) -> dict[str, str]:
-        """The decisions for this mesh: how each attention runs, and which parameters no device splits.
-
-        The step is traced for it, once: its first call reuses the trace.
-        """
-        program = self.program
-        with rules.activate(program.mesh), recorded_choices() as chosen:
-            program.step.trace(program.state, self.frozen, program.batch)
-        decided = {"attention": "; ".join(sorted(map(str, chosen)))}
-        # On other meshes every parameter is whole on each device, as the config asks.
-        if program.mesh.shape["fsdp"] * program.mesh.shape["tensor"] > 1:
-            decided["replicated"] = str(rules.replicated(program.mesh, program.boxed_params))
-        return decided
 
     def begin(self, store: Checkpoints, rewinds: Sequence[Rewind]) -> tuple[TrainState, SpikeDetector, Any]:
         """(state, spike detector, loader) of the newest checkpoint that `rewinds` leave, else of step 0.

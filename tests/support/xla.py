@@ -24,6 +24,8 @@ def prepare(environment) -> None:
     given = environment.get("XLA_FLAGS", "")
     count = "" if _COUNT in given else f"{_COUNT}=8"
     environment["XLA_FLAGS"] = " ".join(part for part in (QUICK, count, given) if part)
+    # Filtering a traceback costs at each call of a jitted function, with or without an error.
+    environment.setdefault("JAX_TRACEBACK_FILTERING", "off")
 
 
 def plain_environment() -> dict[str, str]:

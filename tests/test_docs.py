@@ -45,6 +45,7 @@ def beside_my_file(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_users_own_backbone_trains_and_samples_from_python(beside_my_file, capsys):
     (example,) = [block for block in blocks("python", "own_backbone.md") if "scaling_dit.train(run" in block]
     names: dict = {}
@@ -57,6 +58,7 @@ def test_a_users_own_backbone_trains_and_samples_from_python(beside_my_file, cap
     assert params == sum(x.size for x in jax.tree.leaves(names["state"].params["backbone"]))
 
 
+@pytest.mark.slow
 def test_the_commands_for_it_run(beside_my_file, capsys):
     training, count, export, import_ = commands("own_backbone.md")
     small = ["--config.steps=2", "--config.batch=8", "--config.eval.every=0", "--config.optim.warmup_steps=1"]

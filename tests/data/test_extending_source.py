@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from tests.support import extending
 
 
+@pytest.mark.slow
 def test_the_page_adds_a_source(tmp_path):
     copy = extending.carry_out("A source of images", tmp_path)
     assert copy.touched == {

@@ -117,6 +117,7 @@ def test_the_import_is_a_run_at_step_0(weights, imported):
     assert raw.sample(["a red circle"]).shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_train_goes_on_from_it_as_from_its_own_start(imported, weights, tmp_path):
     """The state is that of a fresh run with the backbone replaced: the same text encoder, moments and data."""
     resolved = config.load(SMOKE, ["--config.seed=5", "--config.eval.every=0"])

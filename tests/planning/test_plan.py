@@ -144,6 +144,7 @@ def test_a_quick_plan_says_what_it_leaves_out_and_leaves_nothing_behind(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_quick_search_ranks_by_the_limit():
     done = command("--config=shapes:smoke", "--topology=v5e:2x2", "--search", "--search_limit=1", "--quick")
     assert "1 compiled" in done.stdout and "ms limit  MFU limit" in done.stdout
@@ -246,7 +247,7 @@ allocation 8: size 9, color 5, page 0, parameter 13, shape |f32[9]| at ShapeInde
     assert plan_compile.allocated(text) == (4196, 30, 10)
 
 
-@pytest.mark.parametrize("flags", [[], ["--quick"]])
+@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.slow), ["--quick"]])
 def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1(flags):
     done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", *flags, code=1)
     assert "does not fit" in done.stdout and "of 15.75 GiB" in done.stdout

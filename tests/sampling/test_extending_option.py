@@ -63,6 +63,7 @@ def test_it_is_a_field_a_flag_and_noted_where_it_is_used(copy):
     assert "`sample.noise_scale`" in (copy.folder / "docs/config.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_depend_on_it(copy):
     assert copy.python(SAMPLE).split() == ["same", "other"]
 

@@ -84,6 +84,7 @@ def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
     assert rows[0] == rows[1] and len(rows[0]) == STEPS
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
     kill_when(tmp_path, lambda: saving(tmp_path))
     finish(tmp_path)

@@ -32,7 +32,7 @@ def one_device(tmp_path_factory):
     "devices, mesh",
     [
         (8, {"data": 8}),
-        (8, {"data": 1, "fsdp": 8}),
+        pytest.param(8, {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
         (8, {"data": 2, "fsdp": 4}),
         pytest.param(2, {"data": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"data": 1, "fsdp": 2}, marks=pytest.mark.slow),

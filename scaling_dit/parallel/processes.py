@@ -244,6 +244,18 @@ def total(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(added.items()))
 
 
+def gather_numbers(row: Sequence[float]) -> list[list[float]]:
+    """The rows of all processes, in their order; every process gives as many numbers. In float32 if several do."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [list(row)]
+    rows = np.asarray(multihost_utils.process_allgather(np.asarray(row, np.float32)))
+    return rows.reshape(jax.process_count(), -1).tolist()
+
+
 def gather_bytes(data: bytes) -> list[bytes]:
     """What every process gives, in the order of the processes; of any lengths."""
     import jax

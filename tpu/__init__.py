@@ -1,0 +1,1 @@
+"""TPU VM jobs: installed as `scaling_dit.tpu`."""

@@ -27,7 +27,7 @@ from scaling_dit.planning import report as plan_report
 from scaling_dit.training import loop
 from tests.support import xla
 from tests.support.pages import blocks, commands, first_column
-from tests.support.paths import DOCS
+from tests.support.paths import DOCS, ROOT
 
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
@@ -193,6 +193,10 @@ def test_every_tag_of_a_run_is_explained_and_no_other(smoke_run):
     bins = {name for name in written if name.startswith("validation/loss_t")}
     assert "validation/loss_t0000-0199" in bins and len(bins) == 5
     elsewhere = {"evaluation/digit_accuracy", "data/damaged_KIND"}
+    # Of chips with a known peak, and of several processes.
+    elsewhere |= {
+        f"speed/{name}" for name in ("mfu", "model_tflops_per_chip", "slowest_process", "slowest_host_wait")
+    }
     assert written - bins == explained - bins - elsewhere - (TIFA - written)
 
 
@@ -227,7 +231,8 @@ def test_the_flags_of_plan_are_those_of_the_program():
 def test_the_error_lines_are_in_the_code():
     """The parts of each line, between names and numbers that are filled in, are texts of the program."""
     package = pathlib.Path(scaling_dit.__file__).parent
-    code = " ".join(path.read_text() for path in sorted(package.rglob("*.py")))
+    paths = [*package.rglob("*.py"), *(ROOT / "tpu").rglob("*.py")]
+    code = " ".join(path.read_text() for path in sorted(paths))
     # Texts that run over lines.
     code = re.sub(r'"\s+f?"', "", code)
     lines = [line for cell in first_column("errors_and_exit_codes.md", "Frequent lines")

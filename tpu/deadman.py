@@ -10,9 +10,9 @@ deletes the resource of the job when
 The owner can put it off, but not beyond the hours: a metadata attribute `scaling-dit-hold-until` of the machine, in
 seconds since 1970, holds deletion until then.
 
-`script` gives one bash script. `bash SCRIPT install` copies it to its place and starts a systemd timer, `bash SCRIPT check`
-looks once; both must run as root on a worker. It needs bash, curl, gcloud and GNU date and coreutils, which Google's images
-have. The account of the machine must be allowed to delete the resource, with the scope cloud-platform.
+`script` gives one bash script. `bash SCRIPT install` copies it to its place and starts a systemd timer, `bash SCRIPT
+check` looks once; both must run as root on a worker. It needs bash, curl, gcloud, GNU date and coreutils, which
+Google's images have. The account of the machine must be allowed to delete the resource, with the scope cloud-platform.
 """
 
 import math
@@ -30,8 +30,8 @@ BACKENDS = ("queued", "compute")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _ZONE = re.compile(r"[a-z]+-[a-z]+\d+-[a-z]")
 
-# Values are read from variables that the head of the script sets, so this part is the same for every job. `date` and the
-# metadata server can be replaced by tests through PATH and GCE_METADATA_HOST, the variable that Google's libraries read.
+# Values are read from variables that the head of the script sets, so this part is the same for every job. `date` and
+# the metadata server can be replaced by tests through PATH and GCE_METADATA_HOST, which Google's libraries read too.
 _BODY = r"""
 log() { echo "scaling-dit dead-man switch: $*"; }
 
@@ -58,9 +58,9 @@ heartbeat() {
 }
 
 held() {
-  curl -sf -m 5 -H 'Metadata-Flavor: Google' \
-    "http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/attributes/scaling-dit-hold-until" \
-    2>/dev/null | sed -n '1s/^\([0-9][0-9]*\)$/\1/p'
+  local server="http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1"
+  curl -sf -m 5 -H 'Metadata-Flavor: Google' "$server/instance/attributes/scaling-dit-hold-until" 2>/dev/null |
+    sed -n '1s/^\([0-9][0-9]*\)$/\1/p'
 }
 
 # Sets `reason` if the resource must be deleted now.
@@ -87,7 +87,8 @@ judge() {
   # While nothing can be read, old heartbeats say nothing about silence.
   if [ -z "$reason" ] && [ "$(kept read)" = "$now" ]; then
     if [ -z "$seen" ]; then
-      [ $((now - begun)) -ge "$setup_seconds" ] && reason="no heartbeat within $((setup_seconds / 60)) minutes of the start"
+      [ $((now - begun)) -ge "$setup_seconds" ] &&
+        reason="no heartbeat within $((setup_seconds / 60)) minutes of the start"
     elif [ $((now - seen)) -ge "$quiet_seconds" ]; then
       # A machine that is there again after a preemption has as long to set up as a new one.
       [ $((now - begun)) -ge "$setup_seconds" ] && reason="no heartbeat for $(((now - seen) / 60)) minutes"
@@ -144,7 +145,11 @@ def delete_command(job: Mapping[str, Any]) -> list[str]:
     Args:
       job: as `script` takes it.
     """
-    place = [f"--zone={job['zone']}", *([f"--project={job['project']}"] if job.get("project") else []), "--quiet"]
+    place = [
+        f"--zone={job['zone']}",
+        *([f"--project={job['project']}"] if job.get("project") else []),
+        "--quiet",
+    ]
     if job["backend"] == "queued":
         # Without --force it fails while nodes exist.
         return [
@@ -157,9 +162,9 @@ def script(job: Mapping[str, Any]) -> str:
     """The script of a job's workers.
 
     Args:
-      job: "backend" ("queued" or "compute"), "resource" (name of the queued resource, or of the managed instance group),
-        "zone", "heartbeats" (folder of the run's heartbeats, see `checkpoints.workdir`), "minutes" and "hours"; and
-        optionally "project" and "setup_minutes" (an hour by default).
+      job: "backend" ("queued" or "compute"), "resource" (name of the queued resource or of the managed instance
+        group), "zone", "heartbeats" (folder of the run's heartbeats, see `checkpoints.workdir`), "minutes" and
+        "hours"; and optionally "project" and "setup_minutes" (an hour by default).
 
     Raises:
       UserError: a value that is missing or cannot be.
@@ -194,9 +199,13 @@ def _check(job: Mapping[str, Any]) -> None:
         if not job.get(key):
             raise UserError(f"the dead-man switch needs {key!r}, greater than 0 if it is a number")
     if job["backend"] not in BACKENDS:
-        raise UserError(f"the dead-man switch knows the back-ends {', '.join(BACKENDS)}, not {job['backend']!r}")
+        raise UserError(
+            f"the dead-man switch knows the back-ends {', '.join(BACKENDS)}, not {job['backend']!r}"
+        )
     if not _NAME.fullmatch(str(job["resource"])) or not _ZONE.fullmatch(str(job["zone"])):
-        raise UserError(f"the dead-man switch cannot delete {job['resource']!r} in {job['zone']!r}: no names of the cloud")
+        raise UserError(
+            f"the dead-man switch cannot delete {job['resource']!r} in {job['zone']!r}: no names of the cloud"
+        )
     for key in ("minutes", "hours", "setup_minutes"):
         value = job.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

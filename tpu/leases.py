@@ -3,10 +3,10 @@
 Every object has a generation, which each write replaces. A write names the generation that it read, and fails if the
 object has another one by then. So of several slices that want the same object exactly one gets it, without a server.
 
-A lease is a part of the object: who holds it, and until when. Its holder renews it well before it ends, and if it cannot,
-stops its work `STOPPING` seconds before the end. Others may take the object once the lease ended more than `GRACE` seconds
-ago by their own clocks. So two holders never overlap while clocks differ by less than that (`scaling-dit doctor` checks
-them), unless a whole machine stands still longer and then continues: its holder notices at its next look.
+A lease is a part of the object: who holds it, and until when. Its holder renews it well before it ends, and if it
+cannot, stops its work `STOPPING` seconds before the end. Others may take the object once the lease ended more than
+`GRACE` seconds ago by their own clocks. So two holders never overlap while clocks differ by less than that
+(`scaling-dit doctor` checks them), unless a whole machine stands still longer: its holder notices at its next look.
 """
 
 import contextlib
@@ -201,10 +201,9 @@ class BucketStore:
                 "POST", place, uploadType="media", name=self._prefix + name, ifGenerationMatch=generation,
                 data=data, headers={"Content-Type": "application/json"},
             )  # fmt: skip
-        except OSError as error:
-            if error.errno in (409, 412):
-                return False
-            raise
+        except FileExistsError:
+            # So gcsfs calls a precondition that failed (412).
+            return False
         return True
 
     def names(self, prefix: str) -> list[str]:

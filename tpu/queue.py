@@ -85,7 +85,9 @@ def decode(data: bytes) -> Member:
         values |= {name: tuple(values[name]) for name in ("command", "depends_on")}
         return Member(**values | {"lease": Lease.of(values["lease"])})
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"a member of the queue cannot be read ({error}); was it written by another version?") from error
+        raise UserError(
+            f"a member of the queue cannot be read ({error}); was it written by another version?"
+        ) from error
 
 
 def check(members: Sequence[Member], there: Iterable[str] = ()) -> None:
@@ -99,7 +101,9 @@ def check(members: Sequence[Member], there: Iterable[str] = ()) -> None:
         raise UserError("two members of the queue have the same name")
     for member in members:
         if not _NAME.fullmatch(member.name):
-            raise UserError(f"member {member.name!r}: a name has letters, digits, '.', '_' and '-', up to 100")
+            raise UserError(
+                f"member {member.name!r}: a name has letters, digits, '.', '_' and '-', up to 100"
+            )
         if member.name in old:
             raise UserError(f"member {member.name!r} is in the queue already; give it another name")
         if not member.command:
@@ -109,9 +113,13 @@ def check(members: Sequence[Member], there: Iterable[str] = ()) -> None:
         for name in member.depends_on:
             if name not in old and name not in new:
                 hint = nearest(name, [*old, *new])
-                raise UserError(f"member {member.name!r} depends on {name!r}, which is not in the queue; {hint}")
+                raise UserError(
+                    f"member {member.name!r} depends on {name!r}, which is not in the queue; {hint}"
+                )
     settled: set[str] = set(old)
-    while ready := {name for name, m in new.items() if name not in settled and settled.issuperset(m.depends_on)}:
+    while ready := {
+        name for name, m in new.items() if name not in settled and settled.issuperset(m.depends_on)
+    }:
         settled |= ready
     if circle := sorted(set(new) - settled):
         raise UserError(f"members {', '.join(circle)} depend on each other in a circle")
@@ -139,7 +147,9 @@ def add(store: Store, members: Sequence[Member]) -> None:
         if old is None:
             fresh.append(dataclasses.replace(member, order=order + len(fresh)))
         elif (old.command, old.depends_on, old.retries) != asked:
-            raise UserError(f"member {member.name!r} is in the queue with another command; give it another name")
+            raise UserError(
+                f"member {member.name!r} is in the queue with another command; give it another name"
+            )
     check(fresh, there)
     for member in fresh:
         if not leases.swap(store, MEMBERS + member.name, member.encode(), leases.ABSENT):
@@ -256,8 +266,12 @@ def table(members: Sequence[Member], now: float) -> str:
         counts = (member.attempts, member.failures, member.preemptions)
         rows.append((member.name, state, holder, *map(str, counts), note))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    counted = {state: sum(member.state == state for member in members) for state in (DONE, RUNNING, WAITING, FAILED)}
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    counted = {
+        state: sum(member.state == state for member in members) for state in (DONE, RUNNING, WAITING, FAILED)
+    }
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counted.items())])
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -237,7 +238,9 @@ def run(
         if host:
             worker = Follower(store, owner, runner)
         else:
-            worker = Worker(store, owner, runner, _Lead(store, owner).tell if hosts > 1 else lambda held: None)
+            worker = Worker(
+                store, owner, runner, _Lead(store, owner).tell if hosts > 1 else lambda held: None
+            )
         while worker.tick(clock(), stopping.is_set()):
             sleep(POLL)
     return queue_lib.PREEMPTED_CODE if stopping.is_set() else 0
@@ -254,9 +257,13 @@ class _Lead:
         value = {"name": held.member.name, "token": lease.token} if held and lease else {}
         for _ in range(10):
             found = self._store.read(self._name)
-            if leases.swap(self._store, self._name, leases.encode(value), found[1] if found else leases.ABSENT):
+            if leases.swap(
+                self._store, self._name, leases.encode(value), found[1] if found else leases.ABSENT
+            ):
                 return
-        raise UserError(f"{self._name}: another host of the slice writes it; is --host the same on two of them?")
+        raise UserError(
+            f"{self._name}: another host of the slice writes it; is --host the same on two of them?"
+        )
 
 
 class Follower:
@@ -320,7 +327,9 @@ def stop_signal() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    old = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {
+        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield event
     finally:
@@ -330,9 +339,11 @@ def stop_signal() -> Iterator[threading.Event]:
 
 def main(
     action: str, place: str, *, members: str = "", owner: str = "", logs: str = "logs", host: int = 0,
-    hosts: int = 1, as_json: bool = False,
+    hosts: int = 1, dry_run: bool = False, as_json: bool = False,
 ) -> int:  # fmt: skip
     """The verb `tpu queue`: "add" the members of a JSON file, "run" them, or show their "status".
+
+    With `dry_run` the members that would be added, or be run next, are printed with their commands.
 
     Raises:
       UserError: a mistake in the flags, in the file, or in the queue.
@@ -340,9 +351,18 @@ def main(
     store = leases.open_store(place)
     if action == "add":
         asked = read_members(pathlib.Path(members))
+        if dry_run:
+            there = {held.member.name for held in queue_lib.read_all(store)}
+            fresh = [member for member in asked if member.name not in there]
+            queue_lib.check(fresh, there)
+            return _show_commands(fresh)
         queue_lib.add(store, asked)
         print(f"{len(asked)} members are in {place}")
         return 0
+    if action == "run" and dry_run:
+        return _show_commands(
+            [held.member for held in queue_lib.runnable(queue_lib.read_all(store), time.time())]
+        )
     if action == "run":
         return run(store, owner, pathlib.Path(logs), host=host, hosts=hosts)
     found = [held.member for held in queue_lib.read_all(store)]
@@ -351,6 +371,12 @@ def main(
     else:
         print(queue_lib.table(found, time.time()) if found else f"{place} has no members")
     return 0 if not any(member.state == queue_lib.FAILED for member in found) else 1
+
+
+def _show_commands(members: Sequence[queue_lib.Member]) -> int:
+    for member in members:
+        print(f"{member.name}: {shlex.join(member.command)}")
+    return 0
 
 
 def read_members(path: pathlib.Path) -> list[queue_lib.Member]:

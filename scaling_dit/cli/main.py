@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from scaling_dit._version import __version__
 from scaling_dit.cli.costs import Count, Plan
 from scaling_dit.cli.data import Caption, Filter, Prepare, Stats
+from scaling_dit.cli.doctor import Doctor
 from scaling_dit.cli.exit_codes import PROGRAM, USER_ERROR, report_errors
 from scaling_dit.cli.report import Report
 from scaling_dit.cli.sample import Evaluate, Sample
@@ -31,6 +32,7 @@ _TABLE: tuple[type[Verb], ...] = (
     Report,
     Count,
     Plan,
+    Doctor,
     Import,
     Export,
 )

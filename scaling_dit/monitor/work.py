@@ -44,9 +44,8 @@ class Work:
     def __str__(self) -> str:
         if self.flops is None or not self.chips or not self.peak:
             return "not known for these devices"
-        return (
-            f"of {self.chips} x {self.peak / 1e12:,.0f} TFLOP/s (bfloat16); a step has {self.flops / 1e12:,.2f} TFLOP"
-        )
+        peak, flops = self.peak / 1e12, self.flops / 1e12
+        return f"of {self.chips} x {peak:,.0f} TFLOP/s (bfloat16); a step has {flops:,.2f} TFLOP"
 
 
 def image_tokens(backbone: Any, latents: tuple[int, int, int], batch: int) -> int | None:

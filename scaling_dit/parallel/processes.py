@@ -74,7 +74,12 @@ def from_flags(coordinator: str | None, processes: int | None, process: int | No
 def on_tpu_host() -> bool:
     """Whether this host has TPU chips that jax may use. Does not start jax."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    return (not platforms or "tpu" in platforms) and any(glob.glob(pattern) for pattern in _TPU_DEVICES)
+    return (not platforms or "tpu" in platforms) and bool(tpu_devices())
+
+
+def tpu_devices() -> list[str]:
+    """Paths of the devices through which this host reaches its TPU chips."""
+    return sorted(path for pattern in _TPU_DEVICES for path in glob.glob(pattern))
 
 
 def detected() -> Membership | None:

@@ -116,9 +116,7 @@ def notes(plan: Plan) -> list[str]:
     """Lines about figures that are missing, or that could not be checked."""
     lines = []
     if plan.missing:
-        counted = "".join(
-            f", {name} {value:.4g}" for name, value in sorted((plan.analysis or {}).items())
-        )
+        counted = "".join(f", {name} {value:.4g}" for name, value in sorted((plan.analysis or {}).items()))
         lines += [
             "  missing      FLOPs, traffic, collectives, cycles and times: the compiled program cannot be read "
             f"({plan.missing}); --quick reads it another way",

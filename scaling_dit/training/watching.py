@@ -113,4 +113,3 @@ def watch(run: Run, recorder: Recorder) -> Iterator[Watcher]:
         StepTimes(heart.reach) as times,
     ):
         yield Watcher(run, recorder, times, heart)
-

@@ -1,13 +1,13 @@
 """A world for tests of the queue: slices with clocks of their own that vanish, stand still and race for members.
 
-Time passes only in `World.step`. The store can lose answers, refuse, and let another slice act in the middle of a write.
+Time passes only in `World.step`. The store can lose answers, refuse, and let another slice act in the middle of a
+write.
 """
 
 import random
 
-from scaling_dit.tpu import leases
+from scaling_dit.tpu import leases, queue_worker
 from scaling_dit.tpu import queue as queue_lib
-from scaling_dit.tpu import queue_worker
 
 
 class FakeStore:
@@ -113,7 +113,18 @@ class Slice:
 class World:
     """Members and slices; `run` lets them work until nothing is left to run."""
 
-    def __init__(self, seed, members, seconds, codes=None, slices=3, preempted=0.004, still=0.01, lost=0.02, refused=0.02):
+    def __init__(
+        self,
+        seed,
+        members,
+        seconds,
+        codes=None,
+        slices=3,
+        preempted=0.004,
+        still=0.01,
+        lost=0.02,
+        refused=0.02,
+    ):
         self.rng = random.Random(seed)
         self.now = 1.7e9
         self.store = FakeStore(self.rng)

@@ -9,10 +9,10 @@ import subprocess
 import threading
 
 import pytest
+from scaling_dit.tpu import deadman
 
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.heartbeat import Heartbeat
-from scaling_dit.tpu import deadman
 
 START = 1_700_000_000
 JOB = {"backend": "queued", "resource": "run-1", "zone": "us-east5-a", "project": "my-project",
@@ -48,8 +48,8 @@ class Machine:
         """What deletion does; reading a bucket gives the file `bucket`."""
         self.program(
             "gcloud",
-            'if [ "$1 $2" = "storage cat" ]; then echo "$3" > '
-            f"{self.folder}/asked; cat {self.bucket} || {{ echo 'One or more URLs matched no objects.' >&2; exit 1; }}; "
+            f'if [ "$1 $2" = "storage cat" ]; then echo "$3" > {self.folder}/asked; cat {self.bucket} || '
+            "{ echo 'One or more URLs matched no objects.' >&2; exit 1; }; "
             f"exit; fi\nprintf '%s\\0' \"$@\" >> {self.calls}\n{body}",
         )
 
@@ -128,12 +128,17 @@ def test_deletion_that_fails_is_tried_again(machine):
 
 
 def test_heartbeats_in_a_bucket(tmp_path):
-    machine = Machine(tmp_path, "gs://bucket/a run/heartbeats/", backend="compute", resource="group", project="")
+    machine = Machine(
+        tmp_path, "gs://bucket/a run/heartbeats/", backend="compute", resource="group", project=""
+    )
     assert machine.at(0) == machine.at(29) == []
     assert (tmp_path / "asked").read_text() == "gs://bucket/a run/heartbeats/*.json\n"
-    machine.bucket.write_text("".join(json.dumps({"time": START + t, "progress_time": 9e9}) for t in (0.5, 1800.25)))
+    machine.bucket.write_text(
+        "".join(json.dumps({"time": START + t, "progress_time": 9e9}) for t in (0.5, 1800.25))
+    )
     assert machine.at(44) == []
-    assert machine.at(45) == "compute instance-groups managed delete group --zone=us-east5-a --quiet".split()
+    group = ["compute", "instance-groups", "managed", "delete", "group", "--zone=us-east5-a", "--quiet"]
+    assert machine.at(45) == group
 
 
 def test_heartbeats_that_cannot_be_read_get_twice_the_time(tmp_path):
@@ -159,7 +164,9 @@ def metadata():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             value = values.get(self.path.rpartition("/")[2])
-            right = self.headers["Metadata-Flavor"] == "Google" and self.path.startswith("/computeMetadata/v1/instance/")
+            right = self.headers["Metadata-Flavor"] == "Google" and self.path.startswith(
+                "/computeMetadata/v1/instance/"
+            )
             self.send_response(200 if value and right else 404)
             self.end_headers()
             self.wfile.write((value or "").encode())
@@ -190,7 +197,9 @@ def test_installing_starts_a_timer(machine):
     subprocess.run(["bash", str(machine.script), "install"], env=machine.environment, check=True)
     place = machine.folder / "root" / "deadman.sh"
     assert place.read_text() == machine.script.read_text() and os.access(place, os.X_OK)
-    assert (machine.folder / "systemctl").read_text() == "daemon-reload\nenable --now scaling-dit-deadman.timer\n"
+    assert (
+        machine.folder / "systemctl"
+    ).read_text() == "daemon-reload\nenable --now scaling-dit-deadman.timer\n"
     units = machine.folder / "root" / "units"
     assert f"ExecStart=/bin/bash {place} check" in (units / "scaling-dit-deadman.service").read_text()
     if shutil.which("systemd-analyze"):

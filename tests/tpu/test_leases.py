@@ -6,10 +6,10 @@ import sys
 import urllib.parse
 
 import pytest
-
-from scaling_dit.errors import UserError
 from scaling_dit.tpu import leases
 from scaling_dit.tpu.leases import ABSENT, BucketStore, LocalStore
+
+from scaling_dit.errors import UserError
 from tests.support.paths import ROOT
 
 
@@ -50,7 +50,8 @@ class FakeBucket:
         assert params["uploadType"] == "media" and set(params) == {"uploadType", "name", "ifGenerationMatch"}
         generation = self.objects.get(params["name"], (b"", 0))[1]
         if generation != params["ifGenerationMatch"]:
-            raise HttpError(412)
+            # Which gcsfs makes of status 412.
+            raise FileExistsError(path)
         # Generations of a bucket are no counters.
         self.objects[params["name"]] = data, (generation or 1_700_000_000_000_000) + 7
         return {}, b""

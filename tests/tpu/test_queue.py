@@ -13,12 +13,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from scaling_dit.errors import UserError
-from scaling_dit.tpu import leases
+from scaling_dit.tpu import leases, queue_worker
 from scaling_dit.tpu import queue as queue_lib
-from scaling_dit.tpu import queue_worker
 from scaling_dit.tpu.queue import Member
+
+from scaling_dit.cli.tpu_queue import Queue
+from scaling_dit.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.queue_world import FakeRunner, FakeStore, Work, World
 
@@ -30,7 +30,9 @@ def member(name, depends_on=(), retries=2):
 def study(rng, count=20):
     """Members of different lengths, some of which depend on earlier ones, and some of which fail."""
     names = [f"m{i:02d}" for i in range(count)]
-    members = [member(n, rng.sample(names[:i], min(i, rng.choice((0, 0, 1, 2))))) for i, n in enumerate(names)]
+    members = [
+        member(n, rng.sample(names[:i], min(i, rng.choice((0, 0, 1, 2))))) for i, n in enumerate(names)
+    ]
     codes = {}
     for name in rng.sample(names, 5):
         codes[name] = rng.choice(([1], [1, 137], [75, 75], [1, 75, 1]))
@@ -62,7 +64,12 @@ def test_every_member_is_done_once(seed):
 
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None)
-@given(seed=st.integers(0, 2**32), slices=st.integers(1, 6), preempted=st.floats(0, 0.02), still=st.floats(0, 0.05))
+@given(
+    seed=st.integers(0, 2**32),
+    slices=st.integers(1, 6),
+    preempted=st.floats(0, 0.02),
+    still=st.floats(0, 0.05),
+)
 def test_every_member_is_done_once_in_rougher_worlds(seed, slices, preempted, still):
     members, seconds, codes = study(random.Random(seed))
     world = World(seed, members, seconds, codes, slices, preempted, still, lost=0.1, refused=0.1)
@@ -75,7 +82,9 @@ def test_every_member_is_done_once_in_rougher_worlds(seed, slices, preempted, st
 
 def test_a_member_that_fails_too_often_blocks_those_that_need_it():
     members = [member("a", retries=1), member("b", ["a"]), member("c", ["b"]), member("d")]
-    world = World(0, members, dict.fromkeys("abcd", 30), {"a": [1, 1, 0]}, preempted=0, still=0, lost=0, refused=0)
+    world = World(
+        0, members, dict.fromkeys("abcd", 30), {"a": [1, 1, 0]}, preempted=0, still=0, lost=0, refused=0
+    )
     world.run()
     by_name = {one.name: one for one in world.members()}
     assert [by_name[name].state for name in "abcd"] == ["failed", "waiting", "waiting", "done"]
@@ -98,7 +107,9 @@ def test_preemptions_use_up_no_retries_but_are_not_endless():
         assert one.state == queue_lib.WAITING and one.failures == 0
     # Stopped by its slice, the code says nothing.
     vanished = queue_lib.claimed(one, "s", 0.0)
-    assert queue_lib.ended(dataclasses.replace(vanished, preemptions=0), -15, 1.0, stopped=True).preemptions == 1
+    assert (
+        queue_lib.ended(dataclasses.replace(vanished, preemptions=0), -15, 1.0, stopped=True).preemptions == 1
+    )
     assert queue_lib.claimed(vanished, "t", 9e9).state == queue_lib.FAILED
 
 
@@ -202,7 +213,12 @@ def slice_process(folder, owner, *, host=0, hosts=1):
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
-SCRIPT = "import os, sys, time; open(sys.argv[1], 'a').write('x'); time.sleep(float(sys.argv[2])); sys.exit(int(sys.argv[3]))"
+SCRIPT = """
+import sys, time
+open(sys.argv[1], 'a').write('x')
+time.sleep(float(sys.argv[2]))
+sys.exit(int(sys.argv[3]))
+"""
 
 
 def shell_member(tmp_path, name, seconds=0.0, code=0, depends_on=()):
@@ -212,7 +228,9 @@ def shell_member(tmp_path, name, seconds=0.0, code=0, depends_on=()):
 
 def test_real_slices_and_real_commands(tmp_path, capsys):
     path = tmp_path / "members.json"
-    asked = [shell_member(tmp_path, f"m{i}", depends_on=[f"m{i - 1}"] if i % 3 == 2 else ()) for i in range(6)]
+    asked = [
+        shell_member(tmp_path, f"m{i}", depends_on=[f"m{i - 1}"] if i % 3 == 2 else ()) for i in range(6)
+    ]
     asked += [shell_member(tmp_path, "usage", code=2), shell_member(tmp_path, "; rm -rf $(x)"[2:4] + "odd")]
     path.write_text(json.dumps(asked))
     assert queue_worker.main("add", str(tmp_path / "queue"), members=str(path)) == 0
@@ -262,3 +280,33 @@ def test_a_command_that_does_not_stop_is_killed_with_its_children(tmp_path):
     stat = pathlib.Path(f"/proc/{child.read_text().strip()}/stat")
     assert not stat.exists() or stat.read_text().split()[2] in "ZX"
     assert os.getpgrp() > 0
+
+
+def test_the_verb(tmp_path, capsys):
+    path, place = tmp_path / "members.json", str(tmp_path / "queue")
+    path.write_text(
+        json.dumps(
+            [
+                {"name": "a", "command": ["echo", "a b; $(x)"]},
+                {"name": "b", "command": ["ls"], "depends_on": ["a"]},
+            ]
+        )
+    )
+
+    def verb(*arguments):
+        code = Queue.parse([*arguments, f"--queue={place}"]).run()
+        return code, capsys.readouterr().out
+
+    assert verb("add", f"--members={path}", "--dry_run") == (0, "a: echo 'a b; $(x)'\nb: ls\n")
+    assert verb("status") == (0, f"{place} has no members\n")
+    assert verb("add", f"--members={path}") == (0, f"2 members are in {place}\n")
+    assert verb("run", "--dry_run") == (0, "a: echo 'a b; $(x)'\n")
+    assert verb("status")[1].endswith("0 done, 0 running, 2 waiting, 0 failed\n")
+    for arguments, expected in (
+        (["delete"], "one of add, run, status"),
+        (["add"], "needs --members"),
+        (["run", "--host=1"], "it must be 0 to 0"),
+        (["run", "--host=1", "--hosts=2"], "--slice missing"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            verb(*arguments)

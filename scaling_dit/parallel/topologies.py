@@ -203,8 +203,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     name, _, shape = text.partition(":")
     if name not in TPUS:
         hint = nearest(name, [*TPUS, LOCAL])
-        accelerator = re.fullmatch(r"([a-z]*\d\w*?)(-\d+)?", name)
-        generation = _ALIASES.get(accelerator[1], accelerator[1]) if accelerator else ""
+        kind = re.sub(r"-\d+$", "", name)
+        generation = _ALIASES.get(kind, kind)
         if generation in EXAMPLES:
             hint = f"give the shape of the slice, such as {EXAMPLES[generation]}"
         raise UserError(f"--topology={text}: no generation {name!r}; {hint}")

@@ -211,7 +211,7 @@ class BucketStore:
         found: list[str] = []
         page = None
         while True:
-            more = {"pageToken": page} if page else {}
+            more: dict[str, str] = {"pageToken": page} if page else {}
             answer = self._call(
                 "GET", "b/{}/o", self._bucket, prefix=self._prefix + prefix, fields="items(name),nextPageToken",
                 json_out=True, **more,

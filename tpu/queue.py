@@ -140,7 +140,7 @@ def add(store: Store, members: Sequence[Member]) -> None:
     """
     there = {held.member.name: held.member for held in read_all(store)}
     order = 1 + max((member.order for member in there.values()), default=-1)
-    fresh = []
+    fresh: list[Member] = []
     for member in members:
         old = there.get(member.name)
         asked = (member.command, member.depends_on, member.retries)
@@ -253,7 +253,7 @@ def change(store: Store, held: Held, member: Member) -> Held | None:
 def table(members: Sequence[Member], now: float) -> str:
     """The state of a queue as lines of text."""
     stuck = blocked(members)
-    rows = [("member", "state", "slice", "attempts", "failures", "preemptions", "")]
+    rows: list[tuple[str, ...]] = [("member", "state", "slice", "attempts", "failures", "preemptions", "")]
     for member in members:
         note = f"waits for {stuck[member.name]}, which failed" if member.name in stuck else ""
         if member.lease is not None:

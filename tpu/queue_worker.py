@@ -20,7 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from etils import epath
+
 from scaling_dit.errors import UserError
+from scaling_dit.monitor.heartbeat import Heartbeat
+from scaling_dit.parallel import supervise
 
 from . import leases
 from . import queue as queue_lib
@@ -31,7 +35,7 @@ from .queue import Held
 POLL, IDLE = 2.0, 30.0
 # Seconds that a command has to save and end before it is killed.
 PATIENCE = 120.0
-SLICES = "slices/"
+SLICES, HEARTBEATS = "slices/", "heartbeats"
 
 
 class Runner(Protocol):
@@ -59,7 +63,14 @@ class Processes:
         self._logs.mkdir(parents=True, exist_ok=True)
         with open(self._logs / f"{name}.log", "ab") as log:
             try:
-                self._child = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
+                self._child = subprocess.Popen(
+                    command,
+                    stdout=log,
+                    stderr=log,
+                    process_group=0,
+                    # If this process is killed nobody renews the lease.
+                    preexec_fn=supervise.die_with(os.getpid()),
+                )
             except OSError as error:
                 log.write(f"cannot start: {error}\n".encode())
                 self._child = None
@@ -216,6 +227,7 @@ def run(
     *,
     host: int = 0,
     hosts: int = 1,
+    beats: epath.Path | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], Any] = time.sleep,
 ) -> int:
@@ -227,13 +239,17 @@ def run(
       logs: folder for the output of the commands.
       host: index of this host in the slice.
       hosts: hosts of the slice.
+      beats: folder of the slice's heartbeats, which a dead-man switch reads; None for none.
       clock: seconds since 1970.
       sleep: waits for seconds.
     """
     runner = Processes(logs)
-    with stop_signal() as stopping:
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(stop_signal())
         # An error here is the user's: no such bucket, or no permission.
         queue_lib.read_all(store)
+        if beats is not None:
+            stack.enter_context(Heartbeat(beats, host, {"processes": hosts}))
         worker: Worker | Follower
         if host:
             worker = Follower(store, owner, runner)
@@ -364,7 +380,8 @@ def main(
             [held.member for held in queue_lib.runnable(queue_lib.read_all(store), time.time())]
         )
     if action == "run":
-        return run(store, owner, pathlib.Path(logs), host=host, hosts=hosts)
+        beats = epath.Path(place) / HEARTBEATS / owner
+        return run(store, owner, pathlib.Path(logs), host=host, hosts=hosts, beats=beats)
     found = [held.member for held in queue_lib.read_all(store)]
     if as_json:
         print(json.dumps([json.loads(member.encode()) for member in found], indent=1))

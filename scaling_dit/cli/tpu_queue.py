@@ -7,6 +7,7 @@ from scaling_dit.cli.verb import Verb, json_flag
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.fields import COUNT, FROM_0
 
+INSTALLED = "scaling_dit.tpu.queue_worker"
 ACTIONS = ("add", "run", "status")
 
 
@@ -42,11 +43,11 @@ class Queue(Verb):
         if self.hosts > 1 and not self.slice:
             raise UserError("--slice missing: the hosts of a slice find each other by its name")
 
+        import importlib
         import socket
 
-        from scaling_dit.tpu import queue_worker
-
-        return queue_worker.main(
+        # A program on top of the package, so it is found by name, as experiments are.
+        return importlib.import_module(INSTALLED).main(
             action,
             self.queue,
             members=self.members or "",

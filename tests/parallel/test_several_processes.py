@@ -94,7 +94,10 @@ def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
     assert last["one"].keys() | several == last["two"].keys()
     assert last["two"]["speed/slowest_process"] in (0, 1) and last["two"]["speed/slowest_host_wait"] >= 0
     beats = heartbeat.read(Workdir(tmp_path / "two").heartbeats)
-    assert [(beat["process"], beat["state"], beat["step"]) for beat in beats] == [(0, "done", 20), (1, "done", 20)]
+    assert [(beat["process"], beat["state"], beat["step"]) for beat in beats] == [
+        (0, "done", 20),
+        (1, "done", 20),
+    ]
     assert last["two"]["validation/loss"] == pytest.approx(last["one"]["validation/loss"], abs=1e-5)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scaling_dit.tpu import leases, queue_worker
@@ -19,6 +20,7 @@ from scaling_dit.tpu.queue import Member
 
 from scaling_dit.cli.tpu_queue import Queue
 from scaling_dit.errors import UserError
+from scaling_dit.monitor import heartbeat
 from tests.support.paths import ROOT
 from tests.support.queue_world import FakeRunner, FakeStore, Work, World
 
@@ -236,6 +238,9 @@ def test_real_slices_and_real_commands(tmp_path, capsys):
     assert queue_worker.main("add", str(tmp_path / "queue"), members=str(path)) == 0
     slices = [slice_process(tmp_path, f"slice-{i}") for i in range(2)]
     assert [one.wait(60) for one in slices] == [0, 0]
+    for i in range(2):
+        (beat,) = heartbeat.read(epath.Path(tmp_path / "queue" / "heartbeats" / f"slice-{i}"))
+        assert (beat["state"], beat["process"]) == ("done", 0)
     capsys.readouterr()
     assert queue_worker.main("status", str(tmp_path / "queue"), as_json=True) == 1
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
@@ -260,6 +265,25 @@ def test_sigterm_gives_the_member_back_and_the_hosts_of_a_slice_run_together(tmp
     assert [host.wait(30) for host in hosts] == [75, 75]
     (held,) = queue_lib.read_all(store)
     assert (held.member.state, held.member.preemptions, held.member.failures) == ("waiting", 1, 0)
+
+
+def test_a_slice_that_is_killed_takes_its_command_with_it(tmp_path):
+    store = leases.open_store(str(tmp_path / "queue"))
+    queue_lib.add(store, [queue_lib.from_mapping(shell_member(tmp_path, "long", seconds=60), "test")])
+    worker, ran = slice_process(tmp_path, "slice"), tmp_path / "long.ran"
+    deadline = time.monotonic() + 60
+    while not ran.exists() or not ran.read_text():
+        assert time.monotonic() < deadline and worker.poll() is None
+        time.sleep(0.05)
+    (command,) = pathlib.Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    worker.kill()
+    worker.wait()
+    while pathlib.Path(f"/proc/{command}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # Its lease lasts, and the next slice counts a preemption.
+    (held,) = queue_lib.read_all(store)
+    assert held.member.state == "running" and queue_lib.claimed(held.member, "t", 0.0).preemptions == 1
 
 
 def test_a_command_that_cannot_start_fails(tmp_path):

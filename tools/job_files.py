@@ -134,7 +134,7 @@ def files() -> dict[str, str]:
         topology = topologies.parse(name)
         about = f"{name}: {topology.chips} chips on {topology.hosts} hosts"
         found[f"gke_{generation}.yaml"] = _text(gke(topology), about, "kubectl apply -f")
-        # Queued resources don't have TPU7x, so SkyPilot has not either.
+        # Queued resources do not have TPU7x, so SkyPilot has not either.
         if TYPES[generation][2]:
             found[f"skypilot_{generation}.yaml"] = _text(skypilot(topology), about, "sky jobs launch")
     return found

@@ -29,7 +29,7 @@ SECONDS = 300.0
 GRACE = 30.0
 # Seconds before the end of its lease at which a holder stops its work if it could not renew it.
 STOPPING = 140.0
-# Of an object that doesn't exist.
+# Of an object that does not exist.
 ABSENT = 0
 
 
@@ -40,7 +40,7 @@ class Store(Protocol):
         """An object's contents and generation; None if there is none."""
 
     def write(self, name: str, data: bytes, generation: int) -> bool:
-        """Writes an object that has this generation (`ABSENT`: that doesn't exist). False, and nothing, if it has not.
+        """Writes an object that has this generation (`ABSENT`: that does not exist). False, and nothing, if it has not.
 
         An answer may be lost: then False, or an OSError, may follow a write that took place.
         """

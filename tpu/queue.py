@@ -9,7 +9,7 @@ no launcher, and any of them may vanish at any time. A member is
     done        its command ended with code 0; it never runs again
     failed      its command failed more than `retries` times, or with a code after which repeating it is of no use
 
-Preemptions are counted, but don't use up retries; after `MOST_PREEMPTIONS` a member has failed, because it may be what
+Preemptions are counted, but do not use up retries; after `MOST_PREEMPTIONS` a member has failed, because it may be what
 ends its slices, for example by filling their memory.
 """
 

@@ -59,7 +59,7 @@ class Processes:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Sequence[str], name: str) -> None:
-        """See `Runner`. A command that can't be started ends with code 127."""
+        """See `Runner`. A command that cannot be started ends with code 127."""
         self._logs.mkdir(parents=True, exist_ok=True)
         with open(self._logs / f"{name}.log", "ab") as log:
             try:

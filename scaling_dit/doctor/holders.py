@@ -23,7 +23,7 @@ class Holder:
 
     Attributes:
       pid: its number.
-      began: when it began, in clock ticks since boot, so that another process of this number isn't taken for it.
+      began: when it began, in clock ticks since boot, so that another process of this number is not taken for it.
       command: its command line.
       devices: the devices that it has open.
     """

@@ -94,7 +94,7 @@ def storage(workdir: str, machine: Machine) -> dict[str, Any]:
 
     Returns:
       "error" in words, "" without; "seconds" that it took; "clock": seconds that this host is ahead of the store's
-      clock, None if the store doesn't say.
+      clock, None if the store does not say.
     """
     began, error, ahead = time.perf_counter(), "", None
     folder, mine = epath.Path(workdir), secrets.token_hex(16)

@@ -41,7 +41,7 @@ def path_of(folder: epath.Path, process: int) -> epath.Path:
 class Heartbeat:
     """A context that writes the heartbeat of this process, from a thread of its own.
 
-    Errors of writing don't end the run: they are printed once.
+    Errors of writing do not end the run: they are printed once.
 
     Args:
       folder: of all heartbeats of the run.

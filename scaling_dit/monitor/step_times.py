@@ -1,11 +1,11 @@
 """Measures the time of every training step without waiting for any of them.
 
-Steps are dispatched asynchronously, so the loop doesn't know when one ends. A thread waits for a small result of each
+Steps are dispatched asynchronously, so the loop does not know when one ends. A thread waits for a small result of each
 step and notes the time. The loop itself waits no more than it does without this.
 
 The time of a step runs from the end of the step before it to its own end, so it includes waiting for data. Its host
 wait is the part before the host dispatched it, during which the devices had nothing to do. In a run of several
-processes all devices finish a step together: the slowest host doesn't show in the time of steps, but in its host wait.
+processes all devices finish a step together: the slowest host does not show in the time of steps, but in its host wait.
 """
 
 import queue

@@ -1,7 +1,7 @@
 """The work of a run's steps: MFU, FLOP/s and tokens from a rate of steps, and the memory of devices.
 
 MFU counts model FLOPs, 6 x multiply-accumulates of the backbone x images, without rematerialisation, frozen encoders
-and padding, over the stated peak of bfloat16 products. What isn't known is left out, never guessed.
+and padding, over the stated peak of bfloat16 products. What is not known is left out, never guessed.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ class Work:
     """The work of one step, over all chips.
 
     Attributes:
-      flops: model FLOPs; None if they can't be counted.
+      flops: model FLOPs; None if they cannot be counted.
       tokens: tokens of images that the backbone reads; None if it cuts no patches.
-      chips: accelerators; None if the kind of device isn't known, as for CPUs.
+      chips: accelerators; None if the kind of device is not known, as for CPUs.
       peak: FLOP/s of bfloat16 products on one chip; None likewise.
     """
 
@@ -58,7 +58,7 @@ def image_tokens(backbone: Any, latents: tuple[int, int, int], batch: int) -> in
 
 
 def device_memory(devices: Sequence[Any]) -> dict[int, tuple[int, int]]:
-    """Device id -> bytes in use now, and at most since the process began. Devices that don't say are left out."""
+    """Device id -> bytes in use now, and at most since the process began. Devices that do not say are left out."""
     found = {}
     for device in devices:
         stats = device.memory_stats() or {}

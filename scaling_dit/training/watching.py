@@ -1,6 +1,6 @@
 """Watches one start of a run: times of steps, MFU, memory, goodput, the slowest host, and the heartbeat.
 
-Nothing here waits for a step that the loop doesn't wait for. Processes exchange a few numbers once per log.
+Nothing here waits for a step that the loop does not wait for. Processes exchange a few numbers once per log.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def over_processes(rows: list[list[float]]) -> dict[str, float]:
     """Metrics over all processes, from the host wait and the memory in use and at peak of each.
 
     The slowest is the one whose devices wait longest for their host, because all devices finish a step together. NaN
-    stands for what a process can't say.
+    stands for what a process cannot say.
     """
     found: dict[str, float] = {}
     waits = {process: row[0] for process, row in enumerate(rows) if not math.isnan(row[0])}

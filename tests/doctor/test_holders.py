@@ -42,7 +42,7 @@ def hold(device):
 
 def test_a_holder_is_found_and_named(device, hold):
     assert holders.find([str(device)]) == []
-    # This process itself doesn't count.
+    # This process itself does not count.
     with open(device):
         child = hold()
         (found,) = holders.find([str(device)])

@@ -218,7 +218,7 @@ def train_steps(config: ConfigDict) -> dict[str, Any]:
 
 
 def _run_steps(run: Run) -> dict[str, Any]:
-    decided = run.decisions()
+    decided = run.program.decisions
     state = run.fresh_state()
     loader = make_loader(
         run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=run.config.seed,

@@ -24,6 +24,8 @@ from .store import Store
 
 # Seconds that a question may take.
 _ASK = 120.0
+# Seconds after which an unchanged line is shown again.
+_OFTEN = 600.0
 # A request may wait in the queue for a day before its machines run.
 _QUEUE = 24 * 3600
 LIMITS = Limits()
@@ -62,7 +64,7 @@ class Launcher:
         self._runner, self._clock, self._startup = runner, clock, startup
         self._ask: Runner = functools.partial(runner, seconds=_ASK)
         self._answer, self._reason = Answer.NONE, ""
-        self._say_line, self._last = say, ""
+        self._say_line, self._told, self._told_at = say, "", 0.0
 
     def secrets(self) -> dict[str, str]:
         """The values of the job's secrets. Raises UserError if one is not in the environment."""
@@ -72,11 +74,8 @@ class Launcher:
         return {name: os.environ[name] for name in self.job.secrets}
 
     def say(self, line: str) -> None:
-        """Shows a line, without secrets, unless it was the last one."""
-        line = redact(line, (os.environ.get(name, "") for name in self.job.secrets))
-        if line != self._last:
-            self._last = line
-            self._say_line(line)
+        """Shows a line, without secrets."""
+        self._say_line(redact(line, (os.environ.get(name, "") for name in self.job.secrets)))
 
     def tick(self, until: Stage | None = None) -> bool:
         """One turn; returns whether the job has ended, or the stage `until` was reached."""
@@ -236,16 +235,20 @@ class Launcher:
     def _tell(self, old: State) -> None:
         state, parts = self.state, []
         if state.stage in (Stage.RUN, Stage.SETUP, Stage.WAIT, Stage.DELETE):
-            detail = f" ({self.resource.detail})" if self.resource.detail else ""
-            parts.append(f"{self.zone}: {self.resource.phase.value}{detail}")
+            normal = self.resource.phase is Phase.READY or not self.resource.detail
+            parts.append(f"{self.zone}: {self.resource.phase.value}{'' if normal else f' ({self.resource.detail})'}")
         if state.stage is Stage.RUN and self.report.work is not Work.UNASKED:
-            at = f" at step {self.report.step}" if self.report.step >= 0 else ""
-            parts.append(f"attempt {state.attempt}{at}: {self.report.work.value}")
+            parts.append(f"attempt {state.attempt}: {self.report.work.value}")
         if state.verdict and state.verdict != old.verdict and state.stage not in ENDS:
             parts.append(state.verdict)
         if state.stage is Stage.CREATE and old.stage is not Stage.CREATE:
             parts.append(f"next request in {self.zone} in {max(0.0, state.until - state.seen):.0f} s")
-        self.say("; ".join([f"{self.job.name}: {state.stage.value}", *parts]))
+        line = "; ".join([f"{self.job.name}: {state.stage.value}", *parts])
+        # A job that runs is told of every ten minutes.
+        if line == self._told and state.seen - self._told_at < _OFTEN:
+            return
+        self._told, self._told_at = line, state.seen
+        self.say(f"{line}, step {self.report.step}" if self.report.step >= 0 else line)
 
     def what_runs(self) -> str:
         """What still runs and costs, and the command that ends it, for a user who leaves now."""

@@ -73,6 +73,7 @@ class Resource:
       machines: identifies the machines; other machines have another value. "" before there are any.
       nodes: names by which workers are reached: nodes of a queued resource, VMs of a group.
       created: seconds since the epoch; 0 if not known.
+      partly: whether some machines run although the phase says otherwise, as when one of several was taken away.
     """
 
     phase: Phase
@@ -80,6 +81,12 @@ class Resource:
     machines: str = ""
     nodes: tuple[str, ...] = ()
     created: float = 0.0
+    partly: bool = False
+
+    @property
+    def billed(self) -> bool:
+        """Whether machines may run, and so cost money."""
+        return self.partly or self.phase in BILLED
 
 
 @dataclasses.dataclass(frozen=True)

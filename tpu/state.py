@@ -16,7 +16,7 @@ import enum
 from typing import Any
 
 from .job import Job
-from .observations import BILLED, FINAL_CODES, RESUME_CODE, Answer, Observation, Phase, Work
+from .observations import FINAL_CODES, RESUME_CODE, Answer, Observation, Phase, Work
 
 
 class Stage(enum.Enum):
@@ -201,14 +201,18 @@ def _looks_elsewhere(state: State, seen: Observation) -> bool:
 def _charge(state: State, seen: Observation, limits: Limits) -> State:
     """Adds the time since the last observation, if machines may have run in it."""
     phase, gap = seen.resource.phase, max(0.0, seen.now - state.seen) if state.seen else 0.0
-    billed = state.billed if phase is Phase.UNKNOWN else phase in BILLED
+    if phase is Phase.UNKNOWN and not state.billed:
+        # What may have run meanwhile is added once it is known.
+        return state
+    billed = seen.resource.billed
     # A resource that still waits has never run; any other may have run while nobody looked.
     unseen = state.out and gap > 3 * limits.poll and phase is not Phase.WAITING
     if not (billed or state.billed or unseen):
         gap = 0.0
     elif not billed:
-        # It cannot have outlived the switch on its machines.
-        gap = min(gap, max(0.0, state.deadline - state.seen) if state.deadline else state.allowed)
+        # It cannot have outlived the switch on its machines by more than its deletion.
+        rest = max(0.0, state.deadline - state.seen) if state.deadline else state.allowed
+        gap = min(gap, rest + limits.delete)
     deadline = state.deadline
     if billed and not deadline:
         deadline = seen.now + state.allowed

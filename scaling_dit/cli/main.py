@@ -57,7 +57,7 @@ def _dispatch(arguments: list[str]) -> int:
     before_separator = rest[: rest.index("--")] if "--" in rest else rest
     if any(argument in _HELP for argument in before_separator):
         below = verb.verbs()
-        print((below[rest[0]] if rest[0] in below else verb).help())
+        print(below.get(rest[0], verb).help())
         return 0
     return verb.parse(rest).run()
 

@@ -14,7 +14,7 @@ from scaling_dit.errors import UserError, nearest
 from ..commands import Command, Runner
 from ..job import JOB, OWNER, Job, region
 from ..observations import Phase, Resource
-from .contract import Request, Row, duration, gcloud, is_absent, mapping, parsed, seconds_of
+from .contract import Request, Row, counted, duration, gcloud, is_absent, mapping, parsed, seconds_of
 
 _GROUPS = ("compute", "instance-groups", "managed")
 _TEMPLATES = ("compute", "instance-templates")
@@ -214,7 +214,8 @@ class ComputeEngine:
         phase, detail = _phase(instances, job.hosts)
         names = sorted(str(one.get("instance", "")).rpartition("/")[2] for one in instances)
         machines = ",".join(sorted(str(one.get("id", "")) for one in instances))
-        return Resource(phase, detail, machines, tuple(names), created)
+        partly = any(one.get("instanceStatus") == "RUNNING" for one in instances)
+        return Resource(phase, detail, machines, tuple(names), created, partly)
 
     def on_workers(self, job: Job, zone: str, nodes: Sequence[str], text: str) -> list[Command]:
         """One command for each VM."""
@@ -305,11 +306,10 @@ def _phase(instances: list[dict[str, Any]], size: int) -> tuple[Phase, str]:
     phases, words = [], []
     for one in instances:
         action, state = str(one.get("currentAction", "NONE")), str(one.get("instanceStatus", ""))
-        name = str(one.get("instance", "")).rpartition("/")[2]
         alone = action in ("NONE", "")
         phases.append(INSTANCES.get(state, Phase.UNKNOWN) if alone else ACTIONS.get(action, Phase.UNKNOWN))
-        words.append(f"{name}: {state if alone else action}")
-    detail = "; ".join(words)
+        words.append(state if alone else action)
+    detail = counted(words)
     kinds = set(phases)
     if kinds == {Phase.DELETING}:
         return Phase.DELETING, detail

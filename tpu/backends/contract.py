@@ -1,6 +1,7 @@
 """What a back-end does: it gives the commands of its control plane, and reads their answers."""
 
 import calendar
+import collections
 import dataclasses
 import json
 import re
@@ -151,6 +152,12 @@ def parsed(result: Result) -> Any:
         return json.loads(result.out)
     except ValueError:
         return None
+
+
+def counted(words: Sequence[str]) -> str:
+    """Equal words once, with their number: "READY x 3, PREEMPTED"."""
+    counts = collections.Counter(words)
+    return ", ".join(f"{word} x {count}" if count > 1 else word for word, count in counts.items())
 
 
 _ABSENT = re.compile(r"NOT_FOUND|was not found|could not be found|HTTPError 404")

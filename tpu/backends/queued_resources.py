@@ -13,7 +13,7 @@ from scaling_dit.errors import UserError, nearest
 from ..commands import Command, Runner
 from ..job import JOB, OWNER, Job
 from ..observations import Phase, Resource
-from .contract import Request, Row, duration, gcloud, is_absent, mapping, parsed, seconds_of
+from .contract import Request, Row, counted, duration, gcloud, is_absent, mapping, parsed, seconds_of
 
 _GROUP = ("compute", "tpus", "queued-resources")
 _NODES = ("compute", "tpus", "tpu-vm")
@@ -145,23 +145,24 @@ class QueuedResources:
         state, phase, detail = _state(found)
         nodes, created = _node_names(found), seconds_of(str(found.get("createTime", "")))
         if state != "ACTIVE":
-            return Resource(phase, detail, nodes=nodes, created=created)
+            return Resource(phase, detail, nodes=nodes, created=created, partly=state == "SUSPENDING")
         machines, phases, details = [], [], []
         for node in nodes:
             answer = runner(_command(job, zone, *_NODES, "describe", node, "--format=json"))
             told = parsed(answer)
             if is_absent(answer):
                 phases.append(Phase.PREEMPTED)
-                details.append(f"{node} is gone")
+                details.append("a node is gone")
             elif answer.code or not isinstance(told, dict):
                 return Resource(Phase.UNKNOWN, answer.reason, nodes=nodes, created=created)
             else:
                 phase, detail = _node(told)
                 phases.append(phase)
-                details.append(f"{node}: {detail}")
+                details.append(detail)
                 machines.append(str(told.get("id", "")))
         worst = min(phases, key=_WORST.index, default=Phase.UNKNOWN)
-        return Resource(worst, "; ".join(details), ",".join(machines), nodes, created)
+        # The nodes of an ACTIVE resource cost money as long as one is left.
+        return Resource(worst, counted(details), ",".join(machines), nodes, created, partly=bool(machines))
 
     def on_workers(self, job: Job, zone: str, nodes: Sequence[str], text: str) -> list[Command]:
         """One command for all nodes and workers."""

@@ -236,7 +236,9 @@ class Launcher:
         state, parts = self.state, []
         if state.stage in (Stage.RUN, Stage.SETUP, Stage.WAIT, Stage.DELETE):
             normal = self.resource.phase is Phase.READY or not self.resource.detail
-            parts.append(f"{self.zone}: {self.resource.phase.value}{'' if normal else f' ({self.resource.detail})'}")
+            parts.append(
+                f"{self.zone}: {self.resource.phase.value}{'' if normal else f' ({self.resource.detail})'}"
+            )
         if state.stage is Stage.RUN and self.report.work is not Work.UNASKED:
             parts.append(f"attempt {state.attempt}: {self.report.work.value}")
         if state.verdict and state.verdict != old.verdict and state.stage not in ENDS:

@@ -33,6 +33,8 @@ class Stage(enum.Enum):
     PAUSED = "a user suspended the resource"
 
 
+# Phases in which machines have stopped, and do not start again by themselves.
+_STOPPED = (Phase.PREEMPTED, Phase.PAUSED, Phase.FAILED)
 ENDS = (Stage.DONE, Stage.STOPPED, Stage.PAUSED)
 
 
@@ -116,6 +118,7 @@ class State:
       used: seconds that machines ran, at most.
       seen: the last observation.
       billed: whether machines may have run then.
+      stopped: whether the machines were seen to have stopped for good.
       out: whether a resource may exist.
       allowed: seconds that the last resource may run; a switch on its machines ends it then.
       deadline: when that switch ends the machines; 0 = they were not seen running yet.
@@ -141,6 +144,7 @@ class State:
     used: float = 0.0
     seen: float = 0.0
     billed: bool = False
+    stopped: bool = False
     out: bool = False
     allowed: float = 0.0
     deadline: float = 0.0
@@ -205,8 +209,12 @@ def _charge(state: State, seen: Observation, limits: Limits) -> State:
         # What may have run meanwhile is added once it is known.
         return state
     billed = seen.resource.billed
-    # A resource that still waits has never run; any other may have run while nobody looked.
-    unseen = state.out and gap > 3 * limits.poll and phase is not Phase.WAITING
+    # A resource that still waits has never run; any other may have run while nobody looked. What was seen to have
+    # stopped does not start again by itself.
+    stopped = phase in _STOPPED and not billed
+    unseen = (
+        state.out and not state.stopped and phase is not Phase.WAITING and (stopped or gap > 3 * limits.poll)
+    )
     if not (billed or state.billed or unseen):
         gap = 0.0
     elif not billed:
@@ -216,7 +224,8 @@ def _charge(state: State, seen: Observation, limits: Limits) -> State:
     deadline = state.deadline
     if billed and not deadline:
         deadline = seen.now + state.allowed
-    return dataclasses.replace(state, used=state.used + gap, seen=seen.now, billed=billed, deadline=deadline)
+    changes = {"used": state.used + gap, "seen": seen.now, "billed": billed, "deadline": deadline}
+    return dataclasses.replace(state, stopped=stopped, **changes)
 
 
 def _end(state: State, seen: Observation, verdict: str, *, failed: bool) -> Step:

@@ -28,9 +28,10 @@ from .rehearse import rehearse
 from .state import ENDS, Limits, Stage, State
 from .store import Store
 
-# Replaced by tests: they have another gcloud, another clock and another planner.
+# Replaced by tests: they have another gcloud, other times and another planner.
 RUN = commands.run
 SLEEP = time.sleep
+LIMITS = Limits()
 PLAN = checks.plan
 
 
@@ -590,7 +591,7 @@ def _alone(kept: Store) -> Iterator[None]:
 
 def _watch(job: Job, kept: Store, until: Stage | None, poll: float) -> int:
     """Watches a job; Ctrl-C says what still runs."""
-    one = Launcher(job, kept, RUN, _say, Limits(poll=poll), startup=startup_script)
+    one = Launcher(job, kept, RUN, _say, dataclasses.replace(LIMITS, poll=poll), startup=startup_script)
     try:
         one.watch(SLEEP, until)
     except KeyboardInterrupt:

@@ -46,8 +46,13 @@ _CREATE_RULES = {
     "one_of": (("--node-id", "--node-count"), ("--accelerator-type", "--type")),
     "together": (("--node-prefix", "--node-count"), ("--type", "--topology"), ("--topology", "--type")),
 }
-_CREATE_EXCLUSIVE = (("--valid-until-duration", "--valid-until-time"), ("--valid-after-duration", "--valid-after-time"))
-_SSH = flags("zone node worker command output-directory ssh-flag ssh-key-file strict-host-key-checking batch-size")
+_CREATE_EXCLUSIVE = (
+    ("--valid-until-duration", "--valid-until-time"),
+    ("--valid-after-duration", "--valid-after-time"),
+)
+_SSH = flags(
+    "zone node worker command output-directory ssh-flag ssh-key-file strict-host-key-checking batch-size"
+)
 _SSH_SWITCHES = flags("internal-ip tunnel-through-iap force-key-file-overwrite plain dry-run")
 _SCP = _SSH - flags("command output-directory ssh-flag") | flags("scp-flag")
 _SCP_SWITCHES = _SSH_SWITCHES | flags("recurse compress")
@@ -57,7 +62,9 @@ GA: dict[tuple[str, ...], Spec] = {
     (*_QR, "describe"): Spec(1, flags("zone"), required=("--zone",)),
     (*_QR, "delete"): Spec(1, flags("zone"), flags("force async"), required=("--zone",)),
     (*_QR, "list"): Spec(0, flags("zone"), flags("uri"), required=("--zone",)),
-    (*_QR, "ssh"): Spec(1, _SSH, _SSH_SWITCHES, required=("--command",), at_most=(("--internal-ip", "--tunnel-through-iap"),)),
+    (*_QR, "ssh"): Spec(
+        1, _SSH, _SSH_SWITCHES, required=("--command",), at_most=(("--internal-ip", "--tunnel-through-iap"),)
+    ),
     (*_QR, "scp"): Spec(2, _SCP, _SCP_SWITCHES, at_most=(("--internal-ip", "--tunnel-through-iap"),)),
     (*_VM, "describe"): Spec(1, flags("zone"), required=("--zone",)),
     ("storage", "buckets", "describe"): Spec(1, flags("additional-headers"), flags("raw")),
@@ -71,12 +78,19 @@ ALPHA: dict[tuple[str, ...], Spec] = {
         at_most=(
             *_CREATE_EXCLUSIVE,
             *(("--network-config", other) for other in ("--network", "--subnetwork", "--internal-ips")),
-            *(("--reservation", f"--reservation-host-{kind}") for kind in ("project", "folder", "organization")),
+            *(
+                ("--reservation", f"--reservation-host-{kind}")
+                for kind in ("project", "folder", "organization")
+            ),
         ),
         **_CREATE_RULES,
     ),
-    (*_VM, "simulate-maintenance-event"): Spec(1, flags("zone workers"), flags("async"), required=("--zone",)),
-    ("quotas", "info", "list"): Spec(0, flags("service folder organization billing-project"), required=("--service",)),
+    (*_VM, "simulate-maintenance-event"): Spec(
+        1, flags("zone workers"), flags("async"), required=("--zone",)
+    ),
+    ("quotas", "info", "list"): Spec(
+        0, flags("service folder organization billing-project"), required=("--service",)
+    ),
 }
 _TEMPLATE = flags(
     "machine-type maintenance-policy provisioning-model instance-termination-action image image-family image-project "

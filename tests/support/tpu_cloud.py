@@ -79,6 +79,7 @@ class Cloud:
       repairs: whether groups make their machines again by themselves.
       deny: answers of the next requests: "capacity" or "permission".
       lose: "before" or "after": the next request's answer is lost, before or after it is made.
+      accept, suspending: seconds until a request is in the queue, and of a suspension.
       deaf: how many of the next questions fail.
       ledger: (job, start, end) of machines that ran.
     """
@@ -91,6 +92,7 @@ class Cloud:
         self.policies: dict[tuple[str, str], Parsed] = {}
         self.buckets: dict[str, str] = {}
         self.quotas: list[dict] = []
+        self.accept, self.suspending = 5.0, 20.0
         self.provision, self.boot, self.remove = (0.0, 600.0), (30.0, 200.0), (10.0, 120.0)
         self.repairs, self.deny, self.lose, self.deaf = False, [], "", 0
         self.ledger: list[tuple[str, float, float]] = []
@@ -142,7 +144,11 @@ class Cloud:
         one.state, one.started = "ACTIVE", self.now
         one.ends = min(one.ends, self.now + float(one.request.get("allowed", "inf")))
         if one.kind == "queued":
-            names = [one.name] if one.slices == 1 else [f"{one.request.get('node-prefix')}-{i}" for i in range(one.slices)]
+            names = (
+                [one.name]
+                if one.slices == 1
+                else [f"{one.request.get('node-prefix')}-{i}" for i in range(one.slices)]
+            )
             one.nodes = {name: {"state": "READY", "health": "HEALTHY", "id": self._id()} for name in names}
         owners = list(one.nodes) or [one.name]
         one.machines = [
@@ -171,7 +177,11 @@ class Cloud:
         return done + sum(self.now - one.started for one in self.running(job))
 
     def running(self, job: str) -> list[Made]:
-        return [one for one in self.made.values() if one.labels.get("scaling-dit-job") == job and one.started is not None]
+        return [
+            one
+            for one in self.made.values()
+            if one.labels.get("scaling-dit-job") == job and one.started is not None
+        ]
 
     def wanted(self, job: str) -> list[Made]:
         """Resources of a job that nobody deletes."""
@@ -186,7 +196,7 @@ class Cloud:
     def preempt(self, one: Made) -> None:
         """The service takes the machines away; in a group one or all of them."""
         if one.kind == "queued":
-            one.state, one.initiator, one.until = "SUSPENDING", "SERVICE", self.now + 20
+            one.state, one.initiator, one.until = "SUSPENDING", "SERVICE", self.now + self.suspending
             for node in one.nodes.values():
                 node["state"] = "PREEMPTED"
             for machine in one.machines:
@@ -207,7 +217,7 @@ class Cloud:
     def suspend(self, one: Made) -> None:
         """A user suspends it."""
         if one.kind == "queued":
-            one.state, one.initiator, one.until = "SUSPENDING", "USER", self.now + 20
+            one.state, one.initiator, one.until = "SUSPENDING", "USER", self.now + self.suspending
         else:
             one.stopped = one.hosts
             self._stop(one)
@@ -258,7 +268,11 @@ class Cloud:
         if lose == "before":
             return lost
         if made.key() in self.made:
-            return lost if lose else (1, "", f"ERROR: (gcloud) ALREADY_EXISTS: Resource '{made.name}' already exists\n")
+            return (
+                lost
+                if lose
+                else (1, "", f"ERROR: (gcloud) ALREADY_EXISTS: Resource '{made.name}' already exists\n")
+            )
         self.made[made.key()] = made
         self.created += 1
         return lost if lose else (0, "", f"Create request issued for: [{made.name}]\n")
@@ -276,7 +290,7 @@ class Cloud:
         slices = int(parsed.get("node-count", "1"))
         made = Made(
             "queued", parsed.arguments[0], parsed.get("zone"), parsed, parsed.mapping("labels"),
-            hosts_of(parsed.get("type"), parsed.get("topology"), True), slices, self.now, "CREATING", self.now + 5,
+            hosts_of(parsed.get("type"), parsed.get("topology"), True), slices, self.now, "CREATING", self.now + self.accept,
         )  # fmt: skip
         return self._create(made)
 
@@ -290,7 +304,10 @@ class Cloud:
     def _queued(self, one: Made) -> dict:
         node = {
             "labels": one.labels,
-            "acceleratorConfig": {"type": one.request.get("type").upper(), "topology": one.request.get("topology")},
+            "acceleratorConfig": {
+                "type": one.request.get("type").upper(),
+                "topology": one.request.get("topology"),
+            },
         }
         if one.slices == 1:
             specs = [{"nodeId": one.request.get("node-id"), "node": node}]
@@ -340,7 +357,9 @@ class Cloud:
         one = self.made.get(("queued", parsed.get("zone"), parsed.arguments[1].partition(":")[0]))
         if one is None or one.state != "ACTIVE":
             return self._absent(parsed.arguments[1])
-        codes = [self.workers.copy(self, one, machine, local, remote) for machine in self._chosen(one, parsed)]
+        codes = [
+            self.workers.copy(self, one, machine, local, remote) for machine in self._chosen(one, parsed)
+        ]
         return max(codes, default=0), "", ""
 
     def _chosen(self, one: Made, parsed) -> list[Machine]:
@@ -391,7 +410,10 @@ class Cloud:
         return 0, "", ""
 
     def _compute_resource_policies_delete(self, parsed):
-        used = any(one.request.get("workload-policy").endswith(f"/{parsed.arguments[0]}") for one in self.made.values())
+        used = any(
+            one.request.get("workload-policy").endswith(f"/{parsed.arguments[0]}")
+            for one in self.made.values()
+        )
         if used or self.policies.pop((parsed.get("region"), parsed.arguments[0]), None) is None:
             return self._absent(parsed.arguments[0])
         return 0, "", ""
@@ -444,7 +466,9 @@ class Cloud:
 
     def _compute_instance_groups_managed_list(self, parsed):
         zones = parsed.get("zones").split(",")
-        found = [self._group(one) for one in self.made.values() if one.kind == "compute" and one.zone in zones]
+        found = [
+            self._group(one) for one in self.made.values() if one.kind == "compute" and one.zone in zones
+        ]
         return 0, json.dumps(found), ""
 
     def _compute_instance_groups_managed_list_instances(self, parsed):
@@ -455,7 +479,11 @@ class Cloud:
             action = "DELETING" if one.state == "DELETING" else "CREATING"
             status = "PROVISIONING" if one.state == "PROVISIONING" else ""
             found = [
-                {"instance": f"zones/z/instances/{one.name}-{i:04d}", "currentAction": action, "instanceStatus": status}
+                {
+                    "instance": f"zones/z/instances/{one.name}-{i:04d}",
+                    "currentAction": action,
+                    "instanceStatus": status,
+                }
                 for i in range(one.hosts)
             ]
             return 0, json.dumps(found), ""

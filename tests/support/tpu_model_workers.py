@@ -63,7 +63,15 @@ class ModelWorkers:
             attempt = int(match[1])
             if worker["attempt"] != attempt:
                 self.starts.append((machine.id, attempt))
-                worker.update({"attempt": attempt, "work": "RUNNING", "from": self.saved, "since": cloud.now, "step": self.saved})
+                worker.update(
+                    {
+                        "attempt": attempt,
+                        "work": "RUNNING",
+                        "from": self.saved,
+                        "since": cloud.now,
+                        "step": self.saved,
+                    }
+                )
                 worker.pop("code", None)
             return 0, ""
         if what.startswith("# save"):

@@ -22,7 +22,9 @@ KINDS = (
 # Everything but what ends a job at once, which would make most histories short.
 LASTING = tuple(kind for kind in KINDS if kind not in ("suspend", "permission", "stop", "deleted outside"))
 EVENTS = st.lists(
-    st.tuples(st.sampled_from((*LASTING, *LASTING, *LASTING, *KINDS)), st.integers(0, 9)), min_size=1, max_size=14
+    st.tuples(st.sampled_from((*LASTING, *LASTING, *LASTING, *KINDS)), st.integers(0, 9)),
+    min_size=1,
+    max_size=14,
 )
 
 
@@ -55,7 +57,10 @@ class History:
 
     def __init__(self, folder, backend, zones, hours, repairs, seed):
         one = tpu_jobs.job(
-            backend=backend, topology="v5p:2x2x2", zones=tpu_jobs.ZONES[:zones], budget=Budget(hours, restarts=6)
+            backend=backend,
+            topology="v5p:2x2x2",
+            zones=tpu_jobs.ZONES[:zones],
+            budget=Budget(hours, restarts=6),
         )
         fragile = Fragile()
         self.world = tpu_jobs.World(folder, one, seed, Limits(poll=60.0), runner=fragile, total=150)

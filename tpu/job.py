@@ -186,9 +186,12 @@ def region(zone: str) -> str:
 
 def check(job: Job) -> None:
     """Raises UserError for a job that Google Cloud would refuse, or that would not be what the user meant."""
-    shape = job.shape
-    if shape.chip is None or shape.name == topologies.LOCAL:
+    if job.topology == topologies.LOCAL:
         raise UserError("--topology=local: a job needs a slice, such as v5e:4x8")
+    # Raises for what is no slice.
+    shape = job.shape
+    if shape.chip is None or shape.hosts % job.slices:
+        raise UserError(f"--topology={job.topology}: a job needs whole hosts of a TPU generation, such as v5e:4x8")
     if not _NAME.fullmatch(job.name):
         raise UserError(
             f"--name={job.name}: it must begin with a letter and have up to 40 small letters, digits and hyphens"

@@ -106,9 +106,9 @@ def start(job: Job, attempt: int) -> str:
 _END_GROUP = (
     "if [ -s pid ] && [ ! -f exit ]; then\n"
     "  read -r group boot < pid\n"
-    '  if [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] && kill -TERM -- "-$group" 2>/dev/null; then\n'
-    f'    i=0; while kill -0 -- "-$group" 2>/dev/null && [ $i -lt {GRACE * 5} ]; do sleep 0.2; i=$((i + 1)); done\n'
-    '    kill -KILL -- "-$group" 2>/dev/null || true\n'
+    '  if [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] && kill -s TERM -- "-$group" 2>/dev/null; then\n'
+    f'    i=0; while kill -s 0 -- "-$group" 2>/dev/null && [ $i -lt {GRACE * 5} ]; do sleep 0.2; i=$((i + 1)); done\n'
+    '    kill -s KILL -- "-$group" 2>/dev/null || true\n'
     "  fi\nfi\n"
 )
 
@@ -129,7 +129,7 @@ def status(job: Job) -> str:
         "  work=ENDED; code=$(cat exit); age=$(( $(date +%s) - $(stat -c %Y exit) ))\n"
         "elif [ -s pid ]; then\n"
         "  read -r group boot < pid\n"
-        '  if [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] && kill -0 -- "-$group" 2>/dev/null; then\n'
+        '  if [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] && kill -s 0 -- "-$group" 2>/dev/null; then\n'
         "    work=RUNNING\n  fi\nfi\n"
         f"printf '{_MARK} %s %s %s %s %s %s\\n' {_WORKER} "
         '"$attempt" "$work" "$code" "${step:--1}" "$age"\n'
@@ -156,7 +156,7 @@ def logs(job: Job, lines: int, follow: bool) -> str:
 def kill(job: Job) -> str:
     """Kills the job without a chance to save, as a lost host would."""
     return (
-        f'# kill {job.name}\nset -eu\ncd {folder(job)}\nread -r group boot < pid\nkill -KILL -- "-$group"\n'
+        f'# kill {job.name}\nset -eu\ncd {folder(job)}\nread -r group boot < pid\nkill -s KILL -- "-$group"\n'
     )
 
 

@@ -240,8 +240,11 @@ def _end(state: State, seen: Observation, verdict: str, *, failed: bool) -> Step
             return state, ()
         if len(seen.found) > 1:
             return state, tuple(Action(Do.DELETE, zone) for zone in seen.found)
+        if seen.found and state.zone != seen.found[0]:
+            # The next observation is of that zone.
+            return dataclasses.replace(state, zone=seen.found[0]), ()
         if seen.found:
-            state = dataclasses.replace(state, zone=seen.found[0], alive=True)
+            state = dataclasses.replace(state, alive=True)
         elif not state.out:
             return _over(state), ()
     return _delete(state, seen, After.END)
@@ -278,7 +281,7 @@ def _delete(state: State, seen: Observation, after: After) -> Step:
     """Begins to delete the resource; a job that runs is given time to save first."""
     changed = _to(state, Stage.DELETE, after=after, asked=seen.now)
     running = seen.report.work in (Work.RUNNING, Work.UNASKED, Work.SILENT)
-    save = state.stage is Stage.RUN and seen.resource.phase in (Phase.READY, Phase.SICK) and running
+    save = state.attempt and seen.resource.phase in (Phase.READY, Phase.SICK) and running
     first = (Action(Do.SAVE, state.zone, state.attempt),) if save else ()
     return changed, (*first, Action(Do.DELETE, state.zone, state.attempt))
 

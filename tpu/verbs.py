@@ -193,6 +193,7 @@ class _Starts(TpuVerb):
             rehearse(job, backend, startup_script(job), print)
             return 0
         kept = Store(job.name)
+        Launcher(job, kept, RUN, _say).secrets()
         state = kept.read_state()
         if state is None or state.stage in ENDS:
             self._check(job)
@@ -597,6 +598,9 @@ def _watch(job: Job, kept: Store, until: Stage | None, poll: float) -> int:
     except KeyboardInterrupt:
         _say(f"interrupted. {one.what_runs()}")
         return INTERRUPTED
+    except BaseException:
+        _say(one.what_runs())
+        raise
     if one.state.stage in ENDS:
         return launcher.exit_code(one.state)
     _say(one.what_runs())

@@ -81,11 +81,23 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setattr(verbs, "SLEEP", made.advance)
     monkeypatch.setattr(verbs, "LIMITS", Limits())
     monkeypatch.setattr(time, "time", lambda: made.now)
-    monkeypatch.setattr(launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, lambda job: ""))
+    monkeypatch.setattr(
+        launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, lambda job: "")
+    )
     return made
 
 
-LAUNCH = ["tpu", "launch", "--name=first", "--topology=v5p:2x2x2", "--zones=us-east5-a", "--hours=9", "--price=2", "--", "job"]
+LAUNCH = [
+    "tpu",
+    "launch",
+    "--name=first",
+    "--topology=v5p:2x2x2",
+    "--zones=us-east5-a",
+    "--hours=9",
+    "--price=2",
+    "--",
+    "job",
+]
 
 
 @pytest.mark.parametrize("at", range(1, 16))
@@ -106,7 +118,9 @@ def test_ctrl_c_says_what_still_runs_and_the_command_that_ends_it(cloud, monkeyp
     said = capsys.readouterr().err
     assert "interrupted." in said and "Traceback" not in said
     if cloud.made:
-        assert "scaling-dit tpu delete --name=first" in said and "scaling-dit tpu babysit --name=first" in said
+        assert (
+            "scaling-dit tpu delete --name=first" in said and "scaling-dit tpu babysit --name=first" in said
+        )
         assert "$16.00 an hour (8 chips at $2.00 a chip-hour, given by --price)" in said
     # The command does end it.
     monkeypatch.setattr(verbs, "RUN", cloud)

@@ -134,7 +134,13 @@ def test_restarts_are_limited(world):
 
 @pytest.mark.parametrize(
     "code, attempts, verdict",
-    [(2, 1, "exit code 2"), (3, 1, "exit code 3"), (4, 1, "exit code 4"), (1, 2, "for the second time"), (137, 2, "")],
+    [
+        (2, 1, "exit code 2"),
+        (3, 1, "exit code 3"),
+        (4, 1, "exit code 4"),
+        (1, 2, "for the second time"),
+        (137, 2, ""),
+    ],
 )
 def test_a_job_that_fails_at_a_step_again_is_given_up(world, code, attempts, verdict):
     made = world(total=100)
@@ -216,7 +222,10 @@ def worker(name, work, code=None, step=5, attempt=1, age=0.0):
     [
         ([worker("a", Work.RUNNING)], Report(Work.SILENT, step=5)),
         ([worker("a", Work.RUNNING)] * 2, Report(Work.SILENT, step=5)),
-        ([worker("a", Work.RUNNING, step=3), worker("b", Work.RUNNING, step=7)], Report(Work.RUNNING, step=7)),
+        (
+            [worker("a", Work.RUNNING, step=3), worker("b", Work.RUNNING, step=7)],
+            Report(Work.RUNNING, step=7),
+        ),
         ([worker("a", Work.RUNNING), worker("b", Work.RUNNING, attempt=2)], Report(Work.NONE, step=5)),
         ([worker("a", Work.ENDED, 0), worker("b", Work.ENDED, 0)], Report(Work.ENDED, 0, 5)),
         ([worker("a", Work.ENDED, 75), worker("b", Work.ENDED, 137)], Report(Work.ENDED, 75, 5)),

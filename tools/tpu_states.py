@@ -31,14 +31,14 @@ HEAD = """# What the launcher of a TPU job does
 
 <!-- Written by `python -m tools.tpu_states`; a test fails while it is out of date. -->
 
-The launcher of `scaling-dit tpu launch` is a function of what it remembers and what it sees, in `tpu/state.py`. These tables are
-written by calling it. Limits are those of one job at the default `--poll`.
+The launcher of `scaling-dit tpu launch` is a function of what it remembers and what it sees, in `tpu/state.py`.
+These tables are written by calling it. Limits are those of the default `--poll`.
 
 Always, in every stage:
 
 - A user's `tpu delete` ends the job: it saves, and its resource is deleted.
-- So does a budget that is used up, of hours or dollars; {reserve:.0f} minutes are kept back to end within it. Time in which machines may
-  have run while nobody looked counts as used.
+- So does a budget that is used up, of hours or dollars; {reserve:.0f} minutes are kept back to end within it. Time in
+  which machines may have run while nobody looked counts as used.
 - `--restarts` counts starts after the first one; when they are used up, the job ends.
 - The job's end is said only when its resource is seen to be gone, or suspended by a user.
 """

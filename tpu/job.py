@@ -191,7 +191,9 @@ def check(job: Job) -> None:
     # Raises for what is no slice.
     shape = job.shape
     if shape.chip is None or shape.hosts % job.slices:
-        raise UserError(f"--topology={job.topology}: a job needs whole hosts of a TPU generation, such as v5e:4x8")
+        raise UserError(
+            f"--topology={job.topology}: a job needs whole hosts of a TPU generation, such as v5e:4x8"
+        )
     if not _NAME.fullmatch(job.name):
         raise UserError(
             f"--name={job.name}: it must begin with a letter and have up to 40 small letters, digits and hyphens"

@@ -1,12 +1,13 @@
-"""A program `gcloud` for the PATH of a test: the simulated cloud, kept in a folder, with workers that are real processes.
+"""A program `gcloud` for the PATH of a test: the simulated cloud in a folder, with workers that are real processes.
 
     fake = install(folder)      writes bin/gcloud, bin/scaling-dit and the cloud's state
     fake.plan(path, "preempt")  the running resource is preempted once when `path` exists
 
-Each worker has a home folder of its own. What stands in for a TPU's metadata: variables FAKE_COORDINATOR, FAKE_PROCESSES
-and FAKE_PROCESS, which bin/scaling-dit turns into flags of `train`.
+Each worker has a home folder of its own. What stands in for a TPU's metadata: variables FAKE_COORDINATOR,
+FAKE_PROCESSES and FAKE_PROCESS, which bin/scaling-dit turns into flags of `train`.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -85,10 +86,8 @@ class ProcessWorkers:
         for path in home.glob(".scaling-dit/*/pid"):
             words = path.read_text().split()
             if words:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(int(words[0]), signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -13,8 +13,8 @@ class FlagError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One command: positional arguments, flags with a value, flags without, required ones, and sets of which at most one
-    (or with `one_of` exactly one) may be given."""
+    """One command: positional arguments, flags with a value, flags without, required ones, and sets of which at most
+    one (or with `one_of` exactly one) may be given."""
 
     positional: int
     values: frozenset[str]
@@ -106,6 +106,9 @@ _GROUP = flags(
 _COMPUTE_SSH = flags(
     "zone command ssh-flag ssh-key-file strict-host-key-checking container ssh-key-expiration ssh-key-expire-after"
 )
+_COMPUTE_SCP = _COMPUTE_SSH - flags("command ssh-flag container") | flags("scp-flag port")
+_COMPUTE_SSH_SWITCHES = flags("internal-ip tunnel-through-iap plain dry-run force-key-file-overwrite")
+_PLACE, _ONE_PLACE = flags("zone region"), (("--zone", "--region"),)
 COMPUTE: dict[tuple[str, ...], Spec] = {
     ("compute", "resource-policies", "create", "workload-policy"): Spec(
         1,
@@ -118,17 +121,21 @@ COMPUTE: dict[tuple[str, ...], Spec] = {
     ("compute", "instance-groups", "managed", "create"): Spec(
         1, _GROUP, flags("force-update-on-repair"), required=("--size", "--template"), one_of=(("--zone", "--region"),)
     ),
-    ("compute", "instance-groups", "managed", "describe"): Spec(1, flags("zone region"), one_of=(("--zone", "--region"),)),
-    ("compute", "instance-groups", "managed", "list-instances"): Spec(1, flags("zone region"), flags("uri"), one_of=(("--zone", "--region"),)),
-    ("compute", "instance-groups", "managed", "delete"): Spec(1, flags("zone region"), one_of=(("--zone", "--region"),)),
+    ("compute", "instance-groups", "managed", "describe"): Spec(1, _PLACE, one_of=_ONE_PLACE),
+    ("compute", "instance-groups", "managed", "list-instances"): Spec(1, _PLACE, flags("uri"), one_of=_ONE_PLACE),
+    ("compute", "instance-groups", "managed", "delete"): Spec(1, _PLACE, one_of=_ONE_PLACE),
     ("compute", "instance-groups", "managed", "list"): Spec(0, flags("zones regions regexp"), flags("uri")),
-    ("compute", "ssh"): Spec(1, _COMPUTE_SSH, flags("internal-ip tunnel-through-iap plain dry-run troubleshoot force-key-file-overwrite")),
-    ("compute", "scp"): Spec(2, _COMPUTE_SSH - flags("command ssh-flag container") | flags("scp-flag port"), flags("internal-ip tunnel-through-iap plain dry-run recurse compress force-key-file-overwrite")),
-    ("compute", "instances", "simulate-maintenance-event"): Spec(1, flags("zone"), flags("async with-extended-notifications")),
+    ("compute", "ssh"): Spec(1, _COMPUTE_SSH, _COMPUTE_SSH_SWITCHES | flags("troubleshoot")),
+    ("compute", "scp"): Spec(2, _COMPUTE_SCP, _COMPUTE_SSH_SWITCHES | flags("recurse compress")),
+    ("compute", "instances", "simulate-maintenance-event"): Spec(
+        1, flags("zone"), flags("async with-extended-notifications")
+    ),
 }  # fmt: skip
 # Values that gcloud takes.
 CHOICES = {
-    "--provisioning-model": {"standard", "spot", "reservation-bound", "flex-start", "STANDARD", "SPOT", "FLEX_START", "RESERVATION_BOUND"},
+    "--provisioning-model": {
+        "standard", "spot", "reservation-bound", "flex-start", "STANDARD", "SPOT", "FLEX_START", "RESERVATION_BOUND",
+    },
     "--target-size-policy-mode": {"bulk", "individual"},
     "--default-action-on-vm-failure": {"repair", "do-nothing"},
     "--maintenance-policy": {"TERMINATE", "MIGRATE"},

@@ -1,11 +1,12 @@
 """A simulated Google Cloud that takes gcloud commands: queued resources with their nodes, and managed instance groups.
 
-Both life cycles, driven by `advance(seconds)`. It is strict about flags (`gcloud_flags.py`), speaks the JSON of the real
-APIs, and keeps a ledger of when machines of each job ran. What happens on workers is somebody else's: `workers`.
+Both life cycles, driven by `advance(seconds)`. It is strict about flags (`gcloud_flags.py`), speaks the JSON of the
+real APIs, and keeps a ledger of when machines of each job ran. What happens on workers is somebody else's: `workers`.
 """
 
 import dataclasses
 import json
+import pathlib
 import random
 import time
 
@@ -281,7 +282,7 @@ class Cloud:
         """What the switch in the startup script says, where there is one: `allowed SECONDS`."""
         path = parsed.mapping("metadata-from-file").get("startup-script")
         if path:
-            words = open(path).read().split()
+            words = pathlib.Path(path).read_text().split()
             if "allowed" in words:
                 parsed.flags["--allowed"] = [words[words.index("allowed") + 1]]
 
@@ -290,7 +291,8 @@ class Cloud:
         slices = int(parsed.get("node-count", "1"))
         made = Made(
             "queued", parsed.arguments[0], parsed.get("zone"), parsed, parsed.mapping("labels"),
-            hosts_of(parsed.get("type"), parsed.get("topology"), True), slices, self.now, "CREATING", self.now + self.accept,
+            hosts_of(parsed.get("type"), parsed.get("topology"), True), slices, self.now,
+            "CREATING", self.now + self.accept,
         )  # fmt: skip
         return self._create(made)
 

@@ -5,6 +5,7 @@ import dataclasses
 from scaling_dit.tpu.job import Budget, Job
 from scaling_dit.tpu.launcher import Launcher
 from scaling_dit.tpu.state import Limits, State, from_dict
+
 from tests.support.tpu_cloud import Cloud
 from tests.support.tpu_model_workers import ModelWorkers
 

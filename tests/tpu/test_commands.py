@@ -6,17 +6,17 @@ import subprocess
 import time
 
 import pytest
-
-from scaling_dit.errors import UserError
 from scaling_dit.tpu import commands, remote
 from scaling_dit.tpu.commands import Result, join, quote, redact, run, shown
 from scaling_dit.tpu.observations import Work
+
+from scaling_dit.errors import UserError
 from tests.support import tpu_jobs
 
 ODD = (
     "plain", "with space", "two  spaces", "   lead and trail   ", "semi;colon", "$(touch hacked)", "`touch hacked`",
     "$HOME", "quote'single", 'quote"double', "back\\slash", "new\nline", "tab\there", "a && b || c | d > e", "*", "~",
-    "#comment", "!x", "-dash", "", "ünï – 雪", "{a,b}", "%s%d", "'  '", "' ; touch hacked ; '",
+    "#comment", "!x", "-dash", "", "ünï 雪", "{a,b}", "%s%d", "'  '", "' ; touch hacked ; '",
 )  # fmt: skip
 TOKENS = (
     "ya29.a0AfH6SMBx-Yz_123", "hf_AbCdEfGhIjKlMnOp", "sk-proj-abcdefghijklmnopqrst", "ghp_abcdefghijklmnopqrstuvwx",

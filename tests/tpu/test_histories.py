@@ -1,4 +1,4 @@
-"""Random histories of both back-ends: whatever happens, one resource at most, within the budget, nothing left behind."""
+"""Random histories of both back-ends: one resource at most, within the budget, nothing left behind."""
 
 import pathlib
 import random
@@ -8,10 +8,10 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from scaling_dit.tpu import launcher
 from scaling_dit.tpu.job import Budget
 from scaling_dit.tpu.state import ENDS, Limits, Stage
+
 from tests.support import tpu_jobs
 
 KINDS = (

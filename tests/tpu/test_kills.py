@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-
-from scaling_dit.cli import main as cli
 from scaling_dit.tpu import launcher, verbs
 from scaling_dit.tpu.state import Limits, Stage
 from scaling_dit.tpu.store import Store
+
+from scaling_dit.cli import main as cli
 from tests.support import tpu_jobs
 from tests.support.tpu_cloud import Cloud
 from tests.support.tpu_model_workers import ModelWorkers
@@ -157,8 +157,8 @@ def test_launchers_ended_by_sigkill(tmp_path):
     script = f"for i in $(seq 60); do echo step $i; sleep 0.2; done; echo done >> {job}"
     environment = {**os.environ, "PATH": f"{fake.bin}:{os.environ['PATH']}", "XDG_STATE_HOME": str(tmp_path)}
     command = [
-        sys.executable, "-m", "scaling_dit", "tpu", "launch", "--name=first", "--topology=v5p:2x2x2", "--zones=us-east5-a",
-        "--hours=1", "--poll=0.2", f"--setup={tmp_path / 'setup'}", "--", "sh", "-c", script,
+        sys.executable, "-m", "scaling_dit", "tpu", "launch", "--name=first", "--topology=v5p:2x2x2",
+        "--zones=us-east5-a", "--hours=1", "--poll=0.2", f"--setup={tmp_path / 'setup'}", "--", "sh", "-c", script,
     ]  # fmt: skip
     (tmp_path / "setup").write_text("true\n")
     for seconds in (1.0, 2.5, 1.7, 3.1, 2.1):

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from scaling_dit.tpu.observations import (
     Answer,
     Observation,
@@ -15,6 +14,7 @@ from scaling_dit.tpu.observations import (
     summarize,
 )
 from scaling_dit.tpu.state import After, Do, Limits, Stage, State, from_dict, resumed, step
+
 from tests.support import tpu_jobs
 from tools import tpu_states
 

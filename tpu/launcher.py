@@ -4,11 +4,12 @@ The state is written before an action, never after: a launcher that is killed at
 the resource by name and goes on. What it may do twice, it can do twice.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from scaling_dit import files
 from scaling_dit.errors import UserError
@@ -56,12 +57,13 @@ class Launcher:
         clock: Callable[[], float] = time.time,
         startup: Callable[[Job], str] = lambda job: "",
     ) -> None:
-        self.job, self.store, self.limits = job, store, limits
+        self.job, self.store = job, store
+        self.limits = dataclasses.replace(limits, switch=bool(startup(job)))
         self.state = resumed(store.read_state() or State())
         self.resource = Resource(Phase.UNKNOWN)
         self.report = Report()
         self._backend = backends.get(job)
-        self._runner, self._clock, self._startup = runner, clock, startup
+        self.runner, self._clock, self._startup = runner, clock, startup
         self._ask: Runner = functools.partial(runner, seconds=_ASK)
         self._answer, self._reason = Answer.NONE, ""
         self._say_line, self._told, self._told_at = say, "", 0.0
@@ -150,7 +152,7 @@ class Launcher:
     def on_workers(self, text: str, seconds: float) -> list[Result]:
         """Runs shell text on all workers of the resource that was seen last."""
         commands = self._backend.on_workers(self.job, self.zone, self.resource.nodes, text)
-        return run_all(self._runner, commands, seconds)
+        return run_all(self.runner, commands, seconds)
 
     # Acting.
 
@@ -180,7 +182,7 @@ class Launcher:
 
     def _create(self, zone: str) -> tuple[Answer, str]:
         for command in self._backend.create(self.job, self.request(zone)):
-            result = self._runner(command)
+            result = self.runner(command)
             # What an earlier request left may not be there, or may be in use.
             if "delete" in command:
                 continue
@@ -191,24 +193,35 @@ class Launcher:
 
     def _delete(self, zone: str) -> tuple[Answer, str]:
         first, *rest = self._backend.delete(self.job, zone, self.state.resources)
-        result = self._runner(first)
+        result = self.runner(first)
         if result.code and not is_absent(result):
             return Answer.NONE, result.reason
         for command in rest:
-            self._runner(command)
+            self.runner(command)
         return Answer.OK, ""
 
     def _set_up(self, zone: str) -> tuple[Answer, str]:
         stamp = self.stamp()
-        for commands in self.preparation(zone, stamp):
-            results = run_all(self._runner, commands)
-            bad = [result for result in results if result.code]
-            if bad:
-                return Answer.REFUSED, bad[0].reason
+        with self.secrets_file():
+            for commands in self.preparation(zone, stamp):
+                results = run_all(self.runner, commands)
+                bad = [result for result in results if result.code]
+                if bad:
+                    return Answer.REFUSED, bad[0].reason
         done = remote.ready("\n".join(result.out for result in results), stamp)
         if done < self.job.workers:
             return Answer.REFUSED, f"{done} of {self.job.workers} workers were reached"
         return Answer.OK, ""
+
+    @contextlib.contextmanager
+    def secrets_file(self) -> Iterator[None]:
+        """For the block, the file of the job's secrets exists on this machine."""
+        try:
+            if self.job.secrets:
+                self.store.write_private(self.store.env, remote.environment_file(self.secrets()))
+            yield
+        finally:
+            self.store.env.unlink(missing_ok=True)
 
     def stamp(self) -> str:
         """Differs for set-ups that differ."""
@@ -223,7 +236,6 @@ class Launcher:
         if self.job.source:
             copies.append((str(self.store.source), f"{home}source.tgz"))
         if self.job.secrets:
-            self.store.write_private(self.store.env, remote.environment_file(self.secrets()))
             copies.append((str(self.store.env), f"{home}env"))
         if copies:
             commands.append(self._backend.on_workers(self.job, zone, nodes, remote.make_folder(self.job)))

@@ -7,17 +7,22 @@ from . import checks, remote
 from .backends import Backend, Request
 from .commands import Command, Say, shown
 from .job import Job
+from .launcher import Launcher, dry_runner
+from .observations import Phase, Resource
 from .store import Store
+
+
+def node_names(job: Job) -> tuple[str, ...]:
+    """Names of nodes for commands that are only shown: a group's VMs get theirs when they are made."""
+    if job.backend == "compute":
+        return tuple(f"{job.name}-VM{index}" for index in range(job.hosts))
+    return (job.name,) if job.slices == 1 else tuple(f"{job.name}-{index}" for index in range(job.slices))
 
 
 def rehearse(job: Job, backend: Backend, startup: str, say: Say) -> None:
     """Shows the commands; runs none, and writes nothing."""
     zone, kept = job.zones[0], Store(job.name)
-    nodes = (
-        tuple(f"{job.name}-VM{index}" for index in range(job.hosts))
-        if job.backend == "compute"
-        else (job.name,)
-    )
+    nodes = node_names(job)
 
     def show(title: str, commands: Iterable[Command]) -> None:
         say(f"# {title}")
@@ -34,15 +39,12 @@ def rehearse(job: Job, backend: Backend, startup: str, say: Say) -> None:
     show("its state, again and again", [backend.describe(job, zone)])
     if job.backend == "compute":
         say(f"# {job.name}-VM0, ... stand for the names that the group gives its VMs")
-    home = f"{remote.FOLDER}/{job.name}/"
-    copies = [(str(kept.source), f"{home}source.tgz")] if job.source else []
-    copies += [(str(kept.env), f"{home}env")] if job.secrets else []
-    if copies:
-        show("files", backend.on_workers(job, zone, nodes, remote.make_folder(job)))
-        for local, target in copies:
-            for command in backend.copy(job, zone, nodes, local, target):
-                say(shown(command))
-    show("set-up", backend.on_workers(job, zone, nodes, remote.setup(job, "STAMP")))
+    one = Launcher(job, kept, dry_runner(say), say)
+    one.resource = Resource(Phase.READY, nodes=nodes)
+    say("# files and set-up")
+    for commands in one.preparation(zone, "STAMP"):
+        for command in commands:
+            say(shown(command))
     show("the job", backend.on_workers(job, zone, nodes, remote.start(job, 1)))
     show("how it is, again and again", backend.on_workers(job, zone, nodes, remote.status(job)))
     show("the end", backend.delete(job, zone, 1))

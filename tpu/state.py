@@ -79,6 +79,7 @@ class Limits:
       again: after which a deletion that has no effect is asked for again.
       back_off: the first pause before another request; it doubles up to `back_off_most`.
       setups: how often a failing set-up is tried.
+      switch: whether machines end themselves when their time is over.
     """
 
     poll: float = 60.0
@@ -91,6 +92,7 @@ class Limits:
     back_off: float = 60.0
     back_off_most: float = 1800.0
     setups: int = 3
+    switch: bool = False
 
     @property
     def reserve(self) -> float:
@@ -217,7 +219,7 @@ def _charge(state: State, seen: Observation, limits: Limits) -> State:
     )
     if not (billed or state.billed or unseen):
         gap = 0.0
-    elif not billed:
+    elif not billed and limits.switch:
         # It cannot have outlived the switch on its machines by more than its deletion.
         rest = max(0.0, state.deadline - state.seen) if state.deadline else state.allowed
         gap = min(gap, rest + limits.delete)

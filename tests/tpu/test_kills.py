@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from scaling_dit.tpu import launcher, verbs
+from scaling_dit.tpu import launcher, outside
 from scaling_dit.tpu.state import Limits, Stage
 from scaling_dit.tpu.store import Store
 
@@ -77,9 +77,9 @@ def cloud(tmp_path, monkeypatch):
     """A simulated cloud as gcloud of the verbs, in which time passes while the launcher sleeps."""
     made = Cloud(5, now=time.time(), workers=ModelWorkers(total=60))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(verbs, "RUN", made)
-    monkeypatch.setattr(verbs, "SLEEP", made.advance)
-    monkeypatch.setattr(verbs, "LIMITS", Limits())
+    monkeypatch.setattr(outside, "RUN", made)
+    monkeypatch.setattr(outside, "SLEEP", made.advance)
+    monkeypatch.setattr(outside, "LIMITS", Limits())
     monkeypatch.setattr(time, "time", lambda: made.now)
     monkeypatch.setattr(
         launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, lambda job: "")
@@ -113,7 +113,7 @@ def test_ctrl_c_says_what_still_runs_and_the_command_that_ends_it(cloud, monkeyp
 
         return call
 
-    monkeypatch.setattr(verbs, "RUN", interrupted(cloud))
+    monkeypatch.setattr(outside, "RUN", interrupted(cloud))
     assert cli.main(LAUNCH) == 130
     said = capsys.readouterr().err
     assert "interrupted." in said and "Traceback" not in said
@@ -123,7 +123,7 @@ def test_ctrl_c_says_what_still_runs_and_the_command_that_ends_it(cloud, monkeyp
         )
         assert "$16.00 an hour (8 chips at $2.00 a chip-hour, given by --price)" in said
     # The command does end it.
-    monkeypatch.setattr(verbs, "RUN", cloud)
+    monkeypatch.setattr(outside, "RUN", cloud)
     assert cli.main(["tpu", "delete", "--name=first"]) == 0
     assert not cloud.made
     assert "nothing runs" not in said or cloud.created == 0
@@ -138,7 +138,7 @@ def test_ctrl_c_while_it_waits_and_going_on(cloud, monkeypatch, capsys):
             raise KeyboardInterrupt
         cloud.advance(seconds)
 
-    monkeypatch.setattr(verbs, "SLEEP", sleep)
+    monkeypatch.setattr(outside, "SLEEP", sleep)
     assert cli.main(LAUNCH) == 130
     assert "first is running in us-east5-a and costs $16.00 an hour" in capsys.readouterr().err
     assert cli.main(["tpu", "babysit", "--name=first"]) == 0

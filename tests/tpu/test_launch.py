@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from scaling_dit.tpu import verbs
+from scaling_dit.tpu import outside
 from scaling_dit.tpu.state import Limits, Stage
 from scaling_dit.tpu.store import Store
 
@@ -59,8 +59,8 @@ def fake(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PATH", f"{installed.bin}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state, with comma"))
-    monkeypatch.setattr(verbs, "LIMITS", QUICK)
-    monkeypatch.setattr(verbs, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.15)))
+    monkeypatch.setattr(outside, "LIMITS", QUICK)
+    monkeypatch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.15)))
     installed.here = tmp_path
     return installed
 
@@ -144,7 +144,8 @@ def train(fake, workdir, backend, slices, preempt_at=()):
     shape = "v5p:2x2x2" if slices == 1 else "v5p:2x2x1"
     code = cli.main([
         "tpu", "launch", f"--name={backend}-{slices}", f"--topology={shape}", f"--slices={slices}",
-        f"--backend={backend}", "--zones=us-east5-a", "--hours=5", f"--setup={fake.folder / 'setup.sh'}", "--poll=0.3", "--",
+        f"--backend={backend}", "--zones=us-east5-a", "--hours=5", f"--setup={fake.folder / 'setup.sh'}",
+        "--poll=0.3", "--",
         *TRAIN, f"--workdir={workdir}",
     ])  # fmt: skip
     thread.join(1)
@@ -161,8 +162,8 @@ def uninterrupted(tmp_path_factory):
         (fake.folder / "setup.sh").write_text("true\n")
         patch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
         patch.setenv("XDG_STATE_HOME", str(folder))
-        patch.setattr(verbs, "LIMITS", QUICK)
-        patch.setattr(verbs, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.3)))
+        patch.setattr(outside, "LIMITS", QUICK)
+        patch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.3)))
         assert train(fake, folder / "run", "queued", 1) == 0
         assert fake.cloud().created == 1
     return pipeline.load(folder / "run").params
@@ -175,8 +176,8 @@ def test_training_preempted_twice_ends_bit_identical(uninterrupted, tmp_path, mo
     (fake.folder / "setup.sh").write_text("true\n")
     monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(verbs, "LIMITS", QUICK)
-    monkeypatch.setattr(verbs, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.3)))
+    monkeypatch.setattr(outside, "LIMITS", QUICK)
+    monkeypatch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.3)))
     assert train(fake, tmp_path / "run", backend, slices, preempt_at=(10, 30)) == 0
     cloud = fake.cloud()
     assert cloud.created == 3 and not cloud.made

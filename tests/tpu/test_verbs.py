@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 import tarfile
 import time
 
 import pytest
-from scaling_dit.tpu import commands, inventory, launcher, store, verbs
+from scaling_dit.tpu import commands, inventory, launcher, outside, store, verbs
 from scaling_dit.tpu.state import Limits, Stage
 from scaling_dit.tpu.store import Store
 
@@ -23,9 +25,11 @@ def cloud(tmp_path, monkeypatch):
     made = Cloud(5, now=time.time(), workers=ModelWorkers(total=60))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("MY_TOKEN", SECRET)
-    monkeypatch.setattr(verbs, "RUN", made)
-    monkeypatch.setattr(verbs, "SLEEP", made.advance)
-    monkeypatch.setattr(verbs, "PLAN", lambda config, overrides, job: (True, "peak 1.00 of 15.75 GiB: fits"))
+    monkeypatch.setattr(outside, "RUN", made)
+    monkeypatch.setattr(outside, "SLEEP", made.advance)
+    monkeypatch.setattr(
+        outside, "PLAN", lambda config, overrides, job: (True, "peak 1.00 of 15.75 GiB: fits")
+    )
     monkeypatch.setattr(verbs.getpass, "getuser", lambda: "Ann Other")
     monkeypatch.setattr(time, "time", lambda: made.now)
     monkeypatch.setattr(
@@ -183,7 +187,7 @@ def test_a_secret_goes_as_a_file(cloud, capsys, monkeypatch):
 
 
 def test_what_speaks_against_a_launch(cloud, capsys, monkeypatch):
-    monkeypatch.setattr(verbs, "PLAN", lambda config, overrides, job: (False, "needs 99 GiB"))
+    monkeypatch.setattr(outside, "PLAN", lambda config, overrides, job: (False, "needs 99 GiB"))
     assert cli.main(launch()) == 2
     assert "the run does not fit v5p:2x2x2: needs 99 GiB; --force launches nevertheless" in said(capsys)
     assert cloud.created == 0
@@ -306,6 +310,12 @@ def test_mistakes_are_one_line(cloud, capsys, command, line):
     assert line in text and text.strip().count("\n") == text.count("quota not checked") + text.count(
         "plan of"
     )
+
+
+def test_the_folder_is_a_program(tmp_path):
+    command = [sys.executable, "-m", "scaling_dit.tpu", "sweep", "--dry-run", "--zones=us-east5-a"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("gcloud compute") == 2, done.stderr
 
 
 def test_help(capsys):

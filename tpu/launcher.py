@@ -33,6 +33,14 @@ LIMITS = Limits()
 _HOME = f"{remote.FOLDER}/"
 
 
+Startup = Callable[[Job, str], str]
+
+
+def no_startup(job: Job, zone: str) -> str:
+    """Machines that run nothing of their own."""
+    return ""
+
+
 class Launcher:
     """Watches one job.
 
@@ -43,8 +51,8 @@ class Launcher:
       say: shows a line to the user.
       limits: of the state machine.
       clock: seconds since the epoch.
-      startup: job -> script that its machines run when they start, "" for none. The job that it gets has the hours that
-        are left.
+      startup: (job, zone) -> script that its machines run when they start, and that ends them when nobody else does;
+        "" = none. The budget of the job that it gets is what is left.
     """
 
     def __init__(
@@ -55,10 +63,10 @@ class Launcher:
         say: Say,
         limits: Limits = LIMITS,
         clock: Callable[[], float] = time.time,
-        startup: Callable[[Job], str] = lambda job: "",
+        startup: Startup = no_startup,
     ) -> None:
         self.job, self.store = job, store
-        self.limits = dataclasses.replace(limits, switch=bool(startup(job)))
+        self.limits = dataclasses.replace(limits, switch=bool(startup(job, job.zones[0])))
         self.state = resumed(store.read_state() or State())
         self.resource = Resource(Phase.UNKNOWN)
         self.report = Report()
@@ -173,7 +181,7 @@ class Launcher:
         """The request for a resource, now; writes the script that its machines run when they start."""
         seconds = max(1.0, self.state.allowed)
         budget = dataclasses.replace(self.job.budget, hours=seconds / 3600, dollars=0.0)
-        text = self._startup(dataclasses.replace(self.job, budget=budget))
+        text = self._startup(dataclasses.replace(self.job, budget=budget), zone)
         if text:
             self.store.write_private(self.store.startup, text)
         expires = int(self._clock() + seconds + _QUEUE)

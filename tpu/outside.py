@@ -21,11 +21,8 @@ RUN = commands.run
 SLEEP = time.sleep
 LIMITS = Limits()
 PLAN = checks.plan
-
-
-def startup_script(job: Job) -> str:
-    """The script that machines run when they start: the switch that ends them when nobody else does."""
-    return ""
+# (job, zone) -> the script that its machines run when they start, see `Launcher`.
+STARTUP: launcher.Startup = launcher.no_startup
 
 
 @contextlib.contextmanager
@@ -39,7 +36,7 @@ def alone(kept: Store) -> Iterator[None]:
 
 def watch(job: Job, kept: Store, until: Stage | None, poll: float) -> int:
     """Watches a job; Ctrl-C says what still runs."""
-    one = Launcher(job, kept, RUN, say, dataclasses.replace(LIMITS, poll=poll), startup=startup_script)
+    one = Launcher(job, kept, RUN, say, dataclasses.replace(LIMITS, poll=poll), startup=STARTUP)
     try:
         one.watch(SLEEP, until)
     except KeyboardInterrupt:

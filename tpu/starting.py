@@ -175,7 +175,9 @@ class _Starts(TpuVerb):
             )
         if self.dry_run:
             values = [os.environ.get(name, "") for name in job.secrets]
-            rehearse(job, backend, outside.startup_script(job), lambda line: print(redact(line, values)))
+            rehearse(
+                job, backend, outside.STARTUP(job, job.zones[0]), lambda line: print(redact(line, values))
+            )
             return 0
         kept = Store(job.name)
         Launcher(job, kept, outside.RUN, outside.say).secrets()

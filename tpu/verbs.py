@@ -109,7 +109,7 @@ class Babysit(_Known):
         """Watches the job to its end; 0 when it is done."""
         job, kept = self.open()
         if self.dry_run:
-            rehearse(job, backends.get(job), outside.startup_script(job), print)
+            rehearse(job, backends.get(job), outside.STARTUP(job, job.zones[0]), print)
             return 0
         state = kept.read_state()
         if state is not None and state.stage in ENDS:

@@ -65,7 +65,10 @@ class World:
 
     def launch(self) -> None:
         """Another launcher of the same job."""
-        allowed = (lambda one: f"allowed {3600 * one.budget.hours}") if self.guarded else (lambda one: "")
+
+        def allowed(one, zone):
+            return f"allowed {3600 * one.budget.hours}" if self.guarded else ""
+
         self.launcher = Launcher(
             self.job,
             self.store,

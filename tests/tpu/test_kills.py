@@ -82,7 +82,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setattr(outside, "LIMITS", Limits())
     monkeypatch.setattr(time, "time", lambda: made.now)
     monkeypatch.setattr(
-        launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, lambda job: "")
+        launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, launcher.no_startup)
     )
     return made
 

@@ -33,7 +33,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setattr(verbs.getpass, "getuser", lambda: "Ann Other")
     monkeypatch.setattr(time, "time", lambda: made.now)
     monkeypatch.setattr(
-        launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, lambda job: "")
+        launcher.Launcher.__init__, "__defaults__", (Limits(), lambda: made.now, launcher.no_startup)
     )
     made.buckets["bucket"] = "US-EAST5"
     return made

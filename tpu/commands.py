@@ -4,12 +4,12 @@ A command is a tuple of words and never passes a shell of this machine. What run
 there; `quote` is how any value gets into its text.
 """
 
-import concurrent.futures
 import dataclasses
 import os
 import re
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -116,11 +116,37 @@ def run(command: Command, seconds: float = SECONDS) -> Result:
 
 
 def run_all(runner: Runner, commands: Sequence[Command], seconds: float = SECONDS) -> list[Result]:
-    """Runs several commands at the same time; the results stand in their order."""
+    """Runs several commands at the same time; the results stand in their order. An exception of one is raised."""
     if len(commands) == 1:
         return [runner(commands[0], seconds)]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return list(pool.map(lambda command: runner(command, seconds), commands))
+    results: list[Result] = []
+    for first in range(0, len(commands), _AT_ONCE):
+        results += _run_batch(runner, commands[first : first + _AT_ONCE], seconds)
+    return results
+
+
+def _run_batch(runner: Runner, commands: Sequence[Command], seconds: float) -> list[Result]:
+    ended: dict[int, Result | BaseException] = {}
+
+    def work(number: int) -> None:
+        try:
+            ended[number] = runner(commands[number], seconds)
+        except BaseException as error:
+            ended[number] = error
+
+    # Daemons, so that Ctrl-C does not wait for them.
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(commands))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = []
+    for number in range(len(commands)):
+        outcome = ended[number]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 def replace_process(command: Command) -> None:

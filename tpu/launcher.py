@@ -16,7 +16,7 @@ from scaling_dit.errors import UserError
 
 from . import backends, remote
 from .backends import Request
-from .backends.contract import answer, is_absent
+from .backends.contract import answer, clears, is_absent
 from .commands import Command, Result, Runner, Say, redact, run_all, shown
 from .job import Job
 from .observations import Answer, Observation, Phase, Report, Resource, Work, summarize
@@ -191,8 +191,7 @@ class Launcher:
     def _create(self, zone: str) -> tuple[Answer, str]:
         for command in self._backend.create(self.job, self.request(zone)):
             result = self.runner(command)
-            # What an earlier request left may not be there, or may be in use.
-            if "delete" in command:
+            if clears(command):
                 continue
             told, reason = answer(result)
             if told is not Answer.OK:

@@ -171,6 +171,11 @@ _WRONG = re.compile(
 )
 
 
+def clears(command: Command) -> bool:
+    """Whether a command of a request only removes what an earlier one left; that may not be there, or be in use."""
+    return command[1:4] == ("compute", "instance-templates", "delete")
+
+
 def is_absent(result: Result) -> bool:
     """Whether a command failed because the thing it names does not exist."""
     return result.code != 0 and bool(_ABSENT.search(result.err))

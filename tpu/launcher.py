@@ -171,7 +171,7 @@ class Launcher:
         if action.do is Do.DELETE:
             return self._delete(zone)
         if action.do is Do.SET_UP:
-            return self._set_up(zone)
+            return self.set_up(zone)
         text = remote.save(self.job) if action.do is Do.SAVE else remote.start(self.job, action.attempt)
         results = self.on_workers(text, self.limits.save if action.do is Do.SAVE else _ASK)
         bad = [result for result in results if result.code]
@@ -207,7 +207,8 @@ class Launcher:
             self.runner(command)
         return Answer.OK, ""
 
-    def _set_up(self, zone: str) -> tuple[Answer, str]:
+    def set_up(self, zone: str) -> tuple[Answer, str]:
+        """Prepares all workers; (how it ended, why it failed)."""
         stamp = self.stamp()
         with self.secrets_file():
             for commands in self.preparation(zone, stamp):

@@ -1,6 +1,5 @@
 """The verbs of `scaling-dit tpu`."""
 
-import contextlib
 import dataclasses
 import getpass
 import re
@@ -19,7 +18,7 @@ from . import job as job_lib
 from .commands import shown
 from .job import Job
 from .launcher import Launcher
-from .observations import Phase
+from .observations import Answer, Phase, Work
 from .rehearse import node_names, rehearse
 from .starting import Create, Launch, TpuVerb, dry_flag, name_flag
 from .state import ENDS, Stage, State
@@ -63,13 +62,14 @@ class Setup(_Known):
     def run(self) -> int:
         """Runs the set-up on all workers."""
         one, job = self.look()
-        stamp = "STAMP" if self.dry_run else one.stamp()
-        with contextlib.nullcontext() if self.dry_run else one.secrets_file():
-            for several in one.preparation(one.zone, stamp):
-                for result in commands.run_all(one.runner, several):
-                    sys.stdout.write(result.out)
-                    if result.code:
-                        raise UserError(f"the set-up of {job.name} failed: {result.reason}")
+        if self.dry_run:
+            for several in one.preparation(one.zone, "STAMP"):
+                commands.run_all(one.runner, several)
+            return 0
+        told, reason = one.set_up(one.zone)
+        if told is not Answer.OK:
+            raise UserError(f"the set-up of {job.name} failed: {reason}")
+        outside.say(f"{job.name}: all {job.workers} workers are prepared")
         return 0
 
 
@@ -89,11 +89,17 @@ class Run(_Known):
                 dataclasses.replace(one.state, stage=Stage.RUN, attempt=attempt, machines=machines, out=True)
             )
         results = one.on_workers(remote.start(job, attempt), 120.0)
+        if self.dry_run:
+            return 0
         bad = [result for result in results if result.code]
-        if bad:
-            raise UserError(f"{job.name} could not be started on all workers: {bad[0].reason}")
-        if not self.dry_run:
-            outside.say(one.what_runs())
+        one.state = dataclasses.replace(one.state, attempt=attempt, out=True, billed=True)
+        told = one.ask_workers().work
+        if bad or told in (Work.SILENT, Work.NONE):
+            raise UserError(
+                f"{job.name} was not started on all workers: {bad[0].reason if bad else told.value}; "
+                f"`tpu babysit --name={job.name}` starts it again, `tpu delete` ends it"
+            )
+        outside.say(one.what_runs())
         return 0
 
 

@@ -1,7 +1,9 @@
 """Quoting through a real shell, as gcloud and ssh hand a command on; and that no secret is shown."""
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import time
 
@@ -22,6 +24,14 @@ TOKENS = (
     "ya29.a0AfH6SMBx-Yz_123", "hf_AbCdEfGhIjKlMnOp", "sk-proj-abcdefghijklmnopqrst", "ghp_abcdefghijklmnopqrstuvwx",
     "AIzaSyA-1234567890abcdefghijklmnopqrstu",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_job_outlives_its_test(tmp_path):
+    yield
+    for path in tmp_path.glob(".scaling-dit/*/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(path.read_text().split()[0]), signal.SIGKILL)
 
 
 def as_ssh(text, folder):

@@ -71,7 +71,10 @@ def test_launch_does_all_of_it_in_one_command(cloud, capsys):
 def test_each_step_by_itself(cloud, capsys):
     assert cli.main(launch("create")) == 0
     assert "costs $16.00 an hour" in said(capsys) and len(cloud.made) == 1 and not cloud.workers.starts
+    cloud.workers.broken = 1
+    assert cli.main(["tpu", "setup", "--name=first"]) == 2
     assert cli.main(["tpu", "setup", "--name=first"]) == 0
+    assert "the set-up of first failed" in (text := said(capsys)) and "all 2 workers are prepared" in text
     assert cli.main(["tpu", "run", "--name=first"]) == 0
     assert len(cloud.workers.starts) == 2
     cloud.advance(300)

@@ -185,6 +185,19 @@ def test_a_failing_set_up_is_tried_three_times(world):
     assert "set-up failed 3 times" in made.state.verdict
 
 
+def test_a_worker_that_cannot_be_reached_is_noticed_although_gcloud_ends_well(world):
+    made = world()
+    made.turns(100, lambda: made.workers.saved >= 20)
+    made.running().machines[1].status = "HUNG"
+    assert not made.turns(40, lambda: made.state.stage is Stage.DELETE)
+    assert "not all workers answer, for 15 minutes" in made.state.verdict
+    assert made.turns(400) and made.state.stage is Stage.DONE and made.cloud.created == 2
+    early = world()
+    early.turns(30, lambda: early.running() is not None)
+    early.running().machines[1].status = "HUNG"
+    assert early.turns(30) and "the set-up failed 3 times: 1 of 2 workers were reached" in early.state.verdict
+
+
 def test_an_unreachable_control_plane_decides_nothing(world):
     made = world()
     made.turns(100, lambda: made.workers.saved >= 20)

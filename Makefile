@@ -58,6 +58,7 @@ golden: .venv/.installed-test
 	$(BIN)/python tools/update_golden.py
 	$(BIN)/python -m tools.config_page
 	$(BIN)/python -m tools.image_modes
+	$(BIN)/python -m tools.tpu_states
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

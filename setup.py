@@ -56,6 +56,8 @@ EXTRAS = {
         "apache-beam",
         "diffusers",
         "ftfy",
+        # The states and fields of queued resources, as Google's own client knows them.
+        "google-cloud-tpu",
         "hypothesis",
         "import-linter",
         "importlib_resources",
@@ -86,9 +88,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # experiments/ stands at the root, where a reader looks for it, and installs inside the package.
-    packages=[*find_packages(include=["scaling_dit", "scaling_dit.*"]), "scaling_dit.experiments"],
-    package_dir={"scaling_dit": "scaling_dit", "scaling_dit.experiments": "experiments"},
+    # experiments/ and tpu/ stand at the root, where a reader looks for them, and install inside the package.
+    packages=[
+        *find_packages(include=["scaling_dit", "scaling_dit.*"]),
+        "scaling_dit.experiments",
+        "scaling_dit.tpu",
+        "scaling_dit.tpu.backends",
+    ],
+    package_dir={
+        "scaling_dit": "scaling_dit",
+        "scaling_dit.experiments": "experiments",
+        "scaling_dit.tpu": "tpu",
+    },
     package_data={"scaling_dit.curation": ["nouns.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,0 +1,118 @@
+"""The base of metrics that compare the features of generated images with those of real ones, as two sets.
+
+Features are kept in the rows, which lie on disk part by part. At the end they are read into a table of features, also
+on disk, so that memory does not grow with the number of images. On disk an image takes 4 bytes a feature, twice.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scaling_dit.data.sources import Source
+from scaling_dit.errors import UserError
+from scaling_dit.evaluation.bases import Base
+from scaling_dit.evaluation.features import published, references
+from scaling_dit.evaluation.features.networks import Network
+from scaling_dit.evaluation.features.references import Reference
+from scaling_dit.evaluation.features.tables import BLOCK, FeatureTable
+from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, State
+
+TRUTHS = "the real images of the same prompts, from the run's own data"
+
+
+@dataclasses.dataclass(frozen=True)
+class SetMetric(Base):
+    """A metric of two sets; a subclass gives `network` and `compare`.
+
+    Attributes:
+      weights: file or folder of the network's weights; "" looks in $SCALING_DIT_WEIGHTS.
+      reference: statistics of real images, a file or a folder that `evaluate --reference` wrote; "" compares with the
+        real images of the same prompts.
+      batch: images at once.
+    """
+
+    weights: str = ""
+    reference: str = ""
+    batch: int = 64
+
+    @property
+    def network(self) -> Network:
+        """The network whose features are compared."""
+        raise NotImplementedError
+
+    def compare(self, ours: FeatureTable, real: Reference, seed: int) -> dict[str, Any]:
+        """The result: `scalars`, and whatever else is worth keeping."""
+        raise NotImplementedError
+
+    def items(self, source: Source, count: int) -> Sequence[Item]:
+        """Held-out captions with their images, once the weights and the reference are found.
+
+        Raises:
+          Skipped: the weights are missing.
+          UserError: the reference is of another network, or the source has no images to compare with.
+        """
+        self._place()
+        items = super().items(source, count)
+        if self.reference:
+            self._reference()
+        elif items[0].truth is None:
+            raise UserError(
+                f"metric {self._name!r}: {source.describe()} holds no images to compare with; give --reference"
+            )
+        return items
+
+    def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
+        """Rows with `features`, and with `real` where there is no reference; nothing is accumulated."""
+        features = self.network.open(self._place(), self.batch)
+        rows: list[Row] = [{"features": row} for row in features(batch.images)]
+        if not self.reference:
+            truths = [item.truth for item in batch.items]
+            assert all(truth is not None for truth in truths)
+            for row, real in zip(rows, features(np.stack(truths)), strict=True):  # type: ignore[arg-type]
+                row["real"] = real
+        return state, rows
+
+    def result(self, state: State, rows: Rows, seed: int) -> dict[str, Any]:
+        """What `compare` gives, with the number of images on each side."""
+        width = self.network.width
+        ours = FeatureTable.spill(_blocks(rows, "features"), width)
+        if self.reference:
+            real = self._reference()
+        else:
+            real = Reference.of_table(FeatureTable.spill(_blocks(rows, "real"), width))
+        counts = {"n": len(ours), "n_reference": real.count}
+        return counts | self.compare(ours, real, seed)
+
+    def about(self) -> dict[str, Any]:
+        """The weights' checksum, how images are resized, and what they are compared with."""
+        real: Mapping[str, Any] = self._reference().about() if self.reference else {"images": TRUTHS}
+        return {
+            "network": self.network.name,
+            "weights_sha256": published.digest(self._place()),
+            "resize": self.network.resize,
+            "reference": dict(real),
+        }
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__.lower()
+
+    def _place(self) -> str:
+        return self.network.weights.find(self.weights, self._name)
+
+    def _reference(self) -> Reference:
+        return references.open_reference(self.reference, self.network, published.digest(self._place()))
+
+
+def _blocks(rows: Rows, key: str) -> Iterator[np.ndarray]:
+    """One array of the rows, some at a time."""
+    held: list[np.ndarray] = []
+    for row in rows:
+        held.append(row[key])
+        if len(held) == BLOCK:
+            yield np.stack(held)
+            held = []
+    if held:
+        yield np.stack(held)

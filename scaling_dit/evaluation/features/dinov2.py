@@ -108,7 +108,7 @@ def entries(tensors: Iterable[str], size: Size) -> tuple[dict[str, str], table.T
         rows: list[table.Row | table.Copy | table.Unread] = [
             table.Row("patch_embed.proj.weight", "patches/kernel", patches),
             table.Row("patch_embed.proj.bias", "patches/bias"),
-            table.Row("cls_token", "class", _two_leading_axes()),
+            table.Row("cls_token", "class", table.leading_axes(2)),
             table.Row("pos_embed", "positions", table.leading_axis(), free=(0,)),
             table.Unread("mask_token", (1, size.width)),
             *table.norm("norm", "norm"),
@@ -122,7 +122,7 @@ def entries(tensors: Iterable[str], size: Size) -> tuple[dict[str, str], table.T
         rows = [
             table.Row("embeddings.patch_embeddings.projection.weight", "patches/kernel", patches),
             table.Row("embeddings.patch_embeddings.projection.bias", "patches/bias"),
-            table.Row("embeddings.cls_token", "class", _two_leading_axes()),
+            table.Row("embeddings.cls_token", "class", table.leading_axes(2)),
             table.Row("embeddings.position_embeddings", "positions", table.leading_axis(), free=(0,)),
             table.Unread("embeddings.mask_token", (1, size.width)),
             *table.norm("layernorm", "norm"),
@@ -138,10 +138,6 @@ def entries(tensors: Iterable[str], size: Size) -> tuple[dict[str, str], table.T
     # transformers' classifier, and its prefix where the network is part of one.
     names = {name.removeprefix("dinov2."): name for name in tensors if not name.startswith("classifier.")}
     return names, rows
-
-
-def _two_leading_axes() -> table.Transform:
-    return table.Transform(load=lambda w: w.reshape(w.shape[-1]), save=lambda p: (p[None, None],))
 
 
 def resample(positions: np.ndarray, grid: int) -> np.ndarray:

@@ -6,7 +6,7 @@ on disk, so that memory does not grow with the number of images. On disk an imag
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class SetMetric(Base):
         real images of the same prompts.
       batch: images at once.
     """
+
+    # As it is registered.
+    NAME: ClassVar[str]
 
     weights: str = ""
     reference: str = ""
@@ -59,7 +62,7 @@ class SetMetric(Base):
             self._reference()
         elif items[0].truth is None:
             raise UserError(
-                f"metric {self._name!r}: {source.describe()} holds no images to compare with; give --reference"
+                f"metric {self.NAME!r}: {source.describe()} holds no images to compare with; give --reference"
             )
         return items
 
@@ -95,12 +98,8 @@ class SetMetric(Base):
             "reference": dict(real),
         }
 
-    @property
-    def _name(self) -> str:
-        return type(self).__name__.lower()
-
     def _place(self) -> str:
-        return self.network.weights.find(self.weights, self._name)
+        return self.network.weights.find(self.weights, self.NAME)
 
     def _reference(self) -> Reference:
         return references.open_reference(self.reference, self.network, published.digest(self._place()))

@@ -1,7 +1,7 @@
 """The metric `cmmd`: the maximum mean discrepancy of CLIP embeddings with a Gaussian kernel."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.evaluation.features import kernels, networks
 from scaling_dit.evaluation.features.networks import Network
@@ -16,6 +16,8 @@ class Cmmd(SetMetric):
 
     Exact over all pairs of images: time grows with the square of their number, memory does not grow.
     """
+
+    NAME: ClassVar[str] = "cmmd"
 
     @property
     def network(self) -> Network:

@@ -1,7 +1,7 @@
 """The metric `fd_dinov2`: the Frechet distance between the DINOv2 features of generated and of real images."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.evaluation.features import gaussians, networks
 from scaling_dit.evaluation.features.networks import Network
@@ -18,6 +18,8 @@ class FdDinov2(SetMetric):
       points: numbers of images of which the distance is computed too, for its extrapolation; 0 = none.
       resamples: bootstrap samples of the images for an interval, each as costly as the distance itself; 0 = none.
     """
+
+    NAME: ClassVar[str] = "fd_dinov2"
 
     points: int = 5
     resamples: int = 0

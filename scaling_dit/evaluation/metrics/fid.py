@@ -1,7 +1,7 @@
 """The metric `fid`: the Frechet distance between the Inception features of generated and of real images."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation.features import gaussians, networks
@@ -20,6 +20,8 @@ class Fid(SetMetric):
       points: numbers of images of which FID is computed too, for its extrapolation to infinitely many; 0 = none.
       resamples: bootstrap samples of the images for an interval, each as costly as FID itself; 0 = none.
     """
+
+    NAME: ClassVar[str] = "fid"
 
     resize: str = "tensorflow1"
     points: int = 5

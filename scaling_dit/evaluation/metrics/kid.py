@@ -1,7 +1,7 @@
 """The metric `kid`: the squared maximum mean discrepancy of Inception features with a cubic kernel."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation.features import kernels, networks
@@ -23,6 +23,8 @@ class Kid(SetMetric):
       subset_size: images of each; at most as many as there are on either side.
       choice_seed: seed of the subsets.
     """
+
+    NAME: ClassVar[str] = "kid"
 
     resize: str = "tensorflow1"
     subsets: int = 100

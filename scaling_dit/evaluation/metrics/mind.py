@@ -1,7 +1,7 @@
 """The metric `mind`: the sliced Wasserstein distance between Inception features of generated and of real images."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation.features import kernels, networks
@@ -23,6 +23,8 @@ class Mind(SetMetric):
       directions: random directions that features are projected to.
       choice_seed: seed of the directions, and of the subset of the larger side.
     """
+
+    NAME: ClassVar[str] = "mind"
 
     resize: str = "tensorflow1"
     directions: int = 1000

@@ -13,7 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-_NEEDED = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+_NEEDED = (
+    "torchvision",
+    "torchvision.datasets",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+)
 
 
 @contextlib.contextmanager
@@ -40,13 +45,18 @@ def _without_torchvision() -> Iterator[None]:
 with _without_torchvision():
     from torch_fidelity import metric_fid, metric_kid
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as tensorflow1
+
+__all__ = ["fid", "inception", "kid", "mind", "tensorflow1"]
 
 SEED = 2020
 
 
 def fid(one: np.ndarray, other: np.ndarray) -> float:
     """FID of features, computed in float64 as for doubles."""
-    stats = [metric_fid.fid_features_to_statistics(torch.tensor(x, dtype=torch.float64)) for x in (one, other)]
+    stats = [
+        metric_fid.fid_features_to_statistics(torch.tensor(x, dtype=torch.float64)) for x in (one, other)
+    ]
     return metric_fid.fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
 
 
@@ -63,7 +73,9 @@ def mind(one: np.ndarray, other: np.ndarray, *, directions: int) -> float:
     count = min(len(one), len(other))
     sets = []
     for x in (one, other):
-        chosen = torch.randperm(len(x), generator=generator)[:count] if len(x) > count else torch.arange(count)
+        chosen = (
+            torch.randperm(len(x), generator=generator)[:count] if len(x) > count else torch.arange(count)
+        )
         sets.append(torch.tensor(x)[chosen].double())
     units = torch.nn.functional.normalize(torch.randn(directions, one.shape[1], generator=generator), dim=1)
     one_sorted, other_sorted = (torch.sort(x @ units.double().T, dim=0).values for x in sets)

@@ -97,10 +97,14 @@ class TextBlock(nn.Module):
     ) -> tuple[jax.Array, None]:
         width = x_BLD.shape[-1]
 
-        def attended(name: str, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+        def attended(
+            name: str, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+        ) -> jax.Array:
             q, k, v = (rearrange(part, "b t (n h) -> b t n h", n=self.heads) for part in (q, k, v))
             out = transformer.attend(q, k, v, bias, (width // self.heads) ** -0.5)
-            return Dense(width, ("heads", "embed"), name=f"{name}_proj")(rearrange(out, "b t n h -> b t (n h)"))
+            return Dense(width, ("heads", "embed"), name=f"{name}_proj")(
+                rearrange(out, "b t n h -> b t (n h)")
+            )
 
         def norm(name: str) -> nn.LayerNorm:
             return layer_norm(name, epsilon=_TEXT_EPSILON)
@@ -150,7 +154,9 @@ def load(place: str, size: Size) -> dict[str, Any]:
     opened = places.open_weights(place, part="image_reward", classes=(), field="weights")
     head = {name for name in opened.tensors if name.startswith("mlp.")}
     rest = {name: name for name in opened.tensors if name not in head}
-    made = state_dicts.load(rows(size), abstract(size), opened.renamed(rest).tensors, f"ImageReward ({place})")
+    made = state_dicts.load(
+        rows(size), abstract(size), opened.renamed(rest).tensors, f"ImageReward ({place})"
+    )
     return made | {"head": linear_head.fold(opened.tensors, _LAYERS, size.width, place)}
 
 
@@ -183,7 +189,12 @@ def rows(size: Size) -> table.Table:
         *table.linear(f"{at}.mlp.fc1", f"{to}/fc1", layers),
         *table.linear(f"{at}.mlp.fc2", f"{to}/fc2", layers),
     ]
-    of, at, to, layers = "blip.text_encoder", "blip.text_encoder.encoder.layer.{i}", "text/blocks_{i}", size.layers
+    of, at, to, layers = (
+        "blip.text_encoder",
+        "blip.text_encoder.encoder.layer.{i}",
+        "text/blocks_{i}",
+        size.layers,
+    )
     own, cross = f"{at}.attention", f"{at}.crossattention"
     found += [
         table.Row(f"{of}.embeddings.word_embeddings.weight", "text/words"),
@@ -202,7 +213,10 @@ def rows(size: Size) -> table.Table:
     ]
     # Of BLIP's contrastive training.
     for name in ("vision_proj", "text_proj"):
-        found += [table.Unread(f"blip.{name}.weight", (None, None)), table.Unread(f"blip.{name}.bias", (None,))]
+        found += [
+            table.Unread(f"blip.{name}.weight", (None, None)),
+            table.Unread(f"blip.{name}.bias", (None,)),
+        ]
     return found
 
 
@@ -226,7 +240,9 @@ class Words:
         ids = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102}
         wrong = [word for word, number in ids.items() if vocabulary.get(word) != number]
         if wrong:
-            raise UserError(f"{place} is not bert-base-uncased's vocab.txt: {wrong[0]} is not line {ids[wrong[0]] + 1}")
+            raise UserError(
+                f"{place} is not bert-base-uncased's vocab.txt: {wrong[0]} is not line {ids[wrong[0]] + 1}"
+            )
         made = tokenizers.BertWordPieceTokenizer(vocabulary, lowercase=True)
         made.enable_truncation(LENGTH)
         made.enable_padding(length=LENGTH)

@@ -44,8 +44,12 @@ class ClipPairs:
         ids, mask = self._clip.text.tokenize(captions)
         return self._cosines(prepare(images, self.side), ids, mask)
 
-    def _compared(self, params: Mapping[str, Any], images: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return (embed(self._clip.size, params["image"], images) * self._clip.embed_text(params, ids, mask)).sum(-1)
+    def _compared(
+        self, params: Mapping[str, Any], images: jax.Array, ids: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        return (
+            embed(self._clip.size, params["image"], images) * self._clip.embed_text(params, ids, mask)
+        ).sum(-1)
 
 
 def embed(size: clip_vision.Size, params: Any, images: jax.Array) -> jax.Array:
@@ -77,5 +81,3 @@ def logit_scale(weights: str) -> float:
     if "logit_scale" not in opened.tensors:
         raise UserError(f"{weights} has no entry logit_scale")
     return float(np.exp(np.float64(opened.tensors["logit_scale"].item())))
-
-

@@ -21,7 +21,9 @@ def check_fields(metric: str, points: int, resamples: int) -> None:
       UserError: a field out of range.
     """
     if points < 0 or points == 1:
-        raise UserError(f"metrics.{metric}.points is {points}; it must be 0 or at least 2, to lay a line through")
+        raise UserError(
+            f"metrics.{metric}.points is {points}; it must be 0 or at least 2, to lay a line through"
+        )
     if resamples < 0:
         raise UserError(f"metrics.{metric}.resamples is {resamples}; it must be 0 or more")
 

@@ -71,7 +71,11 @@ def _block_a(pooled: int) -> list[_Branch]:
 def _block_b() -> list[_Branch]:
     return [
         (_halving("branch3x3", 384),),
-        (_same("branch3x3dbl_1", 64, 1, 1), _same("branch3x3dbl_2", 96, 3, 3), _halving("branch3x3dbl_3", 96)),
+        (
+            _same("branch3x3dbl_1", 64, 1, 1),
+            _same("branch3x3dbl_2", 96, 3, 3),
+            _halving("branch3x3dbl_3", 96),
+        ),
     ]
 
 

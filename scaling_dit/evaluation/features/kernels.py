@@ -21,9 +21,7 @@ SIGMA = 10.0
 SCALE = 1000.0
 
 
-def kid(
-    one: FeatureTable, other: FeatureTable, *, subsets: int, size: int, seed: int
-) -> np.ndarray:
+def kid(one: FeatureTable, other: FeatureTable, *, subsets: int, size: int, seed: int) -> np.ndarray:
     """The unbiased squared MMD of each of `subsets` pairs of subsets: float64 [subsets] (arXiv 1801.01401).
 
     The kernel is (x.y / D + 1)^3. KID is the mean; the standard deviation stands beside it in papers. Memory holds two

@@ -85,9 +85,7 @@ def _clip(size: str) -> Callable[[str, int], Features]:
 
         run = Sharded(features, clip_vision.load_vision(place, shape), batch)
         mean, std = clip_vision.MEAN, clip_vision.STD
-        return lambda images: run(
-            pixels.standardise(pixels.centre_square(images, shape.image), mean, std)
-        )
+        return lambda images: run(pixels.standardise(pixels.centre_square(images, shape.image), mean, std))
 
     return build
 

@@ -45,15 +45,17 @@ class Published:
                 raise Skipped(f"metric {metric!r}: no file or folder {given}; get it from {self._how()}")
             return given
         if given:
-            raise UserError(f"metric {metric!r}: weights is {given!r}; it must be a file or folder of weights")
+            raise UserError(
+                f"metric {metric!r}: weights is {given!r}; it must be a file or folder of weights"
+            )
         folder = os.environ.get(FOLDER, "")
         for name in self.names:
             if folder and (epath.Path(folder) / name).exists():
                 return str(epath.Path(folder) / name)
         where = f"in {folder} (${FOLDER})" if folder else f"because ${FOLDER} is not set"
         raise Skipped(
-            f"metric {metric!r} has no weights: no {' or '.join(self.names)} {where}, and config.metrics.{metric}.weights "
-            f"is empty; get it from {self._how()}"
+            f"metric {metric!r} lacks weights: no {' or '.join(self.names)} {where}, and its fields in "
+            f"config.metrics.{metric} name no other; get it from {self._how()}"
         )
 
     def _how(self) -> str:
@@ -66,15 +68,22 @@ CLIP_L = Published(
     ("clip-vit-large-patch14",), "https://huggingface.co/openai/clip-vit-large-patch14, the whole folder"
 )
 CLIP_L_336 = Published(
-    ("clip-vit-large-patch14-336",), "https://huggingface.co/openai/clip-vit-large-patch14-336, the whole folder"
+    ("clip-vit-large-patch14-336",),
+    "https://huggingface.co/openai/clip-vit-large-patch14-336, the whole folder",
 )
-PICKSCORE = Published(("PickScore_v1",), "https://huggingface.co/yuvalkirstain/PickScore_v1, the whole folder")
+PICKSCORE = Published(
+    ("PickScore_v1",), "https://huggingface.co/yuvalkirstain/PickScore_v1, the whole folder"
+)
 HPS = {
     "v2": Published(
-        ("HPS_v2_compressed.safetensors",), "https://huggingface.co/xswu/HPSv2, HPS_v2_compressed.pt", convert=True
+        ("HPS_v2_compressed.safetensors",),
+        "https://huggingface.co/xswu/HPSv2, HPS_v2_compressed.pt",
+        convert=True,
     ),
     "v2.1": Published(
-        ("HPS_v2.1_compressed.safetensors",), "https://huggingface.co/xswu/HPSv2, HPS_v2.1_compressed.pt", convert=True
+        ("HPS_v2.1_compressed.safetensors",),
+        "https://huggingface.co/xswu/HPSv2, HPS_v2.1_compressed.pt",
+        convert=True,
     ),
 }
 AESTHETIC = Published(

@@ -102,7 +102,9 @@ def open_reference(place: str, network: Network, weights: str) -> Reference:
         raise UserError(f"no reference {path}; evaluate --reference=SOURCE builds one")
     found = _opened(str(path), path.stat().length)
     if found.gaussian.mean.shape != (network.width,):
-        raise UserError(f"{path} holds {len(found.gaussian.mean)} features, {network.name} has {network.width}")
+        raise UserError(
+            f"{path} holds {len(found.gaussian.mean)} features, {network.name} has {network.width}"
+        )
     for key, wanted in (("network", network.name), ("weights_sha256", weights)):
         if found.described.get(key, wanted) != wanted:
             raise UserError(
@@ -129,14 +131,16 @@ def _opened(place: str, _: int) -> Reference:
         raise UserError(f"{path} is damaged or no reference of evaluate --reference: {error}") from None
     local = path.open("rb")
     if files.is_remote(path):
-        copy = tempfile.TemporaryFile()
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - the table keeps it
         while block := local.read(2**24):
             copy.write(block)
         copy.flush()
         local = copy
     described |= {"file": str(path), "sha256": files.sha256(path)}
     described = {key: _plain(value) for key, value in described.items()}
-    return Reference(Gaussian.of(arrays), int(arrays["n"]), FeatureTable(local, begin, count, width), described)
+    return Reference(
+        Gaussian.of(arrays), int(arrays["n"]), FeatureTable(local, begin, count, width), described
+    )
 
 
 def _plain(value: str) -> Any:

@@ -35,7 +35,9 @@ class Sharded:
         for start in range(0, len(arrays[0]), self._batch):
             some = [array[start : start + self._batch] for array in arrays]
             count = len(some[0])
-            filled = [np.concatenate([x, np.zeros((self._batch - count, *x.shape[1:]), x.dtype)]) for x in some]
+            filled = [
+                np.concatenate([x, np.zeros((self._batch - count, *x.shape[1:]), x.dtype)]) for x in some
+            ]
             placed = [jax.device_put(x, self._rows) for x in filled]
             # A TPU's default rounds factors of float32 products to bfloat16, which would show in a score.
             with jax.default_matmul_precision("float32"):

@@ -35,7 +35,7 @@ class FeatureTable:
     @classmethod
     def spill(cls, blocks: Iterable[np.ndarray], width: int) -> "FeatureTable":
         """Writes blocks [some, D] to a temporary file, which goes away with the table; see TMPDIR."""
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the table keeps it
         count = 0
         for block in blocks:
             file.write(np.ascontiguousarray(block, _F32).tobytes())

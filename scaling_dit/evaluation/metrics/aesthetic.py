@@ -101,7 +101,9 @@ def load_head(place: str, width: int) -> tuple[np.ndarray, np.ndarray]:
     """
     opened = places.open_weights(place, part="aesthetic", classes=(), field="weights")
     layers = [f"layers.{i}" for i in LAYERS]
-    unknown = sorted(set(opened.tensors) - {f"{layer}.{end}" for layer in layers for end in ("weight", "bias")})
+    unknown = sorted(
+        set(opened.tensors) - {f"{layer}.{end}" for layer in layers for end in ("weight", "bias")}
+    )
     if unknown:
         raise UserError(f"{place} is no linear aesthetic predictor, it has {', '.join(unknown)}")
     return linear_head.fold(opened.tensors, layers, width, place)

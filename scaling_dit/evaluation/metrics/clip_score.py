@@ -34,7 +34,9 @@ class ClipScore(PerImage):
 
     def __post_init__(self) -> None:
         if self.size not in clip_vision.SIZES:
-            raise UserError(f"metrics.clip_score.size is {self.size!r}; {nearest(self.size, clip_vision.SIZES)}")
+            raise UserError(
+                f"metrics.clip_score.size is {self.size!r}; {nearest(self.size, clip_vision.SIZES)}"
+            )
 
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once the weights are found; raises Skipped if they are missing."""

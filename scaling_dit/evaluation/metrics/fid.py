@@ -29,7 +29,9 @@ class Fid(SetMetric):
 
     def __post_init__(self) -> None:
         if self.resize not in networks.INCEPTION:
-            raise UserError(f"metrics.fid.resize is {self.resize!r}; {nearest(self.resize, networks.INCEPTION)}")
+            raise UserError(
+                f"metrics.fid.resize is {self.resize!r}; {nearest(self.resize, networks.INCEPTION)}"
+            )
         gaussians.check_fields("fid", self.points, self.resamples)
 
     @property
@@ -39,4 +41,6 @@ class Fid(SetMetric):
 
     def compare(self, ours: FeatureTable, real: Reference, seed: int) -> dict[str, Any]:
         """`fid`, `fid_infinity`, and the distances of fewer images."""
-        return gaussians.compare("fid", ours, real.gaussian, seed, points=self.points, resamples=self.resamples)
+        return gaussians.compare(
+            "fid", ours, real.gaussian, seed, points=self.points, resamples=self.resamples
+        )

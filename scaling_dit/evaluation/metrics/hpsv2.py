@@ -34,7 +34,9 @@ class Hpsv2(PerImage):
 
     def __post_init__(self) -> None:
         if self.version not in published.HPS:
-            raise UserError(f"metrics.hpsv2.version is {self.version!r}; {nearest(self.version, published.HPS)}")
+            raise UserError(
+                f"metrics.hpsv2.version is {self.version!r}; {nearest(self.version, published.HPS)}"
+            )
 
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once weights and vocabulary are found; raises Skipped if they are missing."""

@@ -33,7 +33,9 @@ class Kid(SetMetric):
 
     def __post_init__(self) -> None:
         if self.resize not in networks.INCEPTION:
-            raise UserError(f"metrics.kid.resize is {self.resize!r}; {nearest(self.resize, networks.INCEPTION)}")
+            raise UserError(
+                f"metrics.kid.resize is {self.resize!r}; {nearest(self.resize, networks.INCEPTION)}"
+            )
         if self.subsets < 1:
             raise UserError(f"metrics.kid.subsets is {self.subsets}; it must be at least 1")
 

@@ -32,7 +32,9 @@ class Mind(SetMetric):
 
     def __post_init__(self) -> None:
         if self.resize not in networks.INCEPTION:
-            raise UserError(f"metrics.mind.resize is {self.resize!r}; {nearest(self.resize, networks.INCEPTION)}")
+            raise UserError(
+                f"metrics.mind.resize is {self.resize!r}; {nearest(self.resize, networks.INCEPTION)}"
+            )
         if self.directions < 1:
             raise UserError(f"metrics.mind.directions is {self.directions}; it must be at least 1")
 

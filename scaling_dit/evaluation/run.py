@@ -1,5 +1,6 @@
 """The `evaluate` verb: samples the prompts of each metric with a trained run, scores the images, and writes it all."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, tifa
+from scaling_dit.evaluation.features.set_metric import SetMetric
+from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.parts import InFolder
-from scaling_dit.evaluation.registry import choose
+from scaling_dit.evaluation.registry import Chosen, choose
 from scaling_dit.evaluation.scoring import Scoring
 from scaling_dit.model.build import open_source
 from scaling_dit.sampling.folder import GRID, iterate
@@ -37,11 +40,15 @@ def main(
     step: int | None = None,
     ema: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    reference: str | None = None,
 ) -> int:
     """Scores a run by each metric; images, rows and `result.json` go to OUT/METRIC. Returns the exit code.
 
     Without `out` they go to a folder of these settings under `evaluation/` in the workdir: the same command again only
     adds the missing rows there.
+
+    Args:
+      reference: statistics of real images, or a source to build them of, for the metrics that compare with them.
 
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
@@ -54,6 +61,9 @@ def main(
         )
     chosen = choose(config, names)
     source = open_source(config)
+    if reference:
+        kept = Workdir(workdir).evaluation / "references"
+        chosen = _with_reference(chosen, reference, source.image_size, kept)
     # Before loading, so that a metric that does not fit the data shows at once.
     scorings = [
         Scoring(one.section, one.metric, one.metric.items(source, items), one.fields["batch"])
@@ -76,6 +86,25 @@ def main(
     if as_json:
         print(json.dumps(results))
     return 0
+
+
+def _with_reference(
+    chosen: Sequence[Chosen], reference: str, image_size: int, folder: epath.Path
+) -> list[Chosen]:
+    """The metrics, those that compare with real images with this reference."""
+    found = []
+    for one in chosen:
+        if isinstance(one.metric, SetMetric):
+            try:
+                metric = one.metric.with_reference(reference, image_size, folder)
+            except Skipped:
+                # Raised again when it is asked for its items.
+                metric = one.metric
+            one = dataclasses.replace(one, metric=metric, fields={**one.fields, "reference": metric.reference})
+        found.append(one)
+    if not any(isinstance(one.metric, SetMetric) for one in found):
+        raise UserError(f"--reference: none of {', '.join(one.name for one in chosen)} compares with real images")
+    return found
 
 
 def score_to_folder(

@@ -184,7 +184,7 @@ def _array(path: epath.Path, start: int, entry: Mapping[str, Any]) -> np.ndarray
 def write(path: epath.Path, table: FeatureTable, described: Mapping[str, Any]) -> None:
     """Writes the statistics of features. Whole or not at all; memory does not grow with the number of images."""
     state = moments.of_blocks(table.blocks(), table.width)
-    arrays = {name: np.ascontiguousarray(state[name], kind) for name, kind in _TYPES.items()}
+    arrays = {name: np.asarray(state[name], kind, order="C") for name, kind in _TYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": _FORMAT} | {k: str(v) for k, v in described.items()}}
     at = 0
     for name, array in arrays.items():

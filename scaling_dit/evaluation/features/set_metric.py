@@ -5,12 +5,14 @@ on disk, so that memory does not grow with the number of images. On disk an imag
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from etils import epath
 
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, create_source, source_fields
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base
 from scaling_dit.evaluation.features import published, references
@@ -49,6 +51,36 @@ class SetMetric(Base):
         """The result: `scalars`, and whatever else is worth keeping."""
         raise NotImplementedError
 
+    def with_reference(self, reference: str, image_size: int, folder: epath.Path) -> Self:
+        """This metric with statistics to compare with, which are built if `reference` names a source.
+
+        Args:
+          reference: a file or folder of statistics, or a source such as "folder:/data/coco", of which all images are
+            taken, both splits.
+          image_size: height and width that a source's images are brought to.
+          folder: where statistics that are built are kept for other metrics and calls.
+
+        Raises:
+          Skipped: the weights are missing.
+          UserError: no such statistics or source, or statistics of something else.
+        """
+        if epath.Path(reference).exists():
+            return dataclasses.replace(self, reference=reference)
+        if ":" not in reference or "://" in reference:
+            raise UserError(
+                f"no reference {reference}; give statistics, or a source such as folder:/data/coco to build them of"
+            )
+        weights = self._place()
+        fields = {"image_size": image_size, "held_out_fraction": 0.0}
+        known = source_fields(reference)
+        source = create_source(reference, **{key: value for key, value in fields.items() if key in known})
+        if source.image_size != image_size:
+            raise UserError(f"{source.describe()}: its images are to be compared with images of {image_size} px")
+        tag = hashlib.sha256(f"{reference} {image_size}".encode()).hexdigest()[:12]
+        path = folder / tag / f"{self.network.name}{references.SUFFIX}"
+        references.build(source, reference, self.network, weights, path, batch=self.batch)
+        return dataclasses.replace(self, reference=str(path))
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions with their images, once the weights and the reference are found.
 
@@ -71,9 +103,10 @@ class SetMetric(Base):
         features = self.network.open(self._place(), self.batch)
         rows: list[Row] = [{"features": row} for row in features(batch.images)]
         if not self.reference:
-            truths = [item.truth for item in batch.items]
-            assert all(truth is not None for truth in truths)
-            for row, real in zip(rows, features(np.stack(truths)), strict=True):  # type: ignore[arg-type]
+            truths = [item.truth for item in batch.items if item.truth is not None]
+            if len(truths) < len(rows):
+                raise UserError(f"metric {self.NAME!r}: the prompts have no real images; give --reference")
+            for row, real in zip(rows, features(np.stack(truths)), strict=True):
                 row["real"] = real
         return state, rows
 

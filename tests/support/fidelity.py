@@ -1,14 +1,15 @@
 """torch-fidelity as the reference of feature distances and of Inception.
 
-The package imports torchvision for data sets that no test reads. Where torchvision is not installed, or does not fit
-torch's build, an empty module stands in for it while the package is imported.
+The package imports torchvision for its data sets, and for two functions that tests need. A module with these stands in
+for it while the package is imported, because torchvision need not be installed, nor fit torch's build.
 """
 
 import contextlib
 import pathlib
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,21 @@ _NEEDED = (
 )
 
 
+class _Compose:
+    """Functions one after the other."""
+
+    def __init__(self, functions: list[Callable[[Any], Any]]) -> None:
+        self._functions = functions
+
+    def __call__(self, value: Any) -> Any:
+        for function in self._functions:
+            value = function(value)
+        return value
+
+
 @contextlib.contextmanager
 def _without_torchvision() -> Iterator[None]:
-    """An empty torchvision, if the true one cannot be imported."""
+    """Puts a module in place of torchvision."""
     kept = {name: sys.modules.get(name) for name in _NEEDED}
     for name in _NEEDED:
         module = types.ModuleType(name)
@@ -31,8 +44,10 @@ def _without_torchvision() -> Iterator[None]:
         if name == "torchvision.datasets":
             module.CIFAR10 = module.CIFAR100 = module.STL10 = object
         sys.modules[name] = module
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-    sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
+    transforms, functional = (sys.modules[name] for name in _NEEDED[2:])
+    sys.modules["torchvision"].transforms, transforms.functional = transforms, functional
+    transforms.Compose = _Compose
+    functional.pil_to_tensor = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)
     try:
         yield
     finally:
@@ -43,11 +58,11 @@ def _without_torchvision() -> Iterator[None]:
 
 
 with _without_torchvision():
-    from torch_fidelity import metric_fid, metric_kid
+    from torch_fidelity import calculate_metrics, metric_fid, metric_kid
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as tensorflow1
 
-__all__ = ["fid", "inception", "kid", "mind", "tensorflow1"]
+__all__ = ["fid", "inception", "kid", "mind", "of_folders", "tensorflow1"]
 
 SEED = 2020
 
@@ -80,6 +95,13 @@ def mind(one: np.ndarray, other: np.ndarray, *, directions: int) -> float:
     units = torch.nn.functional.normalize(torch.randn(directions, one.shape[1], generator=generator), dim=1)
     one_sorted, other_sorted = (torch.sort(x @ units.double().T, dim=0).values for x in sets)
     return 3 * one.shape[1] * float(((one_sorted - other_sorted) ** 2).mean())
+
+
+def of_folders(one: pathlib.Path, other: pathlib.Path, weights: pathlib.Path, **options: Any) -> dict[str, float]:
+    """FID and KID of the images in two folders, as its command computes them with these weights (.pth)."""
+    fixed = {"cuda": False, "fid": True, "kid": True, "cache": False, "verbose": False, "save_cpu_ram": True}
+    fixed |= {"feature_extractor_weights_path": str(weights), "batch_size": 8}
+    return calculate_metrics(input1=str(one), input2=str(other), **fixed, **options)
 
 
 def inception(folder: pathlib.Path, seed: int = 0) -> FeatureExtractorInceptionV3:

@@ -100,10 +100,14 @@ def _with_reference(
             except Skipped:
                 # Raised again when it is asked for its items.
                 metric = one.metric
-            one = dataclasses.replace(one, metric=metric, fields={**one.fields, "reference": metric.reference})
+            one = dataclasses.replace(
+                one, metric=metric, fields={**one.fields, "reference": metric.reference}
+            )
         found.append(one)
     if not any(isinstance(one.metric, SetMetric) for one in found):
-        raise UserError(f"--reference: none of {', '.join(one.name for one in chosen)} compares with real images")
+        raise UserError(
+            f"--reference: none of {', '.join(one.name for one in chosen)} compares with real images"
+        )
     return found
 
 

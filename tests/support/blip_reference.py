@@ -1,5 +1,6 @@
 """ImageReward's network in torch, of transformers' parts for BLIP, with the names of ImageReward.pt."""
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -47,7 +48,7 @@ def build(size: Any) -> torch.nn.ModuleDict:
         layer_norm_eps=1e-12,
     )
     sides = (size.width, 1024, 128, 64, 16, 1)
-    layers: list[torch.nn.Module] = [torch.nn.Linear(*pair) for pair in zip(sides, sides[1:], strict=False)]
+    layers: list[torch.nn.Module] = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sides)]
     for at in (1, 3, 5):
         layers.insert(at, torch.nn.Dropout(0.2))
     model = torch.nn.ModuleDict(
@@ -60,11 +61,16 @@ def build(size: Any) -> torch.nn.ModuleDict:
     return randomise_(model, 0).eval()
 
 
-def rewards(model: torch.nn.ModuleDict, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+def rewards(
+    model: torch.nn.ModuleDict, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+) -> np.ndarray:
     """The standardised rewards [B]."""
     tokens = model["image"](images).last_hidden_state
     found = model["text"](
-        ids, mask.long(), encoder_hidden_states=tokens, encoder_attention_mask=torch.ones(tokens.shape[:2]).long()
+        ids,
+        mask.long(),
+        encoder_hidden_states=tokens,
+        encoder_attention_mask=torch.ones(tokens.shape[:2]).long(),
     )
     raw = model["mlp"](found.last_hidden_state[:, 0])[:, 0]
     return ((raw - 0.16717362830052426) / 1.0333394966054072).numpy()
@@ -81,7 +87,10 @@ def published(model: torch.nn.ModuleDict) -> dict[str, np.ndarray]:
     found |= {f"mlp.layers.{name}": value for name, value in model["mlp"].state_dict().items()}
     found["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
     for part, width in (("vision", 32), ("text", 24)):
-        found |= {f"blip.{part}_proj.weight": torch.zeros(256, width), f"blip.{part}_proj.bias": torch.zeros(256)}
+        found |= {
+            f"blip.{part}_proj.weight": torch.zeros(256, width),
+            f"blip.{part}_proj.bias": torch.zeros(256),
+        }
     return {name: value.contiguous().numpy() for name, value in found.items()}
 
 

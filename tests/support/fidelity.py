@@ -60,7 +60,9 @@ def _without_torchvision() -> Iterator[None]:
 with _without_torchvision():
     from torch_fidelity import calculate_metrics, metric_fid, metric_kid
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as tensorflow1
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x as tensorflow1,
+    )
 
 __all__ = ["fid", "inception", "kid", "mind", "of_folders", "tensorflow1"]
 
@@ -97,7 +99,9 @@ def mind(one: np.ndarray, other: np.ndarray, *, directions: int) -> float:
     return 3 * one.shape[1] * float(((one_sorted - other_sorted) ** 2).mean())
 
 
-def of_folders(one: pathlib.Path, other: pathlib.Path, weights: pathlib.Path, **options: Any) -> dict[str, float]:
+def of_folders(
+    one: pathlib.Path, other: pathlib.Path, weights: pathlib.Path, **options: Any
+) -> dict[str, float]:
     """FID and KID of the images in two folders, as its command computes them with these weights (.pth)."""
     fixed = {"cuda": False, "fid": True, "kid": True, "cache": False, "verbose": False, "save_cpu_ram": True}
     fixed |= {"feature_extractor_weights_path": str(weights), "batch_size": 8}

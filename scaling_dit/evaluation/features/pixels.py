@@ -24,7 +24,7 @@ def shorter_side(images: np.ndarray, side: int) -> np.ndarray:
     short = min(height, width)
     # torchvision rounds down, and Python's round decides where the crop begins.
     sides = tuple(int(side * length / short) for length in (height, width))
-    top, left = (int(round((length - side) / 2)) for length in sides)
+    top, left = (round((length - side) / 2) for length in sides)
     resized = _resize(images, sides[1], sides[0])
     return resized[:, top : top + side, left : left + side]
 

@@ -75,7 +75,9 @@ class SetMetric(Base):
         known = source_fields(reference)
         source = create_source(reference, **{key: value for key, value in fields.items() if key in known})
         if source.image_size != image_size:
-            raise UserError(f"{source.describe()}: its images are to be compared with images of {image_size} px")
+            raise UserError(
+                f"{source.describe()}: its images are to be compared with images of {image_size} px"
+            )
         tag = hashlib.sha256(f"{reference} {image_size}".encode()).hexdigest()[:12]
         path = folder / tag / f"{self.network.name}{references.SUFFIX}"
         references.build(source, reference, self.network, weights, path, batch=self.batch)

@@ -22,7 +22,13 @@ from scaling_dit.evaluation.scoring import Scoring, score
 COUNT, WIDTH = 60, 12
 RNG = np.random.default_rng(0)
 REAL, FAKE = (RNG.integers(low, 256, (COUNT, 4, 4, 3), np.uint8) for low in (0, 40))
-FIELDS = {"fid": {}, "fd_dinov2": {}, "cmmd": {}, "kid": {"subsets": 3, "subset_size": 20}, "mind": {"directions": 7}}
+FIELDS = {
+    "fid": {},
+    "fd_dinov2": {},
+    "cmmd": {},
+    "kid": {"subsets": 3, "subset_size": 20},
+    "mind": {"directions": 7},
+}
 
 
 class Real:
@@ -55,7 +61,9 @@ def features(images):
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """A file that stands for weights, and the small network in place of every other."""
-    small = Network("inception", WIDTH, networks.CLIP_L_336.weights, "2x2 means", lambda place, batch: features)
+    small = Network(
+        "inception", WIDTH, networks.CLIP_L_336.weights, "2x2 means", lambda place, batch: features
+    )
     monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
     monkeypatch.setattr(networks, "CLIP_L_336", dataclasses.replace(small, name="clip-l-336"))
     monkeypatch.setattr(networks, "DINOV2_L", dataclasses.replace(small, name="dinov2-l"))
@@ -90,7 +98,9 @@ def test_by_the_images_of_the_prompts_and_by_a_file(name, weights, tmp_path):
     result = run(metric)
     assert result["scalars"][name] == pytest.approx(expected(name), abs=1e-9) and result["scalars"][name] > 0
     assert (result["n"], result["n_reference"]) == (COUNT, COUNT)
-    assert metric.about()["reference"] == {"images": "the real images of the same prompts, from the run's own data"}
+    assert metric.about()["reference"] == {
+        "images": "the real images of the same prompts, from the run's own data"
+    }
     assert "interval" not in result and metric.table(result)
 
     built = metric.with_reference(f"{__name__}:Real", 4, epath.Path(tmp_path / "built"))
@@ -140,7 +150,9 @@ def test_statistics_are_a_safetensors_file_that_others_read(weights, tmp_path):
     np.savez(tmp_path / "mu.npz", mu=content["mean"], sigma=content["scatter"] / (COUNT - 1))
     by_moments = make("fid", weights, reference=str(tmp_path / "mu.npz"))
     assert run(by_moments)["scalars"]["fid"] == pytest.approx(expected("fid"), abs=1e-9)
-    with pytest.raises(UserError, match=r"metric 'kid' needs the features of all real images, .*mu.npz holds moments only"):
+    with pytest.raises(
+        UserError, match=r"metric 'kid' needs the features of all real images, .*mu.npz holds moments only"
+    ):
         run(make("kid", weights, reference=str(tmp_path / "mu.npz")))
 
 
@@ -153,7 +165,9 @@ def test_a_build_that_was_killed_computes_only_what_is_missing(weights, tmp_path
             raise KeyboardInterrupt
         return features(images)
 
-    network = dataclasses.replace(networks.INCEPTION["tensorflow1"], build=lambda place, batch: dies, name="dying")
+    network = dataclasses.replace(
+        networks.INCEPTION["tensorflow1"], build=lambda place, batch: dies, name="dying"
+    )
     path = epath.Path(tmp_path / "kept" / "a.safetensors")
     build = functools.partial(references.build, Real(), "real", network, weights, path, batch=8)
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +178,9 @@ def test_a_build_that_was_killed_computes_only_what_is_missing(weights, tmp_path
     assert len(calls) == 9
     whole = epath.Path(tmp_path / "whole.safetensors")
     references.build(Real(), "real", network, weights, whole, batch=8)
-    assert path.read_bytes() == whole.read_bytes() and [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == whole.read_bytes() and [p.name for p in path.parent.iterdir()] == [
+        "a.safetensors"
+    ]
     count = len(calls)
     build()
     assert len(calls) == count
@@ -174,20 +190,28 @@ def test_a_build_that_was_killed_computes_only_what_is_missing(weights, tmp_path
 
 def test_mistakes(weights, tmp_path):
     metric = make("fid", weights)
-    with pytest.raises(UserError, match="no reference nowhere; give statistics, or a source such as folder:/data/coco"):
+    with pytest.raises(
+        UserError, match="no reference nowhere; give statistics, or a source such as folder:/data/coco"
+    ):
         metric.with_reference("nowhere", 4, epath.Path(tmp_path))
     with pytest.raises(UserError, match="its images are to be compared with images of 8 px"):
         metric.with_reference(f"{__name__}:Real", 8, epath.Path(tmp_path))
     built = metric.with_reference(f"{__name__}:Real", 4, epath.Path(tmp_path / "a"))
-    with pytest.raises(UserError, match="was built with network inception, the metric has clip-l-336; build it anew"):
+    with pytest.raises(
+        UserError, match="was built with network inception, the metric has clip-l-336; build it anew"
+    ):
         run(make("cmmd", weights, reference=built.reference))
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other weights")
-    with pytest.raises(UserError, match=r"was built with weights_sha256 .*, the metric has .*; build it anew"):
+    with pytest.raises(
+        UserError, match=r"was built with weights_sha256 .*, the metric has .*; build it anew"
+    ):
         run(make("fid", str(other), reference=built.reference))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(epath.Path(built.reference).read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"cut.safetensors is damaged or no reference .*bytes, its header says"):
+    with pytest.raises(
+        UserError, match=r"cut.safetensors is damaged or no reference .*bytes, its header says"
+    ):
         run(make("fid", weights, reference=str(cut)))
     with pytest.raises(UserError, match="the prompts have no real images; give --reference"):
         blind = Items(4, lambda i: Item(str(i), "x"))

@@ -1,5 +1,6 @@
 """Metrics of single images against transformers' CLIP and closed forms, on small random weights."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -35,7 +36,9 @@ def folder(tmp_path_factory):
 def theirs(folder):
     """transformers' own: (cosines [5], image embeddings [5, 16])."""
     size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    pixels = CLIPImageProcessor(**size)(list(map(Image.fromarray, IMAGES)), return_tensors="pt")["pixel_values"]
+    pixels = CLIPImageProcessor(**size)(list(map(Image.fromarray, IMAGES)), return_tensors="pt")[
+        "pixel_values"
+    ]
     tokenizer = clip_pairs.open_pairs(str(folder), "tiny", "", 4)._clip.text.tokenize
     ids = torch.tensor(tokenizer(PROMPTS)[0]).long()
     with torch.no_grad():
@@ -55,7 +58,9 @@ def test_clip_score_is_torchmetrics_(folder, theirs):
     np.testing.assert_allclose(found, 100 * theirs[0], atol=1e-3)
     assert result["scalars"]["clip_score"] == pytest.approx(max(100 * theirs[0].mean(), 0), abs=1e-3)
     assert result["n"] == 5 and len(result["interval"]) == 2
-    assert metric.about()["weights_sha256"] == published.digest(str(folder)) and "28" in metric.about()["resize"]
+    assert (
+        metric.about()["weights_sha256"] == published.digest(str(folder)) and "28" in metric.about()["resize"]
+    )
     assert metric.items(Counted(), 2)[1].prompt == "number 1"
 
 
@@ -74,9 +79,12 @@ def test_aesthetic_is_its_linear_layers_one_after_the_other(folder, theirs, tmp_
     monkeypatch.setattr(aesthetic, "_SIZE", "tiny")
     rng, x, state = np.random.default_rng(1), theirs[1], {}
     sides = (16, 1024, 128, 64, 16, 1)
-    for i, (inputs, outputs) in zip(aesthetic.LAYERS, zip(sides, sides[1:], strict=False), strict=True):
+    for i, (inputs, outputs) in zip(aesthetic.LAYERS, itertools.pairwise(sides), strict=True):
         weight = rng.normal(size=(outputs, inputs)).astype(np.float32) / inputs**0.5
-        state |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": rng.normal(size=outputs).astype(np.float32)}
+        state |= {
+            f"layers.{i}.weight": weight,
+            f"layers.{i}.bias": rng.normal(size=outputs).astype(np.float32),
+        }
         x = x @ weight.T + state[f"layers.{i}.bias"]
     path = tmp_path / "head.safetensors"
     save_file(state, path)
@@ -95,10 +103,13 @@ def test_image_reward_of_a_folder_of_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(image_reward, "_SIZE", "tiny")
     monkeypatch.setenv(published.FOLDER, str(tmp_path))
     metric = METRICS["image_reward"](batch=2)
-    with pytest.raises(Skipped, match=r"no ImageReward.safetensors in .* import --from=FILE --to=safetensors"):
+    with pytest.raises(
+        Skipped, match=r"no ImageReward.safetensors in .* import --from=FILE --to=safetensors"
+    ):
         metric.items(Counted(), 2)
     save_file(
-        blip_reference.published(blip_reference.build(blip.SIZES["tiny"])), tmp_path / "ImageReward.safetensors"
+        blip_reference.published(blip_reference.build(blip.SIZES["tiny"])),
+        tmp_path / "ImageReward.safetensors",
     )
     with pytest.raises(Skipped, match=r"no bert-base-uncased/vocab.txt"):
         metric.items(Counted(), 2)
@@ -109,10 +120,14 @@ def test_image_reward_of_a_folder_of_weights(tmp_path, monkeypatch):
     assert result["scalars"]["image_reward"] == pytest.approx(found.mean()) and np.ptp(found) > 0
 
 
-@pytest.mark.parametrize("name", ["clip_score", "hpsv2", "pickscore", "aesthetic", "image_reward", "fid", "cmmd"])
+@pytest.mark.parametrize(
+    "name", ["clip_score", "hpsv2", "pickscore", "aesthetic", "image_reward", "fid", "cmmd"]
+)
 def test_without_weights_a_metric_is_skipped(name, monkeypatch):
     monkeypatch.delenv(published.FOLDER, raising=False)
-    with pytest.raises(Skipped, match=rf"metric '{name}' lacks weights: .*\$SCALING_DIT_WEIGHTS is not set.* get it from"):
+    with pytest.raises(
+        Skipped, match=rf"metric '{name}' lacks weights: .*\$SCALING_DIT_WEIGHTS is not set.* get it from"
+    ):
         METRICS[name]().items(Counted(), 2)
     with pytest.raises(Skipped, match="no file or folder /nowhere; get it from http"):
         METRICS[name](weights="/nowhere").items(Counted(), 2)

@@ -46,7 +46,9 @@ def test_two_folders_of_pngs_have_torch_fidelity_s_fid_and_kid(tmp_path):
     found = {}
     for name, fields in (("fid", {"points": 0}), ("kid", {"subsets": 4, "subset_size": 12})):
         metric = METRICS[name](weights=str(weights), batch=8, **fields)
-        metric = metric.with_reference(f"folder:{tmp_path / 'real'}", SIDE, epath.Path(tmp_path / "references"))
+        metric = metric.with_reference(
+            f"folder:{tmp_path / 'real'}", SIDE, epath.Path(tmp_path / "references")
+        )
         items = Items(COUNT, lambda i: Item(str(i), "x"))
         found |= score(Scoring(name, metric, items, 8), [ours], 0)[0]["scalars"]
     assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)

@@ -235,7 +235,8 @@ class Words:
         # Compiled code that only this needs.
         import tokenizers
 
-        lines = epath.Path(place).read_text().splitlines()
+        # Not at the other line ends that Unicode has: they may be words.
+        lines = epath.Path(place).read_text().rstrip("\n").split("\n")
         vocabulary = {word: number for number, word in enumerate(lines)}
         ids = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102}
         wrong = [word for word, number in ids.items() if vocabulary.get(word) != number]

@@ -48,7 +48,7 @@ class Published:
             raise UserError(
                 f"metric {metric!r}: weights is {given!r}; it must be a file or folder of weights"
             )
-        folder = os.environ.get(FOLDER, "")
+        folder = os.path.expanduser(os.environ.get(FOLDER, ""))
         for name in self.names:
             if folder and (epath.Path(folder) / name).exists():
                 return str(epath.Path(folder) / name)

@@ -136,16 +136,11 @@ def _opened(place: str, _: int) -> Reference:
             copy.write(block)
         copy.flush()
         local = copy
-    described |= {"file": str(path), "sha256": files.sha256(path)}
-    described = {key: _plain(value) for key, value in described.items()}
+    # Values of the metadata are texts.
+    described |= {"n": int(arrays["n"]), "file": str(path), "sha256": files.sha256(path)}
     return Reference(
         Gaussian.of(arrays), int(arrays["n"]), FeatureTable(local, begin, count, width), described
     )
-
-
-def _plain(value: str) -> Any:
-    """A number of the metadata, which are texts; other texts as they are."""
-    return int(value) if value.isdecimal() and len(value) < 16 else value
 
 
 def _published_moments(path: epath.Path) -> Reference:

@@ -113,14 +113,14 @@ class SetMetric(Base):
         return state, rows
 
     def result(self, state: State, rows: Rows, seed: int) -> dict[str, Any]:
-        """What `compare` gives, with the number of images on each side."""
+        """What `compare` gives, with the number of images on each side; None where it is not known."""
         width = self.network.width
         ours = FeatureTable.spill(_blocks(rows, "features"), width)
         if self.reference:
             real = self._reference()
         else:
             real = Reference.of_table(FeatureTable.spill(_blocks(rows, "real"), width))
-        counts = {"n": len(ours), "n_reference": real.count}
+        counts = {"n": len(ours), "n_reference": real.count or None}
         return counts | self.compare(ours, real, seed)
 
     def about(self) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Evaluate(Verb):
     metrics: tuple[str, ...] | None = flag("comma-separated metrics; the run's by default")
     items: int = flag("held-out prompts", 500, COUNT)
     reference: str | None = flag(
-        "real images for fid, kid, mind, cmmd, fd_dinov2: their statistics, or a source such as folder:/data/coco of "
-        "which they are built once; by default the real images of the prompts"
+        "real images for fid, kid, mind, cmmd, fd_dinov2: their statistics, or a folder of images or a source of which "
+        "they are built once; by default the real images of the prompts"
     )
     out: str | None = flag(
         "folder to write to; by default one named after the settings, under WORKDIR/evaluation"

@@ -113,6 +113,11 @@ def open_reference(place: str, network: Network, weights: str) -> Reference:
     return found
 
 
+def is_folder_of_images(path: epath.Path) -> bool:
+    """Whether a place is a folder without statistics."""
+    return path.is_dir() and not any(entry.name.endswith(SUFFIX) for entry in path.iterdir())
+
+
 # A metric asks for its reference at several places; the size takes part so that a file that changed is read again.
 @functools.lru_cache(maxsize=4)
 def _opened(place: str, _: int) -> Reference:

@@ -16,6 +16,7 @@ from scaling_dit.data.sources import Source, create_source, source_fields
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base
 from scaling_dit.evaluation.features import published, references
+from scaling_dit.evaluation.features.image_folder import ImageFolder
 from scaling_dit.evaluation.features.networks import Network
 from scaling_dit.evaluation.features.references import Reference
 from scaling_dit.evaluation.features.tables import BLOCK, FeatureTable
@@ -55,8 +56,8 @@ class SetMetric(Base):
         """This metric with statistics to compare with, which are built if `reference` names a source.
 
         Args:
-          reference: a file or folder of statistics, or a source such as "folder:/data/coco", of which all images are
-            taken, both splits.
+          reference: a file or folder of statistics, a folder of images, or a source such as "webdataset:/data/*.tar",
+            of which all images are taken, both splits.
           image_size: height and width that a source's images are brought to.
           folder: where statistics that are built are kept for other metrics and calls.
 
@@ -64,24 +65,19 @@ class SetMetric(Base):
           Skipped: the weights are missing.
           UserError: no such statistics or source, or statistics of something else.
         """
-        if epath.Path(reference).exists():
+        path = epath.Path(reference)
+        if path.exists() and not references.is_folder_of_images(path):
             return dataclasses.replace(self, reference=reference)
-        if ":" not in reference or "://" in reference:
-            raise UserError(
-                f"no reference {reference}; give statistics, or a source such as folder:/data/coco to build them of"
-            )
         weights = self._place()
-        fields = {"image_size": image_size, "held_out_fraction": 0.0}
-        known = source_fields(reference)
-        source = create_source(reference, **{key: value for key, value in fields.items() if key in known})
+        source = _open_source(reference, image_size)
         if source.image_size != image_size:
             raise UserError(
                 f"{source.describe()}: its images are to be compared with images of {image_size} px"
             )
         tag = hashlib.sha256(f"{reference} {image_size}".encode()).hexdigest()[:12]
-        path = folder / tag / f"{self.network.name}{references.SUFFIX}"
-        references.build(source, reference, self.network, weights, path, batch=self.batch)
-        return dataclasses.replace(self, reference=str(path))
+        built = folder / tag / f"{self.network.name}{references.SUFFIX}"
+        references.build(source, reference, self.network, weights, built, batch=self.batch)
+        return dataclasses.replace(self, reference=str(built))
 
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions with their images, once the weights and the reference are found.
@@ -138,6 +134,19 @@ class SetMetric(Base):
 
     def _reference(self) -> Reference:
         return references.open_reference(self.reference, self.network, published.digest(self._place()))
+
+
+def _open_source(reference: str, image_size: int) -> Source:
+    """All images that `--reference` names, at this size."""
+    if epath.Path(reference).exists():
+        return ImageFolder(reference, image_size)
+    if ":" not in reference or "://" in reference:
+        raise UserError(
+            f"no reference {reference}; give statistics, a folder of images, or a source such as folder:/data/coco"
+        )
+    known = source_fields(reference)
+    fields = {"image_size": image_size, "held_out_fraction": 0.0}
+    return create_source(reference, **{key: value for key, value in fields.items() if key in known})
 
 
 def _blocks(rows: Rows, key: str) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 from safetensors.numpy import load_file
 
 from scaling_dit.errors import UserError
@@ -156,6 +157,24 @@ def test_statistics_are_a_safetensors_file_that_others_read(weights, tmp_path):
         run(make("kid", weights, reference=str(tmp_path / "mu.npz")))
 
 
+def test_a_plain_folder_of_images(weights, tmp_path):
+    folder = tmp_path / "real" / "below"
+    folder.mkdir(parents=True)
+    for number, image in enumerate(REAL):
+        Image.fromarray(image).save((folder if number % 2 else folder.parent) / f"{number:02d}.png")
+    (folder / "notes.txt").write_text("x")
+    metric = make("fid", weights).with_reference(str(folder.parent), 4, epath.Path(tmp_path / "kept"))
+    assert run(metric)["scalars"]["fid"] == pytest.approx(expected("fid"), abs=1e-9)
+    assert metric.about()["reference"]["images"] == f"60 images in {folder.parent}"
+    (folder / "01.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"below/01.png"):
+        make("fid", weights).with_reference(str(folder.parent), 4, epath.Path(tmp_path / "again"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"no image in .*empty or below: no file that ends in .png"):
+        metric.with_reference(str(empty), 4, epath.Path(tmp_path / "again"))
+
+
 def test_a_build_that_was_killed_computes_only_what_is_missing(weights, tmp_path, monkeypatch):
     calls = []
 
@@ -191,7 +210,7 @@ def test_a_build_that_was_killed_computes_only_what_is_missing(weights, tmp_path
 def test_mistakes(weights, tmp_path):
     metric = make("fid", weights)
     with pytest.raises(
-        UserError, match="no reference nowhere; give statistics, or a source such as folder:/data/coco"
+        UserError, match="no reference nowhere; give statistics, a folder of images, or a source"
     ):
         metric.with_reference("nowhere", 4, epath.Path(tmp_path))
     with pytest.raises(UserError, match="its images are to be compared with images of 8 px"):

@@ -58,9 +58,12 @@ def main() -> None:
 
 
 def table(head: list[str], rows: Iterator[list[str]]) -> list[str]:
-    """A markdown table."""
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(row) + " |" for row in cells]
+    """A markdown table; its rows are also printed as they are measured."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head))]
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
 
 
 def statistics(counts: list[int]) -> Iterator[list[str]]:

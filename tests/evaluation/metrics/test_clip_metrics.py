@@ -21,6 +21,8 @@ from tests.support.own_sources import Counted
 
 PROMPTS = ["a red circle", "it's a dog, 3.14", "", "long, " * 60, "two cats"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), np.uint8)
+# The same everywhere, so that the towers are compiled once.
+BATCH = 3
 ITEMS = [Item(str(i), prompt) for i, prompt in enumerate(PROMPTS)]
 
 
@@ -39,11 +41,15 @@ def theirs(folder):
     pixels = CLIPImageProcessor(**size)(list(map(Image.fromarray, IMAGES)), return_tensors="pt")[
         "pixel_values"
     ]
-    tokenizer = clip_pairs.open_pairs(str(folder), "tiny", "", 4)._clip.text.tokenize
+    tokenizer = clip_pairs.open_pairs(str(folder), "tiny", str(folder), BATCH)._clip.text.tokenize
     ids = torch.tensor(tokenizer(PROMPTS)[0]).long()
     with torch.no_grad():
         found = text_towers.clip()(input_ids=ids, pixel_values=pixels)
     return (found.image_embeds * found.text_embeds).sum(-1).numpy(), found.image_embeds.numpy()
+
+
+def clip_fields(folder):
+    return {"weights": str(folder), "tokenizer_files": str(folder), "batch": BATCH}
 
 
 def scores(metric):
@@ -53,7 +59,7 @@ def scores(metric):
 
 def test_clip_score_is_torchmetrics_(folder, theirs):
     """100 times the cosine; over the batch the mean, cut off at 0."""
-    metric = METRICS["clip_score"](weights=str(folder), size="tiny", batch=3)
+    metric = METRICS["clip_score"](size="tiny", **clip_fields(folder))
     result, found = scores(metric)
     np.testing.assert_allclose(found, 100 * theirs[0], atol=1e-3)
     assert result["scalars"]["clip_score"] == pytest.approx(max(100 * theirs[0].mean(), 0), abs=1e-3)
@@ -67,11 +73,11 @@ def test_clip_score_is_torchmetrics_(folder, theirs):
 def test_hpsv2_and_pickscore(folder, theirs, monkeypatch):
     for module in (hpsv2, pickscore):
         monkeypatch.setattr(module, "_SIZE", "tiny")
-    metric = METRICS["hpsv2"](weights=str(folder), tokenizer_files=str(folder))
+    metric = METRICS["hpsv2"](**clip_fields(folder))
     np.testing.assert_allclose(scores(metric)[1], 100 * theirs[0], atol=1e-3)
     assert metric.about()["judge"] == "HPS v2.1" and list(scores(metric)[0]["scalars"]) == ["hpsv2"]
     factor = text_towers.clip().logit_scale.exp().item()
-    found = scores(METRICS["pickscore"](weights=str(folder)))[1]
+    found = scores(METRICS["pickscore"](**clip_fields(folder)))[1]
     np.testing.assert_allclose(found, factor * theirs[0], atol=1e-3 * factor)
 
 

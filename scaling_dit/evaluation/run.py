@@ -1,6 +1,5 @@
 """The `evaluate` verb: samples the prompts of each metric with a trained run, scores the images, and writes it all."""
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,10 +12,9 @@ from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, tifa
-from scaling_dit.evaluation.features.set_metric import SetMetric
-from scaling_dit.evaluation.metric import Skipped
+from scaling_dit.evaluation.features.set_metric import compared_with
 from scaling_dit.evaluation.parts import InFolder
-from scaling_dit.evaluation.registry import Chosen, choose
+from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring
 from scaling_dit.model.build import open_source
 from scaling_dit.sampling.folder import GRID, iterate
@@ -63,7 +61,7 @@ def main(
     source = open_source(config)
     if reference:
         kept = Workdir(workdir).evaluation / "references"
-        chosen = _with_reference(chosen, reference, source.image_size, kept)
+        chosen = compared_with(chosen, reference, source.image_size, kept)
     # Before loading, so that a metric that does not fit the data shows at once.
     scorings = [
         Scoring(one.section, one.metric, one.metric.items(source, items), one.fields["batch"])
@@ -86,29 +84,6 @@ def main(
     if as_json:
         print(json.dumps(results))
     return 0
-
-
-def _with_reference(
-    chosen: Sequence[Chosen], reference: str, image_size: int, folder: epath.Path
-) -> list[Chosen]:
-    """The metrics, those that compare with real images with this reference."""
-    found = []
-    for one in chosen:
-        if isinstance(one.metric, SetMetric):
-            try:
-                metric = one.metric.with_reference(reference, image_size, folder)
-            except Skipped:
-                # Raised again when it is asked for its items.
-                metric = one.metric
-            one = dataclasses.replace(
-                one, metric=metric, fields={**one.fields, "reference": metric.reference}
-            )
-        found.append(one)
-    if not any(isinstance(one.metric, SetMetric) for one in found):
-        raise UserError(
-            f"--reference: none of {', '.join(one.name for one in chosen)} compares with real images"
-        )
-    return found
 
 
 def score_to_folder(

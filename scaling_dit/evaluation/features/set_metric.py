@@ -20,7 +20,8 @@ from scaling_dit.evaluation.features.image_folder import ImageFolder
 from scaling_dit.evaluation.features.networks import Network
 from scaling_dit.evaluation.features.references import Reference
 from scaling_dit.evaluation.features.tables import BLOCK, FeatureTable
-from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, State
+from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, Skipped, State
+from scaling_dit.evaluation.registry import Chosen
 
 TRUTHS = "the real images of the same prompts, from the run's own data"
 
@@ -159,3 +160,31 @@ def _blocks(rows: Rows, key: str) -> Iterator[np.ndarray]:
             held = []
     if held:
         yield np.stack(held)
+
+
+def compared_with(
+    chosen: Sequence[Chosen], reference: str, image_size: int, folder: epath.Path
+) -> list[Chosen]:
+    """The metrics of a command; those that compare with real images have this reference, see `with_reference`.
+
+    A metric whose weights are missing stays as it is, and is skipped when it is asked for its items.
+
+    Raises:
+      UserError: none of them compares with real images, or as `with_reference`.
+    """
+    found = []
+    for one in chosen:
+        if isinstance(one.metric, SetMetric):
+            try:
+                metric = one.metric.with_reference(reference, image_size, folder)
+            except Skipped:
+                metric = one.metric
+            one = dataclasses.replace(
+                one, metric=metric, fields={**one.fields, "reference": metric.reference}
+            )
+        found.append(one)
+    if not any(isinstance(one.metric, SetMetric) for one in found):
+        raise UserError(
+            f"--reference: none of {', '.join(one.name for one in chosen)} compares with real images"
+        )
+    return found

@@ -70,20 +70,21 @@ def cmmd(one: FeatureTable, other: FeatureTable, *, other_mean: float | None = N
 def kernel_mean(one: FeatureTable, other: FeatureTable) -> float:
     """The mean of exp(-|x - y|^2 / (2 10^2)) - 1 over all pairs."""
     total = 0.0
-    for i, x in enumerate(one.blocks(_ROWS)):
-        for j, y in enumerate(other.blocks(_ROWS)):
+    for i, rows in enumerate(one.blocks(_ROWS)):
+        x = rows.astype(np.float64)
+        for j, others in enumerate(other.blocks(_ROWS)):
             # Of a set with itself half the pairs are enough.
             if one is other and j < i:
                 continue
-            some = np.expm1(_distances(x, y) / (-2 * SIGMA**2)).sum()
-            total += some * (2 if one is other and j > i else 1)
-    return float(total / (len(one) * len(other)))
-
-
-def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Squared distances, float64 [N, M]."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    return (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+            y = others.astype(np.float64)
+            # -|x - y|^2 / (2 sigma^2), in place: one array of this size is enough.
+            exponents = x @ y.T
+            exponents *= 2
+            exponents -= (x**2).sum(1)[:, None] + (y**2).sum(1)
+            exponents /= 2 * SIGMA**2
+            np.expm1(exponents, out=exponents)
+            total += float(exponents.sum()) * (2 if one is other and j > i else 1)
+    return total / (len(one) * len(other))
 
 
 def mind(one: FeatureTable, other: FeatureTable, *, directions: int, seed: int) -> float:

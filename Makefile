@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 EXTRAS_demo := [tensorboard]
 EXTRAS_test := [docs,eval,tensorboard,test]
-# For its vocabulary; the torchvision it asks for does not load beside torch's CPU build.
-ALONE_test := open_clip_torch
+# For its vocabulary, and as the reference of FID; the torchvision they ask for does not load beside torch's CPU build.
+ALONE_test := open_clip_torch torch-fidelity
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 

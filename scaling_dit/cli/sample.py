@@ -60,6 +60,10 @@ class Evaluate(Verb):
     options: dict[str, Any] = changes(SamplingFields)
     metrics: tuple[str, ...] | None = flag("comma-separated metrics; the run's by default")
     items: int = flag("held-out prompts", 500, COUNT)
+    reference: str | None = flag(
+        "real images for fid, kid, mind, cmmd, fd_dinov2: their statistics, or a folder of images or a source of which "
+        "they are built once; by default the real images of the prompts"
+    )
     out: str | None = flag(
         "folder to write to; by default one named after the settings, under WORKDIR/evaluation"
     )
@@ -76,5 +80,6 @@ class Evaluate(Verb):
             items=self.items,
             as_json=self.json,
             changes=self.options,
+            reference=self.reference,
             **dataclasses.asdict(self.request),
         )

@@ -94,6 +94,13 @@ class Rows:
         return np.fromiter((row[name] for row in self), np.float64, self._count)
 
 
+class Skipped(UserError):
+    """A metric cannot be scored here, such as for want of weights; the line says what is missing and where to get it.
+
+    `items` raises it. The other metrics of a command are scored all the same.
+    """
+
+
 class Metric(Protocol):
     """Prompts and a score of the images made of them. `bases.py` has classes that do most of it.
 
@@ -105,6 +112,7 @@ class Metric(Protocol):
 
         Raises:
           UserError: the source cannot give what the metric needs.
+          Skipped: weights or other files of the metric are missing.
         """
 
     def init(self) -> State:

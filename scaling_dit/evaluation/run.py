@@ -12,6 +12,7 @@ from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS, tifa
+from scaling_dit.evaluation.features.set_metric import compared_with
 from scaling_dit.evaluation.parts import InFolder
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring
@@ -37,11 +38,15 @@ def main(
     step: int | None = None,
     ema: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    reference: str | None = None,
 ) -> int:
     """Scores a run by each metric; images, rows and `result.json` go to OUT/METRIC. Returns the exit code.
 
     Without `out` they go to a folder of these settings under `evaluation/` in the workdir: the same command again only
     adds the missing rows there.
+
+    Args:
+      reference: statistics of real images, or a source to build them of, for the metrics that compare with them.
 
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
@@ -54,6 +59,9 @@ def main(
         )
     chosen = choose(config, names)
     source = open_source(config)
+    if reference:
+        kept = Workdir(workdir).evaluation / "references"
+        chosen = compared_with(chosen, reference, source.image_size, kept)
     # Before loading, so that a metric that does not fit the data shows at once.
     scorings = [
         Scoring(one.section, one.metric, one.metric.items(source, items), one.fields["batch"])

@@ -12,6 +12,7 @@ from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run
+from scaling_dit.evaluation.features import networks
 from scaling_dit.evaluation.metrics.shapes_tifa import ShapesTifa
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.build import open_source
@@ -149,3 +150,57 @@ def test_evaluation_can_be_turned_off():
     # Touches nothing.
     evaluator = InTraining(None, None, None, config)  # type: ignore[arg-type]
     assert not evaluator.due(config.steps)
+
+
+class Grey:
+    """Real images of a user's own, of any size."""
+
+    def __init__(self, image_size: int = 16):
+        self.image_size = image_size
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        image = np.full((self.image_size, self.image_size, 3), 20 * index, np.uint8)
+        return {"image": image, "captions": [""], "key": str(index)}
+
+    def describe(self):
+        return f"{len(self)} grey images"
+
+    def held_out(self):
+        return self
+
+
+def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def features(images):
+        calls.append(len(images))
+        return images.mean((1, 2)).astype(np.float32)
+
+    known = networks.INCEPTION["tensorflow1"].weights
+    small = networks.Network("inception", 3, known, "means of colours", lambda place, batch: features)
+    monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
+    monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
+    (tmp_path / known.names[0]).write_bytes(b"weights")
+    workdir = tmp_path / "run"
+    shutil.copytree(smoke_run, workdir)
+    options = {"metrics": ["fid"], "items": 5}
+
+    def result(name, **more):
+        assert run.main(str(workdir), str(tmp_path / name), **options, **more) == 0
+        return json.loads((tmp_path / name / "fid" / "result.json").read_text())
+
+    first = result("first", reference=f"{__name__}:Grey")
+    (built,) = (workdir / "evaluation" / "references").rglob("*.safetensors")
+    assert first["reference"]["images"] == "12 grey images" and first["n_reference"] == 12
+    assert first["fields"]["reference"] == str(built) and "fid" in capsys.readouterr().out
+    count = len(calls)
+    assert result("second", reference=f"{__name__}:Grey")["scalars"] == first["scalars"]
+    assert len(calls) == count + 1, "the statistics were built again"
+    # By default the real images of the prompts.
+    own = result("own")
+    assert own["n_reference"] == 5 and own["scalars"] != first["scalars"]
+    with pytest.raises(UserError, match="--reference: none of shapes_tifa compares with real images"):
+        run.main(str(workdir), str(tmp_path / "x"), metrics=["shapes_tifa"], reference=str(built))

@@ -10,9 +10,12 @@ deletes the resource of the job when
 The owner can put it off, but not beyond the hours: a metadata attribute `scaling-dit-hold-until` of the machine, in
 seconds since 1970, holds deletion until then.
 
-`script` gives one bash script. `bash SCRIPT install` copies it to its place and starts a systemd timer, `bash SCRIPT
-check` looks once; both must run as root on a worker. It needs bash, curl, gcloud, GNU date and coreutils, which
-Google's images have. The account of the machine must be allowed to delete the resource, with the scope cloud-platform.
+A job whose heartbeats lie nowhere that its machines can read has only its hours.
+
+`script` gives one bash script. Without an argument, as the start-up script of a machine, it copies itself to its place
+and starts a systemd timer; `bash SCRIPT check` looks once. Both must run as root on a worker. It needs bash, curl,
+gcloud, GNU date and coreutils, which Google's images have. The account of the machine must be allowed to delete the
+resource, with the scope cloud-platform.
 """
 
 import math
@@ -70,9 +73,11 @@ judge() {
   begun=$(kept begun)
   if [ -z "$begun" ]; then begun=$now; keep begun "$now"; fi
   if [ $((now - begun)) -ge "$budget_seconds" ]; then
+    # Nothing holds this off.
     reason="the budget of $((budget_seconds / 3600)) hours and $((budget_seconds % 3600 / 60)) minutes is over"
     return
   fi
+  [ -n "$heartbeats" ] || return
   if seen=$(heartbeat); then
     keep read "$now"
     if [ -n "$seen" ]; then keep seen "$seen"; fi
@@ -131,10 +136,10 @@ install_units() {
   systemctl daemon-reload && systemctl enable --now "$unit.timer"
 }
 
-case "${1:-}" in
+case "${1:-install}" in
   install) install_units ;;
   check) check ;;
-  *) echo "usage: bash $0 install|check" >&2; exit 2 ;;
+  *) echo "usage: bash $0 [install|check]" >&2; exit 2 ;;
 esac
 """
 
@@ -163,8 +168,8 @@ def script(job: Mapping[str, Any]) -> str:
 
     Args:
       job: "backend" ("queued" or "compute"), "resource" (name of the queued resource or of the managed instance
-        group), "zone", "heartbeats" (folder of the run's heartbeats, see `checkpoints.workdir`), "minutes" and
-        "hours"; and optionally "project" and "setup_minutes" (an hour by default).
+        group), "zone", "minutes" and "hours"; and optionally "project", "setup_minutes" (an hour by default) and
+        "heartbeats": the folder of the run's heartbeats (see `checkpoints.workdir`) on gs://, or an absolute path.
 
     Raises:
       UserError: a value that is missing or cannot be.
@@ -179,10 +184,11 @@ def script(job: Mapping[str, Any]) -> str:
     head = [
         "#!/bin/bash",
         "# Deletes the slice of a job that nobody watches any more. Made by scaling_dit.tpu.deadman.",
+        f"# Its machines are allowed {math.ceil(seconds['budget_seconds'])} seconds.",
         "set -u",
         "umask 022",
         f"what={shlex.quote(str(job['resource']))}",
-        f"heartbeats={shlex.quote(str(job['heartbeats']).rstrip('/'))}",
+        f"heartbeats={shlex.quote(str(job.get('heartbeats', '')).rstrip('/'))}",
         *(f"{name}={math.ceil(value)}" for name, value in seconds.items()),
         f"delete=({' '.join(map(shlex.quote, command))})",
         # Tests give others.
@@ -195,7 +201,7 @@ def script(job: Mapping[str, Any]) -> str:
 
 
 def _check(job: Mapping[str, Any]) -> None:
-    for key in ("backend", "resource", "zone", "heartbeats", "minutes", "hours"):
+    for key in ("backend", "resource", "zone", "minutes", "hours"):
         if not job.get(key):
             raise UserError(f"the dead-man switch needs {key!r}, greater than 0 if it is a number")
     if job["backend"] not in BACKENDS:
@@ -210,5 +216,10 @@ def _check(job: Mapping[str, Any]) -> None:
         value = job.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"the dead-man switch: {key} must be a number greater than 0, not {value!r}")
+    place = str(job.get("heartbeats", ""))
+    if place and not place.startswith(("gs://", "/")):
+        raise UserError(
+            f"the dead-man switch: heartbeats lie on gs:// or at an absolute path, not at {place!r}"
+        )
     if any(not char.isprintable() for key in ("heartbeats", "project") for char in str(job.get(key, ""))):
         raise UserError("the dead-man switch: paths and names must be printable")

@@ -119,6 +119,13 @@ def test_the_budget_ends_a_healthy_run(machine):
     assert "the budget of 10 hours and 0 minutes is over" in machine.said
 
 
+def test_without_heartbeats_only_the_hours_count(tmp_path):
+    machine = Machine(tmp_path, "")
+    assert machine.at(0) == machine.at(300) == machine.at(599) == []
+    assert machine.at(600) == DELETE.split()
+    assert "allowed 36000 seconds" in machine.script.read_text()
+
+
 def test_deletion_that_fails_is_tried_again(machine):
     machine.at(0)
     machine.gcloud("exit 1")
@@ -194,7 +201,8 @@ def test_the_owner_can_put_it_off_but_not_beyond_the_budget(machine, metadata):
 
 def test_installing_starts_a_timer(machine):
     machine.program("systemctl", f'echo "$@" >> {machine.folder}/systemctl')
-    subprocess.run(["bash", str(machine.script), "install"], env=machine.environment, check=True)
+    # As the start-up script of a machine, which has no arguments.
+    subprocess.run(["bash", str(machine.script)], env=machine.environment, check=True)
     place = machine.folder / "root" / "deadman.sh"
     assert place.read_text() == machine.script.read_text() and os.access(place, os.X_OK)
     assert (
@@ -206,7 +214,7 @@ def test_installing_starts_a_timer(machine):
         paths = [str(units / f"scaling-dit-deadman.{kind}") for kind in ("service", "timer")]
         done = subprocess.run(["systemd-analyze", "verify", *paths], capture_output=True, text=True)
         assert "scaling-dit-deadman" not in done.stderr, done.stderr
-    assert subprocess.run(["bash", str(machine.script)], capture_output=True).returncode == 2
+    assert subprocess.run(["bash", str(machine.script), "rubbish"], capture_output=True).returncode == 2
 
 
 ODD = ["a b", "a;b", "$(touch bad)", "`touch bad`", "a'b", 'a"b', "a&b|c", "*", "~", "a\\b", "-n", "é"]
@@ -234,7 +242,8 @@ def test_values_never_reach_the_shell_unquoted(tmp_path, value):
         ({"hours": float("inf")}, "hours must be a number"),
         ({"minutes": "5"}, "minutes must be a number"),
         ({"minutes": 0}, "needs 'minutes'"),
-        ({"heartbeats": "a\nb"}, "must be printable"),
+        ({"heartbeats": "/a\nb"}, "must be printable"),
+        ({"heartbeats": "runs/a"}, "an absolute path, not at 'runs/a'"),
     ],
 )
 def test_a_job_that_cannot_be(change, expected):

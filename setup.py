@@ -31,8 +31,9 @@ LIBTPU = "libtpu>=0.0.50; sys_platform == 'linux' and platform_machine == 'x86_6
 EXTRAS = {
     # clu's writers import both, and clu declares neither.
     "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
-    # The digits experiment: its scans, and the classifier that reads the generated ones.
-    "eval": ["scikit-learn"],
+    # Judges of the metrics that ask questions, but for those behind an endpoint; and the digits experiment: its scans,
+    # and the classifier that reads the generated ones.
+    "eval": ["scikit-learn", "torch==2.13.0", "transformers"],
     # `import --to=safetensors`: pickles are read by PyTorch only.
     "convert": ["torch==2.13.0"],
     # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.

@@ -150,6 +150,65 @@ class Registry:
 
 
 @dataclasses.dataclass(frozen=True)
+class BackEnds:
+    """Components that a flag names together with their place, such as "openai:http://localhost:8000/v1".
+
+    Attributes:
+      registry: the components.
+      places: built-in name -> the field that follows the colon of a name.
+      flag: that gives other fields as FIELD=VALUE, for error lines.
+    """
+
+    registry: Registry
+    places: Mapping[str, str]
+    flag: str
+
+    def split(self, name: str) -> tuple[str, dict[str, str]]:
+        """(name of the component, the field after the colon with its value).
+
+        Raises:
+          UserError: a built-in component without its place.
+        """
+        kind, _, place = name.partition(":")
+        if kind not in self.places:
+            return name, {}
+        if not place:
+            field = self.places[kind]
+            raise UserError(f"{self.registry.what} {name!r} names no {field}; write {kind}:{field.upper()}")
+        return kind, {self.places[kind]: place}
+
+    def is_own(self, kind: str) -> bool:
+        """Whether this component is a user's own."""
+        return kind not in self.registry.known
+
+    def create(self, name: str, options: Mapping[str, str]) -> Any:
+        """A component.
+
+        Args:
+          name: its name, with its place.
+          options: field -> value as text, converted to the type of the field's default.
+
+        Raises:
+          UserError: the name or a field is unknown, a value has the wrong type, or the component cannot start.
+        """
+        kind, place = self.split(name)
+        known = self.registry.arguments(kind)
+        given: dict[str, Any] = {
+            field: self._typed(field, text, known[field]) if field in known else text
+            for field, text in options.items()
+        }
+        return self.registry.create(kind, given | place)
+
+    def _typed(self, field: str, text: str, default: Any) -> Any:
+        """The text of an option, converted to the type of its default."""
+        kind = type(default) if isinstance(default, int | float) and not isinstance(default, bool) else str
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(f"{self.flag}={field}={text}: give a value such as {default}") from None
+
+
+@dataclasses.dataclass(frozen=True)
 class Seam:
     """A field of the config that names one of several built-in parts or, by "package.module:Name", a user's own.
 

@@ -41,6 +41,11 @@ class Field:
     free: bool = False
 
 
+def each(rule: Rule) -> Rule:
+    """The rule for one or several values, each of which keeps to `rule`."""
+    return Rule(f"{rule.right}, or several separated by commas", lambda values: all(map(rule.fits, values)))
+
+
 COUNT = Rule("at least 1", lambda x: x >= 1)
 BATCH = Rule("from 1 to 2**20 = 1,048,576", lambda x: 1 <= x <= 2**20)
 FROM_0 = Rule("0 or more", lambda x: 0 <= x < math.inf)

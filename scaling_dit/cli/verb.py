@@ -176,5 +176,6 @@ def _flag_help(one: Flag) -> str:
     if one.required:
         notes.append("required")
     elif one.default not in _MISSING and one.default is not False:
-        notes.append(f"default {one.default}")
+        shown = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+        notes.append(f"default {shown}")
     return f"{one.help} ({'; '.join(notes)})" if notes else one.help

@@ -34,13 +34,15 @@ class Item:
     """One prompt of a metric.
 
     id: names the image's file. questions: rows in TIFA's JSON layout about what the prompt asks for, if the metric asks
-    questions. truth: a real image of the prompt, uint8 [H, W, 3], if there is one.
+    questions. truth: a real image of the prompt, uint8 [H, W, 3], if there is one. meta: what else a prompt set says of
+    the prompt, as JSON values.
     """
 
     id: str
     prompt: str
     questions: Sequence[Mapping[str, Any]] = ()
     truth: np.ndarray | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

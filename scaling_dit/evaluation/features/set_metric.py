@@ -89,13 +89,24 @@ class SetMetric(Base):
         """
         self._place()
         items = super().items(source, count)
+        self.check_items(items, source.describe())
+        return items
+
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that there is something to compare with.
+
+        Args:
+          where: the prompts are from, for the error line.
+
+        Raises:
+          UserError: as `items`.
+        """
         if self.reference:
             self._reference()
         elif items[0].truth is None:
             raise UserError(
-                f"metric {self.NAME!r}: {source.describe()} holds no images to compare with; give --reference"
+                f"metric {self.NAME!r}: {where} holds no images to compare with; give --reference"
             )
-        return items
 
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """Rows with `features`, and with `real` where there is no reference; nothing is accumulated."""

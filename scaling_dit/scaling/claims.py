@@ -30,6 +30,7 @@ class Claim:
       margin: what the difference must exceed, in units of the metric; 0 claims that A is better at all.
       paired: whether run i of `a` and run i of `b` share their seed and data order, so that what the seed changes in
         both cancels. Only then are the two compared run by run.
+      metric: the column of the study's table that is compared; "" is the study's first metric.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Claim:
     b: str
     margin: float = 0.0
     paired: bool = False
+    metric: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -66,9 +67,10 @@ class StepProgram:
                 shardings=shardings.params,
                 sparse_core=config.sharding.sparse_core,
             )
+        batch = batch_shapes(config, model, mesh)
         step = jax.jit(
             make_train_step(model, optimizer, config, gathered),
-            in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
+            in_shardings=(shardings, frozen_shardings, {name: one.sharding for name, one in batch.items()}),
             out_shardings=(shardings, None),
             donate_argnums=0,
             # The whole state lies in memory, and a plan reports it whole.
@@ -83,7 +85,7 @@ class StepProgram:
             frozen=rules.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
             boxed_params=boxed_params,
             boxed_frozen=boxed_frozen,
-            batch=batch_shapes(config, model, mesh),
+            batch=batch,
         )
 
     @functools.cached_property
@@ -175,6 +177,13 @@ def batch_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> dict[str, jax.
         "mask": ((batch, length), jnp.bool_),
     }
     sharding = rules.batch_sharding(mesh)
-    return {
+    batched = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
     }
+    return batched | {"seed": jax.ShapeDtypeStruct((), jnp.uint32, sharding=rules.whole(mesh))}
+
+
+def place_seed(seed: int, mesh: Mesh) -> jax.Array:
+    """The run's seed as the step takes it, uint32 [], whole on every device; no process waits for another."""
+    value = np.uint32(seed)
+    return jax.make_array_from_callback((), rules.whole(mesh), lambda index: value)

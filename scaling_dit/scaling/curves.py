@@ -48,14 +48,6 @@ class Curve:
         """90 % intervals of `values`, by bootstrap over runs."""
         return self.bootstrap()
 
-    def bootstrap(
-        self, resamples: int = bootstrap.RESAMPLES, level: float = bootstrap.LEVEL, seed: int = 0
-    ) -> dict[str, Interval]:
-        """Intervals of `values` from `resamples` bootstrap samples of whole runs."""
-        assert self._refit is not None
-        samples = bootstrap.resample_runs(self._runs, self.points, resamples, seed)
-        return bootstrap.intervals(self._refit, samples, level)
-
     def band(
         self, x: Values, resamples: int = 100, level: float = bootstrap.LEVEL, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -66,6 +58,14 @@ class Curve:
         drawn = [_FORMS[self.form](xs, **values) for values in refits if values is not None]
         low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)], axis=0)
         return low, high
+
+    def bootstrap(
+        self, resamples: int = bootstrap.RESAMPLES, level: float = bootstrap.LEVEL, seed: int = 0
+    ) -> dict[str, Interval]:
+        """Intervals of `values` from `resamples` bootstrap samples of whole runs."""
+        assert self._refit is not None
+        samples = bootstrap.resample_runs(self._runs, self.points, resamples, seed)
+        return bootstrap.intervals(self._refit, samples, level)
 
 
 def power(x: np.ndarray, a: float, b: float) -> np.ndarray:

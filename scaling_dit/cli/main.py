@@ -14,7 +14,7 @@ from scaling_dit.cli.data import Caption, Filter, Prepare, Stats
 from scaling_dit.cli.exit_codes import PROGRAM, USER_ERROR, report_errors
 from scaling_dit.cli.report import Report
 from scaling_dit.cli.sample import Evaluate, Sample
-from scaling_dit.cli.study import Study
+from scaling_dit.cli.study import Advise, Study
 from scaling_dit.cli.train import Train
 from scaling_dit.cli.verb import Verb
 from scaling_dit.cli.weights import Export, Import
@@ -33,6 +33,7 @@ _TABLE: tuple[type[Verb], ...] = (
     Report,
     Count,
     Plan,
+    Advise,
     Import,
     Export,
 )

@@ -4,8 +4,9 @@ import dataclasses
 import sys
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb
+from scaling_dit.cli.verb import Verb, json_flag
 from scaling_dit.errors import UserError
+from scaling_dit.fields import COUNT, FROM_0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,3 +39,33 @@ class Study(Verb):
         print(f"{found.runs} runs, {len(found.rows)} points: {found.folder.table}")
         print(f"its report: scaling-dit report {self.workdir}")
         return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advise(Verb):
+    """Says what to train with a budget, by the laws of a study and a plan."""
+
+    EXAMPLE = "scaling-dit advise --workdir=runs/core --budget=3e20 --topology=v5p:4x4x4"
+
+    workdir: str = flag("folder of a study that has finished", required=True)
+    budget: float = flag("training FLOPs of the run", required=True)
+    topology: str | None = flag("slice such as v5p:4x4x4 to plan the best run for; none without it")
+    slices: int = flag("equal slices joined by the data-centre network", 1, COUNT)
+    price: float | None = flag(
+        "US dollars for a chip-hour; by default a rough list price of 2025", None, FROM_0
+    )
+    json: bool = json_flag()
+
+    def run(self) -> int:
+        """Prints the advice."""
+        from scaling_dit.parallel import topologies
+
+        topology = None
+        if self.topology:
+            # Before jax is imported.
+            topologies.prepare_environment([self.topology])
+            topology = topologies.parse(self.topology, self.slices)
+
+        from scaling_dit.scaling import advise
+
+        return advise.main(self.workdir, self.budget, topology, price=self.price, as_json=self.json)

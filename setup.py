@@ -38,6 +38,8 @@ EXTRAS = {
     # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.
     "tfds": ["importlib_resources", "tensorflow-datasets"],
     "parquet": ["pyarrow"],
+    # `study` keeps its tables as Parquet, and its report holds vega; vl-convert also makes figures without a browser.
+    "study": ["pyarrow", "vl-convert-python"],
     # Paths on gs://.
     "gcs": ["etils[epath-gcs]"],
     # `filter` and `stats`: what needs all of a data set.
@@ -72,6 +74,7 @@ EXTRAS = {
         "tensorflow-datasets",
         "torch==2.13.0",
         "transformers",
+        "vl-convert-python",
     ],
     "docs": ["matplotlib", "mkdocs"],
     "lint": ["import-linter", "mypy", "ruff"],
@@ -87,9 +90,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # experiments/ stands at the root, where a reader looks for it, and installs inside the package.
-    packages=[*find_packages(include=["scaling_dit", "scaling_dit.*"]), "scaling_dit.experiments"],
+    packages=[
+        *find_packages(include=["scaling_dit", "scaling_dit.*"]),
+        "scaling_dit.experiments",
+        "scaling_dit.experiments.studies",
+    ],
     package_dir={"scaling_dit": "scaling_dit", "scaling_dit.experiments": "experiments"},
-    package_data={"scaling_dit.curation": ["nouns.txt"]},
+    package_data={"scaling_dit.curation": ["nouns.txt"], "scaling_dit.scaling": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli.main:main"]},

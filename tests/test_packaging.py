@@ -79,7 +79,15 @@ def test_the_real_train_is_the_function():
 
 
 def test_public_names():
-    assert sorted(scaling_dit.__all__) == ["__version__", "count", "create", "interop", "load", "train"]
+    assert sorted(scaling_dit.__all__) == [
+        "__version__",
+        "count",
+        "create",
+        "interop",
+        "load",
+        "study",
+        "train",
+    ]
     assert set(scaling_dit.__all__) == {"__version__", *scaling_dit._LAZY}
     assert dir(scaling_dit) == sorted(scaling_dit.__all__)
     for name in scaling_dit.__all__:
@@ -124,7 +132,10 @@ def setup_arguments():
 def test_every_package_is_installed(setup_arguments):
     folders = {path.parent for path in (ROOT / "scaling_dit").rglob("*.py")}
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert set(setup_arguments["packages"]) == packages | {"scaling_dit.experiments"}
+    assert set(setup_arguments["packages"]) == packages | {
+        "scaling_dit.experiments",
+        "scaling_dit.experiments.studies",
+    }
     assert setup_arguments["package_dir"]["scaling_dit.experiments"] == "experiments"
     assert setup_arguments["version"] == scaling_dit.__version__
 

@@ -168,6 +168,23 @@ def _runs(claim: Claim, name: str, values: Mapping[str, Sequence[float]]) -> np.
     return runs
 
 
+def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> float:
+    """The probability that a true difference of two members is detected, before any correction.
+
+    Args:
+      difference: of the means. spread: standard deviation of training seeds, the same in both. seeds: of each member.
+
+    Raises:
+      UserError: fewer than two seeds, or a spread that is not above 0.
+    """
+    if seeds < 2 or not spread > 0:
+        raise UserError(f"power needs at least 2 seeds and a spread above 0, got {seeds} and {spread:g}")
+    freedom = 2 * seeds - 2
+    shift = abs(difference) / (spread * math.sqrt(2 / seeds))
+    critical = float(stats.t.ppf((1 + level) / 2, freedom))
+    return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+
+
 @dataclasses.dataclass(frozen=True)
 class VarianceComponents:
     """Where the variance of a metric comes from.

@@ -12,16 +12,31 @@ from scaling_dit.scaling.spec import LOSS
 from scaling_dit.scaling.study import Study
 
 Data = dict[str, list[dict[str, Any]]]
+# Members in figures that have a row for each.
+SHOWN = 40
+
+
+def ranked(study: Study) -> list[str]:
+    """The members of figures with a row for each, the best first: SHOWN of them by the study's score at most."""
+    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
+    means = _means(table.last_points(study.rows), (metric,))
+    sign = 1 if metric == LOSS else -1
+    scored = [one for one in means if one[metric] is not None]
+    best = [one["member"] for one in sorted(scored, key=lambda one: sign * one[metric])]
+    # Those without a score yet come last.
+    return list(dict.fromkeys([*best, *(member.name for member in study.spec.members)]))[:SHOWN]
 
 
 def data_of(study: Study, answered: Sequence[Answered], fitted: Sequence[Fit]) -> Data:
     """All data that the figures name, numbers rounded to six digits."""
-    rows = study.rows
+    rows, chosen = study.rows, set(ranked(study))
     metrics = [m for m in study.spec.metrics if any(row.get(m) is not None for row in rows)]
     kept = ("member", "seed", "family", "step", "train_flops", "params", "inference_flops", LOSS, *metrics)
     points = [{name: row.get(name) for name in kept} for row in rows]
     last = table.last_points(rows)
     ends = [{name: row.get(name) for name in kept} for row in last]
+    best = [row for row in ends if row["member"] in chosen]
+    last = [row for row in last if row["member"] in chosen]
     bins = sorted({name for row in last for name in row if name.startswith("loss_t")})
     by_bin = [
         {
@@ -54,16 +69,19 @@ def data_of(study: Study, answered: Sequence[Answered], fitted: Sequence[Fit]) -
     guided = [
         {name: row[name] for name in ("member", "seed", "guidance", "scalar", "value")}
         for row in study.scores
-        if row["scalar"] in metrics and row["step"] == study.spec.member(row["member"]).config.steps
+        if row["member"] in chosen
+        and row["scalar"] in metrics
+        and row["step"] == study.spec.member(row["member"]).config.steps
     ]
     measured = [
         {name: row[name] for name in ("member", "seed", "goodput", "images_per_second")}
         | {"minutes": row["wall_seconds"] / 60}
         for row in study.measured
+        if row["member"] in chosen
     ]
     data = {
-        "points": points, "ends": ends, "bins": by_bin, "types": by_type, "claims": claims, "guided": guided,
-        "measured": measured, "curves": _curves(fitted), "frontier": _frontier(study, fitted),
+        "points": points, "ends": ends, "best": best, "bins": by_bin, "types": by_type, "claims": claims,
+        "guided": guided, "measured": measured, "curves": _curves(fitted), "frontier": _frontier(study, fitted),
     }  # fmt: skip
     return {name: [_rounded(row) for row in part] for name, part in data.items()}
 

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling.figure_data import Data
+from scaling_dit.scaling.figure_data import SHOWN, Data, ranked
 from scaling_dit.scaling.spec import LOSS
 from scaling_dit.scaling.study import Study
 
@@ -20,6 +20,7 @@ COLOURS = (
 )  # fmt: skip
 # With more members than colours, lines have the colour of their family.
 _MOST = len(COLOURS)
+_FEW_POINTS = 1000
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 _AXES = {
     "step": ("steps", False),
@@ -41,70 +42,40 @@ class Figure:
 
 def figures(study: Study, data: Data) -> list[Figure]:
     """The figures that have something to show, in the order of the page."""
-    metric = next(
-        (m for m in study.spec.metrics if any(row.get(m) is not None for row in data["points"])), None
-    )
-    made = []
-    if data["claims"]:
-        made.append(
-            Figure("claims", "Each claim: the difference with its 95 % interval", _forest(), ("claims",))
-        )
-    if data["ends"]:
-        scored = metric or LOSS
-        made.append(
-            Figure(
-                "members",
-                f"{scored} at the last step: every training seed, and the mean",
-                _dots(study, scored),
-                ("ends",),
-            )
-        )
+    scored = [m for m in study.spec.metrics if any(row.get(m) is not None for row in data["points"])]
+    metric, members = scored[0] if scored else None, len(study.spec.members)
+    cut = f" (the best {SHOWN} of {members} members)" if members > SHOWN else ""
+    main = metric or LOSS
+    made = [
+        Figure("claims", "Each claim: the difference with its 95 % interval", _forest(), ("claims",)),
+        Figure(
+            "members", f"{main} at the last step: seeds, and their mean{cut}", _dots(study, main), ("best",)
+        ),
+    ]
     for value in filter(None, (metric, LOSS)):
         for axis, (words, _) in _AXES.items():
             source = "points" if axis in ("step", "train_flops") else "ends"
             if any(row.get(axis) is not None and row.get(value) is not None for row in data[source]):
                 title = f"{value} against {words}"
                 made.append(Figure(f"{value}-{axis}", title, _scatter(study, source, axis, value), (source,)))
-    if data["frontier"]:
-        made.append(
-            Figure(
-                "frontier",
-                "Loss against training FLOPs, with the frontier",
-                _frontier_spec(study),
-                ("points", "frontier"),
-            )
-        )
-    if data["curves"] and metric:
+    edge = "Loss against training FLOPs, with the frontier"
+    made.append(Figure("frontier", edge, _frontier_spec(study), ("frontier", "points")))
+    if metric:
         title = f"{metric} against training FLOPs: fitted laws with 90 % intervals"
-        made.append(Figure("laws", title, _laws_spec(study, metric), ("points", "curves")))
-    if data["types"]:
-        made.append(
-            Figure(
-                "types",
-                "Score by element type, means over seeds",
-                _heat("types", "type", "score"),
-                ("types",),
-            )
-        )
-    if data["bins"]:
-        made.append(
-            Figure(
-                "timesteps",
-                "Validation loss by timestep, means over seeds",
-                _heat("bins", "timesteps", "loss"),
-                ("bins",),
-            )
-        )
+        made.append(Figure("laws", title, _laws_spec(study, metric), ("curves", "points")))
+    types, bins = _heat("types", "type", "score"), _heat("bins", "timesteps", "loss")
+    made += [
+        Figure("types", f"Score by element type, means over seeds{cut}", types, ("types",)),
+        Figure("timesteps", f"Validation loss by timestep, means over seeds{cut}", bins, ("bins",)),
+    ]
     if len({row["guidance"] for row in data["guided"]}) > 1:
-        made.append(Figure("guidance", "Score against guidance scale", _guidance(study), ("guided",)))
-    if data["measured"]:
-        made.append(
-            Figure("time", "Minutes of each run, over all its starts", _bars("minutes"), ("measured",))
-        )
-        made.append(
-            Figure("goodput", "Goodput: the share of time in training steps", _bars("goodput"), ("measured",))
-        )
-    return made
+        made.append(Figure("guidance", f"Score against guidance scale{cut}", _guidance(study), ("guided",)))
+    made += [
+        Figure("time", f"Minutes of each run, over all its starts{cut}", _bars("minutes"), ("measured",)),
+        Figure("goodput", f"Goodput: the share of time in steps{cut}", _bars("goodput"), ("measured",)),
+    ]
+    # The first set is the one a figure is about; without it there is no figure.
+    return [figure for figure in made if data[figure.data[0]]]
 
 
 def _colour(study: Study) -> Spec:
@@ -163,7 +134,9 @@ def _tips(*fields: str) -> list[Spec]:
 def _scatter(study: Study, source: str, axis: str, value: str) -> Spec:
     mark: Spec = {"type": "point", "filled": True, "size": 45, "opacity": 0.8}
     if source == "points":
-        mark = {"type": "line", "point": {"size": 22}, "strokeWidth": 1.5, "opacity": 0.75}
+        # Points on many lines take most of the drawing, and hide one another.
+        few = len(study.rows) <= _FEW_POINTS
+        mark = {"type": "line", "point": {"size": 22} if few else False, "strokeWidth": 1.5, "opacity": 0.75}
     encoding = {
         "x": _x(axis), "y": _y(value), "color": _colour(study), "detail": [{"field": "member"}, {"field": "seed"}],
         "tooltip": _tips("member", "seed", axis, value),
@@ -172,25 +145,18 @@ def _scatter(study: Study, source: str, axis: str, value: str) -> Spec:
 
 
 def _dots(study: Study, value: str) -> Spec:
-    order = {"op": "mean", "field": value, "order": "ascending" if value == LOSS else "descending"}
     rows: Spec = {
-        "field": "member",
-        "type": "nominal",
-        "title": None,
-        "sort": order,
-        "axis": {"labelLimit": 180},
-    }
+        "field": "member", "type": "nominal", "title": None, "sort": ranked(study), "axis": {"labelLimit": 180}
+    }  # fmt: skip
     seeds = {
-        "mark": {"type": "point", "size": 40, "opacity": 0.7, "color": COLOURS[0]},
-        "encoding": {"x": _y(value)},
+        "mark": {"type": "point", "filled": True, "size": 40, "opacity": 0.7, "color": COLOURS[0]},
+        "encoding": {"y": rows, "x": _y(value), "tooltip": _tips("member", "seed", value)},
     }
     means = {
         "mark": {"type": "tick", "thickness": 3, "color": "#1a1a1a", "size": 16},
-        "encoding": {"x": _y(value) | {"aggregate": "mean", "title": value}},
+        "encoding": {"y": rows, "x": _y(value) | {"aggregate": "mean"}},
     }
-    return _chart(
-        "ends", encoding={"y": rows, "tooltip": _tips("member", "seed", value)}, layer=[seeds, means]
-    ) | {"height": {"step": 22}}
+    return _chart("best", layer=[seeds, means]) | {"height": {"step": 22}}
 
 
 def _forest() -> Spec:

@@ -18,6 +18,8 @@ from scaling_dit.scaling.study import Study
 from scaling_dit.scaling.table import Row
 
 LEVEL = 0.95
+# Members that an order is made of.
+RANKED = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,8 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
     if first is not None:
         of = sum(one.answer is not None and one.answer.verdict == SUPPORTED for one in answered)
         tail = f" Of {len(answered)} claims {of} are supported." if len(answered) > 1 else ""
-        return f"{first.claim.name}: {first.sentence}{tail}"
+        name = first.claim.name
+        return f"{name[0].upper()}{name[1:]}: {first.sentence}{tail}"
     metric = study.spec.metrics[0] if study.spec.metrics else LOSS
     ranked = ranking(study, metric)
     if ranked is None:
@@ -114,15 +117,48 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
     )
 
 
+# Numbers of seeds, and differences in spreads of a training seed, of the table of power.
+POWER_SEEDS = (2, 3, 5, 8, 12)
+POWER_DIFFERENCES = (0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+def spread(study: Study, metric: str) -> float | None:
+    """Pooled standard deviation of a metric over the training seeds of a member; None without two seeds of any."""
+    squares = freedom = 0.0
+    for member in study.spec.members:
+        values = list(_by_seed(study.rows, member.name, metric).values())
+        if len(values) >= 2:
+            squares += statistics.variance(values) * (len(values) - 1)
+            freedom += len(values) - 1
+    return math.sqrt(squares / freedom) if freedom and squares else None
+
+
+def power_table(study: Study, metric: str) -> tuple[float, list[tuple[float, list[float]]]] | None:
+    """(spread of a training seed, [(difference, power with each of POWER_SEEDS seeds), ...]); None without a spread."""
+    found = spread(study, metric)
+    if found is None:
+        return None
+    rows = [
+        (share * found, [claims_lib.power(share * found, found, seeds) for seeds in POWER_SEEDS])
+        for share in POWER_DIFFERENCES
+    ]
+    return found, rows
+
+
 def ranking(study: Study, metric: str) -> RankStability | None:
-    """The order of members by a metric; losses are best when low. None with fewer than two members of two seeds."""
+    """The order of the best RANKED members by a metric; losses are best when low.
+
+    None with fewer than two members of two seeds.
+    """
     sign = -1.0 if metric.startswith(LOSS) else 1.0
     values = {}
     for member in study.spec.members:
         found = _by_seed(study.rows, member.name, metric)
         if len(found) >= 2:
             values[member.name] = [sign * value for value in found.values()]
-    return claims_lib.rank_stability(values) if len(values) >= 2 else None
+    # Time and memory of the bootstrap grow with the square of members.
+    best = sorted(values, key=lambda name: -statistics.fmean(values[name]))[:RANKED]
+    return claims_lib.rank_stability({name: values[name] for name in best}) if len(best) >= 2 else None
 
 
 def _by_seed(rows: Sequence[Row], member: str, metric: str) -> dict[int, float]:

@@ -23,6 +23,7 @@ from scaling_dit.evaluation import run as evaluation
 from scaling_dit.parallel import processes
 from scaling_dit.scaling import ladder, table
 from scaling_dit.scaling import spec as spec_lib
+from scaling_dit.scaling import tensorboard as curves
 from scaling_dit.scaling.folder import StudyFolder, scores_folder
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
@@ -188,6 +189,7 @@ class _Runner:
                 self._train(member, seed)
                 self._progress.end(member)
                 self.study({})
+                curves.write(self._spec, self._folder, member, seed)
             if left:
                 # Programs of one member are of no use to the next.
                 jax.clear_caches()

@@ -76,7 +76,7 @@ def claims_html(answered: Sequence[Answered]) -> str:
             f'<tr><td class="text">{_h(one.claim.name)}</td><td class="{verdict}">{word}</td>'
             f'<td class="text">{_h(one.sentence)}</td><td>{when}</td></tr>'
         )
-    return _table(["claim", "answer", "what the runs say", "registered"], "".join(rows))
+    return _table(["claim", "answer", "what the runs say", "registered"], "".join(rows), words=True)
 
 
 def fits_html(fitted: Sequence[Fit]) -> str:
@@ -94,7 +94,7 @@ def fits_html(fitted: Sequence[Fit]) -> str:
             f'<td>{fit.points} points of {fit.runs} runs</td><td class="text">{_h(notes)}</td></tr>'
         )
     heads = ["law", "fit", "values with 90 % intervals", "rests on", "to know before using it"]
-    return _table(heads, "".join(rows))
+    return _table(heads, "".join(rows), words=True)
 
 
 def audit_html(audits: Mapping[str, Audit | str]) -> str:
@@ -138,10 +138,12 @@ def cells_html(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return _table(heads, rows)
 
 
-def _table(heads: Sequence[str], rows: str) -> str:
+def _table(heads: Sequence[str], rows: str, *, words: bool = False) -> str:
+    """A table that scrolls by itself on a narrow screen; `words` aligns it for sentences."""
     top = "".join(f'<th scope="col">{_h(head)}</th>' for head in heads)
+    kind = ' class="words"' if words else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table><thead><tr>{top}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table{kind}><thead><tr>{top}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -152,7 +154,7 @@ def _plain(value: Any) -> str:
         return "-"
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if abs(value) < 1e5 else f"{value:.3g}".replace("e+", "e")
+    return f"{value:,.0f}" if abs(value) < 1e5 else f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _score(value: float | None, deviation: float | None) -> str:

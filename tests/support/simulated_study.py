@@ -51,19 +51,13 @@ def study(folder, count=10, seeds=3, *, points=4, noise=NOISE, claims=None, seed
             shift = rng.normal(0, noise)
             for step in point_steps(member.config.steps, points):
                 rows.append(_row(member, run, step, params, shift, law))
-            measured.append(
-                {
-                    "member": member.name, "seed": run, "status": "done", "wall_seconds": 60.0 + i, "step_seconds": 50.0,
-                    "compile_seconds": 5.0, "goodput": 0.8, "starts": 1, "images_per_second": 600.0, "peak_bytes": None,
-                }
-            )  # fmt: skip
-            scores.append(
-                {
-                    "member": member.name, "seed": run, "step": member.config.steps, "generation_seed": 0, "guidance": 1.5,
-                    "metric": "shapes_tifa", "n": 200, "scalar": "shapes_tifa", "value": rows[-1]["shapes_tifa"],
-                    "low": None, "high": None,
-                }
-            )  # fmt: skip
+            about = {"member": member.name, "seed": run}
+            spent = {"wall_seconds": 60.0 + i, "step_seconds": 50.0, "compile_seconds": 5.0, "goodput": 0.8}
+            speed = {"starts": 1, "images_per_second": 600.0, "peak_bytes": None}
+            measured.append(about | {"status": "done"} | spent | speed)
+            score = {"metric": "shapes_tifa", "n": 200, "scalar": "shapes_tifa", "low": None, "high": None}
+            where = {"step": member.config.steps, "generation_seed": 0, "guidance": 1.5}
+            scores.append(about | where | score | {"value": rows[-1]["shapes_tifa"]})
     return Study(spec, StudyFolder(folder), rows, measured, scores, {claim.name: 0 for claim in claims})
 
 

@@ -1,5 +1,6 @@
 """Advice is the optimum of the study's law, with its interval, and no further than the audit supports."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import topologies
 from scaling_dit.planning.compile import Memory
-from scaling_dit.scaling import advise, laws
+from scaling_dit.scaling import advise, ladder, laws
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.table import last_points
 from tests.support import simulated_study
@@ -48,13 +49,9 @@ def test_beyond_the_audit_there_is_no_advice(study, largest):
 
 
 def test_the_advised_member_has_about_the_advised_size(study, largest):
-    import dataclasses
-
     found = dataclasses.replace(advise.advise(study, largest)[0], params=6e4, family="uvit", config_steps=77)
     member = advise.member_of(found, study)
     assert member.config.steps == 77 and member.config.backbone.name == "uvit"
-    from scaling_dit.scaling import ladder
-
     assert ladder.cost(member.config).params == pytest.approx(6e4, rel=0.3)
 
 

@@ -1,9 +1,12 @@
 """The report is one page that holds all it shows, with the answer first."""
 
 import csv
+import dataclasses
+import html
 import io
 import json
 import re
+import sys
 import time
 
 import numpy as np
@@ -40,9 +43,7 @@ def test_the_answer_comes_first_in_the_words_of_the_tests(study, page):
     answer = findings.headline(study, findings.answers(study))
     body = page[page.index("<body>") :]
     assert body.index(study.spec.question) < body.index('class="answer"') < body.index("<h2>")
-    assert f'<p class="answer">{answer}</p>'.replace("'", "&#x27;").replace(
-        "<p class", "<p class"
-    ) in body.replace("&lt;", "<").replace("&#x27;", "&#x27;")
+    assert f'<p class="answer">{html.escape(answer)}</p>' in body
 
 
 def test_the_page_asks_for_nothing(page):
@@ -112,8 +113,6 @@ def test_configs_and_commands_of_all_runs(study, page):
 
 
 def test_words_of_a_user_cannot_become_markup(tmp_path):
-    import dataclasses
-
     made = simulated_study.study(tmp_path, count=2, seeds=2)
     spec = dataclasses.replace(made.spec, question="</script><script>alert(1)</script> @data@?")
     text = report.write(dataclasses.replace(made, spec=spec), prints=False).read_text()
@@ -138,8 +137,6 @@ def test_each_figure_is_printed_as_svg_and_png(study):
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"report needs vl-convert: pip install 'scaling-dit\[study\]'"):
         figures.converter()

@@ -24,7 +24,7 @@ class Report(Verb):
         """Prints the report."""
         folders = [*self.arguments, *([self.workdir] if self.workdir else [])]
         if not folders:
-            raise UserError(f"report needs the folder of a run or a study; for example: {self.EXAMPLE}")
+            raise UserError(f"report takes one run, not 0, or studies; for example: {self.EXAMPLE}")
 
         from scaling_dit.scaling.folder import StudyFolder
 

@@ -110,7 +110,7 @@ def _curves(fitted: Sequence[Fit]) -> list[dict[str, Any]]:
             continue
         # Half an order of magnitude beyond the points, where a reader sees how fast the interval opens.
         x = np.geomspace(*_range_of(law), 40)
-        low, high = law.band(x)
+        low, high = law.band(x, findings.RESAMPLES // 2)
         rows += [
             {"family": fit.family, "train_flops": a, "y": b, "low": c, "high": d}
             for a, b, c, d in zip(x, law(x), low, high, strict=True)

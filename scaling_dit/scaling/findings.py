@@ -18,6 +18,8 @@ from scaling_dit.scaling.study import Study
 from scaling_dit.scaling.table import Row
 
 LEVEL = 0.95
+# Bootstrap samples of the intervals of laws.
+RESAMPLES = 200
 # Members that an order is made of.
 RANKED = 40
 
@@ -243,7 +245,7 @@ def _column(rows: Sequence[Row], name: str) -> list[float]:
 
 def _with_intervals(values: Mapping[str, float], law: Any) -> tuple[list[Any], list[str]]:
     try:
-        ends = law.intervals
+        ends = law.bootstrap(RESAMPLES)
     except UserError as error:
         return [(name, value, None, None) for name, value in values.items()], [f"no intervals: {error}"]
     return [(name, value, *ends.get(name, (None, None))) for name, value in values.items()], []

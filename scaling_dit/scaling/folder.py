@@ -41,6 +41,10 @@ class StudyFolder(os.PathLike[str]):
         """The workdir of one run."""
         return Workdir(self.folder / "runs" / member / f"seed{seed}")
 
+    def memory(self, member: str, seed: int) -> epath.Path:
+        """What the driver said of the device's memory after a run, as JSON."""
+        return self.folder / "runs" / member / f"seed{seed}.memory.json"
+
     def stopped(self, member: str, seed: int) -> epath.Path:
         """Why a run ended early for good, as JSON; the run's folder lies beside it."""
         return self.folder / "runs" / member / f"seed{seed}.stopped.json"

@@ -241,7 +241,7 @@ class _Runner:
             note = {"code": stop.code, "reason": str(stop)}
             files.write_whole(folder.stopped(member.name, seed), files.to_json(note).encode())
             return
-        _note_memory(run.folder / table.PEAK)
+        _note_memory(folder.memory(member.name, seed))
         with processes.preemption() as preempted:
             for step in spec_lib.point_steps(config.steps, spec.points):
                 wanted = table.results(spec, run, step)
@@ -292,16 +292,21 @@ class _Progress:
     or of all where a family has none yet.
     """
 
-    def __init__(self, spec: StudySpec, is_over: Callable[[Member, int], bool]) -> None:
-        self._spec, self._is_over = spec, is_over
+    def __init__(
+        self,
+        spec: StudySpec,
+        is_over: Callable[[Member, int], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec, self._is_over, self._clock = spec, is_over, clock
         self._spent: dict[str, list[float]] = {}
-        self._began = time.monotonic()
+        self._began = clock()
 
     def begin(self, member: Member, seed: int) -> None:
         """Prints a line before a run."""
         left = [(m, s) for m in self._spec.members for s in self._spec.seeds if not self._is_over(m, s)]
         total = len(self._spec.members) * len(self._spec.seeds)
-        self._began = time.monotonic()
+        self._began = self._clock()
         print(
             f"scaling-dit: study: run {total - len(left) + 1} of {total}: {member.name}, seed {seed}; "
             f"{self.eta_text([m for m, _ in left])}",
@@ -314,7 +319,7 @@ class _Progress:
         family = str(member.config.backbone.name)
         spent = self._spent.setdefault(family, [0.0, 0.0])
         spent[0] += ladder.cost(member.config).train_flops()
-        spent[1] += time.monotonic() - self._began
+        spent[1] += self._clock() - self._began
 
     def eta_text(self, left: Sequence[Member]) -> str:
         """The time for these runs, in words."""

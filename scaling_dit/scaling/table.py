@@ -45,8 +45,6 @@ COLUMNS = (
     "config_hash",
     "loss",
 )
-# In a run's folder: what the driver said of the device's memory after the run.
-PEAK = "device_memory.json"
 _SPEED = "speed/mean_images_per_second"
 _BIN = re.compile(r"validation/(loss_t\d+-\d+)")
 _INSTALL = "needs pyarrow for its tables: pip install 'scaling-dit[study]'"
@@ -190,7 +188,7 @@ def run_measured(spec: StudySpec, folder: StudyFolder, member: Member, seed: int
         return []
     spent = goodput.summary(run.goodput)
     speed = [row[_SPEED] for row in read_metrics(run) if _SPEED in row]
-    peak = run.folder / PEAK
+    peak = folder.memory(member.name, seed)
     return [
         {
             "member": member.name,

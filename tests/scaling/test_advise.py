@@ -14,6 +14,13 @@ from scaling_dit.scaling.table import last_points
 from tests.support import simulated_study
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advise, "RESAMPLES", 20)
+        yield
+
+
 @pytest.fixture(scope="module")
 def study():
     return simulated_study.study("nowhere", count=10, seeds=3)
@@ -24,8 +31,12 @@ def largest(study):
     return max(row["train_flops"] for row in last_points(study.rows))
 
 
-def test_the_advice_is_the_optimum_of_the_law_that_made_the_study(study, largest):
-    found = advise.advise(study, largest)
+@pytest.fixture(scope="module")
+def found(study, largest):
+    return advise.advise(study, largest)
+
+
+def test_the_advice_is_the_optimum_of_the_law_that_made_the_study(found, largest):
     truth = laws.ParametricLaw(**simulated_study.LAW, points=0, error=0)
     params, samples = truth.optimum(largest, 6.0 * simulated_study.MACS_PER_PARAM)
     assert {one.family for one in found} == {"uvit", "pixart"} and found[0].loss <= found[1].loss
@@ -48,20 +59,22 @@ def test_beyond_the_audit_there_is_no_advice(study, largest):
         advise.advise(study, 0)
 
 
-def test_the_advised_member_has_about_the_advised_size(study, largest):
-    found = dataclasses.replace(advise.advise(study, largest)[0], params=6e4, family="uvit", config_steps=77)
-    member = advise.member_of(found, study)
+@pytest.mark.slow
+def test_the_advised_member_has_about_the_advised_size(study, found):
+    asked = dataclasses.replace(found[0], params=6e4, family="uvit", config_steps=77)
+    member = advise.member_of(asked, study)
     assert member.config.steps == 77 and member.config.backbone.name == "uvit"
     assert ladder.cost(member.config).params == pytest.approx(6e4, rel=0.3)
 
 
-def test_what_is_printed(study, largest, monkeypatch, capsys):
+def test_what_is_printed(study, largest, found, monkeypatch, capsys):
     plan = type("Plan", (), {})()
     plan.topology, plan.chips, plan.mesh = "v5p:2x2x1", 4, {"fsdp": 4}
-    plan.memory = Memory(arguments=2**30, temporaries=2**30, peak=2**31, limit=2**36)
+    plan.memory = Memory(arguments=2**30, temporaries=2**30, peak=2**31, limit=2**36, fits=True)
     plan.roofline = type("Roofline", (), {"chip_hours_limit": 8.0, "price": 4.2, "bound": "HBM"})()
     plan.to_dict = lambda: {"chips": 4}
     monkeypatch.setattr(study_lib, "open_study", lambda workdir: study)
+    monkeypatch.setattr(advise, "advise", lambda study, flops: found)
     monkeypatch.setattr(advise, "member_of", lambda advice, study: study.spec.members[0])
     monkeypatch.setattr(advise, "plan_of", lambda member, topology, price: plan)
     topology = topologies.parse("v5p:2x2x1")

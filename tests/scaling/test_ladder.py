@@ -1,7 +1,5 @@
 """Members are derived by replacement, named by what they are, and matched in cost as costs/ counts it."""
 
-import math
-
 import pytest
 
 from scaling_dit import config as config_lib
@@ -98,22 +96,28 @@ def test_an_isoflop_grid_spends_each_budget_within_one_percent(base):
         ladder.at_compute(base, 1e8)
 
 
-def test_members_are_matched_in_compute_and_in_parameters(base):
-    pixart = ladder.derive(
-        base.config,
-        {"backbone": {"name": "pixart", "hidden": 48, "depth": 1, "heads": 2, "patch": 8}},
-        "pixart",
-    )
+@pytest.fixture(scope="module")
+def pixart(base):
+    row = {"name": "pixart", "hidden": 48, "depth": 1, "heads": 2, "patch": 8}
+    return ladder.derive(base.config, {"backbone": row}, "pixart")
+
+
+def test_members_are_matched_in_compute(base, pixart):
     long = ladder.derive(base.config, {"steps": 400}, "uvit")
     by_compute = ladder.matched((long, pixart), "compute")
     assert ladder.spread(by_compute, "compute") < 1.01 < ladder.spread(by_compute, "params")
-    by_params = ladder.matched((long, pixart), "params", tolerance=0.25)
-    assert ladder.spread(by_params, "params") < 1.6
-    assert math.isclose(by_params[1].config.backbone.hidden % 8, 0)
+    assert [member.name for member in by_compute] == ["uvit", "pixart"]
     with pytest.raises(UserError, match="by is 'width'"):
         ladder.matched((long,), "width")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["params", "inference"])
+def test_members_are_matched_by_their_width(base, pixart, by):
+    made = ladder.matched((base, pixart), by, tolerance=0.25)
+    assert ladder.spread(made, by) < 1.6 and made[1].config.backbone.hidden % 8 == 0
     with pytest.raises(UserError, match=r"no width comes within 0% of 1e\+05; the nearest"):
-        ladder.matched((pixart,), "params", 1e5, tolerance=0.0)
+        ladder.matched((pixart,), by, 1e5, tolerance=0.0)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def members():
     return simulated_study.members(2)
 
 
-def made(members, **fields):
-    return StudySpec(**{"question": "Is a better?", "members": members} | fields)
+def made(chosen, **fields):
+    return StudySpec(**{"question": "Is a better?", "members": chosen} | fields)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_file_gives_its_study(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, place, message",
     [
-        (FILE, "mine.py:three", "has no argument 'three'; did you mean"),
+        (FILE, "mine.py:three", "has no argument 'three'; known: two"),
         ("x = 1", "mine.py", r"has no get_study\(arg=''\) function"),
         ("def get_study():\n    return 3", "mine.py", "returned int; it must return a StudySpec"),
         ("def get_study():\n    return 1 / 0", "mine.py", "mine.py, line 2: ZeroDivisionError"),

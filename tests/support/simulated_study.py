@@ -42,7 +42,7 @@ def study(folder, count=10, seeds=3, *, points=4, noise=NOISE, claims=None, seed
     rng = np.random.default_rng(seed)
     chosen = members(count)
     if claims is None:
-        claims = (Claim("the larger is better", chosen[-2].name, chosen[0].name),)
+        claims = (Claim("the larger is better", chosen[max(1, count - 2)].name, chosen[0].name),)
     spec = StudySpec("Does size help?", chosen, tuple(range(seeds)), claims=claims, points=points)
     rows, measured, scores = [], [], []
     for i, member in enumerate(chosen):

@@ -78,20 +78,30 @@ def study(spec: StudySpec | str, workdir: str | epath.Path) -> Study:
     return runner.study(registered)
 
 
+def read_spec(workdir: str | epath.Path) -> StudySpec:
+    """The spec of the study in a folder; raises UserError where none is."""
+    return spec_lib.from_json(_saved(StudyFolder(workdir)))
+
+
 def open_study(workdir: str | epath.Path) -> Study:
     """A study as it lies in its folder, also while it runs; raises UserError where none is."""
     folder = StudyFolder(workdir)
-    saved = _read_saved(folder)
-    if saved is None:
-        raise UserError(
-            f"no study in {workdir}: {folder.study.name} is missing; `scaling-dit study` writes it"
-        )
+    saved = _saved(folder)
     return Study(
         spec_lib.from_json(saved),
         folder,
         *(table.read_parquet(path) for path in (folder.table, folder.measured, folder.scores)),
         saved["registered"],
     )
+
+
+def _saved(folder: StudyFolder) -> dict[str, Any]:
+    saved = _read_saved(folder)
+    if saved is None:
+        raise UserError(
+            f"no study in {folder}: {folder.study.name} is missing; `scaling-dit study` writes it"
+        )
+    return saved
 
 
 def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) -> dict[str, int]:

@@ -54,6 +54,7 @@ def _rows(experiment: str, rows: Iterable[str], arg: str, fields: Mapping[str, A
     made = []
     for row in rows:
         (member,) = ladder.experiments(experiment, (row + option,))
-        changes = {key.replace("__", "."): value for key, value in fields.items()}
+        # The study scores the images at its points.
+        changes = {"eval.metrics": ()} | {key.replace("__", "."): value for key, value in fields.items()}
         made.append(ladder.derive(member.config, changes, row, member.groups))
     return tuple(made)

@@ -74,7 +74,19 @@ def _answered(study: Study, claim: Claim, answer: Answer | None, waiting: str) -
     if answer is None:
         return Answered(claim, metric, None, waiting, after)
     answer = dataclasses.replace(answer, claim=claim)
-    return Answered(claim, metric, answer, sentence(answer, metric), after)
+    said = sentence(answer, metric)
+    if stopped := _stopped(study, claim):
+        said += f" Left out, for their loss was not finite or kept spiking: {', '.join(stopped)}."
+    return Answered(claim, metric, answer, said, after)
+
+
+def _stopped(study: Study, claim: Claim) -> list[str]:
+    """The runs of a claim's members that ended early; without them its answer favours those that ran well."""
+    return [
+        f"{row['member']} seed {row['seed']}"
+        for row in study.measured
+        if row["status"] == table.STOPPED and row["member"] in (claim.a, claim.b)
+    ]
 
 
 def sentence(answer: Answer, metric: str) -> str:

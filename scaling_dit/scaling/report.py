@@ -162,7 +162,8 @@ def _page(
 
 def _json(value: Any) -> str:
     """JSON that may stand inside a script element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", r"<\/")
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", r"\u003c")
 
 
 def _section(title: str, body: str, note: str = "") -> str:

@@ -23,6 +23,8 @@ from scaling_dit.scaling.ladder import Member
 
 INSTALLED = f"{experiment_files.INSTALLED}.studies"
 LOSS = "loss"
+# Sections that may change at a resume, and that results depend on all the same.
+_COUNTED = ("sample.", "eval.loss_")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -80,6 +82,12 @@ class StudySpec:
             raise UserError('a study without metrics has only losses: give its claims metric="loss"')
         if any(not math.isfinite(scale) or scale < 1 for scale in self.guidances):
             raise UserError(f"guidances is {self.guidances!r}; guidance scales are 1 or more")
+        measures = {(m.config.eval.loss_images, m.config.eval.loss_bins) for m in self.members}
+        if len(measures) > 1:
+            raise UserError(
+                "members differ in config.eval.loss_images or loss_bins, so their losses do not compare; "
+                "give all of them the same"
+            )
         _unique("metrics", self.metrics)
         _unique("guidances", self.guidances)
         self._check_claims(names)
@@ -139,11 +147,15 @@ def point_steps(steps: int, points: int) -> list[int]:
 
 
 def config_hash(config: ConfigDict) -> str:
-    """Twelve hexadecimal digits of what a member computes: not its seed, nor fields that may change at a resume."""
+    """Twelve hexadecimal digits of what a member computes.
+
+    Its seed does not count, nor do fields that may change at a resume, but for those of sampling and of the validation
+    loss.
+    """
     fields = {
         key: value
         for key, value in config_lib.flatten(config).items()
-        if key != "seed" and (key.startswith("sample.") or not config_lib.is_free(key))
+        if key != "seed" and (key.startswith(_COUNTED) or not config_lib.is_free(key))
     }
     text = "".join(f"{key} = {value!r}\n" for key, value in sorted(fields.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

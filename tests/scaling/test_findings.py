@@ -57,6 +57,17 @@ def test_a_claim_about_unfinished_runs_waits(study):
     assert findings.headline(simulated_study.with_rows(study, []), []) == "No run of 30 has finished yet."
 
 
+def test_runs_that_stopped_are_named(study):
+    rows = [row for row in study.rows if (row["member"], row["seed"]) != ("uvit-000", 2)]
+    gone = ("uvit-000", 2)
+    measured = [
+        {**row, "status": "stopped"} if (row["member"], row["seed"]) == gone else row
+        for row in study.measured
+    ]
+    (found,) = findings.answers(dataclasses.replace(study, rows=rows, measured=measured))
+    assert found.answer.seeds == (3, 2) and found.sentence.endswith("kept spiking: uvit-000 seed 2.")
+
+
 def test_a_late_claim_shows_when_it_was_made(study):
     late = dataclasses.replace(study, registered={"the larger is better": 12})
     assert findings.answers(late)[0].after == 12

@@ -65,6 +65,9 @@ def test_a_mistake_in_a_study_is_one_line(members, fields, message):
 def test_names_are_folders_and_one_of_a_kind(members):
     with pytest.raises(UserError, match="'a/b': a name has letters"):
         made((dataclasses.replace(members[0], name="a/b"),))
+    other = config_lib.resolve(members[1].config, ["--config.eval.loss_images=32"])
+    with pytest.raises(UserError, match="members differ in config.eval.loss_images"):
+        made((members[0], dataclasses.replace(members[1], config=other)))
     with pytest.raises(UserError, match="member 'uvit-000' is there twice"):
         made((members[0], members[0]))
 
@@ -86,7 +89,7 @@ def test_a_run_has_its_seed_and_saves_at_the_points(members):
     )
     # Seeds of one member are one config, another batch or sampler is another.
     assert spec_lib.config_hash(config) == spec_lib.config_hash(members[0].config)
-    for change in ("--config.batch=4", "--config.sample.guidance=3.0"):
+    for change in ("--config.batch=4", "--config.sample.guidance=3.0", "--config.eval.loss_images=32"):
         other = config_lib.resolve(members[0].config, [change])
         assert spec_lib.config_hash(other) != spec_lib.config_hash(members[0].config)
 

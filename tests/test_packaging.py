@@ -175,6 +175,7 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
         "absl": "absl-py",
         "orbax": "orbax-checkpoint",
         "sklearn": "scikit-learn",
+        "vl_convert": "vl-convert-python",
     }
     imported = set()
     for path in [*(ROOT / "scaling_dit").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:

@@ -18,7 +18,7 @@ from scaling_dit.parallel.topologies import Topology
 from scaling_dit.planning import quick
 from scaling_dit.planning.plan import Plan
 from scaling_dit.scaling import audit as audit_lib
-from scaling_dit.scaling import bootstrap, findings, ladder, laws
+from scaling_dit.scaling import bootstrap, fitted, ladder, laws
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.points import Interval
 from scaling_dit.scaling.study import Study
@@ -65,7 +65,7 @@ def advise(study: Study, flops: float) -> list[Advice]:
     if not flops > 0:
         raise UserError(f"--budget={flops:g}: a budget is a number of FLOPs above 0, such as 3e20")
     by_family: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in findings.endpoints(study.rows):
+    for row in fitted.endpoints(study.rows):
         by_family[row["family"]].append(row)
     found, refused = [], []
     for family, rows in by_family.items():
@@ -96,9 +96,9 @@ def _of_family(family: str, rows: Sequence[Row], flops: float, study: Study) -> 
     per = float(np.median([row["train_flops"] / (row["params"] * row["samples"]) for row in rows]))
     law = laws.fit_parametric(n, d, y, runs)
 
-    def best(fitted: laws.ParametricLaw) -> dict[str, float]:
-        params, samples = fitted.optimum(flops, per)
-        return {"params": float(params), "samples": float(samples), "loss": float(fitted(params, samples))}
+    def best(one: laws.ParametricLaw) -> dict[str, float]:
+        params, samples = one.optimum(flops, per)
+        return {"params": float(params), "samples": float(samples), "loss": float(one(params, samples))}
 
     def refit(indices: np.ndarray) -> dict[str, float] | None:
         try:

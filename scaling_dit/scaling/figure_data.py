@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from scaling_dit.scaling import findings, table
+from scaling_dit.scaling import findings, fitted, table
 from scaling_dit.scaling.curves import Curve
-from scaling_dit.scaling.findings import Answered, Fit
+from scaling_dit.scaling.findings import Answered
+from scaling_dit.scaling.fitted import Fit
 from scaling_dit.scaling.spec import LOSS
 from scaling_dit.scaling.study import Study
 
@@ -27,7 +28,7 @@ def ranked(study: Study) -> list[str]:
     return list(dict.fromkeys([*best, *(member.name for member in study.spec.members)]))[:SHOWN]
 
 
-def data_of(study: Study, answered: Sequence[Answered], fitted: Sequence[Fit]) -> Data:
+def data_of(study: Study, answered: Sequence[Answered], laws: Sequence[Fit]) -> Data:
     """All data that the figures name, numbers rounded to six digits."""
     rows, chosen = study.rows, set(ranked(study))
     metrics = [m for m in study.spec.metrics if any(row.get(m) is not None for row in rows)]
@@ -81,7 +82,7 @@ def data_of(study: Study, answered: Sequence[Answered], fitted: Sequence[Fit]) -
     ]
     data = {
         "points": points, "ends": ends, "best": best, "bins": by_bin, "types": by_type, "claims": claims,
-        "guided": guided, "measured": measured, "curves": _curves(fitted), "frontier": _frontier(study, fitted),
+        "guided": guided, "measured": measured, "curves": _curves(laws), "frontier": _frontier(laws),
     }  # fmt: skip
     return {name: [_rounded(row) for row in part] for name, part in data.items()}
 
@@ -101,16 +102,16 @@ def _means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict
     return found
 
 
-def _curves(fitted: Sequence[Fit]) -> list[dict[str, Any]]:
+def _curves(laws: Sequence[Fit]) -> list[dict[str, Any]]:
     """Points along each fitted law of the metric, with the ends of its interval."""
     rows = []
-    for fit in fitted:
+    for fit in laws:
         law = fit.law
         if not isinstance(law, Curve) or not fit.family or "over training FLOPs" not in fit.name:
             continue
         # Half an order of magnitude beyond the points, where a reader sees how fast the interval opens.
         x = np.geomspace(*_range_of(law), 40)
-        low, high = law.band(x, findings.RESAMPLES // 2)
+        low, high = law.band(x, fitted.RESAMPLES // 2)
         rows += [
             {"family": fit.family, "train_flops": a, "y": b, "low": c, "high": d}
             for a, b, c, d in zip(x, law(x), low, high, strict=True)
@@ -123,8 +124,8 @@ def _range_of(law: Curve) -> tuple[float, float]:
     return low, high * 10**0.5
 
 
-def _frontier(study: Study, fitted: Sequence[Fit]) -> list[dict[str, Any]]:
-    law = next((fit.law for fit in fitted if "frontier" in fit.name and fit.law is not None), None)
+def _frontier(laws: Sequence[Fit]) -> list[dict[str, Any]]:
+    law = next((fit.law for fit in laws if "frontier" in fit.name and fit.law is not None), None)
     if law is None:
         return []
     return [

@@ -19,7 +19,7 @@ from PIL import Image
 from scaling_dit import config as config_lib
 from scaling_dit import files
 from scaling_dit._version import __version__
-from scaling_dit.scaling import figure_data, figures, findings, tables
+from scaling_dit.scaling import figure_data, figures, findings, fitted, tables
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.figure_data import Data
 from scaling_dit.scaling.figures import Figure
@@ -77,7 +77,7 @@ def facts(study: Study) -> dict[str, Any]:
                 "points": fit.points,
                 "refused": fit.refused,
             }
-            for fit in findings.fits(study)
+            for fit in fitted.fits(study)
         ],
         "members": findings.by_member(study),
     }
@@ -97,8 +97,8 @@ def write(study: Study, folder: epath.Path | None = None, *, prints: bool = True
     convert = figures.converter()
     folder = folder or study.folder.report
     folder.mkdir(parents=True, exist_ok=True)
-    answered, fitted = findings.answers(study), findings.fits(study)
-    data = figure_data.data_of(study, answered, fitted)
+    answered, found = findings.answers(study), fitted.fits(study)
+    data = figure_data.data_of(study, answered, found)
     made = figures.figures(study, data)
     by_member = findings.by_member(study)
     scores = findings.score_columns(study.spec, study.rows)[:_METRIC_COLUMNS]
@@ -111,7 +111,7 @@ def write(study: Study, folder: epath.Path | None = None, *, prints: bool = True
             svg = convert.vegalite_to_svg(spec)
             files.write_whole(folder / f"{figure.name}.svg", svg.encode())
             files.write_whole(folder / f"{figure.name}.png", convert.svg_to_png(svg, scale=1.5))
-    page = _page(study, made, data, convert.javascript_bundle(), answered, fitted, by_member, scores)
+    page = _page(study, made, data, convert.javascript_bundle(), answered, found, by_member, scores)
     files.write_whole(folder / PAGE, page.encode())
     return folder / PAGE
 
@@ -122,7 +122,7 @@ def _page(
     data: Data,
     vega: str,
     answered: Sequence[findings.Answered],
-    fitted: Sequence[findings.Fit],
+    found: Sequence[fitted.Fit],
     by_member: Sequence[dict[str, Any]],
     scores: Sequence[str],
 ) -> str:
@@ -131,10 +131,11 @@ def _page(
         _section("Claims", tables.claims_html(answered)) if answered else "",
         _order(study),
         _power(study),
+        _early(study),
         _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note()),
         _section("Figures", f'<div class="charts">{"".join(map(_figure, made))}</div>'),
-        _section("Laws", tables.fits_html(fitted), _endpoint_note(study)) if fitted else "",
-        _section("How far the laws reach", tables.audit_html(findings.audits(study))) if fitted else "",
+        _section("Laws", tables.fits_html(found), _endpoint_note(study)) if found else "",
+        _section("How far the laws reach", tables.audit_html(fitted.audits(study))) if found else "",
         _samples(holders, points, left_out),
         _section("Costs and goodput", _costs(study)),
         _section("Runs", _runs(study)),
@@ -188,7 +189,7 @@ def _files_note() -> str:
 
 
 def _endpoint_note(study: Study) -> str:
-    used = findings.endpoints(study.rows)
+    used = fitted.endpoints(study.rows)
     early = sum(row["step"] != row["steps"] for row in used)
     if not early:
         return "Laws rest on the last points of runs alone: with a decaying rate no earlier point stands for a run."
@@ -223,7 +224,29 @@ def _power(study: Study) -> str:
         f"A training seed moves {html.escape(metric)} by {spread:.3g} (standard deviation, pooled over members). So a "
         "true difference between two members is detected, at 95 % and before any correction, in this share of studies:"
     )
+    if parts := findings.variance(study):
+        note = (
+            f"Of the variance of one score, training seeds make {parts[0]:.3g} and generation seeds {parts[1]:.3g}. "
+            + note
+        )
     return _section("Power", tables.cells_html(heads, cells), note)
+
+
+def _early(study: Study) -> str:
+    rows = findings.early_signal(study)
+    if not rows:
+        return ""
+    metric = study.spec.metrics[0] if study.spec.metrics else findings.LOSS
+    heads = ["share of training", f"by {metric}", "by validation loss"]
+    cells = [
+        [f"{share:.0%}", *("-" if value is None else f"{value:.2f}" for value in values)]
+        for share, *values in rows
+    ]
+    note = (
+        f"Spearman's rank correlation of the members' order at part of the training with their order by "
+        f"{html.escape(metric)} at the end."
+    )
+    return _section("Early signal", tables.cells_html(heads, cells), note)
 
 
 def _costs(study: Study) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from scaling_dit.scaling.audit import TOLERANCE, Audit
 from scaling_dit.scaling.claims import RankStability
-from scaling_dit.scaling.findings import Answered, Fit
+from scaling_dit.scaling.findings import Answered
+from scaling_dit.scaling.fitted import Fit
 
 Row = Mapping[str, Any]
 _HEADS = {

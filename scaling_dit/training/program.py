@@ -2,23 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
 from scaling_dit import config as config_lib
-from scaling_dit.checkpoints.state import init_state
+from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.model.model import Model
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.training import optim
+from scaling_dit.training import mup, optim
 from scaling_dit.training.step import make_train_step
 
 
@@ -52,8 +53,7 @@ class StepProgram:
 
         No operation runs on the mesh's devices, so a topology description may have made them.
         """
-        optimizer = optim.make_optimizer(config.optim, config.steps)
-        init = functools.partial(init_state, model, optimizer, config)
+        optimizer, init = optimizer_and_init(config, model)
         key = jax.eval_shape(lambda: jax.random.key(0))
         boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
         abstract = jax.eval_shape(init, key)
@@ -137,6 +137,8 @@ def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
         for name, value in config_lib.flatten(config).items()
         if name.partition(".")[0] not in BESIDE
     }
+    # An input of the step, and of what makes the first state.
+    del fields["seed"]
     if config.optim.decay == "constant":
         del fields["steps"]
     # A source reaches the program by shapes and words alone, which are the model's.
@@ -148,6 +150,28 @@ def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
     if not _last or _last[0][0] != key:
         _last[:] = [(key, StepProgram.build(config, model, mesh))]
     return _last[0][1]
+
+
+def optimizer_and_init(
+    config: ConfigDict, model: Model
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[[jax.Array], TrainState]]:
+    """The optimizer of a run, and key -> its state of step 0; with `optim.mup_base` both follow muP (mup.py)."""
+    width = config.optim.mup_base
+    if not width:
+        optimizer = optim.make_optimizer(config.optim, config.steps)
+        return optimizer, functools.partial(init_state, model, optimizer, config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    base = functools.partial(mup.base_params, model, width)
+    shapes = trees.unbox(jax.eval_shape(model.init, key)[0])
+    optimizer = optim.make_optimizer(
+        config.optim, config.steps, mup.fan_ins(shapes, jax.eval_shape(base, key))
+    )
+
+    def init(key: jax.Array) -> TrainState:
+        state = init_state(model, optimizer, config, key)
+        return start_from(state, mup.initial(state.params, base(key)))
+
+    return optimizer, init
 
 
 def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

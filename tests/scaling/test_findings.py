@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import audit, findings, published
+from scaling_dit.scaling import audit, findings, fitted, published
 from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Claim, power
 from scaling_dit.scaling.table import last_points
 from tests.support import simulated_study
@@ -17,7 +17,7 @@ from tests.support import simulated_study
 @pytest.fixture(scope="module", autouse=True)
 def few_resamples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "RESAMPLES", 30)
+        patch.setattr(fitted, "RESAMPLES", 30)
         yield
 
 
@@ -94,7 +94,7 @@ def test_without_claims_the_order_is_the_answer(study):
 
 
 def test_laws_recover_what_made_the_points(study):
-    fits = {fit.name: fit for fit in findings.fits(study)}
+    fits = {fit.name: fit for fit in fitted.fits(study)}
     surface = fits["uvit: loss over parameters and samples (approach 3)"]
     values = {name: value for name, value, _, _ in surface.rows}
     assert values["alpha"] == pytest.approx(simulated_study.LAW["alpha"], rel=0.15)
@@ -112,18 +112,18 @@ def test_what_cannot_be_fitted_is_shown_with_its_reason(study):
     one_size = simulated_study.with_rows(
         study, [row for row in study.rows if row["params"] == simulated_study.SIZES[0]]
     )
-    surface = next(fit for fit in findings.fits(one_size) if "approach 3" in fit.name)
+    surface = next(fit for fit in fitted.fits(one_size) if "approach 3" in fit.name)
     assert not surface.formula and "all points have the same params" in surface.refused
 
 
 def test_only_points_that_stand_for_runs_carry_laws(study):
     rows = [{**row, "endpoint": row["step"] == row["steps"]} for row in study.rows]
     decayed = simulated_study.with_rows(study, rows)
-    assert len(findings.endpoints(decayed.rows)) == 30 and len(findings.endpoints(study.rows)) == 120
+    assert len(fitted.endpoints(decayed.rows)) == 30 and len(fitted.endpoints(study.rows)) == 120
 
 
 def test_every_size_is_predicted_from_the_others(study):
-    found = findings.audits(study)["uvit"]
+    found = fitted.audits(study)["uvit"]
     assert [held.params for held in found.held] == list(map(float, simulated_study.SIZES))
     assert all(abs(held.error) < 0.05 for held in found.held)
     ratio = simulated_study.SIZES[-1] / simulated_study.SIZES[-2]
@@ -146,6 +146,31 @@ def test_members_have_means_and_deviations_over_seeds(study):
         np.std(seen, ddof=1)
     )
     assert rows[0]["seeds"] == 3
+
+
+def test_how_early_the_order_shows(study):
+    rows = findings.early_signal(study)
+    assert [share for share, _, _ in rows] == [0.25, 0.5, 0.75]
+    # Members differ in size alone, and far more than seeds do; the score falls with the loss.
+    assert all(by_score > 0.9 and by_loss > 0.9 for _, by_score, by_loss in rows)
+    turned = [
+        {**row, "shapes_tifa": -row["shapes_tifa"]} if row["step"] == 250 else row for row in study.rows
+    ]
+    first = findings.early_signal(simulated_study.with_rows(study, turned))[0]
+    assert first[1] < -0.9 and first[2] > 0.9
+    assert findings.early_signal(simulated_study.study("nowhere", count=2)) == []
+
+
+def test_variance_of_training_and_of_generation_seeds(study):
+    rng = np.random.default_rng(0)
+    spec = dataclasses.replace(study.spec, generation_seeds=tuple(range(6)))
+    scores = []
+    for row in study.scores:
+        level = rng.normal(0, 0.3)
+        scores += [{**row, "generation_seed": k, "value": level + rng.normal(0, 0.05)} for k in range(6)]
+    training, generation = findings.variance(dataclasses.replace(study, spec=spec, scores=scores))
+    assert training == pytest.approx(0.09, rel=0.6) and generation == pytest.approx(0.0025, rel=0.4)
+    assert findings.variance(study) is None
 
 
 def test_the_power_curve_is_that_of_simulated_studies(study):

@@ -15,14 +15,14 @@ import pytest
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.grid import write_png
-from scaling_dit.scaling import figure_data, figures, findings, report, tables
+from scaling_dit.scaling import figure_data, figures, findings, fitted, report, tables
 from tests.support import simulated_study
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_resamples():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "RESAMPLES", 20)
+        patch.setattr(fitted, "RESAMPLES", 20)
         yield
 
 
@@ -157,7 +157,7 @@ def test_a_run_and_a_study_are_not_reported_together(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_thousand_runs_take_less_than_half_a_minute(tmp_path, monkeypatch):
-    monkeypatch.setattr(findings, "RESAMPLES", 200)
+    monkeypatch.setattr(fitted, "RESAMPLES", 200)
     made = simulated_study.study(tmp_path, count=334, seeds=3)
     began = time.process_time()
     page = report.write(made)

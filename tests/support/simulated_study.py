@@ -24,12 +24,9 @@ def loss(params, samples, law=LAW):
 
 def members(count, steps=1000):
     """So many members of two families; their configs are one and the same but for the name of the backbone."""
-    base = config_lib.load(
-        "experiments/shapes.py:smoke", [f"--config.steps={steps}", "--config.optim.decay=constant"]
-    )
-    other = config_lib.load(
-        "experiments/backbones.py:pixart", [f"--config.steps={steps}", "--config.optim.decay=constant"]
-    )
+    changes = [f"--config.steps={steps}", "--config.optim.decay=constant", "--config.eval.loss_images=8"]
+    base = config_lib.load("experiments/shapes.py:smoke", changes)
+    other = config_lib.load("experiments/backbones.py:pixart", changes)
     families = (("uvit", base), ("pixart", other))
     return tuple(
         ladder.Member(f"{family}-{i:03d}", config, {}, {"family": family})

@@ -27,7 +27,7 @@ from scaling_dit.scaling import tensorboard as curves
 from scaling_dit.scaling.folder import StudyFolder, scores_folder
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
-from scaling_dit.scaling.table import DONE, STOPPED, Row
+from scaling_dit.scaling.table import DONE, STOPPED, WAITING, Row
 from scaling_dit.training import loop
 
 
@@ -128,7 +128,9 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
 
 
 def _check_extends(saved: dict[str, Any], now: dict[str, Any], folder: StudyFolder) -> None:
-    there = {one["name"]: one["hash"] for one in saved["members"]}
+    # Saved configs as this version reads them, for a later one may have more fields.
+    before = spec_lib.from_json(saved).members
+    there = {member.name: spec_lib.config_hash(member.config) for member in before}
     here = {one["name"]: one["hash"] for one in now["members"]}
     for name, digest in there.items():
         if name not in here:
@@ -156,15 +158,6 @@ def _check_extends(saved: dict[str, Any], now: dict[str, Any], folder: StudyFold
             )
 
 
-def _saved(folder: StudyFolder) -> dict[str, Any]:
-    saved = _read_saved(folder)
-    if saved is None:
-        raise UserError(
-            f"no study in {folder}: {folder.study.name} is missing; `scaling-dit study` writes it"
-        )
-    return saved
-
-
 def _read_saved(folder: StudyFolder) -> dict[str, Any] | None:
     if not folder.study.exists():
         return None
@@ -181,25 +174,35 @@ class _Runner:
 
     def __init__(self, spec: StudySpec, folder: StudyFolder) -> None:
         self._spec, self._folder = spec, folder
+        # Asked once: nobody else works in the folder, and a remote store answers slowly.
+        self._status = {
+            (member.name, seed): table.status_of(spec, folder, member, seed)
+            for member in spec.members
+            for seed in spec.seeds
+        }
         # Rows of runs that are over: they are read once.
         self._over: dict[tuple[str, int], tuple[list[Row], list[Row], list[Row]]] = {}
         self._progress = _Progress(spec, self._is_over)
 
     def finished(self) -> int:
         """How many runs are over."""
-        return sum(self._is_over(member, seed) for member in self._spec.members for seed in self._spec.seeds)
+        return sum(status in (DONE, STOPPED) for status in self._status.values())
 
     def work(self) -> None:
         """Trains and evaluates what is left, and writes the tables after each run."""
-        spec = self._spec
+        spec, folder = self._spec, self._folder
         for member in spec.members:
             left = [seed for seed in spec.seeds if not self._is_over(member, seed)]
             for seed in left:
                 self._progress.begin(member, seed)
                 self._train(member, seed)
+                self._status[member.name, seed] = table.status_of(spec, folder, member, seed)
                 self._progress.end(member)
                 self.study({})
-                curves.write(self._spec, self._folder, member, seed)
+            for seed in spec.seeds:
+                # A start may have been killed before it wrote them.
+                if seed in left or not curves.place(folder, member, seed).exists():
+                    curves.write(spec, folder, member, seed)
             if left:
                 # Programs of one member are of no use to the next.
                 jax.clear_caches()
@@ -221,6 +224,8 @@ class _Runner:
 
     def _tables(self, member: Member, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
         key = member.name, seed
+        if self._status[key] == WAITING:
+            return [], [], []
         if key in self._over:
             return self._over[key]
         read = (table.run_rows, table.run_measured, table.run_scores)
@@ -230,9 +235,7 @@ class _Runner:
         return rows, measured, scores
 
     def _is_over(self, member: Member, seed: int) -> bool:
-        return (member.name, seed) in self._over or table.status_of(
-            self._spec, self._folder, member, seed
-        ) in (DONE, STOPPED)
+        return self._status[member.name, seed] in (DONE, STOPPED)
 
     def _train(self, member: Member, seed: int) -> None:
         """Trains one run to its end and evaluates it at every point.

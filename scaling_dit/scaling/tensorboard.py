@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+from etils import epath
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_metrics
@@ -24,11 +25,11 @@ def write(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -> No
     """Writes a run to the study's log folder, again where a killed start left it; one line says if it cannot."""
     if jax.process_index() != 0:
         return
-    place = folder.tensorboard / f"{member.name}-seed{seed}"
-    if place.exists():
-        place.rmtree()
+    logs = place(folder, member, seed)
+    if logs.exists():
+        logs.rmtree()
     try:
-        writer = TensorBoardWriter(place)
+        writer = TensorBoardWriter(logs)
     except ModuleNotFoundError as error:
         print(f"scaling-dit: no TensorBoard of the study: no module {error.name!r}", file=sys.stderr)
         return
@@ -44,6 +45,11 @@ def write(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -> No
         gflop = round(one.train_flops(row["step"]) / 1e9)
         writer.scalars(gflop, {f"by_gflop/{name}": value for name, value in scores.items()})
     writer.close()
+
+
+def place(folder: StudyFolder, member: Member, seed: int) -> epath.Path:
+    """The log folder of one run."""
+    return folder.tensorboard / f"{member.name}-seed{seed}"
 
 
 def hparams(spec: StudySpec, member: Member, seed: int) -> dict[str, Any]:

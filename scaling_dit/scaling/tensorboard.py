@@ -4,6 +4,7 @@ Curves over steps have the names that a run's own have. Those under `by_gflop/` 
 so that members of different cost compare at equal compute.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ def write(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -> No
     try:
         writer = TensorBoardWriter(logs)
     except ModuleNotFoundError as error:
-        print(f"scaling-dit: no TensorBoard of the study: no module {error.name!r}", file=sys.stderr)
+        _say_missing(str(error.name))
         return
     one = ladder.cost(member.config)
     writer.hparams(hparams(spec, member, seed))
@@ -45,6 +46,12 @@ def write(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -> No
         gflop = round(one.train_flops(row["step"]) / 1e9)
         writer.scalars(gflop, {f"by_gflop/{name}": value for name, value in scores.items()})
     writer.close()
+
+
+@functools.cache
+def _say_missing(module: str) -> None:
+    """Says once that there is no TensorBoard."""
+    print(f"scaling-dit: no TensorBoard of the study: no module {module!r}", file=sys.stderr)
 
 
 def place(folder: StudyFolder, member: Member, seed: int) -> epath.Path:

@@ -62,7 +62,8 @@ def make_train_step(
         return losses.mean()
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(batch.get("seed", config.seed)), state.step)
+        seed = batch["seed"] if "seed" in batch else config.seed
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = draw_rows(model, config, frozen, batch, key, sampling)
         if value_and_grad is None:
             grad_fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen))

@@ -62,7 +62,7 @@ def make_train_step(
         return losses.mean()
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        seed = batch["seed"] if "seed" in batch else config.seed
+        seed = batch.get("seed", config.seed)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = draw_rows(model, config, frozen, batch, key, sampling)
         if value_and_grad is None:

@@ -182,7 +182,9 @@ def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> 
     freedom = 2 * seeds - 2
     shift = abs(difference) / (spread * math.sqrt(2 / seeds))
     critical = float(stats.t.ppf((1 + level) / 2, freedom))
-    return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+    # Far out scipy's tail on the wrong side is nan where it is below 1e-20.
+    wrong = np.nan_to_num(stats.nct.cdf(-critical, freedom, shift), nan=0.0)
+    return min(1.0, float(stats.nct.sf(critical, freedom, shift) + wrong))
 
 
 @dataclasses.dataclass(frozen=True)

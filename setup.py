@@ -39,6 +39,8 @@ EXTRAS = {
     # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.
     "tfds": ["importlib_resources", "tensorflow-datasets"],
     "parquet": ["pyarrow"],
+    # `study` keeps its tables as Parquet, and its report holds vega; vl-convert also makes figures without a browser.
+    "study": ["pyarrow", "vl-convert-python"],
     # Paths on gs://.
     "gcs": ["etils[epath-gcs]"],
     # `filter` and `stats`: what needs all of a data set.
@@ -75,6 +77,7 @@ EXTRAS = {
         "tensorflow-datasets",
         "torch==2.13.0",
         "transformers",
+        "vl-convert-python",
     ],
     "docs": ["matplotlib", "mkdocs"],
     "lint": ["import-linter", "mypy", "ruff"],
@@ -93,6 +96,7 @@ setup(
     packages=[
         *find_packages(include=["scaling_dit", "scaling_dit.*"]),
         "scaling_dit.experiments",
+        "scaling_dit.experiments.studies",
         "scaling_dit.tpu",
         "scaling_dit.tpu.backends",
     ],
@@ -101,7 +105,7 @@ setup(
         "scaling_dit.experiments": "experiments",
         "scaling_dit.tpu": "tpu",
     },
-    package_data={"scaling_dit.curation": ["nouns.txt"]},
+    package_data={"scaling_dit.curation": ["nouns.txt"], "scaling_dit.scaling": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli.main:main"]},

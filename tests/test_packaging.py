@@ -79,7 +79,15 @@ def test_the_real_train_is_the_function():
 
 
 def test_public_names():
-    assert sorted(scaling_dit.__all__) == ["__version__", "count", "create", "interop", "load", "train"]
+    assert sorted(scaling_dit.__all__) == [
+        "__version__",
+        "count",
+        "create",
+        "interop",
+        "load",
+        "study",
+        "train",
+    ]
     assert set(scaling_dit.__all__) == {"__version__", *scaling_dit._LAZY}
     assert dir(scaling_dit) == sorted(scaling_dit.__all__)
     for name in scaling_dit.__all__:
@@ -126,7 +134,9 @@ def test_every_package_is_installed(setup_arguments):
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     at_the_root = {"scaling_dit.experiments", "scaling_dit.tpu"}
     packages |= at_the_root | {
-        f"scaling_dit.tpu.{path.parent.name}" for path in (ROOT / "tpu").glob("*/__init__.py")
+        f"scaling_dit.{top}.{path.parent.name}"
+        for top in ("experiments", "tpu")
+        for path in (ROOT / top).glob("*/__init__.py")
     }
     assert set(setup_arguments["packages"]) == packages
     for name in at_the_root:
@@ -169,6 +179,7 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
         "absl": "absl-py",
         "orbax": "orbax-checkpoint",
         "sklearn": "scikit-learn",
+        "vl_convert": "vl-convert-python",
     }
     imported = set()
     for path in [

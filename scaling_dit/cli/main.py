@@ -15,6 +15,7 @@ from scaling_dit.cli.doctor import Doctor
 from scaling_dit.cli.exit_codes import PROGRAM, USER_ERROR, report_errors
 from scaling_dit.cli.report import Report
 from scaling_dit.cli.sample import Evaluate, Sample
+from scaling_dit.cli.study import Advise, Study
 from scaling_dit.cli.tpu import Tpu
 from scaling_dit.cli.train import Train
 from scaling_dit.cli.verb import Verb, find_verb
@@ -29,10 +30,12 @@ _TABLE: tuple[type[Verb], ...] = (
     Filter,
     Stats,
     Caption,
+    Study,
     Report,
     Count,
     Plan,
     Doctor,
+    Advise,
     Import,
     Export,
     Tpu,

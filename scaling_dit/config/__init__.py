@@ -10,7 +10,7 @@
 from scaling_dit.config.experiment_files import experiment_arguments, read_experiment
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key
 from scaling_dit.config.resolve import check_same_run, complete, load, resolve
-from scaling_dit.config.schema import FIELDS, WIDEST_EMA_POWER, defaults, section
+from scaling_dit.config.schema import FIELDS, WIDEST_EMA_POWER, defaults, is_free, section
 from scaling_dit.config.validate import check_choice, check_field, check_range, parse_group, validate
 from scaling_dit.config.values import dump, flatten, from_json, to_json, why_unknown
 
@@ -29,6 +29,7 @@ __all__ = [
     "experiment_arguments",
     "flatten",
     "from_json",
+    "is_free",
     "load",
     "override_key",
     "parse_group",

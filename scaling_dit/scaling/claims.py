@@ -29,6 +29,7 @@ class Claim:
       margin: what the difference must exceed, in units of the metric; 0 claims that A is better at all.
       paired: whether run i of `a` and run i of `b` share their seed and data order, so that what the seed changes in
         both cancels. Only then are the two compared run by run.
+      metric: the column of the study's table that is compared; "" is the study's first metric.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Claim:
     b: str
     margin: float = 0.0
     paired: bool = False
+    metric: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,25 @@ def _runs(claim: Claim, name: str, values: Mapping[str, Sequence[float]]) -> np.
     if not np.isfinite(runs).all():
         raise UserError(f"claim {claim.name!r}: member {name!r} has a value that is not finite")
     return runs
+
+
+def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> float:
+    """The probability that a true difference of two members is detected, before any correction.
+
+    Args:
+      difference: of the means. spread: standard deviation of training seeds, the same in both. seeds: of each member.
+
+    Raises:
+      UserError: fewer than two seeds, or a spread that is not above 0.
+    """
+    if seeds < 2 or not spread > 0:
+        raise UserError(f"power needs at least 2 seeds and a spread above 0, got {seeds} and {spread:g}")
+    freedom = 2 * seeds - 2
+    shift = abs(difference) / (spread * math.sqrt(2 / seeds))
+    critical = float(stats.t.ppf((1 + level) / 2, freedom))
+    # Far out scipy's tail on the wrong side is nan where it is below 1e-20.
+    wrong = np.nan_to_num(stats.nct.cdf(-critical, freedom, shift), nan=0.0)
+    return min(1.0, float(stats.nct.sf(critical, freedom, shift) + wrong))
 
 
 @dataclasses.dataclass(frozen=True)

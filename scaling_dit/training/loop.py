@@ -28,6 +28,7 @@ from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer
 from scaling_dit.parallel import compile_cache, processes, rules
 from scaling_dit.training import rewind, watching
+from scaling_dit.training.program import place_seed
 from scaling_dit.training.rewind import Rewind, Spike
 from scaling_dit.training.start import Run
 from scaling_dit.training.watching import Watcher
@@ -136,6 +137,7 @@ def run_steps(
         with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
             evaluator.write(writer, step, state, run.frozen)
 
+    seed = place_seed(config.seed, mesh)
     watch.switch(STEP)
     watcher.heart.update(state=heartbeat.TRAINING)
     while step < config.steps:
@@ -143,7 +145,7 @@ def run_steps(
         snapshots.save(step, state)
         step += 1
         with watch.part(DATA_WAIT):
-            batch = rules.to_global(next(loader), mesh, config.batch)
+            batch = rules.to_global(next(loader), mesh, config.batch) | {"seed": seed}
         dispatched = watcher.times.clock()
         with rules.activate(mesh), profiler.step(step):
             state, metrics = run.program.step(state, run.frozen, batch)

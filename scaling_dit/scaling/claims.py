@@ -8,6 +8,7 @@ generation seeds make the value of one run more precise, but only other training
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np

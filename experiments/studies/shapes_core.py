@@ -24,7 +24,7 @@ from scaling_dit.scaling.spec import StudySpec
 
 ARGUMENTS = ("smoke",)
 # Training FLOPs of every member of a size.
-BUDGETS = {"0.4M": 1.5e12, "1M": 3e12}
+BUDGETS = {"0.4M": 1e12, "1M": 2e12}
 CAPTIONS = {
     "sparse": {"source.mention_probability": 0.4},
     "wrong": {"source.wrong_caption_rate": 0.3},

@@ -21,12 +21,12 @@ from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
 
 UNETS: dict[str, dict[str, Any]] = {
-    "unet": {"channel_mult": (1, 2, 3), "res_blocks": 2, "transformer_depth": (0, 1, 2), "head_dim": 32},
+    "unet": {"channel_mult": (1, 2, 3), "res_blocks": 1, "transformer_depth": (0, 1, 1), "head_dim": 32},
     "unet_if": {"channel_mult": (1, 2, 3), "res_blocks": 2, "attention_levels": (1, 2), "head_dim": 32},
 }
 # Family -> (width at 10M, at 100M); transformers have 8 blocks at 10M and 16 at 100M.
 WIDTHS = {
-    "uvit": (256, 640), "pixart": (256, 576), "large_dit": (256, 512), "next_dit": (256, 576), "unet": (64, 192),
+    "uvit": (288, 672), "pixart": (256, 576), "large_dit": (256, 512), "next_dit": (256, 576), "unet": (64, 192),
     "unet_if": (64, 192),
 }  # fmt: skip
 BUDGETS = {"10M": 1e17, "100M": 1e18}

@@ -97,7 +97,7 @@ def _of_family(family: str, rows: Sequence[Row], flops: float, study: Study) -> 
     law = laws.fit_parametric(n, d, y, runs)
 
     def best(one: laws.ParametricLaw) -> dict[str, float]:
-        params, samples = one.optimum(flops, per)
+        params, samples = one.optimum(np.array(flops), per)
         return {"params": float(params), "samples": float(samples), "loss": float(one(params, samples))}
 
     def refit(indices: np.ndarray) -> dict[str, float] | None:

@@ -60,9 +60,10 @@ def answers(study: Study) -> list[Answered]:
             chosen = sorted(shared) if claim.paired else sorted(found)
             values[keys[side]] = [found[seed] for seed in chosen]
         ready.append(dataclasses.replace(claim, a=keys[claim.a], b=keys[claim.b]))
-    found = {a.claim.name: a for a in claims_lib.answer(ready, values, LEVEL)} if ready else {}
+    answered = {a.claim.name: a for a in claims_lib.answer(ready, values, LEVEL)} if ready else {}
     return [
-        _answered(study, claim, found.get(claim.name), waiting.get(claim.name, "")) for claim in spec.claims
+        _answered(study, claim, answered.get(claim.name), waiting.get(claim.name, ""))
+        for claim in spec.claims
     ]
 
 

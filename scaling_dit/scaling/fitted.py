@@ -161,9 +161,8 @@ def audits(study: Study) -> dict[str, Audit | str]:
         by_family[row["family"]].append(row)
     for family, rows in by_family.items():
         try:
-            found[family] = audit_lib.leave_one_size_out(
-                *(_column(rows, name) for name in ("params", "samples", "loss")), [_run(row) for row in rows]
-            )
+            n, d, y = (_column(rows, name) for name in ("params", "samples", "loss"))
+            found[family] = audit_lib.leave_one_size_out(n, d, y, [_run(row) for row in rows])
         except UserError as error:
             found[family] = str(error)
     return found

@@ -251,11 +251,19 @@ def from_json(saved: Mapping[str, Any]) -> StudySpec:
             for one in saved["members"]
         )
         claims = tuple(Claim(**claim) for claim in saved["claims"])
-        values = {key: saved[key] for key in ("question", "items", "points")}
-        lists = {key: tuple(saved[key]) for key in ("seeds", "metrics", "generation_seeds", "guidances")}
+        return StudySpec(
+            question=saved["question"],
+            members=members,
+            seeds=tuple(saved["seeds"]),
+            metrics=tuple(saved["metrics"]),
+            claims=claims,
+            items=saved["items"],
+            points=saved["points"],
+            generation_seeds=tuple(saved["generation_seeds"]),
+            guidances=tuple(saved["guidances"]),
+        )
     except (KeyError, TypeError) as error:
         raise UserError(f"study.json is damaged or of another version: {error}") from None
-    return StudySpec(members=members, claims=claims, **values, **lists)
 
 
 def _unique(what: str, values: Any) -> None:

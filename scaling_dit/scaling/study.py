@@ -87,12 +87,8 @@ def open_study(workdir: str | epath.Path) -> Study:
     """A study as it lies in its folder, also while it runs; raises UserError where none is."""
     folder = StudyFolder(workdir)
     saved = _saved(folder)
-    return Study(
-        spec_lib.from_json(saved),
-        folder,
-        *(table.read_parquet(path) for path in (folder.table, folder.measured, folder.scores)),
-        saved["registered"],
-    )
+    rows, measured, scores = map(table.read_parquet, (folder.table, folder.measured, folder.scores))
+    return Study(spec_lib.from_json(saved), folder, rows, measured, scores, saved["registered"])
 
 
 def _saved(folder: StudyFolder) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Job:
       secrets: names of variables that are read from this machine's environment and copied to the workers as a file.
       workdir: of the run, for TensorBoard.
       patience: hours to wait for capacity in one zone while there are others.
+      quiet_minutes: without a heartbeat of the run, after which its machines delete themselves.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Job:
     secrets: tuple[str, ...] = ()
     workdir: str = ""
     patience: float = 2.0
+    quiet_minutes: float = 30.0
 
     @property
     def shape(self) -> Topology:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from scaling_dit.cli.exit_codes import INTERRUPTED
 from scaling_dit.errors import UserError
 
-from . import checks, commands, launcher
+from . import checks, commands, deadman, launcher
 from .job import Job
 from .launcher import Launcher
 from .state import ENDS, Limits, Stage
@@ -21,8 +21,33 @@ RUN = commands.run
 SLEEP = time.sleep
 LIMITS = Limits()
 PLAN = checks.plan
+
+
+def deadman_switch(job: Job, zone: str) -> str:
+    """The script that ends a job's machines when nobody watches them any more, see `deadman`.
+
+    A workdir on a path relative to wherever a worker runs has heartbeats that the switch cannot find; such a job, and
+    one with a command of its own and no workdir, has only its hours.
+    """
+    # Not at the top: --help does not wait for what paths need.
+    from scaling_dit.checkpoints.workdir import Workdir
+
+    readable = job.workdir.startswith(("gs://", "/"))
+    return deadman.script(
+        {
+            "backend": job.backend,
+            "resource": job.name,
+            "zone": zone,
+            "project": job.project,
+            "heartbeats": str(Workdir(job.workdir).heartbeats) if readable else "",
+            "minutes": job.quiet_minutes,
+            "hours": job.hours,
+        }
+    )
+
+
 # (job, zone) -> the script that its machines run when they start, see `Launcher`.
-STARTUP: launcher.Startup = launcher.no_startup
+STARTUP: launcher.Startup = deadman_switch
 
 
 @contextlib.contextmanager

@@ -84,6 +84,9 @@ class Resources:
     service_account: str = flag("service account of the machines", "")
     internal: bool = flag("machines have no external addresses", False)
     patience: float = flag("hours to wait for capacity in one zone while there are others", 2.0, POSITIVE)
+    quiet_minutes: float = flag(
+        "minutes without a heartbeat after which the machines delete themselves", 30.0, POSITIVE
+    )
     source: str = flag("folder that is copied to the workers and installed there, such as .", "")
     setup: str = flag(
         "file with the shell script that prepares a worker; by default it installs scaling-dit", ""
@@ -146,6 +149,7 @@ class _Starts(TpuVerb):
             secrets=given.secret,
             workdir=self.workdir,
             patience=given.patience,
+            quiet_minutes=given.quiet_minutes,
         )
 
     def _command(self) -> tuple[str, ...]:

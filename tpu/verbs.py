@@ -19,6 +19,7 @@ from .commands import shown
 from .job import Job
 from .launcher import Launcher
 from .observations import Answer, Phase, Work
+from .queue_verb import Queue
 from .rehearse import node_names, rehearse
 from .starting import Create, Launch, TpuVerb, dry_flag, name_flag
 from .state import ENDS, Stage, State
@@ -159,6 +160,17 @@ class Status(_Known):
                 print(f"  worker    {worker.name}: attempt {worker.attempt}: {worker.work.value}{code}{step}")
             if len(workers) < job.workers:
                 print(f"  worker    {job.workers - len(workers)} of {job.workers} did not answer")
+        if "://" in job.workdir:
+            # Other workdirs lie on the workers' disks. Only now, since the package's paths load slowly.
+            from . import screen
+
+            try:
+                print(screen.read(job.workdir))
+            except UserError as error:
+                print(error)
+            except Exception as error:
+                # Whatever a store raises: the screen above stands without it.
+                print(f"{job.workdir} cannot be read from here: {str(error).strip().partition(chr(10))[0]}")
         return 0
 
 
@@ -332,7 +344,8 @@ class Sweep(TpuVerb):
 
 
 _TABLE: tuple[type[TpuVerb], ...] = (
-    Launch, Create, Status, Setup, Run, Logs, Tensorboard, Babysit, Delete, List, Sweep, Drill,
+    Launch, Create, Status, Setup, Run, Logs, Tensorboard, Babysit, Delete, List, Sweep, Queue,
+    Drill,
 )  # fmt: skip
 VERBS: dict[str, type[Verb]] = {verb.__name__.lower(): verb for verb in _TABLE}
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from scaling_dit.tpu import leases, queue_worker
 from scaling_dit.tpu import queue as queue_lib
 from scaling_dit.tpu.queue import Member
+from scaling_dit.tpu.queue_verb import Queue
 
-from scaling_dit.cli.tpu_queue import Queue
 from scaling_dit.errors import UserError
 from scaling_dit.monitor import heartbeat
 from tests.support.paths import ROOT

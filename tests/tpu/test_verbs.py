@@ -8,7 +8,7 @@ import tarfile
 import time
 
 import pytest
-from scaling_dit.tpu import commands, inventory, launcher, outside, store, verbs
+from scaling_dit.tpu import commands, inventory, launcher, outside, screen, store, verbs
 from scaling_dit.tpu.state import Limits, Stage
 from scaling_dit.tpu.store import Store
 
@@ -27,6 +27,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", SECRET)
     monkeypatch.setattr(outside, "RUN", made)
     monkeypatch.setattr(outside, "SLEEP", made.advance)
+    monkeypatch.setattr(screen, "read", lambda workdir: f"{workdir}: training, step 10 of 60")
     monkeypatch.setattr(
         outside, "PLAN", lambda config, overrides, job: (True, "peak 1.00 of 15.75 GiB: fits")
     )
@@ -242,7 +243,33 @@ def test_quota(cloud, capsys):
     assert "quota not checked in us-east5-a: none is listed for v5p as spot" in said(capsys)
 
 
-def test_list_and_sweep(cloud, capsys):
+def test_status_ends_with_the_screen_of_the_run_or_says_why_it_cannot(cloud, capsys, monkeypatch):
+    assert cli.main(launch("create", "--workdir=gs://bucket/first", "--config=shapes")) == 0
+    said(capsys)
+    assert cli.main(["tpu", "status", "--name=first"]) == 0
+    assert said(capsys).splitlines()[-1] == "gs://bucket/first: training, step 10 of 60"
+
+    def fail(workdir):
+        raise RuntimeError("no such host\nand many lines more")
+
+    monkeypatch.setattr(screen, "read", fail)
+    assert cli.main(["tpu", "status", "--name=first"]) == 0
+    assert said(capsys).splitlines()[-1] == "gs://bucket/first cannot be read from here: no such host"
+
+
+def test_the_machines_of_a_job_get_its_switch(cloud):
+    assert (
+        cli.main(launch("create", "--workdir=gs://bucket/first", "--config=shapes", "--quiet_minutes=7")) == 0
+    )
+    script = Store("first").startup.read_text()
+    assert "heartbeats=gs://bucket/first/heartbeats\n" in script and "quiet_seconds=420\n" in script
+    assert "delete=(gcloud compute tpus queued-resources delete first --zone=us-east5-a" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_list_and_sweep(cloud, capsys, monkeypatch):
+    # The switches on the machines fail, so that something is left over.
+    monkeypatch.setattr(outside, "STARTUP", launcher.no_startup)
     for name, flags in (
         ("one", ()),
         ("two", ("--study=widths",)),

@@ -1,18 +1,20 @@
 """The verb `tpu queue`."""
 
 import dataclasses
+import socket
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import json_flag
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.fields import COUNT, FROM_0
 
-INSTALLED = "scaling_dit.tpu.queue_worker"
+from .starting import TpuVerb, dry_flag
+
 ACTIONS = ("add", "run", "status")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Queue(Verb):
+class Queue(TpuVerb):
     """Lets several preemptible slices work off the members of a study."""
 
     EXAMPLE = "scaling-dit tpu queue run --queue=gs://bucket/queues/ladder --slice=v5e-a"
@@ -26,7 +28,7 @@ class Queue(Verb):
     host: int = flag("run: index of this host in the slice", 0, FROM_0)
     hosts: int = flag("run: hosts of the slice", 1, COUNT)
     logs: str = flag("run: folder for the output of the commands", "logs")
-    dry_run: bool = flag("print what would be added or run, and do nothing", False)
+    dry_run: bool = dry_flag()
     json: bool = json_flag()
 
     def run(self) -> int:
@@ -43,11 +45,10 @@ class Queue(Verb):
         if self.hosts > 1 and not self.slice:
             raise UserError("--slice missing: the hosts of a slice find each other by its name")
 
-        import importlib
-        import socket
+        # With Orbax's paths, which --help does not wait for.
+        from . import queue_worker
 
-        # A program on top of the package, so it is found by name, as experiments are.
-        return importlib.import_module(INSTALLED).main(
+        return queue_worker.main(
             action,
             self.queue,
             members=self.members or "",

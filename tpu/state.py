@@ -226,8 +226,10 @@ def _charge(state: State, seen: Observation, limits: Limits) -> State:
     deadline = state.deadline
     if billed and not deadline:
         deadline = seen.now + state.allowed
-    changes = {"used": state.used + gap, "seen": seen.now, "billed": billed, "deadline": deadline}
-    return dataclasses.replace(state, stopped=stopped, **changes)
+    used = state.used + gap
+    return dataclasses.replace(
+        state, used=used, seen=seen.now, billed=billed, stopped=stopped, deadline=deadline
+    )
 
 
 def _end(state: State, seen: Observation, verdict: str, *, failed: bool) -> Step:

@@ -58,18 +58,32 @@ def live(folder, backend, at, before):
     return world, runner.count
 
 
-@pytest.mark.parametrize("backend", ["queued", "compute"])
-def test_killed_at_a_hundred_moments(backend, tmp_path, monkeypatch):
+def kill(backend, folder, monkeypatch, *, both):
+    """Kills a launcher at each command of a job's life, before or after it, or `both`; returns how many were killed."""
     monkeypatch.setattr(launcher, "run_all", lambda run, several, seconds=0.0: [run(one) for one in several])
-    _, commands = live(tmp_path, backend, 0, True)
-    moments = [(at, before) for at in range(1, commands + 1) for before in (True, False)]
-    assert len(moments) >= 100
-    for at, before in moments[:: max(1, len(moments) // 110)]:
-        world, _ = live(tmp_path, backend, at, before)
+    _, commands = live(folder, backend, 0, True)
+    moments = [
+        (at, before)
+        for at in range(1, commands + 1)
+        for before in ((True, False) if both else (at % 2 == 0,))
+    ]
+    for at, before in moments:
+        world, _ = live(folder, backend, at, before)
         assert world.state.stage is Stage.DONE, (at, before, world.said[-3:])
         assert world.cloud.created == 2 and not world.cloud.made, (at, before)
         assert len(world.workers.starts) == len(set(world.workers.starts))
         assert world.cloud.billed("first") <= world.state.used + 1
+    return len(moments)
+
+
+def test_killed_at_a_hundred_moments(tmp_path, monkeypatch):
+    assert sum(kill(backend, tmp_path, monkeypatch, both=False) for backend in ("queued", "compute")) >= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["queued", "compute"])
+def test_killed_at_every_command(tmp_path, monkeypatch, backend):
+    assert kill(backend, tmp_path, monkeypatch, both=True) >= 100
 
 
 @pytest.fixture

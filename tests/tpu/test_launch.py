@@ -78,7 +78,12 @@ def starts(fake) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "backend, slices", [("queued", 1), ("compute", 1), pytest.param("queued", 2, marks=pytest.mark.slow)]
+    "backend, slices",
+    [
+        ("queued", 1),
+        pytest.param("compute", 1, marks=pytest.mark.slow),
+        pytest.param("queued", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_is_preempted_twice_and_ends_as_if_it_was_not(fake, capfd, backend, slices):
     for step in (4, 8):

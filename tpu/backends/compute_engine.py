@@ -154,7 +154,7 @@ class ComputeEngine:
             flags.append(f"--metadata-from-file={mapping({'startup-script': request.startup})}")
         topology = f"--accelerator-topology={job.size}"
         policy_words = (*_POLICIES, "create", "workload-policy", policy, "--type=HIGH_THROUGHPUT", topology)
-        group = (
+        group = [
             *_GROUPS,
             "create",
             job.name,
@@ -163,9 +163,9 @@ class ComputeEngine:
             f"--base-instance-name={job.name}",
             f"--description={_description(job, request.expires)}",
             "--default-action-on-vm-failure=do-nothing",
-        )
+        ]
         if job.hosts > 1:
-            group += ("--target-size-policy-mode=bulk", f"--workload-policy={policy_url(job, request.zone)}")
+            group += ["--target-size-policy-mode=bulk", f"--workload-policy={policy_url(job, request.zone)}"]
         first = [_command(job, *policy_words, f"--region={where}", "--quiet")] if job.hosts > 1 else []
         return [
             *first,

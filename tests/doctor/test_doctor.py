@@ -44,6 +44,19 @@ def test_storage_of_one_host(tmp_path):
     assert "Permission denied" in probe.storage("/proc/1/x", probe.Machine())["error"] or os.getuid() == 0
 
 
+def test_hosts_that_do_not_see_the_same_folder(tmp_path, monkeypatch):
+    # What the other host wrote lies on its own disk.
+    monkeypatch.setattr(
+        probe.processes, "gather_bytes", lambda data: [data, b"0" * 32] if data else [data, b""]
+    )
+    found = probe.storage(str(tmp_path), probe.Machine())
+    assert found["error"].startswith(f"cannot read the file of process 1 in {tmp_path}: No such file")
+    assert found["error"].endswith("do all hosts see the same folder?") and os.listdir(tmp_path) == []
+    # It lies here, with other contents.
+    (tmp_path / f".doctor-{'0' * 32}").write_text("another")
+    assert "reads other contents from" in probe.storage(str(tmp_path), probe.Machine())["error"]
+
+
 def test_versions_are_those_installed():
     found = probe.installed()
     assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__
@@ -92,14 +105,6 @@ def test_faults_of_one_of_two_processes(tmp_path):
     assert "flax differs: 0.0.1 on" in found["packages"] and "s ahead of" in found["clocks"]
     assert "cannot write to /proc/no/such/folder" in found["workdir"]
     assert "where one device gives" in found["all-reduce"]
-
-
-@pytest.mark.slow
-def test_two_processes_that_do_not_see_the_same_folder(tmp_path):
-    codes, document = together(tmp_path, "another workdir")
-    assert codes == [1, 1], document
-    found = faults(document)
-    assert found.keys() == {"workdir"} and "do all hosts see the same folder?" in found["workdir"]
 
 
 @pytest.mark.slow

@@ -17,8 +17,6 @@ last = rank == count - 1
 changes = FAULTS if last and fault == "many" else {}
 if last and fault == "many":
     workdir = "/proc/no/such/folder"
-if last and fault == "another workdir":
-    workdir += " of another host"
 
 
 def main():

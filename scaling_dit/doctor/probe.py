@@ -28,6 +28,7 @@ from scaling_dit._version import __version__
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.data.loader import make_loader
 from scaling_dit.parallel import processes, rules, topologies
+from scaling_dit.training.program import place_seed
 from scaling_dit.training.start import Run
 
 STEPS = 3
@@ -219,15 +220,16 @@ def train_steps(config: ConfigDict) -> dict[str, Any]:
 
 def _run_steps(run: Run) -> dict[str, Any]:
     decided = run.program.decisions
-    state = run.fresh_state()
+    state, mesh = run.fresh_state(), run.program.mesh
+    seed = place_seed(run.config.seed, mesh)
     loader = make_loader(
         run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=run.config.seed,
         positions=run.positions,
     )  # fmt: skip
     losses, ends = [], [time.perf_counter()]
     for _ in range(STEPS):
-        batch = rules.to_global(next(loader), run.program.mesh, run.config.batch)
-        with rules.activate(run.program.mesh):
+        batch = rules.to_global(next(loader), mesh, run.config.batch) | {"seed": seed}
+        with rules.activate(mesh):
             state, metrics = run.program.step(state, run.frozen, batch)
         losses.append(float(metrics["loss"]))
         ends.append(time.perf_counter())

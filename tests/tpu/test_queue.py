@@ -142,6 +142,28 @@ def test_a_slice_that_cannot_renew_stops_in_time():
     assert worker.held is None
 
 
+def test_leases_are_renewed_so_that_a_calm_world_needs_one_attempt_each():
+    members, seconds, _ = study(random.Random(1), 6)
+    long = {name: 2000 + value for name, value in seconds.items()}
+    world = World(1, members, long, preempted=0, still=0, lost=0, refused=0)
+    world.run()
+    assert [one.attempts for one in world.members()] == [1] * 6
+
+
+def test_a_lease_of_another_slice_is_not_ones_own():
+    store, work = FakeStore(), Work({"a": 1e6})
+    queue_lib.add(store, [member("a")])
+    runner = FakeRunner(work)
+    worker = queue_worker.Worker(store, "s", runner)
+    worker.tick(0.0)
+    (held,) = queue_lib.read_all(store)
+    # By a clock that is far ahead.
+    assert queue_lib.change(store, held, queue_lib.claimed(held.member, "t", 1000.0))
+    worker.tick(100.0)
+    assert runner.name is None and worker.held is None
+    assert queue_lib.read_all(store)[0].member.lease.owner == "t"
+
+
 def test_a_result_waits_until_the_store_answers():
     store, work = FakeStore(), Work({"a": 5})
     queue_lib.add(store, [member("a")])

@@ -100,7 +100,7 @@ def open_reference(place: str, network: Network, weights: str) -> Reference:
         path = path / f"{network.name}{SUFFIX}"
     if not path.exists():
         raise UserError(f"no reference {path}; evaluate --reference=SOURCE builds one")
-    found = _opened(str(path), path.stat().length)
+    found = _opened(str(path), (path.stat().length, path.stat().mtime))
     if found.gaussian.mean.shape != (network.width,):
         raise UserError(
             f"{path} holds {len(found.gaussian.mean)} features, {network.name} has {network.width}"
@@ -118,9 +118,9 @@ def is_folder_of_images(path: epath.Path) -> bool:
     return path.is_dir() and not any(entry.name.endswith(SUFFIX) for entry in path.iterdir())
 
 
-# A metric asks for its reference at several places; the size takes part so that a file that changed is read again.
+# A metric asks for its reference at several places; size and time take part so that a file that changed is read again.
 @functools.lru_cache(maxsize=4)
-def _opened(place: str, _: int) -> Reference:
+def _opened(place: str, _: tuple[int, int]) -> Reference:
     path = epath.Path(place)
     if path.suffix == ".npz":
         return _published_moments(path)

@@ -22,6 +22,7 @@ from scaling_dit.evaluation import sweep
 from scaling_dit.evaluation.features.set_metric import compared_with
 from scaling_dit.evaluation.given import GivenImages, image_size
 from scaling_dit.evaluation.jobs import Job, open_jobs
+from scaling_dit.evaluation.jobs import as_json as plain_fields
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import Chosen, choose
 from scaling_dit.evaluation.request import Request, config_of
@@ -173,7 +174,7 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
                 sampler: Any = sampler,
                 seed: int = seed,
                 about: Any = about,
-            ) -> Any:
+            ) -> Shown:
                 folder = root / f"images-{job.prompts_hash[:8]}"
                 made = sample_to_folder(
                     sampler, pipe, job.prompts, folder, seed=seed, about=about, store=request.store
@@ -275,17 +276,15 @@ def _watch(request: Request, pause: float, as_json: bool) -> int:
     if request.step is not None or request.images:
         raise UserError("evaluate --watch evaluates every checkpoint; leave out --step and --images")
     incomplete = False
+    tried: set[int] = set()
     while True:
         config = config_of(request)
-        wanted = set(config.eval.metrics)
-        done: dict[int, set[str]] = {}
-        for row in Results(request.root).read():
-            if row.get("step") is not None:
-                done.setdefault(row["step"], set()).add(row["metric"])
         with Checkpoints(Workdir(request.workdir).checkpoints, read_only=True) as store:
             steps = store.all_steps()
-        missing = [step for step in steps if not wanted <= done.get(step, set())]
+        done = tried | _evaluated(request, config)
+        missing = [step for step in steps if step not in done]
         for step in missing:
+            tried.add(step)
             try:
                 outcome = evaluate(dataclasses.replace(request, step=step, apart=True), quiet=as_json)
             except UserError:
@@ -300,3 +299,20 @@ def _watch(request: Request, pause: float, as_json: bool) -> int:
             return INCOMPLETE if incomplete else 0
         if not missing:
             time.sleep(pause)
+
+
+def _evaluated(request: Request, config: ConfigDict) -> set[int]:
+    """The steps that have a result of each metric, with these fields, in every setting."""
+    wanted = {one.name: plain_fields(one.fields) for one in choose(config, config.eval.metrics)}
+    settings = max(1, len(request.guidance)) * len(request.seed)
+    found: dict[int, dict[str, set[Any]]] = {}
+    for row in Results(request.root).read():
+        name = row["metric"]
+        if row["status"] == DONE and row.get("fields") == wanted.get(name):
+            by_metric = found.setdefault(row["step"], {})
+            by_metric.setdefault(name, set()).add((row["guidance"], row["seed"]))
+    return {
+        step
+        for step, by_metric in found.items()
+        if all(len(by_metric.get(name, ())) >= settings for name in wanted)
+    }

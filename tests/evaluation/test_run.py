@@ -273,3 +273,11 @@ def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeyp
     assert run.main(str(smoke_run), str(tmp_path), items=2, watch=7.0) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and slept == [7.0]
+    # Nothing is left to do; another field is another result.
+    assert run.main(str(smoke_run), str(tmp_path), items=2, watch=7.0) == 0
+    config = run.config_of(run.Request(workdir=str(smoke_run)))
+    assert run._evaluated(run.Request(workdir=str(smoke_run), out=str(tmp_path)), config) == {2, 4}
+    assert not run._evaluated(run.Request(workdir=str(smoke_run), out=str(tmp_path), seed=(0, 1)), config)
+    config.metrics.shapes_tifa.baseline = False
+    assert not run._evaluated(run.Request(workdir=str(smoke_run), out=str(tmp_path)), config)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2

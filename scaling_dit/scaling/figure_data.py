@@ -21,7 +21,7 @@ def ranked(study: Study) -> list[str]:
     """The members of figures with a row for each, the best first: SHOWN of them by the study's score at most."""
     metric = study.spec.metrics[0] if study.spec.metrics else LOSS
     means = _means(table.last_points(study.rows), (metric,))
-    sign = 1 if metric == LOSS else -1
+    sign = 1 if findings.lower_is_better(study.spec, metric) else -1
     scored = [one for one in means if one[metric] is not None]
     best = [one["member"] for one in sorted(scored, key=lambda one: sign * one[metric])]
     # Those without a score yet come last.

@@ -9,6 +9,7 @@ from typing import Any
 
 from scipy import stats
 
+from scaling_dit.evaluation.registry import is_lower_better
 from scaling_dit.scaling import claims as claims_lib
 from scaling_dit.scaling import table
 from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Answer, Claim, RankStability
@@ -177,7 +178,7 @@ def early_signal(study: Study) -> list[tuple[float, float | None, float | None]]
     names = [member.name for member in study.spec.members if by.get((member.name, 0))]
     if len(names) < 3:
         return []
-    sign = -1.0 if metric == LOSS else 1.0
+    sign = -1.0 if lower_is_better(study.spec, metric) else 1.0
     final = [_mean(by[name, 0], metric) for name in names]
     found = []
     for back in range(points - 1, 0, -1):
@@ -223,12 +224,20 @@ def variance(study: Study) -> tuple[float, float] | None:
     return statistics.fmean(p.training for p in parts), statistics.fmean(p.generation for p in parts)
 
 
+def lower_is_better(spec: StudySpec, column: str) -> bool:
+    """Whether a smaller value of a column is better: of a loss, and of what its metric declares."""
+    if column.startswith(LOSS):
+        return True
+    owners = [name for name in spec.metrics if column == name or column.startswith(f"{name}_")]
+    return any(is_lower_better(name) for name in owners)
+
+
 def ranking(study: Study, metric: str) -> RankStability | None:
     """The order of the best RANKED members by a metric; losses are best when low.
 
     None with fewer than two members of two seeds.
     """
-    sign = -1.0 if metric.startswith(LOSS) else 1.0
+    sign = -1.0 if lower_is_better(study.spec, metric) else 1.0
     values = {}
     for member in study.spec.members:
         found = _by_seed(study.rows, member.name, metric)

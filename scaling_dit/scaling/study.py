@@ -260,6 +260,11 @@ class _Runner:
                     if preempted():
                         raise loop.Stopped(loop.PREEMPTED, "SIGTERM: the same command resumes the study")
                     _evaluate(spec, run, step, generation, scale)
+                    if not path.exists():
+                        raise UserError(
+                            f"evaluating step {step} of {run} left no {path}; the line above says why a metric was "
+                            "skipped: install what it needs and give the same command again"
+                        )
         _keep_last(run.checkpoints)
 
 

@@ -5,6 +5,7 @@ was killed and resumed gives the same rows, and the same parquet file byte for b
 depends on the machine (wall time, speed, memory, goodput) stands in `run_measured`, for a table of its own.
 """
 
+import functools
 import io
 import json
 import re
@@ -16,8 +17,9 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
-from scaling_dit.config.metrics import section_of
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation.registry import choose
+from scaling_dit.evaluation.request import Request, config_of
 from scaling_dit.monitor import goodput
 from scaling_dit.scaling import ladder
 from scaling_dit.scaling.folder import RESULT, StudyFolder, scores_folder
@@ -113,14 +115,24 @@ def status_of(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -
 
 def results(spec: StudySpec, run: Workdir, step: int) -> dict[tuple[str, int, float | None], epath.Path]:
     """(metric, generation seed, guidance or None for the config's own) -> the file of its result at a step."""
+    folders = _metric_folders(str(run), spec.metrics)
     scales: tuple[float | None, ...] = (None, *(spec.guidances if step == _last(run) else ()))
     paths = {}
     for metric in spec.metrics:
         for seed in spec.generation_seeds:
             for scale in scales:
                 place = scores_folder(run, step, seed, spec.items, scale)
-                paths[metric, seed, scale] = place / section_of(metric) / RESULT
+                paths[metric, seed, scale] = place / folders[metric] / RESULT
     return paths
+
+
+@functools.lru_cache(maxsize=4096)
+def _metric_folders(run: str, metrics: tuple[str, ...]) -> dict[str, str]:
+    """Metric -> the folder of its results in an evaluation of this run, which depends on the metric's fields."""
+    if not metrics:
+        return {}
+    config = config_of(Request(workdir=run, metrics=metrics))
+    return {one.name: one.folder for one in choose(config, config.eval.metrics)}
 
 
 def _last(run: Workdir) -> int:

@@ -198,3 +198,12 @@ def test_the_printed_laws_of_p1():
     assert float(params.law(2391.8)) == pytest.approx(1.81, abs=0.005) and "cannot be right" in params.remark
     corrected = published.P1_PARAMS_CORRECTED.law
     assert [round(float(corrected(n)), 3) for n in (424, 2391.8, 4072.6)] == [0.823, 0.839, 0.844]
+
+
+def test_which_columns_are_better_low(study):
+    spec = dataclasses.replace(study.spec, metrics=("fid", "shapes_tifa"), claims=())
+    low = [
+        findings.lower_is_better(spec, name)
+        for name in ("loss", "loss_t0000-0199", "fid", "shapes_tifa_color")
+    ]
+    assert low == [True, True, True, False]

@@ -262,7 +262,9 @@ class _Runner:
                     if path.exists():
                         continue
                     if preempted():
-                        raise loop.Stopped(loop.PREEMPTED, "SIGTERM: the same command resumes the study")
+                        raise loop.Stopped(
+                            signals.exit_code(), f"{signals.name()}: the same command resumes the study"
+                        )
                     _evaluate(spec, run, step, generation, scale)
         _keep_last(run.checkpoints)
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from scaling_dit import files
+from scaling_dit import files, signals
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run as evaluation

@@ -108,7 +108,7 @@ setup(
     package_data={"scaling_dit.curation": ["nouns.txt"], "scaling_dit.scaling": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli.main:main"]},
+    entry_points={"console_scripts": ["scaling-dit = scaling_dit.__main__:run"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

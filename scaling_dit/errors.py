@@ -16,6 +16,16 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class StorageError(UserError):
+    """A disk, folder or bucket could not be written or read; the command itself is right.
+
+    What was complete before stays complete, and the same command resumes once there is space or access again.
+    """
+
+    # EX_IOERR of sysexits.h.
+    exit_code = 74
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The hint at the end of an error line: the nearest known name if one is close, else all known names.
 

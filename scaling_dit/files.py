@@ -5,6 +5,7 @@ such stores can neither rename nor append. Each process uses its own temporary n
 same file do not disturb each other.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -14,12 +15,12 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import IO, Any
 
 from etils import epath
 
-from scaling_dit.errors import UserError
+from scaling_dit import signals, storage
+from scaling_dit.errors import StorageError, UserError
 
 # Suffix of an unfinished local file.
 PARTIAL = ".partial"
@@ -88,7 +89,13 @@ def special(path: epath.PathLike) -> str:
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Writes a file so that no reader ever sees half of it. Raises UserError as `staged` does."""
     if is_remote(path):
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except Exception as error:
+            # Clients of buckets have exceptions of their own.
+            if not storage.is_refusal(error):
+                raise
+            raise StorageError(f"cannot write {path}: {storage.reason(error)}") from error
         return
     with staged(path) as local:
         local.write_bytes(data)
@@ -129,19 +136,24 @@ def claim(path: epath.Path, asked: Mapping[str, Any], conflict: str) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged(target: epath.Path) -> Iterator[pathlib.Path]:
     """Gives a local path to write to. The file there becomes `target` when the block ends without an exception.
 
     Raises:
-      UserError: the file cannot be written, for example because the disk is full.
+      StorageError: the disk or bucket refuses, for example because it is full.
+      UserError: the path cannot be written.
     """
     folder = None if is_remote(target) else pathlib.Path(os.fspath(target)).parent
-    handle, name = tempfile.mkstemp(suffix=PARTIAL, prefix=f"{target.name}.", dir=folder)
+    try:
+        handle, name = tempfile.mkstemp(suffix=PARTIAL, prefix=f"{target.name}.", dir=folder)
+    except OSError as error:
+        raise unwritten(target, error) from error
     os.close(handle)
     local = pathlib.Path(name)
     try:
-        yield local
+        with signals.cleaning(local.unlink):
+            yield local
         if is_remote(target):
             with local.open("rb") as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 2**24)
@@ -150,14 +162,20 @@ def staged(target: epath.Path) -> Iterator[pathlib.Path]:
             local.chmod(0o666 & ~_umask())
             local.replace(os.fspath(target))
     except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; files finished before are whole"
-        ) from error
+        raise unwritten(target, error) from error
     finally:
-        local.unlink(missing_ok=True)
+        # A disk that fails may refuse this as well.
+        with contextlib.suppress(OSError):
+            local.unlink(missing_ok=True)
 
 
-@contextmanager
+def unwritten(target: epath.Path, error: OSError) -> UserError:
+    """The error of a file that cannot be written: a StorageError if its disk or network refuses."""
+    kind = StorageError if storage.is_fault(error) else UserError
+    return kind(f"cannot write {target}: {storage.reason(error)}; files finished before are whole")
+
+
+@contextlib.contextmanager
 def fetched(source: epath.Path) -> Iterator[pathlib.Path]:
     """Gives a local path to read a file from: its own, or that of a copy of a remote one."""
     if not is_remote(source):

@@ -58,7 +58,11 @@ class Snapshots:
     def __init__(self, directory: epath.PathLike, config: ConfigDict) -> None:
         self._every = config.checkpoint.ema_every if config.optim.ema_power else 0
         self._names = power_names(config)
-        self._store = Checkpoints(directory, keep_last=_KEEP_ALL) if self._every else None
+        self._store = (
+            Checkpoints(directory, keep_last=_KEEP_ALL, patience=config.checkpoint.retry)
+            if self._every
+            else None
+        )
 
     def __enter__(self) -> "Snapshots":
         return self

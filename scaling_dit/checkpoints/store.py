@@ -1,12 +1,15 @@
-"""Checkpoints of a whole training state: asynchronous, atomic, readable on any mesh.
+"""Checkpoints of a whole training state: asynchronous, atomic, with checksums, readable on any mesh.
 
 The only file that knows Orbax. A checkpoint is a folder named by its step with two items: `state`, the arrays as a
-nested dictionary of their paths (so that a part can be read without the rest), and `extra`, a JSON object.
+nested dictionary of their paths (so that a part can be read without the rest), and `extra`, a JSON object with the
+checksums of all arrays (`checksums.Sealed`). Whatever is read is compared with them.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,19 +20,31 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from scaling_dit import trees
-from scaling_dit.errors import UserError, nearest
+from scaling_dit import storage, trees
+from scaling_dit.checkpoints.checksums import Sealed, checksums
+from scaling_dit.checkpoints.folders import set_aside, spelled_for_orbax
+from scaling_dit.errors import StorageError, UserError, nearest
+from scaling_dit.parallel import processes
 
 # Differing paths that an error names.
 _SHOWN = 3
+# Bytes of arrays that `verify` reads at once, beside those of the run itself.
+_AT_ONCE = 2**27
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        return True
+    # What its threads log with a traceback is raised as well, once somebody waits for them.
+    return record.levelno >= logging.WARNING and not record.exc_info
 
 
 # Orbax logs every stage of every save at INFO, on the absl logger that the program itself logs to.
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
+
+
+class Damaged(UserError):
+    """A checkpoint that is incomplete, or whose arrays are not those that were saved."""
 
 
 class Checkpoints:
@@ -44,6 +59,8 @@ class Checkpoints:
       every: steps between regular saves. The newest `keep_last` at its multiples stay as well, so that saves at other
         steps, such as on SIGTERM, push none of them out.
       read_only: open a folder that another process may be writing: nothing is made or cleaned up.
+      verify_first: the first save is read back, and no older checkpoint is removed before that.
+      patience: seconds to try again while the disk or bucket refuses a save.
 
     Raises:
       UserError: if `keep_last` is under 1 or `keep_every` is negative.
@@ -57,6 +74,8 @@ class Checkpoints:
         keep_every: int = 0,
         every: int = 1,
         read_only: bool = False,
+        verify_first: bool = False,
+        patience: float = 0.0,
     ) -> None:
         if keep_last < 1 or keep_every < 0:
             raise UserError(
@@ -67,25 +86,37 @@ class Checkpoints:
         if "://" not in os.fspath(directory):
             # Orbax wants absolute paths; on gs:// this would prepend the working directory.
             self.directory = self.directory.absolute()
-        self._read_only = read_only
-        if not read_only and self.directory.exists() and jax.process_index() == 0:
-            # Saves that a kill cut short. Orbax's own option cleans in a thread that nothing waits for.
-            for unfinished in ocp.path.step.all_temporary_paths(self.directory):
-                unfinished.get().rmtree(missing_ok=True)
+        # Of several processes, one alone cannot try again.
+        self._read_only, self._patience = read_only, patience if jax.process_count() == 1 else 0.0
         policies: list[preservation_policy.PreservationPolicy] = [
             preservation_policy.LatestN(keep_last),
             preservation_policy.EveryNSteps(every, max_to_keep=keep_last),
         ]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
-            self.directory,
+        self._policy = _OnceVerified(preservation_policy.AnyPreservationPolicy(policies), not verify_first)
+        self._orbax_folder, self._close_folder = spelled_for_orbax(self.directory, make=not read_only)
+        self._remove_unfinished()
+        self._manager, self._closed = self._open(), False
+
+    def _remove_unfinished(self) -> None:
+        """Removes saves that a kill or a full disk cut short.
+
+        Orbax's own option cleans in a thread that nothing waits for.
+        """
+        if not self._read_only and self.directory.exists() and jax.process_index() == 0:
+            for unfinished in ocp.path.step.all_temporary_paths(self._orbax_folder):
+                unfinished.get().rmtree(missing_ok=True)
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._orbax_folder,
             # Named handlers let a fresh process read the metadata of a checkpoint that it did not write.
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                create=not read_only,
+                create=not self._read_only,
                 save_root_metadata=False,
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                preservation_policy=self._policy,
             ),
         )
 
@@ -95,7 +126,12 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        # What ended the block is what the user must know; a save that fails as well changes nothing about it.
+        with contextlib.suppress(Exception):
+            self.close()
 
     def all_steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending; one still being saved counts."""
@@ -106,18 +142,37 @@ class Checkpoints:
         return max(self.all_steps(), default=None)
 
     def wait(self) -> None:
-        """Block until every save is complete on disk; an error met while writing is raised here."""
-        self._manager.wait_until_finished()
+        """Block until every save is complete on disk.
+
+        Raises:
+          StorageError: the last one could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._start_anew()
+            if not storage.is_refusal(error):
+                raise
+            raise StorageError(
+                f"cannot write a checkpoint in {self.directory}: {storage.reason(error)}"
+            ) from error
 
     def close(self) -> None:
         """Wait for saves in progress, then stop the threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            if not self._closed:
+                self._manager.close()
+            self._close_folder()
 
     def save(
         self, step: int, state: Any, extra: Mapping[str, Any] | None = None, *, wait: bool = False
     ) -> bool:
         """Save in the background; returns once the arrays are copied, so they may be donated at once.
+
+        While the disk or bucket refuses, for `patience` seconds, the save is tried again. So is one that a save of an
+        earlier step, in the background, ended with an error: this step takes its place.
 
         Args:
           step: the number of updates the state has seen.
@@ -130,21 +185,75 @@ class Checkpoints:
 
         Raises:
           UserError: if opened with `read_only`.
+          StorageError: it cannot be written, or the first save cannot be read back. Older checkpoints are intact.
         """
         if self._read_only:
             raise UserError(
                 f"checkpoints in {self.directory} are open to be read only; step {step} not saved"
             )
-        new = step not in self._manager.all_steps()
-        if new:
-            items = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_nested(trees.by_path(state))),
-                extra=ocp.args.JsonSave(dict(extra or {})),
-            )
-            self._manager.save(step, args=items, force=True)
-        if wait:
+        if step in self._manager.all_steps():
+            if wait:
+                self.wait()
+            return False
+        arrays = trees.by_path(state)
+        sums = checksums(arrays)
+        named = {"/".join(path): (_kind(leaf), sums[path]) for path, leaf in arrays.items()}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_nested(arrays)),
+            extra=ocp.args.JsonSave(Sealed(dict(extra or {}), named).to_json()),
+        )
+        verify = not self._policy.verified
+
+        def write() -> None:
+            try:
+                self._open_again()
+                self._manager.save(step, args=items, force=True)
+                if wait or verify or retried:
+                    self._manager.wait_until_finished()
+            except Exception:
+                retried.append(True)
+                self._start_anew()
+                raise
+
+        retried: list[bool] = []
+        storage.patiently(write, f"checkpoint {self._folder(step)}", self._patience)
+        if verify:
+            self.verify(step, state)
+        return True
+
+    def _start_anew(self) -> None:
+        """Forgets a save that failed: its files, and what the manager of Orbax remembers of it.
+
+        If the disk refuses this too, the next save does it.
+        """
+        # Closing raises what has been raised already.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._closed = True
+        with contextlib.suppress(Exception):
+            self._open_again()
+
+    def _open_again(self) -> None:
+        if self._closed:
+            self._remove_unfinished()
+            self._manager, self._closed = self._open(), False
+
+    def verify(self, step: int, target: Any) -> None:
+        """Reads a checkpoint back, some arrays at a time, and lets older ones be removed from now on.
+
+        Raises:
+          StorageError: it is not what was saved.
+        """
+        wanted = trees.by_path(target)
+        try:
             self.wait()
-        return new
+            with self._together(step):
+                self._check_same(step, wanted)
+                for part in _parts(wanted):
+                    self._read(step, part)
+        except Damaged as error:
+            raise StorageError(f"{error}, as soon as it was written; older checkpoints are kept") from error
+        self._policy.verified = True
 
     def restore(self, step: int | None, target: Any) -> tuple[Any, dict[str, Any]]:
         """Read a whole state into the shardings of a target, whatever mesh it was written on.
@@ -157,26 +266,69 @@ class Checkpoints:
           The state, of the structure of `target`, and `extra` as it was saved.
 
         Raises:
-          UserError: if there is no such checkpoint, it is damaged, or its paths, shapes or dtypes differ.
+          UserError: if there is no such checkpoint, or its paths, shapes or dtypes differ.
+          Damaged: it cannot be read, or an array has another checksum than when it was saved.
+          StorageError: the disk or bucket refuses to be read.
         """
         step = self._existing(step)
-        wanted, saved = trees.by_path(target), trees.by_path(self._metadata(step))
-        self._check_same(step, wanted, saved)
-        return self._read(step, wanted, target)
+        wanted = trees.by_path(target)
+        with self._together(step):
+            extra = self._check_same(step, wanted)
+            arrays = self._read(step, wanted)
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), extra
+
+    def restore_newest(
+        self, target: Any, aside: epath.Path, *, strict: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
+        """`restore` of the newest checkpoint that is not damaged; newer ones are set aside, each named on stderr.
+
+        Args:
+          target: as in `restore`.
+          aside: the folder that damaged checkpoints are moved to.
+          strict: refuse a damaged one.
+
+        Raises:
+          UserError, StorageError: as `restore`.
+          Damaged: `strict`, or all of them are damaged, and then they stay where they are.
+        """
+        faults: dict[int, Damaged] = {}
+        for step in reversed(self.all_steps()):
+            try:
+                found = self.restore(step, target)
+                break
+            except Damaged as fault:
+                if strict:
+                    raise
+                faults[step] = fault
+        else:
+            if not faults:
+                self._existing(None)
+            raise Damaged(
+                f"none of the {len(faults)} checkpoints in {self.directory} can be used: {faults[max(faults)]}; put a "
+                "copy of one back, or give another --workdir"
+            )
+        for damaged, why in faults.items():
+            self.set_aside(damaged, aside, why)
+        return found
+
+    def set_aside(self, step: int, aside: epath.Path, fault: Exception) -> None:
+        """Moves a damaged checkpoint out of the way and says so, so that its step can be saved again."""
+        self.wait()
+        if jax.process_index() == 0:
+            where = set_aside(self._folder(step), aside)
+            kept = f"it is now {where}" if where else "it was removed, for this store cannot move it"
+            print(f"scaling-dit: {fault}; {kept}, and the run resumes from an older one", file=sys.stderr)
+        processes.barrier()
+        self._manager.reload()
 
     def extra(self, step: int) -> dict[str, Any]:
         """The `extra` of a checkpoint; no array is read.
 
         Raises:
-          UserError: if there is no such checkpoint or it is damaged.
+          UserError: if there is no such checkpoint.
+          Damaged, StorageError: it cannot be read.
         """
-        step = self._existing(step)
-        try:
-            return dict(
-                self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
-            )
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        return self._sealed(self._existing(step)).extra
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint for good; waits for saves in progress."""
@@ -202,7 +354,7 @@ class Checkpoints:
           The parameters, of the structure of `target`, and `extra` as it was saved.
 
         Raises:
-          UserError: as `restore`, and if there is no such average.
+          UserError, Damaged, StorageError: as `restore`, and a UserError if there is no such average.
         """
         step = self._existing(step)
         names = self.ema_names(step)
@@ -211,9 +363,9 @@ class Checkpoints:
             raise UserError(f"no EMA {ema!r} in checkpoint {self._folder(step)}; {known}")
         prefix = ("params",) if ema is None else ("emas", ema)
         wanted = {(*prefix, *path): leaf for path, leaf in trees.by_path(target).items()}
-        saved = trees.by_path(self._metadata(step))
-        self._check_same(step, wanted, {p: leaf for p, leaf in saved.items() if p[: len(prefix)] == prefix})
-        return self._read(step, wanted, target)
+        extra = self._check_same(step, wanted, prefix)
+        arrays = self._read(step, wanted)
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), extra
 
     def ema_names(self, step: int | None = None) -> list[str]:
         """The keys of `state.emas` in a checkpoint; None for the newest.
@@ -238,25 +390,65 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.directory}; there are: {steps}")
         return steps[-1] if step is None else step
 
-    def _damaged(self, step: int, error: Exception) -> UserError:
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns what Orbax raises while it reads into one line."""
+        try:
+            yield
+        except (UserError, jax.errors.JaxRuntimeError, MemoryError):
+            # Among them that the devices have no memory left: the checkpoint is not to blame.
+            raise
+        except Exception as error:
+            if storage.is_unreachable(error):
+                raise StorageError(
+                    f"cannot read checkpoint {self._folder(step)}: {storage.reason(error)}"
+                ) from error
+            raise self._damaged(step, error) from error
+
+    @contextlib.contextmanager
+    def _together(self, step: int) -> Iterator[None]:
+        """All processes find a checkpoint damaged if one of them does, which read another part of it."""
+        fault = ""
+        try:
+            yield
+        except Damaged as error:
+            if jax.process_count() == 1:
+                raise
+            fault = str(error)
+        if jax.process_count() > 1:
+            found = [text.decode() for text in processes.gather_bytes(fault.encode()) if text]
+            if found:
+                raise Damaged(found[0])
+
+    def _damaged(self, step: int, error: Exception) -> Damaged:
         # Orbax and TensorStore messages run over many lines; the first one says what was missing.
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return UserError(
-            f"checkpoint {self._folder(step)} is damaged or incomplete ({first});"
-            " delete that folder to resume from the one before it"
-        )
+        return Damaged(f"checkpoint {self._folder(step)} is damaged or incomplete ({first})")
 
     def _metadata(self, step: int) -> Any:
         self.wait()
-        try:
+        with self._reading(step):
             metadata = self._manager.item_metadata(step)["state"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        if metadata is None:
-            raise self._damaged(step, FileNotFoundError("its state cannot be read"))
-        return metadata.tree
+            if metadata is None:
+                raise FileNotFoundError("its state cannot be read")
+            return metadata.tree
 
-    def _check_same(self, step: int, wanted: Mapping[Any, Any], saved: Mapping[Any, Any]) -> None:
+    def _sealed(self, step: int) -> Sealed:
+        with self._reading(step):
+            items = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            return Sealed.from_json(self._manager.restore(step, args=items)["extra"])
+
+    def _check_same(
+        self, step: int, wanted: Mapping[Any, Any], prefix: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Makes sure that a checkpoint holds just the arrays of `wanted` below `prefix`; returns its `extra`."""
+        sealed = self._sealed(step)
+        there = {path: _kind(leaf) for path, leaf in trees.by_path(self._metadata(step)).items()}
+        if sealed.arrays is not None:
+            listed = {name: kind for name, (kind, _) in sealed.arrays.items()}
+            if listed != {"/".join(path): kind for path, kind in there.items()}:
+                raise self._damaged(step, ValueError("its state is not the one that was saved"))
+        saved = {path: kind for path, kind in there.items() if path[: len(prefix)] == prefix}
         differences = []
         for path in sorted({*wanted, *saved}):
             name = "/".join(path)
@@ -264,32 +456,62 @@ class Checkpoints:
                 differences.append(f"{name} is not in the checkpoint")
             elif path not in wanted:
                 differences.append(f"{name} is only in the checkpoint")
-            elif _kind(saved[path]) != _kind(wanted[path]):
-                differences.append(f"{name} is {_kind(saved[path])} there, {_kind(wanted[path])} here")
+            elif saved[path] != _kind(wanted[path]):
+                differences.append(f"{name} is {saved[path]} there, {_kind(wanted[path])} here")
         if differences:
             more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             raise UserError(
                 f"checkpoint {self._folder(step)} does not fit this run: {'; '.join(differences[:_SHOWN])}{more};"
                 " use the config it was written with or another workdir"
             )
+        return sealed.extra
 
-    def _read(self, step: int, wanted: Mapping[Any, Any], target: Any) -> tuple[Any, dict[str, Any]]:
-        """Arrays at the paths of `wanted`, in the structure of `target` (same leaves, same order)."""
+    def _read(self, step: int, wanted: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The arrays at the paths of `wanted`, in its shardings, compared with their checksums."""
+        sealed = self._sealed(step)
         item = _nested({path: _with_sharding(leaf) for path, leaf in wanted.items()})
         restore = ocp.args.PyTreeRestore(
             item=item,
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),
             partial_restore=True,
         )
-        try:
-            read = self._manager.restore(
-                step, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
-            )
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        arrays = trees.by_path(read["state"])
-        leaves = [arrays[path] for path in wanted]
-        return jax.tree.unflatten(jax.tree.structure(target), leaves), dict(read["extra"])
+        with self._reading(step):
+            read = self._manager.restore(step, args=ocp.args.Composite(state=restore))
+        found = trees.by_path(read["state"])
+        arrays = {path: found[path] for path in wanted}
+        if sealed.arrays is not None:
+            sums = checksums(arrays)
+            wrong = [name for path in wanted if sealed.arrays[name := "/".join(path)][1] != sums[path]]
+            if wrong:
+                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                raise self._damaged(step, ValueError(f"{wrong[0]}{more} has another checksum than was saved"))
+        return arrays
+
+
+class _OnceVerified(preservation_policy.PreservationPolicy):
+    """Keeps every checkpoint until one of this start has been read back, then what another policy keeps."""
+
+    def __init__(self, policy: preservation_policy.PreservationPolicy, verified: bool) -> None:
+        self._policy, self.verified = policy, verified
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        if not self.verified:
+            return [True] * len(checkpoints)
+        return self._policy.should_preserve(checkpoints, context=context)
+
+
+def _parts(wanted: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
+    """The leaves in groups of at most `_AT_ONCE` bytes, or one leaf."""
+    part: dict[Any, Any] = {}
+    size = 0
+    for path, leaf in wanted.items():
+        if part and size + leaf.nbytes > _AT_ONCE:
+            yield part
+            part, size = {}, 0
+        part[path] = leaf
+        size += leaf.nbytes
+    if part:
+        yield part
 
 
 def _nested(by_path: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

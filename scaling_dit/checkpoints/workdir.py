@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit import encoders, files
-from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints, Damaged
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders import Tokenizer
 from scaling_dit.encoders.subwords import NO_TOKENIZER
@@ -44,6 +44,10 @@ class Workdir(os.PathLike[str]):
         self.checkpoints = self.folder / "checkpoints"
         # Snapshots of power averages, from which others are rebuilt.
         self.ema_snapshots = self.folder / "ema_snapshots"
+        # Checkpoints that a start found damaged and moved out of the way.
+        self.damaged_checkpoints = self.folder / "damaged_checkpoints"
+        # Which process writes to the folder, while one does.
+        self.lease = self.folder / "lease.json"
         # Metrics as JSON lines, images as PNG.
         self.metrics = self.folder / "metrics"
         # The same as TensorBoard events, and profiler traces.
@@ -138,8 +142,10 @@ def tokenizer_hash(workdir: epath.PathLike, tokenizer: Tokenizer) -> str:
 
     Checkpoints hold it, because ids mean nothing to weights that were trained with others.
     """
-    kept = Workdir(workdir).tokenizer
-    return hashlib.sha256(kept.read_bytes() if kept.exists() else _tokenizer_file(tokenizer)).hexdigest()
+    run = Workdir(workdir)
+    # Without a config, a start that failed half way left it.
+    kept = run.config.exists() and run.tokenizer.exists()
+    return hashlib.sha256(run.tokenizer.read_bytes() if kept else _tokenizer_file(tokenizer)).hexdigest()
 
 
 def _tokenizer_file(tokenizer: Tokenizer) -> bytes:
@@ -186,23 +192,31 @@ def check_resumed_weights(workdir: epath.PathLike, frozen_hash: str, tokenizer: 
     if not folder.exists():
         return
     with Checkpoints(folder, read_only=True) as store:
-        step = store.latest_step()
-        if step is not None:
-            extra = store.extra(step)
+        for step in reversed(store.all_steps()):
+            try:
+                extra = store.extra(step)
+            except Damaged:
+                # The run resumes from an older one.
+                continue
             check_frozen(frozen_hash, extra, str(store.directory))
             check_tokenizer(tokenizer, extra, str(store.directory))
+            return
 
 
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:
     """Writes a run's tokenizer and config to its workdir; the first process does.
 
-    The tokenizer is written once. The config is written at each start, for some of its sections may change between
-    starts, and last, so that a folder with a config has everything else.
+    The tokenizer is written once, and anew where no config says that the one found is a run's. The config is written
+    at each start, for some of its sections may change between starts, and last, so that a folder with a config has
+    everything else.
+
+    Raises:
+      StorageError: the disk or bucket refuses.
     """
     if jax.process_index() != 0:
         return
     run = Workdir(workdir)
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not run.tokenizer.exists():
+    if not (run.config.exists() and run.tokenizer.exists()):
         files.write_whole(run.tokenizer, _tokenizer_file(tokenizer))
     files.write_whole(run.config, config_lib.to_json(config).encode())

@@ -4,11 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 
-from scaling_dit.errors import UserError
+from scaling_dit import signals, storage
+from scaling_dit.errors import StorageError, UserError
 
 PROGRAM = "scaling-dit"
 # A verb returns its other codes itself, see `training.loop.main`.
-USER_ERROR, INTERRUPTED = UserError.exit_code, 130
+USER_ERROR, INTERRUPTED = UserError.exit_code, signals.INTERRUPTED
+# Errors of jax that say what a device refused, under the names of its versions.
+_OF_DEVICES = ("JaxRuntimeError", "XlaRuntimeError")
 
 
 def report_errors(run: Callable[[], int]) -> int:
@@ -20,6 +23,9 @@ def report_errors(run: Callable[[], int]) -> int:
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         # `| head` has closed the pipe: nobody reads the rest, nor what Python flushes when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -27,7 +33,17 @@ def report_errors(run: Callable[[], int]) -> int:
     except OSError as error:
         # A path that cannot be read or written.
         print(f"{PROGRAM}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return StorageError.exit_code if storage.is_fault(error) else USER_ERROR
+    except Exception as error:
+        # The client of a bucket, or devices without memory, whose kinds of errors are not imported here.
+        if storage.is_fault(error):
+            print(f"{PROGRAM}: error: {storage.reason(error)}", file=sys.stderr)
+            return StorageError.exit_code
+        if type(error).__name__ in _OF_DEVICES and "RESOURCE_EXHAUSTED" in str(error):
+            first = str(error).splitlines()[0][:200]
+            print(
+                f"{PROGRAM}: error: the devices have no memory for this ({first}); lower the batch",
+                file=sys.stderr,
+            )
+            return USER_ERROR
+        raise

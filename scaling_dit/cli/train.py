@@ -49,18 +49,21 @@ class Train(Verb):
         "folder of the run, local or gs://; a run found there is resumed, and needs no --config",
         required=True,
     )
+    strict: bool = flag(
+        "refuse a damaged checkpoint; by default it is set aside and the run resumes from an older one", False
+    )
     processes: Processes = group(Processes)
 
     def run(self) -> int:
         """Trains, and returns the exit codes of `training.loop.main`."""
-        # Before the slow imports, for goodput.
-        began = time.time()
+        # Before the slow imports, for goodput. This clock is never set.
+        began = time.perf_counter()
         config = self._config()
 
         def train() -> int:
             from scaling_dit.training.loop import main
 
-            return main(config, self.workdir, began)
+            return main(config, self.workdir, time.time() - (time.perf_counter() - began), strict=self.strict)
 
         return self.processes.run_together(train, lambda: config.processes, self.command)
 

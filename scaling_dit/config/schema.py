@@ -243,6 +243,11 @@ SECTIONS: dict[str, Section] = {
             "keep_every": Field(
                 0, "also keep each checkpoint at a multiple of so many steps; 0 = none", FROM_0
             ),
+            "retry": Field(
+                60.0,
+                "seconds to try again while the disk or bucket refuses to be written; then exit code 74",
+                FROM_0,
+            ),
             "ema_every": Field(
                 100, "steps between snapshots of the averages of optim.ema_power, all of them kept", COUNT
             ),

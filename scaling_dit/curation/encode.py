@@ -28,7 +28,7 @@ from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources.image_files import ImageFileSource, RawSample, key_hash
 from scaling_dit.encoders.codec import Codec
-from scaling_dit.errors import UserError
+from scaling_dit.errors import StorageError
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
 
@@ -292,12 +292,12 @@ class _Writers:
 
     @contextlib.contextmanager
     def _write_errors(self, file: str) -> Iterator[None]:
-        """Raises an error of ArrayRecord as a UserError that names the file."""
+        """Raises an error of ArrayRecord as a StorageError that names the file."""
         try:
             yield
         # ArrayRecord raises a RuntimeError for every fault, a full disk included.
         except RuntimeError as error:
             why = str(error).split(";")[0]
-            raise UserError(
+            raise StorageError(
                 f"cannot write {self._out / file}: {why}; files finished before are whole"
             ) from None

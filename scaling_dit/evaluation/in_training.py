@@ -1,8 +1,10 @@
 """The evaluations of a run while it trains: validation loss, a captioned sample grid, and metrics on few prompts."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -19,6 +21,17 @@ from scaling_dit.monitor.grid import captioned_grid
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
+
+
+class _Ended(Exception):
+    """Evaluations end before they are complete."""
+
+
+def _until(stop: Callable[[], bool], images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for batch in images:
+        if stop():
+            raise _Ended
+        yield batch
 
 
 class InTraining:
@@ -59,8 +72,22 @@ class InTraining:
         """Whether the config asks for an evaluation at this step: every so many, and at the end."""
         return bool(self._config.eval.every) and self._at(step, self._config.eval.every)
 
-    def write(self, writer: Any, step: int, state: TrainState, frozen: Params) -> None:
-        """Runs every evaluation that is due on `state` and hands the results to the run's writer."""
+    def write(
+        self,
+        writer: Any,
+        step: int,
+        state: TrainState,
+        frozen: Params,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Runs every evaluation that is due on `state` and hands the results to the run's writer.
+
+        Args:
+          stop: asked between batches; once it is true the evaluations end.
+
+        Returns:
+          False if `stop` ended them; then nothing is written.
+        """
         scalars = {f"validation/{name}": value for name, value in self._loss(state.params, frozen).items()}
         params = state.params if self._ema is None else state.emas[self._ema]
         seed = self._config.seed
@@ -68,7 +95,9 @@ class InTraining:
             if self._at(step, every):
                 images = self._sampler.batches(params, frozen, prompts, seed=seed)
                 try:
-                    found = score(scoring, images, seed)[0]["scalars"]
+                    found = score(scoring, _until(stop, images), seed)[0]["scalars"]
+                except _Ended:
+                    return False
                 except Skipped as missing:
                     # Such as a judge that is out of reach for now: no reason to stop training.
                     logging.warning("metric %s is skipped at step %d: %s", scoring.name, step, missing)
@@ -79,10 +108,13 @@ class InTraining:
                         f"metric {scoring.name!r}: another metric has a scalar {twice[0]!r} as well"
                     )
                 scalars |= {f"evaluation/{name}": value for name, value in found.items()}
+        if stop():
+            return False
         grid = self._sampler(params, frozen, self._captions, seed=seed)
         writer.scalars(step, scalars)
         writer.images(step, {"samples": captioned_grid(grid, self._captions)})
         writer.flush()
+        return True
 
     def _at(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self._config.steps

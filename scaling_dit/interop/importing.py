@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit import config as config_lib
+from scaling_dit.checkpoints.lease import leased
 from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir, tokenizer_hash
@@ -29,6 +30,7 @@ from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.training import optim
 from scaling_dit.training.program import run_mesh
+from scaling_dit.training.start import take
 from scaling_dit.weights import files
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
@@ -157,7 +159,7 @@ def start_run(
 
     The config is written last: a folder with a config has everything else.
     """
-    mesh = run_mesh(config)
+    mesh, fresh = run_mesh(config), not workdir.config.exists()
     source = open_source(config)
     tokenizer = open_workdir(workdir, config, source)
     model = build_model(config, tokenizer, source)
@@ -169,7 +171,7 @@ def start_run(
     boxed, boxed_frozen = jax.eval_shape(model.init, key)
     _check_shapes(trees.by_path(loaded), trees.by_path(trees.unbox(boxed["backbone"])), model)
 
-    frozen = open_frozen(workdir.frozen, model, config.seed, mesh, boxed_frozen)
+    frozen = open_frozen(None if fresh else workdir.frozen, model, config.seed, mesh, boxed_frozen)
     placed = rules.param_shardings(mesh, boxed)
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
@@ -185,16 +187,18 @@ def start_run(
     given = {"backbone": host, **open_trained(model, mesh, boxed)}
     shardings = rules.state_shardings(mesh, jax.eval_shape(make, given), placed)
     start = jax.jit(make, out_shardings=shardings)(given)
-    with Checkpoints(workdir.checkpoints) as store:
-        hashes = {
-            "frozen_sha256": frozen_hash(frozen, *model.encoders),
-            "tokenizer_sha256": tokenizer_hash(workdir, tokenizer),
-        }
-        store.save(0, start, hashes, wait=True)
-    if described is not None and jax.process_index() == 0:
-        write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
-    save_frozen(workdir.frozen, model, frozen)
-    claim_workdir(workdir, config, tokenizer)
+    hashes = {
+        "frozen_sha256": frozen_hash(frozen, *model.encoders),
+        "tokenizer_sha256": tokenizer_hash(workdir, tokenizer),
+    }
+    with leased(workdir.lease, str(workdir)) as lease:
+        take(lease, workdir, fresh)
+        with Checkpoints(workdir.checkpoints, verify_first=True, patience=config.checkpoint.retry) as store:
+            store.save(0, start, hashes, wait=True)
+        if described is not None and jax.process_index() == 0:
+            write_whole(workdir.imported, (json.dumps(described, indent=2) + "\n").encode())
+        save_frozen(workdir.frozen, model, frozen, replace=fresh)
+        claim_workdir(workdir, config, tokenizer)
 
 
 def _check_described(config: ConfigDict, model: Model, described: Mapping[str, Any], source: str) -> None:

@@ -28,13 +28,15 @@ from scaling_dit.weights import places
 _SEPARATOR = "/"
 
 
-def open_frozen(kept: epath.Path, model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params) -> Params:
+def open_frozen(
+    kept: epath.Path | None, model: Model, seed: int, mesh: jax.sharding.Mesh, boxed: Params
+) -> Params:
     """The run's frozen weights, each in its sharding: loaded from their places or from `kept`, or initialised.
 
     Initialised ones are kept and read back, because another kind of processor computes other last bits.
 
     Args:
-      kept: the file that `save_frozen` writes; it need not exist.
+      kept: the file that `save_frozen` writes; it need not exist. None for a run that has none yet.
       model: of the run.
       seed: of the run.
       mesh: to lie on.
@@ -48,7 +50,7 @@ def open_frozen(kept: epath.Path, model: Model, seed: int, mesh: jax.sharding.Me
     for name, tree in loaded.items():
         _check_shapes(name, tree, abstract[name])
     rest = {name: tree for name, tree in abstract.items() if name not in loaded}
-    if kept.exists():
+    if kept is not None and kept.exists():
         loaded |= _read_kept(kept, rest)
     elif jax.tree.leaves(rest):
         initialise = jax.jit(
@@ -79,16 +81,19 @@ def open_trained(model: Model, mesh: jax.sharding.Mesh, boxed: Params) -> Params
     return {name: jax.tree.map(_place, tree, shardings[name]) for name, tree in loaded.items()}
 
 
-def save_frozen(path: epath.Path, model: Model, frozen: Params) -> None:
+def save_frozen(path: epath.Path, model: Model, frozen: Params, *, replace: bool = False) -> None:
     """Writes the frozen weights that were initialised, once; nothing if there are none or the file exists.
 
     All processes call it; the first one writes.
+
+    Args:
+      replace: write the file again if it exists: a start that failed half way left it.
     """
     given = _pretrained(model)
     leaves = trees.by_path({name: tree for name, tree in frozen.items() if name not in given})
     # Gathered before the file is looked for: another process may have written it by now.
     arrays: dict[str, Any] = {_SEPARATOR.join(names): _on_host(leaf) for names, leaf in leaves.items()}
-    if arrays and jax.process_index() == 0 and not path.exists():
+    if arrays and jax.process_index() == 0 and (replace or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)

@@ -20,6 +20,7 @@ Each start writes a segment of rows to a folder, with the seconds of each part s
 """
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from typing import Any, Self
 import jax
 from etils import epath
 
+from scaling_dit.errors import StorageError
 from scaling_dit.monitor.jsonl import JsonLines, read_rows
 
 START_UP, COMPILE, STEP, DATA_WAIT = "start_up", "compile", "step", "data_wait"
@@ -41,6 +43,8 @@ _LOSABLE = (STEP, DATA_WAIT)
 _COMPILE_EVENTS = "/jax/core/compile/"
 # A row is due after this share of the start's duration so far, so that the number of rows grows with its logarithm.
 _BEAT = 1 / 200
+# Seconds that two clocks may differ by without one of them having been set.
+_DRIFT = 2.0
 # Bounds on the time between rows, in seconds.
 _SHORTEST, _LONGEST = 1.0, 60.0
 
@@ -60,6 +64,7 @@ class Stopwatch:
         clock: Callable[[], float] = time.perf_counter,
         now: Callable[[], float] = time.time,
     ) -> None:
+        self._now = now
         moment = now()
         self.began = moment if began is None else min(began, moment)
         self.clock = clock
@@ -98,19 +103,26 @@ class Stopwatch:
                 for part, value in self._seconds.items()
             }
 
+    def shift(self) -> float:
+        """Seconds by which the clock of the day has been set ahead since the stopwatch began; below 0 if back."""
+        return self._now() - (self.began + sum(self.seconds().values()))
+
     def compiled(self, seconds: float) -> None:
         """Moves the seconds of a compilation that has just ended from the current part to `compile`.
 
-        jax reports nested traces from the inside out. Each second is counted once.
+        jax reports nested traces from the inside out. Each second is counted once. jax takes them from the clock of the
+        day, which may be set meanwhile: no more is moved than the part has.
         """
         if threading.get_ident() != self._thread:
             return
+        seconds = min(max(seconds, 0.0), sum(self.seconds().values()))
         end = self.clock()
         start = end - seconds
         while self._compiled and self._compiled[-1][0] >= start:
             inner = self._compiled.pop()
             seconds -= inner[1] - inner[0]
         self._compiled.append((start, end))
+        seconds = min(max(seconds, 0.0), self.seconds()[self._part])
         with self._lock:
             self._seconds[COMPILE] += seconds
             self._seconds[self._part] -= seconds
@@ -119,7 +131,8 @@ class Stopwatch:
 class Recorder:
     """A context that writes a stopwatch's rows to a folder. Only the first process writes.
 
-    A row is {"time": seconds since 1970, "began", "step", "event", "seconds": {part: seconds so far}}. Events are
+    A row is {"time": seconds since 1970, "began", "step", "event", "seconds": {part: seconds so far}, "shift": seconds
+    by which the clock was set meanwhile}. "time" is "began" and the seconds since, whatever the clock shows. Events are
     "start", "resumed", "step", "saved", "spike", "back" (to an earlier step), "done" and "stopped". A thread writes
     rows while the loop is blocked, so a killed process loses at most a minute of accounting.
     """
@@ -156,7 +169,8 @@ class Recorder:
             self._closed.set()
             self._thread.join()
             self._write("done" if kind is None else "stopped")
-            self._rows.close()
+            with contextlib.suppress(StorageError):
+                self._rows.close()
 
     def record(self, event: str, step: int) -> None:
         """Records an event at `step`. "step" rows are written only when one is due, other events always."""
@@ -191,9 +205,13 @@ class Recorder:
                 "step": self._step,
                 "event": event,
                 "seconds": _rounded(seconds),
+                "shift": round(self._watch.shift(), 3),
             }
-            self._rows.write(row)
-            self._rows.flush()
+            # Accounting ends no run: what the disk refuses is written with the next row, and metrics and checkpoints
+            # meet the same disk.
+            with contextlib.suppress(StorageError):
+                self._rows.write(row)
+                self._rows.flush()
             self._account.add(row)
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -211,7 +229,8 @@ def summary(directory: epath.PathLike) -> dict[str, Any]:
 
     Returns:
       "wall": seconds; "seconds": {part: seconds}, which sum to "wall"; "goodput": step / wall; "starts": their number;
-      "step": the last recorded one; "lost_steps". All are zero without a record.
+      "step": the last recorded one; "lost_steps"; "clock": a line for each time that the clock was set. All are zero
+      or empty without a record.
     """
     return summarise(read_rows(epath.Path(directory)))
 
@@ -235,6 +254,7 @@ class Account:
         self._last: dict[str, Any] | None = None
         self._done = _Ledger()
         self._starts = 0
+        self._clock: list[str] = []
         self._fresh = self._restart = True
 
     def start(self) -> None:
@@ -248,8 +268,14 @@ class Account:
             if before is not None:
                 for part in _MEASURED:
                     self._closed[part] += before["seconds"][part]
+                self._clock += _clock_set(before, self._starts)
+                pause = row["began"] - (before["time"] + _shift(before))
+                if pause < 0:
+                    self._clock.append(
+                        f"the clock was set back by {-pause:,.0f} s or more before start {self._starts + 1}"
+                    )
                 if before["event"] != "done":
-                    self._closed[DOWNTIME] += row["began"] - before["time"]
+                    self._closed[DOWNTIME] += max(pause, 0.0)
             self._fresh, self._starts, before = False, self._starts + 1, row
         assert before is not None
         self._done.spend({part: row["seconds"][part] - before["seconds"][part] for part in _LOSABLE})
@@ -274,7 +300,24 @@ class Account:
             "starts": self._starts,
             "step": self._done.step,
             "lost_steps": self._done.lost_steps,
+            "clock": [*self._clock, *(_clock_set(self._last, self._starts) if self._last else ())],
         }
+
+
+def _shift(row: dict[str, Any]) -> float:
+    """Seconds by which the clock was set up to a row; rows of older versions do not say."""
+    shift = row.get("shift")
+    return float(shift) if isinstance(shift, int | float) and math.isfinite(shift) else 0.0
+
+
+def _clock_set(last: dict[str, Any], start: int) -> list[str]:
+    """A line if the clock was set during a start, by its last row."""
+    shift = _shift(last)
+    if abs(shift) <= _DRIFT:
+        return []
+    return [
+        f"the clock was set {'ahead' if shift > 0 else 'back'} by {abs(shift):,.0f} s during start {start}"
+    ]
 
 
 class _Ledger:
@@ -333,7 +376,7 @@ def lines(totals: dict[str, Any]) -> list[str]:
         f"goodput {totals['goodput']:.1%} over {totals['starts']} start{'s' * (totals['starts'] != 1)}, "
         f"step {totals['step']:,}, {totals['lost_steps']:,} steps lost"
     )
-    return rows
+    return rows + totals["clock"]
 
 
 def show(directory: epath.Path) -> None:

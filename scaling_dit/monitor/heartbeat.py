@@ -22,15 +22,13 @@ from typing import Any, Self
 
 from etils import epath
 
-from scaling_dit import files
+from scaling_dit import files, signals
 
 STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
 DONE, PREEMPTED, FAILED = "done", "preempted", "failed"
 ENDED = (DONE, PREEMPTED, FAILED)
 # Seconds between two files of a process, on a local disk and in a bucket.
 LOCAL_EVERY, REMOTE_EVERY = 5.0, 30.0
-# Exit code of a run that was stopped and saved.
-_PREEMPTED_CODE = 75
 
 
 def path_of(folder: epath.Path, process: int) -> epath.Path:
@@ -87,7 +85,7 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stopped = getattr(error, "code", None) == _PREEMPTED_CODE
+        stopped = getattr(error, "code", None) in (signals.AGAIN, signals.INTERRUPTED)
         self.update(state=DONE if kind is None else PREEMPTED if stopped else FAILED)
         self._closed.set()
         self._thread.join()

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from scaling_dit import storage
 from scaling_dit.errors import UserError
 
 _SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
@@ -16,14 +17,22 @@ _SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
 class JsonLines:
     """JSON rows in `segment-NNNNN.jsonl`, one file for each start of a run; `read_rows` reads all of them.
 
-    A local segment grows line by line. Object stores cannot append, so `flush` rewrites a remote segment.
+    A local segment grows line by line. Object stores cannot append, so `flush` rewrites a remote segment. A line that
+    the disk refuses is kept and written, from where it was cut, by the next call.
 
     Args:
       directory: created if it does not exist.
       append: whether files can be appended to; true for a local directory by default.
+      patience: seconds that a call tries again while the disk or bucket refuses.
+
+    Raises:
+      StorageError: from every method, if it still refuses then.
     """
 
-    def __init__(self, directory: epath.PathLike, *, append: bool | None = None) -> None:
+    def __init__(
+        self, directory: epath.PathLike, *, append: bool | None = None, patience: float = 0.0
+    ) -> None:
+        self._patience = patience
         self.directory = epath.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         taken = [int(m[1]) for p in self.directory.iterdir() if (m := _SEGMENT.fullmatch(p.name))]
@@ -31,7 +40,9 @@ class JsonLines:
         if append is None:
             append = "://" not in os.fspath(directory)
         self._lines: list[str] = []
-        self._file = self.segment.open("a") if append else None
+        # Unbuffered: of a line that does not fit on the disk, what is written is known.
+        self._file = open(os.fspath(self.segment), "ab", buffering=0) if append else None  # noqa: SIM115
+        self._pending = b""
         # Create the file now, so that no other start takes its number.
         self.flush()
 
@@ -40,19 +51,26 @@ class JsonLines:
         if self._file is None:
             self._lines.append(line)
         else:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._pending += f"{line}\n".encode()
+            self.flush()
 
     def flush(self) -> None:
+        storage.patiently(self._flush, str(self.segment), self._patience)
+
+    def _flush(self) -> None:
         if self._file is None:
             self.segment.write_text("".join(line + "\n" for line in self._lines))
-        else:
-            self._file.flush()
+            return
+        while self._pending:
+            written = self._file.write(self._pending) or 0
+            self._pending = self._pending[written:]
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
 
 def read_rows(directory: epath.Path) -> list[list[dict[str, Any]]]:

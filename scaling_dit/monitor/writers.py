@@ -4,20 +4,23 @@ Only this file knows clu and TensorBoard. Every start of a run writes its own se
 no process renames or appends to another's file. The values of a resumed run replace those of the start that was killed.
 """
 
+import contextlib
+import functools
 import importlib
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 from etils import epath
 
-from scaling_dit import trees
+from scaling_dit import storage, trees
 from scaling_dit.monitor.grid import write_png
 from scaling_dit.monitor.jsonl import JsonLines, read_rows
 
@@ -42,6 +45,13 @@ class Writer(Protocol):
     def back_to(self, step: int) -> None:
         """Notes that the run returned to this step, which undid the updates of later steps."""
 
+    def begin(self, step: int, shown: Mapping[str, Any] | None = None) -> None:
+        """Notes that a start begins after this step; later values of earlier starts count no more.
+
+        Args:
+          shown: where what earlier starts wrote at `step` itself counts no more either, its scalars that still do.
+        """
+
     def flush(self) -> None:
         """Makes everything written so far readable by others."""
 
@@ -49,15 +59,20 @@ class Writer(Protocol):
         """Flushes and closes files."""
 
 
-def create_writer(metrics: epath.PathLike, tensorboard: epath.PathLike | None = None) -> "MultiWriter":
+def create_writer(
+    metrics: epath.PathLike, tensorboard: epath.PathLike | None = None, patience: float = 0.0
+) -> "MultiWriter":
     """The writers of a run, as a context: JSONL in the folder `metrics`, TensorBoard in the other one if it is given.
 
     Without the extra `[tensorboard]` one line on stderr names the missing module, and only JSONL is written. In all
     processes but the first the writer does nothing.
+
+    Args:
+      patience: seconds to try again while the disk or bucket refuses a row of JSONL.
     """
     if jax.process_index() != 0:
         return MultiWriter([])
-    writers: list[Writer] = [JsonlWriter(metrics)]
+    writers: list[Writer] = [JsonlWriter(metrics, patience=patience)]
     if tensorboard is not None:
         try:
             writers.append(TensorBoardWriter(tensorboard))
@@ -75,8 +90,13 @@ class MultiWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # What ended the run is what the user must know.
+        with contextlib.suppress(Exception):
+            self.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         for writer in self.writers:
@@ -98,6 +118,10 @@ class MultiWriter:
         for writer in self.writers:
             writer.back_to(step)
 
+    def begin(self, step: int, shown: Mapping[str, Any] | None = None) -> None:
+        for writer in self.writers:
+            writer.begin(step, shown)
+
     def flush(self) -> None:
         for writer in self.writers:
             writer.flush()
@@ -114,8 +138,11 @@ class JsonlWriter:
     {"back_to": step}.
     """
 
-    def __init__(self, directory: epath.PathLike, *, append: bool | None = None) -> None:
-        self._rows = JsonLines(directory, append=append)
+    def __init__(
+        self, directory: epath.PathLike, *, append: bool | None = None, patience: float = 0.0
+    ) -> None:
+        self._patience = patience
+        self._rows = JsonLines(directory, append=append, patience=patience)
         self.directory, self.segment = self._rows.directory, self._rows.segment
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -127,7 +154,8 @@ class JsonlWriter:
         names = {}
         for name, pixels in values.items():
             file = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{step:08d}.png"
-            write_png(self.directory / file, pixels)
+            path = self.directory / file
+            storage.patiently(functools.partial(write_png, path, pixels), str(path), self._patience)
             names[name] = file
         self._rows.write({"step": int(step), "images": names})
 
@@ -140,6 +168,10 @@ class JsonlWriter:
     def back_to(self, step: int) -> None:
         self._rows.write({"back_to": int(step)})
 
+    def begin(self, step: int, shown: Mapping[str, Any] | None = None) -> None:
+        # Who reads takes the newest value of a step.
+        pass
+
     def flush(self) -> None:
         self._rows.flush()
 
@@ -149,6 +181,10 @@ class JsonlWriter:
 
 class TensorBoardWriter:
     """TensorBoard events through `clu.metric_writers`.
+
+    Every start, and every return to an earlier step, begins new event files with the mark at which TensorBoard drops
+    what older files hold of the same and later steps. If the disk refuses, one line says so and nothing more is
+    written by this start; the JSON lines have everything.
 
     Raises:
       ModuleNotFoundError: if clu, tensorflow or tensorboard is missing; clu declares neither of the other two.
@@ -162,32 +198,86 @@ class TensorBoardWriter:
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
         for module in ("tensorflow", "tensorboard"):
             importlib.import_module(module)
-        metric_writers = importlib.import_module("clu.metric_writers")
-        self._writer = metric_writers.SummaryWriter(os.fspath(directory))
+        self._metric_writers = importlib.import_module("clu.metric_writers")
+        self._directory = os.fspath(directory)
+        # Opened with the first value: files that are named in the same second are read in the order of their opening.
+        self._writer: Any = None
+        self._off = False
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        self._writer.write_scalars(int(step), {name: _number(value) for name, value in values.items()})
+        numbers = {name: _number(value) for name, value in values.items()}
+        self._write(lambda writer: writer.write_scalars(int(step), numbers))
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        self._writer.write_images(int(step), values)
+        self._write(lambda writer: writer.write_images(int(step), values))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._writer.write_hparams(_plain(values))
+        self._write(lambda writer: writer.write_hparams(_plain(values)))
 
     def parameter_overview(self, params: Any) -> None:
         # TensorBoard renders text as Markdown, in which an indented block keeps a table's columns.
         indented = "\n".join("    " + line for line in overview_text(params).splitlines())
-        self._writer.write_texts(0, {"parameter_overview": indented})
+        self._write(lambda writer: writer.write_texts(0, {"parameter_overview": indented}))
 
     def back_to(self, step: int) -> None:
-        self._writer.write_texts(int(step), {"rewind": f"went back to step {int(step)}"})
+        self.begin(step)
+        self._write(
+            lambda writer: writer.write_texts(int(step), {"rewind": f"went back to step {int(step)}"})
+        )
+
+    def begin(self, step: int, shown: Mapping[str, Any] | None = None) -> None:
+        self.close()
+        # A run that begins at step 0 writes its texts there again.
+        first = step + 1 if step and shown is None else step
+        self._guard(lambda: _mark_start(self._directory, first))
+        if shown:
+            self.scalars(step, shown)
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._writer is not None:
+            self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self.flush()
-        self._writer.close()
+        def close(writer: Any) -> None:
+            writer.flush()
+            writer.close()
+
+        if self._writer is not None:
+            self._write(close)
+        self._writer = None
+
+    def _write(self, work: Callable[[Any], None]) -> None:
+        def write() -> None:
+            if self._writer is None:
+                self._writer = self._metric_writers.SummaryWriter(self._directory)
+            work(self._writer)
+
+        self._guard(write)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        if self._off:
+            return
+        try:
+            work()
+        except Exception as error:
+            if not storage.is_refusal(error):
+                raise
+            self._writer, self._off = None, True
+            print(
+                f"scaling-dit: cannot write {self._directory}: {storage.reason(error)}; TensorBoard gets nothing more "
+                "from this start, the JSON lines do",
+                file=sys.stderr,
+            )
+
+
+def _mark_start(directory: str, step: int) -> None:
+    """Writes an event file with the mark of a start, at which TensorBoard drops older events from `step` on."""
+    event_file_writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    event_pb2 = importlib.import_module("tensorboard.compat.proto.event_pb2")
+    mark = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    writer = event_file_writer.EventFileWriter(directory)
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=mark))
+    writer.close()
 
 
 def read_scalars(metrics: epath.PathLike) -> list[dict[str, Any]]:

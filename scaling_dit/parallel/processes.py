@@ -16,13 +16,13 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from scaling_dit.errors import UserError
+from scaling_dit import signals
+from scaling_dit.errors import StorageError, UserError
 from scaling_dit.parallel import rendezvous, supervise
 
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -193,10 +193,10 @@ def together(main: Callable[[], int], heartbeat: float) -> int:
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-    """Gives `reached()`, which is true once any process has received SIGTERM: save a checkpoint now and stop.
+    """Gives `reached()`, which is true once any process has received a signal: save a checkpoint now and stop.
 
-    All processes call `reached()` once a step, and it becomes true at the same call in all of them. In a run of one
-    process this context installs its own signal handler and restores the old one at its end.
+    All processes call `reached()` once a step, and it becomes true at the same call in all of them. Which signals, and
+    what a second one does, is said in `signals.py`.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -204,19 +204,43 @@ def preemption() -> Iterator[Callable[[], bool]]:
     # With several processes jax's runtime has its own handler and informs all of them.
     if jax.process_count() > 1:
         # A count of calls and not the step, because a rewind sets the step back.
-        calls = itertools.count()
-        yield lambda: bool(multihost_utils.reached_preemption_sync_point(next(calls)))
+        calls, passed_on = itertools.count(), list[int]()
+
+        def reached_by_all() -> bool:
+            # That handler knows SIGTERM only.
+            if here() and not passed_on:
+                passed_on.append(signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return bool(multihost_utils.reached_preemption_sync_point(next(calls)))
+
+        with signals.deferred(leave=(signal.SIGTERM,)) as here:
+            yield reached_by_all
         return
-    event = threading.Event()
-    # Only the main thread can set signal handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield event.is_set
-        return
-    old = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
-    try:
-        yield event.is_set
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    with signals.deferred() as reached:
+        yield reached
+
+
+def first_does(work: Callable[[], None]) -> None:
+    """Has process 0 do something; where it fails with a UserError, all processes raise it.
+
+    Raises:
+      UserError, StorageError: of process 0.
+    """
+    import jax
+
+    fault: UserError | None = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except UserError as error:
+            fault = error
+    if jax.process_count() > 1:
+        told = gather_bytes(f"{fault.exit_code} {fault}".encode() if fault else b"")[0].decode()
+        if told and fault is None:
+            code, _, text = told.partition(" ")
+            fault = StorageError(text) if int(code) == StorageError.exit_code else UserError(text)
+    if fault is not None:
+        raise fault
 
 
 def first_says(value: bool) -> bool:
@@ -259,6 +283,11 @@ def gather_numbers(row: Sequence[float]) -> list[list[float]]:
         return [list(row)]
     rows = np.asarray(multihost_utils.process_allgather(np.asarray(row, np.float32)))
     return rows.reshape(jax.process_count(), -1).tolist()
+
+
+def barrier() -> None:
+    """Returns once all processes have called it."""
+    gather_bytes(b"")
 
 
 def gather_bytes(data: bytes) -> list[bytes]:

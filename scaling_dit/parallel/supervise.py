@@ -11,9 +11,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import IO
+
+from scaling_dit import signals
 
 # Environment variable of a supervised process.
 CHILD = "SCALING_DIT_SUPERVISED"
@@ -49,7 +51,9 @@ def die_with(parent: int) -> Callable[[], None] | None:
 
 
 def run(command: Sequence[str]) -> int:
-    """Runs a command and returns its exit code. Forwards SIGTERM and SIGINT to it, and passes on its output.
+    """Runs a command and returns its exit code. Forwards SIGTERM, SIGINT and SIGHUP, and passes on its output.
+
+    A second signal, after a moment, kills the command; the exit code is then that of the first one.
 
     The exit code is LOST if another process of the run was lost, and 128 + N if signal N ended the command. If this
     process is killed, the command is killed as well.
@@ -63,21 +67,24 @@ def run(command: Sequence[str]) -> int:
         process_group=0,
         preexec_fn=die_with(parent),
     ) as child:
+        received: list[tuple[int, float]] = []
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            child.send_signal(number)
+        def pass_on(number: int) -> None:
+            received.append((number, time.monotonic()))
+            if received[-1][1] - received[0][1] > signals.SAME:
+                child.kill()
+            else:
+                child.send_signal(number)
 
-        old = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with signals.relayed(pass_on):
             assert child.stderr is not None
             dump = forward(child.stderr, sys.stderr.buffer)
             code = child.wait()
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
     if dump:
         print(f"scaling-dit: {lost_line(dump)}", file=sys.stderr)
         return LOST
+    if code < 0 and received:
+        return signals.INTERRUPTED if received[0][0] == signal.SIGINT else LOST
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""

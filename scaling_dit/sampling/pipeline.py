@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
-from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints, Damaged
 from scaling_dit.checkpoints.workdir import (
     Workdir,
     check_tokenizer,
@@ -186,6 +186,8 @@ def _read_params(
         newest = store.latest_step() if step is None else step
         try:
             return *store.restore_params(newest, target, ema=ema), int(newest or 0)
-        except UserError:
+        except UserError as error:
             if step is not None or newest is None or not store.is_gone(newest):
+                if isinstance(error, Damaged):
+                    raise Damaged(f"{error}; give an older --step, or let `train` set it aside") from error
                 raise

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from scaling_dit import files
+from scaling_dit import files, signals
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run as evaluation
@@ -258,7 +258,9 @@ class _Runner:
                     if path.exists():
                         continue
                     if preempted():
-                        raise loop.Stopped(loop.PREEMPTED, "SIGTERM: the same command resumes the study")
+                        raise loop.Stopped(
+                            signals.exit_code(), f"{signals.name()}: the same command resumes the study"
+                        )
                     _evaluate(spec, run, step, generation, scale)
                     if not path.exists():
                         raise UserError(

@@ -9,18 +9,21 @@ parameters, bit for bit, on the same machine and layout.
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
+from scaling_dit import signals, storage
+from scaling_dit.checkpoints.lease import Lease, leased
 from scaling_dit.checkpoints.posthoc_ema import Snapshots
 from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
 from scaling_dit.data.damage import damage_of
+from scaling_dit.errors import UserError
 from scaling_dit.monitor import goodput, heartbeat
 from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
 from scaling_dit.monitor.profile import Profiler
@@ -34,7 +37,7 @@ from scaling_dit.training.start import Run
 from scaling_dit.training.watching import Watcher
 
 # Exit codes; 75 is EX_TEMPFAIL: the same command resumes.
-DONE, NONFINITE, SPIKE, PREEMPTED = 0, 3, 4, 75
+DONE, NONFINITE, SPIKE, PREEMPTED = 0, 3, 4, signals.AGAIN
 
 
 class Stopped(Exception):
@@ -54,15 +57,17 @@ class Outputs(NamedTuple):
     writer: MultiWriter
     profiler: Profiler
     watcher: Watcher
+    lease: Lease
 
 
-def main(config: ConfigDict, workdir: str, began: float | None = None) -> int:
+def main(config: ConfigDict, workdir: str, began: float | None = None, *, strict: bool = False) -> int:
     """The `train` verb: `train` with exit codes.
 
-    0 done, 3 non-finite loss, 4 loss spikes beyond `config.rewind.limit`, 75 stopped by SIGTERM after saving.
+    0 done, 3 non-finite loss, 4 loss spikes beyond `config.rewind.limit`; after saving, 75 stopped by SIGTERM or
+    SIGHUP, and 130 by SIGINT.
     """
     try:
-        train(config, workdir, began=began)
+        train(config, workdir, began=began, strict=strict)
     except Stopped as stop:
         print(f"scaling-dit: {stop}", file=sys.stderr)
         return stop.code
@@ -75,6 +80,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     *,
     began: float | None = None,
+    strict: bool = False,
 ) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
@@ -83,21 +89,28 @@ def train(
       workdir: folder of the run, local or gs://; `Workdir` says what it gets.
       devices: those to train on; all by default.
       began: when the command was given, in seconds since 1970, for goodput; now by default.
+      strict: refuse a damaged checkpoint, which is set aside otherwise, and the run resumes from an older one.
 
     Returns:
       The final state, sharded over the run's mesh.
 
     Raises:
-      UserError: a mistake in the config or the data, or a workdir of another experiment.
-      Stopped: SIGTERM arrived (the state is saved), too many updates in a row were not finite, or too many spikes.
+      UserError: a mistake in the config or the data, a workdir of another experiment or of another process, or a
+        step that does not fit the devices' memory.
+      StorageError: the disk or bucket refused for `config.checkpoint.retry` seconds; the last checkpoint is intact.
+      Stopped: a signal arrived (the state is saved), too many updates in a row were not finite, or too many spikes.
     """
     watch = goodput.Stopwatch(began)
     config, folder = config_lib.resolve(config), Workdir(workdir)
     compile_cache.use(config.compile_cache, folder.compile_cache)
-    run = Run.open(config, folder, devices)
-    rewinds = rewind.read(folder.rewinds)
-    with open_outputs(run, watch) as outputs, processes.preemption() as preempted:
-        state = run_steps(run, rewinds, outputs, watch, preempted)
+    with leased(folder.lease, str(folder)) as lease, memory_explained(config):
+        if processes.first_says(folder.folder.exists()):
+            # Now, and not after minutes of building; a start that fails in a new folder leaves no trace.
+            processes.first_does(lease.acquire)
+        run = Run.open(config, folder, devices, lease)
+        rewinds = rewind.read(folder.rewinds)
+        with open_outputs(run, watch, lease) as outputs, processes.preemption() as preempted:
+            state = run_steps(run, rewinds, outputs, watch, preempted, strict=strict)
     goodput.show(folder.goodput)
     return state
 
@@ -108,6 +121,8 @@ def run_steps(
     outputs: Outputs,
     watch: goodput.Stopwatch,
     preempted: Callable[[], bool],
+    *,
+    strict: bool = False,
 ) -> TrainState:
     """Resumes a run and trains it to `config.steps`.
 
@@ -117,13 +132,16 @@ def run_steps(
       outputs: open ones of the run.
       watch: the stopwatch of this start.
       preempted: whether the run must stop at this step; all processes get the same answer.
+      strict: as in `train`.
 
     Raises:
-      UserError, Stopped: as `train`.
+      UserError, StorageError, Stopped: as `train`.
     """
     config, mesh, evaluator = run.config, run.program.mesh, run.evaluator
-    recorder, store, snapshots, writer, profiler, watcher = outputs
-    state, spikes, loader = run.begin(store, rewinds)
+    recorder, store, snapshots, writer, profiler, watcher, _ = outputs
+    # Several processes agree on where they stop once a step.
+    interrupted = preempted if jax.process_count() == 1 else lambda: False
+    state, spikes, loader = run.begin(store, rewinds, strict=strict)
     step = int(state.step)
     snapshots.back_to(step)
     recorder.record("resumed", step)
@@ -131,9 +149,10 @@ def run_steps(
     if step == 0 and config.rewind.factor:
         # So that the first spikes have a checkpoint to go back to.
         store.save(step, state, run.extra(rewinds, spikes))
-    open_metrics(run, outputs, state, rewinds)
-    if step and evaluator.due(step) and processes.first_says(not evaluated(run.workdir, step)):
-        # The last start was killed between saving and evaluating.
+    # The last start was killed between saving and evaluating.
+    again = step > 0 and evaluator.due(step) and processes.first_says(not evaluated(run.workdir, step))
+    open_metrics(run, outputs, state, rewinds, again)
+    if again:
         with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
             evaluator.write(writer, step, state, run.frozen)
 
@@ -174,44 +193,75 @@ def run_steps(
                 loader.close()
                 # The restored state needs their memory.
                 del state, metrics
-                state, spikes, loader = run.begin(store, rewinds)
+                state, spikes, loader = run.begin(store, rewinds, strict=strict)
                 step = int(state.step)
                 for record in (snapshots, writer, progress):
                     record.back_to(step)
                 recorder.record("back", step)
             continue
         if save:
-            with watch.part(CHECKPOINT), watcher.during(heartbeat.SAVING):
-                # No checkpoint may be ahead of snapshots or metrics: steps before it are not run again.
-                snapshots.wait()
-                writer.flush()
-                store.save(step, state, run.extra(rewinds, spikes), wait=last or stop)
-            recorder.record("saved", step)
+            save_state(run, outputs, watch, state, run.extra(rewinds, spikes), wait=last or stop)
         if stop and not last:
-            raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command resumes from there")
+            raise stopped(step)
         if evaluator.due(step):
             with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
-                evaluator.write(writer, step, state, run.frozen)
+                complete = evaluator.write(writer, step, state, run.frozen, interrupted)
+            if not complete:
+                save_state(run, outputs, watch, state, run.extra(rewinds, spikes), wait=True)
+                raise stopped(step)
     watch.switch(OTHER)
     progress.close()
     loader.close()
     return state
 
 
+def save_state(
+    run: Run,
+    outputs: Outputs,
+    watch: goodput.Stopwatch,
+    state: TrainState,
+    extra: dict[str, Any],
+    *,
+    wait: bool,
+) -> None:
+    """Saves a checkpoint, once all that must not be older than it is on disk.
+
+    Raises:
+      StorageError: the disk or bucket refuses, or the workdir is gone.
+      UserError: another process has taken the workdir over.
+    """
+    step = int(state.step)
+    with watch.part(CHECKPOINT), outputs.watcher.during(heartbeat.SAVING):
+        storage.patiently(outputs.lease.check, f"to {run.workdir}", run.config.checkpoint.retry)
+        # No checkpoint may be ahead of snapshots or metrics: steps before it are not run again.
+        outputs.snapshots.wait()
+        outputs.writer.flush()
+        outputs.store.save(step, state, extra, wait=wait)
+    outputs.recorder.record("saved", step)
+
+
+def stopped(step: int) -> Stopped:
+    """The end of a run that a signal asked for, after saving."""
+    return Stopped(
+        signals.exit_code(), f"{signals.name()}: saved step {step}; the same command resumes from there"
+    )
+
+
 @contextlib.contextmanager
-def open_outputs(run: Run, watch: goodput.Stopwatch) -> Iterator[Outputs]:
+def open_outputs(run: Run, watch: goodput.Stopwatch, lease: Lease) -> Iterator[Outputs]:
     """Opens all outputs of a run and closes them however it ends."""
     config, folder = run.config, run.workdir
+    tensorboard = folder.tensorboard if config.log.tensorboard else None
     with (
         goodput.Recorder(folder.goodput, watch) as recorder,
         open_checkpoints(run) as store,
         Snapshots(folder.ema_snapshots, config) as snapshots,
-        create_writer(folder.metrics, folder.tensorboard if config.log.tensorboard else None) as writer,
+        create_writer(folder.metrics, tensorboard, config.checkpoint.retry) as writer,
         Profiler(folder.tensorboard, config.log.profile) as profiler,
         damage_listed(run),
         watching.watch(run, recorder) as watcher,
     ):
-        yield Outputs(recorder, store, snapshots, writer, profiler, watcher)
+        yield Outputs(recorder, store, snapshots, writer, profiler, watcher, lease)
 
 
 def open_checkpoints(run: Run) -> Checkpoints:
@@ -220,7 +270,12 @@ def open_checkpoints(run: Run) -> Checkpoints:
     # A rewind goes back to a regular checkpoint, so that signals do not change where it goes.
     every = keep.every if run.config.rewind.factor else 1
     return Checkpoints(
-        run.workdir.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, every=every
+        run.workdir.checkpoints,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        every=every,
+        verify_first=True,
+        patience=keep.retry,
     )
 
 
@@ -229,20 +284,54 @@ def damage_listed(run: Run) -> Iterator[None]:
     """Lists the damaged records met, however the run ends: one of them may have ended it."""
     try:
         yield
-    finally:
-        damage_of(run.source).save(run.workdir.damaged, jax.process_index())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            save_damage(run, 0.0)
+        raise
+    save_damage(run, run.config.checkpoint.retry)
 
 
-def open_metrics(run: Run, outputs: Outputs, state: TrainState, rewinds: Sequence[Rewind]) -> None:
+def save_damage(run: Run, patience: float) -> None:
+    """Lists the damaged records met so far."""
+    path, process = run.workdir.damaged, jax.process_index()
+    storage.patiently(lambda: damage_of(run.source).save(path, process), str(path), patience)
+
+
+@contextlib.contextmanager
+def memory_explained(config: ConfigDict) -> Iterator[None]:
+    """Turns an error of devices without memory into one line that says what makes a step smaller."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"the devices have no memory for a step of batch {config.batch} ({first}); raise config.optim.accumulate "
+            f"(now {config.optim.accumulate}), set config.backbone.remat where the backbone has it, or spread it over "
+            "more devices; `scaling-dit plan` shows what fits"
+        ) from error
+
+
+def open_metrics(
+    run: Run, outputs: Outputs, state: TrainState, rewinds: Sequence[Rewind], again: bool
+) -> None:
     """Begins the metrics of a start: writes a new run's config and parameters, or where a resumed one goes back to.
 
-    The decisions for the devices of this start are printed, for they may differ from start to start.
+    If the evaluation of the step is made `again`, what the last start wrote of it counts no more. The decisions for
+    the devices of this start are printed, for they may differ from start to start.
     """
     step, writer = int(state.step), outputs.writer
     decisions = {**run.program.decisions, **outputs.watcher.decisions()}
     if jax.process_index() == 0:
         for name, decided in decisions.items():
             print(f"scaling-dit: {name}: {decided}", file=sys.stderr)
+    shown = None
+    if again:
+        row = next((row for row in read_metrics(run.workdir) if row["step"] == step), {})
+        made_again = ("step", "validation/", "evaluation/")
+        shown = {name: value for name, value in row.items() if not name.startswith(made_again)}
+    writer.begin(step, shown)
     if step == 0:
         writer.hparams(config_lib.flatten(run.config) | decisions)
         writer.parameter_overview(state.params)
@@ -267,7 +356,7 @@ def write_log(
     damage = damage_of(run.source)
     if met := damage.check(processes.total(damage.counts())):
         writer.scalars(step, met)
-        damage.save(run.workdir.damaged, jax.process_index())
+        save_damage(run, run.config.checkpoint.retry)
     progress.update(step, loss=values["loss"])
 
 
@@ -293,7 +382,8 @@ def record_rewind(run: Run, store: Checkpoints, spike: Spike, rewinds: Sequence[
             SPIKE, f"{found}, and no checkpoint is {settings.back} steps older; lower config.rewind.back"
         )
     if jax.process_index() == 0:
-        rewind.write(run.workdir.rewinds, [*rewinds, new])
+        path = run.workdir.rewinds
+        storage.patiently(lambda: rewind.write(path, [*rewinds, new]), str(path), run.config.checkpoint.retry)
         print(
             f"scaling-dit: {found}: back to step {new.to}, without data steps {new.data_from} to {new.data_to - 1}",
             file=sys.stderr,

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from scaling_dit import storage
+from scaling_dit.checkpoints.lease import Held, Lease
 from scaling_dit.checkpoints.state import TrainState, start_from
-from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.store import Checkpoints, Damaged
 from scaling_dit.checkpoints.workdir import (
     Workdir,
     check_resumed_weights,
@@ -27,7 +29,7 @@ from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.codec_identity import check_source
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
-from scaling_dit.parallel import rules
+from scaling_dit.parallel import processes, rules
 from scaling_dit.training import rewind
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
@@ -63,17 +65,26 @@ class Run:
     evaluator: InTraining
 
     @classmethod
-    def open(cls, config: ConfigDict, workdir: Workdir, devices: Sequence[jax.Device] | None = None) -> Self:
+    def open(
+        cls,
+        config: ConfigDict,
+        workdir: Workdir,
+        devices: Sequence[jax.Device] | None = None,
+        lease: Lease | None = None,
+    ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
         Args:
           config: of the run, resolved.
           workdir: of the run, new or its own.
           devices: those to train on; all by default.
+          lease: of the workdir, taken before the first write.
 
         Raises:
-          UserError: a mistake in the config or the data, or a workdir of another experiment.
+          UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
+          StorageError: the disk or bucket refuses to be written.
         """
+        fresh = not workdir.config.exists()
         mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         # A microbatch must split over the devices as well.
@@ -84,14 +95,20 @@ class Run:
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
-        frozen = open_frozen(workdir.frozen, model, config.seed, mesh, program.boxed_frozen)
+        kept = None if fresh else workdir.frozen
+        frozen = open_frozen(kept, model, config.seed, mesh, program.boxed_frozen)
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config)
         digest = frozen_hash(frozen, *model.encoders)
         words = tokenizer_hash(workdir, tokenizer)
         check_resumed_weights(workdir, digest, words)
-        save_frozen(workdir.frozen, model, frozen)
-        claim_workdir(workdir, config, tokenizer)
+        take(lease, workdir, fresh)
+
+        def claim() -> None:
+            save_frozen(workdir.frozen, model, frozen, replace=fresh)
+            claim_workdir(workdir, config, tokenizer)
+
+        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
         return cls(
             config=config,
             workdir=workdir,
@@ -105,20 +122,32 @@ class Run:
             evaluator=evaluator,
         )
 
-    def begin(self, store: Checkpoints, rewinds: Sequence[Rewind]) -> tuple[TrainState, SpikeDetector, Any]:
-        """(state, spike detector, loader) of the newest checkpoint that `rewinds` leave, else of step 0.
+    def begin(
+        self, store: Checkpoints, rewinds: Sequence[Rewind], *, strict: bool = False
+    ) -> tuple[TrainState, SpikeDetector, Any]:
+        """(state, spike detector, loader) of the newest sound checkpoint that `rewinds` leave, else of step 0.
+
+        Args:
+          strict: refuse a damaged checkpoint, which is set aside otherwise.
 
         Raises:
-          UserError: a checkpoint that is damaged, of another run, or trained with other frozen weights.
+          UserError: a checkpoint of another run, or trained with other frozen weights; damage, as `restore_newest`.
+          StorageError: the disk or bucket refuses to be read.
         """
         for step in store.all_steps() if rewinds else ():
-            if rewind.is_void(step, store.extra(step).get("rewinds", 0), rewinds):
+            try:
+                before = store.extra(step).get("rewinds", 0)
+            except Damaged:
+                # Met again below, if it is newer than all sound ones.
+                continue
+            if rewind.is_void(step, before, rewinds):
                 store.remove(step)
         config, extra = self.config, dict[str, Any]()
         if store.latest_step() is None:
             state = self.fresh_state()
         else:
-            state, extra = store.restore(None, self.program.state)
+            aside = self.workdir.damaged_checkpoints
+            state, extra = store.restore_newest(self.program.state, aside, strict=strict)
             check_frozen(self.frozen_hash, extra, str(store.directory))
             check_tokenizer(self.tokenizer_hash, extra, str(store.directory))
         loader = make_loader(
@@ -148,3 +177,24 @@ class Run:
             "rewinds": len(rewinds),
             "losses": spikes.recent,
         }
+
+
+def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:
+    """Takes the lease of a workdir in the first process, unless it has it already; all processes call it.
+
+    Args:
+      fresh: whether the folder held no run when this start looked.
+
+    Raises:
+      UserError: another process has the lease, or began a run there meanwhile.
+    """
+
+    def acquire() -> None:
+        if lease is not None:
+            lease.acquire()
+        if fresh and workdir.config.exists():
+            raise Held(
+                f"another process began a run in {workdir} meanwhile; if it is this run, the same command resumes it"
+            )
+
+    processes.first_does(acquire)

@@ -179,3 +179,57 @@ def test_lines_show_seconds_and_shares():
     assert ["step", "75.0", "75.0%"] in [line.split() for line in printed]
     assert ["wall", "time", "100.0", "100.0%"] in [line.split() for line in printed]
     assert printed[-1] == "goodput 75.0% over 1 start, step 50, 0 steps lost"
+
+
+@pytest.mark.parametrize("back", [5.0, 3600.0, 1e9])
+def test_a_clock_set_back_between_starts_gives_no_negative_time(back):
+    first = [row(10, None, "start", 0.0, start_up=10), row(30, 4, "stopped", 0.0, start_up=10, step=20)]
+    second = [row(30 - back, None, "start", 30 - back), row(40 - back, 8, "done", 30 - back, step=10)]
+    found = summarise([first, second])
+    assert found["seconds"][DOWNTIME] == 0 and min(found["seconds"].values()) >= 0
+    assert found["wall"] == sum(found["seconds"].values()) == 40
+    assert found["clock"] == [f"the clock was set back by {back:,.0f} s or more before start 2"]
+    assert goodput.lines(found)[-1] == found["clock"][0]
+
+
+@pytest.mark.parametrize("shift", [-7200.0, -30.0, 3600.0])
+def test_a_clock_set_while_a_run_trains_is_taken_out_of_the_downtime(shift):
+    first = [row(10, None, "start", 0.0, start_up=10), row(30, 4, "stopped", 0.0, start_up=10, step=20)]
+    first[-1]["shift"] = shift
+    # Twelve seconds later, by the clock as it is now.
+    second = [row(42 + shift, None, "start", 42 + shift)]
+    found = summarise([first, second])
+    assert found["seconds"][DOWNTIME] == pytest.approx(12)
+    way = "ahead" if shift > 0 else "back"
+    assert found["clock"] == [f"the clock was set {way} by {abs(shift):,.0f} s during start 1"]
+
+
+def test_a_stopwatch_notices_that_the_clock_was_set():
+    clock = Clock()
+    day = [0.0]
+    watch = Stopwatch(clock=clock, now=lambda: clock.now + day[0])
+    clock.now += 5
+    assert watch.shift() == 0
+    day[0] = -3600.0
+    clock.now += 5
+    assert watch.shift() == -3600 and sum(watch.seconds().values()) == 10
+
+
+@pytest.mark.parametrize("reported", [-3600.0, 3600.0, 1e9])
+def test_a_compilation_measured_by_a_clock_that_was_set(reported):
+    clock = Clock()
+    clock.watch.switch(STEP)
+    clock.now += 4
+    clock.watch.compiled(reported)
+    seconds = clock.watch.seconds()
+    assert min(seconds.values()) >= 0 and sum(seconds.values()) == 4
+
+
+def test_accounting_that_the_disk_refuses_ends_nothing_and_is_written_later(tmp_path, monkeypatch):
+    with Recorder(tmp_path, Stopwatch()) as recorder:
+        flush = recorder._rows._flush
+        monkeypatch.setattr(recorder._rows, "_flush", lambda: (_ for _ in ()).throw(OSError(28, "full")))
+        recorder.record("saved", 3)
+        monkeypatch.setattr(recorder._rows, "_flush", flush)
+    steps = [line["step"] for line in map(json.loads, recorder._rows.segment.read_text().splitlines())]
+    assert 3 in steps

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scaling_dit.errors import UserError
+from scaling_dit import storage
+from scaling_dit.errors import StorageError, UserError
 from scaling_dit.monitor import writers
 from scaling_dit.monitor.writers import JsonlWriter, create_writer, read_scalars
 from tests.support.paths import ROOT
@@ -178,6 +179,29 @@ def test_importing_the_writers_loads_no_tensorflow():
     )
 
 
+STARTS = """
+    import sys
+    from scaling_dit.monitor.writers import TensorBoardWriter
+    folder = sys.argv[1] + "/starts"
+    def start(begin, steps, **options):
+        writer = TensorBoardWriter(folder)
+        writer.begin(begin, **options)
+        for step in steps:
+            writer.scalars(step, {"loss": float(100 * number + step)})
+        writer.flush()
+        return writer
+    # Killed at 6 after a save at 4; killed again before it saved; evaluated again at 8; went back to 6.
+    for number, (begin, steps, options) in enumerate(
+        [(0, range(1, 7), {}), (4, range(5, 8), {}), (4, range(5, 9), {}), (8, (9, 10), {"shown": {"loss": 208.0}})]
+    ):
+        writer = start(begin, steps, **options)
+    number = 4
+    writer.back_to(9)
+    writer.scalars(10, {"loss": 410.0})
+    writer.close()
+"""
+
+
 TENSORBOARD = """
     import sys
     import jax.numpy as jnp, numpy as np
@@ -191,6 +215,22 @@ TENSORBOARD = """
 """
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder that both scripts wrote to, in one process of its own: TensorFlow takes seconds to load."""
+    folder = tmp_path_factory.mktemp("written")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TENSORBOARD) + textwrap.dedent(STARTS), folder],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    # It must load without a word on either stream.
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
 @pytest.fixture
 def tensorboard_apart():
     """What a test imports of TensorBoard is forgotten after it, so that a later one may import it with TensorFlow."""
@@ -201,23 +241,13 @@ def tensorboard_apart():
 
 
 @pytest.mark.usefixtures("tensorboard_apart")
-def test_tensorboard_reads_back_what_was_written(tmp_path, monkeypatch):
-    # In a process of its own: TensorFlow is loaded, and must load without a word on either stream.
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TENSORBOARD), tmp_path],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
+def test_tensorboard_reads_back_what_was_written(written, monkeypatch):
     # TensorBoard's own switch to read without TensorFlow, which this process then need not load.
     monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata
 
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(written / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
     tensors = {
         tag: [(event.step, event.tensor_proto) for event in events.Tensors(tag)]
@@ -240,4 +270,57 @@ def test_tensorboard_reads_back_what_was_written(tmp_path, monkeypatch):
     assert start.hparams["backbone.name"].string_value == "uvit"
     assert start.hparams["seed"].number_value == 1
     assert start.hparams["ema"].string_value == "(0.9, 0.99)"
-    assert [row["step"] for row in read_scalars(tmp_path / "metrics")] == [10, 20]
+    assert [row["step"] for row in read_scalars(written / "metrics")] == [10, 20]
+
+
+def test_a_line_that_the_disk_cuts_is_completed(tmp_path, monkeypatch):
+    """Half of a row, then nothing, then again: what is read has each row once."""
+    writer = JsonlWriter(tmp_path, patience=5)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    real, script = writer._rows._file, [3, OSError(28, "No space left on device"), 1, OSError(28, "full")]
+
+    class Disk:
+        def write(self, data):
+            now = script.pop(0) if script else len(data)
+            if isinstance(now, OSError):
+                raise now
+            return real.write(data[:now])
+
+        def close(self):
+            real.close()
+
+    writer._rows._file = Disk()
+    writer.scalars(1, {"loss": 1.0})
+    writer.scalars(2, {"loss": 0.5})
+    writer.close()
+    assert not script
+    assert read_scalars(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+
+
+def test_a_disk_that_stays_full_is_a_fault_of_storage(tmp_path, monkeypatch):
+    writer = JsonlWriter(tmp_path)
+    monkeypatch.setattr(
+        writer._rows, "_flush", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(StorageError, match=r"cannot write .*segment-00001.jsonl: No space left on device"):
+        writer.scalars(1, {"loss": 1.0})
+
+
+def test_an_error_that_ends_the_run_is_not_hidden_by_closing(tmp_path, monkeypatch):
+    with pytest.raises(KeyError), create_writer(tmp_path / "metrics") as writer:
+        monkeypatch.setattr(
+            writer.writers[0], "close", lambda: (_ for _ in ()).throw(StorageError("the disk is full"))
+        )
+        raise KeyError
+
+
+@pytest.mark.usefixtures("tensorboard_apart")
+def test_tensorboard_shows_each_step_once(written, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    from tensorboard.backend.event_processing import plugin_event_accumulator
+
+    shown = plugin_event_accumulator.EventAccumulator(str(written / "starts")).Reload()
+    events = shown.Tensors("loss")
+    assert [event.step for event in events] == list(range(1, 11))
+    values = [np.frombuffer(event.tensor_proto.tensor_content, np.float32).item() for event in events]
+    assert values == [1, 2, 3, 4, 205, 206, 207, 208, 309, 410]

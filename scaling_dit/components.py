@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import os
 import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -85,7 +86,7 @@ class Registry:
                 raise UserError(
                     f"{self.what} {name!r}: field {argument!r} needs a default, so that a config can show it"
                 )
-        return {argument: default for argument, default in arguments.items() if _is_plain(default)}
+        return {argument: default for argument, default in arguments.items() if is_plain(default)}
 
     def create(self, name: str, given: Mapping[str, Any], **filled: Any) -> Any:
         """A component from the given arguments, in which lists are taken as tuples, and those that the program fills.
@@ -126,14 +127,16 @@ class Registry:
             raise UserError(f"unknown {self.what} {name!r}; {hint}{own}")
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        # A file may leave by sys.exit, too.
+        except (Exception, SystemExit) as error:
             # A fault of the library.
             if name in self.known:
                 raise
             missing = isinstance(error, ModuleNotFoundError) and error.name
             if missing and f"{module_name}.".startswith(f"{missing}."):
                 raise UserError(
-                    f"{self.what} {name!r}: no module {missing!r} on the Python path; {hint}"
+                    f"{self.what} {name!r}: no module {missing!r} in {os.getcwd()} or elsewhere on the Python path; "
+                    f"start from the folder that holds it, or add that to PYTHONPATH; {hint}"
                 ) from None
             raise UserError(
                 f"{self.what} {name!r}: importing {module_name} failed at {_place(error)}: "
@@ -181,13 +184,31 @@ class Seam:
         """
         return self._registry.fields(name) if self.is_own(name) else {}
 
-    def create(self, name: str, fields: Mapping[str, Any], **filled: Any) -> Any:
-        """A part of a user's own, not checked yet.
+    def create(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        built_in: Callable[[], Any],
+        check: Callable[[Any, str], None],
+        **filled: Any,
+    ) -> Any:
+        """The part that the field names: a built-in one, or a user's own made of its fields and checked.
+
+        Args:
+          name: what the field names.
+          fields: of a user's own.
+          built_in: gives the built-in part of this name.
+          check: raises UserError where a user's own is not as its protocol says, given it and its name for the line.
+          filled: arguments that the program gives to a user's own.
 
         Raises:
-          UserError: as `Registry.create`, and whatever its constructor raises, in one line.
+          UserError: as `Registry.create`, and whatever the constructor or `check` raises, in one line.
         """
-        return self._registry.create(name, fields, **filled)
+        if not self.is_own(name):
+            return built_in()
+        part = self._registry.create(name, fields, **filled)
+        check(part, self.where(name))
+        return part
 
     @property
     def _registry(self) -> Registry:
@@ -205,7 +226,7 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"{what} raised {type(error).__name__}: {first} ({_place(error)})") from error
 
@@ -246,7 +267,7 @@ def describe(thing: Any) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
-def _place(error: Exception) -> str:
+def _place(error: Exception | SystemExit) -> str:
     """File and line of the code that raised an error, outside of installed packages if some of it is."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
@@ -269,7 +290,8 @@ def _is_value(value: Any) -> bool:
     return not isinstance(value, types.ModuleType)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is one that a field can have: a number, text, True, False or None, or a tuple of these."""
     if isinstance(value, tuple | list):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)

@@ -47,6 +47,8 @@ Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
 Extras = Mapping[str, jax.Array]
 Shape = tuple[int, ...]
 
+# Far beyond any that was trained: a slip of the keys, which would be built for hours.
+_LARGEST = {"hidden": 2**17, "depth": 1000, "heads": 2**12}
 _TRANSFORMER_SIZE = re.compile(r"h(\d+)-d(\d+)-n(\d+)")
 
 
@@ -193,6 +195,8 @@ def transformer_size(
     for field in ("hidden", "depth", "heads"):
         if not isinstance(row.get(field), int) or row[field] < 1:
             raise UserError(f"{field} must be a positive integer, got {row.get(field)!r} (size={size!r})")
+        if row[field] > _LARGEST[field]:
+            raise UserError(f"{field} must be at most {_LARGEST[field]}, got {row[field]} (size={size!r})")
     if row["hidden"] % row["heads"]:
         raise UserError(f"hidden={row['hidden']} must be a multiple of heads={row['heads']} (size={size!r})")
     return row["hidden"], row["depth"], row["heads"]

@@ -14,7 +14,7 @@ class Report(Verb):
     EXAMPLE = "scaling-dit report runs/shapes"
     ARGUMENTS = "[RUN]"
 
-    workdir: str | None = flag("folder of the run, in place of the argument")
+    workdir: str | None = flag("folder of the run, in place of the argument", path=True)
     json: bool = json_flag()
 
     def run(self) -> int:

@@ -4,20 +4,21 @@ import dataclasses
 from typing import Any
 
 from scaling_dit.cli.options import changes, flag, group
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag
 from scaling_dit.diffusion.sampling_fields import SamplingFields
-from scaling_dit.fields import COUNT, FROM_0, SEED
+from scaling_dit.fields import FROM_0, MANY, SEED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """The flags that say what is sampled from: seed, checkpoint and weights."""
+    """The flags that say what is sampled from: seed, checkpoint, weights, and whether code of the run may run."""
 
     seed: int = flag("seed of the initial noise", 0, SEED)
     step: int | None = flag("checkpoint to use; the latest by default", None, FROM_0)
     ema: str | None = flag(
         "weights to sample with: an EMA decay or power-WIDTH, none for the raw ones; config.sample.ema by default"
     )
+    own_code: bool = own_code_flag()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,15 @@ class Sample(Verb):
     EXAMPLE = "scaling-dit sample --workdir=runs/shapes 'a red circle left of a blue square'"
     ARGUMENTS = "[PROMPT ...]"
 
-    workdir: str = flag("folder of the trained run", required=True)
+    workdir: str = flag("folder of the trained run", required=True, path=True)
     request: Request = group(Request)
     options: dict[str, Any] = changes(SamplingFields)
     prompt: tuple[str, ...] = flag("a prompt; repeat it, or give prompts as arguments", (), repeat=True)
-    prompts_file: str | None = flag("file of prompts: one a line, or .jsonl with id and prompt")
+    prompts_file: str | None = flag("file of prompts: one a line, or .jsonl with id and prompt", path=True)
     out: str | None = flag(
-        "folder to write to; by default one named after this request, under WORKDIR/samples"
+        "folder to write to; by default one named after this request, under WORKDIR/samples", path=True
     )
-    num: int = flag("images of each prompt", 1, COUNT)
+    num: int = flag("images of each prompt", 1, MANY)
 
     def run(self) -> int:
         """Writes the images, a page of them and their manifest."""
@@ -55,13 +56,13 @@ class Evaluate(Verb):
 
     EXAMPLE = "scaling-dit evaluate --workdir=runs/shapes --items=500"
 
-    workdir: str = flag("folder of the trained run", required=True)
+    workdir: str = flag("folder of the trained run", required=True, path=True)
     request: Request = group(Request)
     options: dict[str, Any] = changes(SamplingFields)
     metrics: tuple[str, ...] | None = flag("comma-separated metrics; the run's by default")
-    items: int = flag("held-out prompts", 500, COUNT)
+    items: int = flag("held-out prompts", 500, MANY)
     out: str | None = flag(
-        "folder to write to; by default one named after the settings, under WORKDIR/evaluation"
+        "folder to write to; by default one named after the settings, under WORKDIR/evaluation", path=True
     )
     json: bool = json_flag()
 

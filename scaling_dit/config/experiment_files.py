@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.files import expand
 
 INSTALLED = "scaling_dit.experiments"
 
@@ -34,17 +35,18 @@ def read_experiment(spec: str) -> ConfigDict:
         for a field that does not exist or is of another type; the original error is its cause.
     """
     place, _, argument = spec.partition(":")
-    module = _load_file(pathlib.Path(place)) if _is_path(place) else _load_named(place)
+    module = _load_file(pathlib.Path(expand(place))) if _is_path(place) else _load_named(place)
     where = getattr(module, "__file__", None) or place
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise UserError(f"{where} has no get_config(arg='') function; an experiment file must define one")
-    _check_argument(module, get_config, argument, where)
     try:
+        _check_argument(module, get_config, argument, where)
         config = get_config(argument) if argument else get_config()
     except UserError:
         raise
-    except Exception as error:
+    # A file may leave by sys.exit, too.
+    except (Exception, SystemExit) as error:
         raise _fault(where, error) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -80,12 +82,12 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
         raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _fault(str(path), error) from error
     return module
 
 
-def _fault(where: str, error: Exception) -> UserError:
+def _fault(where: str, error: Exception | SystemExit) -> UserError:
     """An exception of an experiment file as a UserError with its line; ml_collections' messages need no type."""
     frames = traceback.extract_tb(error.__traceback__)
     path = os.path.abspath(where)

@@ -233,4 +233,4 @@ def table(found: dict[str, Any], folder: epath.Path) -> str:
     rows = [("samples", total), (KEPT, found[KEPT]), *found["dropped"].items()]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {n:>12,}  {n / total if total else 0:>7.2%}" for name, n in rows]
-    return "\n".join([*lines, f"lists: {folder}"])
+    return printable("\n".join([*lines, f"lists: {folder}"]), keep="\n")

@@ -173,7 +173,7 @@ def table(found: Mapping[str, Any]) -> str:
     if found["damaged"]:
         by_kind = ", ".join(f"{kind} {n:,}" for kind, n in found["damaged"].items())
         lines.append(f"damaged samples left out: {by_kind}")
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 def write(folder: epath.Path, found: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir, read_config
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, printable
 from scaling_dit.evaluation import METRICS, tifa
 from scaling_dit.evaluation.parts import InFolder
 from scaling_dit.evaluation.registry import choose
@@ -37,6 +37,7 @@ def main(
     step: int | None = None,
     ema: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    own_code: bool = False,
 ) -> int:
     """Scores a run by each metric; images, rows and `result.json` go to OUT/METRIC. Returns the exit code.
 
@@ -46,7 +47,7 @@ def main(
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
     """
-    config = read_config(workdir)
+    config = read_config(workdir, own_code=own_code)
     names = tuple(metrics or config.eval.metrics)
     if not names:
         raise UserError(
@@ -71,7 +72,7 @@ def main(
         if not as_json:
             settings = ", ".join(f"{key} {value}" for key, value in about.items())
             print(f"{one.name} of {workdir}: n {len(scoring.prompts)}, seed {seed}, {settings}")
-            print(one.metric.table(results[one.name]))
+            print(printable(one.metric.table(results[one.name]), keep="\n"))
             print(f"images: {folder / GRID}\nscores of each: {folder / ROWS}\nresult: {folder / RESULT}")
     if as_json:
         print(json.dumps(results))

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.sampling.sampler import Sampler
@@ -102,13 +103,17 @@ def _read_finished(out: epath.Path, rows: list[dict[str, Any]]) -> set[int]:
     if not manifest.exists():
         return set()
     finished = set()
-    for line in manifest.read_text().split("\n"):
+    for line in manifest.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             # A line cut off by a kill: that image is made again.
             continue
-        number = row.get("number", -1)
+        number = row.get("number", -1) if isinstance(row, dict) else None
+        if not isinstance(number, int):
+            raise UserError(
+                f"{manifest} is damaged: a line is no image of this program; give another --out, or delete that folder"
+            )
         if not 0 <= number < len(rows) or row != rows[number]:
             wanted = rows[number] if 0 <= number < len(rows) else {}
             differs = [name for name in row if row[name] != wanted.get(name)]

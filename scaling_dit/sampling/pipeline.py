@@ -99,7 +99,13 @@ class Pipeline:
         return jax.jit(self.model.predict)
 
 
-def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | None = None) -> Pipeline:
+def load(
+    workdir: str | epath.Path,
+    step: int | None = None,
+    ema: float | str | None = None,
+    *,
+    own_code: bool = False,
+) -> Pipeline:
     """Opens a trained run.
 
     Args:
@@ -107,11 +113,13 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
       step: checkpoint to read; the latest by default.
       ema: an EMA decay, or "power-0.08" for a power-function profile of that relative width: one that the run keeps,
         else, if it has `optim.ema_power`, rebuilt from snapshots (`posthoc_ema`). The raw weights by default (or 0).
+      own_code: whether code outside of this package that the run's config names may run; see `workdir.read_config`.
 
     Raises:
-      UserError: no run, no checkpoint, or an average that the run did not keep and that cannot be rebuilt.
+      UserError: no run, one that names such code, no checkpoint, or an average that the run did not keep and that
+        cannot be rebuilt.
     """
-    return open_run(read_config(workdir), workdir, step, ema)
+    return open_run(read_config(workdir, own_code=own_code), workdir, step, ema)
 
 
 def open_run(

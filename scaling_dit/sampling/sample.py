@@ -24,6 +24,7 @@ def sample_prompts(
     step: int | None = None,
     ema: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    own_code: bool = False,
 ) -> int:
     """Writes images, grid and manifest of (id, prompt) pairs; returns the exit code.
 
@@ -33,8 +34,10 @@ def sample_prompts(
       num: images of each prompt.
       step, ema: as in `pipeline.open_for_sampling`.
       changes: options of sampling in place of those of the run's `config.sample`.
+      own_code: as in `workdir.read_config`.
     """
-    pipe, sampler, about = open_for_sampling(read_config(workdir), workdir, changes or {}, step=step, ema=ema)
+    config = read_config(workdir, own_code=own_code)
+    pipe, sampler, about = open_for_sampling(config, workdir, changes or {}, step=step, ema=ema)
     items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
     asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
     folder = epath.Path(out) if out else Workdir(workdir).samples / f"{tag(about, seed)}-{asked}"

@@ -44,4 +44,7 @@ def report(names: tuple[str, ...], what: str) -> None:
         ", ".join(group) if len(group) <= _SHOWN else f"{head}.* ({len(group)} entries)"
         for head, group in groups.items()
     ]
-    print(f"scaling-dit: {what}: ignored {', '.join(shown)}, which only training used", file=sys.stderr)
+    print(
+        f"scaling-dit: {what}: ignored {printable(', '.join(shown))}, which only training used",
+        file=sys.stderr,
+    )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from scaling_dit.components import Registry, check_methods, describe, one_line
 from scaling_dit.errors import UserError
+from scaling_dit.files import expand
 
 # A caption and its score among the captions of its image, or None without a score.
 Scored = tuple[str, float | None]
@@ -107,7 +108,7 @@ def _split(name: str) -> tuple[str, dict[str, str]]:
         return name, {}
     if not place:
         raise UserError(f"captioner {name!r} names no {_PLACES[kind]}; write {kind}:{_PLACES[kind].upper()}")
-    return kind, {_PLACES[kind]: place}
+    return kind, {_PLACES[kind]: expand(place) if kind == "transformers" else place}
 
 
 def _typed(field: str, text: str, default: Any) -> Any:

@@ -18,7 +18,7 @@ from absl import logging
 from PIL import Image
 
 from scaling_dit.curation.captioning import Scored
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, printable
 
 # Status codes that refuse one image. Other codes from 400 to 499 would refuse every image.
 _REFUSED = (400, 413, 422)
@@ -111,7 +111,7 @@ class EndpointCaptioner:
             try:
                 return self._read(self._ask(body))
             except _Refused as refused:
-                logging.warning("%s refuses an image: %s", self.url, refused)
+                logging.warning("%s refuses an image: %s", self.url, printable(str(refused)))
                 return []
             except _Later as later:
                 why = later

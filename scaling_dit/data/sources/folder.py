@@ -36,7 +36,7 @@ from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.fields import is_null
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, key_hash
-from scaling_dit.data.text import is_sound, loads
+from scaling_dit.data.text import is_sound
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
@@ -137,7 +137,7 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
 
 def _parse(where: str, number: int, line: bytes) -> Row:
     try:
-        entry: Any = loads(line)
+        entry: Any = files.parse_json(line)
     except ValueError as error:
         raise DamagedRecord("bad_json", where, f"not JSON: {error}") from None
 

@@ -231,6 +231,29 @@ def one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what} raised {type(error).__name__}: {first} ({_place(error)})") from error
 
 
+class Guarded:
+    """A part of a user's own whose methods raise in one line: which method, the error, its file and line.
+
+    Args:
+      part: any object.
+      where: its name in the error line.
+    """
+
+    def __init__(self, part: Any, where: str) -> None:
+        self._part, self._where = part, where
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._part, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with one_line(f"{self._where}: {name}()"):
+                return value(*args, **kwargs)
+
+        return call
+
+
 def check_methods(part: Any, where: str, methods: Mapping[str, str]) -> None:
     """Makes sure that a part has the methods of its protocol, and that each can be called so.
 

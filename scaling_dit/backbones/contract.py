@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit import trees
+from scaling_dit.components import one_line
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.attention import check_implementation
 from scaling_dit.nn.layers import check_remat, parse_dtype
@@ -173,6 +174,43 @@ def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int 
 def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Shapes and dtypes of the variables, without logical axes; nothing is allocated."""
     return trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
+
+
+def check_output(backbone: Any, found: Any, latents: Shape) -> None:
+    """Makes sure that a backbone returned a prediction for latents [B, H, W, C].
+
+    Raises:
+      UserError: it is no array, or of another shape than the contract's.
+    """
+    *sides, channels = latents
+    right = (*sides, channels), (*sides, 2 * channels)
+    shape = getattr(found, "shape", None)
+    if shape not in right:
+        returned = _describe(found) if shape is None else shape
+        raise UserError(
+            f"{type(backbone).__name__} returned {returned} for latents {tuple(latents)}; "
+            f"it must return {right[0]}, or {right[1]} with learned sigma"
+        )
+
+
+def check_own(backbone: nn.Module, latents: Shape, text: Shape, where: str) -> None:
+    """Makes sure that a backbone of a user's own can be initialised and called; nothing is computed.
+
+    Args:
+      backbone: of a class that `check_class` passed.
+      latents: (H, W, C) of the run.
+      text: (L, D) of the run.
+      where: its name in the error line.
+
+    Raises:
+      UserError: it raises, has other collections than parameters, or returns something else than a prediction.
+    """
+    inputs = example_inputs(backbone, latents, text, batch=2)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with one_line(f"{where}: init() or the call"):
+        variables = jax.eval_shape(backbone.init, key, *inputs)
+        found = jax.eval_shape(backbone.apply, variables, *inputs)
+    check_output(backbone, found, inputs[0].shape)
 
 
 def transformer_size(

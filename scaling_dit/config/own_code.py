@@ -5,11 +5,14 @@ theirs to run. The `config.json` of a workdir may come from a stranger: it runs 
 otherwise, or what a flag allows.
 """
 
+import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from scaling_dit import files
 from scaling_dit.config import schema
 from scaling_dit.data.sources import SOURCES
 from scaling_dit.diffusion.sampling_fields import PUBLISHED
@@ -62,6 +65,27 @@ def check_trusted(saved: Mapping[str, Any] | ConfigDict, where: str) -> None:
             f"{where} names code outside of scaling_dit, which would run here: {named}; if you trust it, add "
             "--own_code (own_code=True in Python)"
         )
+
+
+def source_hashes(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
+    """sha256 of the source file behind each "package.module:Name" of a resolved config, by name; "" if there is none.
+
+    What that file imports is not part of it.
+    """
+    found = {}
+    for name in own_names(config).values():
+        module = sys.modules.get(name.partition(":")[0])
+        path = getattr(module, "__file__", None)
+        readable = path is not None and pathlib.Path(path).is_file()
+        found[name] = files.sha256(pathlib.Path(path)) if readable else ""
+    return found
+
+
+def changes(then: Any, now: Mapping[str, str]) -> list[str]:
+    """The names whose source file is not the one of `source_hashes` at an earlier time."""
+    return [
+        name for name, digest in now.items() if isinstance(then, Mapping) and then.get(name, digest) != digest
+    ]
 
 
 def _value(config: Any, key: str) -> Any:

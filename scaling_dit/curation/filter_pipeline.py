@@ -32,6 +32,7 @@ from scaling_dit.curation.raw import RawName, open_raw
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.image_files import RawSample
+from scaling_dit.errors import printable
 
 KEPT, EXACT, NEAR = "kept", "exact_duplicate", "near_duplicate"
 SUMMARY = sidecar.SETTINGS[sidecar.FILTER]

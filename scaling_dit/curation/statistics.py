@@ -24,6 +24,7 @@ from etils import epath
 
 from scaling_dit.curation import density
 from scaling_dit.curation.words import Nouns, words
+from scaling_dit.errors import printable
 
 # The end of figure 18's axes.
 LAST_CLASS = 60

@@ -221,11 +221,8 @@ class Scratch:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, value, most in (
-            ("dim", self.dim, 2**17),
-            ("depth", self.depth, 1000),
-            ("length", self.length, 2**16),
-        ):
+        limits = {"dim": (self.dim, 2**17), "depth": (self.depth, 1000), "length": (self.length, 2**16)}
+        for name, (value, most) in limits.items():
             if not 0 <= value <= most:
                 raise UserError(f"text_encoder.{name} is {value}; it must be from 0 to {most}")
         if self.heads < 1 or self.dim < 2 or self.dim % self.heads or self.dim % 2:

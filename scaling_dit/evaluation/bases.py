@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.intervals import mean_interval
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from scaling_dit.components import Guarded
 from scaling_dit.config import metrics
 from scaling_dit.evaluation.metric import Metric, check_metric
 
@@ -67,5 +68,8 @@ def choose(config: ConfigDict, names: Iterable[str]) -> list[Chosen]:
         fields |= config.metrics.get(metrics.section_of(name), {})
         own = {key: fields[key] for key in metrics.REGISTRY.fields(name)}
         check_metric(metrics.REGISTRY.resolve(name), repr(name))
-        chosen.append(Chosen(name, metrics.REGISTRY.create(name, own), fields))
+        metric = metrics.REGISTRY.create(name, own)
+        if name not in metrics.REGISTRY.known:
+            metric = Guarded(metric, f"metric {name!r}")
+        chosen.append(Chosen(name, metric, fields))
     return chosen

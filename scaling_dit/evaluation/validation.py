@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from scaling_dit.data.loader import stack_images
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, contract
 from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules

@@ -5,6 +5,8 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
+from scaling_dit.errors import printable
+
 # Counters and constants that modules of torch and transformers save beside their weights.
 _ANYWHERE = re.compile(r"(?:^|\.)(?:num_batches_tracked|position_ids)$")
 # Of an autoencoder's training: its losses (LPIPS and the discriminator in them), the discriminator by itself, and the

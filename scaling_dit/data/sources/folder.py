@@ -11,7 +11,7 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     bad_line          JSON of another form: no object, a key missing or of a wrong type
     bad_text          a caption that holds half of a surrogate pair
     empty_caption     every caption is blank (blank ones beside others are left out)
-    outside_folder    an absolute file name, or one that leaves the folder with ".."
+    outside_folder    an absolute file name, or one that leaves the folder with ".." or, without `links`, through a link
     duplicate_file    a file that an earlier line has already
     missing_file      no such file
     unreadable_image  truncated, no image, or of a format or pixel type that is not read
@@ -23,6 +23,8 @@ damaged record: the run stops.
 """
 
 import dataclasses
+import functools
+import os
 import posixpath
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -61,11 +63,16 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource(ImageFileSource):
-    """Images and captions of one folder, as RGB squares; its fields are those of every `ImageFileSource`.
+    """Images and captions of one folder, as RGB squares; its fields are those of every `ImageFileSource`, and `links`.
+
+    Attributes:
+      links: read files that a link in the folder finds outside of it, as in caches that link to a store of blobs.
 
     Raises:
       UserError: no such folder or `metadata.jsonl`, too many damaged lines in it, or no image left to train on.
     """
+
+    links: bool = False
 
     _noun = "folder"
 
@@ -96,8 +103,25 @@ class FolderSource(ImageFileSource):
     def _read(self, shard: int, row: int) -> RawSample:
         line: Row = self._shard(shard).rows[row]
         where = f"{self._metadata} line {line.line}"
-        data = images.read_bytes(epath.Path(self.path) / line.file_name, where)
+        path = epath.Path(self.path) / line.file_name
+        if not self.links and not self._holds(path):
+            what = (
+                f"file_name {line.file_name!r} leads out of the folder through a link; set config.source.links "
+                "for files that may lie elsewhere"
+            )
+            raise DamagedRecord("outside_folder", where, what)
+        data = images.read_bytes(path, where)
         return RawSample(line.file_name, data, line.texts, line.kinds, line.metadata, where)
+
+    def _holds(self, path: epath.Path) -> bool:
+        """Whether a file lies in the folder once all links are followed. Remote stores have none."""
+        if files.is_remote(path):
+            return True
+        return os.path.realpath(path).startswith(self._real)
+
+    @functools.cached_property
+    def _real(self) -> str:
+        return os.path.join(os.path.realpath(self.path), "")
 
 
 def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:

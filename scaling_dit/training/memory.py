@@ -46,8 +46,8 @@ def check_fits(batch: int, prefetch: int, rows: int, program: Any, memory: int |
         shown = _on_device(program.batch.values(), device)
         if state + shown > limit:
             raise UserError(
-                f"config.batch is {batch}: on a device the state of the run takes {state / _GB:,.1f} GB and its part of "
-                f"a batch {shown / _GB:,.1f} GB, of {limit / _GB:,.1f} GB; lower config.batch, choose a smaller "
+                f"config.batch is {batch}: on a device the state of the run takes {state / _GB:,.1f} GB and its part "
+                f"of a batch {shown / _GB:,.1f} GB, of {limit / _GB:,.1f} GB; lower config.batch, choose a smaller "
                 "config.backbone, or split it over more devices; scaling-dit plan says the rest of a step"
             )
 

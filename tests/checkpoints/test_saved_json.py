@@ -65,7 +65,8 @@ def test_a_config_that_is_damaged(verb, damage, workdir, capsys):
 VALUES = {
     "backbone": [1], "codec": None, "optim": "adamw", "eval": 3, "metrics": [], "diffusion": {"schedule": {"a": 1}},
     "backbone.name": [], "codec.name": {"x": 1}, "source.name": 3, "steps": "many", "batch": None, "steps#": {"x": 1},
-    "eval.metrics": "tifa", "eval.metrics#": [3], "optim.ema": 0.9, "optim.ema#": [[0.9]], "sample.sampler": 4, "mesh.data": True,
+    "eval.metrics": "tifa", "eval.metrics#": [3], "optim.ema": 0.9, "optim.ema#": [[0.9]], "sample.sampler": 4,
+    "mesh.data": True,
     "optim.groups": [1], "log.profile": ["a"], "sample.guidance_interval": [[1], 2], "backbone.depth": [1],
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ from scaling_dit.errors import UserError, nearest
 _OVERRIDES_HELP = (
     "any field of the config, for example --config.optim.learning_rate=1e-3 --config.backbone.name=uvit"
 )
-_MISSING = (None, "", ())
+_MISSING = (None, "", (), ("",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from scaling_dit.components import describe, is_plain, tuples
 from scaling_dit.config import metrics, own_code, schema
 from scaling_dit.config.experiment_files import read_experiment
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key, own_part_names
-from scaling_dit.config.validate import validate
+from scaling_dit.config.validate import check_field, validate
 from scaling_dit.config.values import dump, flatten, why_unknown
 from scaling_dit.errors import UserError
 
@@ -36,6 +36,8 @@ def complete(config: ConfigDict) -> ConfigDict:
         if not isinstance(chosen, ConfigDict):
             raise UserError(f"config.{section} is {chosen!r}; set config.{section}.name and its fields")
         name = chosen.get("name", full[section].name)
+        if not isinstance(name, str):
+            raise UserError(f"config.{section}.name is {name!r}; it must be a name")
         fields = {
             field: _settable(default)
             for field, default in component.fields_of(name).items()
@@ -97,6 +99,7 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
             section, _, field = key.rpartition(".")
             # As a saved config is read, so that a run recognises itself.
             (config[section] if section else config)[field] = tuples(value)
+    check_field("optim.ema", config.optim.ema)
     if config.sample.ema == -1:
         config.sample.ema = max(config.optim.ema, default=0.0)
     validate(config)
@@ -230,9 +233,13 @@ def _python_value(key: str, value: Any, default: Any) -> Any:
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None and default is not None:
+    # A bool is an integer to Python.
+    of_other_type = isinstance(value, bool) and isinstance(default, int) and not isinstance(default, bool)
+    # The class of a component may take None for a name, such as that of a size.
+    may_be_none = default is None or (isinstance(default, str) and key not in schema.FIELDS)
+    if of_other_type or (value is None and not may_be_none):
         raise UserError(
-            f"config.{key} is None, but its default {default!r} is of type {type(default).__name__}"
+            f"config.{key} is {value!r}, but its default {default!r} is of type {type(default).__name__}"
         )
     if not is_plain(value):
         right = "a number, text, True, False or None, or a tuple of these"

@@ -331,7 +331,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     assert args == ("w", [("00000", "a"), ("00001", "b"), ("00002", "b2"), ("00003", "c")], None)
     changes = {"sampler": "dpmpp_2m", "steps": 7, "guidance": 2.0, "guidance_rescale": 0.7}
     changes |= {"guidance_interval": (200.0, 800.0), "batch": 8}
-    assert kwargs == {"step": 100, "ema": "none", "num": 3, "seed": 4, "changes": changes}
+    assert kwargs == {"step": 100, "ema": "none", "num": 3, "seed": 4, "changes": changes, "own_code": False}
 
 
 def test_a_prompt_may_start_with_a_dash_after_the_separator(monkeypatch):
@@ -356,7 +356,7 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     assert args == ("w", "o")
     assert kwargs == {
         "metrics": ("shapes_tifa", "other"), "items": 500, "as_json": True, "seed": 0, "step": None, "ema": "0.99",
-        "changes": {"steps": 3},
+        "changes": {"steps": 3}, "own_code": False,
     }  # fmt: skip
 
 

@@ -126,7 +126,8 @@ def test_flags_that_are_missing_unknown_or_too_many(verb, capsys):
         if one.required:
             rest = [word for word in RIGHT[verb] if not word.startswith(f"--{one.name}=")]
             assert f"{verb} needs --{one.name}" in line_of(capsys, verb, *rest)
-            assert f"{verb} needs --{one.name}" in line_of(capsys, verb, *rest, f"--{one.name}=")
+            empty = line_of(capsys, verb, *rest, f"--{one.name}=")
+            assert (f"flag --{one.name}=: " if one.choices else f"{verb} needs --{one.name}") in empty
         mistyped = f"--{one.name}x=1"
         assert f"{verb} has no flag" in line_of(capsys, verb, *RIGHT[verb], mistyped)
     if not cli.VERBS[verb].ARGUMENTS:
@@ -161,7 +162,7 @@ def _fits(field, text):
 @pytest.mark.parametrize("key, value", of_fields())
 def test_values_that_a_field_does_not_take(key, value, capsys):
     line = line_of(capsys, "train", *RIGHT["train"], f"--config.{key}={value}")
-    assert f"config.{key}" in line
+    assert f"config.{key}" in line or line.startswith("unknown metric ")
 
 
 @pytest.mark.parametrize("key", [*schema.FIELDS, *(f"{name}.name" for name in schema.COMPONENTS)])

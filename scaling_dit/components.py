@@ -46,6 +46,8 @@ class Registry:
           UserError: unknown name, a module that is not found or fails on import, a name that it does not define, or one
             that does not pass `check`.
         """
+        if not isinstance(name, str):
+            raise UserError(f"{self.what} is named by a text, not by {describe(name)}")
         known = self.known.get(name, name)
         found = self._load(name, known) if isinstance(known, str) else known
         self.check(found, repr(name))
@@ -99,6 +101,12 @@ class Registry:
             if argument not in known:
                 hint = nearest(argument, known) if known else "it has none"
                 raise UserError(f"{self.what} {name!r} has no field {argument!r}; {hint}")
+        for argument, value in given.items():
+            if is_plain(known[argument]) and not is_plain(value):
+                right = "a number, text, True, False or None, or a tuple of these"
+                raise UserError(
+                    f"{self.what} {name!r}: field {argument!r} is {describe(value)}; it must be {right}"
+                )
         missing = [argument for argument in known if known[argument] is REQUIRED and argument not in given]
         if missing:
             raise UserError(f"{self.what} {name!r} needs a value for {', '.join(missing)}")

@@ -44,7 +44,9 @@ def expand(path: epath.PathLike) -> str:
     Raises:
       UserError: a user or variable that does not exist, a NUL character, or a scheme that `check_scheme` refuses.
     """
-    text = os.fspath(path)
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"{path!r} is no path; give the name of a file or folder")
+    text = str(os.fspath(path))
     if "\0" in text:
         raise UserError(f"{text!r} is no path: it holds a NUL character")
     if text.startswith("~"):

@@ -104,7 +104,11 @@ def test_a_class_can_be_checked():
             r"unknown part 'dat'; did you mean 'data'\? \(or one of your own: package.module:Name\)",
         ),
         ("dta:/a/path", {}, "unknown part 'dta:/a/path'; did you mean 'data'"),
-        ("nowhere:Data", {}, "no module 'nowhere' in .* or elsewhere on the Python path; .*; known: broken, data"),
+        (
+            "nowhere:Data",
+            {},
+            "no module 'nowhere' in .* or elsewhere on the Python path; .*; known: broken, data",
+        ),
         ("own_parts.deeper:Data", {}, "no module 'own_parts.deeper' in "),
         ("own_parts:Dta", {}, "own_parts has no class or function 'Dta'; did you mean 'Data'"),
         ("own_empty:Data", {}, "own_empty has no class or function 'Data'; it defines none"),

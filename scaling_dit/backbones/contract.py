@@ -138,9 +138,9 @@ def check_fields(backbone: Any) -> None:
       UserError: `out_channels`, or `patch` where there is one, is no positive integer, or `attention`, `remat`, `dtype`
         or `param_dtype` is none of its names.
     """
-    for field in ("patch", "out_channels"):
+    for field in ("patch", "out_channels", "in_channels", "text_dim"):
         value = getattr(backbone, field, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"{field} must be an integer of at least 1, got {value!r}")
     check_implementation(backbone.attention)
     check_remat(backbone.remat)
@@ -231,7 +231,7 @@ def transformer_size(
     row = dict(size_row(size, sizes)) if size is not None else {}
     row |= {k: v for k, v in {"hidden": hidden, "depth": depth, "heads": heads}.items() if v is not None}
     for field in ("hidden", "depth", "heads"):
-        if not isinstance(row.get(field), int) or row[field] < 1:
+        if not isinstance(row.get(field), int) or isinstance(row[field], bool) or row[field] < 1:
             raise UserError(f"{field} must be a positive integer, got {row.get(field)!r} (size={size!r})")
         if row[field] > _LARGEST[field]:
             raise UserError(f"{field} must be at most {_LARGEST[field]}, got {row[field]} (size={size!r})")
@@ -246,6 +246,8 @@ def size_row(size: str, sizes: Mapping[str, Mapping[str, int]]) -> Mapping[str, 
     Raises:
       UserError: neither; the message ends with the nearest name.
     """
+    if not isinstance(size, str):
+        raise UserError(f"size must be a name or h<hidden>-d<depth>-n<heads>, got {size!r}")
     if size in sizes:
         return sizes[size]
     parsed = _TRANSFORMER_SIZE.fullmatch(size)

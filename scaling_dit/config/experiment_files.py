@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from scaling_dit.components import describe
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.files import expand
 
@@ -34,6 +35,8 @@ def read_experiment(spec: str) -> ConfigDict:
       UserError: no such experiment, no `get_config` in it, an unknown argument, or whatever the file raises, such as
         for a field that does not exist or is of another type; the original error is its cause.
     """
+    if not isinstance(spec, str):
+        raise UserError(f"an experiment is named by a text such as 'shapes:smoke', not by {describe(spec)}")
     place, _, argument = spec.partition(":")
     module = _load_file(pathlib.Path(expand(place))) if _is_path(place) else _load_named(place)
     where = getattr(module, "__file__", None) or place

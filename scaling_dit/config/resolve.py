@@ -83,6 +83,12 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range.
     """
+    if isinstance(config, dict):
+        config = ConfigDict(config)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"a config must be a ConfigDict, it is {describe(config)}")
+    if not (isinstance(overrides, list | tuple) and all(isinstance(one, str) for one in overrides)):
+        raise UserError("overrides must be a list of texts such as '--config.optim.learning_rate=1e-3'")
     if not overrides and _is_resolved(config):
         return config
     config = config.copy_and_resolve_references()

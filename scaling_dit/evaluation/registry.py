@@ -19,7 +19,7 @@ class Metrics(Mapping[str, type[Metric]]):
 
     def __getitem__(self, name: str) -> type[Metric]:
         """The class; raises UserError for one of the user's own that is not found or is no metric."""
-        if name not in metrics.REGISTRY.known and ":" not in name:
+        if not isinstance(name, str) or (name not in metrics.REGISTRY.known and ":" not in name):
             raise KeyError(name)
         found = metrics.REGISTRY.resolve(name)
         check_metric(found, repr(name))

@@ -157,7 +157,7 @@ def read_json(path: epath.Path, kind: type, remedy: str) -> Any:
     Raises:
       UserError: no UTF-8, no JSON, nested too deeply, or another kind of value.
     """
-    named = {dict: "a JSON object", list: "a JSON list"}[kind]
+    named = "a JSON object" if kind is dict else "a JSON list"
     if what := special(path):
         raise UserError(f"{path} is {what}, and must be a file with {named}; {remedy}")
     try:

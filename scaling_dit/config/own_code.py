@@ -75,9 +75,8 @@ def source_hashes(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
     found = {}
     for name in own_names(config).values():
         module = sys.modules.get(name.partition(":")[0])
-        path = getattr(module, "__file__", None)
-        readable = path is not None and pathlib.Path(path).is_file()
-        found[name] = files.sha256(pathlib.Path(path)) if readable else ""
+        path = pathlib.Path(getattr(module, "__file__", None) or "")
+        found[name] = files.sha256(path) if path.is_file() else ""
     return found
 
 

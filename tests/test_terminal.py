@@ -1,4 +1,4 @@
-"""What comes from data, files or other programs reaches a terminal, a log and TensorBoard without control characters."""
+"""What comes from data, files or other programs reaches terminals, logs and TensorBoard without control characters."""
 
 import json
 import logging

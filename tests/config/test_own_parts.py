@@ -71,7 +71,7 @@ def test_another_part_has_its_own_defaults():
     second = resolve("diffusion.schedule=own_config_parts:second", config=first)
     assert second.diffusion.schedule_fields.to_dict() == {"power": 3.0, "count": 4}
     third = resolve("diffusion.schedule=own_config_parts:third", config=first)
-    assert third.diffusion.schedule_fields.to_dict() == {"power": "high", "shapes": (1, 2)}
+    assert third.diffusion.schedule_fields.to_dict() == {"power": "high", "shapes": (5,)}
     assert resolve("diffusion.schedule=linear", config=first).diffusion.schedule_fields.to_dict() == {}
 
 

@@ -17,7 +17,7 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     unreadable_image  truncated, no image, or of a format or pixel type that is not read
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 
-The first six are found when the folder is opened, and such lines are no records. The others are met when an image is
+The first six are found when the folder is opened, links apart, and such lines are no records. The others are met when an image is
 read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network) is no
 damaged record: the run stops.
 """
@@ -104,7 +104,7 @@ class FolderSource(ImageFileSource):
         line: Row = self._shard(shard).rows[row]
         where = f"{self._metadata} line {line.line}"
         path = epath.Path(self.path) / line.file_name
-        if not self.links and not self._holds(path):
+        if not (self.links or files.special(path) or self._holds(path)):
             what = (
                 f"file_name {line.file_name!r} leads out of the folder through a link; set config.source.links "
                 "for files that may lie elsewhere"

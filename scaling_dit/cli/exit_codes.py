@@ -26,7 +26,8 @@ def report_errors(run: Callable[[], int]) -> int:
         return INTERRUPTED
     except OSError as error:
         # A path that cannot be read or written.
-        print(f"{PROGRAM}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        line = UserError(f"{error.strerror or error}: {error.filename or ''}")
+        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)

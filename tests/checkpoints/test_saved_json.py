@@ -14,7 +14,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.monitor import goodput
 from scaling_dit.monitor.writers import JsonlWriter
 from scaling_dit.training import rewind
-from tests.support.mistakes import line_of
+from tests.support.mistakes import line_of, swept
 from tests.support.runs import tiny
 
 # Contents of a file of JSON that hold nothing right.
@@ -53,8 +53,7 @@ def workdir(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("damage, verb", swept(((damage, verb) for damage in DAMAGED for verb in VERBS), 4))
 def test_a_config_that_is_damaged(verb, damage, workdir, capsys):
     workdir.config.write_bytes(DAMAGED[damage])
     line = line_of(capsys, verb, f"--workdir={workdir}", *VERBS[verb])
@@ -156,8 +155,9 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "report"])
-@pytest.mark.parametrize("key", FOREIGN)
+@pytest.mark.parametrize(
+    "key, verb", swept(((key, verb) for key in FOREIGN for verb in VERBS if verb != "report"), 3)
+)
 def test_a_strangers_workdir_runs_no_code(verb, key, workdir, capsys, monkeypatch):
     monkeypatch.setattr(own_code, "_TRUSTED", set())
     saved = json.loads(workdir.config.read_text())

@@ -13,7 +13,7 @@ import pytest
 from scaling_dit.cli import main as cli
 from scaling_dit.cli.options import declared
 from scaling_dit.config import schema
-from tests.support.mistakes import line_of
+from tests.support.mistakes import line_of, swept
 
 # Where the work of each verb begins.
 WORK = {
@@ -91,7 +91,7 @@ def of_flags():
                 yield verb, f"--{one.name}={value}"
 
 
-@pytest.mark.parametrize("verb, flag", of_flags())
+@pytest.mark.parametrize("verb, flag", swept(of_flags(), 2))
 def test_values_that_a_flag_does_not_take(verb, flag, capsys):
     line = line_of(capsys, verb, *RIGHT[verb], flag)
     assert flag.partition("=")[0].lstrip("-") in line
@@ -114,7 +114,7 @@ def of_paths():
                     yield verb, one.name, value
 
 
-@pytest.mark.parametrize("verb, flag, value", of_paths())
+@pytest.mark.parametrize("verb, flag, value", swept(of_paths()))
 def test_paths_that_name_nothing(verb, flag, value, capsys):
     line = line_of(capsys, verb, *RIGHT[verb], f"--{flag}={value}")
     assert line.startswith(f"--{flag}: ")
@@ -159,13 +159,13 @@ def _fits(field, text):
     return text != "inf" and field.check.fits(int(text))
 
 
-@pytest.mark.parametrize("key, value", of_fields())
+@pytest.mark.parametrize("key, value", swept(of_fields(), 4))
 def test_values_that_a_field_does_not_take(key, value, capsys):
     line = line_of(capsys, "train", *RIGHT["train"], f"--config.{key}={value}")
     assert f"config.{key}" in line or line.startswith("unknown metric ")
 
 
-@pytest.mark.parametrize("key", [*schema.FIELDS, *(f"{name}.name" for name in schema.COMPONENTS)])
+@pytest.mark.parametrize("key", swept([*schema.FIELDS, *(f"{name}.name" for name in schema.COMPONENTS)]))
 def test_fields_that_do_not_exist(key, capsys):
     assert "no such field" in line_of(capsys, "train", *RIGHT["train"], f"--config.{key}x=1")
 
@@ -176,8 +176,9 @@ NO_COMPONENTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("section", schema.COMPONENTS)
-@pytest.mark.parametrize("name", NO_COMPONENTS)
+@pytest.mark.parametrize(
+    "section, name", swept(((section, name) for section in schema.COMPONENTS for name in NO_COMPONENTS), 2)
+)
 def test_components_that_are_none(section, name, capsys):
     line_of(capsys, "train", *RIGHT["train"], f"--config.{section}.name={name}")
 

@@ -2,6 +2,10 @@
 
 import re
 import time
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 from scaling_dit.cli import main as cli
 
@@ -24,3 +28,15 @@ def line_of(capsys, *arguments: str) -> str:
     assert "Traceback" not in captured.err
     assert took < LONGEST
     return captured.err.removeprefix("scaling-dit: error: ").rstrip()
+
+
+def swept(cases: Iterable[Any], share: int = 3) -> list[Any]:
+    """Parameters of a generated test: one of `share` runs with the fast tests, all of them with the slow ones.
+
+    Neighbours are of one verb or field, so each of these has some among the fast ones.
+    """
+    marked = []
+    for number, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        marked.append(pytest.param(*values, marks=[pytest.mark.slow] if number % share else []))
+    return marked

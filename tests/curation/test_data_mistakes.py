@@ -1,4 +1,4 @@
-"""Data that are not there, or are something else, given to each verb over whole data sets: one line, and nothing written."""
+"""Data that are not there, or are something else, given to each verb over whole data sets: one line, no file."""
 
 import os
 import sys
@@ -14,10 +14,11 @@ VERBS = {
     "prepare": ["--config=shapes:smoke", "--config.codec.name=dct", "--config.source.image_size=16"],
 }
 SOURCES = (
-    "folder:nowhere", "folder:", "folder:empty", "folder:file", "folder:odd", "webdataset:nowhere/*.tar", "webdataset:",
-    "webdataset:empty", "webdataset:file", "webdataset:empty/{0..9}.tar", "webdataset:pipe.tar", "parquet:nowhere.parquet",
-    "parquet:file", "tfds:nothing", "tfds:", "latents:empty", "shapes", "nothing", "", "os:getcwd", "json:Nothing", "folder:~nobody-of-this-name",
-    "webdataset:$NOWHERE/*.tar", "parquet:http://x/y.parquet", "folder:\x1b[31m",
+    "folder:nowhere", "folder:", "folder:empty", "folder:file", "folder:odd", "folder:\x1b[31m",
+    "folder:~nobody-of-this-name", "webdataset:nowhere/*.tar", "webdataset:", "webdataset:empty", "webdataset:file",
+    "webdataset:empty/{0..9}.tar", "webdataset:pipe.tar", "webdataset:$NOWHERE/*.tar", "parquet:nowhere.parquet",
+    "parquet:file", "parquet:http://x/y.parquet", "tfds:nothing", "tfds:", "latents:empty", "shapes", "nothing", "",
+    "os:getcwd", "json:Nothing",
 )  # fmt: skip
 
 
@@ -43,19 +44,11 @@ def test_sources_that_are_none(source, verb, capsys):
 
 
 EXPRESSIONS = (
-    "",
-    "width >",
-    "1",
-    "width",
-    "width > 1 >",
-    "__import__('os')",
-    "a" * 5000 + " > 1",
-    "len(width, 1) > 2",
-    "\x1b[31m > 1 +",
-)
+    "width >", "1", "width > 1 >", "__import__('os')", "a" * 5000 + " > 1", "len(width, 1) > 2", "\x1b[31m > 1 +",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("expression", [text for text in EXPRESSIONS if text not in ("", "width")])
+@pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize("verb", ["filter", "prepare"])
 def test_filters_that_are_none(verb, expression, capsys):
     named = "--config.source.name=folder:empty" if verb == "prepare" else "--source=folder:empty"

@@ -18,8 +18,8 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 
 The first six are found when the folder is opened, links apart, and such lines are no records. The others are met when
-an image is read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network) is no
-damaged record: the run stops.
+an image is read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network)
+is no damaged record: the run stops.
 """
 
 import dataclasses

@@ -150,7 +150,7 @@ def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | N
     """
     run = Workdir(workdir)
     if run.config.exists() and _is_readable(run):
-        config_lib.check_same_run(read_config(run), config)
+        config_lib.check_same_run(_read_fixed(run, config), config)
         return load_tokenizer(config, run)
     if run.config.exists() or run.checkpoints.exists():
         _check_rebuilt(run, config)
@@ -159,6 +159,28 @@ def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | N
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
     return tokenizer
+
+
+def _read_fixed(run: Workdir, config: ConfigDict) -> ConfigDict:
+    """The config of a run as far as it must stay: fields that may change between starts have their defaults.
+
+    So a part of a user's own that samples or scores, and is not named any more, need not be found.
+
+    Raises:
+      UserError: it names another part of a user's own than `config`, which this start has no reason to import.
+    """
+    saved = read_saved(run)
+    for section in config_lib.FREE_SECTIONS:
+        saved.pop(section, None)
+    now = config_lib.own_names(config)
+    for key, name in config_lib.own_names(saved).items():
+        if now.get(key) != name:
+            here = config_lib.flatten(config).get(key)
+            raise UserError(
+                f"the workdir was written by another experiment: {key} is {name!r} there and {here!r} here; give another "
+                "--workdir, or the config it was started with"
+            )
+    return config_lib.resolve(saved)
 
 
 def _is_readable(run: Workdir) -> bool:

@@ -11,12 +11,13 @@ from scaling_dit.config.experiment_files import experiment_arguments, read_exper
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key
 from scaling_dit.config.own_code import check_trusted, own_names
 from scaling_dit.config.resolve import check_same_run, complete, differences, load, resolve
-from scaling_dit.config.schema import FIELDS, WIDEST_EMA_POWER, defaults, section
+from scaling_dit.config.schema import FIELDS, FREE_SECTIONS, WIDEST_EMA_POWER, defaults, section
 from scaling_dit.config.validate import check_choice, check_field, check_range, parse_group, validate
 from scaling_dit.config.values import dump, flatten, from_json, from_saved, to_json, why_unknown
 
 __all__ = [
     "FIELDS",
+    "FREE_SECTIONS",
     "WIDEST_EMA_POWER",
     "apply_overrides",
     "check_choice",

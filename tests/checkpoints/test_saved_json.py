@@ -198,3 +198,20 @@ def test_samplers_of_the_package_are_no_strangers():
     name = "scaling_dit.diffusion.published_samplers:Euler"
     assert own_code.own_names({"sample": {"sampler": name}, "source": {"name": "folder:a:b"}}) == {}
     assert own_code.own_names({"codec": {"name": "scaling_dit.files:write_whole"}}) != {}
+
+
+def test_another_start_of_a_run_imports_what_it_names_itself(workdir, monkeypatch):
+    """Parts that sample and score may change from start to start; the others may not, and are not imported."""
+    config = read_config(workdir)
+    monkeypatch.setattr(own_code, "_TRUSTED", set())
+    saved = json.loads(workdir.config.read_text())
+    saved["sample"]["sampler"] = "stranger:Part"
+    saved["eval"]["metrics"] = ["stranger:Score"]
+    workdir.config.write_text(json.dumps(saved))
+    open_workdir(workdir, config)
+    saved["optim"]["name"] = "stranger:Part"
+    workdir.config.write_text(json.dumps(saved))
+    with pytest.raises(
+        UserError, match="another experiment: optim.name is 'stranger:Part' there and 'adamw' here"
+    ):
+        open_workdir(workdir, config)

@@ -171,14 +171,15 @@ def _read_fixed(run: Workdir, config: ConfigDict) -> ConfigDict:
     """
     saved = read_saved(run)
     for section in config_lib.FREE_SECTIONS:
-        saved.pop(section, None)
+        if section in saved:
+            del saved[section]
     now = config_lib.own_names(config)
     for key, name in config_lib.own_names(saved).items():
         if now.get(key) != name:
             here = config_lib.flatten(config).get(key)
             raise UserError(
-                f"the workdir was written by another experiment: {key} is {name!r} there and {here!r} here; give another "
-                "--workdir, or the config it was started with"
+                f"the workdir was written by another experiment: {key} is {name!r} there and {here!r} here; "
+                "give another --workdir, or the config it was started with"
             )
     return config_lib.resolve(saved)
 

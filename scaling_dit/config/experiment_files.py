@@ -82,7 +82,7 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{error.filename or path}, line {error.lineno or 1}: {error.msg}") from None
     except UserError:
         raise
     except (Exception, SystemExit) as error:

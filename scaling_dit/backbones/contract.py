@@ -203,7 +203,7 @@ def check_own(backbone: nn.Module, latents: Shape, text: Shape, where: str) -> N
       where: its name in the error line.
 
     Raises:
-      UserError: it raises, has other collections than parameters, or returns something else than a prediction.
+      UserError: it raises, or returns something else than a prediction.
     """
     inputs = example_inputs(backbone, latents, text, batch=2)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -147,7 +147,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In which fields that are not free a config differs from an earlier one of its run, both flattened, in words."""
     absent = "absent"
     constant = then.get("optim.decay") == now["optim.decay"] == "constant"
-    if constant and then.get("steps", 0) < now["steps"]:
+    if constant and type(then.get("steps")) is int and then["steps"] < now["steps"]:
         then = {**then, "steps": now["steps"]}
     return [
         f"{key} is {then.get(key, absent)!r} there and {now.get(key, absent)!r} here"

@@ -185,7 +185,7 @@ def _texts(source: Source, found: Callable[[], Iterable[str]]) -> Iterator[str]:
 
 
 def _called(source: Any, what: str, call: Callable[[], Any]) -> Any:
-    """What a call of a source gives; what it raises in one line, with the file and line of a user's own."""
+    """What a call of a source gives; what it raises, in one line."""
     try:
         return call()
     except (UserError, OSError, MemoryError):

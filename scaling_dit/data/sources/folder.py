@@ -104,7 +104,7 @@ class FolderSource(ImageFileSource):
         line: Row = self._shard(shard).rows[row]
         where = f"{self._metadata} line {line.line}"
         path = epath.Path(self.path) / line.file_name
-        if not (self.links or files.special(path) or self._holds(path)):
+        if not (self.links or self._holds(path) or files.special(path)):
             what = (
                 f"file_name {line.file_name!r} leads out of the folder through a link; set config.source.links "
                 "for files that may lie elsewhere"

@@ -61,7 +61,8 @@ def test_filters_that_are_none(verb, expression, capsys):
         ["--captioner=nothing"],
         ["--captioner="],
         ["--captioner=transformers:"],
-        ["--captioner=transformers:nowhere"],
+        # Loads torch and transformers.
+        pytest.param(["--captioner=transformers:nowhere"], marks=pytest.mark.slow),
         ["--captioner=openai:"],
         ["--captioner=openai:nowhere"],
         ["--captioner=os:getcwd"],

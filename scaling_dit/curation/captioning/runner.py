@@ -71,9 +71,9 @@ def main(
     noted = folder / sidecar.SETTINGS[sidecar.CAPTIONS]
     if noted.exists():
         claim(noted, settings, _OTHERWISE)
+    made = create_captioner(captioner, options or {}) if left else None
     print(f"{len(mine)} shards, {len(mine) - len(left)} of them captioned before", flush=True)
-    if left:
-        made = create_captioner(captioner, options or {})
+    if made is not None:
         note = functools.partial(claim, noted, settings, _OTHERWISE)
         _caption_shards(opened, made, folder, left, note, kind=kind, batch=batch, seed=seed)
     return 0

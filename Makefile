@@ -11,16 +11,20 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 EXTRAS_demo := [tensorboard]
+EXTRAS_study := [study,tensorboard]
 EXTRAS_test := [docs,eval,tensorboard,test]
-# For its vocabulary; the torchvision it asks for does not load beside torch's CPU build.
-ALONE_test := open_clip_torch
+# For its vocabulary, and as the reference of FID; the torchvision they ask for does not load beside torch's CPU build.
+ALONE_test := open_clip_torch torch-fidelity
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
-.PHONY: help demo test test-all lint format golden docs figures clean
+.PHONY: help demo study study-full study-large test test-all lint format golden docs figures clean
 
 help:
 	@echo 'make demo      train on shapes for some minutes, generate images, score them (RUN=runs/demo)'
+	@echo 'make study     every family on shapes at equal compute, with seeds, and a report: an hour (STUDY=runs/shapes_core)'
+	@echo 'make study-full   four sizes of every family, data, skips, rates: a night or two (STUDY=...)'
+	@echo 'make study-large  10M to 100M parameters, for a GPU or a TPU slice (STUDY=...)'
 	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
 	@echo 'make test-all  the slow tests, which make test leaves out'
 	@echo 'make lint      ruff, mypy, and the layers of the package (import-linter)'
@@ -37,6 +41,14 @@ demo: .venv/.installed-demo
 	@echo 'Open the grid of images named above, and generate your own:'
 	@echo "  $(BIN)/scaling-dit sample --workdir=$(RUN) 'a small red circle above a large blue square'"
 	@echo 'Curves and sample grids over time: $(BIN)/tensorboard --logdir=$(RUN), then open http://localhost:6006'
+
+# Killed or stopped, the same command resumes.
+study: STUDY ?= runs/shapes_core
+study-full: STUDY ?= runs/shapes_full
+study-large: STUDY ?= runs/shapes_large
+study study-full study-large: .venv/.installed-study
+	$(BIN)/scaling-dit study --config=$(subst study-,shapes_,$(patsubst study,study-core,$@)) --workdir=$(STUDY)
+	$(BIN)/scaling-dit report $(STUDY)
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest $(PYTEST) -m 'not slow' $(ARGS)
@@ -58,6 +70,7 @@ golden: .venv/.installed-test
 	$(BIN)/python tools/update_golden.py
 	$(BIN)/python -m tools.config_page
 	$(BIN)/python -m tools.image_modes
+	$(BIN)/python -m tools.tpu_states
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

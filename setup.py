@@ -31,13 +31,16 @@ LIBTPU = "libtpu>=0.0.50; sys_platform == 'linux' and platform_machine == 'x86_6
 EXTRAS = {
     # clu's writers import both, and clu declares neither.
     "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
-    # The digits experiment: its scans, and the classifier that reads the generated ones.
-    "eval": ["scikit-learn"],
+    # Judges of the metrics that ask questions, but for those behind an endpoint; and the digits experiment: its scans,
+    # and the classifier that reads the generated ones.
+    "eval": ["scikit-learn", "torch==2.13.0", "transformers"],
     # `import --to=safetensors`: pickles are read by PyTorch only.
     "convert": ["torch==2.13.0"],
     # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.
     "tfds": ["importlib_resources", "tensorflow-datasets"],
     "parquet": ["pyarrow"],
+    # `study` keeps its tables as Parquet, and its report holds vega; vl-convert also makes figures without a browser.
+    "study": ["pyarrow", "vl-convert-python"],
     # Paths on gs://.
     "gcs": ["etils[epath-gcs]"],
     # `filter` and `stats`: what needs all of a data set.
@@ -56,6 +59,8 @@ EXTRAS = {
         "apache-beam",
         "diffusers",
         "ftfy",
+        # The states and fields of queued resources, as Google's own client knows them.
+        "google-cloud-tpu",
         "hypothesis",
         "import-linter",
         "importlib_resources",
@@ -72,6 +77,7 @@ EXTRAS = {
         "tensorflow-datasets",
         "torch==2.13.0",
         "transformers",
+        "vl-convert-python",
     ],
     "docs": ["matplotlib", "mkdocs"],
     "lint": ["import-linter", "mypy", "ruff"],
@@ -86,10 +92,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # experiments/ stands at the root, where a reader looks for it, and installs inside the package.
-    packages=[*find_packages(include=["scaling_dit", "scaling_dit.*"]), "scaling_dit.experiments"],
-    package_dir={"scaling_dit": "scaling_dit", "scaling_dit.experiments": "experiments"},
-    package_data={"scaling_dit.curation": ["nouns.txt"]},
+    # experiments/ and tpu/ stand at the root, where a reader looks for them, and install inside the package.
+    packages=[
+        *find_packages(include=["scaling_dit", "scaling_dit.*"]),
+        "scaling_dit.experiments",
+        "scaling_dit.experiments.studies",
+        "scaling_dit.tpu",
+        "scaling_dit.tpu.backends",
+    ],
+    package_dir={
+        "scaling_dit": "scaling_dit",
+        "scaling_dit.experiments": "experiments",
+        "scaling_dit.tpu": "tpu",
+    },
+    package_data={"scaling_dit.curation": ["nouns.txt"], "scaling_dit.scaling": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["scaling-dit = scaling_dit.cli.main:main"]},

@@ -156,6 +156,8 @@ def compile_step(args: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
         middle = time.perf_counter()
         options = xla_flags.options(list(mesh.devices.flat), args.sparse_core) | args.options
         compiled, text = compiled_text(lowered, options)
+    if not isinstance(text, str):
+        sys.exit(f"the compiled step cannot be read: {text.reason}")
     memory = compiled.memory_analysis()
     return text, backbone, {
         "date": str(datetime.date.today()),

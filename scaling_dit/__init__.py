@@ -5,6 +5,7 @@ The public API is what `__all__` lists; everything else may move. Each name is l
 
     train(config, workdir) -> TrainState      trains, or resumes, a run
     load(workdir, step, ema) -> Pipeline      opens a trained run to sample from it
+    study(spec, workdir) -> Study             runs, or resumes, all members of a study
     create(name, **fields) -> nn.Module       makes a backbone
     count(backbone, ...)                      parameters, multiply-accumulates and training FLOPs of a backbone
     interop                                   weights in and out under upstream names
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from scaling_dit.backbones import create as create
     from scaling_dit.costs.count import count as count
     from scaling_dit.sampling.pipeline import load as load
+    from scaling_dit.scaling.study import study as study
     from scaling_dit.training.loop import train as train
 
-__all__ = ["__version__", "count", "create", "interop", "load", "train"]
+__all__ = ["__version__", "count", "create", "interop", "load", "study", "train"]
 
 # Public name -> (module, attribute, or None for the module itself).
 _LAZY = {
@@ -30,6 +32,7 @@ _LAZY = {
     "create": ("scaling_dit.backbones", "create"),
     "interop": ("scaling_dit.interop", None),
     "load": ("scaling_dit.sampling.pipeline", "load"),
+    "study": ("scaling_dit.scaling.study", "study"),
     "train": ("scaling_dit.training.loop", "train"),
 }
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.files import expand, is_remote
 
 # Stands for the default of an argument that has none.
 REQUIRED = dataclasses.MISSING
@@ -158,6 +159,66 @@ class Registry:
             hint = nearest(class_name, names) if names else "it defines none"
             raise UserError(f"{self.what} {name!r}: {module_name} has no {self.kind} {class_name!r}; {hint}")
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class BackEnds:
+    """Components that a flag names together with their place, such as "openai:http://localhost:8000/v1".
+
+    Attributes:
+      registry: the components.
+      places: built-in name -> the field that follows the colon of a name.
+      flag: that gives other fields as FIELD=VALUE, for error lines.
+    """
+
+    registry: Registry
+    places: Mapping[str, str]
+    flag: str
+
+    def split(self, name: str) -> tuple[str, dict[str, str]]:
+        """(name of the component, the field after the colon with its value).
+
+        Raises:
+          UserError: a built-in component without its place.
+        """
+        kind, _, place = name.partition(":")
+        if kind not in self.places:
+            return name, {}
+        if not place:
+            field = self.places[kind]
+            raise UserError(f"{self.registry.what} {name!r} names no {field}; write {kind}:{field.upper()}")
+        # A server is named by a URL.
+        return kind, {self.places[kind]: place if is_remote(place) else expand(place)}
+
+    def is_own(self, kind: str) -> bool:
+        """Whether this component is a user's own."""
+        return kind not in self.registry.known
+
+    def create(self, name: str, options: Mapping[str, str]) -> Any:
+        """A component.
+
+        Args:
+          name: its name, with its place.
+          options: field -> value as text, converted to the type of the field's default.
+
+        Raises:
+          UserError: the name or a field is unknown, a value has the wrong type, or the component cannot start.
+        """
+        kind, place = self.split(name)
+        known = self.registry.arguments(kind)
+        given: dict[str, Any] = {
+            field: self._typed(field, text, known[field]) if field in known else text
+            for field, text in options.items()
+        }
+        return self.registry.create(kind, given | place)
+
+    def _typed(self, field: str, text: str, default: Any) -> Any:
+        """The text of an option, converted to the type of its default."""
+        kind = type(default) if isinstance(default, int | float) and not isinstance(default, bool) else str
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(f"{self.flag}={field}={text}: give a value such as {default}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,13 @@ class Field:
 
 # Steps and sizes are 32-bit integers on the devices.
 _END = 2**31
+
+
+def each(rule: Rule) -> Rule:
+    """The rule for one or several values, each of which keeps to `rule`."""
+    return Rule(f"{rule.right}, or several separated by commas", lambda values: all(map(rule.fits, values)))
+
+
 COUNT = Rule("at least 1, below 2**31", lambda x: 1 <= x < _END)
 MANY = Rule("from 1 to 1,000,000", lambda x: 1 <= x <= 10**6)
 FEW = Rule("from 1 to 1024", lambda x: 1 <= x <= 1024)

@@ -249,6 +249,19 @@ def staged(target: epath.Path) -> Iterator[pathlib.Path]:
         local.unlink(missing_ok=True)
 
 
+@contextmanager
+def fetched(source: epath.Path) -> Iterator[pathlib.Path]:
+    """Gives a local path to read a file from: its own, or that of a copy of a remote one."""
+    if not is_remote(source):
+        yield pathlib.Path(os.fspath(source))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = pathlib.Path(folder) / source.name
+        with source.open("rb") as remote, local.open("wb") as copy:
+            shutil.copyfileobj(remote, copy, 2**24)
+        yield local
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -23,12 +23,14 @@ from scaling_dit.cli.options import declared
 from scaling_dit.config import own_code
 from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
+from scaling_dit.evaluation import run as evaluation
 from scaling_dit.monitor import goodput
 from scaling_dit.planning import report as plan_report
+from scaling_dit.scaling.spec import installed
 from scaling_dit.training import loop
 from tests.support import xla
 from tests.support.pages import blocks, commands, first_column, steps
-from tests.support.paths import DOCS
+from tests.support.paths import DOCS, ROOT
 
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
@@ -116,7 +118,10 @@ def test_the_commands_of_the_readme_are_understood():
     assert {verb for verb, *_ in readme_commands()} == set(cli.VERBS)
     for verb, *arguments in readme_commands():
         command = cli.VERBS[verb].parse(arguments)
-        if spec := getattr(command, "config", None):
+        if verb == "study":
+            # Reading its members counts them, which tests/test_studies.py does.
+            assert command.config in installed()
+        elif spec := getattr(command, "config", None):
             config.load(spec, command.overrides)
 
 
@@ -129,9 +134,14 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, capsys
     """In miniature, beside a demo that `make demo` would have left; digits has a test of its own."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(smoke_run, tmp_path / "runs/demo")
-    small = {"--config=shapes": "--config=shapes:smoke", "--items=500": "--items=4"}
+    small = {
+        "--config=shapes": "--config=shapes:smoke",
+        "--config=shapes_core": "--config=shapes_core:smoke",
+        "--items=500": "--items=4",
+    }
     for command in readme_commands():
-        if command[0] not in ALONE and not any("digits" in word for word in command):
+        # The miniature study has too few sizes for advice.
+        if command[0] not in (*ALONE, "advise") and not any("digits" in word for word in command):
             assert cli.main([small.get(word, word) for word in command]) == 0, capsys.readouterr().err
     assert (tmp_path / "runs/imported/config.json").exists() and (tmp_path / "exports/demo").is_dir()
 
@@ -184,6 +194,10 @@ def test_every_tag_of_a_run_is_explained_and_no_other(smoke_run):
     bins = {name for name in written if name.startswith("validation/loss_t")}
     assert "validation/loss_t0000-0199" in bins and len(bins) == 5
     elsewhere = {"evaluation/digit_accuracy", "data/damaged_KIND"}
+    # Of chips with a known peak, and of several processes.
+    elsewhere |= {
+        f"speed/{name}" for name in ("mfu", "model_tflops_per_chip", "slowest_process", "slowest_host_wait")
+    }
     assert written - bins == explained - bins - elsewhere - (TIFA - written)
 
 
@@ -204,6 +218,7 @@ def test_exit_codes_are_those_of_the_program():
         loop.NONFINITE,
         loop.SPIKE,
         loop.PREEMPTED,
+        evaluation.INCOMPLETE,
         plan_report.FITS_NOT,
         exit_codes.USER_ERROR,
         exit_codes.INTERRUPTED,
@@ -218,7 +233,8 @@ def test_the_flags_of_plan_are_those_of_the_program():
 def test_the_error_lines_are_in_the_code():
     """The parts of each line, between names and numbers that are filled in, are texts of the program."""
     package = pathlib.Path(scaling_dit.__file__).parent
-    code = " ".join(path.read_text() for path in sorted(package.rglob("*.py")))
+    paths = [*package.rglob("*.py"), *(ROOT / "tpu").rglob("*.py")]
+    code = " ".join(path.read_text() for path in sorted(paths))
     # Texts that run over lines.
     code = re.sub(r'"\s+f?"', "", code)
     lines = [line for cell in first_column("errors_and_exit_codes.md", "Frequent lines")

@@ -17,6 +17,9 @@ from scaling_dit.curation.captioning import create_captioner
 from scaling_dit.diffusion import guidance, predictions, samplers, schedules, time_sampling, weightings
 from scaling_dit.encoders import codec, create_text_encoder
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation.vqa import Asked
+from scaling_dit.evaluation.vqa.answers import Answers
+from scaling_dit.evaluation.vqa.panel import open_judge
 from scaling_dit.interop.diffusers import schedulers
 from scaling_dit.parallel.topologies import LOCAL, parse
 from scaling_dit.planning import plan
@@ -88,6 +91,13 @@ MISTAKES = {
         "optax.chain(optax.trace(decay), optax.scale_by_sign())",
         "optax.lion(1e-4)",
     ),
+    "bright:Bright": (
+        lambda name: [
+            open_judge(name, {}, Answers()).likelihoods([Asked(np.full((2, 2, 3), 200, np.uint8), "?", ("yes",), {})])
+        ],
+        "float(image.mean()) / 255",
+        "float(image.mean())",
+    ),
     "halves": (
         lambda name: create_captioner(name, {}).caption([IMAGE], [0]),
         'return [(f"an image that is brighter on the {side}", float(abs(difference)))]',
@@ -130,7 +140,7 @@ def test_the_table_has_every_field_that_takes_a_part():
 
 @pytest.mark.slow
 def test_the_commands_run_one_after_the_other(folder, capsys):
-    train, sample, caption = commands(PAGE)
+    train, sample, caption, judge = commands(PAGE)
     assert cli.main(train) == 0, capsys.readouterr().err
     saved = read_config("runs/parts")
     assert (saved.diffusion.schedule_fields.width, saved.sample.sampler_fields.eta) == (1.0, 0.5)
@@ -157,6 +167,8 @@ def test_the_commands_run_one_after_the_other(folder, capsys):
         rows.append({"file_name": f"{number}.png", "text": f"number {number}"})
     (folder / "data/mine/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main(caption) == 0, capsys.readouterr().err
+    assert cli.main(judge) == 0, capsys.readouterr().err
+    assert "vqa_score of runs/parts: n 4" in capsys.readouterr().out
     (made,) = (folder / "data/made").glob("*captions.jsonl")
     assert re.findall(r"brighter on the (\w+)", made.read_text()) == ["left", "right"]
 

@@ -30,16 +30,28 @@ def test_the_package_keeps_its_contracts():
 
 @pytest.fixture
 def copy(tmp_path):
-    """A folder with the package and its contracts."""
+    """A folder with the package, `tpu/` where it installs, and their contracts."""
     ignore = shutil.ignore_patterns("__pycache__", "*.txt")
     shutil.copytree(ROOT / "scaling_dit", tmp_path / "scaling_dit", ignore=ignore)
+    shutil.copytree(ROOT / "tpu", tmp_path / "scaling_dit" / "tpu", ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
+
+
+def test_tpu_keeps_the_contracts_where_it_installs(copy):
+    code, text = lint_imports(copy)
+    assert code == 0 and "0 broken" in text, text
 
 
 @pytest.mark.parametrize(
     "file, line, contract, reported",
     [
+        (
+            "cli/tpu.py",
+            "def late():\n    from scaling_dit.tpu import verbs",
+            "layers",
+            "scaling_dit.cli is not allowed to import scaling_dit.tpu",
+        ),
         (
             "nn/layers.py",
             "from scaling_dit.training import loop",
@@ -72,7 +84,15 @@ def copy(tmp_path):
             "scaling_dit.training.loop -> orbax",
         ),
     ],
-    ids=["upward", "upward in a function", "upward from the ground", "a new folder", "a cycle", "orbax"],
+    ids=[
+        "what is on top",
+        "upward",
+        "upward in a function",
+        "upward from the ground",
+        "a new folder",
+        "a cycle",
+        "orbax",
+    ],
 )
 def test_an_import_that_breaks_a_contract_is_reported(copy, file, line, contract, reported):
     path = copy / "scaling_dit" / file

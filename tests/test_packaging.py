@@ -79,7 +79,15 @@ def test_the_real_train_is_the_function():
 
 
 def test_public_names():
-    assert sorted(scaling_dit.__all__) == ["__version__", "count", "create", "interop", "load", "train"]
+    assert sorted(scaling_dit.__all__) == [
+        "__version__",
+        "count",
+        "create",
+        "interop",
+        "load",
+        "study",
+        "train",
+    ]
     assert set(scaling_dit.__all__) == {"__version__", *scaling_dit._LAZY}
     assert dir(scaling_dit) == sorted(scaling_dit.__all__)
     for name in scaling_dit.__all__:
@@ -124,8 +132,15 @@ def setup_arguments():
 def test_every_package_is_installed(setup_arguments):
     folders = {path.parent for path in (ROOT / "scaling_dit").rglob("*.py")}
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert set(setup_arguments["packages"]) == packages | {"scaling_dit.experiments"}
-    assert setup_arguments["package_dir"]["scaling_dit.experiments"] == "experiments"
+    at_the_root = {"scaling_dit.experiments", "scaling_dit.tpu"}
+    packages |= at_the_root | {
+        f"scaling_dit.{top}.{path.parent.name}"
+        for top in ("experiments", "tpu")
+        for path in (ROOT / top).glob("*/__init__.py")
+    }
+    assert set(setup_arguments["packages"]) == packages
+    for name in at_the_root:
+        assert setup_arguments["package_dir"][name] == name.rpartition(".")[2]
     assert setup_arguments["version"] == scaling_dit.__version__
 
 
@@ -164,13 +179,16 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
         "absl": "absl-py",
         "orbax": "orbax-checkpoint",
         "sklearn": "scikit-learn",
+        "vl_convert": "vl-convert-python",
     }
     imported = set()
-    for path in [*(ROOT / "scaling_dit").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+    for path in [
+        path for folder in ("scaling_dit", "experiments", "tpu") for path in (ROOT / folder).rglob("*.py")
+    ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
+            elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     third_party = imported - sys.stdlib_module_names - {"scaling_dit"}
     needed = {normal(distributions.get(name, name)) for name in third_party}

@@ -47,7 +47,10 @@ def public() -> str:
     for name in scaling_dit.__all__:
         value = getattr(scaling_dit, name)
         lines.append(f"  {name}{_parameters(value)}" if callable(value) else f"  {name}")
-    for verb, spec in cli.VERBS.items():
+    below = {
+        f"{verb} {name}": spec for verb, above in cli.VERBS.items() for name, spec in above.verbs().items()
+    }
+    for verb, spec in {**cli.VERBS, **below}.items():
         names = [
             f"--{flag.name}={list(flag.default) if flag.default == () else flag.default}"
             for flag in declared(spec)

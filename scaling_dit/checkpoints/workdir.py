@@ -54,6 +54,8 @@ class Workdir(os.PathLike[str]):
         self.tensorboard = self.folder / "tensorboard"
         # Where the time of each start went, as JSON lines.
         self.goodput = self.folder / "goodput"
+        # What each process does at the moment: one small file for each.
+        self.heartbeats = self.folder / "heartbeats"
         # The rewinds after loss spikes.
         self.rewinds = self.folder / "rewinds.json"
         # Damaged records that were met; other processes than the first add their number to the name.

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from scaling_dit._version import __version__
 from scaling_dit.cli.costs import Count, Plan
 from scaling_dit.cli.data import Caption, Filter, Prepare, Stats
+from scaling_dit.cli.doctor import Doctor
 from scaling_dit.cli.exit_codes import PROGRAM, USER_ERROR, report_errors
 from scaling_dit.cli.report import Report
 from scaling_dit.cli.sample import Evaluate, Sample
+from scaling_dit.cli.study import Advise, Study
+from scaling_dit.cli.tpu import Tpu
 from scaling_dit.cli.train import Train
-from scaling_dit.cli.verb import Verb
+from scaling_dit.cli.verb import Verb, find_verb
 from scaling_dit.cli.weights import Export, Import
-from scaling_dit.errors import UserError, nearest
 
 _HELP = ("-h", "--help", "-help")
 _TABLE: tuple[type[Verb], ...] = (
@@ -28,11 +30,15 @@ _TABLE: tuple[type[Verb], ...] = (
     Filter,
     Stats,
     Caption,
+    Study,
     Report,
     Count,
     Plan,
+    Doctor,
+    Advise,
     Import,
     Export,
+    Tpu,
 )
 VERBS: dict[str, type[Verb]] = {verb.name(): verb for verb in _TABLE}
 
@@ -52,14 +58,13 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"{PROGRAM} {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in VERBS:
-        raise UserError(f"no verb {name!r}; {nearest(name, VERBS)} See {PROGRAM} --help")
+    verb, rest = find_verb("", VERBS, arguments), arguments[1:]
     before_separator = rest[: rest.index("--")] if "--" in rest else rest
     if any(argument in _HELP for argument in before_separator):
-        print(VERBS[name].help())
+        below = verb.verbs()
+        print(below.get(rest[0], verb).help())
         return 0
-    return VERBS[name].parse(rest).run()
+    return verb.parse(rest).run()
 
 
 def _help() -> str:

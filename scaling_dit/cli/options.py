@@ -8,12 +8,12 @@ annotation of a field gives the type of its flag: `str`, `int`, `float`, `bool`,
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from absl import flags
 
-from scaling_dit.fields import Rule
+from scaling_dit.fields import Rule, each
 
 _FLAG, _GROUP = "flag", "group"
 
@@ -85,18 +85,24 @@ def group(options: type) -> Any:
     return dataclasses.field(metadata={_GROUP: _Group(declared(options), lambda given: options(**given))})
 
 
-def changes(options: type) -> Any:
+def changes(options: type, several: Collection[str] = ()) -> Any:
     """A field that holds a dict: the values given on the command line for fields of `options`.
 
-    `options` is a dataclass whose values a run has already; the metadata of its fields has their `Field` as "declared".
+    Args:
+      options: a dataclass whose values a run has already; the metadata of its fields has their `Field` as "declared".
+      several: names of fields that take one or several values, which are then tuples.
     """
     hints = typing.get_type_hints(options)
     found = []
     for field in dataclasses.fields(options):
         one = field.metadata["declared"]
-        found.append(
-            _flag_of(field.name, hints[field.name], help=f"{one.doc}; the run's by default", rule=one.check)
+        made = _flag_of(
+            field.name, hints[field.name], help=f"{one.doc}; the run's by default", rule=one.check
         )
+        if field.name in several:
+            rule = each(made.rule) if made.rule else None
+            made = dataclasses.replace(made, several=True, rule=rule, help=f"{made.help}; one or several")
+        found.append(made)
 
     def collect(values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value is not None}

@@ -21,18 +21,20 @@ class Processes:
     process: int | None = flag("which of them this is, from 0", None, FROM_0)
 
     def run_together(
-        self, main: Callable[[], int], settings: Mapping[str, Any], command: tuple[str, ...]
+        self, main: Callable[[], int], settings: Callable[[], Mapping[str, Any]], command: tuple[str, ...]
     ) -> int:
         """Runs `main` joined with the other processes of the run, if there are any.
 
         Args:
-          settings: `config.processes`.
+          settings: gives `config.processes`; called where there are others.
           command: this command, after the program's name.
         """
         from scaling_dit.parallel import processes
 
         membership = processes.from_flags(self.coordinator, self.processes, self.process)
-        return processes.run_supervised(lambda: report_errors(main), membership, settings, command)
+        alone = membership is None and not processes.on_tpu_host()
+        given = {} if alone else settings()
+        return processes.run_supervised(lambda: report_errors(main), membership, given, command)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Train(Verb):
 
             return main(config, self.workdir, began)
 
-        return self.processes.run_together(train, config.processes, self.command)
+        return self.processes.run_together(train, lambda: config.processes, self.command)
 
     def _config(self) -> Any:
         """The resolved config: of the experiment, else the one that the workdir was started with."""

@@ -16,8 +16,8 @@ says how fields become flags. `run` imports what it works with, so that `--help`
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
 
 from absl import flags
 
@@ -51,6 +51,11 @@ class Verb:
         raise NotImplementedError
 
     @classmethod
+    def verbs(cls) -> "dict[str, type[Verb]]":
+        """The verbs below this one, typed as `scaling-dit VERB BELOW`; a verb that has some does nothing itself."""
+        return {}
+
+    @classmethod
     def name(cls) -> str:
         """The verb as it is typed."""
         return cls.__name__.lower()
@@ -64,6 +69,7 @@ class Verb:
     def help(cls) -> str:
         """What `--help` prints."""
         rows = [(f"--{one.name}", _flag_help(one)) for one in declared(cls)]
+        rows += [(name, verb.summary()) for name, verb in cls.verbs().items()]
         if cls.OVERRIDES:
             rows.append(("--config.KEY=VALUE", _OVERRIDES_HELP))
         width = max((len(name) for name, _ in rows), default=0)
@@ -81,6 +87,8 @@ class Verb:
         Raises:
           UserError: an unknown flag, a value that a flag cannot take, or a required flag that is missing.
         """
+        if below := cls.verbs():
+            return cast(Self, find_verb(f"{cls.name()} ", below, arguments).parse(arguments[1:]))
         name, rest, overrides = cls.name(), list(arguments), list[str]()
         if cls.OVERRIDES:
             rest, overrides = split_overrides(arguments)
@@ -117,6 +125,19 @@ class Verb:
         for name, value in values.items():
             if value in _MISSING:
                 raise UserError(f"{cls.name()} needs --{name}; for example: {cls.EXAMPLE}")
+
+
+def find_verb(before: str, verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> type[Verb]:
+    """The verb that the first argument names; `before` is what was typed before it.
+
+    Raises:
+      UserError: no argument, or no such verb.
+    """
+    if not arguments or arguments[0] not in verbs:
+        given = f"no verb {before + arguments[0]!r}" if arguments else f"{before.strip()} needs a verb"
+        hint = nearest(arguments[0], verbs) if arguments else f"known: {', '.join(verbs)}."
+        raise UserError(f"{given}; {hint} See {' '.join((PROGRAM, before)).strip()} --help")
+    return verbs[arguments[0]]
 
 
 def config_flag(*, required: bool = False) -> Any:
@@ -175,5 +196,6 @@ def _flag_help(one: Flag) -> str:
     if one.required:
         notes.append("required")
     elif one.default not in _MISSING and one.default is not False:
-        notes.append(f"default {one.default}")
+        shown = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+        notes.append(f"default {shown}")
     return f"{one.help} ({'; '.join(notes)})" if notes else one.help

@@ -11,7 +11,7 @@ from scaling_dit.config.experiment_files import experiment_arguments, read_exper
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key
 from scaling_dit.config.own_code import check_trusted, own_names
 from scaling_dit.config.resolve import check_same_run, complete, differences, load, resolve
-from scaling_dit.config.schema import FIELDS, FREE_SECTIONS, WIDEST_EMA_POWER, defaults, section
+from scaling_dit.config.schema import FIELDS, FREE_SECTIONS, WIDEST_EMA_POWER, defaults, is_free, section
 from scaling_dit.config.validate import check_choice, check_field, check_range, parse_group, validate
 from scaling_dit.config.values import dump, flatten, from_json, from_saved, to_json, why_unknown
 
@@ -34,6 +34,7 @@ __all__ = [
     "flatten",
     "from_json",
     "from_saved",
+    "is_free",
     "load",
     "override_key",
     "own_names",

@@ -14,6 +14,7 @@ import pathlib
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -38,19 +39,14 @@ def read_experiment(spec: str) -> ConfigDict:
     if not isinstance(spec, str):
         raise UserError(f"an experiment is named by a text such as 'shapes:smoke', not by {describe(spec)}")
     place, _, argument = spec.partition(":")
-    module = _load_file(pathlib.Path(expand(place))) if _is_path(place) else _load_named(place)
+    module = load_file(pathlib.Path(expand(place))) if _is_path(place) else _load_named(place)
     where = getattr(module, "__file__", None) or place
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise UserError(f"{where} has no get_config(arg='') function; an experiment file must define one")
-    try:
+    with faults_of(where):
         _check_argument(module, get_config, argument, where)
         config = get_config(argument) if argument else get_config()
-    except UserError:
-        raise
-    # A file may leave by sys.exit, too.
-    except (Exception, SystemExit) as error:
-        raise _fault(where, error) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config of {where} returned {type(config).__name__}; it must return a ConfigDict"
@@ -67,7 +63,12 @@ def _is_path(place: str) -> bool:
     return place.endswith(".py") or os.sep in place
 
 
-def _load_file(path: pathlib.Path) -> types.ModuleType:
+def load_file(path: pathlib.Path) -> types.ModuleType:
+    """The module of a Python file that `--config` names.
+
+    Raises:
+      UserError: no such file, or one that cannot be imported; its own exception is the cause.
+    """
     if not path.is_file():
         beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         hint = nearest(str(path), beside) if beside else "its folder holds no experiment"
@@ -80,14 +81,23 @@ def _load_file(path: pathlib.Path) -> types.ModuleType:
     # Dataclasses and pickles find a module by its name.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with faults_of(str(path)):
+            spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{error.filename or path}, line {error.lineno or 1}: {error.msg}") from None
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise _fault(str(path), error) from error
     return module
+
+
+@contextlib.contextmanager
+def faults_of(where: str) -> Iterator[None]:
+    """Turns any exception of a user's file into a UserError with its line; a SyntaxError stays one."""
+    try:
+        yield
+    except (UserError, SyntaxError):
+        raise
+    # A file may leave by sys.exit, too.
+    except (Exception, SystemExit) as error:
+        raise _fault(where, error) from error
 
 
 def _fault(where: str, error: Exception | SystemExit) -> UserError:
@@ -112,7 +122,7 @@ def _load_named(name: str) -> types.ModuleType:
         if error.name not in (INSTALLED, f"{INSTALLED}.{name}"):
             raise
     if here.is_file():
-        return _load_file(here)
+        return load_file(here)
     known = _installed_names()
     hint = nearest(name, known) if known else "none is installed or lies in experiments/"
     raise UserError(f"--config: no experiment {name!r}; {hint} (or give path/to/file.py)")

@@ -21,8 +21,22 @@ def _check_class(candidate: Any, name: str) -> None:
 REGISTRY = Registry(
     "metric",
     {
+        "tifa": "scaling_dit.evaluation.metrics.tifa:Tifa",
+        "soft_tifa": "scaling_dit.evaluation.metrics.soft_tifa:SoftTifa",
+        "vqa_score": "scaling_dit.evaluation.metrics.vqa_score:VqaScore",
+        "dpg": "scaling_dit.evaluation.metrics.dpg:Dpg",
         "shapes_tifa": "scaling_dit.evaluation.metrics.shapes_tifa:ShapesTifa",
         "digits": "scaling_dit.evaluation.metrics.digits:DigitAccuracy",
+        "clip_score": "scaling_dit.evaluation.metrics.clip_score:ClipScore",
+        "hpsv2": "scaling_dit.evaluation.metrics.hpsv2:Hpsv2",
+        "pickscore": "scaling_dit.evaluation.metrics.pickscore:Pickscore",
+        "image_reward": "scaling_dit.evaluation.metrics.image_reward:ImageReward",
+        "aesthetic": "scaling_dit.evaluation.metrics.aesthetic:Aesthetic",
+        "fid": "scaling_dit.evaluation.metrics.fid:Fid",
+        "kid": "scaling_dit.evaluation.metrics.kid:Kid",
+        "mind": "scaling_dit.evaluation.metrics.mind:Mind",
+        "cmmd": "scaling_dit.evaluation.metrics.cmmd:Cmmd",
+        "fd_dinov2": "scaling_dit.evaluation.metrics.fd_dinov2:FdDinov2",
     },
     check=_check_class,
     kind="class",
@@ -38,13 +52,12 @@ COMMON: dict[str, Field] = {
     ),
     "prompts": Field(0, "prompts in training; 0 = config.eval.prompts", FROM_0),
     "batch": Field(64, "images that the metric is given at once", BATCH),
-}
-
-# Names that are reserved, and what to take instead.
-_NOT_YET = {
-    "tifa": (
-        "metric 'tifa' (the published TIFA) is not available yet; the exact one on built-in scenes is 'shapes_tifa'"
-    )
+    "prompt_set": Field(
+        "", "published prompts in place of the metric's own, such as tifa:FOLDER (evaluation.prompt_sets)"
+    ),
+    "prompt_transform": Field(
+        "none", "what is done to prompts before they are sampled: none | repeat:N | rewrite:FILE.jsonl"
+    ),
 }
 
 
@@ -59,8 +72,6 @@ def metric_fields(name: str) -> dict[str, Any]:
     Raises:
       UserError: no such metric, or a field that no config can hold.
     """
-    if name in _NOT_YET:
-        raise UserError(_NOT_YET[name])
     if ":" not in name and name not in REGISTRY.known:
         raise UserError(
             f"unknown metric {name!r}; {nearest(name, REGISTRY.known)} (or a class of your own: package.module:Class)"
@@ -115,12 +126,9 @@ def check(config: ConfigDict) -> None:
     for section, fields in config.metrics.items():
         for key, field in COMMON.items():
             value = fields[key]
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or not (field.check and field.check.fits(value))
-            ):
-                right = field.check.right if field.check else ""
+            fits = type(value) is type(field.default) and (field.check is None or field.check.fits(value))
+            if not fits:
+                right = field.check.right if field.check else "a text"
                 raise UserError(f"config.metrics.{section}.{key} is {value!r}; it must be {right}")
         if config.eval.every and fields.every % config.eval.every:
             right = f"a multiple of config.eval.every, which is {config.eval.every}, or 0 for the same"

@@ -139,6 +139,11 @@ SECTIONS: dict[str, Section] = {
             "warmup_steps": Field(100, "steps over which the learning rate rises from 0", FROM_0),
             "decay": Field("constant", "learning rate after warm-up", choices=("constant", "cosine")),
             "final_fraction": Field(0.0, "`cosine` ends at this fraction of learning_rate", SHARE),
+            "mup_base": Field(
+                0,
+                "hidden size that learning_rate was tuned at: muP keeps it right at others (transformers); 0 = off",
+                FROM_0,
+            ),
             "b1": Field(0.9, "decay of Adam's first moment", DECAY),
             "b2": Field(0.999, "decay of Adam's second moment", DECAY),
             "eps": Field(1e-8, "Adam's epsilon", POSITIVE),

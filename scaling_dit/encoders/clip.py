@@ -57,6 +57,8 @@ SIZES = {
     "openclip-h": Size(1024, 24, 16, 4096, "gelu", 1024, pad_id=0),
     "openclip-bigg": Size(1280, 32, 20, 5120, "gelu", 1280, pad_id=0),
     "clip-l": Size(768, 12, 12, 3072, "quick_gelu", 768, pad_id=VOCABULARY - 1),
+    # Its text tower is as large, with weights of its own.
+    "clip-l-336": Size(768, 12, 12, 3072, "quick_gelu", 768, pad_id=VOCABULARY - 1),
     "clip-b": Size(512, 12, 8, 2048, "quick_gelu", 512, pad_id=VOCABULARY - 1),
     # For tests and first runs.
     "tiny": Size(32, 3, 4, 64, "gelu", 16, pad_id=0),

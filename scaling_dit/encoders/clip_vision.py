@@ -57,6 +57,7 @@ SIZES = {
     "openclip-h": Size(1280, 32, 16, 5120, 14, 224, "gelu", 1024),
     "openclip-bigg": Size(1664, 48, 16, 8192, 14, 224, "gelu", 1280),
     "clip-l": Size(1024, 24, 16, 4096, 14, 224, "quick_gelu", 768),
+    "clip-l-336": Size(1024, 24, 16, 4096, 14, 336, "quick_gelu", 768),
     "clip-b": Size(768, 12, 12, 3072, 32, 224, "quick_gelu", 512),
     "tiny": Size(32, 2, 4, 64, 14, 28, "gelu", 16),
 }

@@ -47,30 +47,42 @@ def attend(
 
 
 class Block(nn.Module):
-    """Attention and an MLP of hidden width `mlp`, each a residual branch after a LayerNorm: x, bias -> (x, None)."""
+    """Attention and an MLP of hidden width `mlp`, each a residual branch after a LayerNorm: x, bias -> (x, None).
+
+    With `scaled` each branch has a learned factor for every channel (LayerScale, arXiv 2103.17239).
+    """
 
     heads: int
     mlp: int
     activation: str
     dtype: Any
     param_dtype: Any
+    epsilon: float = NORM_EPSILON
+    scaled: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, _: None, bias: jax.Array | None) -> tuple[jax.Array, None]:
         width = x_BTD.shape[-1]
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        normed = layer_norm("norm1", epsilon=NORM_EPSILON, param_dtype=self.param_dtype)(x_BTD)
+        normed = layer_norm("norm1", epsilon=self.epsilon, param_dtype=self.param_dtype)(x_BTD)
         fused = Dense((3, width), ("embed", None, "heads"), name="qkv", **types)(normed)
         q, k, v = (
             constrain(rearrange(fused[:, :, i], "b t (n h) -> b t n h", n=self.heads), *HEAD_AXES)
             for i in range(3)
         )
         out = rearrange(attend(q, k, v, bias, (width // self.heads) ** -0.5), "b t n h -> b t (n h)")
-        x_BTD += Dense(width, ("heads", "embed"), name="proj", **types)(out)
-        normed = layer_norm("norm2", epsilon=NORM_EPSILON, param_dtype=self.param_dtype)(x_BTD)
+        x_BTD += self._scaled("scale1", Dense(width, ("heads", "embed"), name="proj", **types)(out))
+        normed = layer_norm("norm2", epsilon=self.epsilon, param_dtype=self.param_dtype)(x_BTD)
         inner = constrain(Dense(self.mlp, ("embed", "mlp"), name="fc1", **types)(normed), *MLP_AXES)
-        x_BTD += Dense(width, ("mlp", "embed"), name="fc2", **types)(ACTIVATIONS[self.activation](inner))
-        return constrain(x_BTD, *TOKEN_AXES), None
+        out = Dense(width, ("mlp", "embed"), name="fc2", **types)(ACTIVATIONS[self.activation](inner))
+        return constrain(x_BTD + self._scaled("scale2", out), *TOKEN_AXES), None
+
+    def _scaled(self, name: str, branch_BTD: jax.Array) -> jax.Array:
+        if not self.scaled:
+            return branch_BTD
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        factors: Any = self.param(name, init, (branch_BTD.shape[-1],), self.param_dtype)
+        return branch_BTD * factors
 
 
 def blocks(x: jax.Array, count: int, bias: jax.Array | None, **fields: Any) -> jax.Array:

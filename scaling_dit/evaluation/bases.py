@@ -1,7 +1,7 @@
 """Bases for most metrics: `PerImage` for a score of each image by itself, `Base` for statistics over all images."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
@@ -44,8 +44,10 @@ class Base:
 class PerImage(Base):
     """A metric whose result is the mean of one score for each image, with a bootstrap interval over images.
 
-    A subclass gives `rows`. Its scalar has the name of the class.
+    A subclass gives `rows`. Its scalar has the name in `NAME`, by default that of the class.
     """
+
+    NAME: ClassVar[str] = ""
 
     def rows(self, batch: Batch) -> Sequence[Row]:
         """A row for each image, with its `score`, a number, and whatever else is worth keeping."""
@@ -60,7 +62,7 @@ class PerImage(Base):
         scores = rows.column("score")
         return {
             "interval": mean_interval(scores, seed),
-            "scalars": {type(self).__name__: float(scores.mean())},
+            "scalars": {self.NAME or type(self).__name__: float(scores.mean())},
         }
 
 

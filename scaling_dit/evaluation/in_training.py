@@ -3,12 +3,14 @@
 from typing import Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring, score
 from scaling_dit.evaluation.validation import ValidationLoss
@@ -44,12 +46,14 @@ class InTraining:
         held_out = contract.held_out(source)
         shown = [contract.read(held_out, i % len(held_out)) for i in range(config.eval.grid)]
         self._captions = [record["captions"][0] for record in shown]
-        # With the steps between evaluations of each.
-        self._metrics: list[tuple[Scoring, int]] = []
+        # With the prompts to sample, and the steps between evaluations of each.
+        self._metrics: list[tuple[Scoring, list[str], int]] = []
         for one in choose(config, config.eval.metrics):
-            items = one.metric.items(source, one.fields["prompts"] or config.eval.prompts)
-            scoring = Scoring(one.section, one.metric, items, one.fields["batch"])
-            self._metrics.append((scoring, one.fields["every"] or config.eval.every))
+            prompts = one.prompts(source, one.fields["prompts"] or config.eval.prompts)
+            if ready := getattr(one.metric, "ready", None):
+                ready()
+            scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
+            self._metrics.append((scoring, list(prompts.texts), one.fields["every"] or config.eval.every))
         self._ema = find_ema(config, config.sample.ema)
 
     def due(self, step: int) -> bool:
@@ -61,11 +65,15 @@ class InTraining:
         scalars = {f"validation/{name}": value for name, value in self._loss(state.params, frozen).items()}
         params = state.params if self._ema is None else state.emas[self._ema]
         seed = self._config.seed
-        for scoring, every in self._metrics:
+        for scoring, prompts, every in self._metrics:
             if self._at(step, every):
-                prompts = [prompt for _, prompt in scoring.prompts]
                 images = self._sampler.batches(params, frozen, prompts, seed=seed)
-                found = score(scoring, images, seed)[0]["scalars"]
+                try:
+                    found = score(scoring, images, seed)[0]["scalars"]
+                except Skipped as missing:
+                    # Such as a judge that is out of reach for now: no reason to stop training.
+                    logging.warning("metric %s is skipped at step %d: %s", scoring.name, step, missing)
+                    continue
                 twice = [name for name in found if f"evaluation/{name}" in scalars]
                 if twice:
                     raise UserError(

@@ -34,13 +34,15 @@ class Item:
     """One prompt of a metric.
 
     id: names the image's file. questions: rows in TIFA's JSON layout about what the prompt asks for, if the metric asks
-    questions. truth: a real image of the prompt, uint8 [H, W, 3], if there is one.
+    questions. truth: a real image of the prompt, uint8 [H, W, 3], if there is one. meta: what else a prompt set says of
+    the prompt, as JSON values.
     """
 
     id: str
     prompt: str
     questions: Sequence[Mapping[str, Any]] = ()
     truth: np.ndarray | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +96,13 @@ class Rows:
         return np.fromiter((row[name] for row in self), np.float64, self._count)
 
 
+class Skipped(UserError):
+    """A metric cannot be scored here, such as for want of weights; the line says what is missing and where to get it.
+
+    `items` raises it. The other metrics of a command are scored all the same.
+    """
+
+
 class Metric(Protocol):
     """Prompts and a score of the images made of them. `bases.py` has classes that do most of it.
 
@@ -105,6 +114,7 @@ class Metric(Protocol):
 
         Raises:
           UserError: the source cannot give what the metric needs.
+          Skipped: weights or other files of the metric are missing.
         """
 
     def init(self) -> State:

@@ -1,14 +1,19 @@
 """Metrics by name: their classes, and those that a config names with its fields."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_dit.components import Guarded
 from scaling_dit.config import metrics
-from scaling_dit.evaluation.metric import Metric, check_metric
+from scaling_dit.data.sources import Source
+from scaling_dit.evaluation.metric import Item, Metric, check_metric
+from scaling_dit.evaluation.prompt_sets import open_prompt_set
+from scaling_dit.evaluation.prompt_sets.transform import transform
 
 
 class Metrics(Mapping[str, type[Metric]]):
@@ -36,6 +41,10 @@ class Metrics(Mapping[str, type[Metric]]):
 
 
 METRICS = Metrics()
+# Fields that say how a metric is computed, or when, and not what.
+_NO_DIFFERENCE = ("every", "prompts", "batch")
+# Built-in distances between distributions.
+_LOWER_IS_BETTER = ("fid", "kid", "mind", "cmmd", "fd_dinov2")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,8 +62,80 @@ class Chosen:
 
     @property
     def section(self) -> str:
-        """The name of its section and of its folder."""
+        """The name of its section."""
         return metrics.section_of(self.name)
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder of results: its section, and a hash of the fields that give other results.
+
+        Without such fields, all at their defaults, it is the section alone.
+        """
+        defaults = metrics.metric_fields(self.name)
+        changed = {
+            key: value
+            for key, value in self.fields.items()
+            if key not in _NO_DIFFERENCE and value != defaults[key]
+        }
+        if not changed:
+            return self.section
+        text = json.dumps(changed, sort_keys=True, default=list)
+        return f"{self.section}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value of its first scalar is better."""
+        return is_lower_better(self.name)
+
+    def prompts(self, source: Source | Callable[[], Source], count: int) -> "Prompts":
+        """The prompts of its section: those of the prompt set, if it names one, else the metric's own.
+
+        Args:
+          source: the run's, or what opens it where it is needed.
+          count: how many; 0 for all of a prompt set. A set with fewer gives all it has.
+
+        Raises:
+          UserError: as `open_prompt_set`, `transform`, and `Metric.items`.
+          Skipped: something that the metric needs is missing.
+        """
+        about: dict[str, Any] = {"prompt_set": ""}
+        if self.fields["prompt_set"]:
+            found = open_prompt_set(self.fields["prompt_set"])
+            items, about = found.items[: count or None], found.about()
+            # Of a metric that compares with real images.
+            if check := getattr(self.metric, "check_items", None):
+                check(items, f"prompt set {found.name}")
+        else:
+            items = self.metric.items(source() if callable(source) else source, count)
+        texts, done = transform(items, self.fields["prompt_transform"])
+        return Prompts(items, texts, {**about, "prompt_transform": done})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """What a metric is scored on.
+
+    Attributes:
+      items: with the original prompts, by which images are scored.
+      texts: the prompt that is sampled for each.
+      about: the set, the hashes of its files, and the transform.
+    """
+
+    items: Sequence[Item]
+    texts: Sequence[str]
+    about: Mapping[str, Any]
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """(id, prompt to sample) of each."""
+        return [(item.id, text) for item, text in zip(self.items, self.texts, strict=True)]
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether a smaller value of a metric's first scalar is better; `LOWER_IS_BETTER` of a user's own class says so."""
+    if ":" not in name:
+        return name in _LOWER_IS_BETTER
+    return bool(getattr(metrics.REGISTRY.resolve(name), "LOWER_IS_BETTER", False))
 
 
 def choose(config: ConfigDict, names: Iterable[str]) -> list[Chosen]:

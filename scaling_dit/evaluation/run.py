@@ -1,118 +1,302 @@
-"""The `evaluate` verb: samples the prompts of each metric with a trained run, scores the images, and writes it all."""
+"""The `evaluate` verb: images of the prompts of each metric, sampled with a trained run or given, scored and reported.
 
+Metrics with the same prompts share images. Each process of several makes and scores its part of them.
+"""
+
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from scaling_dit import files
-from scaling_dit.checkpoints.workdir import Workdir, read_config
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError, printable
-from scaling_dit.evaluation import METRICS, tifa
-from scaling_dit.evaluation.parts import InFolder
-from scaling_dit.evaluation.registry import choose
+from scaling_dit.evaluation import sweep
+from scaling_dit.evaluation.features.set_metric import compared_with
+from scaling_dit.evaluation.given import GivenImages, image_size
+from scaling_dit.evaluation.jobs import Job, open_jobs
+from scaling_dit.evaluation.metric import Skipped
+from scaling_dit.evaluation.registry import Chosen, choose
+from scaling_dit.evaluation.request import Request, config_of
+from scaling_dit.evaluation.results import (
+    DONE,
+    RESULT,
+    ROWS,
+    SKIPPED,
+    Read,
+    Results,
+    score_to_folder,
+    write_curves,
+)
 from scaling_dit.evaluation.scoring import Scoring
 from scaling_dit.model.build import open_source
-from scaling_dit.sampling.folder import GRID, iterate
+from scaling_dit.parallel import processes
+from scaling_dit.sampling.folder import GRID, sample_to_folder
 from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.pipeline import open_for_sampling
+from scaling_dit.sampling.shards import PNG
 
-RESULT = "result.json"
-ROWS = "rows.jsonl"
-# Folder of the parts scored so far; removed at the end.
-_PARTS = "parts"
+# Exit code of an evaluation without some metric, image or answer.
+INCOMPLETE = 5
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of an evaluation.
+
+    Attributes:
+      results: results by metric, one for each setting.
+      incomplete: whether a metric, an image or an answer is missing.
+    """
+
+    results: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    incomplete: bool = False
 
 
 def main(
-    workdir: str,
-    out: str | None = None,
-    *,
-    metrics: Sequence[str] | None = None,
-    items: int = 500,
-    as_json: bool = False,
-    seed: int = 0,
-    step: int | None = None,
-    ema: str | None = None,
-    changes: Mapping[str, Any] | None = None,
-    own_code: bool = False,
+    workdir: str = "", out: str | None = None, *, as_json: bool = False, watch: float = 0, **asked: Any
 ) -> int:
-    """Scores a run by each metric; images, rows and `result.json` go to OUT/METRIC. Returns the exit code.
+    """Scores a run, or given images, by each metric; returns the exit code, `INCOMPLETE` if something is missing.
 
-    Without `out` they go to a folder of these settings under `evaluation/` in the workdir: the same command again only
-    adds the missing rows there.
+    Args:
+      as_json: print the results as JSON in place of tables.
+      watch: evaluate each checkpoint of a running job as it appears, looking every so many seconds; 0 = one checkpoint.
+      asked: the other fields of `Request`.
 
     Raises:
       UserError: no run, an unknown metric, or a metric that does not fit the run's data.
     """
-    config = read_config(workdir, own_code=own_code)
-    names = tuple(metrics or config.eval.metrics)
-    if not names:
-        raise UserError(
-            f"the run in {workdir} names no metric in config.eval.metrics; give --metrics={','.join(METRICS)}"
-        )
-    chosen = choose(config, names)
-    source = open_source(config)
-    # Before loading, so that a metric that does not fit the data shows at once.
-    scorings = [
-        Scoring(one.section, one.metric, one.metric.items(source, items), one.fields["batch"])
-        for one in chosen
-    ]
-    pipe, sampler, about = open_for_sampling(config, workdir, changes or {}, step=step, ema=ema)
-    root = epath.Path(out) if out else Workdir(workdir).evaluation / f"{tag(about, seed)}-n{items}"
-    results: dict[str, Any] = {}
-    for one, scoring in zip(chosen, scorings, strict=True):
-        folder = root / one.section
-        images = iterate(sampler, pipe, scoring.prompts, folder, seed=seed, about=about)
-        head = {"metric": one.name, "workdir": str(workdir), "seed": seed, "n": len(scoring.prompts)} | about
-        head |= {"fields": _as_json(one.fields)} | one.metric.about()
-        results[one.name] = score_to_folder(scoring, images, folder, head, seed)
-        if not as_json:
-            settings = ", ".join(f"{key} {value}" for key, value in about.items())
-            print(f"{one.name} of {workdir}: n {len(scoring.prompts)}, seed {seed}, {settings}")
-            print(printable(one.metric.table(results[one.name]), keep="\n"))
-            print(f"images: {folder / GRID}\nscores of each: {folder / ROWS}\nresult: {folder / RESULT}")
-    if as_json:
-        print(json.dumps(results))
-    return 0
+    if isinstance(asked.get("seed"), int):
+        asked["seed"] = (asked["seed"],)
+    request = Request(workdir=workdir, out=out, **asked)
+    if watch:
+        return _watch(request, watch, as_json)
+    return _report(evaluate(request, quiet=as_json), as_json)
 
 
-def score_to_folder(
-    scoring: Scoring, images: Iterable[np.ndarray], folder: epath.Path, head: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
-    """The result of a metric, `head` first, which is written to `folder` with the rows and what TIFA's tools read.
+def evaluate(request: Request, *, quiet: bool = False) -> Outcome:
+    """Does the work of `main` for one checkpoint, or for given images."""
+    config = config_of(request)
+    answers = request.root / "answers"
+    chosen = choose(config, config.eval.metrics)
+    if request.reference:
+        chosen = _compared_with(chosen, request, config)
+    jobs, skipped = open_jobs(config, chosen, request.items, answers)
+    outcome = Outcome(incomplete=bool(skipped))
+    results = Results(request.root)
+    for name, why in skipped.items():
+        _say_skipped(results, name, why, request)
+    if not jobs:
+        return outcome
+    settings = _given(request) if request.images else _sampled(request, config)
+    for root, head, images_of in settings:
+        rows = []
+        for job in jobs:
+            with _skips(results, job.one.name, request, outcome):
+                row = _score(job, root, head, images_of, results, outcome)
+                rows.append(row)
+                outcome.results.setdefault(job.one.name, []).append(row)
+                if not quiet:
+                    _print(job, row, root)
+        if request.workdir and not request.images:
+            name = tag(head, head["seed"]).partition("-")[2]
+            scalars = {key: value for row in rows for key, value in row["scalars"].items()}
+            folder = Workdir(request.workdir).tensorboard / f"evaluate-{name}"
+            write_curves(folder, head["step"], scalars, config.log.tensorboard)
+    every = [row for some in outcome.results.values() for row in some]
+    if (
+        not quiet
+        and jax.process_index() == 0
+        and not request.images
+        and len({(row["guidance"], row["seed"]) for row in every}) > 1
+    ):
+        lower = {job.one.name: job.one.lower_is_better for job in jobs}
+        print(sweep.table(sweep.summarize(every, lower)))
+    return outcome
 
-    A call that was killed scores only the missing images when it is repeated.
 
-    Args:
-      images: uint8 [some, H, W, 3], any number at a time, in the order of the items.
-      head: JSON values that say what was scored and how; parts of a call with another one are not taken up.
+def _compared_with(chosen: list[Chosen], request: Request, config: ConfigDict) -> list[Chosen]:
+    """The metrics with the real images that they compare with; the first process builds statistics, if any."""
+    size = open_source(config).image_size if request.workdir else image_size(request.images)
+    root = Workdir(request.workdir).evaluation if request.workdir else request.root
+    folder = root / "references"
+    found = compared_with(chosen, request.reference, size, folder) if jax.process_index() == 0 else []
+    processes.gather_bytes(b"")
+    return found or compared_with(chosen, request.reference, size, folder)
 
-    Raises:
-      UserError: the metric breaks its contract, or cannot read the images.
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The images of a job.
+
+    Attributes:
+      scoring: of the items that have an image.
+      read: gives the images of some items, by their numbers.
+      paths: id -> file, from the metric's folder, where images are files.
+      faults: id -> why its image is left out.
     """
-    parts = InFolder(folder / _PARTS, dict(head))
-    scoring.update(images, parts)
-    parts.share()
-    found, rows = scoring.result(parts, seed)
-    result = {**head, **found}
+
+    scoring: Scoring
+    read: Read
+    paths: Mapping[str, str]
+    faults: Mapping[str, str]
+
+
+# A folder for results, what they are about, and what gives the images of a job.
+Setting = tuple[epath.Path, dict[str, Any], Callable[[Job], Shown]]
+
+
+def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
+    """Every guidance with every seed, with what samples the images of a job."""
+    changes = dict(request.changes)
+    pipe, _, _ = open_for_sampling(config, request.workdir, changes, step=request.step, ema=request.ema)
+    scales: Sequence[float | None] = tuple(request.guidance) or (None,)
+    several = request.apart or len(scales) * len(request.seed) > 1
+    for scale in scales:
+        sampler = pipe.sampler(**changes, **({} if scale is None else {"guidance": scale}))
+        about = {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
+        for seed in request.seed:
+            name = f"{tag(about, seed)}{f'-n{request.items}' if request.items else ''}"
+            root = request.root if request.out and not several else request.root / name
+            head = {"workdir": request.workdir, "training_seed": config.seed, "seed": seed, **about}
+
+            def images_of(
+                job: Job,
+                root: epath.Path = root,
+                sampler: Any = sampler,
+                seed: int = seed,
+                about: Any = about,
+            ) -> Any:
+                folder = root / f"images-{job.prompts_hash[:8]}"
+                made = sample_to_folder(
+                    sampler, pipe, job.prompts, folder, seed=seed, about=about, store=request.store
+                )
+                paths = {row["id"]: f"../{folder.name}/{row['path']}" for row in made.rows}
+                batch = job.one.fields["batch"]
+                files = paths if made.store == PNG else {}
+                return Shown(job.scoring(), lambda numbers: made.read(numbers, batch), files, {})
+
+            yield root, head, images_of
+
+
+def _given(request: Request) -> Iterator[Setting]:
+    """The images of a folder."""
+
+    def images_of(job: Job) -> Shown:
+        found = GivenImages(request.images, job.items)
+        kept = [job.items[number].id for number in found.sound]
+        paths = {key: str(found.folder.resolve() / found.path(key)) for key in kept}
+        return Shown(job.scoring(found.sound), found.read, paths, found.faults)
+
+    yield (
+        request.root,
+        {"workdir": request.workdir, "images": request.images, "seed": request.seed[0]},
+        images_of,
+    )
+
+
+def _score(
+    job: Job,
+    root: epath.Path,
+    head: Mapping[str, Any],
+    images_of: Callable[[Job], Shown],
+    results: Results,
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """The result of one metric in one setting, written to its folder and added to the results."""
+    shown = images_of(job)
+    about = {"metric": job.one.name, **head, "n": len(shown.scoring.items), **job.about}
+    about |= {"prompts_sha256": job.prompts_hash, "left_out": dict(shown.faults)}
+    folder = root / job.one.folder
+    row = score_to_folder(shown.scoring, shown.read, folder, about, head["seed"], shown.paths)
+    results.add({"status": DONE, **row}, folder)
+    outcome.incomplete |= bool(shown.faults or row.get("unanswered"))
+    return row
+
+
+def _print(job: Job, row: Mapping[str, Any], root: epath.Path) -> None:
+    if jax.process_index() != 0:
+        return
+    of = row.get("images") or row["workdir"]
+    names = (
+        "step",
+        "ema",
+        "sampler",
+        "steps",
+        "guidance",
+        "guidance_method",
+        "guidance_rescale",
+        "guidance_interval",
+    )
+    settings = "".join(f", {name} {row[name]}" for name in names if name in row)
+    folder = root / job.one.folder
+    print(f"{job.one.name} of {of}: n {row['n']}, seed {row['seed']}{settings}")
+    print(printable(job.one.metric.table(dict(row)), keep="\n"))
+    if row["left_out"]:
+        print(f"images left out: {len(row['left_out'])}, such as {next(iter(row['left_out'].items()))}")
+    page = f"images: {root / f'images-{job.prompts_hash[:8]}' / GRID}\n" if "images" not in row else ""
+    print(f"{page}scores of each: {folder / ROWS}\nresult: {folder / RESULT}")
+
+
+@contextlib.contextmanager
+def _skips(results: Results, name: str, request: Request, outcome: Outcome) -> Iterator[None]:
+    """Reports a metric that turns out to be impossible, and lets the others go on."""
+    try:
+        yield
+    except Skipped as missing:
+        outcome.incomplete = True
+        _say_skipped(results, name, str(missing), request)
+
+
+def _say_skipped(results: Results, name: str, why: str, request: Request) -> None:
     if jax.process_index() == 0:
-        with files.staged(folder / ROWS) as local, local.open("w") as file:
-            for row in rows:
-                plain = {key: value for key, value in row.items() if not isinstance(value, np.ndarray)}
-                file.write(json.dumps(plain, ensure_ascii=False) + "\n")
-        if scoring.items[0].questions:
-            tifa.write_questions(folder / "questions.json", (item.questions for item in scoring.items))
-            tifa.write_image_map(
-                folder / "images.json", {item.id: f"{item.id}.png" for item in scoring.items}
-            )
-        files.write_whole(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
-    parts.remove()
-    return result
+        print(f"{name}: skipped: {why}", file=sys.stderr)
+    row = {"status": SKIPPED, "metric": name, "workdir": request.workdir, "step": request.step, "reason": why}
+    results.add(row)
 
 
-def _as_json(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config as JSON reads them back."""
-    return json.loads(json.dumps(dict(fields)))
+def _report(outcome: Outcome, as_json: bool) -> int:
+    if as_json and jax.process_index() == 0:
+        # One result of each metric as it is, several as a list.
+        found = {name: rows[0] if len(rows) == 1 else rows for name, rows in outcome.results.items()}
+        print(json.dumps(found))
+    return INCOMPLETE if outcome.incomplete else 0
+
+
+def _watch(request: Request, pause: float, as_json: bool) -> int:
+    """Evaluates each checkpoint of a running job, until that of its last step is done."""
+    if request.step is not None or request.images:
+        raise UserError("evaluate --watch evaluates every checkpoint; leave out --step and --images")
+    incomplete = False
+    while True:
+        config = config_of(request)
+        wanted = set(config.eval.metrics)
+        done: dict[int, set[str]] = {}
+        for row in Results(request.root).read():
+            if row.get("step") is not None:
+                done.setdefault(row["step"], set()).add(row["metric"])
+        with Checkpoints(Workdir(request.workdir).checkpoints, read_only=True) as store:
+            steps = store.all_steps()
+        missing = [step for step in steps if not wanted <= done.get(step, set())]
+        for step in missing:
+            try:
+                outcome = evaluate(dataclasses.replace(request, step=step, apart=True), quiet=as_json)
+            except UserError:
+                with Checkpoints(Workdir(request.workdir).checkpoints, read_only=True) as store:
+                    # Training removes old checkpoints meanwhile.
+                    if not store.is_gone(step):
+                        raise
+                continue
+            incomplete |= outcome.incomplete
+            _report(outcome, as_json)
+        if config.steps in steps:
+            return INCOMPLETE if incomplete else 0
+        if not missing:
+            time.sleep(pause)

@@ -128,7 +128,15 @@ class Recorder:
 
     def __init__(self, directory: epath.Path, watch: Stopwatch) -> None:
         self._watch = watch
-        self._rows = JsonLines(directory) if jax.process_index() == 0 else None
+        self._account = Account()
+        self._rows = None
+        if jax.process_index() == 0:
+            for rows in read_rows(directory):
+                self._account.start()
+                for row in rows:
+                    self._account.add(row)
+            self._account.start()
+            self._rows = JsonLines(directory)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._step: int | None = None
@@ -158,6 +166,11 @@ class Recorder:
         if event != "step" or self._due():
             self._write(event)
 
+    def so_far(self) -> dict[str, Any]:
+        """The `summary` of all starts up to this start's last row; zeros in all processes but the first."""
+        with self._lock:
+            return self._account.summary()
+
     def _due(self) -> bool:
         watch = self._watch
         gap = min(max(_SHORTEST, _BEAT * sum(watch.seconds().values())), _LONGEST)
@@ -174,9 +187,16 @@ class Recorder:
         with self._lock:
             seconds = self._watch.seconds()
             self._last_write = self._watch.clock()
-            row = {"time": self._watch.began + sum(seconds.values()), "began": self._watch.began}
-            self._rows.write(row | {"step": self._step, "event": event, "seconds": _rounded(seconds)})
+            row = {
+                "time": self._watch.began + sum(seconds.values()),
+                "began": self._watch.began,
+                "step": self._step,
+                "event": event,
+                "seconds": _rounded(seconds),
+            }
+            self._rows.write(row)
             self._rows.flush()
+            self._account.add(row)
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(_COMPILE_EVENTS) and event.endswith("_duration"):
@@ -217,33 +237,63 @@ def _is_time(value: Any) -> bool:
 
 def summarise(starts: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """The `summary` of the rows of each start."""
-    starts = [rows for rows in starts if rows]
-    seconds = dict.fromkeys(PARTS, 0.0)
-    done = _Ledger()
-    for number, rows in enumerate(starts):
-        for part in _MEASURED:
-            seconds[part] += rows[-1]["seconds"][part]
-        if number and starts[number - 1][-1]["event"] != "done":
-            seconds[DOWNTIME] += rows[0]["began"] - starts[number - 1][-1]["time"]
-        restart, before = True, rows[0]["seconds"]
+    account = Account()
+    for rows in starts:
+        account.start()
         for row in rows:
-            done.spend({part: row["seconds"][part] - before[part] for part in _LOSABLE})
-            before = row["seconds"]
-            if row["step"] is not None:
-                done.reach(row["step"], restart)
-                restart = False
-    for part, lost in done.lost.items():
-        seconds[part] -= lost
-        seconds[LOST] += lost
-    wall = sum(seconds.values())
-    return {
-        "wall": wall,
-        "seconds": seconds,
-        "goodput": seconds[STEP] / wall if wall else 0.0,
-        "starts": len(starts),
-        "step": done.step,
-        "lost_steps": done.lost_steps,
-    }
+            account.add(row)
+    return account.summary()
+
+
+class Account:
+    """The `summary` of rows that are added one by one, in constant time and memory for each."""
+
+    def __init__(self) -> None:
+        # Of the starts before this one.
+        self._closed = dict.fromkeys(PARTS, 0.0)
+        self._last: dict[str, Any] | None = None
+        self._done = _Ledger()
+        self._starts = 0
+        self._fresh = self._restart = True
+
+    def start(self) -> None:
+        """The next row is the first of another start."""
+        self._fresh = self._restart = True
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds the next row of this start."""
+        before = self._last
+        if self._fresh:
+            if before is not None:
+                for part in _MEASURED:
+                    self._closed[part] += before["seconds"][part]
+                if before["event"] != "done":
+                    self._closed[DOWNTIME] += row["began"] - before["time"]
+            self._fresh, self._starts, before = False, self._starts + 1, row
+        assert before is not None
+        self._done.spend({part: row["seconds"][part] - before["seconds"][part] for part in _LOSABLE})
+        self._last = row
+        if row["step"] is not None:
+            self._done.reach(row["step"], self._restart)
+            self._restart = False
+
+    def summary(self) -> dict[str, Any]:
+        """As the function `summary`."""
+        seconds = dict(self._closed)
+        for part, value in (self._last["seconds"] if self._last else {}).items():
+            seconds[part] += value
+        for part, lost in self._done.lost.items():
+            seconds[part] -= lost
+            seconds[LOST] += lost
+        wall = sum(seconds.values())
+        return {
+            "wall": wall,
+            "seconds": seconds,
+            "goodput": seconds[STEP] / wall if wall else 0.0,
+            "starts": self._starts,
+            "step": self._done.step,
+            "lost_steps": self._done.lost_steps,
+        }
 
 
 class _Ledger:

@@ -50,14 +50,31 @@ def _shown(caption: str) -> str:
     return printable(caption if len(caption) <= _CAPTION else f"{caption[:_CAPTION]} ...", keep="\n\t")
 
 
-def write_png(path: epath.Path, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as PNG in one call, so that a reader of a remote path never sees half a file."""
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as a PNG file; equal images give equal bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """An image as uint8 [H, W, 3], from a file's bytes.
+
+    Raises:
+      OSError: they are no image, or are damaged.
+    """
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    # What Pillow raises of some damaged PNG files.
+    except (SyntaxError, ValueError) as error:
+        raise OSError(str(error)) from None
+
+
+def write_png(path: epath.Path, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as PNG in one call, so that a reader of a remote path never sees half a file."""
+    path.write_bytes(encode_png(image))
 
 
 def read_png(path: epath.Path) -> np.ndarray:
     """An image as uint8 [H, W, 3], from a PNG file."""
-    with path.open("rb") as file:
-        return np.asarray(Image.open(file).convert("RGB"))
+    return decode_png(path.read_bytes())

@@ -291,4 +291,4 @@ class CrossAttention(_MultiHead):
         inputs["bias_init"] = self.bias_init
         q_BTD = Dense(width, ("embed", "heads"), name="q", **inputs)(x)
         k_BSD, v_BSD = Dense((2, width), (None, "text", "heads"), apart=True, name="kv", **inputs)(context)
-        return self._project(*map(self._heads, (q_BTD, k_BSD, v_BSD)), key_mask)
+        return self._project(self._heads(q_BTD), self._heads(k_BSD), self._heads(v_BSD), key_mask)

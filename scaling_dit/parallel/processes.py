@@ -74,7 +74,12 @@ def from_flags(coordinator: str | None, processes: int | None, process: int | No
 def on_tpu_host() -> bool:
     """Whether this host has TPU chips that jax may use. Does not start jax."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    return (not platforms or "tpu" in platforms) and any(glob.glob(pattern) for pattern in _TPU_DEVICES)
+    return (not platforms or "tpu" in platforms) and bool(tpu_devices())
+
+
+def tpu_devices() -> list[str]:
+    """Paths of the devices through which this host reaches its TPU chips."""
+    return sorted(path for pattern in _TPU_DEVICES for path in glob.glob(pattern))
 
 
 def detected() -> Membership | None:
@@ -242,6 +247,18 @@ def total(counts: Mapping[str, int]) -> dict[str, int]:
         for name, count in json.loads(other.tobytes()).items():
             added[name] = added.get(name, 0) + count
     return dict(sorted(added.items()))
+
+
+def gather_numbers(row: Sequence[float]) -> list[list[float]]:
+    """The rows of all processes, in their order; every process gives as many numbers. In float32 if several do."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [list(row)]
+    rows = np.asarray(multihost_utils.process_allgather(np.asarray(row, np.float32)))
+    return rows.reshape(jax.process_count(), -1).tolist()
 
 
 def gather_bytes(data: bytes) -> list[bytes]:

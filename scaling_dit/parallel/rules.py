@@ -205,6 +205,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def round_batch(mesh: Mesh, batch: int) -> int:
     """The least number of rows, at least `batch`, that splits evenly over the mesh."""
     parts = _batch_parts(mesh)

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import IO
 
@@ -34,6 +34,20 @@ def supervised() -> bool:
     return os.environ.get(CHILD) == str(os.getppid())
 
 
+def die_with(parent: int) -> Callable[[], None] | None:
+    """A `preexec_fn` of subprocess: the child is killed as soon as its parent, of this pid, has died. Linux only."""
+    if sys.platform != "linux":
+        return None
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        # The parent has died already.
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGKILL)
+
+    return prepare
+
+
 def run(command: Sequence[str]) -> int:
     """Runs a command and returns its exit code. Forwards SIGTERM and SIGINT to it, and passes on its output.
 
@@ -41,20 +55,13 @@ def run(command: Sequence[str]) -> int:
     process is killed, the command is killed as well.
     """
     parent = os.getpid()
-
-    def die_with_parent() -> None:
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-        # The parent has died already.
-        if os.getppid() != parent:
-            os._exit(128 + signal.SIGKILL)
-
     with subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         env={**os.environ, CHILD: str(parent)},
         # In the same group Ctrl-C would reach it twice: from the terminal and from this process.
         process_group=0,
-        preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=die_with(parent),
     ) as child:
 
         def pass_on(number: int, frame: FrameType | None) -> None:

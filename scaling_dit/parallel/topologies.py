@@ -3,11 +3,12 @@
 `parse("v5p:4x4x4")` describes a slice and `Topology.devices()` gives devices to compile for, on any Linux machine with
 libtpu (`pip install 'scaling-dit[tpu]'`). Numbers are per chip and per direction, from these pages, read in 2026:
 
-- generations, HBM, peak, DCN: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e
+- generations, HBM, peak, DCN: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x
 - one-way bandwidth of a link: https://jax-ml.github.io/scaling-book/tpus
 - HBM that a program can use: the limit that the compiler of libtpu 0.0.51 reports when a program does not fit
 - clock: peak FLOP/s divided by the FLOPs a cycle of the matrix units on those pages. The clock of v6e is not
-  published; the table has the clock of v5p instead
+  published; the table has the clock of v5p instead. That of tpu7x is not known, so there are no times from cycles
+- fields that `Chip.unverified` names: no page was at hand to check them; plans say so
 - price: US dollars for a chip-hour on demand, about the list price of 2025. It was not checked, so give your own
 - GPUs: https://www.nvidia.com/en-us/data-center/h200, /h100, /a100; dense FLOP/s
 """
@@ -37,14 +38,16 @@ class Chip:
       kind: the beginning of jax's `device_kind`.
       per_host: chips of one host.
       hbm: bytes of memory.
-      usable_hbm: bytes that programs can use.
+      usable_hbm: bytes that programs can use, over all devices of the chip.
       peak: FLOP/s of bfloat16 matrix products.
       hbm_bandwidth: bytes/s of the memory.
       torus: axes of the torus that joins the chips of a slice; 0 if every chip is joined with every other.
       link_bandwidth: bytes/s of one link in one direction. A chip has two links for each axis of a torus.
       dcn_bandwidth: bytes/s between slices.
-      clock: Hz of the matrix units.
+      clock: Hz of the matrix units; 0 if not known.
       price: approximate US dollars an hour; 0 if there is no single price.
+      devices: jax devices of one chip. A tpu7x has two, each with half of everything.
+      unverified: fields whose figures could not be checked.
     """
 
     name: str
@@ -59,6 +62,13 @@ class Chip:
     dcn_bandwidth: float
     clock: float
     price: float
+    devices: int = 1
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def device_hbm(self) -> int:
+        """Bytes of memory that programs can use on one jax device."""
+        return int(self.usable_hbm / self.devices)
 
 
 CHIPS: dict[str, Chip] = {
@@ -70,6 +80,22 @@ CHIPS: dict[str, Chip] = {
         Chip(
             "v6e", "TPU v6 lite", 4, 32 * GIB, 31.24 * GIB, 918e12, 1.638e12, 2, 1e11, 1.25e10, 1.75e9, 2.70
         ),
+        Chip(
+            "tpu7x",
+            "TPU7x",
+            4,
+            192 * GIB,
+            2 * 94.74 * GIB,
+            2.307e15,
+            7.38e12,
+            3,
+            1e11,
+            1.25e10,
+            0.0,
+            0.0,
+            devices=2,
+            unverified=("hbm_bandwidth", "link_bandwidth", "dcn_bandwidth"),
+        ),
         Chip("a100", "NVIDIA A100", 8, 80e9, 80e9, 312e12, 2.04e12, 0, 3e11, 2.5e10, 1.41e9, 0.0),
         Chip("h100", "NVIDIA H100", 8, 80e9, 80e9, 989e12, 3.35e12, 0, 4.5e11, 5e10, 1.83e9, 0.0),
         Chip("h200", "NVIDIA H200", 8, 141e9, 141e9, 989e12, 4.8e12, 0, 4.5e11, 5e10, 1.83e9, 0.0),
@@ -78,7 +104,11 @@ CHIPS: dict[str, Chip] = {
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus)
 # Generations whose SparseCores libtpu can use for gathers and sums.
 SPARSE_CORES = ("v5p", "v6e")
-EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x4x4", "v6e": "v6e:16x16"}
+EXAMPLES = {
+    "v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x4x4", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"
+}  # fmt: skip
+# Other names that people give a generation; libtpu knows none of them.
+_ALIASES = {"v7x": "tpu7x", "tpu7": "tpu7x", "v7": "tpu7x", "ironwood": "tpu7x", "v5litepod": "v5e"}
 # Keeps libtpu on a machine without TPUs from searching for chips and for their metadata server.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -119,12 +149,17 @@ class Topology:
         """The number of hosts in all slices."""
         return max(1, self.chips // (self.chip.per_host if self.chip else self.chips))
 
+    @property
+    def devices_per_chip(self) -> int:
+        """jax devices of one chip; 1 for an unknown kind."""
+        return self.chip.devices if self.chip else 1
+
     @functools.cached_property
     def _devices(self) -> list[Any]:
         return local_devices() if self.name == LOCAL else _describe(self)
 
     def devices(self) -> list[Any]:
-        """jax devices, one for each chip. Devices of a description can be compiled for but hold no arrays.
+        """jax devices, `devices_per_chip` for each chip. Those of a description can be compiled for but hold no arrays.
 
         Raises:
           UserError: libtpu is missing or does not know this shape.
@@ -140,7 +175,10 @@ class Topology:
         return all(size % 4 == 0 for size in self.dims)
 
     def ici_bandwidth(self, axes: Iterable[int]) -> float:
-        """Bytes/s that one chip can send along these axes of the torus, or along all axes if none is given."""
+        """Bytes/s that one chip can send along these axes of the torus, or along all axes if none is given.
+
+        The devices of a chip share its links.
+        """
         if self.chip is None:
             return 0.0
         if not self.chip.torus:
@@ -160,13 +198,15 @@ def parse(text: str, slices: int = 1) -> Topology:
     """
     if text == LOCAL:
         devices = local_devices()
-        return Topology(LOCAL, find_chip(devices[0].device_kind), (len(devices),))
+        chip = find_chip(devices[0].device_kind)
+        return Topology(LOCAL, chip, (max(1, len(devices) // (chip.devices if chip else 1)),))
     name, _, shape = text.partition(":")
     if name not in TPUS:
         hint = nearest(name, [*TPUS, LOCAL])
-        accelerator = re.fullmatch(r"(v\d[ep]?)-\d+", name)
-        if accelerator and accelerator[1] in EXAMPLES:
-            hint = f"give the shape of the slice, such as {EXAMPLES[accelerator[1]]}"
+        kind = re.sub(r"-\d+$", "", name)
+        generation = _ALIASES.get(kind, kind)
+        if generation in EXAMPLES:
+            hint = f"give the shape of the slice, such as {EXAMPLES[generation]}"
         raise UserError(f"--topology={text}: no generation {name!r}; {hint}")
     sizes = re.fullmatch(r"\d+(x\d+)*", shape)
     dims = tuple(map(int, shape.split("x"))) if sizes else ()

@@ -12,6 +12,7 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ _POLL = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """HBM of one chip, in bytes.
+    """HBM of one device, in bytes. A device is a chip, except for chips with several.
 
     Attributes:
       arguments: state, frozen weights and batch between steps. The sum of this chip's shards, padding included.
@@ -49,22 +50,40 @@ class Memory:
     fits: bool
 
 
-def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
-    """(the compiled program, or None if it does not fit; its memory on one chip).
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """All that is known of a program after compiling it.
+
+    Attributes:
+      program: its text, parsed; None if it does not fit, or if the text cannot be read.
+      memory: on one device.
+      missing: why the text of a program that fits cannot be read; "" if it can.
+      analysis: XLA's own "flops" and "bytes accessed" for a program without text. They count the body of a loop once.
+    """
+
+    program: hlo.Program | None
+    memory: Memory
+    missing: str = ""
+    analysis: Mapping[str, float] | None = None
+
+
+def compile_program(lowered: Any, arguments: int, topology: Topology) -> Compiled:
+    """Compiles a program completely.
 
     `arguments` is the size of the program's arguments in bytes. If they alone do not fit, nothing is compiled.
 
     Raises:
       UserError: the compiler fails for a reason other than memory.
     """
-    limit = int(topology.chip.usable_hbm) if topology.chip else None
+    limit = topology.chip.device_hbm if topology.chip else None
     if limit is not None and arguments > limit:
-        return None, Memory(arguments, None, arguments, limit, fits=False)
+        return Compiled(None, Memory(arguments, None, arguments, limit, fits=False))
     try:
-        compiled, text = hlo.compiled_text(lowered, dump=topology.name != LOCAL)
+        read_back = topology.chip is None or topology.chip.devices == 1
+        compiled, text = hlo.compiled_text(lowered, dump=topology.name != LOCAL, read_back=read_back)
     except jax.errors.JaxRuntimeError as error:
         needed, limit = out_of_memory(str(error), limit)
-        return None, Memory(arguments, None, needed, limit, fits=False)
+        return Compiled(None, Memory(arguments, None, needed, limit, fits=False))
     analysis = compiled.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     # Compilers for chips other than TPUs do not include arguments in their peak. Results that do not reuse the memory
@@ -72,10 +91,15 @@ def compile_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     on_tpu = topology.chip is not None and topology.chip.name in TPUS
     peak = analysis.peak_memory_in_bytes if on_tpu else arguments + temporaries + fresh
-    return hlo.Program(text), Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
+    memory = Memory(arguments, temporaries, peak, limit, fits=limit is None or peak <= limit)
+    if isinstance(text, hlo.Unreadable):
+        cost = compiled.cost_analysis() or {}
+        found = {name: float(cost[name]) for name in ("flops", "bytes accessed") if name in cost}
+        return Compiled(None, memory, text.reason, found)
+    return Compiled(hlo.Program(text), memory)
 
 
-def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[hlo.Program | None, Memory]:
+def outline_program(lowered: Any, arguments: int, topology: Topology) -> Compiled:
     """As `compile_program`, but without kernels: the program has no cycles, and the peak includes gaps between arrays.
 
     All else is the same, except that the compiler does not report kernels that it would refuse. The compiler cannot be
@@ -91,9 +115,9 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
       UserError: the compiler fails for a reason other than memory, or its files are missing or incomplete.
     """
     assert topology.name != LOCAL and topology.chip is not None
-    limit = int(topology.chip.usable_hbm)
+    limit = topology.chip.device_hbm
     if arguments > limit:
-        return None, Memory(arguments, None, arguments, limit, fits=False)
+        return Compiled(None, Memory(arguments, None, arguments, limit, fits=False))
     folder, failed = pathlib.Path(tempfile.mkdtemp()), list[Exception]()
 
     def run() -> None:
@@ -110,7 +134,7 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
         raise failed[0]
     if failed:
         needed, of = out_of_memory(str(failed[0]), limit)
-        return None, Memory(arguments, None, needed, of, fits=False)
+        return Compiled(None, Memory(arguments, None, needed, of, fits=False))
     # The compiler also writes programs of SparseCores, but this file only for the main program.
     last = next(folder.glob(f"*{_LAST}"), None)
     if last is None:
@@ -125,7 +149,7 @@ def outline_program(lowered: Any, arguments: int, topology: Topology) -> tuple[h
     peak = held + temporaries + fresh
     # At this point only hand-written kernels have cycles. Their sum would be mistaken for the step's cycles.
     program = hlo.Program(re.sub(r'"estimated_cycles":"\d+"', "", text))
-    return program, Memory(held, temporaries, peak, limit, fits=peak <= limit)
+    return Compiled(program, Memory(held, temporaries, peak, limit, fits=peak <= limit))
 
 
 def allocated(places: str) -> tuple[int, int, int]:

@@ -270,21 +270,35 @@ def _dims(text: str) -> tuple[int, ...]:
     return tuple(int(size.strip("<=")) for size in text.split(",") if size.strip("<="))
 
 
-def compiled_text(lowered: Any, options: dict[str, Any] | None = None, dump: bool = True) -> tuple[Any, str]:
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """Stands for the text of a program that nothing here can read; `reason` says why in one line."""
+
+    reason: str
+
+
+def compiled_text(
+    lowered: Any, options: dict[str, Any] | None = None, dump: bool = True, read_back: bool = True
+) -> tuple[Any, str | Unreadable]:
     """Compiles a lowered program -> (the compiled program, its text).
 
-    jax cannot read back a program in which a TPU's SparseCores look up embeddings or gather parameters (jax 0.10.2 with
-    libtpu 0.0.51). The text then is the compiler's own dump, if it writes one.
+    jax cannot read back a program in which a TPU's SparseCores look up embeddings or gather parameters, nor one of a
+    tpu7x (jax 0.10.2 with libtpu 0.0.51). The text then is the compiler's own dump, if it writes one.
+
+    Args:
+      lowered: the lowered program.
+      options: of the compiler.
+      dump: whether the compiler is asked for its dump.
+      read_back: False where jax is known to fail, which it does with pages of messages.
     """
     with tempfile.TemporaryDirectory() as folder:
         dumped = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dump else {}
         compiled = lowered.compile(compiler_options=(options or {}) | dumped or None)
-        try:
-            return compiled, compiled.as_text()
-        except jax.errors.JaxRuntimeError:
-            texts = sorted(
-                pathlib.Path(folder).glob("*after_codegen.txt"), key=lambda file: file.stat().st_size
-            )
-            if not texts:
-                raise
-            return compiled, texts[-1].read_text()
+        reason = "jax cannot read programs of this chip back, and the compiler wrote no text of its own"
+        if read_back:
+            try:
+                return compiled, compiled.as_text()
+            except jax.errors.JaxRuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+        texts = sorted(pathlib.Path(folder).glob("*after_codegen.txt"), key=lambda file: file.stat().st_size)
+        return compiled, texts[-1].read_text() if texts else Unreadable(reason)

@@ -45,14 +45,14 @@ class _Clock:
 
 
 def waiting(program: Program, layout: Layout, topology: Topology) -> float | None:
-    """Seconds that a device waits for collectives in one run of a program; None for an unknown chip.
+    """Seconds that a device waits for collectives in one run of a program; None for an unknown chip or clock.
 
     Args:
       program: compiled and scheduled for `layout.size` devices of the topology.
       layout: the program's partitions.
       topology: where the program runs.
     """
-    if topology.chip is None:
+    if topology.chip is None or not topology.chip.clock:
         return None
     return _Timeline(program, layout, topology, topology.chip.clock).run(program.entry).waited
 

@@ -8,7 +8,7 @@ itself (`hlo_cost`).
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_dit import encoders
-from scaling_dit.costs.count import count
-from scaling_dit.errors import UserError
+from scaling_dit.costs.step import train_flops
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.model.model import Model
 from scaling_dit.nn.attention import recorded_choices
@@ -47,14 +46,18 @@ class Plan:
       settings: batch, and fields of the config that `--search` varies.
       replicated: parameters that every chip holds whole.
       attention: implementation of each kind of attention call.
-      memory: HBM of one chip.
+      memory: HBM of one device.
       model_flops: FLOPs of a train step over all chips by `costs.count`; None for sampling.
-      statistics: cost of the compiled program for one chip; None if it does not fit.
+      statistics: cost of the compiled program for one device; None if it does not fit or its text cannot be read.
       roofline: best possible times; None without statistics or for an unknown chip.
       constraints: sharding constraints in the traced program.
       lower_seconds: seconds of tracing and lowering on this machine.
       compile_seconds: seconds of compiling on this machine.
       kernels: whether kernels were compiled. Without them there are no cycles and no estimate.
+      devices_per_chip: jax devices of one chip.
+      missing: why the text of a program that fits cannot be read; "" if it can.
+      analysis: XLA's own "flops" and "bytes accessed" for one device where the text cannot be read.
+      unverified: specifications of the chip that could not be checked.
     """
 
     topology: str
@@ -74,6 +77,10 @@ class Plan:
     lower_seconds: float
     compile_seconds: float
     kernels: bool = True
+    devices_per_chip: int = 1
+    missing: str = ""
+    analysis: Mapping[str, float] | None = None
+    unverified: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -115,14 +122,14 @@ def make(
             lowered = Sampler(model, mesh, SamplingOptions.of(config.sample)).lower(*held)
     lowered_at = time.perf_counter()
     compiler = compile_program if kernels else outline_program
-    compiled, memory = compiler(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
+    compiled = compiler(lowered, sum(map(shard_bytes, jax.tree.leaves(held))), topology)
     compiled_at = time.perf_counter()
     statistics = found = None
     model_flops = train_flops(config, model) if step == "train" else None
-    if compiled is not None:
+    if compiled.program is not None:
         layout, steps = hlo_cost.Layout.of(mesh), config.steps if step == "train" else None
-        statistics = hlo_cost.statistics(compiled, layout)
-        waiting = hlo_timeline.waiting(compiled, layout, topology) if statistics.cycles else None
+        statistics = hlo_cost.statistics(compiled.program, layout)
+        waiting = hlo_timeline.waiting(compiled.program, layout, topology) if statistics.cycles else None
         found = roofline(topology, statistics, model_flops, steps, price, waiting)
     return Plan(
         topology=topology.name,
@@ -134,7 +141,7 @@ def make(
         settings=settings(config, step),
         replicated=rules.replicated(mesh, program.boxed_params),
         attention=sorted(map(str, chosen)),
-        memory=memory,
+        memory=compiled.memory,
         model_flops=model_flops,
         statistics=statistics,
         roofline=found,
@@ -142,6 +149,10 @@ def make(
         lower_seconds=lowered_at - began,
         compile_seconds=compiled_at - lowered_at,
         kernels=kernels,
+        devices_per_chip=topology.devices_per_chip,
+        missing=compiled.missing,
+        analysis=compiled.analysis,
+        unverified=topology.chip.unverified if topology.chip else (),
     )
 
 
@@ -182,13 +193,3 @@ class _WithoutTokenizer:
         """Captions -> (ids int32 [B, L], mask bool [B, L])."""
         shape = (len(captions), self._encoder.length)
         return np.zeros(shape, np.int32), np.ones(shape, bool)
-
-
-def train_flops(config: ConfigDict, model: Model) -> int | None:
-    """FLOPs of the backbone in one train step over all chips; None if they cannot be counted."""
-    text = (model.text_encoder.length, model.text_encoder.dim)
-    backbone: Any = model.backbone
-    try:
-        return count(backbone, model.latent_shape, text).train_flops(config.batch, 1)
-    except UserError:
-        return None

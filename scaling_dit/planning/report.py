@@ -66,19 +66,21 @@ def _print_progress(line: str) -> None:
 
 
 def report(plan: Plan) -> str:
-    """A plan as lines of text. Numbers are per chip unless the line says otherwise."""
+    """A plan as lines of text. Numbers are per device unless the line says otherwise; a device is mostly a chip."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
     slices = f"{plan.slices} slices, " if plan.slices > 1 else ""
+    devices = plan.chips * plan.devices_per_chip
+    chips = f"{plan.chips} chips" + (f" of {plan.devices_per_chip} devices" if devices > plan.chips else "")
     lines = [
-        f"{plan.topology}: {slices}{plan.chips} chips, {plan.hosts} hosts; {plan.step} step; mesh {mesh}; {settings}",
+        f"{plan.topology}: {slices}{chips}, {plan.hosts} hosts; {plan.step} step; mesh {mesh}; {settings}",
         f"  HBM          {memory_line(plan.memory)}",
         f"  parameters   {plan.replicated}",
         *(f"  attention    {chosen}" for chosen in plan.attention),
     ]
     statistics = plan.statistics
     if statistics is not None:
-        model = f"{plan.model_flops / plan.chips / 1e12:.2f} TFLOP" if plan.model_flops else "not counted"
+        model = f"{plan.model_flops / devices / 1e12:.2f} TFLOP" if plan.model_flops else "not counted"
         kernels = (
             f" ({statistics.undeclared_kernels} runs of kernels that declare no FLOPs are not included)"
             if statistics.undeclared_kernels
@@ -101,12 +103,29 @@ def report(plan: Plan) -> str:
             lines.append(f"  cycles       {statistics.cycles / 1e6:.1f} M expected: {', '.join(shares)}")
     if plan.roofline is not None:
         lines += roofline_lines(plan.roofline)
+    lines += notes(plan)
     how = "" if plan.kernels else " without kernels: no cycles, no estimate"
     lines.append(
         f"  compiled     in {plan.compile_seconds:.0f} s here{how}; traced and lowered in {plan.lower_seconds:.1f} s; "
         f"{plan.constraints} sharding constraints"
     )
     return "\n".join(lines)
+
+
+def notes(plan: Plan) -> list[str]:
+    """Lines about figures that are missing, or that could not be checked."""
+    lines = []
+    if plan.missing:
+        counted = "".join(f", {name} {value:.4g}" for name, value in sorted((plan.analysis or {}).items()))
+        lines += [
+            "  missing      FLOPs, traffic, collectives, cycles and times: the compiled program cannot be read "
+            f"({plan.missing}); --quick reads it another way",
+            f"  XLA's count  the body of each loop once{counted}",
+        ]
+    if plan.unverified:
+        names = ", ".join(name.replace("_", " ") for name in plan.unverified)
+        lines.append(f"  unverified   {names} of this chip; HBM, ICI and DCN times follow from them")
+    return lines
 
 
 def memory_line(memory: Memory) -> str:

@@ -64,10 +64,13 @@ class Roofline:
 
 
 def collective_seconds(topology: Topology, row: Collective) -> float:
-    """Seconds that collectives take on the wire, each network at its peak. The topology's chip must be known."""
+    """Seconds that collectives take on the wire, each network at its peak. The topology's chip must be known.
+
+    The devices of a chip share its links: each has an equal part of their bandwidth.
+    """
     assert topology.chip is not None
     bandwidth = topology.chip.dcn_bandwidth if row.slices else topology.ici_bandwidth(row.torus_axes)
-    return row.wire / bandwidth
+    return row.wire * topology.chip.devices / bandwidth
 
 
 def roofline(
@@ -93,9 +96,10 @@ def roofline(
     if chip is None:
         return None
     seconds = functools.partial(collective_seconds, topology)
+    # A program is that of one device, and each device of a chip has an equal part of it.
     times = {
-        "compute": statistics.flops / chip.peak,
-        "HBM": statistics.hbm_bytes / chip.hbm_bandwidth,
+        "compute": statistics.flops * chip.devices / chip.peak,
+        "HBM": statistics.hbm_bytes * chip.devices / chip.hbm_bandwidth,
         "ICI": sum(seconds(row) for row in statistics.collectives if not row.slices),
         "DCN": sum(seconds(row) for row in statistics.collectives if row.slices),
     }
@@ -103,7 +107,7 @@ def roofline(
         exposed = sum(seconds(row) for row in statistics.collectives if not row.asynchronous)
     bound = max(times, key=lambda name: times[name])
     limit = times[bound]
-    estimate = statistics.cycles / chip.clock + exposed if statistics.cycles else None
+    estimate = statistics.cycles / chip.clock + exposed if statistics.cycles and chip.clock else None
 
     def mfu(time: float | None) -> float | None:
         return None if not time or model_flops is None else model_flops / topology.chips / chip.peak / time

@@ -112,7 +112,7 @@ def candidates(
     own = run_mesh(config, topology.devices())
     layouts = [
         (place, sizes, once)
-        for place, sizes in enumerate(meshes(dict(own.shape), topology.chips, topology.slices))
+        for place, sizes in enumerate(meshes(dict(own.shape), own.size, topology.slices))
         for once in gathers(config, sizes, topology, step)
     ]
     combinations = sorted(
@@ -146,14 +146,14 @@ def gathers(config: ConfigDict, sizes: dict[str, int], topology: Topology, step:
     return (own, not own)
 
 
-def meshes(own: dict[str, int], chips: int, slices: int) -> list[dict[str, int]]:
-    """The config's own mesh, then splits of the chips into data and fsdp, then with a little tensor parallelism."""
+def meshes(own: dict[str, int], devices: int, slices: int) -> list[dict[str, int]]:
+    """The config's own mesh, then splits of the devices into data and fsdp, then with a little tensor parallelism."""
     found = [own]
     for tensor in (1, 2, 4):
-        rest = chips // tensor
+        rest = devices // tensor
         for parts in (1, 2, 4, 8, 16):
             data = parts * slices
-            if chips % tensor == 0 and rest % data == 0 and rest // data >= 8:
+            if devices % tensor == 0 and rest % data == 0 and rest // data >= 8:
                 found.append({"data": data, "fsdp": rest // data, "context": 1, "tensor": tensor})
     return [mesh for place, mesh in enumerate(found) if mesh not in found[:place]]
 

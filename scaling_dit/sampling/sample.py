@@ -1,47 +1,82 @@
-"""The `sample` verb: images of prompts with a trained run."""
+"""Images of prompts with a trained run: every guidance with every seed, each in a folder of its own."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from scaling_dit.checkpoints.workdir import Workdir, read_config
-from scaling_dit.sampling.folder import GRID, sample_to_folder
-from scaling_dit.sampling.options import tag
+from scaling_dit.sampling.folder import GRID, Images, sample_to_folder
+from scaling_dit.sampling.options import SamplingOptions, tag
 from scaling_dit.sampling.pipeline import open_for_sampling
 from scaling_dit.sampling.prompts import Prompt
 
 
-def sample_prompts(
-    workdir: str,
-    prompts: Sequence[Prompt],
-    out: str | None = None,
-    *,
-    num: int = 1,
-    seed: int = 0,
-    step: int | None = None,
-    ema: str | None = None,
-    changes: Mapping[str, Any] | None = None,
-    own_code: bool = False,
-) -> int:
-    """Writes images, grid and manifest of (id, prompt) pairs; returns the exit code.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What the `sample` verb samples with.
 
-    Args:
+    Attributes:
+      workdir: of the run.
       out: folder to write to. By default one of this request under `samples/` in the workdir: the same request again
-        adds what is missing there, another one gets its own.
+        adds what is missing there, another one gets its own. With several guidances or seeds, a folder for each in it.
       num: images of each prompt.
+      seed, guidance: of each folder; no guidance is the run's.
       step, ema: as in `pipeline.open_for_sampling`.
+      store: how images are kept; see `shards`.
       changes: options of sampling in place of those of the run's `config.sample`.
       own_code: as in `workdir.read_config`.
     """
-    config = read_config(workdir, own_code=own_code)
-    pipe, sampler, about = open_for_sampling(config, workdir, changes or {}, step=step, ema=ema)
-    items = [(id_ if num == 1 else f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(num)]
-    asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
-    folder = epath.Path(out) if out else Workdir(workdir).samples / f"{tag(about, seed)}-{asked}"
-    sample_to_folder(sampler, pipe, items, folder, seed=seed, about=about)
-    settings = ", ".join(f"{name} {value}" for name, value in about.items())
-    print(f"{len(items)} images in {folder} ({settings}); all on one page: {folder / GRID}")
-    return 0
+
+    workdir: str
+    out: str | None = None
+    num: int = 1
+    seed: Sequence[int] = (0,)
+    guidance: Sequence[float] = ()
+    step: int | None = None
+    ema: str | None = None
+    store: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own_code: bool = False
+
+    def items(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """(id, prompt) of each image: ID, or ID-0, ID-1, ... where each prompt has several."""
+        if self.num == 1:
+            return list(prompts)
+        return [(f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(self.num)]
+
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[Images]:
+        """Writes images, grid and manifest of each setting.
+
+        Raises:
+          UserError: as `pipeline.open_for_sampling` and `folder.sample_to_folder`.
+        """
+        config = read_config(self.workdir, own_code=self.own_code)
+        # Before weights are read.
+        for given in self.guidance:
+            SamplingOptions.of(config.sample, **{**self.changes, "guidance": given})
+        pipe, _, _ = open_for_sampling(config, self.workdir, self.changes, step=self.step, ema=self.ema)
+        items = self.items(prompts)
+        asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
+        scales: Sequence[float | None] = tuple(self.guidance) or (None,)
+        several = len(scales) * len(self.seed) > 1
+        for scale in scales:
+            sampler = pipe.sampler(**{**self.changes, **({} if scale is None else {"guidance": scale})})
+            about = {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
+            for seed in self.seed:
+                name = f"{tag(about, seed)}-{asked}"
+                if self.out:
+                    folder = epath.Path(self.out) / name if several else epath.Path(self.out)
+                else:
+                    folder = Workdir(self.workdir).samples / name
+                images = sample_to_folder(
+                    sampler, pipe, items, folder, seed=seed, about=about, store=self.store
+                )
+                if jax.process_index() == 0:
+                    settings = ", ".join(f"{name} {value}" for name, value in about.items())
+                    print(f"{len(items)} images in {folder} ({settings}); all on one page: {folder / GRID}")
+                yield images

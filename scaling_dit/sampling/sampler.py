@@ -41,12 +41,15 @@ class Sampler:
         prompts: Sequence[str],
         seed: int = 0,
         numbers: Sequence[int] | None = None,
+        batch: int | None = None,
     ) -> np.ndarray:
-        """Images uint8 [N, H, W, 3] of N prompts, on every process.
+        """Images uint8 [N, H, W, 3] of N prompts, on every process that the mesh has devices of.
 
         `numbers` [N] are the prompts' places in a larger request (0..N-1 by default); noise depends on (seed, number).
+        `batch` are the images of the compiled program, by default the options' or, if there are fewer, N. With the same
+        one an image has the same bits, whatever else is sampled with it.
         """
-        batches = list(self.batches(params, frozen, prompts, seed, numbers))
+        batches = list(self.batches(params, frozen, prompts, seed, numbers, batch))
         if not batches:
             return np.zeros((0, self.model.image_size, self.model.image_size, 3), np.uint8)
         return np.concatenate(batches)
@@ -58,10 +61,12 @@ class Sampler:
         prompts: Sequence[str],
         seed: int = 0,
         numbers: Sequence[int] | None = None,
+        batch: int | None = None,
     ) -> Iterator[np.ndarray]:
         """The images of a call batch by batch, so that not all of them are in memory."""
         numbers = list(range(len(prompts)) if numbers is None else numbers)
-        batch = rules.round_batch(self.mesh, min(self.options.batch, max(1, len(prompts))))
+        wanted = batch or min(self.options.batch, max(1, len(prompts)))
+        batch = rules.round_batch(self.mesh, wanted)
         for start in range(0, len(prompts), batch):
             chunk = list(prompts[start : start + batch])
             places = numbers[start : start + batch]
@@ -73,7 +78,11 @@ class Sampler:
             inputs = rules.to_global({name: rows[held] for name, rows in host.items()}, self.mesh, batch)
             with rules.activate(self.mesh):
                 images = self._run(params, frozen, inputs, jnp.asarray(seed, jnp.uint32))
-            yield np.asarray(multihost_utils.process_allgather(images, tiled=True))[: len(chunk)]
+            # Images of this process alone: others sample other ones.
+            if images.is_fully_addressable:
+                yield np.asarray(images)[: len(chunk)]
+            else:
+                yield np.asarray(multihost_utils.process_allgather(images, tiled=True))[: len(chunk)]
 
     def lower(self, params: Params, frozen: Params) -> Any:
         """The program of one batch, lowered for the mesh's devices, attached or described: a `jax.stages.Lowered`.

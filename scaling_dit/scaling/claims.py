@@ -15,9 +15,9 @@ import numpy as np
 from scipy import stats
 
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.evaluation.differences import Difference, holm
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
-_POWER = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Claim:
       margin: what the difference must exceed, in units of the metric; 0 claims that A is better at all.
       paired: whether run i of `a` and run i of `b` share their seed and data order, so that what the seed changes in
         both cancels. Only then are the two compared run by run.
+      metric: the column of the study's table that is compared; "" is the study's first metric.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Claim:
     b: str
     margin: float = 0.0
     paired: bool = False
+    metric: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,81 +78,28 @@ def answer(
     Raises:
       UserError: a member without values, fewer than two seeds, or pairs that do not match.
     """
-    tests = [_Difference.of(claim, values) for claim in claims]
-    corrected = holm([test.p for test in tests])
+    tests = [_difference(claim, values) for claim in claims]
+    p_values = [test.p(claim.margin) for claim, (test, _) in zip(claims, tests, strict=True)]
     answers = []
-    for claim, test, p_holm in zip(claims, tests, corrected, strict=True):
+    for claim, (test, seeds), p, p_holm in zip(claims, tests, p_values, holm(p_values), strict=True):
         verdict = UNDECIDED
         if p_holm <= 1.0 - level:
             verdict = SUPPORTED if test.effect > claim.margin else REFUTED
-        answers.append(
-            Answer(
-                claim,
-                verdict,
-                test.effect,
-                test.interval(level),
-                test.detectable(level),
-                test.p,
-                p_holm,
-                test.seeds,
-            )
-        )
+        interval, detectable = test.interval(level), test.detectable(level)
+        answers.append(Answer(claim, verdict, test.effect, interval, detectable, p, p_holm, seeds))
     return answers
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for being asked together (Holm 1979): each compares with the level as it stands."""
-    p = np.asarray(p_values, float)
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * (len(p) - np.arange(len(p)))
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return [float(value) for value in corrected]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Difference:
-    """A difference of means with its standard error and degrees of freedom."""
-
-    effect: float
-    error: float
-    freedom: float
-    margin: float
-    seeds: tuple[int, int]
-
-    @classmethod
-    def of(cls, claim: Claim, values: Mapping[str, Sequence[float]]) -> "_Difference":
-        a, b = (_runs(claim, name, values) for name in (claim.a, claim.b))
-        seeds = len(a), len(b)
-        if claim.paired:
-            if len(a) != len(b):
-                raise UserError(
-                    f"claim {claim.name!r} pairs runs, but {claim.a} has {len(a)} seeds and {claim.b} {len(b)}"
-                )
-            differences = a - b
-            error = float(differences.std(ddof=1)) / math.sqrt(len(a))
-            return cls(float(differences.mean()), error, len(a) - 1.0, claim.margin, seeds)
-        # Welch's test: members may vary by different amounts.
-        shares = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-        total = float(sum(shares))
-        parts = shares[0] ** 2 / (len(a) - 1) + shares[1] ** 2 / (len(b) - 1)
-        freedom = total**2 / parts if parts > 0 else len(a) + len(b) - 2.0
-        return cls(float(a.mean() - b.mean()), math.sqrt(total), float(freedom), claim.margin, seeds)
-
-    @property
-    def p(self) -> float:
-        distance = abs(self.effect - self.margin)
-        if self.error == 0:
-            return 1.0 if distance == 0 else 0.0
-        return float(2 * stats.t.sf(distance / self.error, self.freedom))
-
-    def interval(self, level: float) -> tuple[float, float]:
-        reach = self.error * float(stats.t.ppf((1 + level) / 2, self.freedom))
-        return self.effect - reach, self.effect + reach
-
-    def detectable(self, level: float) -> float:
-        critical, power = stats.t.ppf([(1 + level) / 2, _POWER], self.freedom)
-        return self.error * float(critical + power)
+def _difference(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[Difference, tuple[int, int]]:
+    """A claim's difference, and the number of training seeds of A and of B."""
+    a, b = (_runs(claim, name, values) for name in (claim.a, claim.b))
+    if not claim.paired:
+        return Difference.welch(a, b), (len(a), len(b))
+    if len(a) != len(b):
+        raise UserError(
+            f"claim {claim.name!r} pairs runs, but {claim.a} has {len(a)} seeds and {claim.b} {len(b)}"
+        )
+    return Difference.paired(a, b), (len(a), len(b))
 
 
 def _runs(claim: Claim, name: str, values: Mapping[str, Sequence[float]]) -> np.ndarray:
@@ -164,6 +113,25 @@ def _runs(claim: Claim, name: str, values: Mapping[str, Sequence[float]]) -> np.
     if not np.isfinite(runs).all():
         raise UserError(f"claim {claim.name!r}: member {name!r} has a value that is not finite")
     return runs
+
+
+def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> float:
+    """The probability that a true difference of two members is detected, before any correction.
+
+    Args:
+      difference: of the means. spread: standard deviation of training seeds, the same in both. seeds: of each member.
+
+    Raises:
+      UserError: fewer than two seeds, or a spread that is not above 0.
+    """
+    if seeds < 2 or not spread > 0:
+        raise UserError(f"power needs at least 2 seeds and a spread above 0, got {seeds} and {spread:g}")
+    freedom = 2 * seeds - 2
+    shift = abs(difference) / (spread * math.sqrt(2 / seeds))
+    critical = float(stats.t.ppf((1 + level) / 2, freedom))
+    # Far out scipy's tail on the wrong side is nan where it is below 1e-20.
+    wrong = np.nan_to_num(stats.nct.cdf(-critical, freedom, shift), nan=0.0)
+    return min(1.0, float(stats.nct.sf(critical, freedom, shift) + wrong))
 
 
 @dataclasses.dataclass(frozen=True)

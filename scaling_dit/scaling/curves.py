@@ -25,6 +25,7 @@ class Curve:
       points: number of points the law rests on.
       r2: share of the variance of log y (of y for "ceiling") that the law explains.
       warnings: what a reader must know before using the law.
+      span: the least and the largest x of the points.
     """
 
     form: str
@@ -32,6 +33,7 @@ class Curve:
     points: int
     r2: float
     warnings: tuple[str, ...] = ()
+    span: tuple[float, float] = (0.0, 0.0)
     _refit: Callable[[np.ndarray], dict[str, float] | None] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
@@ -45,6 +47,17 @@ class Curve:
     def intervals(self) -> dict[str, Interval]:
         """90 % intervals of `values`, by bootstrap over runs."""
         return self.bootstrap()
+
+    def band(
+        self, x: Values, resamples: int = 100, level: float = bootstrap.LEVEL, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) ends of y at these x, [N] each, from bootstrap samples of whole runs."""
+        assert self._refit is not None
+        xs = np.asarray(x, float)
+        refits = map(self._refit, bootstrap.resample_runs(self._runs, self.points, resamples, seed))
+        drawn = [_FORMS[self.form](xs, **values) for values in refits if values is not None]
+        low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)], axis=0)
+        return low, high
 
     def bootstrap(
         self, resamples: int = bootstrap.RESAMPLES, level: float = bootstrap.LEVEL, seed: int = 0
@@ -177,4 +190,5 @@ def _made(
     if x.max() / x.min() < 4:
         warnings.append(f"x spans a factor of {x.max() / x.min():.2g} only; do not extrapolate from it")
     names = None if runs is None else np.asarray(runs).astype(str)
-    return Curve(form, values, len(x), r2, tuple(warnings), refit, names)
+    span = float(x.min()), float(x.max())
+    return Curve(form, values, len(x), r2, tuple(warnings), span, refit, names)

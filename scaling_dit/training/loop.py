@@ -21,15 +21,17 @@ from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
 from scaling_dit.data.damage import damage_of
-from scaling_dit.monitor import goodput
+from scaling_dit.monitor import goodput, heartbeat
 from scaling_dit.monitor.goodput import CHECKPOINT, DATA_WAIT, EVALUATION, OTHER, STEP
 from scaling_dit.monitor.profile import Profiler
 from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer
 from scaling_dit.parallel import compile_cache, processes, rules
-from scaling_dit.training import rewind
+from scaling_dit.training import rewind, watching
+from scaling_dit.training.program import place_seed
 from scaling_dit.training.rewind import Rewind, Spike
 from scaling_dit.training.start import Run
+from scaling_dit.training.watching import Watcher
 
 # Exit codes; 75 is EX_TEMPFAIL: the same command resumes.
 DONE, NONFINITE, SPIKE, PREEMPTED = 0, 3, 4, 75
@@ -51,6 +53,7 @@ class Outputs(NamedTuple):
     snapshots: Snapshots
     writer: MultiWriter
     profiler: Profiler
+    watcher: Watcher
 
 
 def main(config: ConfigDict, workdir: str, began: float | None = None) -> int:
@@ -119,7 +122,7 @@ def run_steps(
       UserError, Stopped: as `train`.
     """
     config, mesh, evaluator = run.config, run.program.mesh, run.evaluator
-    recorder, store, snapshots, writer, profiler = outputs
+    recorder, store, snapshots, writer, profiler, watcher = outputs
     state, spikes, loader = run.begin(store, rewinds)
     step = int(state.step)
     snapshots.back_to(step)
@@ -128,20 +131,25 @@ def run_steps(
     if step == 0 and config.rewind.factor:
         # So that the first spikes have a checkpoint to go back to.
         store.save(step, state, run.extra(rewinds, spikes))
-    open_metrics(run, writer, state, rewinds)
+    open_metrics(run, outputs, state, rewinds)
     if step and evaluator.due(step) and processes.first_says(not evaluated(run.workdir, step)):
         # The last start was killed between saving and evaluating.
-        with watch.part(EVALUATION):
+        with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
             evaluator.write(writer, step, state, run.frozen)
 
+    seed = place_seed(config.seed, mesh)
     watch.switch(STEP)
+    watcher.heart.update(state=heartbeat.TRAINING)
     while step < config.steps:
+        watcher.times.resume()
         snapshots.save(step, state)
         step += 1
         with watch.part(DATA_WAIT):
-            batch = rules.to_global(next(loader), mesh, config.batch)
+            batch = rules.to_global(next(loader), mesh, config.batch) | {"seed": seed}
+        dispatched = watcher.times.clock()
         with rules.activate(mesh), profiler.step(step):
             state, metrics = run.program.step(state, run.frozen, batch)
+        watcher.times.add(step, metrics["loss"], dispatched)
         profiler.after(step, metrics)
         spikes.add(step, metrics["loss"])
         # Asked once a step: a later signal waits for the next one.
@@ -152,10 +160,11 @@ def run_steps(
             # The host runs ahead of the devices.
             continue
         jax.block_until_ready(metrics)
+        watcher.times.pause()
         recorder.record("step", step)
         if log:
             with watch.part(OTHER):
-                write_log(run, writer, progress, step, metrics)
+                write_log(run, writer, progress, watcher, step, metrics)
             if metrics["skipped_in_a_row"] >= config.optim.max_nonfinite:
                 raise nonfinite(config, step, store)
         if (log or save) and (spike := spikes.first()) is not None:
@@ -172,7 +181,7 @@ def run_steps(
                 recorder.record("back", step)
             continue
         if save:
-            with watch.part(CHECKPOINT):
+            with watch.part(CHECKPOINT), watcher.during(heartbeat.SAVING):
                 # No checkpoint may be ahead of snapshots or metrics: steps before it are not run again.
                 snapshots.wait()
                 writer.flush()
@@ -181,7 +190,7 @@ def run_steps(
         if stop and not last:
             raise Stopped(PREEMPTED, f"SIGTERM: saved step {step}; the same command resumes from there")
         if evaluator.due(step):
-            with watch.part(EVALUATION):
+            with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
                 evaluator.write(writer, step, state, run.frozen)
     watch.switch(OTHER)
     progress.close()
@@ -200,8 +209,9 @@ def open_outputs(run: Run, watch: goodput.Stopwatch) -> Iterator[Outputs]:
         create_writer(folder.metrics, folder.tensorboard if config.log.tensorboard else None) as writer,
         Profiler(folder.tensorboard, config.log.profile) as profiler,
         damage_listed(run),
+        watching.watch(run, recorder) as watcher,
     ):
-        yield Outputs(recorder, store, snapshots, writer, profiler)
+        yield Outputs(recorder, store, snapshots, writer, profiler, watcher)
 
 
 def open_checkpoints(run: Run) -> Checkpoints:
@@ -223,12 +233,13 @@ def damage_listed(run: Run) -> Iterator[None]:
         damage_of(run.source).save(run.workdir.damaged, jax.process_index())
 
 
-def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequence[Rewind]) -> None:
+def open_metrics(run: Run, outputs: Outputs, state: TrainState, rewinds: Sequence[Rewind]) -> None:
     """Begins the metrics of a start: writes a new run's config and parameters, or where a resumed one goes back to.
 
     The decisions for the devices of this start are printed, for they may differ from start to start.
     """
-    step, decisions = int(state.step), run.program.decisions
+    step, writer = int(state.step), outputs.writer
+    decisions = {**run.program.decisions, **outputs.watcher.decisions()}
     if jax.process_index() == 0:
         for name, decided in decisions.items():
             print(f"scaling-dit: {name}: {decided}", file=sys.stderr)
@@ -241,11 +252,17 @@ def open_metrics(run: Run, writer: MultiWriter, state: TrainState, rewinds: Sequ
 
 
 def write_log(
-    run: Run, writer: MultiWriter, progress: Progress, step: int, metrics: Mapping[str, jax.Array]
+    run: Run,
+    writer: MultiWriter,
+    progress: Progress,
+    watcher: Watcher,
+    step: int,
+    metrics: Mapping[str, jax.Array],
 ) -> None:
     """Writes the metrics of a step, its speed and the number of damaged records so far, and shows the loss."""
     values = {name: float(value) for name, value in metrics.items()}
     rates = progress.rates(step)
+    rates |= watcher.scalars(rates["speed/steps_per_second"])
     writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
     damage = damage_of(run.source)
     if met := damage.check(processes.total(damage.counts())):

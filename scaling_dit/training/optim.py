@@ -29,7 +29,9 @@ Group = tuple[str, float, float]
 SEAM = Seam("optim.name", ("adamw",), filled=("total_steps",))
 
 
-def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    optim: ConfigDict, total_steps: int, fan_ins: Params | None = None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov & Hutter 2019), or `optim.name`, for `total_steps` updates.
 
     A non-finite gradient changes nothing.
@@ -42,6 +44,10 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
     `max_nonfinite` is up to the caller, who reads `nonfinite_count`. `update` takes `loss` [] too, which must be
     finite as well.
 
+    Args:
+      fan_ins: under muP, what the learning rate of each parameter is divided by and its decay multiplied by
+        (`mup.fan_ins`); a tree shaped like the parameters.
+
     Raises:
       UserError: here for a bad schedule or a user's own that is no optimizer; from `init` for a group that is wrong or
         matches no parameter.
@@ -49,7 +55,11 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
     groups, weight_decay = tuple(optim.groups), optim.weight_decay
 
     def settings(params: Params) -> tuple[Params, Params]:
-        return parameter_settings(params, groups, weight_decay)
+        factors, decays = parameter_settings(params, groups, weight_decay)
+        if fan_ins is None:
+            return factors, decays
+        slower = jax.tree.map(lambda factor, m: factor / m, factors, fan_ins)
+        return slower, jax.tree.map(lambda decay, m: decay * m, decays, fan_ins)
 
     def check_groups(params: Params) -> optax.OptState:
         settings(params)

@@ -2,22 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
 from scaling_dit import config as config_lib
-from scaling_dit.checkpoints.state import init_state
+from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.model.model import Model
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import fsdp, rules, xla_flags
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.training import optim
+from scaling_dit.training import mup, optim
 from scaling_dit.training.step import make_train_step
 
 
@@ -51,8 +53,7 @@ class StepProgram:
 
         No operation runs on the mesh's devices, so a topology description may have made them.
         """
-        optimizer = optim.make_optimizer(config.optim, config.steps)
-        init = functools.partial(init_state, model, optimizer, config)
+        optimizer, init = optimizer_and_init(config, model)
         key = jax.eval_shape(lambda: jax.random.key(0))
         boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
         abstract = jax.eval_shape(init, key)
@@ -66,9 +67,10 @@ class StepProgram:
                 shardings=shardings.params,
                 sparse_core=config.sharding.sparse_core,
             )
+        batch = batch_shapes(config, model, mesh)
         step = jax.jit(
             make_train_step(model, optimizer, config, gathered),
-            in_shardings=(shardings, frozen_shardings, rules.batch_sharding(mesh)),
+            in_shardings=(shardings, frozen_shardings, {name: one.sharding for name, one in batch.items()}),
             out_shardings=(shardings, None),
             donate_argnums=0,
             # The whole state lies in memory, and a plan reports it whole.
@@ -83,7 +85,7 @@ class StepProgram:
             frozen=rules.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
             boxed_params=boxed_params,
             boxed_frozen=boxed_frozen,
-            batch=batch_shapes(config, model, mesh),
+            batch=batch,
         )
 
     @functools.cached_property
@@ -135,6 +137,8 @@ def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
         for name, value in config_lib.flatten(config).items()
         if name.partition(".")[0] not in BESIDE
     }
+    # An input of the step, and of what makes the first state.
+    del fields["seed"]
     if config.optim.decay == "constant":
         del fields["steps"]
     # A source reaches the program by shapes and words alone, which are the model's.
@@ -146,6 +150,28 @@ def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
     if not _last or _last[0][0] != key:
         _last[:] = [(key, StepProgram.build(config, model, mesh))]
     return _last[0][1]
+
+
+def optimizer_and_init(
+    config: ConfigDict, model: Model
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[[jax.Array], TrainState]]:
+    """The optimizer of a run, and key -> its state of step 0; with `optim.mup_base` both follow muP (mup.py)."""
+    width = config.optim.mup_base
+    if not width:
+        optimizer = optim.make_optimizer(config.optim, config.steps)
+        return optimizer, functools.partial(init_state, model, optimizer, config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    base = functools.partial(mup.base_params, model, width)
+    shapes = trees.unbox(jax.eval_shape(model.init, key)[0])
+    optimizer = optim.make_optimizer(
+        config.optim, config.steps, mup.fan_ins(shapes, jax.eval_shape(base, key))
+    )
+
+    def init(key: jax.Array) -> TrainState:
+        state = init_state(model, optimizer, config, key)
+        return start_from(state, mup.initial(state.params, base(key)))
+
+    return optimizer, init
 
 
 def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -175,6 +201,13 @@ def batch_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> dict[str, jax.
         "mask": ((batch, length), jnp.bool_),
     }
     sharding = rules.batch_sharding(mesh)
-    return {
+    batched = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
     }
+    return batched | {"seed": jax.ShapeDtypeStruct((), jnp.uint32, sharding=rules.whole(mesh))}
+
+
+def place_seed(seed: int, mesh: Mesh) -> jax.Array:
+    """The run's seed as the step takes it, uint32 [], whole on every device; no process waits for another."""
+    value = np.uint32(seed)
+    return jax.make_array_from_callback((), rules.whole(mesh), lambda index: value)

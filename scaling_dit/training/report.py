@@ -73,6 +73,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         shown.append(
             f"speed: {speed['steps_per_second']:.3g} steps/s, {speed['images_per_second']:.4g} images/s, "
             f"{speed['data_wait']:.0%} of it waiting for data"
+            + (f", MFU {speed['mfu']:.1%}" if "mfu" in speed else "")
         )
     width = max(map(len, facts["evaluation"]), default=0)
     shown += [

@@ -28,8 +28,10 @@ def make_train_step(
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
     `batch` is the global batch: images uint8 [B, H, W, 3], or from a prepared set their moments, latents bfloat16
-    [B, h, w, M]; and of the captions ids int32 [B, L] and mask bool [B, L]. Latents, timesteps, noise and caption drop
-    are drawn for all B rows at once and then split into `optim.accumulate` microbatches, so the split changes nothing.
+    [B, h, w, M]; and of the captions ids int32 [B, L] and mask bool [B, L]. It may hold the run's `seed`, uint32 [], so
+    that runs that differ in it share one program; without it the config's is a constant of the program. Latents,
+    timesteps, noise and caption drop are drawn for all B rows at once and then split into `optim.accumulate`
+    microbatches, so the split changes nothing.
 
     Args:
       model: of the run.
@@ -60,7 +62,8 @@ def make_train_step(
         return losses.mean()
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        seed = batch.get("seed", config.seed)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = draw_rows(model, config, frozen, batch, key, sampling)
         if value_and_grad is None:
             grad_fn = jax.value_and_grad(functools.partial(loss_fn, frozen=frozen))

@@ -89,6 +89,13 @@ def leading_axis() -> Transform:
     return Transform(load=lambda w: w[0] if w.shape[:1] == (1,) else w, save=lambda p: (p[None],))
 
 
+def leading_axes(count: int) -> Transform:
+    """`count` upstream leading axes of one, [1, 1, D] <-> ours [D]."""
+    return Transform(
+        load=lambda w: w.reshape(w.shape[count:]), save=lambda p: (p.reshape((1,) * count + p.shape),)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Upstream name or names <-> our parameter.

@@ -150,7 +150,7 @@ def test_version(capsys):
         ),
         (
             ["sample", "--workdir=x", "--seed=one", "a"],
-            "--seed=one: it must be an integer from 0 to 2**32 - 1",
+            "--seed=one: it must be from 0 to 2**32 - 1, or several separated by commas",
         ),
         (["sample", "--workdir=x", "--guidance=nan", "a"], "--guidance=nan: it must be 0 or more"),
         (["plan", "--config=shapes"], "plan needs --topology; for example: scaling-dit plan"),
@@ -161,7 +161,10 @@ def test_version(capsys):
             "=a,b: it must be two timesteps (low, high) from 0 to 1000",
         ),
         (["evaluate", "--items=0", "--workdir=x"], "--items=0"),
-        (["evaluate", "--config.steps=3"], "evaluate has no flag --config.steps"),
+        (
+            ["evaluate", "--workdir=x", "--config.steps=3"],
+            "--config.steps=3: evaluate takes fields of metrics only",
+        ),
         (["count"], "count needs either --config or --backbone"),
         (
             ["count", "--backbone=uvit", "--latents=8,8"],
@@ -319,25 +322,34 @@ def test_a_config_is_resolved_once_a_command(monkeypatch, tmp_path, smoke_run):
 
 
 def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
-    calls = behind(monkeypatch, "scaling_dit.sampling.sample", "sample_prompts")
+    calls = behind(monkeypatch, "scaling_dit.evaluation.export", "sample_prompts")
     (tmp_path / "more.txt").write_text("c\n")
     file = tmp_path / "more.txt"
-    flags = ["--guidance=2", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7"]
-    flags += ["--seed=4", "--sampler=dpmpp_2m", "--guidance_rescale=0.7", "--guidance_interval=200,800"]
+    flags = ["--guidance=2,7.5", "--step=100", "--ema=none", "--num=3", "--batch=8", "--steps=7"]
+    flags += [
+        "--seed=4,5",
+        "--store=tar",
+        "--sampler=dpmpp_2m",
+        "--guidance_rescale=0.7",
+        "--guidance_interval=200,800",
+    ]
     assert (
         cli.main(["sample", "b", "--workdir=w", "--prompt=a", f"--prompts_file={file}", *flags, "b2"]) == 75
     )
     ((args, kwargs),) = calls
-    assert args == ("w", [("00000", "a"), ("00001", "b"), ("00002", "b2"), ("00003", "c")], None)
-    changes = {"sampler": "dpmpp_2m", "steps": 7, "guidance": 2.0, "guidance_rescale": 0.7}
+    assert args == ("w", ["a", "b", "b2"], str(file), None, None)
+    changes = {"sampler": "dpmpp_2m", "steps": 7, "guidance_rescale": 0.7}
     changes |= {"guidance_interval": (200.0, 800.0), "batch": 8}
-    assert kwargs == {"step": 100, "ema": "none", "num": 3, "seed": 4, "changes": changes, "own_code": False}
+    assert kwargs == {
+        "step": 100, "ema": "none", "num": 3, "seed": (4, 5), "changes": changes, "guidance": (2.0, 7.5),
+        "store": "tar", "layout": None, "own_code": False,
+    }  # fmt: skip
 
 
 def test_a_prompt_may_start_with_a_dash_after_the_separator(monkeypatch):
-    calls = behind(monkeypatch, "scaling_dit.sampling.sample", "sample_prompts")
+    calls = behind(monkeypatch, "scaling_dit.evaluation.export", "sample_prompts")
     cli.main(["sample", "--workdir=w", "--", "--help", "-x"])
-    assert [prompt for _, prompt in calls[0][0][1]] == ["--help", "-x"]
+    assert calls[0][0][1] == ["--help", "-x"]
 
 
 def test_evaluate_takes_what_is_given(monkeypatch):
@@ -350,13 +362,21 @@ def test_evaluate_takes_what_is_given(monkeypatch):
         "--out=o",
         "--ema=0.99",
         "--steps=3",
+        "--judge=shapes",
+        "--judge_option=a=1",
+        "--judge_option=b=2",
+        "--watch=5",
+        "--config.metrics.shapes_tifa.batch=2",
     ]
     assert cli.main(command) == 75
     ((args, kwargs),) = calls
     assert args == ("w", "o")
     assert kwargs == {
-        "metrics": ("shapes_tifa", "other"), "items": 500, "as_json": True, "seed": 0, "step": None, "ema": "0.99",
-        "changes": {"steps": 3}, "own_code": False,
+        "metrics": ("shapes_tifa", "other"), "items": None, "as_json": True, "seed": (0,), "step": None, "ema": "0.99",
+        "changes": {"steps": 3}, "guidance": (), "store": "", "images": "", "watch": 5.0, "reference": "",
+        "own_code": False,
+        "shared": {"judge": "shapes", "judge_options": ("a=1", "b=2")},
+        "overrides": ("--config.metrics.shapes_tifa.batch=2",),
     }  # fmt: skip
 
 

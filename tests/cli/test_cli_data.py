@@ -105,6 +105,6 @@ def test_the_commands_of_the_page_run_and_its_lists_are_those_of_the_code(tmp_pa
         filters._ARITHMETIC
     )
     listed = [cell.strip("`") for cell in first_column("data_at_scale.md", "Captions")]
-    assert listed == list(captioning._REGISTRY.known)
+    assert listed == list(captioning._BACK_ENDS.registry.known)
     for expression in re.findall(r"^--filter='(.+)'$", text, re.MULTILINE):
         filters.parse(expression)

@@ -18,7 +18,7 @@ from tests.support.mistakes import line_of, swept
 # Where the work of each verb begins.
 WORK = {
     "train": ("scaling_dit.training.loop", "main"),
-    "sample": ("scaling_dit.sampling.sample", "sample_prompts"),
+    "sample": ("scaling_dit.evaluation.export", "sample_prompts"),
     "evaluate": ("scaling_dit.evaluation.run", "main"),
     "prepare": ("scaling_dit.curation.job", "main"),
     "filter": ("scaling_dit.curation.filter_pipeline", "main"),
@@ -75,7 +75,7 @@ def flags_of(verb):
 
 def of_flags():
     """Each flag of each verb with values that its type or its range excludes."""
-    for verb in cli.VERBS:
+    for verb in WORK:
         for one in flags_of(verb):
             values = ()
             if one.choices:
@@ -99,7 +99,7 @@ def test_values_that_a_flag_does_not_take(verb, flag, capsys):
 
 def of_paths():
     """Each path of each verb in forms that no folder here has."""
-    for verb in cli.VERBS:
+    for verb in WORK:
         for one in flags_of(verb):
             if one.name in FOLDERS:
                 assert one.path, one.name
@@ -120,7 +120,7 @@ def test_paths_that_name_nothing(verb, flag, value, capsys):
     assert line.startswith(f"--{flag}: ")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", WORK)
 def test_flags_that_are_missing_unknown_or_too_many(verb, capsys):
     for one in flags_of(verb):
         if one.required:

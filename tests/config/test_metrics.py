@@ -18,8 +18,10 @@ def load(*overrides):
 def test_each_named_metric_has_its_fields():
     run = load("metrics.shapes_tifa.prompts=8", "metrics.shapes_tifa.baseline=false")
     assert run.metrics.to_dict() == {
-        "shapes_tifa": {"every": 0, "prompts": 8, "batch": 64, "baseline": False}
-    }
+        "shapes_tifa": {
+            "every": 0, "prompts": 8, "batch": 64, "prompt_set": "", "prompt_transform": "none", "baseline": False,
+        }
+    }  # fmt: skip
     again = config_lib.resolve(config_lib.from_json(config_lib.to_json(run)))
     assert config_lib.flatten(again) == config_lib.flatten(run)
 
@@ -49,11 +51,7 @@ def test_a_run_may_be_resumed_with_other_metrics():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["eval.metrics=('tiffa',)"], "unknown metric 'tiffa'; did you mean 'shapes_tifa'? (or a class of"),
-        (
-            ["eval.metrics=('tifa',)"],
-            "(the published TIFA) is not available yet; the exact one on built-in scenes is 'shapes_tifa'",
-        ),
+        (["eval.metrics=('tiffa',)"], "unknown metric 'tiffa'; did you mean 'tifa'? (or a class of"),
         (["eval.metrics=(1,)"], "config.eval.metrics is (1,); it must be a tuple of names of metrics"),
         (["eval.metrics=('os.path:join',)"], "metric 'os.path:join' is no class but function"),
         (["eval.metrics=('shapes_tifa','x:shapes_tifa')"], "names two metrics 'shapes_tifa'; leave one out"),
@@ -88,7 +86,7 @@ def test_a_metric_is_imported_only_when_it_is_named():
         "from scaling_dit import config\n"
         "from scaling_dit.evaluation import METRICS\n"
         "config.resolve(config.defaults())\n"
-        "assert list(METRICS) and 'digits' in METRICS and 'tifa' not in METRICS and METRICS.get('tifa') is None\n"
+        "assert list(METRICS) and 'digits' in METRICS and 'tiffa' not in METRICS and METRICS.get('tiffa') is None\n"
         "heavy = {'scipy', 'sklearn', 'scaling_dit.evaluation.metrics.digits'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "METRICS['digits']\n"

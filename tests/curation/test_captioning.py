@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from scaling_dit.curation import captioning, sidecar
-from scaling_dit.curation.captioning import create_captioner, endpoint, runner, transformers_models
+from scaling_dit.curation.captioning import chat, create_captioner, runner, transformers_models
 from scaling_dit.curation.raw import RawName
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
@@ -431,11 +431,11 @@ def test_what_may_pass_is_tried_again(server, fault):
 
 def test_pauses_double_and_a_servers_wish_counts(server, monkeypatch):
     pauses = []
-    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
+    monkeypatch.setattr(chat.time, "sleep", pauses.append)
     server.faults = [500, 500, 429, 500]
     of_server(server).caption([Image.new("RGB", (4, 3))], [5])
     assert pauses == [0.01, 0.02, 0.05, 0.08]
-    assert endpoint._seconds("Wed, 21 Oct 2026 07:28:00 GMT") == 0 and endpoint._seconds("1e9") == 60
+    assert chat._seconds("Wed, 21 Oct 2026 07:28:00 GMT") == 0 and chat._seconds("1e9") == 60
 
 
 def test_an_image_that_is_refused_has_no_captions(server):
@@ -474,4 +474,4 @@ def test_wrong_settings_of_an_endpoint_are_reported(server):
         of_server(server, image_format="gif")
     with pytest.raises(UserError, match="tries and threads from 1"):
         of_server(server, tries=0)
-    assert captioning._split("openai:http://x:1/v1") == ("openai", {"url": "http://x:1/v1"})
+    assert captioning._BACK_ENDS.split("openai:http://x:1/v1") == ("openai", {"url": "http://x:1/v1"})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run
+from scaling_dit.evaluation.features import networks
 from scaling_dit.evaluation.metrics.shapes_tifa import ShapesTifa
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.build import open_source
@@ -29,7 +31,9 @@ def test_the_verb_writes_results_images_rows_and_tifa_files(smoke_run, tmp_path,
     result = json.loads((folder / "result.json").read_text())
     assert result["n"] == 5 and result["step"] == 4 and len(result["interval"]) == 2
     assert result["judge"] == "shapes-oracle-1"
-    assert result["fields"] == {"every": 0, "prompts": 0, "batch": 64, "baseline": True}
+    assert result["fields"] == {
+        "every": 0, "prompts": 0, "batch": 64, "prompt_set": "", "prompt_transform": "none", "baseline": True,
+    }  # fmt: skip
     images = json.loads((folder / "images.json").read_text())
     assert all((folder / name).exists() for name in images.values())
     questions = json.loads((folder / "questions.json").read_text())
@@ -41,13 +45,9 @@ def test_the_verb_writes_results_images_rows_and_tifa_files(smoke_run, tmp_path,
 
 
 def test_a_killed_evaluation_gives_the_same_files(smoke_run, tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
-    shutil.copytree(smoke_run, workdir)
-    saved = json.loads((workdir / "config.json").read_text())
-    saved["metrics"]["shapes_tifa"]["batch"] = 2
-    (workdir / "config.json").write_text(json.dumps(saved))
+    workdir, changed = smoke_run, {"overrides": ["--config.metrics.shapes_tifa.batch=2"]}
     whole, broken = tmp_path / "whole" / "shapes_tifa", tmp_path / "broken" / "shapes_tifa"
-    run.main(str(workdir), str(whole.parent), items=9)
+    run.main(str(workdir), str(whole.parent), items=9, **changed)
 
     calls = []
     plain = ShapesTifa.update
@@ -60,9 +60,9 @@ def test_a_killed_evaluation_gives_the_same_files(smoke_run, tmp_path, monkeypat
 
     monkeypatch.setattr(ShapesTifa, "update", dies)
     with pytest.raises(KeyboardInterrupt):
-        run.main(str(workdir), str(broken.parent), items=9)
+        run.main(str(workdir), str(broken.parent), items=9, **changed)
     assert len(list((broken / "parts").glob("*.npz"))) == 2
-    run.main(str(workdir), str(broken.parent), items=9)
+    run.main(str(workdir), str(broken.parent), items=9, **changed)
     # The third batch again, and the two that are left.
     assert len(calls) == 6 and calls[3] == calls[2]
     for name in sorted(path.name for path in whole.iterdir()):
@@ -71,8 +71,7 @@ def test_a_killed_evaluation_gives_the_same_files(smoke_run, tmp_path, monkeypat
 
 def test_the_verb_refuses_what_it_does_not_know(smoke_run, tmp_path):
     for name, message in {
-        "tiffa": "unknown metric 'tiffa'; did you mean 'shapes_tifa'",
-        "tifa": "the published TIFA. is not available yet; the exact one on built-in scenes is 'shapes_tifa'",
+        "tiffa": "unknown metric 'tiffa'; did you mean 'tifa'",
         "json:loads": "metric 'json:loads' is no class but function",
         "json:JSONDecoder": "is no metric: it has no method items, init, update",
         "no_such_module:Metric": "no module 'no_such_module'",
@@ -149,3 +148,128 @@ def test_evaluation_can_be_turned_off():
     # Touches nothing.
     evaluator = InTraining(None, None, None, config)  # type: ignore[arg-type]
     assert not evaluator.due(config.steps)
+
+
+class Grey:
+    """Real images of a user's own, of any size."""
+
+    def __init__(self, image_size: int = 16):
+        self.image_size = image_size
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        image = np.full((self.image_size, self.image_size, 3), 20 * index, np.uint8)
+        return {"image": image, "captions": [""], "key": str(index)}
+
+    def describe(self):
+        return f"{len(self)} grey images"
+
+    def held_out(self):
+        return self
+
+
+def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def features(images):
+        calls.append(len(images))
+        return images.mean((1, 2)).astype(np.float32)
+
+    known = networks.INCEPTION["tensorflow1"].weights
+    small = networks.Network("inception", 3, known, "means of colours", lambda place, batch: features)
+    monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
+    monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
+    (tmp_path / known.names[0]).write_bytes(b"weights")
+    workdir = tmp_path / "run"
+    shutil.copytree(smoke_run, workdir)
+    options = {"metrics": ["fid"], "items": 5}
+
+    def result(name, **more):
+        assert run.main(str(workdir), str(tmp_path / name), **options, **more) == 0
+        (path,) = (tmp_path / name).glob("fid*/result.json")
+        return json.loads(path.read_text())
+
+    first = result("first", reference=f"{__name__}:Grey")
+    (built,) = (workdir / "evaluation" / "references").rglob("*.safetensors")
+    assert first["reference"]["images"] == "12 grey images" and first["n_reference"] == 12
+    assert first["fields"]["reference"] == str(built) and "fid" in capsys.readouterr().out
+    count = len(calls)
+    assert result("second", reference=f"{__name__}:Grey")["scalars"] == first["scalars"]
+    assert len(calls) == count + 1, "the statistics were built again"
+    # By default the real images of the prompts.
+    own = result("own")
+    assert own["n_reference"] == 5 and own["scalars"] != first["scalars"]
+    prompts = tmp_path / "drawbench.csv"
+    prompts.write_text("Prompts,Category\na red car,Colors\n")
+    with pytest.raises(
+        UserError, match="'fid': prompt set drawbench holds no images to compare with; give --ref"
+    ):
+        result("set", shared={"prompt_set": f"drawbench:{prompts}"})
+    with pytest.raises(UserError, match="--reference: none of shapes_tifa compares with real images"):
+        run.main(str(smoke_run), str(tmp_path / "x"), metrics=["shapes_tifa"], reference=str(built))
+
+
+def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run, tmp_path, capsys):
+    fields = {"shared": {"judge": "shapes"}, "store": "tar", "metrics": ["tifa", "soft_tifa", "shapes_tifa"]}
+    changes = {"guidance": (1.0, 7.5), "seed": (0, 1), "items": 6}
+    assert run.main(str(smoke_run), str(tmp_path), **fields, **changes) == 0
+    said = capsys.readouterr().out
+    assert "protocol (7.5)" in said and " ± " in said
+    folders = [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith("step4")]
+    assert len(folders) == 4
+    for folder in folders:
+        # The three metrics have the same prompts.
+        (images,) = folder.glob("images-*")
+        assert {path.name for path in images.iterdir()} == {"images-00000.tar", "grid.png", "manifest.jsonl"}
+        exact, published = (
+            json.loads((next(folder.glob(f"{name}*")) / "result.json").read_text())
+            for name in ("shapes_tifa", "tifa")
+        )
+        # The published formula with the oracle as judge is the exact metric.
+        assert published["tifa_average"] == pytest.approx(exact["tifa_average"], abs=1e-12)
+        assert (
+            published["training_seed"] == read_config(smoke_run).seed
+            and published["judge"] == "shapes-oracle-1"
+        )
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and {(row["guidance"], row["seed"]) for row in rows} == {
+        (g, s) for g in (1.0, 7.5) for s in (0, 1)
+    }
+    assert all((tmp_path / row["folder"] / "rows.jsonl").exists() for row in rows)
+
+
+def test_other_fields_have_another_folder_and_a_missing_judge_skips_its_metric(smoke_run, tmp_path, capsys):
+    def evaluate(*overrides, **more):
+        return run.main(str(smoke_run), str(tmp_path), items=2, overrides=overrides, **more)
+
+    assert evaluate() == evaluate("--config.metrics.shapes_tifa.baseline=false") == 0
+    plain, other = sorted(path.parent for path in tmp_path.glob("shapes_tifa*/result.json"))
+    assert plain.name == "shapes_tifa" and other.name.startswith("shapes_tifa-")
+    assert "baseline" in json.loads((plain / "result.json").read_text())
+    assert "baseline" not in json.loads((other / "result.json").read_text())
+    capsys.readouterr()
+    assert evaluate(metrics=["tifa", "shapes_tifa"]) == run.INCOMPLETE
+    said = capsys.readouterr()
+    assert said.err.startswith("tifa: skipped: it needs a judge: --judge=") and "shapes_tifa of" in said.out
+    last = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][-2:]
+    assert [row["status"] for row in last] == ["skipped", "done"] and "judge" in last[0]["reason"]
+
+
+def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeypatch):
+    """The smoke run has checkpoints at 2 and 4, its last step; the second appears only while the first is scored."""
+    shown = [[2], [2, 4]]
+    plain = run.Checkpoints.all_steps
+
+    def all_steps(self):
+        steps = plain(self)
+        return [step for step in steps if step in shown[0]] if len(shown) > 1 else steps
+
+    slept = []
+    monkeypatch.setattr(run.Checkpoints, "all_steps", all_steps)
+    sleep = types.SimpleNamespace(sleep=lambda seconds: (slept.append(seconds), shown.pop(0)))
+    monkeypatch.setattr(run, "time", sleep)
+    assert run.main(str(smoke_run), str(tmp_path), items=2, watch=7.0) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4] and slept == [7.0]

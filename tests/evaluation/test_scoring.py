@@ -9,9 +9,9 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base, PerImage
-from scaling_dit.evaluation.metric import Item, Items
+from scaling_dit.evaluation.metric import Item, Items, Skipped
 from scaling_dit.evaluation.parts import InFolder, InMemory
-from scaling_dit.evaluation.run import score_to_folder
+from scaling_dit.evaluation.results import score_to_folder
 from scaling_dit.evaluation.scoring import Scoring, score
 
 N = 100
@@ -230,3 +230,35 @@ def test_a_metric_that_breaks_the_contract_is_told_apart_in_one_line(metric, mes
         given = metric.items(None, 2) if type(metric).items is not Dark.items else items(4)
         score(Scoring("broken", metric, given, batch=2), [IMAGES[: len(given)]], 0)
     assert str(error.value).startswith("metric 'broken': ") and message in str(error.value)
+
+
+def test_a_metric_that_must_be_skipped_lets_the_sampling_of_others_end():
+    """Processes sample together, so the stream is read to its end before the metric is given up."""
+
+    class Missing(Moments):
+        def update(self, state, batch):
+            raise Skipped("no weights")
+
+    seen = []
+    stream = (seen.append(i) or IMAGES[i : i + 10] for i in range(0, N, 10))
+    with pytest.raises(Skipped, match="no weights"):
+        score(Scoring("m", Missing(), items(), batch=8), stream, 0)
+    assert len(seen) == 10
+
+
+def test_only_the_images_of_missing_parts_are_read(tmp_path):
+    scoring = Scoring("m", Moments(), items(), batch=8)
+    expected, _ = score(scoring, [IMAGES], 3)
+    parts, read = InFolder(epath.Path(tmp_path), {}), []
+
+    def images(numbers):
+        read.append(numbers)
+        yield from np.array_split(IMAGES[numbers.start : numbers.stop], 3)
+
+    scoring.update_from(images, parts, share=(1, 2))
+    assert [numbers.start for numbers in read] == list(range(8, 100, 16))
+    scoring.update_from(images, parts, share=(0, 1))
+    assert sorted(numbers.start for numbers in read) == list(range(0, 100, 8))
+    assert scoring.result(parts, 3)[0] == expected
+    with pytest.raises(ValueError, match="100 items, but 3 images"):
+        scoring.update_from(lambda numbers: [IMAGES[:3]], InMemory())

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from scaling_dit.checkpoints.workdir import read_metrics
+from scaling_dit.checkpoints.workdir import Workdir, read_metrics
 from scaling_dit.errors import UserError
+from scaling_dit.monitor import heartbeat
 from scaling_dit.parallel import processes
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
@@ -89,7 +90,14 @@ def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     # Validation loss, sample grid and evaluation are made by all processes together.
     last = {name: read_metrics(tmp_path / name)[-1] for name in ("one", "two")}
-    assert last["one"].keys() == last["two"].keys()
+    several = {"speed/slowest_process", "speed/slowest_host_wait"}
+    assert last["one"].keys() | several == last["two"].keys()
+    assert last["two"]["speed/slowest_process"] in (0, 1) and last["two"]["speed/slowest_host_wait"] >= 0
+    beats = heartbeat.read(Workdir(tmp_path / "two").heartbeats)
+    assert [(beat["process"], beat["state"], beat["step"]) for beat in beats] == [
+        (0, "done", 20),
+        (1, "done", 20),
+    ]
     assert last["two"]["validation/loss"] == pytest.approx(last["one"]["validation/loss"], abs=1e-5)
 
 

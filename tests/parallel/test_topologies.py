@@ -1,5 +1,6 @@
 """Slices by name, what their chips can do, and the XLA options they get."""
 
+import dataclasses
 import importlib.util
 import types
 
@@ -19,6 +20,8 @@ from scaling_dit.parallel.topologies import CHIPS, GIB, LOCAL, TPUS, parse
         ("v4:4x4x8", 1, 128, 32),
         ("v6e:16x16", 1, 256, 64),
         ("v5e:2x2", 1, 4, 1),
+        ("tpu7x:4x4x4", 1, 64, 16),
+        ("tpu7x:2x2x1", 2, 8, 2),
     ],
 )
 def test_chips_and_hosts(text, slices, chips, hosts):
@@ -35,6 +38,12 @@ def test_chips_and_hosts(text, slices, chips, hosts):
         ("v5e:4xfour", "2 numbers of chips, such as v5e:16x16"),
         ("v5e:0x4", "2 numbers of chips"),
         ("h200:8", "no generation 'h200'"),
+        ("tpu7x-128", "give the shape of the slice, such as tpu7x:4x4x4"),
+        ("v7x:4x4x4", "give the shape of the slice, such as tpu7x:4x4x4"),
+        ("tpu7:4x4x4", "such as tpu7x:4x4x4"),
+        ("ironwood", "such as tpu7x:4x4x4"),
+        ("v5litepod-32", "such as v5e:16x16"),
+        ("tpu7x:4x4", "3 numbers of chips, such as tpu7x:4x4x4"),
     ],
 )
 def test_a_shape_that_is_none_is_one_line(text, expected):
@@ -67,7 +76,21 @@ def test_what_a_program_can_have_is_less_than_what_is_there():
         "v5e": 16,
         "v5p": 96,
         "v6e": 32,
+        "tpu7x": 192,
     }
+
+
+def test_a_chip_of_tpu7x_is_two_devices(monkeypatch):
+    chip = CHIPS["tpu7x"]
+    # The limit that the compiler of libtpu 0.0.51 reports.
+    assert chip.device_hbm == int(94.74 * GIB) and CHIPS["v5p"].device_hbm == int(CHIPS["v5p"].usable_hbm)
+    assert parse("tpu7x:2x2x1").devices_per_chip == 2 and parse("v5p:2x2x1").devices_per_chip == 1
+    assert {chip.name for chip in CHIPS.values() if chip.unverified} == {"tpu7x"}
+    fields = {field.name for field in dataclasses.fields(chip)}
+    assert set(chip.unverified) <= fields and "peak" not in chip.unverified
+    devices = [types.SimpleNamespace(device_kind="TPU7x")] * 8
+    monkeypatch.setattr(topologies, "local_devices", lambda: devices)
+    assert (parse(LOCAL).chips, parse(LOCAL).hosts) == (4, 1)
 
 
 def test_devices_are_known_by_their_kind():

@@ -1,10 +1,12 @@
 """Plans: the memory of the real state, what does not fit, searches, and the paper's sizes on the papers' slices."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -179,6 +181,71 @@ def test_a_layout_that_is_not_there_or_cut_short_is_no_plan(program, places, exp
 
     with pytest.raises(UserError, match=expected):
         plan_compile.outline_program(Lowered(), 8, parse("v5e:2x2"))
+
+
+class Unread:
+    """A compiled program that fits but cannot be read back."""
+
+    def memory_analysis(self):
+        sizes = {"argument_size_in_bytes": 8, "temp_size_in_bytes": 4, "output_size_in_bytes": 8}
+        return types.SimpleNamespace(**sizes, alias_size_in_bytes=8, peak_memory_in_bytes=GIB)
+
+    def cost_analysis(self):
+        return {"flops": 12.0, "bytes accessed": 34.0, "utilization": 1.0}
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update\nmore")
+
+    def compile(self, compiler_options):
+        assert compiler_options["xla_dump_hlo_as_text"]
+        return self
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("v5e:2x2", "INTERNAL: async-update"), ("tpu7x:2x2x1", "programs of this chip")]
+)
+def test_a_program_that_cannot_be_read_has_its_memory_and_a_reason(name, reason, local):
+    found = plan_compile.compile_program(Unread(), 8, parse(name))
+    assert found.program is None and reason in found.missing and "\n" not in found.missing
+    assert found.memory.fits and found.memory.peak == GIB
+    assert found.analysis == {"flops": 12.0, "bytes accessed": 34.0}
+    made = dataclasses.replace(
+        local, memory=found.memory, statistics=None, roofline=None, missing=found.missing, analysis=found.analysis,
+        devices_per_chip=2, unverified=("hbm_bandwidth",),
+    )  # fmt: skip
+    text = plan_report.report(made)
+    assert (
+        "missing      FLOPs, traffic, collectives, cycles and times: the compiled program cannot be read"
+        in text
+    )
+    assert reason in text and "bytes accessed 34, flops 12" in text and "8 chips of 2 devices" in text
+    assert "unverified   hbm bandwidth of this chip" in text
+
+
+def test_devices_of_a_chip_share_what_it_has():
+    ring = Collective("all-gather", ("fsdp",), (0,), False, False, 1, 10**9, 10**9)
+    counted = statistics([ring], cycles=10**9)
+    one, two = (roofline(parse(f"{name}:4x4x4"), counted, 10**15, 3600) for name in ("v5p", "tpu7x"))
+    v5p, tpu7x = CHIPS["v5p"], CHIPS["tpu7x"]
+    assert two.compute == pytest.approx(one.compute * 2 * v5p.peak / tpu7x.peak)
+    assert two.hbm == pytest.approx(one.hbm * 2 * v5p.hbm_bandwidth / tpu7x.hbm_bandwidth)
+    assert two.ici == pytest.approx(2 * one.ici)
+    assert two.mfu_limit == pytest.approx(10**15 / 64 / tpu7x.peak / two.limit)
+    # The clock is not known.
+    assert two.estimate is None and one.estimate is not None
+
+
+@pytest.mark.slow
+def test_tpu7x_is_planned_and_what_is_not_verified_is_named():
+    done = command("--config=shapes:smoke", "--topology=tpu7x:2x2x1", "--json")
+    (found,) = json.loads(done.stdout)
+    assert (found["chips"], found["devices_per_chip"], found["mesh"]["data"]) == (4, 2, 8)
+    assert found["memory"]["limit"] == int(94.74 * GIB) and found["memory"]["fits"]
+    assert found["unverified"] == ["hbm_bandwidth", "link_bandwidth", "dcn_bandwidth"]
+    # Read from the compiler's own text, for jax cannot read these programs back.
+    assert found["missing"] == "" and found["statistics"]["flops"] > 0 and found["statistics"]["collectives"]
+    assert found["statistics"]["cycles"] > 0 and found["roofline"]["estimate"] is None
+    assert "stack trace" not in done.stderr
 
 
 def test_a_process_that_is_killed_is_one_line(monkeypatch):

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling.claims import Claim, answer, holm, rank_stability, variance_components
+from scaling_dit.evaluation.differences import holm
+from scaling_dit.scaling.claims import Claim, answer, rank_stability, variance_components
 
 DEEPER = Claim("deeper beats wider", "deep", "wide")
 

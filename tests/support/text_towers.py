@@ -109,6 +109,7 @@ OPEN_CLIP = {
     "openclip-h": "ViT-H-14",
     "openclip-bigg": "ViT-bigG-14",
     "clip-l": "ViT-L-14-quickgelu",
+    "clip-l-336": "ViT-L-14-336-quickgelu",
     "clip-b": "ViT-B-32-quickgelu",
 }
 

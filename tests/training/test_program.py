@@ -50,7 +50,7 @@ def test_the_step_reads_nothing_that_may_differ_between_runs_that_share_it():
 def test_runs_that_differ_beside_the_step_share_it():
     first = shared_of(tiny())
     changes = {"log__every": 7, "eval__prompts": 2, "checkpoint__every": 3, "loader__threads": 1}
-    assert shared_of(tiny(steps=11, captions__alt=0.25, sample__steps=3, **changes)) is first
+    assert shared_of(tiny(steps=11, seed=5, captions__alt=0.25, sample__steps=3, **changes)) is first
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,23 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from scaling_dit.components import Registry, check_methods, describe, one_line
+from scaling_dit.components import BackEnds, Registry, check_methods, describe, one_line
 from scaling_dit.errors import UserError
-from scaling_dit.files import expand
 
 # A caption and its score among the captions of its image, or None without a score.
 Scored = tuple[str, float | None]
-_REGISTRY = Registry(
-    "captioner",
-    {
-        "transformers": "scaling_dit.curation.captioning.transformers_models:TransformersCaptioner",
-        "openai": "scaling_dit.curation.captioning.endpoint:EndpointCaptioner",
-        "shapes": "scaling_dit.curation.captioning.scenes:ShapesCaptioner",
-    },
+_BACK_ENDS = BackEnds(
+    Registry(
+        "captioner",
+        {
+            "transformers": "scaling_dit.curation.captioning.transformers_models:TransformersCaptioner",
+            "openai": "scaling_dit.curation.captioning.endpoint:EndpointCaptioner",
+            "shapes": "scaling_dit.curation.captioning.scenes:ShapesCaptioner",
+        },
+    ),
+    {"transformers": "folder", "openai": "url"},
+    "--option",
 )
-# The field that follows the colon of a name.
-_PLACES = {"transformers": "folder", "openai": "url"}
 
 
 class Captioner(Protocol):
@@ -54,14 +55,9 @@ def create_captioner(name: str, options: Mapping[str, str]) -> Captioner:
     Raises:
       UserError: the name or a field is unknown, a value has the wrong type, or the captioner cannot start.
     """
-    kind, place = _split(name)
-    known = _REGISTRY.arguments(kind)
-    given: dict[str, Any] = {
-        field: _typed(field, text, known[field]) if field in known else text
-        for field, text in options.items()
-    }
-    captioner: Captioner = _REGISTRY.create(kind, given | place)
-    if kind in _REGISTRY.known:
+    captioner: Captioner = _BACK_ENDS.create(name, options)
+    kind = _BACK_ENDS.split(name)[0]
+    if not _BACK_ENDS.is_own(kind):
         return captioner
     check_methods(captioner, f"captioner {kind!r}", {"caption": "images, seeds"})
     return _Checked(captioner, f"captioner {kind!r}: caption()")
@@ -100,21 +96,3 @@ def _is_scored(caption: Any) -> bool:
     if not (isinstance(caption, tuple) and len(caption) == 2 and isinstance(caption[0], str)):
         return False
     return caption[1] is None or (isinstance(caption[1], int | float) and not isinstance(caption[1], bool))
-
-
-def _split(name: str) -> tuple[str, dict[str, str]]:
-    kind, _, place = name.partition(":")
-    if kind not in _PLACES:
-        return name, {}
-    if not place:
-        raise UserError(f"captioner {name!r} names no {_PLACES[kind]}; write {kind}:{_PLACES[kind].upper()}")
-    return kind, {_PLACES[kind]: expand(place) if kind == "transformers" else place}
-
-
-def _typed(field: str, text: str, default: Any) -> Any:
-    """The text of an option, converted to the type of its default."""
-    kind = type(default) if isinstance(default, int | float) and not isinstance(default, bool) else str
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"--option={field}={text}: give a value such as {default}") from None

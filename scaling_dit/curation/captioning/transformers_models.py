@@ -53,18 +53,13 @@ class TransformersCaptioner:
             raise UserError(
                 "a captioner needs captions and max_tokens from 1, top_p in (0, 1], temperature above 0"
             )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype={self.dtype}: give float32, bfloat16 or float16")
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise UserError(f"{error.name} is not installed; pip install 'scaling-dit[caption]'") from None
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._torch = torch
-        self._model, self._processor = self._load(transformers.AutoModelForImageTextToText, self.folder)
+        check_dtype(self.dtype)
+        self._model, self._processor = self._load("AutoModelForImageTextToText", self.folder)
+        import torch
+
+        self._torch, self.device = torch, str(self._model.device)
         self._ends = _end_tokens(self._model)
-        self._clip = self._load(transformers.CLIPModel, self.rank_by) if self.rank_by else None
+        self._clip = self._load("CLIPModel", self.rank_by) if self.rank_by else None
 
     def caption(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[list[Scored]]:
         """See `Captioner`."""
@@ -122,24 +117,50 @@ class TransformersCaptioner:
             start += len(row)
         return ranked
 
-    def _load(self, kind: Any, folder: str) -> tuple[Any, Any]:
-        """A model on its device, and its processor."""
-        import transformers
+    def _load(self, kind: str, folder: str) -> tuple[Any, Any]:
+        return load_model(kind, folder, self.dtype, self.device)
 
-        # For a missing folder transformers would download the hub's current version.
-        if not pathlib.Path(folder).is_dir():
-            raise UserError(
-                f"no folder {folder!r} to load {kind.__name__} from; download the model and name its folder"
-            )
-        try:
-            model = kind.from_pretrained(
-                folder, dtype=getattr(self._torch, self.dtype), use_safetensors=True, local_files_only=True
-            )
-            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).strip().partition("\n")[0]
-            raise UserError(f"{folder!r} holds no {kind.__name__} with its processor: {why}") from error
-        return model.to(self.device).eval(), processor
+
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for another type of weights than float32, bfloat16 and float16."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype={dtype}: give float32, bfloat16 or float16")
+
+
+def load_model(kind: str, folder: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A model from a folder that `save_pretrained` wrote, on its device, and its processor or tokenizer.
+
+    Args:
+      kind: name of the model's class in transformers.
+
+    Raises:
+      UserError: torch or transformers is missing, or the folder holds no such model.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'scaling-dit[caption]'") from None
+    # For a missing folder transformers would download the hub's current version.
+    if not pathlib.Path(folder).is_dir():
+        raise UserError(f"no folder {folder!r} to load {kind} from; download the model and name its folder")
+    try:
+        model = getattr(transformers, kind).from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    # ImportError: a processor that needs another package.
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder!r} holds no {kind} with its processor: {why}") from error
+    return model.to(device or default_device()).eval(), processor
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Nucleus:

@@ -43,15 +43,7 @@ class ShapesTifa(Base):
             raise UserError(
                 f"metric 'shapes_tifa' needs scenes whose pixels can be read: source shapes, not {source.describe()}"
             )
-        held_out, chosen = source.held_out(), source.distinct(count)
-
-        def make(number: int) -> Item:
-            index = chosen[number]
-            questions, record = held_out.questions(index), held_out[index]
-            wrong = held_out[chosen[(number + 1) % count]]["image"]
-            return SceneItem(record["key"], questions[0]["caption"], questions, record["image"], wrong)
-
-        return Items(count, make)
+        return scene_items(source, count)
 
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """TIFA's rows; `baseline` in a row are the marks of the wrong scene's image."""
@@ -90,3 +82,20 @@ class ShapesTifa(Base):
         by_colour = "" if colour is None else f", color {colour:.3f}"
         low = f"baseline, true images of wrong scenes: TIFA {baseline['tifa_average']:.3f}{by_colour}"
         return f"{tifa.table(result)}\n{low}"
+
+
+def scene_items(source: ShapesSource, count: int) -> Sequence[Item]:
+    """The first `count` distinct scenes of the held-out split, with their questions.
+
+    Raises:
+      UserError: fewer scenes are held out.
+    """
+    held_out, chosen = source.held_out(), source.distinct(count)
+
+    def make(number: int) -> Item:
+        index = chosen[number]
+        questions, record = held_out.questions(index), held_out[index]
+        wrong = held_out[chosen[(number + 1) % count]]["image"]
+        return SceneItem(record["key"], questions[0]["caption"], questions, record["image"], next_truth=wrong)
+
+    return Items(count, make)

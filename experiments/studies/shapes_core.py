@@ -1,0 +1,80 @@
+"""Which family composes best for its compute, is a UNet better deepened or widened, and what do captions do?
+
+    make study                                                            # runs it, and writes its report
+    scaling-dit study --config=shapes_core --workdir=runs/shapes_core     # the same, and resumes it
+
+On shapes of 8 px, three training seeds behind each claim: all six families at 0.4M and 1M parameters, each size with
+equal training FLOPs (so a family with cheap tokens sees more images); one UNet widened, and deepened to as many
+parameters; captions that say everything, 40 % of it, or are those of another scene for 30 % of the records.
+
+Slice: none; made for 2 CPU cores and at most an hour. `:smoke` is a miniature of two members for tests.
+
+Expect colours to be learned first and relations (shapes_tifa_spatial) last: they are the hard axis. Three papers rank
+these families in three ways at scale; nobody has compared all of them at equal compute with seeds.
+"""
+
+import dataclasses
+
+from scaling_dit.experiments.studies import _shapes
+
+from scaling_dit.scaling import ladder
+from scaling_dit.scaling.claims import Claim
+from scaling_dit.scaling.ladder import Member
+from scaling_dit.scaling.spec import StudySpec
+
+ARGUMENTS = ("smoke",)
+# Training FLOPs of every member of a size.
+BUDGETS = {"0.4M": 1.5e12, "1M": 3e12}
+CAPTIONS = {
+    "sparse": {"source.mention_probability": 0.4},
+    "wrong": {"source.wrong_caption_rate": 0.3},
+}
+
+
+def get_study(arg: str = "") -> StudySpec:
+    """The core study, or its miniature for `arg` "smoke"."""
+    if arg == "smoke":
+        return smoke()
+    config = _shapes.base()
+    members: list[Member] = []
+    for size, rows in (("0.4M", _shapes.SMALL), ("1M", _shapes.LARGE)):
+        members += ladder.matched(_shapes.families(config, rows, size), "compute", BUDGETS[size])
+    grown = {
+        "unet-wide": _shapes.section("unet", _shapes.WIDE, 4),
+        "unet-deep": _shapes.section("unet", _shapes.DEEP, 4),
+    }
+    members += ladder.matched(ladder.families(config, grown, {"size": "1.5M"}), "compute", BUDGETS["1M"])
+    dense = next(member for member in members if member.name == "pixart-0.4M")
+    members += ladder.captions(dense, CAPTIONS)
+    return StudySpec(
+        question="Which family composes best for its compute, and is a UNet better deepened or widened?",
+        members=tuple(members),
+        claims=(
+            Claim("a deepened UNet beats a widened one", "unet-deep", "unet-wide"),
+            Claim("U-ViT beats PixArt at 1M", "uvit-1M", "pixart-1M"),
+            Claim("U-ViT beats Large-DiT at 1M", "uvit-1M", "large_dit-1M"),
+            Claim("U-ViT beats SDXL's UNet at 1M", "uvit-1M", "unet-1M"),
+            Claim(
+                "IF's UNet beats U-ViT in relations", "unet_if-1M", "uvit-1M", metric="shapes_tifa_spatial"
+            ),
+            Claim("dense captions beat sparse ones", dense.name, f"{dense.name}-sparse", paired=True),
+            Claim("right captions beat 30 % wrong ones", dense.name, f"{dense.name}-wrong", paired=True),
+        ),
+        items=100,
+        points=3,
+    )
+
+
+def smoke() -> StudySpec:
+    """Two members of two seeds and few steps."""
+    config = _shapes.base(steps=6, batch=8)
+    config.text_encoder.update({"dim": 32, "heads": 2})
+    config.eval.update({"loss_images": 16, "grid": 4})
+    config.sample.steps = 2
+    rows = {
+        "pixart": {"hidden": 32, "depth": 1, "heads": 2},
+        "large_dit": {"hidden": 32, "depth": 1, "heads": 2},
+    }
+    claim = Claim("PixArt beats Large-DiT", "pixart-tiny", "large_dit-tiny")
+    spec = StudySpec("Does the study run?", _shapes.families(config, rows, "tiny"), (0, 1), claims=(claim,))
+    return dataclasses.replace(spec, items=8, points=2)

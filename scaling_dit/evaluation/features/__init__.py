@@ -1,0 +1,1 @@
+"""What metrics read from images: networks with their weights, preparation of pixels, statistics of features."""

@@ -1,0 +1,152 @@
+"""What an evaluation leaves: a folder for each metric, a row in `results.jsonl` for each result, and curves.
+
+A row of `results.jsonl` is a result without its parts by image: what was scored, how it was sampled and scored, and the
+numbers with their interval. A skipped metric has a row too, with the reason. Rows are only added; of equal requests the
+last one counts.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from scaling_dit import files
+from scaling_dit._version import __version__
+from scaling_dit.evaluation import tifa
+from scaling_dit.evaluation.parts import InFolder
+from scaling_dit.evaluation.scoring import Scoring, together
+
+RESULT = "result.json"
+ROWS = "rows.jsonl"
+RESULTS = "results.jsonl"
+# Folder of the parts scored so far; removed at the end.
+_PARTS = "parts"
+DONE, SKIPPED = "done", "skipped"
+Read = Callable[[range], Iterable[np.ndarray]]
+
+
+def score_to_folder(
+    scoring: Scoring,
+    images: Iterable[np.ndarray] | Read,
+    folder: epath.Path,
+    head: Mapping[str, Any],
+    seed: int,
+    image_paths: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The result of a metric, `head` first, which is written to `folder` with the rows and what TIFA's tools read.
+
+    A call that was killed scores only the missing images when it is repeated.
+
+    Args:
+      images: uint8 [some, H, W, 3], any number at a time, in the order of the items; or what reads some by number.
+      head: JSON values that say what was scored and how; parts of a call with another one are not taken up.
+      image_paths: id -> image file, relative to `folder`, for TIFA's tools; by default `ID.png`; {} for no such list.
+
+    Raises:
+      UserError: the metric breaks its contract, or cannot read the images.
+    """
+    parts = InFolder(folder / _PARTS, dict(head))
+    with together():
+        if callable(images):
+            scoring.update_from(images, parts)
+        else:
+            scoring.update(images, parts)
+    parts.share()
+    found, rows = scoring.result(parts, seed)
+    result = {**head, **found}
+    if jax.process_index() == 0:
+        with files.staged(folder / ROWS) as local, local.open("w") as file:
+            for row in rows:
+                plain = {key: value for key, value in row.items() if not isinstance(value, np.ndarray)}
+                file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        if scoring.items[0].questions:
+            tifa.write_questions(folder / "questions.json", (item.questions for item in scoring.items))
+            paths = (
+                {item.id: f"{item.id}.png" for item in scoring.items} if image_paths is None else image_paths
+            )
+            if paths:
+                tifa.write_image_map(folder / "images.json", paths)
+        files.write_whole(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    parts.remove()
+    return result
+
+
+class Results:
+    """The rows of an evaluation's folder.
+
+    Args:
+      root: the folder; `results.jsonl` in it has all rows.
+    """
+
+    def __init__(self, root: epath.Path) -> None:
+        self.path = root / RESULTS
+        self._root = root
+
+    def add(self, row: Mapping[str, Any], folder: epath.Path | None = None) -> None:
+        """Adds a row; `folder` is that of the metric. Other processes than the first do nothing."""
+        if jax.process_index() != 0:
+            return
+        place = {"folder": _relative(folder, self._root)} if folder else {}
+        line = json.dumps({"version": __version__, **row, **place}, ensure_ascii=False) + "\n"
+        self._root.mkdir(parents=True, exist_ok=True)
+        if files.is_remote(self.path):
+            before = self.path.read_text() if self.path.exists() else ""
+            self.path.write_text(before + line)
+            return
+        with self.path.open("a") as file:
+            file.write(line)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, of equal requests the last one; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        rows: dict[str, dict[str, Any]] = {}
+        for line in self.path.read_text().split("\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            rows[_request(row)] = row
+        return list(rows.values())
+
+
+def _request(row: Mapping[str, Any]) -> str:
+    """What a row is about: equal for two rows of which the later replaces the earlier."""
+    keys = (
+        "metric",
+        "workdir",
+        "fields",
+        "step",
+        "ema",
+        "sampler",
+        "steps",
+        "guidance",
+        "seed",
+        "n",
+        "prompts_sha256",
+        "images",
+    )
+    return json.dumps([row.get(key) for key in keys], sort_keys=True)
+
+
+def _relative(folder: epath.Path, root: epath.Path) -> str:
+    text, base = str(folder), f"{root}/"
+    return text.removeprefix(base)
+
+
+def write_curves(folder: epath.Path, step: int, scalars: Mapping[str, float], tensorboard: bool) -> None:
+    """Adds scalars of a step as `evaluation/NAME` to TensorBoard's events in a folder, if its packages are there."""
+    if jax.process_index() != 0 or not tensorboard:
+        return
+    from scaling_dit.monitor.writers import TensorBoardWriter
+
+    try:
+        writer = TensorBoardWriter(folder)
+    except ModuleNotFoundError:
+        # `train` has said so, and results.jsonl has everything.
+        return
+    writer.scalars(step, {f"evaluation/{name}": value for name, value in scalars.items()})
+    writer.close()

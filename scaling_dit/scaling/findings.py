@@ -1,0 +1,277 @@
+"""What a study found: answers to its claims in words, the order of its members and how sure it is, means by member."""
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from scipy import stats
+
+from scaling_dit.scaling import claims as claims_lib
+from scaling_dit.scaling import table
+from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Answer, Claim, RankStability
+from scaling_dit.scaling.spec import LOSS, StudySpec, point_steps
+from scaling_dit.scaling.study import Study
+from scaling_dit.scaling.table import Row
+
+LEVEL = 0.95
+# Members that an order is made of.
+RANKED = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A claim of a study with what its runs say.
+
+    Attributes:
+      claim: as registered. metric: the column it compares.
+      answer: None where too few of its runs have finished.
+      sentence: the answer in words.
+      after: runs that had finished when the claim was registered; 0 for one made beforehand.
+    """
+
+    claim: Claim
+    metric: str
+    answer: Answer | None
+    sentence: str
+    after: int
+
+
+def answers(study: Study) -> list[Answered]:
+    """The study's claims, answered together: p-values are corrected for all of them."""
+    spec = study.spec
+    ready, waiting = [], dict[str, str]()
+    values: dict[str, list[float]] = {}
+    for claim in spec.claims:
+        metric = spec.metric_of(claim)
+        by_seed = {side: _by_seed(study.rows, side, metric) for side in (claim.a, claim.b)}
+        shared = set(by_seed[claim.a]) & set(by_seed[claim.b])
+        few = {side: found for side, found in by_seed.items() if len(found) < 2}
+        if few or (claim.paired and len(shared) < 2):
+            counts = " and ".join(f"{len(found)} of {side}" for side, found in by_seed.items())
+            waiting[claim.name] = f"Not answered yet: {counts} have finished, and it needs 2 seeds of each."
+            continue
+        keys = {}
+        for side, found in by_seed.items():
+            # A name of its own for each claim, because pairs hold only seeds that both sides have.
+            keys[side] = f"{side} ({claim.name})"
+            chosen = sorted(shared) if claim.paired else sorted(found)
+            values[keys[side]] = [found[seed] for seed in chosen]
+        ready.append(dataclasses.replace(claim, a=keys[claim.a], b=keys[claim.b]))
+    found = {a.claim.name: a for a in claims_lib.answer(ready, values, LEVEL)} if ready else {}
+    return [
+        _answered(study, claim, found.get(claim.name), waiting.get(claim.name, "")) for claim in spec.claims
+    ]
+
+
+def _answered(study: Study, claim: Claim, answer: Answer | None, waiting: str) -> Answered:
+    metric, after = study.spec.metric_of(claim), study.registered.get(claim.name, 0)
+    if answer is None:
+        return Answered(claim, metric, None, waiting, after)
+    answer = dataclasses.replace(answer, claim=claim)
+    said = sentence(answer, metric)
+    if stopped := _stopped(study, claim):
+        said += f" Left out, for their loss was not finite or kept spiking: {', '.join(stopped)}."
+    return Answered(claim, metric, answer, said, after)
+
+
+def _stopped(study: Study, claim: Claim) -> list[str]:
+    """The runs of a claim's members that ended early; without them its answer favours those that ran well."""
+    return [
+        f"{row['member']} seed {row['seed']}"
+        for row in study.measured
+        if row["status"] == table.STOPPED and row["member"] in (claim.a, claim.b)
+    ]
+
+
+def sentence(answer: Answer, metric: str) -> str:
+    """An answer in words, with all that a reader needs to judge it."""
+    claim, (low, high) = answer.claim, answer.interval
+    more = "more" if answer.effect >= 0 else "less"
+    asked = f", where the claim asks for more than {claim.margin:g}" if claim.margin else ""
+    shown = (
+        f"{claim.a} has {abs(answer.effect):.3g} {more} {metric} than {claim.b}{asked} "
+        f"({LEVEL:.0%} interval of the difference {low:.3g} to {high:.3g}; {answer.seeds[0]} and {answer.seeds[1]} "
+        f"training seeds; p {_p(answer.p_holm)} after Holm's correction"
+    )
+    if answer.verdict == UNDECIDED:
+        return f"Undecided: {shown}; a difference of {answer.detectable:.3g} would have been detected)."
+    return f"{answer.verdict.capitalize()}: {shown})."
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def headline(study: Study, answered: Sequence[Answered]) -> str:
+    """The answer to the study's question in one sentence, made from its tests."""
+    done = len({(row["member"], row["seed"]) for row in table.last_points(study.rows)})
+    if not done:
+        return f"No run of {study.runs} has finished yet."
+    first = next((one for one in answered if one.answer is not None), None)
+    if first is not None:
+        of = sum(one.answer is not None and one.answer.verdict == SUPPORTED for one in answered)
+        tail = f" Of {len(answered)} claims {of} are supported." if len(answered) > 1 else ""
+        name = first.claim.name
+        return f"{name[0].upper()}{name[1:]}: {first.sentence}{tail}"
+    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
+    ranked = ranking(study, metric)
+    if ranked is None:
+        return f"{done} of {study.runs} runs have finished; an order of members needs 2 seeds of 2 members."
+    low, high = ranked.interval
+    return (
+        f"{ranked.order[0]} is best by {metric} of {len(ranked.order)} members, above the next with probability "
+        f"{ranked.above[0, 1]:.2f}; Kendall's tau of the order over seeds is {ranked.tau:.2f} "
+        f"(90 % interval {low:.2f} to {high:.2f})."
+    )
+
+
+# Numbers of seeds, and differences in spreads of a training seed, of the table of power.
+POWER_SEEDS = (2, 3, 5, 8, 12)
+POWER_DIFFERENCES = (0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+def spread(study: Study, metric: str) -> float | None:
+    """Pooled standard deviation of a metric over the training seeds of a member; None without two seeds of any."""
+    squares = freedom = 0.0
+    for member in study.spec.members:
+        values = list(_by_seed(study.rows, member.name, metric).values())
+        if len(values) >= 2:
+            squares += statistics.variance(values) * (len(values) - 1)
+            freedom += len(values) - 1
+    return math.sqrt(squares / freedom) if freedom and squares else None
+
+
+def power_table(study: Study, metric: str) -> tuple[float, list[tuple[float, list[float]]]] | None:
+    """(spread of a training seed, [(difference, power with each of POWER_SEEDS seeds), ...]); None without a spread."""
+    found = spread(study, metric)
+    if found is None:
+        return None
+    rows = [
+        (share * found, [claims_lib.power(share * found, found, seeds) for seeds in POWER_SEEDS])
+        for share in POWER_DIFFERENCES
+    ]
+    return found, rows
+
+
+def early_signal(study: Study) -> list[tuple[float, float | None, float | None]]:
+    """How well the order of members part of the way predicts the order at the end.
+
+    Returns:
+      For each point but the last, (share of the training, Spearman's rank correlation of the members' mean metric there
+      with that at the end, and of minus their mean loss there with the metric at the end); None where a mean is missing
+      or all members are equal. Empty with fewer than three members.
+    """
+    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
+    points = study.spec.points
+    by: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
+    for member in study.spec.members:
+        steps = point_steps(member.config.steps, points)
+        for row in study.rows:
+            if row["member"] == member.name and row["step"] in steps:
+                # Counted from the end, for a short run may have fewer points.
+                by[member.name, len(steps) - 1 - steps.index(row["step"])].append(row)
+    names = [member.name for member in study.spec.members if by.get((member.name, 0))]
+    if len(names) < 3:
+        return []
+    sign = -1.0 if metric == LOSS else 1.0
+    final = [_mean(by[name, 0], metric) for name in names]
+    found = []
+    for back in range(points - 1, 0, -1):
+        scores = [_mean(by[name, back], metric) for name in names]
+        losses = [_mean(by[name, back], LOSS) for name in names]
+        minus = [None if loss is None else -sign * loss for loss in losses]
+        found.append((1 - back / points, _spearman(scores, final), _spearman(minus, final)))
+    return found
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float | None:
+    """Spearman's rank correlation; None where a value is missing, or all of one side are equal."""
+    if None in x or None in y or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def variance(study: Study) -> tuple[float, float] | None:
+    """(variance among training seeds, among generation seeds) of the first metric, the mean over members.
+
+    None without two of each: a study of several `generation_seeds` has them.
+    """
+    if not study.spec.metrics or len(study.spec.generation_seeds) < 2:
+        return None
+    metric, parts = study.spec.metrics[0], []
+    for member in study.spec.members:
+        panel: dict[int, list[float]] = collections.defaultdict(list)
+        own = float(member.config.sample.guidance)
+        for row in study.scores:
+            wanted = (member.name, metric, member.config.steps, own)
+            if (row["member"], row["scalar"], row["step"], row["guidance"]) == wanted:
+                panel[row["seed"]].append(row["value"])
+        full = [values for values in panel.values() if len(values) == len(study.spec.generation_seeds)]
+        if len(full) >= 2:
+            parts.append(claims_lib.variance_components(full))
+    if not parts:
+        return None
+    return statistics.fmean(p.training for p in parts), statistics.fmean(p.generation for p in parts)
+
+
+def ranking(study: Study, metric: str) -> RankStability | None:
+    """The order of the best RANKED members by a metric; losses are best when low.
+
+    None with fewer than two members of two seeds.
+    """
+    sign = -1.0 if metric.startswith(LOSS) else 1.0
+    values = {}
+    for member in study.spec.members:
+        found = _by_seed(study.rows, member.name, metric)
+        if len(found) >= 2:
+            values[member.name] = [sign * value for value in found.values()]
+    # Time and memory of the bootstrap grow with the square of members.
+    best = sorted(values, key=lambda name: -statistics.fmean(values[name]))[:RANKED]
+    return claims_lib.rank_stability({name: values[name] for name in best}) if len(best) >= 2 else None
+
+
+def _by_seed(rows: Sequence[Row], member: str, metric: str) -> dict[int, float]:
+    """Seed -> the metric at the last step of each finished run of a member."""
+    return {
+        row["seed"]: row[metric]
+        for row in table.last_points(rows)
+        if row["member"] == member and row.get(metric) is not None and math.isfinite(row[metric])
+    }
+
+
+def by_member(study: Study) -> list[dict[str, Any]]:
+    """One row for each member at its last step: costs, and mean, standard deviation and number of seeds of each score.
+
+    Keys: "member", "family", "params", "macs_total", "steps", "samples", "train_flops", "inference_flops", "seeds", and
+    for each score "NAME" and "NAME_sd", None without runs (for the deviation, with fewer than two).
+    """
+    found = []
+    last = table.last_points(study.rows)
+    for member in study.spec.members:
+        rows = [row for row in last if row["member"] == member.name]
+        if not rows:
+            continue
+        costs = ("family", "params", "macs_total", "steps", "samples", "train_flops", "inference_flops")
+        one: dict[str, Any] = {"member": member.name} | {name: rows[0][name] for name in costs}
+        one["seeds"] = len(rows)
+        for name in score_columns(study.spec, rows):
+            values = [row[name] for row in rows if row.get(name) is not None]
+            one[name] = statistics.fmean(values) if values else None
+            one[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(one)
+    return found
+
+
+def score_columns(spec: StudySpec, rows: Sequence[Row]) -> list[str]:
+    """The columns that hold scores: "loss", and each metric's scalars without their ends."""
+    names = table.columns_of(rows)
+    scalars = [name for name in names if any(name == m or name.startswith(f"{m}_") for m in spec.metrics)]
+    return [LOSS, *(name for name in scalars if not name.endswith(("_low", "_high")))]

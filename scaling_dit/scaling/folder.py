@@ -1,0 +1,56 @@
+"""The folder of a study: where each of its files lies. No other module names one of them."""
+
+import os
+
+from etils import epath
+
+from scaling_dit.checkpoints.workdir import Workdir
+
+RESULT = "result.json"
+
+
+class StudyFolder(os.PathLike[str]):
+    """The folder of a study, local or gs://, and the paths of its files.
+
+    Args:
+      folder: of the study; it need not exist.
+    """
+
+    def __init__(self, folder: epath.PathLike) -> None:
+        self.folder = epath.Path(folder)
+        # The spec with all configs, and when each claim was registered; written before the first run.
+        self.study = self.folder / "study.json"
+        # One row for each run and point: nothing in it depends on when or how fast the runs ran.
+        self.table = self.folder / "table.parquet"
+        # One row for each run: wall time, speed, memory, goodput.
+        self.measured = self.folder / "measured.parquet"
+        # One row for each score: run, point, generation seed, guidance, metric.
+        self.scores = self.folder / "scores.parquet"
+        # Of all runs: TensorBoard opens this one.
+        self.tensorboard = self.folder / "tensorboard"
+        self.compile_cache = self.folder / "compile_cache"
+        self.report = self.folder / "report"
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def run(self, member: str, seed: int) -> Workdir:
+        """The workdir of one run."""
+        return Workdir(self.folder / "runs" / member / f"seed{seed}")
+
+    def memory(self, member: str, seed: int) -> epath.Path:
+        """What the driver said of the device's memory after a run, as JSON."""
+        return self.folder / "runs" / member / f"seed{seed}.memory.json"
+
+    def stopped(self, member: str, seed: int) -> epath.Path:
+        """Why a run ended early for good, as JSON; the run's folder lies beside it."""
+        return self.folder / "runs" / member / f"seed{seed}.stopped.json"
+
+
+def scores_folder(run: Workdir, step: int, seed: int, items: int, guidance: float | None) -> epath.Path:
+    """The folder of one evaluation of a run: `evaluate` writes each metric's result below it."""
+    scale = "" if guidance is None else f"-guidance{guidance:g}"
+    return run.evaluation / f"study-step{step}-seed{seed}-n{items}{scale}"

@@ -1,0 +1,112 @@
+"""`doctor` on this machine and in two processes, healthy and with one fault."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_dit.doctor import probe
+from tests.support import xla
+from tests.support.paths import ROOT, SUPPORT
+
+
+def test_sums_of_the_devices_here():
+    assert probe.sum_error(probe.Machine()) == ""
+    wrong = probe.Machine(all_reduce=lambda mesh, rows: probe.all_reduce(mesh, rows).at[3].add(1))
+    text = probe.sum_error(wrong)
+    assert text.startswith("the sum over all devices is ") and text.endswith("(1 of 1024 numbers differ)")
+
+
+def test_a_device_that_computes_wrong_is_named(monkeypatch):
+    original = probe.jnp.matmul
+
+    def matmul(a, b, **options):
+        found = original(a, b, **options)
+        return found.at[0, 0].add(1) if a.device == jax.local_devices()[5] else found
+
+    monkeypatch.setattr(probe.jnp, "matmul", matmul)
+    assert probe.product_error() == "devices 5 compute a wrong product of two matrices"
+
+
+def test_storage_of_one_host(tmp_path):
+    found = probe.storage(str(tmp_path / "runs"), probe.Machine())
+    assert found["error"] == "" and abs(found["clock"]) < 1 and os.listdir(tmp_path / "runs") == []
+    # The store's clock is this machine's, so a skew shows.
+    skewed = probe.storage(str(tmp_path / "runs"), probe.Machine(now=lambda: probe.time.time() - 50))
+    assert -52 < skewed["clock"] < -48
+    (tmp_path / "file").touch()
+    assert "cannot write to" in probe.storage(str(tmp_path / "file" / "below"), probe.Machine())["error"]
+    assert "Permission denied" in probe.storage("/proc/1/x", probe.Machine())["error"] or os.getuid() == 0
+
+
+def test_versions_are_those_installed():
+    found = probe.installed()
+    assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__
+
+
+def together(tmp_path, fault, count=2):
+    """The exit codes of `count` processes, and what the first printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(devices=8 // count)}
+    command = [sys.executable, str(SUPPORT / "doctor_worker.py")]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(count), str(port), str(tmp_path / "w"), fault],
+            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    output = [one.communicate(timeout=400) for one in started]
+    # Gloo, which joins CPUs, prints lines of its own before.
+    _, brace, document = output[0][0].partition("\n{")
+    document = json.loads(brace + document) if brace else output
+    return [one.returncode for one in started], document
+
+
+def faults(document):
+    return {check["name"]: check["words"] for check in document["checks"] if check["passed"] is False}
+
+
+@pytest.mark.slow
+def test_a_healthy_run_of_two_processes(tmp_path):
+    codes, document = together(tmp_path, "none")
+    assert codes == [0, 0] and document["healthy"], document
+    assert [host["process"] for host in document["hosts"]] == [0, 1]
+    assert document["hosts"][0]["steps"]["losses"] == document["hosts"][1]["steps"]["losses"]
+    assert os.listdir(tmp_path / "w") == []
+
+
+@pytest.mark.slow
+def test_faults_of_one_of_two_processes(tmp_path):
+    codes, document = together(tmp_path, "many")
+    assert codes == [1, 1], document
+    found = faults(document)
+    assert found.keys() == {"packages", "clocks", "workdir", "all-reduce"}
+    assert "flax differs: 0.0.1 on" in found["packages"] and "s ahead of" in found["clocks"]
+    assert "cannot write to /proc/no/such/folder" in found["workdir"]
+    assert "where one device gives" in found["all-reduce"]
+
+
+@pytest.mark.slow
+def test_two_processes_that_do_not_see_the_same_folder(tmp_path):
+    codes, document = together(tmp_path, "another workdir")
+    assert codes == [1, 1], document
+    found = faults(document)
+    assert found.keys() == {"workdir"} and "do all hosts see the same folder?" in found["workdir"]
+
+
+@pytest.mark.slow
+def test_the_verb_on_this_machine(tmp_path):
+    command = [sys.executable, "-m", "scaling_dit", "doctor", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "healthy" and len(lines) == 10
+    assert any("3 steps, losses" in line for line in lines)

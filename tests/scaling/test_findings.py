@@ -1,0 +1,200 @@
+"""Answers in words, and laws, of studies whose truth is known."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from scaling_dit.errors import UserError
+from scaling_dit.scaling import audit, findings, fitted, published
+from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Claim, power
+from scaling_dit.scaling.table import last_points
+from tests.support import simulated_study
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitted, "RESAMPLES", 30)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study():
+    return simulated_study.study("nowhere", count=10, seeds=3)
+
+
+def test_a_claim_is_answered_with_all_that_it_rests_on(study):
+    (found,) = findings.answers(study)
+    rows = last_points(study.rows)
+    ends = [
+        [row["shapes_tifa"] for row in rows if row["member"] == name] for name in ("uvit-008", "uvit-000")
+    ]
+    assert found.answer.verdict == SUPPORTED and found.after == 0
+    assert found.answer.effect == pytest.approx(np.mean(ends[0]) - np.mean(ends[1]))
+    assert found.sentence.startswith(
+        f"Supported: uvit-008 has {found.answer.effect:.3g} more shapes_tifa than uvit-000 ("
+    )
+    assert "3 and 3 training seeds" in found.sentence and "after Holm's correction" in found.sentence
+    line = findings.headline(study, [found])
+    assert line == f"The larger is better: {found.sentence}"
+
+
+def test_an_undecided_claim_says_what_could_have_been_seen(study):
+    claims = (Claim("alike", "uvit-000", "pixart-001"),)
+    alike = simulated_study.study("nowhere", count=2, seeds=3, claims=claims)
+    (found,) = findings.answers(alike)
+    assert found.answer.verdict == UNDECIDED
+    assert f"a difference of {found.answer.detectable:.3g} would have been detected" in found.sentence
+
+
+def test_a_claim_about_unfinished_runs_waits(study):
+    rows = [row for row in study.rows if not (row["member"] == "uvit-000" and row["seed"] > 0)]
+    (found,) = findings.answers(simulated_study.with_rows(study, rows))
+    assert found.answer is None and "3 of uvit-008 and 1 of uvit-000 have finished" in found.sentence
+    assert findings.headline(simulated_study.with_rows(study, []), []) == "No run of 30 has finished yet."
+
+
+def test_runs_that_stopped_are_named(study):
+    rows = [row for row in study.rows if (row["member"], row["seed"]) != ("uvit-000", 2)]
+    gone = ("uvit-000", 2)
+    measured = [
+        {**row, "status": "stopped"} if (row["member"], row["seed"]) == gone else row
+        for row in study.measured
+    ]
+    (found,) = findings.answers(dataclasses.replace(study, rows=rows, measured=measured))
+    assert found.answer.seeds == (3, 2) and found.sentence.endswith("kept spiking: uvit-000 seed 2.")
+
+
+def test_a_late_claim_shows_when_it_was_made(study):
+    late = dataclasses.replace(study, registered={"the larger is better": 12})
+    assert findings.answers(late)[0].after == 12
+
+
+def test_pairs_are_by_seed_and_losses_are_columns_as_well(study):
+    claims = (
+        Claim("paired", "uvit-008", "uvit-000", paired=True),
+        Claim("loss", "uvit-000", "uvit-008", metric="loss"),
+    )
+    spec = dataclasses.replace(study.spec, claims=claims)
+    # Seed 2 of one side is missing: pairs are seeds 0 and 1.
+    rows = [row for row in study.rows if not (row["member"] == "uvit-008" and row["seed"] == 2)]
+    paired, by_loss = findings.answers(dataclasses.replace(study, spec=spec, rows=rows))
+    assert paired.answer.seeds == (2, 2) and by_loss.answer.seeds == (3, 2)
+    assert by_loss.answer.effect > 0 and by_loss.metric == "loss"
+
+
+def test_without_claims_the_order_is_the_answer(study):
+    plain = dataclasses.replace(study, spec=dataclasses.replace(study.spec, claims=()))
+    line = findings.headline(plain, [])
+    assert "is best by shapes_tifa of 10 members" in line and "Kendall's tau" in line
+    assert findings.ranking(plain, "loss").order[0] in ("uvit-008", "pixart-009")
+
+
+def test_laws_recover_what_made_the_points(study):
+    fits = {fit.name: fit for fit in fitted.fits(study)}
+    surface = fits["uvit: loss over parameters and samples (approach 3)"]
+    values = {name: value for name, value, _, _ in surface.rows}
+    assert values["alpha"] == pytest.approx(simulated_study.LAW["alpha"], rel=0.15)
+    assert surface.points == 60 and surface.runs == 15
+    low, high = next((low, high) for name, _, low, high in surface.rows if name == "beta")
+    assert low <= simulated_study.LAW["beta"] <= high
+    assert fits["all families: frontier of loss over training FLOPs (approach 1)"].formula.startswith(
+        "loss = "
+    )
+    # No member has a budget, so no approach 2.
+    assert not any("approach 2" in name for name in fits)
+
+
+def test_what_cannot_be_fitted_is_shown_with_its_reason(study):
+    one_size = simulated_study.with_rows(
+        study, [row for row in study.rows if row["params"] == simulated_study.SIZES[0]]
+    )
+    surface = next(fit for fit in fitted.fits(one_size) if "approach 3" in fit.name)
+    assert not surface.formula and "all points have the same params" in surface.refused
+
+
+def test_only_points_that_stand_for_runs_carry_laws(study):
+    rows = [{**row, "endpoint": row["step"] == row["steps"]} for row in study.rows]
+    decayed = simulated_study.with_rows(study, rows)
+    assert len(fitted.endpoints(decayed.rows)) == 30 and len(fitted.endpoints(study.rows)) == 120
+
+
+def test_every_size_is_predicted_from_the_others(study):
+    found = fitted.audits(study)["uvit"]
+    assert [held.params for held in found.held] == list(map(float, simulated_study.SIZES))
+    assert all(abs(held.error) < 0.05 for held in found.held)
+    ratio = simulated_study.SIZES[-1] / simulated_study.SIZES[-2]
+    assert found.held[-1].beyond == pytest.approx(ratio) and found.factor == pytest.approx(ratio)
+
+
+def test_a_law_that_misses_its_largest_size_supports_no_extrapolation():
+    n, d = (axis.ravel() for axis in np.meshgrid([1e5, 1e6, 1e7], [1e4, 1e5, 1e6], indexing="ij"))
+    losses = simulated_study.loss(n, d) * np.where(n == 1e7, 1.3, 1.0)
+    assert audit.leave_one_size_out(n, d, losses).factor == 1.0
+    with pytest.raises(UserError, match="2 sizes, and it needs at least 3"):
+        audit.leave_one_size_out(n[:6], d[:6], losses[:6])
+
+
+def test_members_have_means_and_deviations_over_seeds(study):
+    rows = findings.by_member(study)
+    assert [row["member"] for row in rows] == [member.name for member in study.spec.members]
+    seen = [row["loss"] for row in last_points(study.rows) if row["member"] == "uvit-000"]
+    assert rows[0]["loss"] == pytest.approx(np.mean(seen)) and rows[0]["loss_sd"] == pytest.approx(
+        np.std(seen, ddof=1)
+    )
+    assert rows[0]["seeds"] == 3
+
+
+def test_how_early_the_order_shows(study):
+    rows = findings.early_signal(study)
+    assert [share for share, _, _ in rows] == [0.25, 0.5, 0.75]
+    # Members differ in size alone, and far more than seeds do; the score falls with the loss.
+    assert all(by_score > 0.9 and by_loss > 0.9 for _, by_score, by_loss in rows)
+    turned = [
+        {**row, "shapes_tifa": -row["shapes_tifa"]} if row["step"] == 250 else row for row in study.rows
+    ]
+    first = findings.early_signal(simulated_study.with_rows(study, turned))[0]
+    assert first[1] < -0.9 and first[2] > 0.9
+    assert findings.early_signal(simulated_study.study("nowhere", count=2)) == []
+
+
+def test_variance_of_training_and_of_generation_seeds(study):
+    rng = np.random.default_rng(0)
+    spec = dataclasses.replace(study.spec, generation_seeds=tuple(range(6)))
+    scores = []
+    for row in study.scores:
+        level = rng.normal(0, 0.3)
+        scores += [{**row, "generation_seed": k, "value": level + rng.normal(0, 0.05)} for k in range(6)]
+    training, generation = findings.variance(dataclasses.replace(study, spec=spec, scores=scores))
+    assert training == pytest.approx(0.09, rel=0.6) and generation == pytest.approx(0.0025, rel=0.4)
+    assert findings.variance(study) is None
+
+
+def test_the_power_curve_is_that_of_simulated_studies(study):
+    spread, rows = findings.power_table(study, "shapes_tifa")
+    curve = {difference / spread: values for difference, values in rows}
+    # More seeds and larger differences are detected more often.
+    assert all(a <= b for values in curve.values() for a, b in itertools.pairwise(values))
+    rng = np.random.default_rng(5)
+    hits = np.mean(
+        [stats.ttest_ind(rng.normal(2, 1, 5), rng.normal(0, 1, 5)).pvalue < 0.05 for _ in range(1500)]
+    )
+    assert power(2, 1, 5) == pytest.approx(hits, abs=0.04) and power(0, 1, 5) == pytest.approx(0.05)
+    print("power by seeds", findings.POWER_SEEDS, curve)
+    with pytest.raises(UserError, match="at least 2 seeds"):
+        power(1, 1, 1)
+
+
+def test_the_printed_laws_of_p1():
+    compute, data, params = published.P1_COMPUTE, published.P1_DATA, published.P1_PARAMS
+    # SDXL's UNet after 600,000 steps: 1.46e12 GFLOPs; LensArt and both sets with synthetic captions.
+    assert float(compute.law(1.46e12)) == pytest.approx(0.823, abs=0.001)
+    assert float(data.law(1800)) == pytest.approx(0.801, abs=0.001)
+    assert float(data.law(7300)) == pytest.approx(0.836, abs=0.001)
+    # TIFA is at most 1.
+    assert float(params.law(2391.8)) == pytest.approx(1.81, abs=0.005) and "cannot be right" in params.remark
+    corrected = published.P1_PARAMS_CORRECTED.law
+    assert [round(float(corrected(n)), 3) for n in (424, 2391.8, 4072.6)] == [0.823, 0.839, 0.844]

@@ -1,0 +1,166 @@
+"""The report is one page that holds all it shows, with the answer first."""
+
+import csv
+import dataclasses
+import html
+import io
+import json
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from scaling_dit.cli import main as cli
+from scaling_dit.errors import UserError
+from scaling_dit.monitor.grid import write_png
+from scaling_dit.scaling import figure_data, figures, findings, fitted, report, tables
+from tests.support import simulated_study
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitted, "RESAMPLES", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    made = simulated_study.study(tmp_path_factory.mktemp("report"), count=6, seeds=3)
+    for step in (250, 1000):
+        folder = made.folder.run("uvit-000", 0).metrics
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(folder / f"samples-{step:08d}.png", np.full((20, 30, 3), step % 256, np.uint8))
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    return report.write(study, prints=False).read_text()
+
+
+def embedded(page, name):
+    (text,) = re.findall(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+def test_the_answer_comes_first_in_the_words_of_the_tests(study, page):
+    answer = findings.headline(study, findings.answers(study))
+    body = page[page.index("<body>") :]
+    assert body.index(study.spec.question) < body.index('class="answer"') < body.index("<h2>")
+    assert f'<p class="answer">{html.escape(answer)}</p>' in body
+
+
+def test_the_page_asks_for_nothing(page):
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert policy.startswith("default-src 'none'") and "http" not in policy and "connect-src" not in policy
+    # Outside of scripts nothing refers to anything; inside, addresses are names of schemas.
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert (
+        not re.search(r'(src|href)="(?!data:)', markup) and "@import" not in markup and "url(" not in markup
+    )
+    assert len(page) < 5_000_000 and "vegaEmbed" in page
+
+
+def test_every_chart_has_its_data_and_its_place(page):
+    held, drawn = embedded(page, "data"), embedded(page, "figures")["figures"]
+    assert len(drawn) >= 12
+    for figure in drawn:
+        assert f'id="chart-{figure["name"]}"' in page
+        assert set(figure["data"]) <= held.keys() and held[figure["data"][0]]
+        # Fields that a chart draws are columns of its data.
+        fields = set(re.findall(r'"field": "(\w+)"', json.dumps(figure["spec"])))
+        assert fields <= {column for name in figure["data"] for row in held[name] for column in row}, figure[
+            "name"
+        ]
+    names = {figure["name"] for figure in drawn}
+    for axis in ("step", "train_flops", "params", "inference_flops"):
+        assert {f"shapes_tifa-{axis}", f"loss-{axis}"} <= names
+    assert {"claims", "members", "frontier", "laws", "types", "timesteps", "time", "goodput"} <= names
+
+
+def test_colours_of_text_and_marks_have_contrast(page):
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    style = page[page.index("<style>") : page.index("</style>")]
+    inks = re.findall(r"(?<![-\w])color: (#[0-9a-f]{6})", style)
+    assert len(inks) >= 5
+    # The darkest background of text is #f2f6fa.
+    for ink in (*inks, *figures.COLOURS):
+        assert (luminance("#f2f6fa") + 0.05) / (luminance(ink) + 0.05) >= 4.5, ink
+
+
+def test_samples_have_a_slider_over_points(page):
+    assert 'id="point" min="0" max="1"' in page
+    (holder,) = re.findall(r'data-grids="([^"]+)"', page)
+    rows = json.loads(holder.replace("&quot;", '"'))
+    assert [row["step"] for row in rows] == [250, 1000] and len(embedded(page, "figures")["grids"]) == 2
+
+
+def test_the_table_by_member_as_csv_and_latex(study, page):
+    rows = list(csv.DictReader(io.StringIO((study.folder.report / "members.csv").read_text())))
+    assert [row["member"] for row in rows] == [member.name for member in study.spec.members]
+    assert float(rows[0]["loss"]) == findings.by_member(study)[0]["loss"]
+    latex = (study.folder.report / "members.tex").read_text()
+    assert latex.count(r"\\") == 7 and r"shapes\_tifa" in latex and r"$\pm$" in latex
+    assert tables.matched_latex([], [], "50 % & a_b").count(r"50 \% \& a\_b") == 1
+
+
+def test_configs_and_commands_of_all_runs(study, page):
+    for member in study.spec.members:
+        assert f"runs/{member.name}/seed2" in page
+    assert (
+        "backbone.name = &#x27;pixart&#x27;" in page and f"scaling-dit study --workdir={study.folder}" in page
+    )
+
+
+def test_words_of_a_user_cannot_become_markup(tmp_path):
+    made = simulated_study.study(tmp_path, count=2, seeds=2)
+    spec = dataclasses.replace(made.spec, question="</script><script>alert(1)</script> @data@?")
+    text = report.write(dataclasses.replace(made, spec=spec), prints=False).read_text()
+    assert "alert(1)</script>" not in text and "&lt;script&gt;alert(1)" in text
+
+
+def test_an_empty_study_has_a_report(tmp_path):
+    made = simulated_study.with_rows(simulated_study.study(tmp_path, count=2, seeds=2), [])
+    text = report.write(made, prints=False).read_text()
+    assert "No run of 4 has finished yet." in text
+
+
+def test_each_figure_is_printed_as_svg_and_png(study):
+    held = figure_data.data_of(study, findings.answers(study), [])
+    made = figures.figures(study, held)
+    figure = next(one for one in made if one.name == "members")
+    convert = figures.converter()
+    svg = convert.vegalite_to_svg(figures.printed(figure, held))
+    # A mark for each run and one for each mean.
+    assert svg.count('aria-roledescription="point"') == 18 and svg.count('aria-roledescription="tick"') == 6
+    assert convert.svg_to_png(svg)[:4] == b"\x89PNG"
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(UserError, match=r"report needs vl-convert: pip install 'scaling-dit\[study\]'"):
+        figures.converter()
+
+
+def test_a_run_and_a_study_are_not_reported_together(tmp_path, capsys):
+    (tmp_path / "study.json").write_text("{}")
+    assert cli.main(["report", str(tmp_path), str(tmp_path / "run")]) == 2
+    assert "is no study, so it cannot be reported together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_take_less_than_half_a_minute(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitted, "RESAMPLES", 200)
+    made = simulated_study.study(tmp_path, count=334, seeds=3)
+    began = time.process_time()
+    page = report.write(made)
+    assert time.process_time() - began < 60
+    assert page.stat().length < 5_000_000
+    assert "the best 40 of 334 members" in page.read_text()

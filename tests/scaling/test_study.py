@@ -1,0 +1,224 @@
+"""A study runs its members into one table, resumes after a kill to the same bytes, extends and merges."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from scaling_dit import config as config_lib
+from scaling_dit.cli import main as cli
+from scaling_dit.errors import UserError
+from scaling_dit.planning.plan import abstract_model
+from scaling_dit.scaling import ladder, report, table
+from scaling_dit.scaling import spec as spec_lib
+from scaling_dit.scaling import study as study_lib
+from scaling_dit.scaling import tensorboard as curves
+from scaling_dit.scaling.claims import Claim
+from scaling_dit.scaling.folder import StudyFolder
+from scaling_dit.scaling.spec import StudySpec
+from scaling_dit.training.program import StepProgram, run_mesh
+from tests.support import simulated_study
+from tests.support.paths import ROOT
+
+SMOKE = "experiments/studies/shapes_core.py:smoke"
+WORKER = "tests/support/study_worker.py"
+
+
+def none_finished():
+    return 0
+
+
+@pytest.fixture
+def spec():
+    return StudySpec(
+        "Is a better?", simulated_study.members(3), (0, 1), claims=(Claim("c", "uvit-000", "pixart-001"),)
+    )
+
+
+def test_claims_are_registered_before_the_first_run(spec, tmp_path):
+    folder = StudyFolder(tmp_path)
+    assert study_lib.register(spec, folder, none_finished) == {"c": 0}
+    more = dataclasses.replace(spec, claims=(*spec.claims, Claim("late", "uvit-002", "uvit-000")))
+    assert study_lib.register(more, folder, lambda: 4) == {"c": 0, "late": 4}
+    # Resumed with fewer: a registered claim cannot be dropped.
+    with pytest.raises(UserError, match="claim 'late' was registered in .* and is gone now"):
+        study_lib.register(spec, folder, none_finished)
+    changed = dataclasses.replace(
+        more, claims=(dataclasses.replace(more.claims[0], margin=0.1), more.claims[1])
+    )
+    with pytest.raises(UserError, match="claim 'c' was registered in .* and is another now"):
+        study_lib.register(changed, folder, none_finished)
+    assert study_lib.read_spec(tmp_path).claims == more.claims
+
+
+def test_members_and_seeds_extend_a_study(spec, tmp_path):
+    folder = StudyFolder(tmp_path)
+    few = dataclasses.replace(spec, members=spec.members[:2])
+    study_lib.register(few, folder, none_finished)
+    study_lib.register(dataclasses.replace(spec, seeds=(0, 1, 2)), folder, none_finished)
+    assert len(study_lib.read_spec(tmp_path).members) == 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"members": 2}, "has member 'uvit-002', which the spec lacks"),
+        ({"items": 7}, "items is 200 in .* and 7 here, so its runs would not compare"),
+        ({"seeds": (1, 2)}, r"has seeds \[0\], which the spec lacks"),
+        ({"batch": 4}, "member 'uvit-000' had another config"),
+    ],
+)
+def test_another_study_is_refused(spec, tmp_path, change, message):
+    folder = StudyFolder(tmp_path)
+    study_lib.register(spec, folder, none_finished)
+    if "members" in change:
+        other = dataclasses.replace(spec, members=spec.members[:2])
+    elif "batch" in change:
+        config = config_lib.resolve(spec.members[0].config, ["--config.batch=4"])
+        other = dataclasses.replace(
+            spec, members=(dataclasses.replace(spec.members[0], config=config), *spec.members[1:])
+        )
+    else:
+        other = dataclasses.replace(spec, **change)
+    with pytest.raises(UserError, match=message):
+        study_lib.register(other, folder, none_finished)
+
+
+def test_a_folder_without_a_study(tmp_path, capsys):
+    assert cli.main(["study", f"--workdir={tmp_path}"]) == 2
+    assert "holds no study, so study needs --config" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no study in .*: study\.json is missing"):
+        study_lib.open_study(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match=r"study\.json is damaged"):
+        study_lib.read_spec(tmp_path)
+
+
+def write(made, folder):
+    """A made study as `study` leaves it in a folder."""
+    study_lib.register(made.spec, StudyFolder(folder), none_finished)
+    for name, rows in (("table", made.rows), ("measured", made.measured), ("scores", made.scores)):
+        table.write_parquet(getattr(StudyFolder(folder), name), rows)
+
+
+def test_tables_are_read_back_and_equal_rows_are_equal_bytes(tmp_path):
+    made = simulated_study.study(tmp_path / "a", count=4, seeds=2)
+    for name in "ab":
+        write(made, tmp_path / name)
+    again = study_lib.open_study(tmp_path / "a")
+    assert again.rows == made.rows and again.scores == made.scores
+    assert (tmp_path / "a/table.parquet").read_bytes() == (tmp_path / "b/table.parquet").read_bytes()
+    (tmp_path / "a/table.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"table\.parquet is damaged"):
+        study_lib.open_study(tmp_path / "a")
+
+
+def test_studies_merge_into_one(tmp_path):
+    for name, claims in (("a", None), ("b", (Claim("other", "uvit-000", "pixart-001"),))):
+        write(simulated_study.study(tmp_path / name, count=4, seeds=2, claims=claims), tmp_path / name)
+    merged = study_lib.merge([tmp_path / "a", tmp_path / "b"])
+    # The same runs are in both, and counted once.
+    assert len(merged.rows) == 4 * 2 * 4 and len(merged.spec.members) == 4
+    assert set(merged.registered) == {"the larger is better", "other"}
+    other = simulated_study.study(tmp_path / "c", count=2, seeds=2, points=2)
+    write(other, tmp_path / "c")
+    with pytest.raises(UserError, match="differ in points, so their runs do not compare"):
+        study_lib.merge([tmp_path / "a", tmp_path / "c"])
+
+
+def test_the_time_to_go_follows_the_flops_that_are_left(spec):
+    moments = iter((0.0, 0.0, 10.0))
+    progress = study_lib._Progress(spec, lambda member, seed: False, lambda: next(moments))
+    assert progress.eta_text(spec.members) == "time to go is known after the first run"
+    progress.begin(spec.members[0], 0)
+    progress.end(spec.members[0])
+    one, other = (ladder.cost(member.config).train_flops() for member in spec.members[:2])
+    # The other family has no rate yet, so it has that of all.
+    assert progress.eta(spec.members[:2]) == pytest.approx(10 * (1 + other / one))
+
+
+def test_hyperparameters_are_what_members_differ_in(spec):
+    found = curves.hparams(spec, spec.members[1], 1)
+    assert found["member"] == "pixart-001" and found["seed"] == 1 and found["backbone.name"] == "pixart"
+    assert found["params"] > 0 and "optim.decay" not in found
+
+
+@pytest.mark.slow
+def test_seeds_of_a_member_are_one_program():
+    """The step takes the seed as an input, so what is compiled for one seed serves all."""
+    spec, texts = spec_lib.load(SMOKE), []
+    for seed in (0, 1):
+        config = spec.run_config(spec.members[0], seed)
+        texts.append(StepProgram.build(config, abstract_model(config), run_mesh(config)).lower().as_text())
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of the miniature study, run through the command line."""
+    folder = tmp_path_factory.mktemp("study")
+    assert cli.main(["study", f"--config={SMOKE}", f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_the_core_study_in_miniature(finished, capsys):
+    """Two members of two seeds, end to end: table, claim, TensorBoard, report, and nothing left to do."""
+    study = study_lib.open_study(finished)
+    rows = study.rows
+    assert [(row["member"], row["seed"], row["step"]) for row in rows] == [
+        (member, seed, step)
+        for member in ("pixart-tiny", "large_dit-tiny")
+        for seed in (0, 1)
+        for step in (3, 6)
+    ]
+    for row in rows:
+        one = ladder.cost(study.spec.member(row["member"]).config)
+        assert row["train_flops"] == one.train_flops(row["step"]) and row["samples"] == row["step"] * 8
+        assert row["status"] == "done" and row["endpoint"] == (row["step"] > 50 or row["step"] == 6)
+        assert row["shapes_tifa_low"] <= row["shapes_tifa"] <= row["shapes_tifa_high"]
+        bins = [row[name] for name in row if name.startswith("loss_t")]
+        assert len(bins) == 5 and min(bins) < row["loss"] < max(bins)
+    # Seeds differ in what they compute, members in their hash.
+    assert len({row["loss"] for row in rows}) == 8 and len({row["config_hash"] for row in rows}) == 2
+    assert len(list((finished / "tensorboard").glob("*/events*"))) == 4
+    before = (finished / "table.parquet").read_bytes()
+    capsys.readouterr()
+    assert cli.main(["study", f"--workdir={finished}"]) == 0
+    assert "4 runs, 8 points" in capsys.readouterr().out
+    assert (finished / "table.parquet").read_bytes() == before
+    assert cli.main(["report", str(finished), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["claims"][0]["registered_after"] == 0 and len(facts["members"]) == 2
+    page = (finished / "report" / report.PAGE).read_text()
+    assert page.count("data-grids=") == 2 and "PixArt beats Large-DiT" in page
+
+
+@pytest.mark.slow
+def test_a_killed_study_ends_with_the_same_table(finished, tmp_path):
+    """Killed while training, between scores, and while it writes tables; the last start ends it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for moment in (("log", "1"), ("score", "2"), ("table", "5"), ()):
+        command = [sys.executable, WORKER, str(tmp_path), *moment]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == (9 if moment else 0), done.stderr[-2000:]
+    for name in ("table", "scores"):
+        assert (tmp_path / f"{name}.parquet").read_bytes() == (finished / f"{name}.parquet").read_bytes()
+    measured = table.read_parquet(StudyFolder(tmp_path).measured)
+    assert sum(row["starts"] for row in measured) > len(measured)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_does_not_stop_the_study(tmp_path):
+    small = spec_lib.load(SMOKE)
+    wild_rate = "--config.optim.learning_rate=1e30"
+    config = config_lib.resolve(
+        small.members[0].config, [wild_rate, "--config.optim.max_nonfinite=1", "--config.log.every=1"]
+    )
+    wild = dataclasses.replace(small.members[0], name="wild", config=config)
+    found = study_lib.study(dataclasses.replace(small, members=(wild,), claims=()), tmp_path)
+    assert [row["status"] for row in found.measured] == ["stopped"] * 2 and found.rows == []
+    assert "not finite" in json.loads(StudyFolder(tmp_path).stopped("wild", 0).read_text())["reason"]

@@ -1,0 +1,40 @@
+"""Runs the miniature study in a process that dies at a chosen call: python study_worker.py WORKDIR [FUNCTION COUNT]."""
+
+import os
+import sys
+
+from scaling_dit.evaluation import run as evaluation
+from scaling_dit.scaling import spec, study, table
+from scaling_dit.training import loop
+
+# Moments of a study, by a name: the module and the function called there.
+MOMENTS = {
+    "log": (loop, "write_log"),
+    "score": (evaluation, "score_to_folder"),
+    "table": (table, "write_parquet"),
+}
+
+
+def die_at(name: str, count: int) -> None:
+    """Makes the process end at once, as SIGKILL ends it, at the `count`-th call of a moment's function."""
+    module, attribute = MOMENTS[name]
+    function, left = getattr(module, attribute), [count]
+
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+        return function(*args, **kwargs)
+
+    setattr(module, attribute, call)
+
+
+def main() -> None:
+    workdir, *rest = sys.argv[1:]
+    if rest:
+        die_at(rest[0], int(rest[1]))
+    study.study(spec.load("experiments/studies/shapes_core.py:smoke"), workdir)
+
+
+if __name__ == "__main__":
+    main()

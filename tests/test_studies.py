@@ -1,0 +1,70 @@
+"""Every study file of the project resolves every member that it names."""
+
+import ast
+import importlib
+
+import pytest
+
+from scaling_dit.scaling import ladder
+from scaling_dit.scaling import spec as spec_lib
+from tests.support.paths import ROOT
+
+FOLDER = ROOT / "experiments" / "studies"
+# Those count backbones, or resolve dozens of members.
+HEAVY = {("shapes_core", ""), ("shapes_full", ""), ("shapes_large", ""), ("p2_families", "compute")}
+
+
+def arguments():
+    found = []
+    for name in spec_lib.installed():
+        module = importlib.import_module(f"{spec_lib.INSTALLED}.{name}")
+        first = [""] if name != "p2_ablations" else []
+        found += [(name, argument) for argument in (*first, *getattr(module, "ARGUMENTS", ()))]
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        pytest.param(*one, marks=[pytest.mark.slow] if one in HEAVY else [], id=":".join(filter(None, one)))
+        for one in arguments()
+    ],
+)
+def test_every_member_of_every_study_resolves(name, argument):
+    spec = spec_lib.load(f"{name}:{argument}" if argument else name)
+    assert len(spec.members) >= 2 and len(
+        {spec_lib.config_hash(member.config) for member in spec.members}
+    ) == len(spec.members)
+    seed = spec.seeds[-1]
+    for member in spec.members:
+        config = spec.run_config(member, seed)
+        assert config.seed == seed and config.eval.every * spec.points >= config.steps
+
+
+def test_study_files_are_short_and_say_what_they_are():
+    paths = sorted(FOLDER.glob("[!_]*.py"))
+    assert len(paths) == 14
+    for path in paths:
+        text = path.read_text()
+        assert len(text.splitlines()) < 120
+        docstring = ast.get_docstring(ast.parse(text))
+        question = docstring.splitlines()[0]
+        assert "?" in question and "scaling-dit study --config=" in docstring, path
+        assert "Slice: " in docstring and "Expect" in docstring, path
+
+
+@pytest.mark.slow
+def test_members_of_the_core_study_are_matched():
+    """Families of one size have equal training FLOPs within 1 %, and parameters within a tenth of their mean."""
+    spec = spec_lib.load("shapes_core")
+    for size in ("0.4M", "1M"):
+        plain = [member for member in spec.members if "captions" not in member.groups]
+        members = [member for member in plain if member.groups["size"] == size]
+        assert len(members) == 6
+        assert ladder.spread(members, "compute") < 1.01
+        params = [ladder.cost(member.config).params for member in members]
+        assert max(abs(p / (sum(params) / 6) - 1) for p in params) < 0.1, dict(
+            zip(members, params, strict=True)
+        )
+    wide, deep = spec.member("unet-wide"), spec.member("unet-deep")
+    assert ladder.spread((wide, deep), "params") < 1.05 and ladder.spread((wide, deep), "compute") < 1.01

@@ -1,0 +1,126 @@
+"""Under muP activations keep their size as the width grows, and without it they do not: the coordinate check."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scaling_dit import backbones, trees
+from scaling_dit.errors import UserError
+from scaling_dit.training import mup
+
+LATENTS, TEXT = (8, 8, 4), (6, 16)
+FAMILIES = {
+    "uvit": {"depth": 2, "patch": 2},
+    "pixart": {"depth": 2, "patch": 2},
+    "large_dit": {"depth": 2, "patch": 2},
+}
+BASE, HEAD, STEPS, RATE = 32, 16, 10, 1e-2
+
+
+def create(name, width):
+    return backbones.create_for(
+        name, in_channels=4, text_dim=TEXT[1], hidden=width, heads=width // HEAD, **FAMILIES[name]
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, base, expected",
+    [
+        ((64, 3, 64), (32, 3, 32), ("hidden", 2.0)),
+        # Layers, then parts, in front; the FFN's width is rounded and grows by another factor.
+        ((4, 2, 128, 512), (4, 2, 32, 256), ("hidden", 4.0)),
+        ((16, 64), (16, 32), ("input", 1.0)),
+        ((64, 16), (32, 16), ("output", 2.0)),
+        ((64,), (32,), ("fixed", 1.0)),
+        ((16, 4), (16, 4), ("fixed", 1.0)),
+    ],
+)
+def test_how_a_parameter_grows(shape, base, expected):
+    assert mup.growth(shape, base) == expected
+
+
+def test_spreads_follow_the_table_and_constants_stay():
+    rng = np.random.default_rng(0)
+    shapes = {"hidden": (64, 64), "input": (16, 64), "output": (64, 16), "bias": (64,)}
+    small = {"hidden": (16, 16), "input": (16, 16), "output": (16, 16), "bias": (16,)}
+    now = {name: jnp.asarray(rng.normal(0, 3, shape)) for name, shape in shapes.items()} | {
+        "ones": jnp.ones((2, 64))
+    }
+    base = {name: jnp.asarray(rng.normal(0, 0.5, shape)) for name, shape in small.items()} | {
+        "ones": jnp.ones((2, 16))
+    }
+    made = mup.initial(now, base)
+    spread = {name: float(base[name].std()) for name in base}
+    assert float(made["hidden"].std()) == pytest.approx(spread["hidden"] / 2, rel=1e-5)
+    assert float(made["input"].std()) == pytest.approx(spread["input"], rel=1e-5)
+    assert float(made["output"].std()) == pytest.approx(spread["output"] / 4, rel=1e-5)
+    np.testing.assert_array_equal(made["bias"], now["bias"])
+    np.testing.assert_array_equal(made["ones"], now["ones"])
+
+
+def test_a_backbone_that_mup_does_not_cover_is_refused():
+    with pytest.raises(UserError, match="muP is for transformers, and UNet has no hidden size"):
+        mup.base_backbone(backbones.create("unet"), 64)
+    with pytest.raises(
+        UserError, match="mup_base is 40, which is no multiple of the head size 16; nearest: 32"
+    ):
+        mup.base_backbone(create("uvit", 64), 40)
+
+
+def activations(name, width, with_mup):
+    """Mean |activation| of each block after each of STEPS steps of Adam on one batch, [steps, blocks]."""
+    module = create(name, width)
+    keys = jax.random.split(jax.random.key(1), 4)
+    latents, target = (jax.random.normal(key, (8, *LATENTS)) for key in keys[:2])
+    text, times = jax.random.normal(keys[2], (8, *TEXT)), jnp.linspace(0, 999, 8)
+
+    def init(backbone):
+        return trees.unbox(backbone.init(keys[3], latents, times, text)["params"])
+
+    params, base = init(module), init(mup.base_backbone(module, BASE))
+    m = mup.fan_ins(params, base) if with_mup else jax.tree.map(lambda _: 1.0, params)
+    params = mup.initial(params, base) if with_mup else params
+    optimizer = optax.scale_by_adam()
+    blocks = lambda mdl, _: "Block" in type(mdl).__name__  # noqa: E731
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            out, seen = module.apply(
+                {"params": params},
+                latents,
+                times,
+                text,
+                capture_intermediates=blocks,
+                mutable=["intermediates"],
+            )
+            sizes = [
+                jnp.abs(leaf).mean() for leaf in jax.tree.leaves(seen["intermediates"]) if leaf.ndim == 3
+            ]
+            return ((out - target) ** 2).mean(), jnp.stack(sizes)
+
+        grads, sizes = jax.grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state)
+        return jax.tree.map(lambda p, u, f: p - RATE * u / f, params, updates, m), state, sizes
+
+    state, seen = optimizer.init(params), []
+    for _ in range(STEPS + 1):
+        params, state, sizes = step(params, state)
+        seen.append(np.asarray(sizes))
+    return np.stack(seen[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_are_flat_in_width_under_mup_and_fan_out_without_it(name):
+    check = functools.partial(activations, name)
+    narrow, wide = 64, 512
+    with_mup = check(wide, True) / check(narrow, True)
+    without = check(wide, False) / check(narrow, False)
+    print(name, "with", with_mup.min(), with_mup.max(), "without", without.min(), without.max())
+    assert with_mup.min() >= 1 / 1.2 and with_mup.max() <= 1.2
+    assert without.max() > 1.5

@@ -311,6 +311,11 @@ class Guarded:
     def __init__(self, part: Any, where: str) -> None:
         self._part, self._where = part, where
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the part, for `isinstance`."""
+        return type(self._part)
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._part, name)
         if not callable(value):

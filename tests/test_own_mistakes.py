@@ -182,6 +182,7 @@ def test_a_metric_whose_method_is_wrong(method, what, module):
 def test_the_methods_of_a_guarded_part_are_those_of_the_part():
     guarded = Guarded(types.SimpleNamespace(size=3, half=lambda x: x / 2, fails=lambda: 1 / 0), "part 'x'")
     assert (guarded.size, guarded.half(3)) == (3, 1.5)
+    assert isinstance(guarded, types.SimpleNamespace) and not isinstance(guarded, dict)
     with pytest.raises(UserError, match=r"part 'x': fails\(\) raised ZeroDivisionError: division by zero \("):
         guarded.fails()
 

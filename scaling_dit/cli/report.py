@@ -3,7 +3,7 @@
 import dataclasses
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
 
 
@@ -19,6 +19,7 @@ class Report(Verb):
 
     workdir: str | None = flag("folder of the run or study, in place of the argument", path=True)
     json: bool = json_flag()
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Prints the report."""
@@ -38,6 +39,7 @@ class Report(Verb):
 
             from scaling_dit.scaling import report as study_report
 
+            trust_if(self.own_code)
             return study_report.main(studies, as_json=self.json)
         if len(folders) != 1:
             raise UserError(f"report takes one run, not {len(folders)}; for example: {self.EXAMPLE}")

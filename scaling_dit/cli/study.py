@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
 from scaling_dit.fields import COUNT, FROM_0
 
@@ -21,9 +21,12 @@ class Study(Verb):
         required=True,
         path=True,
     )
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Runs the study, and returns the exit codes of `train`."""
+        trust_if(self.own_code)
+
         from scaling_dit.scaling import spec, study
         from scaling_dit.training.loop import Stopped
 
@@ -56,6 +59,7 @@ class Advise(Verb):
         "US dollars for a chip-hour; by default a rough list price of 2025", None, FROM_0
     )
     json: bool = json_flag()
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Prints the advice."""
@@ -69,4 +73,5 @@ class Advise(Verb):
 
         from scaling_dit.scaling import advise
 
+        trust_if(self.own_code)
         return advise.main(self.workdir, self.budget, topology, price=self.price, as_json=self.json)

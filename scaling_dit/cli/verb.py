@@ -159,6 +159,14 @@ def own_code_flag() -> Any:
     )
 
 
+def trust_if(own_code: bool) -> None:
+    """Lets the folders of a command name code of users' own, as its flag `--own_code` says."""
+    if own_code:
+        from scaling_dit.config import trust_folder
+
+        trust_folder()
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the rest, the `--config.key=value` arguments); `--config.key value` is joined with `=`."""
     rest, overrides = [], []

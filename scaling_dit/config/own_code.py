@@ -20,6 +20,8 @@ from scaling_dit.errors import UserError
 
 # Names that the user of this process gave. They grow only, for what runs once has run.
 _TRUSTED: set[str] = set()
+# Among them, it stands for all.
+_ANY = "*"
 
 
 def own_names(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
@@ -48,6 +50,11 @@ def trust(config: Mapping[str, Any] | ConfigDict) -> None:
     _TRUSTED.update(own_names(config).values())
 
 
+def trust_folder() -> None:
+    """Notes that the user of this process trusts whatever the folders name that it opens: --own_code of a study."""
+    _TRUSTED.add(_ANY)
+
+
 def check_trusted(saved: Mapping[str, Any] | ConfigDict, where: str) -> None:
     """Makes sure that a saved config names no code that this process was not told of.
 
@@ -59,7 +66,7 @@ def check_trusted(saved: Mapping[str, Any] | ConfigDict, where: str) -> None:
       UserError: it does.
     """
     foreign = {key: name for key, name in own_names(saved).items() if name not in _TRUSTED}
-    if foreign:
+    if foreign and _ANY not in _TRUSTED:
         named = ", ".join(f"config.{key} {name!r}" for key, name in foreign.items())
         raise UserError(
             f"{where} names code outside of scaling_dit, which would run here: {named}; if you trust it, add "

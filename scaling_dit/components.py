@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import os
 import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.files import expand, is_remote
 
 # Stands for the default of an argument that has none.
 REQUIRED = dataclasses.MISSING
@@ -45,6 +47,8 @@ class Registry:
           UserError: unknown name, a module that is not found or fails on import, a name that it does not define, or one
             that does not pass `check`.
         """
+        if not isinstance(name, str):
+            raise UserError(f"{self.what} is named by a text, not by {describe(name)}")
         known = self.known.get(name, name)
         found = self._load(name, known) if isinstance(known, str) else known
         self.check(found, repr(name))
@@ -85,7 +89,7 @@ class Registry:
                 raise UserError(
                     f"{self.what} {name!r}: field {argument!r} needs a default, so that a config can show it"
                 )
-        return {argument: default for argument, default in arguments.items() if _is_plain(default)}
+        return {argument: default for argument, default in arguments.items() if is_plain(default)}
 
     def create(self, name: str, given: Mapping[str, Any], **filled: Any) -> Any:
         """A component from the given arguments, in which lists are taken as tuples, and those that the program fills.
@@ -98,6 +102,12 @@ class Registry:
             if argument not in known:
                 hint = nearest(argument, known) if known else "it has none"
                 raise UserError(f"{self.what} {name!r} has no field {argument!r}; {hint}")
+        for argument, value in given.items():
+            if is_plain(known[argument]) and not is_plain(value):
+                right = "a number, text, True, False or None, or a tuple of these"
+                raise UserError(
+                    f"{self.what} {name!r}: field {argument!r} is {describe(value)}; it must be {right}"
+                )
         missing = [argument for argument in known if known[argument] is REQUIRED and argument not in given]
         if missing:
             raise UserError(f"{self.what} {name!r} needs a value for {', '.join(missing)}")
@@ -126,14 +136,16 @@ class Registry:
             raise UserError(f"unknown {self.what} {name!r}; {hint}{own}")
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        # A file may leave by sys.exit, too.
+        except (Exception, SystemExit) as error:
             # A fault of the library.
             if name in self.known:
                 raise
             missing = isinstance(error, ModuleNotFoundError) and error.name
             if missing and f"{module_name}.".startswith(f"{missing}."):
                 raise UserError(
-                    f"{self.what} {name!r}: no module {missing!r} on the Python path; {hint}"
+                    f"{self.what} {name!r}: no module {missing!r} in {os.getcwd()} or elsewhere on the Python path; "
+                    f"start from the folder that holds it, or add that to PYTHONPATH; {hint}"
                 ) from None
             raise UserError(
                 f"{self.what} {name!r}: importing {module_name} failed at {_place(error)}: "
@@ -175,7 +187,8 @@ class BackEnds:
         if not place:
             field = self.places[kind]
             raise UserError(f"{self.registry.what} {name!r} names no {field}; write {kind}:{field.upper()}")
-        return kind, {self.places[kind]: place}
+        # A server is named by a URL.
+        return kind, {self.places[kind]: place if is_remote(place) else expand(place)}
 
     def is_own(self, kind: str) -> bool:
         """Whether this component is a user's own."""
@@ -240,13 +253,31 @@ class Seam:
         """
         return self._registry.fields(name) if self.is_own(name) else {}
 
-    def create(self, name: str, fields: Mapping[str, Any], **filled: Any) -> Any:
-        """A part of a user's own, not checked yet.
+    def create(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        built_in: Callable[[], Any],
+        check: Callable[[Any, str], None],
+        **filled: Any,
+    ) -> Any:
+        """The part that the field names: a built-in one, or a user's own made of its fields and checked.
+
+        Args:
+          name: what the field names.
+          fields: of a user's own.
+          built_in: gives the built-in part of this name.
+          check: raises UserError where a user's own is not as its protocol says, given it and its name for the line.
+          filled: arguments that the program gives to a user's own.
 
         Raises:
-          UserError: as `Registry.create`, and whatever its constructor raises, in one line.
+          UserError: as `Registry.create`, and whatever the constructor or `check` raises, in one line.
         """
-        return self._registry.create(name, fields, **filled)
+        if not self.is_own(name):
+            return built_in()
+        part = self._registry.create(name, fields, **filled)
+        check(part, self.where(name))
+        return part
 
     @property
     def _registry(self) -> Registry:
@@ -264,9 +295,37 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"{what} raised {type(error).__name__}: {first} ({_place(error)})") from error
+
+
+class Guarded:
+    """A part of a user's own whose methods raise in one line: which method, the error, its file and line.
+
+    Args:
+      part: any object.
+      where: its name in the error line.
+    """
+
+    def __init__(self, part: Any, where: str) -> None:
+        self._part, self._where = part, where
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the part, for `isinstance`."""
+        return type(self._part)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._part, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with one_line(f"{self._where}: {name}()"):
+                return value(*args, **kwargs)
+
+        return call
 
 
 def check_methods(part: Any, where: str, methods: Mapping[str, str]) -> None:
@@ -305,7 +364,7 @@ def describe(thing: Any) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
-def _place(error: Exception) -> str:
+def _place(error: Exception | SystemExit) -> str:
     """File and line of the code that raised an error, outside of installed packages if some of it is."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
@@ -328,7 +387,8 @@ def _is_value(value: Any) -> bool:
     return not isinstance(value, types.ModuleType)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is one that a field can have: a number, text, True, False or None, or a tuple of these."""
     if isinstance(value, tuple | list):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)

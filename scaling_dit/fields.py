@@ -41,14 +41,20 @@ class Field:
     free: bool = False
 
 
+# Steps and sizes are 32-bit integers on the devices.
+_END = 2**31
+
+
 def each(rule: Rule) -> Rule:
     """The rule for one or several values, each of which keeps to `rule`."""
     return Rule(f"{rule.right}, or several separated by commas", lambda values: all(map(rule.fits, values)))
 
 
-COUNT = Rule("at least 1", lambda x: x >= 1)
+COUNT = Rule("at least 1, below 2**31", lambda x: 1 <= x < _END)
+MANY = Rule("from 1 to 1,000,000", lambda x: 1 <= x <= 10**6)
+FEW = Rule("from 1 to 1024", lambda x: 1 <= x <= 1024)
 BATCH = Rule("from 1 to 2**20 = 1,048,576", lambda x: 1 <= x <= 2**20)
-FROM_0 = Rule("0 or more", lambda x: 0 <= x < math.inf)
-POSITIVE = Rule("more than 0", lambda x: 0 < x < math.inf)
+FROM_0 = Rule("0 or more, below 2**31", lambda x: 0 <= x < _END)
+POSITIVE = Rule("more than 0, and finite", lambda x: 0 < x < math.inf)
 SHARE = Rule("from 0 to 1", lambda x: 0 <= x <= 1)
 SEED = Rule("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import stat
 import tempfile
@@ -22,6 +23,8 @@ from etils import epath
 from scaling_dit import signals, storage
 from scaling_dit.errors import StorageError, UserError
 
+# How deep JSON of this program is nested, at most.
+_DEEPEST = 64
 # Suffix of an unfinished local file.
 PARTIAL = ".partial"
 
@@ -29,6 +32,43 @@ PARTIAL = ".partial"
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path lies in a remote store such as gs://."""
     return "://" in str(path)
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+def expand(path: epath.PathLike) -> str:
+    """A path that a user wrote, with ~ and $VARIABLES replaced as a shell does, which has not seen most of them.
+
+    A path that exists as it stands, with its dollar signs, is that path.
+
+    Raises:
+      UserError: a user or variable that does not exist, a NUL character, or a scheme that `check_scheme` refuses.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"{path!r} is no path; give the name of a file or folder")
+    text = str(os.fspath(path))
+    if "\0" in text:
+        raise UserError(f"{text!r} is no path: it holds a NUL character")
+    if text.startswith("~"):
+        user, slash, rest = text.partition("/")
+        home = os.path.expanduser(user)
+        if home == user:
+            raise UserError(
+                f"{text}: there is no home folder of {user!r}; write ./{text} for a file of that name"
+            )
+        text = f"{home}{slash}{rest}"
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise UserError(f"{text}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    if is_remote(text) or not os.path.lexists(text):
+        text = _VARIABLE.sub(value, text)
+    check_scheme(text)
+    return text
 
 
 # Schemes of remote paths: the package that reads each, and the extra of this package with it.
@@ -101,6 +141,61 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         local.write_bytes(data)
 
 
+def parse_json(text: bytes | str) -> Any:
+    """The JSON value in a text, or in bytes of UTF-8 with or without a byte order mark.
+
+    Raises:
+      ValueError: no JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: epath.Path, kind: type, remedy: str) -> Any:
+    """The JSON value that a file of this program holds.
+
+    Args:
+      path: of the file.
+      kind: dict or list.
+      remedy: what to do if it is damaged, the end of the error line.
+
+    Raises:
+      UserError: no UTF-8, no JSON, nested too deeply, or another kind of value.
+    """
+    named = "a JSON object" if kind is dict else "a JSON list"
+    if what := special(path):
+        raise UserError(f"{path} is {what}, and must be a file with {named}; {remedy}")
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"no JSON ({error})"
+        raise UserError(f"{path} is damaged: {what}; {remedy}") from None
+    if _is_deep(value):
+        raise UserError(f"{path} is damaged: its JSON is nested more than {_DEEPEST} deep; {remedy}")
+    if not isinstance(value, kind):
+        found = {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(
+            type(value), "a number"
+        )
+        raise UserError(f"{path} is damaged: {found}, and must be {named}; {remedy}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than any file of this program."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [item for one in level if isinstance(one, dict | list) for item in _items(one)]
+        if not level:
+            return False
+    return True
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
 def to_json(value: Any) -> str:
     """A value as JSON text: equal values give equal text."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
@@ -123,10 +218,7 @@ def claim(path: epath.Path, asked: Mapping[str, Any], conflict: str) -> None:
         write_whole(path, text.encode())
         return
     now = json.loads(text)
-    try:
-        then = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged; give another --out, or delete that folder") from None
+    then = read_json(path, dict, "give another --out, or delete that folder")
     differs = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if differs:
         key = differs[0]

@@ -20,6 +20,7 @@ from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import exit_codes
 from scaling_dit.cli import main as cli
 from scaling_dit.cli.options import declared
+from scaling_dit.config import own_code
 from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.evaluation import run as evaluation
@@ -28,46 +29,36 @@ from scaling_dit.planning import report as plan_report
 from scaling_dit.scaling.spec import installed
 from scaling_dit.training import loop
 from tests.support import xla
-from tests.support.pages import blocks, commands, first_column
+from tests.support.pages import blocks, commands, first_column, steps
 from tests.support.paths import DOCS, ROOT
 
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
-@pytest.fixture
-def beside_my_file(tmp_path, monkeypatch):
-    """A working directory with the page's `my_file.py` and `my_weights.py`."""
-    (source,) = [block for block in blocks("python", "own_backbone.md") if "class MyBackbone" in block]
-    assert len([line for line in source.splitlines() if line.strip()]) <= 45
-    (tmp_path / "my_file.py").write_text(source)
-    (table,) = [block for block in blocks("python", "own_backbone.md") if "def rows(" in block]
-    (tmp_path / "my_weights.py").write_text(table)
+@pytest.mark.slow
+def test_the_page_of_an_own_backbone_runs_as_typed_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """In one folder; only the first run is shorter than on the page."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_a_users_own_backbone_trains_and_samples_from_python(beside_my_file, capsys):
-    (example,) = [block for block in blocks("python", "own_backbone.md") if "scaling_dit.train(run" in block]
+    small = ["--config.steps=2", "--config.batch=8", "--config.eval.every=0", "--config.optim.warmup_steps=1"]
     names: dict = {}
-    exec(example, names)
+    for kind, name, text in steps("own_backbone.md"):
+        if kind == "file":
+            assert len([line for line in text.splitlines() if line.strip()]) <= 45
+            (tmp_path / name).write_text(text)
+        elif kind == "python":
+            exec(text, names)
+        else:
+            command = shlex.split(text)[1:]
+            # As in a process of its own, which was told of nothing.
+            monkeypatch.setattr(own_code, "_TRUSTED", set())
+            assert cli.main(command + (small if command[0] == "train" else [])) == 0, capsys.readouterr().err
     assert names["images"].shape == (1, 16, 16, 3) and names["images"].dtype == np.uint8
     assert int(names["state"].step) == names["run"].steps
     kernel = names["state"].params["backbone"]["Conv_0"]["kernel"]
     assert kernel.shape == (3, 3, 3, 16)
-    params = int(capsys.readouterr().out.split()[0])
-    assert params == sum(x.size for x in jax.tree.leaves(names["state"].params["backbone"]))
-
-
-@pytest.mark.slow
-def test_the_commands_for_it_run(beside_my_file, capsys):
-    training, count, export, import_ = commands("own_backbone.md")
-    small = ["--config.steps=2", "--config.batch=8", "--config.eval.every=0", "--config.optim.warmup_steps=1"]
-    assert cli.main(training + small) == 0
-    assert cli.main(count) == 0
-    assert "parameters" in capsys.readouterr().out.lower()
-    assert cli.main(export) == 0 and cli.main(import_) == 0, capsys.readouterr().err
+    params = sum(x.size for x in jax.tree.leaves(names["state"].params["backbone"]))
+    assert f"\n{params} " in capsys.readouterr().out
     written = load_file("exports/mine/model.safetensors")
     assert written["blocks.2.conv.weight"].shape == (64, 64, 3, 3)
     kernel = scaling_dit.load("runs/again").params["backbone"]["Conv_3"]["kernel"]

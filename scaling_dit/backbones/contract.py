@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit import trees
+from scaling_dit.components import one_line
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.attention import check_implementation
 from scaling_dit.nn.layers import check_remat, parse_dtype
@@ -47,6 +48,8 @@ Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
 Extras = Mapping[str, jax.Array]
 Shape = tuple[int, ...]
 
+# Far beyond any that was trained: a slip of the keys, which would be built for hours.
+_LARGEST = {"hidden": 2**17, "depth": 1000, "heads": 2**12}
 _TRANSFORMER_SIZE = re.compile(r"h(\d+)-d(\d+)-n(\d+)")
 
 
@@ -135,9 +138,9 @@ def check_fields(backbone: Any) -> None:
       UserError: `out_channels`, or `patch` where there is one, is no positive integer, or `attention`, `remat`, `dtype`
         or `param_dtype` is none of its names.
     """
-    for field in ("patch", "out_channels"):
+    for field in ("patch", "out_channels", "in_channels", "text_dim"):
         value = getattr(backbone, field, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"{field} must be an integer of at least 1, got {value!r}")
     check_implementation(backbone.attention)
     check_remat(backbone.remat)
@@ -173,6 +176,43 @@ def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
 
 
+def check_output(backbone: Any, found: Any, latents: Shape) -> None:
+    """Makes sure that a backbone returned a prediction for latents [B, H, W, C].
+
+    Raises:
+      UserError: it is no array, or of another shape than the contract's.
+    """
+    *sides, channels = latents
+    right = (*sides, channels), (*sides, 2 * channels)
+    shape = getattr(found, "shape", None)
+    if shape not in right:
+        returned = _describe(found) if shape is None else shape
+        raise UserError(
+            f"{type(backbone).__name__} returned {returned} for latents {tuple(latents)}; "
+            f"it must return {right[0]}, or {right[1]} with learned sigma"
+        )
+
+
+def check_own(backbone: nn.Module, latents: Shape, text: Shape, where: str) -> None:
+    """Makes sure that a backbone of a user's own can be initialised and called; nothing is computed.
+
+    Args:
+      backbone: of a class that `check_class` passed.
+      latents: (H, W, C) of the run.
+      text: (L, D) of the run.
+      where: its name in the error line.
+
+    Raises:
+      UserError: it raises, or returns something else than a prediction.
+    """
+    inputs = example_inputs(backbone, latents, text, batch=2)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with one_line(f"{where}: init() or the call"):
+        variables = jax.eval_shape(backbone.init, key, *inputs)
+        found = jax.eval_shape(backbone.apply, variables, *inputs)
+    check_output(backbone, found, inputs[0].shape)
+
+
 def transformer_size(
     size: str | None,
     sizes: Mapping[str, Mapping[str, int]],
@@ -191,8 +231,10 @@ def transformer_size(
     row = dict(size_row(size, sizes)) if size is not None else {}
     row |= {k: v for k, v in {"hidden": hidden, "depth": depth, "heads": heads}.items() if v is not None}
     for field in ("hidden", "depth", "heads"):
-        if not isinstance(row.get(field), int) or row[field] < 1:
+        if not isinstance(row.get(field), int) or isinstance(row[field], bool) or row[field] < 1:
             raise UserError(f"{field} must be a positive integer, got {row.get(field)!r} (size={size!r})")
+        if row[field] > _LARGEST[field]:
+            raise UserError(f"{field} must be at most {_LARGEST[field]}, got {row[field]} (size={size!r})")
     if row["hidden"] % row["heads"]:
         raise UserError(f"hidden={row['hidden']} must be a multiple of heads={row['heads']} (size={size!r})")
     return row["hidden"], row["depth"], row["heads"]
@@ -204,6 +246,8 @@ def size_row(size: str, sizes: Mapping[str, Mapping[str, int]]) -> Mapping[str, 
     Raises:
       UserError: neither; the message ends with the nearest name.
     """
+    if not isinstance(size, str):
+        raise UserError(f"size must be a name or h<hidden>-d<depth>-n<heads>, got {size!r}")
     if size in sizes:
         return sizes[size]
     parsed = _TRANSFORMER_SIZE.fullmatch(size)

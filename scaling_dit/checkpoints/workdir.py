@@ -5,6 +5,7 @@ No other module names a file of a run's folder. Layers below get the path of the
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ from scaling_dit.model.build import make_tokenizer
 from scaling_dit.model.frozen import check_frozen
 from scaling_dit.monitor import writers
 
+# What `open_workdir` does about a config that is damaged or gone.
+REBUILD = "give the `train` command with the --config that the run was started with, which writes it again"
+
 
 class Workdir(os.PathLike[str]):
     """The folder of a run, local or gs://, and the paths of its files. It stands for a path wherever one is taken.
@@ -33,7 +37,7 @@ class Workdir(os.PathLike[str]):
     """
 
     def __init__(self, folder: epath.PathLike) -> None:
-        self.folder = epath.Path(folder)
+        self.folder = epath.Path(files.expand(folder))
         # The resolved config. It is written last, so a folder that has it is a run.
         self.config = self.folder / "config.json"
         # The tokenizer of the run's text encoder.
@@ -79,22 +83,47 @@ class Workdir(os.PathLike[str]):
         return f"Workdir({str(self)!r})"
 
 
-def read_config(workdir: epath.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The resolved config of a run; fields of later versions have their defaults, and old names are replaced.
-
-    Args:
-      workdir: of the run.
-      overrides: as in `config.resolve`.
+def read_saved(workdir: epath.PathLike) -> ConfigDict:
+    """The config of a run as it was saved, old names replaced. Nothing that it names is imported.
 
     Raises:
-      UserError: the folder holds no run, or one with fields this version does not know.
+      UserError: the folder holds no run, or its config is damaged.
     """
     path = Workdir(workdir).config
     if not path.exists():
         raise UserError(
             f"no run in {workdir}: {path.name} is missing; --workdir must be a folder that `train` wrote"
         )
-    return config_lib.resolve(config_lib.from_json(path.read_text()), overrides)
+    saved = files.read_json(path, dict, f"put it back, or {REBUILD}")
+    try:
+        return config_lib.from_saved(saved)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; put the run's own file back, or {REBUILD}") from None
+
+
+def read_config(
+    workdir: epath.PathLike, overrides: Sequence[str] = (), *, own_code: bool = False
+) -> ConfigDict:
+    """The resolved config of a run; fields of later versions have their defaults, and old names are replaced.
+
+    Args:
+      workdir: of the run.
+      overrides: as in `config.resolve`.
+      own_code: whether code outside of this package that it names may run: parts of a user's own, which may also be a
+        stranger's. What this process was told of otherwise may run in any case.
+
+    Raises:
+      UserError: the folder holds no run, one with fields this version does not know, or one that names such code.
+    """
+    saved, path = read_saved(workdir), Workdir(workdir).config
+    if not own_code:
+        config_lib.check_trusted(saved, str(path))
+    try:
+        return config_lib.resolve(saved, overrides)
+    except UserError as error:
+        if overrides:
+            raise
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -126,15 +155,76 @@ def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | N
       UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
     """
     run = Workdir(workdir)
-    if run.config.exists():
-        config_lib.check_same_run(read_config(run), config)
+    if run.config.exists() and _is_readable(run):
+        config_lib.check_same_run(_read_fixed(run, config), config)
         return load_tokenizer(config, run)
-    if run.checkpoints.exists():
-        raise UserError(f"{run} has checkpoints but no {run.config.name}; give another --workdir")
+    if run.config.exists() or run.checkpoints.exists():
+        _check_rebuilt(run, config)
+        return load_tokenizer(config, run)
     tokenizer = make_tokenizer(config, source)
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
     return tokenizer
+
+
+def _read_fixed(run: Workdir, config: ConfigDict) -> ConfigDict:
+    """The config of a run as far as it must stay: fields that may change between starts have their defaults.
+
+    So a part of a user's own that samples or scores, and is not named any more, need not be found.
+
+    Raises:
+      UserError: it names another part of a user's own than `config`, which this start has no reason to import.
+    """
+    saved = read_saved(run)
+    for section in config_lib.FREE_SECTIONS:
+        if section in saved:
+            del saved[section]
+    now = config_lib.own_names(config)
+    for key, name in config_lib.own_names(saved).items():
+        if now.get(key) != name:
+            here = config_lib.flatten(config).get(key)
+            raise UserError(
+                f"the workdir was written by another experiment: {key} is {name!r} there and {here!r} here; "
+                "give another --workdir, or the config it was started with"
+            )
+    return config_lib.resolve(saved)
+
+
+def _is_readable(run: Workdir) -> bool:
+    try:
+        read_saved(run)
+    except UserError:
+        return False
+    return True
+
+
+def _check_rebuilt(run: Workdir, config: ConfigDict) -> None:
+    """Makes sure that a config may take the place of one that is damaged or gone: it is the one in the run's metrics.
+
+    Raises:
+      UserError: the metrics do not say what the run was started with, or they say something else.
+    """
+    what = (
+        f"{run.config} is damaged"
+        if run.config.exists()
+        else f"{run} has checkpoints but no {run.config.name}"
+    )
+    noted = writers.read_hparams(run.metrics)
+    if noted is None:
+        raise UserError(
+            f"{what}, and no metrics that say what the run was started with; give another --workdir"
+        )
+    now = writers.plain(config_lib.flatten(config))
+    found = config_lib.differences({key: noted[key] for key in now if key in noted}, now)
+    if found:
+        raise UserError(
+            f"{what}; by its metrics it was started with another config: {', '.join(found[:3])}; give that one"
+        )
+    if jax.process_index() == 0:
+        print(
+            f"scaling-dit: {what}; it is written again from --config, which its metrics agree with",
+            file=sys.stderr,
+        )
 
 
 def tokenizer_hash(workdir: epath.PathLike, tokenizer: Tokenizer) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 from scaling_dit.cli.options import flag, group
 from scaling_dit.cli.verb import Verb, config_flag, json_flag
 from scaling_dit.errors import UserError
-from scaling_dit.fields import COUNT, FROM_0, Rule
+from scaling_dit.fields import BATCH, COUNT, FROM_0, Rule
 
 _FILTER = "keep samples for which this is true, such as 'aesthetic >= 5 and min(width, height) >= 256'"
 _SOURCE = (
@@ -47,14 +47,16 @@ class Prepare(Verb):
     OVERRIDES = True
 
     config: str = config_flag(required=True)
-    out: str = flag("folder of the prepared set, local or gs://; finished shards are kept", required=True)
+    out: str = flag(
+        "folder of the prepared set, local or gs://; finished shards are kept", required=True, path=True
+    )
     filter: str = flag(_FILTER, "")
     min_size: int = flag("skip images whose shorter side has fewer pixels", 0, FROM_0)
     buckets: bool = flag("crop images to the nearest of seven aspect ratios, not to squares", False)
     columns: tuple[str, ...] = flag("comma-separated metadata that records keep", ())
-    kept: str = flag(_KEPT, "")
-    captions: str = flag("folder that the caption verb wrote: captions to add", "")
-    batch: int = flag("images encoded at once", 64, COUNT)
+    kept: str = flag(_KEPT, "", path=True)
+    captions: str = flag("folder that the caption verb wrote: captions to add", "", path=True)
+    batch: int = flag("images encoded at once", 64, BATCH)
     process: int | None = flag(
         "number of this process, from 0; by default what the distributed job says", None, FROM_0
     )
@@ -93,7 +95,7 @@ class Filter(Verb):
     OVERRIDES = True
 
     source: str = flag(_SOURCE, required=True)
-    out: str = flag("folder of the lists, one for each shard, local or gs://", required=True)
+    out: str = flag("folder of the lists, one for each shard, local or gs://", required=True, path=True)
     filter: str | None = flag(_FILTER)
     duplicates: Literal["none", "exact", "near"] = flag(
         "drop all but the best of equal files (exact), or also of images that look alike (near)", "exact"
@@ -133,15 +135,15 @@ class Stats(Verb):
     OVERRIDES = True
 
     source: str = flag(_SOURCE, required=True)
-    out: str = flag("folder for stats.json and the histograms, local or gs://", required=True)
-    captions: str | None = flag("folder that the caption verb wrote: captions to count too")
-    kept: str | None = flag(_KEPT)
+    out: str = flag("folder for stats.json and the histograms, local or gs://", required=True, path=True)
+    captions: str | None = flag("folder that the caption verb wrote: captions to count too", path=True)
+    kept: str | None = flag(_KEPT, path=True)
     aesthetic: str = flag("column of the aesthetic score", "aesthetic")
     nouns: Literal["auto", "spacy", "lexicon"] = flag(
         "how nouns are found; auto takes spacy where its model is installed", "auto"
     )
     questions: str | None = flag(
-        "TIFA question file: the share of captions that contain its elements, by type"
+        "TIFA question file: the share of captions that contain its elements, by type", path=True
     )
     beam: BeamOptions = group(BeamOptions)
 
@@ -183,10 +185,11 @@ class Caption(Verb):
     out: str = flag(
         "folder of the captions, one file for each shard, local or gs://; finished ones are kept",
         required=True,
+        path=True,
     )
     option: tuple[str, ...] = flag("a field of the captioner, such as captions=5; repeat it", (), repeat=True)
     kind: Literal["synthetic", "long"] = flag("kind of captions, as a caption policy sees them", "synthetic")
-    batch: int = flag("images captioned at once", 16, COUNT)
+    batch: int = flag("images captioned at once", 16, BATCH)
     seed: int = flag("seed of the captions", 0, FROM_0)
     process: int = flag("number of this process, from 0", 0, FROM_0)
     processes: int = flag("how many processes share the work", 1, COUNT)

@@ -19,7 +19,9 @@ class Doctor(Verb):
     OVERRIDES = True
 
     config: str | None = config_flag()
-    workdir: str | None = flag("folder, local or gs://, that every host must be able to write to and read")
+    workdir: str | None = flag(
+        "folder, local or gs://, that every host must be able to write to and read", path=True
+    )
     topology: str | None = flag("slice that this should be, such as v5p:4x4x4")
     slices: int = flag("equal slices that there should be", 1, COUNT)
     end_stale: bool = flag("end processes that hold the TPU's devices", False)

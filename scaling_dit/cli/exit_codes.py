@@ -31,8 +31,9 @@ def report_errors(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except OSError as error:
-        # A path that cannot be read or written.
-        print(f"{PROGRAM}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        # A path that cannot be read or written; UserError makes its name printable.
+        line = UserError(f"{error.strerror or error}: {error.filename or ''}")
+        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
         return StorageError.exit_code if storage.is_fault(error) else USER_ERROR
     except Exception as error:
         # The client of a bucket, or devices without memory, whose kinds of errors are not imported here.

@@ -46,12 +46,12 @@ VERBS: dict[str, type[Verb]] = {verb.name(): verb for verb in _TABLE}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` is without the program's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # A console script lacks it, and a user's own backbone or experiment lies there.
-    sys.path.insert(0, os.getcwd())
     return report_errors(lambda: _dispatch(arguments))
 
 
 def _dispatch(arguments: list[str]) -> int:
+    # A console script lacks it, and a user's own backbone or experiment lies there. It fails where that folder is gone.
+    sys.path.insert(0, os.getcwd())
     if not arguments or arguments[0] in (*_HELP, "help"):
         print(_help())
         return 0 if arguments else USER_ERROR

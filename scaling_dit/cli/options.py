@@ -34,6 +34,8 @@ class Flag:
     # A tuple of values: separated by commas or, with `repeat`, given by repeating the flag.
     several: bool = False
     repeat: bool = False
+    # It names a file or folder: ~ and $VARIABLES in it are expanded.
+    path: bool = False
 
     def define(self, values: flags.FlagValues) -> None:
         """Adds the flag to `values`."""
@@ -62,6 +64,7 @@ def flag(
     *,
     required: bool = False,
     repeat: bool = False,
+    path: bool = False,
 ) -> Any:
     """A field that is a flag.
 
@@ -71,8 +74,9 @@ def flag(
       rule: what values are right.
       required: the verb cannot run without it.
       repeat: a tuple of words, one each time that the flag is given.
+      path: it names a file or folder, in which ~ and $VARIABLES are expanded (`files.expand`).
     """
-    settings = {"help": help, "rule": rule, "required": required, "repeat": repeat}
+    settings = {"help": help, "rule": rule, "required": required, "repeat": repeat, "path": path}
     return dataclasses.field(default=default, metadata={_FLAG: settings})
 
 

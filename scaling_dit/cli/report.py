@@ -3,7 +3,7 @@
 import dataclasses
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
 
 
@@ -17,8 +17,9 @@ class Report(Verb):
     EXAMPLE = "scaling-dit report runs/shapes"
     ARGUMENTS = "[RUN or STUDY ...]"
 
-    workdir: str | None = flag("folder of the run or study, in place of the argument")
+    workdir: str | None = flag("folder of the run or study, in place of the argument", path=True)
     json: bool = json_flag()
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Prints the report."""
@@ -26,8 +27,10 @@ class Report(Verb):
         if not folders:
             raise UserError(f"report takes one run, not 0, or studies; for example: {self.EXAMPLE}")
 
+        from scaling_dit.files import expand
         from scaling_dit.scaling.folder import StudyFolder
 
+        folders = [expand(folder) for folder in folders]
         studies = [folder for folder in folders if StudyFolder(folder).study.exists()]
         if studies:
             if len(studies) != len(folders):
@@ -36,6 +39,7 @@ class Report(Verb):
 
             from scaling_dit.scaling import report as study_report
 
+            trust_if(self.own_code)
             return study_report.main(studies, as_json=self.json)
         if len(folders) != 1:
             raise UserError(f"report takes one run, not {len(folders)}; for example: {self.EXAMPLE}")

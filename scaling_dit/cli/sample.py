@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from scaling_dit.cli.options import changes, flag, group
 from scaling_dit.cli.train import Processes
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag
 from scaling_dit.diffusion.sampling_fields import SamplingFields
 from scaling_dit.errors import UserError
-from scaling_dit.fields import COUNT, FROM_0, SEED, Rule, each
+from scaling_dit.fields import FROM_0, MANY, SEED, Rule, each
 
 _PROMPT_SET = "published prompts, NAME:PATH, such as tifa:FOLDER; docs/evaluation.md lists them"
 _GRID = ("guidance",)
@@ -26,6 +26,7 @@ class Request:
     store: Literal["png", "tar", "array_record"] | None = flag(
         "how images are kept: a file for each, or shards of 256; by default png, and tar in remote folders"
     )
+    own_code: bool = own_code_flag()
 
     def settings(self) -> dict[str, Any]:
         """The fields by name."""
@@ -39,16 +40,16 @@ class Sample(Verb):
     EXAMPLE = "scaling-dit sample --workdir=runs/shapes 'a red circle left of a blue square'"
     ARGUMENTS = "[PROMPT ...]"
 
-    workdir: str = flag("folder of the trained run", required=True)
+    workdir: str = flag("folder of the trained run", required=True, path=True)
     request: Request = group(Request)
     options: dict[str, Any] = changes(SamplingFields, several=_GRID)
     prompt: tuple[str, ...] = flag("a prompt; repeat it, or give prompts as arguments", (), repeat=True)
-    prompts_file: str | None = flag("file of prompts: one a line, or .jsonl with id and prompt")
+    prompts_file: str | None = flag("file of prompts: one a line, or .jsonl with id and prompt", path=True)
     prompt_set: str | None = flag(_PROMPT_SET)
     out: str | None = flag(
-        "folder to write to; by default one named after this request, under WORKDIR/samples"
+        "folder to write to; by default one named after this request, under WORKDIR/samples", path=True
     )
-    num: int = flag("images of each prompt", 1, COUNT)
+    num: int = flag("images of each prompt", 1, MANY)
     layout: Literal["tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench"] | None = flag(
         "also write the images as an official tool reads them"
     )
@@ -61,7 +62,7 @@ class Sample(Verb):
     def _settings(self) -> Any:
         from scaling_dit.checkpoints.workdir import read_config
 
-        return read_config(self.workdir).processes
+        return read_config(self.workdir, own_code=self.request.own_code).processes
 
     def _sample(self) -> int:
         from scaling_dit.evaluation.export import sample_prompts
@@ -115,18 +116,20 @@ class Evaluate(Verb):
     ARGUMENTS = "[RUN ...]"
     OVERRIDES = True
 
-    workdir: str | None = flag("folder of the trained run")
+    workdir: str | None = flag("folder of the trained run", path=True)
     request: Request = group(Request)
     options: dict[str, Any] = changes(SamplingFields, several=_GRID)
     metrics: tuple[str, ...] | None = flag("comma-separated metrics; the run's by default")
-    items: int | None = flag("prompts; by default 500 held-out ones, and all of a published set", None, COUNT)
+    items: int | None = flag("prompts; by default 500 held-out ones, and all of a published set", None, MANY)
     judging: Judging = group(Judging)
-    images: str | None = flag("folder of images to score in place of sampling; --workdir is then not needed")
+    images: str | None = flag(
+        "folder of images to score in place of sampling; --workdir is then not needed", path=True
+    )
     reference: str | None = flag(
         "real images for fid, kid, mind, cmmd, fd_dinov2: their statistics, or a folder of images or a source of which "
         "they are built once; by default the real images of the prompts"
     )
-    out: str | None = flag("folder to write to; by default WORKDIR/evaluation")
+    out: str | None = flag("folder to write to; by default WORKDIR/evaluation", path=True)
     watch: float = flag(
         "look for new checkpoints of a running job every so many seconds; 0 = evaluate one",
         0.0,
@@ -152,7 +155,9 @@ class Evaluate(Verb):
         from scaling_dit import config
         from scaling_dit.checkpoints.workdir import read_config
 
-        return (read_config(self.workdir) if self.workdir else config.defaults()).processes
+        return (
+            read_config(self.workdir, own_code=self.request.own_code) if self.workdir else config.defaults()
+        ).processes
 
     def _evaluate(self) -> int:
         from scaling_dit.evaluation import run

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb, json_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
 from scaling_dit.fields import COUNT, FROM_0
 
@@ -19,10 +19,14 @@ class Study(Verb):
     workdir: str = flag(
         "folder of the study, local or gs://; a study found there is resumed, and needs no --config",
         required=True,
+        path=True,
     )
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Runs the study, and returns the exit codes of `train`."""
+        trust_if(self.own_code)
+
         from scaling_dit.scaling import spec, study
         from scaling_dit.training.loop import Stopped
 
@@ -47,7 +51,7 @@ class Advise(Verb):
 
     EXAMPLE = "scaling-dit advise --workdir=runs/core --budget=3e20 --topology=v5p:4x4x4"
 
-    workdir: str = flag("folder of a study that has finished", required=True)
+    workdir: str = flag("folder of a study that has finished", required=True, path=True)
     budget: float = flag("training FLOPs of the run", required=True)
     topology: str | None = flag("slice such as v5p:4x4x4 to plan the best run for; none without it")
     slices: int = flag("equal slices joined by the data-centre network", 1, COUNT)
@@ -55,6 +59,7 @@ class Advise(Verb):
         "US dollars for a chip-hour; by default a rough list price of 2025", None, FROM_0
     )
     json: bool = json_flag()
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Prints the advice."""
@@ -68,4 +73,5 @@ class Advise(Verb):
 
         from scaling_dit.scaling import advise
 
+        trust_if(self.own_code)
         return advise.main(self.workdir, self.budget, topology, price=self.price, as_json=self.json)

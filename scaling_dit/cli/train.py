@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_dit.cli.exit_codes import report_errors
 from scaling_dit.cli.options import flag, group
-from scaling_dit.cli.verb import Verb, config_flag
+from scaling_dit.cli.verb import Verb, config_flag, own_code_flag
 from scaling_dit.errors import UserError
 from scaling_dit.fields import COUNT, FROM_0
 
@@ -48,10 +48,12 @@ class Train(Verb):
     workdir: str = flag(
         "folder of the run, local or gs://; a run found there is resumed, and needs no --config",
         required=True,
+        path=True,
     )
     strict: bool = flag(
         "refuse a damaged checkpoint; by default it is set aside and the run resumes from an older one", False
     )
+    own_code: bool = own_code_flag()
     processes: Processes = group(Processes)
 
     def run(self) -> int:
@@ -80,4 +82,4 @@ class Train(Verb):
             raise UserError(
                 f"{self.workdir} holds no run, so train needs --config; for example: {self.EXAMPLE}"
             )
-        return read_config(self.workdir, self.overrides)
+        return read_config(self.workdir, self.overrides, own_code=self.own_code)

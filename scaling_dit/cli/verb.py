@@ -28,7 +28,7 @@ from scaling_dit.errors import UserError, nearest
 _OVERRIDES_HELP = (
     "any field of the config, for example --config.optim.learning_rate=1e-3 --config.backbone.name=uvit"
 )
-_MISSING = (None, "", ())
+_MISSING = (None, "", (), ("",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,9 @@ class Verb:
             raise UserError(f"{name} takes flags only, not {positional[0]!r}; see {PROGRAM} {name} --help")
         given = {flag: _field_value(values[flag].value) for flag in values}
         cls.check_given({one.name: given[one.name] for one in declared(cls) if one.required})
+        for one in declared(cls):
+            if one.path and given[one.name]:
+                given[one.name] = _expanded(one.name, given[one.name])
         return cls(
             **collect(cls, given),
             arguments=tuple(positional),
@@ -149,6 +152,21 @@ def json_flag() -> Any:
     return flag("print the result as JSON", False)
 
 
+def own_code_flag() -> Any:
+    """The flag `--own_code` of the verbs that read the config of a workdir."""
+    return flag(
+        "run the code outside of scaling_dit that the workdir's config names; only if you trust it", False
+    )
+
+
+def trust_if(own_code: bool) -> None:
+    """Lets the folders of a command name code of users' own, as its flag `--own_code` says."""
+    if own_code:
+        from scaling_dit.config import trust_folder
+
+        trust_folder()
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the rest, the `--config.key=value` arguments); `--config.key value` is joined with `=`."""
     rest, overrides = [], []
@@ -167,6 +185,16 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _field_value(value: Any) -> Any:
     """A flag's value as a field holds it: absl gives the values of a repeated flag as a list."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _expanded(name: str, path: str) -> str:
+    # Loads etils, which --help can do without.
+    from scaling_dit.files import expand
+
+    try:
+        return expand(path)
+    except UserError as error:
+        raise UserError(f"--{name}: {error}") from None
 
 
 def _flag_help(one: Flag) -> str:

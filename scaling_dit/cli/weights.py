@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from scaling_dit.cli.options import flag
-from scaling_dit.cli.verb import Verb, config_flag
+from scaling_dit.cli.verb import Verb, config_flag, own_code_flag
 from scaling_dit.errors import UserError
 from scaling_dit.fields import FROM_0
 
@@ -17,13 +17,17 @@ class Import(Verb):
     OVERRIDES = True
 
     from_: str = flag(
-        "safetensors file, index of shards, or folder of a model or pipeline of diffusers", required=True
+        "safetensors file, index of shards, or folder of a model or pipeline of diffusers",
+        required=True,
+        path=True,
     )
-    workdir: str | None = flag("folder of the new run, local or gs://")
+    workdir: str | None = flag("folder of the new run, local or gs://", path=True)
     to: Literal["safetensors"] | None = flag(
         "convert a pickle that you trust (.bin, .pt, .ckpt) in place of starting a run; needs --out"
     )
-    out: str | None = flag("file that --to=safetensors writes; a folder for the shards of a .bin.index.json")
+    out: str | None = flag(
+        "file that --to=safetensors writes; a folder for the shards of a .bin.index.json", path=True
+    )
     config: str | None = config_flag()
 
     def run(self) -> int:
@@ -58,17 +62,20 @@ class Export(Verb):
 
     EXAMPLE = "scaling-dit export --workdir=runs/shapes --out=shapes-weights --to=safetensors"
 
-    workdir: str = flag("folder of the trained run", required=True)
-    out: str = flag("folder to write; it must not exist or be empty", required=True)
+    workdir: str = flag("folder of the trained run", required=True, path=True)
+    out: str = flag("folder to write; it must not exist or be empty", required=True, path=True)
     to: Literal["diffusers", "diffusers-pipeline", "safetensors"] = flag(
         "the backbone for diffusers, the whole run for diffusers, or weights alone in the names of the published code",
         required=True,
     )
     step: int | None = flag("checkpoint to write; the latest by default", None, FROM_0)
     ema: str | None = flag("EMA decay to write, or none for the raw weights; config.sample.ema by default")
+    own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Writes the folder."""
         from scaling_dit.interop import exporting
 
-        return exporting.main(self.workdir, self.out, to=self.to, step=self.step, ema=self.ema)
+        return exporting.main(
+            self.workdir, self.out, to=self.to, step=self.step, ema=self.ema, own_code=self.own_code
+        )

@@ -19,7 +19,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from scaling_dit.components import describe
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.files import expand
 
 INSTALLED = "scaling_dit.experiments"
 
@@ -34,14 +36,16 @@ def read_experiment(spec: str) -> ConfigDict:
       UserError: no such experiment, no `get_config` in it, an unknown argument, or whatever the file raises, such as
         for a field that does not exist or is of another type; the original error is its cause.
     """
+    if not isinstance(spec, str):
+        raise UserError(f"an experiment is named by a text such as 'shapes:smoke', not by {describe(spec)}")
     place, _, argument = spec.partition(":")
-    module = load_file(pathlib.Path(place)) if _is_path(place) else _load_named(place)
+    module = load_file(pathlib.Path(expand(place))) if _is_path(place) else _load_named(place)
     where = getattr(module, "__file__", None) or place
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise UserError(f"{where} has no get_config(arg='') function; an experiment file must define one")
-    _check_argument(module, get_config, argument, where)
     with faults_of(where):
+        _check_argument(module, get_config, argument, where)
         config = get_config(argument) if argument else get_config()
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -80,7 +84,7 @@ def load_file(path: pathlib.Path) -> types.ModuleType:
         with faults_of(str(path)):
             spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{error.filename or path}, line {error.lineno or 1}: {error.msg}") from None
     return module
 
 
@@ -91,11 +95,12 @@ def faults_of(where: str) -> Iterator[None]:
         yield
     except (UserError, SyntaxError):
         raise
-    except Exception as error:
+    # A file may leave by sys.exit, too.
+    except (Exception, SystemExit) as error:
         raise _fault(where, error) from error
 
 
-def _fault(where: str, error: Exception) -> UserError:
+def _fault(where: str, error: Exception | SystemExit) -> UserError:
     """An exception of an experiment file as a UserError with its line; ml_collections' messages need no type."""
     frames = traceback.extract_tb(error.__traceback__)
     path = os.path.abspath(where)

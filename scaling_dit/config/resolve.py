@@ -4,17 +4,18 @@ A config is an `ml_collections.ConfigDict`. Component sections name a component 
 so each can be set from the command line and a typo is caught.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from scaling_dit.components import tuples
-from scaling_dit.config import metrics, schema
+from scaling_dit.components import describe, is_plain, tuples
+from scaling_dit.config import metrics, own_code, schema
 from scaling_dit.config.experiment_files import read_experiment
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key, own_part_names
-from scaling_dit.config.validate import validate
+from scaling_dit.config.validate import check_field, validate
 from scaling_dit.config.values import dump, flatten, why_unknown
 from scaling_dit.errors import UserError
 
@@ -35,6 +36,8 @@ def complete(config: ConfigDict) -> ConfigDict:
         if not isinstance(chosen, ConfigDict):
             raise UserError(f"config.{section} is {chosen!r}; set config.{section}.name and its fields")
         name = chosen.get("name", full[section].name)
+        if not isinstance(name, str):
+            raise UserError(f"config.{section}.name is {name!r}; it must be a name")
         fields = {
             field: _settable(default)
             for field, default in component.fields_of(name).items()
@@ -53,6 +56,7 @@ def complete(config: ConfigDict) -> ConfigDict:
         if key not in known:
             raise UserError(f"config.{key}: {why_unknown(key, known)}")
         section, _, field = key.rpartition(".")
+        value = _python_value(key, value, known[key])
         try:
             (full[section] if section else full)[field] = value
         except TypeError:
@@ -79,6 +83,12 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range.
     """
+    if isinstance(config, dict):
+        config = ConfigDict(config)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"a config must be a ConfigDict, it is {describe(config)}")
+    if not (isinstance(overrides, list | tuple) and all(isinstance(one, str) for one in overrides)):
+        raise UserError("overrides must be a list of texts such as '--config.optim.learning_rate=1e-3'")
     if not overrides and _is_resolved(config):
         return config
     config = config.copy_and_resolve_references()
@@ -95,9 +105,11 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
             section, _, field = key.rpartition(".")
             # As a saved config is read, so that a run recognises itself.
             (config[section] if section else config)[field] = tuples(value)
+    check_field("optim.ema", config.optim.ema)
     if config.sample.ema == -1:
         config.sample.ema = max(config.optim.ema, default=0.0)
     validate(config)
+    own_code.trust(config)
     return _mark_resolved(config.lock())
 
 
@@ -122,21 +134,26 @@ def check_same_run(saved: ConfigDict, config: ConfigDict) -> None:
     Raises:
       UserError: lists the fields that differ.
     """
-    then, now = flatten(saved), flatten(config)
+    found = differences(flatten(saved), flatten(config))
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"the workdir was written by another experiment: {', '.join(found[:3])}{more};"
+            " give another --workdir, or the config it was started with"
+        )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In which fields that are not free a config differs from an earlier one of its run, both flattened, in words."""
     absent = "absent"
-    if saved.optim.decay == config.optim.decay == "constant" and saved.steps < config.steps:
-        then["steps"] = config.steps
-    differences = [
+    constant = then.get("optim.decay") == now["optim.decay"] == "constant"
+    if constant and type(then.get("steps")) is int and then["steps"] < now["steps"]:
+        then = {**then, "steps": now["steps"]}
+    return [
         f"{key} is {then.get(key, absent)!r} there and {now.get(key, absent)!r} here"
         for key in sorted(then.keys() | now.keys())
         if not schema.is_free(key) and then.get(key, absent) != now.get(key, absent)
     ]
-    if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(
-            f"the workdir was written by another experiment: {', '.join(differences[:3])}{more};"
-            " give another --workdir, or the config it was started with"
-        )
 
 
 # Attribute of a resolved config: its text when it was resolved. Copies of a config do not have it.
@@ -155,29 +172,30 @@ def _is_resolved(config: ConfigDict) -> bool:
 
 
 def _switch_component(config: ConfigDict, section: str, name: str) -> None:
-    """Renames a section's component in place, keeping the values that the new one has a field for."""
+    """Renames a section's component in place, keeping the values that the new one has a field for.
+
+    One of a user's own keeps none: what its fields are called says nothing of what the last one's meant.
+    """
     old = config.get(section, ConfigDict())
     if old.get("name") == name:
         return
     fields = schema.COMPONENTS[section].fields_of(name)
+    if f"{section}.name" in own_code.own_names({section: {"name": name}}):
+        old = ConfigDict()
     shared = {k: v for k, v in old.items() if k in fields and isinstance(v, type(fields[k]))}
     config[section] = ConfigDict({"name": name} | shared)
 
 
 def _switch_own_part(config: ConfigDict, key: str, name: str) -> None:
-    """Names another part in place, keeping the values that it has a field for, as `_switch_component` does."""
+    """Names another part in place; as `_switch_component`, one of a user's own keeps none of the last one's values."""
     if _named(config, key) == name:
         return
     section, _, field = key.rpartition(".")
     beside = schema.OWN_PARTS[key].section.rpartition(".")[2]
     chosen = config.get(section, ConfigDict())
-    fields = schema.own_fields(key, name)
-    shared = {
-        k: v for k, v in chosen.get(beside, {}).items() if k in fields and isinstance(v, type(fields[k]))
-    }
     config[section] = chosen
     config[section].update({field: name})
-    config[section][beside] = ConfigDict(shared)
+    config[section][beside] = ConfigDict()
 
 
 def _named(config: ConfigDict, key: str) -> str:
@@ -211,6 +229,28 @@ def _switch_metrics(config: ConfigDict, overrides: Sequence[str]) -> None:
         named = ConfigDict({"eval": {"metrics": config.get("eval", ConfigDict()).get("metrics", ())}})
         apply_overrides(named, chosen)
         metrics.rename_sections(config, tuples(named.eval.metrics))
+
+
+def _python_value(key: str, value: Any, default: Any) -> Any:
+    """A value as configs hold it: of numpy's numbers the Python ones.
+
+    Raises:
+      UserError: None where the default is something, or a value that no config can hold.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    # A bool is an integer to Python.
+    of_other_type = isinstance(value, bool) and isinstance(default, int) and not isinstance(default, bool)
+    # The class of a component may take None for a name, such as that of a size.
+    may_be_none = default is None or (isinstance(default, str) and key not in schema.FIELDS)
+    if of_other_type or (value is None and not may_be_none):
+        raise UserError(
+            f"config.{key} is {value!r}, but its default {default!r} is of type {type(default).__name__}"
+        )
+    if not is_plain(value):
+        right = "a number, text, True, False or None, or a tuple of these"
+        raise UserError(f"config.{key} is {describe(value)}; it must be {right}")
+    return value
 
 
 def _settable(value: Any) -> Any:

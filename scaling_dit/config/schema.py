@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scaling_dit.diffusion import sampling_fields
-from scaling_dit.fields import BATCH, COUNT, FROM_0, POSITIVE, SEED, SHARE, Field, Rule
+from scaling_dit.fields import BATCH, COUNT, FEW, FROM_0, MANY, POSITIVE, SEED, SHARE, Field, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Section:
 WIDEST_EMA_POWER = 12**-0.5
 
 DECAY = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
-AXIS = Rule("at least 1, or -1 for the remaining devices", lambda x: x >= 1 or x == -1)
+AXIS = Rule("at least 1, or -1 for the remaining devices", lambda x: 1 <= x < 2**31 or x == -1)
 FINITE = Rule("a finite number", math.isfinite)
 
 
@@ -93,8 +93,8 @@ SECTIONS: dict[str, Section] = {
     "loader": Section(
         "Reading the data.",
         {
-            "threads": Field(4, "reading threads of each process", COUNT),
-            "prefetch": Field(8, "batches read ahead", COUNT),
+            "threads": Field(4, "reading threads of each process", FEW),
+            "prefetch": Field(8, "batches read ahead", FEW),
         },
         free=True,
     ),
@@ -223,15 +223,15 @@ SECTIONS: dict[str, Section] = {
         "Evaluation in training.",
         {
             "every": Field(500, "steps between evaluations; 0 = none", FROM_0),
-            "loss_images": Field(256, "fixed (image, timestep, noise) triples of the validation loss", COUNT),
+            "loss_images": Field(256, "fixed (image, timestep, noise) triples of the validation loss", MANY),
             "loss_bins": Field(
                 5,
                 "timestep bins that the validation loss is split into",
                 Rule("from 1 to 1000", lambda x: 1 <= x <= 1000),
             ),
-            "grid": Field(16, "images of the sample grid", COUNT),
+            "grid": Field(16, "images of the sample grid", FEW),
             "metrics": Field((), "names of metrics; the fields of each are in config.metrics.NAME"),
-            "prompts": Field(64, "held-out prompts of the metrics", COUNT),
+            "prompts": Field(64, "held-out prompts of the metrics", MANY),
         },
         free=True,
     ),

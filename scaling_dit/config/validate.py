@@ -1,11 +1,13 @@
 """What is checked of a complete config before anything is built from it."""
 
+import math
 import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_dit.config import metrics, schema
+from scaling_dit.config.values import flatten
 from scaling_dit.errors import UserError, nearest
 
 
@@ -18,6 +20,12 @@ def validate(config: ConfigDict) -> None:
     # Loads numpy, which the flags of a verb, made of the schema, can do without.
     from scaling_dit.data.captions import CaptionPolicy, check_policy
 
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"config.{key} is nan; it must be a number")
+        # Of the fields of components, whose classes check the rest; no shape or count is larger.
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"config.{key} is {value}; it must be an integer of 64 bits")
     for key in schema.FIELDS:
         check_field(key, config[key])
     check_policy(CaptionPolicy(**config.captions))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from scaling_dit.components import tuples
 from scaling_dit.config import renamed, schema
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.files import parse_json
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -42,12 +43,30 @@ def from_json(text: str) -> ConfigDict:
       UserError: `text` is not a JSON object.
     """
     try:
-        saved = tuples(json.loads(text))
-    except json.JSONDecodeError as error:
+        saved = parse_json(text)
+    except ValueError as error:
         raise UserError(f"the saved config is not valid JSON: {error}") from None
     if not isinstance(saved, dict):
         raise UserError(f"the saved config is no JSON object: {text[:40]!r}")
-    return ConfigDict(renamed.upgrade(saved))
+    return from_saved(saved)
+
+
+def from_saved(saved: dict[str, Any]) -> ConfigDict:
+    """As `from_json`, from the object itself.
+
+    Raises:
+      UserError: an object that `to_json` cannot have written.
+    """
+    for section in (*schema.SECTIONS, *schema.COMPONENTS, "metrics"):
+        if not isinstance(saved.get(section, {}), dict):
+            raise UserError(f"config.{section} is {saved[section]!r}; it must be a section with fields")
+    try:
+        return ConfigDict(renamed.upgrade(tuples(saved)))
+    # Keys that are no names, and values that an old name cannot have had.
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"the saved config is not one of this program: {type(error).__name__}: {error}"
+        ) from None
 
 
 def why_unknown(key: str, known: Iterable[str]) -> str:

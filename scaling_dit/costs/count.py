@@ -98,6 +98,9 @@ class Count(Cost):
           UserError: an unknown convention.
         """
         macs = {"paper": self.macs_paper, "total": self.macs_total}
+        for name, value in (("batch", batch), ("steps", steps)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"{name} is {value!r}; it must be a number from 0 on")
         if convention not in macs:
             raise UserError(f"unknown convention {convention!r}; {nearest(convention, macs)}")
         return 3 * 2 * macs[convention] * batch * steps
@@ -113,7 +116,7 @@ def count(
         products cannot be counted (in a loop of unknown length or a hand-written kernel).
     """
     contract.check_backbone(backbone)
-    if len(latents) != 3 or len(text) != 2:
+    if not (_is_shape(latents, 3) and _is_shape(text, 2)):
         raise UserError(f"count takes latents=(H, W, C) and text=(L, D), got {latents} and {text}")
     contract.check_inputs(backbone, (1, *latents), (1, *text))
     if getattr(backbone, "attention", None) in IMPLEMENTATIONS:
@@ -152,6 +155,11 @@ def count(
         tree=tree,
         measure_activations=functools.partial(_activation_bytes, backbone, variables, inputs),
     )
+
+
+def _is_shape(value: Any, sides: int) -> bool:
+    integers = isinstance(value, tuple | list) and all(type(side) is int and side > 0 for side in value)
+    return integers and len(value) == sides
 
 
 def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ...]) -> int:

@@ -7,7 +7,6 @@ least one phrase of the type.
 """
 
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from etils import epath
 
 from scaling_dit.curation.words import plurals, singulars
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 
 _TOKEN = re.compile(r"[^\W_]+")
 Phrase = tuple[str, ...]
@@ -60,7 +60,7 @@ def read_elements(path: epath.PathLike) -> Elements:
     if not file.is_file():
         raise UserError(f"no question file {path}")
     try:
-        rows = json.loads(file.read_text())
+        rows = parse_json(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(rows, list) or not rows:

@@ -32,6 +32,7 @@ from scaling_dit.curation.raw import RawName, open_raw
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.image_files import RawSample
+from scaling_dit.errors import printable
 
 KEPT, EXACT, NEAR = "kept", "exact_duplicate", "near_duplicate"
 SUMMARY = sidecar.SETTINGS[sidecar.FILTER]
@@ -233,4 +234,4 @@ def table(found: dict[str, Any], folder: epath.Path) -> str:
     rows = [("samples", total), (KEPT, found[KEPT]), *found["dropped"].items()]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {n:>12,}  {n / total if total else 0:>7.2%}" for name, n in rows]
-    return "\n".join([*lines, f"lists: {folder}"])
+    return printable("\n".join([*lines, f"lists: {folder}"]), keep="\n")

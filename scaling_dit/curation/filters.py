@@ -30,6 +30,8 @@ _Value = Callable[[Row], Any]
 
 # The most characters of an expression, so that neither parsing nor a row can take long.
 MAX_LENGTH = 4000
+# The deepest nesting of its parts: each is a call within a call, for every row.
+MAX_DEPTH = 100
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -124,9 +126,21 @@ def parse(expression: str, columns: Collection[str] | None = None) -> Filter:
         raise UserError(f"filter {expression!r} is no expression: {error.msg} {where}") from None
     except (RecursionError, MemoryError, ValueError) as error:
         raise UserError(f"filter of {len(expression)} characters cannot be read: {error}") from None
+    if _depth(tree) > MAX_DEPTH:
+        raise UserError(
+            f"filter of {len(expression)} characters is nested more than {MAX_DEPTH} deep; simplify it"
+        )
     compiler = _Compiler(expression, columns)
     value = compiler.truth(tree.body)
     return Filter(expression, frozenset(compiler.columns), value)
+
+
+def _depth(tree: ast.AST) -> int:
+    """How deep a syntax tree is; the chain of its own nodes, without recursion."""
+    depth, level = 0, [tree]
+    while level:
+        depth, level = depth + 1, [child for node in level for child in ast.iter_child_nodes(node)]
+    return depth
 
 
 class _Compiler:

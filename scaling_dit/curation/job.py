@@ -25,7 +25,7 @@ from scaling_dit.data.prepared import manifest
 from scaling_dit.data.sources import create_raw_source
 from scaling_dit.data.sources.image_files import ImageFileSource
 from scaling_dit.encoders.codec import check_own_codec, create_codec
-from scaling_dit.errors import UserError, nearest
+from scaling_dit.errors import UserError, nearest, printable
 from scaling_dit.model import codec_identity
 
 # Threads that decode images.
@@ -210,7 +210,7 @@ def summary(folder: epath.Path, made: manifest.Manifest) -> str:
     for reason, found in made.left_out.items():
         example = f", such as {found['examples'][0]['where']}" if found["examples"] else ""
         lines.append(f"  left out, {reason}: {found['count']:,}{example}")
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 def part_path(folder: epath.Path, number: int) -> epath.Path:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from scaling_dit.data.sources.fields import is_null
-from scaling_dit.data.text import loads, sound_value
+from scaling_dit.data.text import sound_value
 from scaling_dit.errors import UserError
-from scaling_dit.files import sha256, special, write_whole
+from scaling_dit.files import parse_json, sha256, special, write_whole
 
 # Kinds of side-car files.
 CAPTIONS, FILTER = "captions", "filter"
@@ -126,7 +126,7 @@ def _lines(folder: epath.PathLike, shard: str, what: str) -> Iterator[tuple[str,
             continue
         where = f"{path} line {number}"
         try:
-            row = sound_value(loads(line))
+            row = sound_value(parse_json(line))
         except ValueError as error:
             raise UserError(f"{where} is no JSON: {error}") from None
         if not isinstance(row, dict):

@@ -24,6 +24,7 @@ from etils import epath
 
 from scaling_dit.curation import density
 from scaling_dit.curation.words import Nouns, words
+from scaling_dit.errors import printable
 
 # The end of figure 18's axes.
 LAST_CLASS = 60
@@ -173,7 +174,7 @@ def table(found: Mapping[str, Any]) -> str:
     if found["damaged"]:
         by_kind = ", ".join(f"{kind} {n:,}" for kind, n in found["damaged"].items())
         lines.append(f"damaged samples left out: {by_kind}")
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 def write(folder: epath.Path, found: Mapping[str, Any]) -> list[str]:

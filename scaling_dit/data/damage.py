@@ -18,6 +18,7 @@ from etils import epath
 
 from scaling_dit.data.text import sound
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 
 # Records that get a line of their own in the log.
 _LOGGED = 10
@@ -166,9 +167,11 @@ def _by_kind(counts: Mapping[str, int]) -> str:
 def _listed(path: epath.Path) -> list[dict[str, str]]:
     """The rows of a list; a last one that a kill cut short is left out."""
     rows = []
-    for line in path.read_text().split("\n") if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            row = parse_json(line)
+            if isinstance(row, dict) and "where" in row:
+                rows.append(row)
     return rows
 
 

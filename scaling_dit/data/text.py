@@ -5,7 +5,6 @@ bytes that are no UTF-8. None of them can be written as UTF-8. In metadata each 
 one is a damaged record (`data/sources/fields.py`).
 """
 
-import json
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
@@ -36,15 +35,3 @@ def sound_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [sound_value(item) for item in value]
     return value
-
-
-def loads(data: bytes) -> Any:
-    """The JSON value in bytes of UTF-8, with or without a byte order mark.
-
-    Raises:
-      ValueError: no JSON, not UTF-8, or nested too deeply.
-    """
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None

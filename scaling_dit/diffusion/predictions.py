@@ -119,11 +119,8 @@ def create_prediction(name: str, fields: Mapping[str, Any]) -> Prediction:
     Raises:
       UserError: unknown name or field, or a user's own that is none.
     """
-    if not SEAM.is_own(name):
-        return find_prediction(name)
-    prediction: Prediction = SEAM.create(name, fields)
-    contract.check_prediction(prediction, SEAM.where(name))
-    return prediction
+    found: Prediction = SEAM.create(name, fields, lambda: find_prediction(name), contract.check_prediction)
+    return found
 
 
 def find_prediction(kind: Kind) -> Prediction:

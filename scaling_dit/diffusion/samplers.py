@@ -11,6 +11,7 @@ from scaling_dit.components import Seam
 from scaling_dit.diffusion import contract, sampler_tables
 from scaling_dit.diffusion.predictions import Kind, check_prediction, to_x0_eps
 from scaling_dit.diffusion.sampler_tables import Table
+from scaling_dit.diffusion.sampling_fields import PUBLISHED
 from scaling_dit.diffusion.schedules import Schedule
 from scaling_dit.errors import UserError, nearest
 
@@ -105,8 +106,6 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": BuiltIn(sampler_tables.heun_table, _nothing, heun_step),
 }
 SEAM = Seam("sample.sampler", SAMPLERS)
-# The samplers that `import` names, see published_samplers.py.
-_OF_THE_PACKAGE = "scaling_dit.diffusion.published_samplers:"
 
 
 def create_sampler(name: str, fields: Mapping[str, Any], schedule: Schedule, steps: int) -> Sampler:
@@ -115,15 +114,16 @@ def create_sampler(name: str, fields: Mapping[str, Any], schedule: Schedule, ste
     Raises:
       UserError: unknown name or field, or a user's own that is none or that cannot take so many steps of `schedule`.
     """
-    if not SEAM.is_own(name):
-        return SAMPLERS[name]
-    sampler: Sampler = SEAM.create(name, fields)
-    if name.startswith(_OF_THE_PACKAGE):
-        # Its tests have checked it; its table refuses settings and steps that do not fit.
-        sampler.table(schedule, steps)
-    else:
-        contract.check_sampler(sampler, schedule, steps, SEAM.where(name))
-    return sampler
+
+    def check(sampler: Any, where: str) -> None:
+        if name.startswith(PUBLISHED):
+            # Its tests have checked it; its table refuses settings and steps that do not fit.
+            sampler.table(schedule, steps)
+        else:
+            contract.check_sampler(sampler, schedule, steps, where)
+
+    found: Sampler = SEAM.create(name, fields, lambda: SAMPLERS[name], check)
+    return found
 
 
 def find_sampler(sampler: str | Sampler) -> Sampler:

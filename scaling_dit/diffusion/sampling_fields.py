@@ -18,6 +18,9 @@ SAMPLERS = (
     "heun",
 )
 
+# How the names of the samplers begin that `import` writes into a config, see published_samplers.py.
+PUBLISHED = "scaling_dit.diffusion.published_samplers:"
+
 # When manifests and folder names note an option.
 Noted = Literal["always", "if changed", "never"]
 

@@ -148,8 +148,24 @@ def make_schedule(
     Raises:
       UserError: unknown name, an option that the schedule does not take, or a user's own that is no schedule.
     """
-    if SEAM.is_own(name):
-        return _own_schedule(name, fields or {}, zero_snr=zero_snr, time_shift=time_shift)
+
+    def check(schedule: Any, where: str) -> None:
+        check_schedule(schedule, where)
+        for option, value, default in (("zero_snr", zero_snr, False), ("time_shift", time_shift, 1.0)):
+            if value != default:
+                raise UserError(
+                    f"config.diffusion.{option}={value} is for built-in schedules, not {name!r}; leave it "
+                    f"{default}, or give your schedule a field for it, under config.diffusion.schedule_fields"
+                )
+
+    def built_in() -> Schedule:
+        return _built_in(name, num_timesteps, zero_snr=zero_snr, time_shift=time_shift)
+
+    found: Schedule = SEAM.create(name, fields or {}, built_in, check)
+    return found
+
+
+def _built_in(name: str, num_timesteps: int, *, zero_snr: bool, time_shift: float) -> Schedule:
     if name == "flow":
         if zero_snr:
             raise UserError(
@@ -163,18 +179,6 @@ def make_schedule(
         )
     alphas_cumprod = np.cumprod(1.0 - make_betas(name, num_timesteps))
     return VariancePreserving(zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod)
-
-
-def _own_schedule(name: str, fields: Mapping[str, Any], *, zero_snr: bool, time_shift: float) -> Schedule:
-    schedule: Schedule = SEAM.create(name, fields)
-    check_schedule(schedule, SEAM.where(name))
-    for option, value, default in (("zero_snr", zero_snr, False), ("time_shift", time_shift, 1.0)):
-        if value != default:
-            raise UserError(
-                f"config.diffusion.{option}={value} is for built-in schedules, not {name!r}; leave it {default}, or "
-                "give your schedule a field for it, under config.diffusion.schedule_fields"
-            )
-    return schedule
 
 
 def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

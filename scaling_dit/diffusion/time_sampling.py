@@ -33,11 +33,12 @@ def create_time_sampling(name: str, fields: Mapping[str, Any], schedule: Schedul
     Raises:
       UserError: unknown name or field, or a user's own that is none.
     """
-    if not SEAM.is_own(name):
-        return name
-    sampling: TimeSampling = SEAM.create(name, fields)
-    contract.check_time_sampling(sampling, schedule, SEAM.where(name))
-    return sampling
+
+    def check(sampling: Any, where: str) -> None:
+        contract.check_time_sampling(sampling, schedule, where)
+
+    found: str | TimeSampling = SEAM.create(name, fields, lambda: name, check)
+    return found
 
 
 def sample_timesteps(

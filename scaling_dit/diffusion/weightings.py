@@ -40,11 +40,12 @@ def create_weighting(name: str, fields: Mapping[str, Any]) -> str | Weighting:
     Raises:
       UserError: unknown name or field, or a user's own that is none.
     """
-    if not SEAM.is_own(name):
-        return name
-    weighting: Weighting = SEAM.create(name, fields)
-    contract.check_weighting(weighting, SPACES, SEAM.where(name))
-    return weighting
+
+    def check(weighting: Any, where: str) -> None:
+        contract.check_weighting(weighting, SPACES, where)
+
+    found: str | Weighting = SEAM.create(name, fields, lambda: name, check)
+    return found
 
 
 def loss_weight(

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 from scaling_dit.nn.attention import SelfAttention
 from scaling_dit.nn.layers import Initializer, Mlp, constrain, layer_norm, parse_dtype
 
@@ -53,7 +54,7 @@ class WordTokenizer:
           UserError: missing or damaged file.
         """
         try:
-            words = json.loads(epath.Path(path).read_text())["words"]
+            words = parse_json(epath.Path(path).read_bytes())["words"]
         except FileNotFoundError:
             raise UserError(f"no tokenizer at {path}; `train` writes it when a run starts") from None
         except (ValueError, KeyError, TypeError):
@@ -106,9 +107,9 @@ def build_tokenizer(source: Source, samples: int = 4096) -> WordTokenizer:
 
 
 def _captions(source: Source, samples: int) -> Iterator[str]:
-    texts = getattr(source, "texts", None)
+    texts = contract.texts(source)
     if texts is not None:
-        yield from texts()
+        yield from texts
         return
     count = len(source)
     # Drawn with replacement: without, numpy would hold a permutation of the whole source.
@@ -118,7 +119,7 @@ def _captions(source: Source, samples: int) -> Iterator[str]:
         else np.unique(np.random.default_rng(0).integers(count, size=samples))
     )
     for index in chosen:
-        yield from source[int(index)]["captions"]
+        yield from contract.read(source, int(index))["captions"]
 
 
 class ScratchTextEncoder(nn.Module):
@@ -220,6 +221,10 @@ class Scratch:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        limits = {"dim": (self.dim, 2**17), "depth": (self.depth, 1000), "length": (self.length, 2**16)}
+        for name, (value, most) in limits.items():
+            if not 0 <= value <= most:
+                raise UserError(f"text_encoder.{name} is {value}; it must be from 0 to {most}")
         if self.heads < 1 or self.dim < 2 or self.dim % self.heads or self.dim % 2:
             raise UserError(
                 f"text_encoder.dim is {self.dim}, heads {self.heads}; dim must be even, a multiple of heads"

@@ -15,6 +15,7 @@ from etils import epath
 
 from scaling_dit.encoders import vocabularies
 from scaling_dit.errors import UserError
+from scaling_dit.files import expand
 from scaling_dit.weights import places
 
 NO_TOKENIZER = (
@@ -44,7 +45,7 @@ class SubwordTokenizer:
         """
         files, weights = fields.get("tokenizer_files", ""), fields.get("weights", "")
         if files:
-            return cls(vocabularies.read(epath.Path(files)))
+            return cls(vocabularies.read(epath.Path(expand(files))))
         if weights in ("", "random"):
             return None
         place = places.locate(weights, part="text_encoder", field="text_encoder.weights", weights=False)

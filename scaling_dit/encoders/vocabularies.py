@@ -22,6 +22,7 @@ from typing import Any
 from etils import epath
 
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_END = "</s>"
@@ -71,7 +72,9 @@ def read(path: epath.Path) -> str:
         raise UserError(f"no tokenizer at {path}; it must be {_KINDS}, or a folder with one of these")
     try:
         if file.name == "vocab.json":
-            definition = clip(json.loads(file.read_text()), _merges((file.parent / "merges.txt").read_text()))
+            definition = clip(
+                parse_json(file.read_bytes()), _merges((file.parent / "merges.txt").read_text())
+            )
         elif file.name.endswith(".txt.gz"):
             definition = clip(*_open_clip(gzip.decompress(file.read_bytes()).decode()))
         elif file.name.endswith(".model"):
@@ -97,7 +100,7 @@ def _check_added(tokenizer: Any, file: epath.Path) -> None:
         if beside == file or not beside.exists():
             continue
         try:
-            held = json.loads(beside.read_text())
+            held = parse_json(beside.read_bytes())
             if beside.name == _ADDED[0]:
                 added = {str(token): int(number) for token, number in held.items()}
             else:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.intervals import mean_interval
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State
@@ -72,14 +72,14 @@ def held_out_items(source: Source, count: int) -> Sequence[Item]:
     Raises:
       UserError: fewer records are held out.
     """
-    held_out = source.held_out()
+    held_out = contract.held_out(source)
     if len(held_out) < count:
         raise UserError(
             f"{count} prompts are asked for, but {held_out.describe()}; ask for at most {len(held_out)}"
         )
 
     def make(number: int) -> Item:
-        record = held_out[number]
+        record = contract.read(held_out, number)
         return Item(f"held-out-{number:06d}", record["captions"][0], truth=record.get("image"))
 
     return Items(count, make)

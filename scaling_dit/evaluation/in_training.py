@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
@@ -56,8 +56,9 @@ class InTraining:
             batch=config.batch,
         )
         self._sampler = Sampler(model, mesh, SamplingOptions.of(config.sample))
-        held_out = source.held_out()
-        self._captions = [held_out[i % len(held_out)]["captions"][0] for i in range(config.eval.grid)]
+        held_out = contract.held_out(source)
+        shown = [contract.read(held_out, i % len(held_out)) for i in range(config.eval.grid)]
+        self._captions = [record["captions"][0] for record in shown]
         # With the prompts to sample, and the steps between evaluations of each.
         self._metrics: list[tuple[Scoring, list[str], int]] = []
         for one in choose(config, config.eval.metrics):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from scaling_dit.components import Guarded
 from scaling_dit.config import metrics
 from scaling_dit.data.sources import Source
 from scaling_dit.evaluation.metric import Item, Metric, check_metric
@@ -23,7 +24,7 @@ class Metrics(Mapping[str, type[Metric]]):
 
     def __getitem__(self, name: str) -> type[Metric]:
         """The class; raises UserError for one of the user's own that is not found or is no metric."""
-        if name not in metrics.REGISTRY.known and ":" not in name:
+        if not isinstance(name, str) or (name not in metrics.REGISTRY.known and ":" not in name):
             raise KeyError(name)
         found = metrics.REGISTRY.resolve(name)
         check_metric(found, repr(name))
@@ -148,5 +149,8 @@ def choose(config: ConfigDict, names: Iterable[str]) -> list[Chosen]:
         fields |= config.metrics.get(metrics.section_of(name), {})
         own = {key: fields[key] for key in metrics.REGISTRY.fields(name)}
         check_metric(metrics.REGISTRY.resolve(name), repr(name))
-        chosen.append(Chosen(name, metrics.REGISTRY.create(name, own), fields))
+        metric = metrics.REGISTRY.create(name, own)
+        if name not in metrics.REGISTRY.known:
+            metric = Guarded(metric, f"metric {name!r}")
+        chosen.append(Chosen(name, metric, fields))
     return chosen

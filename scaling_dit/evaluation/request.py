@@ -31,6 +31,7 @@ class Request:
       reference: statistics of real images, or a source to build them of, for the metrics that compare with them.
       overrides: `--config.metrics.NAME.FIELD=VALUE` arguments.
       shared: fields of every metric that has them, such as the judge.
+      own_code: as in `workdir.read_config`.
       apart: whether every setting has a folder of its own in `out`, though it is the only one.
     """
 
@@ -49,6 +50,7 @@ class Request:
     overrides: Sequence[str] = ()
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     apart: bool = False
+    own_code: bool = False
 
     @property
     def root(self) -> epath.Path:
@@ -70,7 +72,7 @@ def config_of(request: Request) -> ConfigDict:
                 f"{override}: evaluate takes fields of metrics only, --config.metrics.NAME.FIELD=VALUE"
             )
     if request.workdir:
-        saved = read_config(request.workdir)
+        saved = read_config(request.workdir, own_code=request.own_code)
         names = tuple(request.metrics or saved.eval.metrics)
         where = f"the run in {request.workdir} names no metric in config.eval.metrics; give"
     elif request.images:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, printable
 from scaling_dit.evaluation import sweep
 from scaling_dit.evaluation.features.set_metric import compared_with
 from scaling_dit.evaluation.given import GivenImages, image_size
@@ -239,7 +239,7 @@ def _print(job: Job, row: Mapping[str, Any], root: epath.Path) -> None:
     settings = "".join(f", {name} {row[name]}" for name in names if name in row)
     folder = root / job.one.folder
     print(f"{job.one.name} of {of}: n {row['n']}, seed {row['seed']}{settings}")
-    print(job.one.metric.table(dict(row)))
+    print(printable(job.one.metric.table(dict(row)), keep="\n"))
     if row["left_out"]:
         print(f"images left out: {len(row['left_out'])}, such as {next(iter(row['left_out'].items()))}")
     page = f"images: {root / f'images-{job.prompts_hash[:8]}' / GRID}\n" if "images" not in row else ""

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from scaling_dit.data.loader import stack_images
-from scaling_dit.data.sources import Source
+from scaling_dit.data.sources import Source, contract
 from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
@@ -39,8 +39,8 @@ class ValidationLoss:
         batch: int,
     ) -> None:
         self._model, self._mesh, self._bins = model, mesh, bins
-        held_out = source.held_out()
-        records = [held_out[i % len(held_out)] for i in range(images)]
+        held_out = contract.held_out(source)
+        records = [contract.read(held_out, i % len(held_out)) for i in range(images)]
         ids, mask = model.text_encoder.tokenize([record["captions"][0] for record in records])
         reference = schedules.make_schedule("scaled_linear")
         self._total = total = reference.num_timesteps

@@ -36,6 +36,10 @@ def load_state_dict(
         all in one message.
     """
     rows, abstract, what = _table(backbone, inputs)
+    if not isinstance(state_dict, Mapping):
+        raise UserError(
+            f"a state dict of {what} must map names to arrays, it is a {type(state_dict).__name__}"
+        )
     return {"params": state_dicts.load(rows, abstract, state_dict, what, check_inverse=True)}
 
 
@@ -51,8 +55,9 @@ def to_state_dict(
         backbone, all in one message.
     """
     rows, abstract, what = _table(backbone, inputs)
-    if "params" not in variables:
-        raise UserError(f"variables of {what} must be {{'params': ...}}, got {sorted(variables)}")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
+        raise UserError(f"variables of {what} must be {{'params': ...}}, got {got}")
     return state_dicts.save(rows, abstract, trees.unbox(variables["params"]), what)
 
 

@@ -35,6 +35,7 @@ def main(
     step: int | None = None,
     ema: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    own_code: bool = False,
 ) -> int:
     """The `export` verb: writes the backbone of a run, or all of it, and says where; returns the exit code.
 
@@ -47,6 +48,7 @@ def main(
       step: checkpoint; the latest by default.
       ema: average to write, as in `pipeline.load`, "none" for the raw weights; `config.sample.ema` by default.
       shard_bytes: weights beyond this are split over several files.
+      own_code: as in `workdir.read_config`.
 
     Raises:
       UserError: no such run, checkpoint or average; a folder that holds something or cannot be renamed; or a backbone
@@ -60,7 +62,7 @@ def main(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
-    config = read_config(workdir)
+    config = read_config(workdir, own_code=own_code)
     decay = find_ema(config, config.sample.ema if ema is None else ema)
     pipe = pipeline.open_run(config, workdir, step, decay)
     if to == PIPELINE:

@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, encoders, trees
+from scaling_dit.backbones import contract
 from scaling_dit.data import sources
 from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders import scratch
@@ -39,6 +40,10 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
         raise UserError(
             f"backbone {config.backbone.name!r} needs the extras {', '.join(extras)}, which no source here supplies"
         )
+    if config.backbone.name not in backbones.BACKBONES:
+        text = (text_encoder.length, text_encoder.dim)
+        where = f"backbone {config.backbone.name!r}"
+        contract.check_own(backbone, codec.shape(image_size), text, where)
     diffusion = config.diffusion
     schedule = schedules.make_schedule(
         diffusion.schedule,

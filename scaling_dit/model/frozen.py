@@ -8,6 +8,8 @@ files have moved.
 
 import hashlib
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,8 +173,11 @@ def _check_shapes(name: str, found: Any, wanted: Any) -> None:
 
 
 def _read_kept(path: epath.Path, abstract: Params) -> Params:
-    with path.open("rb") as file, np.load(file) as saved:
-        values = dict(saved)
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            values = dict(saved)
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); put the run's own file back") from None
     paths = [_SEPARATOR.join(names) for names in trees.by_path(abstract)]
     if not set(paths) <= set(values):
         raise UserError(f"{path} does not hold the frozen weights of this run; put the run's own file back")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from scaling_dit import encoders
+from scaling_dit.backbones import contract
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders.codec import Codec, init_codec
@@ -121,13 +122,7 @@ class Model:
             train=train,
             rngs=None if rng is None else {"dropout": rng},
         )
-        *sides, channels = latents.shape
-        right = (*sides, channels), (*sides, 2 * channels)
-        if prediction.shape not in right:
-            raise UserError(
-                f"{type(self.backbone).__name__} returned {prediction.shape} for latents {latents.shape}; "
-                f"it must return {right[0]}, or {right[1]} with learned sigma"
-            )
+        contract.check_output(self.backbone, prediction, latents.shape)
         return prediction.astype(jnp.float32)
 
     def decode(self, frozen: Params, latents: jax.Array) -> jax.Array:

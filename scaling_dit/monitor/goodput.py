@@ -31,7 +31,7 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from scaling_dit.errors import StorageError
+from scaling_dit.errors import StorageError, UserError, printable
 from scaling_dit.monitor.jsonl import JsonLines, read_rows
 
 START_UP, COMPILE, STEP, DATA_WAIT = "start_up", "compile", "step", "data_wait"
@@ -232,7 +232,24 @@ def summary(directory: epath.PathLike) -> dict[str, Any]:
       "step": the last recorded one; "lost_steps"; "clock": a line for each time that the clock was set. All are zero
       or empty without a record.
     """
-    return summarise(read_rows(epath.Path(directory)))
+    return summarise(read_rows(epath.Path(directory), _is_row))
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a row has all that a summary reads, in the right types."""
+    seconds, step = row.get("seconds"), row.get("step")
+    return (
+        isinstance(seconds, dict)
+        and all(_is_time(seconds.get(part)) for part in _MEASURED)
+        and _is_time(row.get("time"))
+        and _is_time(row.get("began"))
+        and isinstance(row.get("event"), str)
+        and (step is None or type(step) is int)
+    )
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def summarise(starts: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -380,9 +397,16 @@ def lines(totals: dict[str, Any]) -> list[str]:
 
 
 def show(directory: epath.Path) -> None:
-    """Prints the goodput of a run that has ended to stderr of the first process."""
-    if jax.process_index() == 0:
+    """Prints the goodput of a run that has ended to stderr of the first process.
+
+    The run is whole without it, so a record that cannot be read is one line and no error.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
         print("\n".join(lines(summary(directory))), file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"scaling-dit: where the time went is not known: {printable(str(error))}", file=sys.stderr)
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

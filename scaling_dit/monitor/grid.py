@@ -8,10 +8,14 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from scaling_dit.errors import printable
+
 # All in pixels. _TILE is the least width of an enlarged image, so that captions are readable.
 _TILE = 128
 _MARGIN = 6
 _FONT_SIZE = 12
+# The most characters of a caption.
+_CAPTION = 400
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
@@ -25,7 +29,9 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | N
     factor = max(1, -(-_TILE // width))
     tile_w, tile_h = width * factor, height * factor
     font = ImageFont.load_default(_FONT_SIZE)
-    wrapped = [textwrap.wrap(caption, max(8, int(tile_w / (0.52 * _FONT_SIZE)))) for caption in captions]
+    wrapped = [
+        textwrap.wrap(caption, max(8, int(tile_w / (0.52 * _FONT_SIZE)))) for caption in map(_shown, captions)
+    ]
     text_h = (_FONT_SIZE + 2) * max((len(lines) for lines in wrapped), default=0) + 4
     rows = -(-count // columns)
     size = (columns * (tile_w + _MARGIN) + _MARGIN, rows * (tile_h + text_h + _MARGIN) + _MARGIN)
@@ -37,6 +43,11 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | N
         sheet.paste(Image.fromarray(image).resize((tile_w, tile_h), Image.Resampling.NEAREST), (x, y))
         draw.multiline_text((x, y + tile_h + 1), "\n".join(lines), fill="black", font=font, spacing=2)
     return np.asarray(sheet)
+
+
+def _shown(caption: str) -> str:
+    """A caption as the page shows it: one of data may be of any length and hold any character."""
+    return printable(caption if len(caption) <= _CAPTION else f"{caption[:_CAPTION]} ...", keep="\n\t")
 
 
 def encode_png(image: np.ndarray) -> bytes:

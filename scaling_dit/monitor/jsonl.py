@@ -3,13 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
 from scaling_dit import storage
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json, special
 
 _SEGMENT = re.compile(r"segment-(\d+)\.jsonl")
 
@@ -73,19 +74,31 @@ class JsonLines:
                 self._file.close()
 
 
-def read_rows(directory: epath.Path) -> list[list[dict[str, Any]]]:
+def read_rows(
+    directory: epath.Path, fits: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> list[list[dict[str, Any]]]:
     """The rows of each segment that `JsonLines` wrote, in the order of the starts.
 
+    Args:
+      directory: of the segments.
+      fits: whether a row has the form that its writer gives it.
+
     Raises:
-      UserError: a line is not JSON. A last line that a kill cut short is skipped.
+      UserError: a line is no JSON object, or does not fit. A last line that a kill cut short is skipped.
     """
     if not directory.exists():
         return []
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is no folder; a run keeps files segment-NNNNN.jsonl there; move it away"
+        )
     paths = [path for path in directory.iterdir() if _SEGMENT.fullmatch(path.name)]
-    return [_segment_rows(path) for path in sorted(paths, key=lambda path: path.name)]
+    return [_segment_rows(path, fits) for path in sorted(paths, key=lambda path: path.name)]
 
 
-def _segment_rows(path: epath.Path) -> list[dict[str, Any]]:
+def _segment_rows(path: epath.Path, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    if kind := special(path):
+        raise UserError(f"{path} is {kind}, and must be a file; move it away")
     rows = []
     # Split on newlines only: splitlines would also cut inside a text at other separators.
     lines = path.read_bytes().split(b"\n")
@@ -93,11 +106,17 @@ def _segment_rows(path: epath.Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
         except ValueError:
             # A kill can cut only the last line short; anything else is damage.
-            if i != len(lines) - 1:
-                raise UserError(
-                    f"{path}: line {i + 1} is not JSON; put the file back, or delete that line"
-                ) from None
+            if i == len(lines) - 1:
+                continue
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {i + 1} is not JSON; put the file back, or delete that line")
+        if not fits(row):
+            raise UserError(
+                f"{path}: line {i + 1} is no row that a run writes there; put the file back, or delete that line"
+            )
+        rows.append(row)
     return rows

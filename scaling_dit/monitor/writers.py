@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit import storage, trees
+from scaling_dit.errors import printable
 from scaling_dit.monitor.grid import write_png
 from scaling_dit.monitor.jsonl import JsonLines, read_rows
 
@@ -160,7 +161,7 @@ class JsonlWriter:
         self._rows.write({"step": int(step), "images": names})
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._rows.write({"hparams": _plain(values)})
+        self._rows.write({"hparams": plain(values)})
 
     def parameter_overview(self, params: Any) -> None:
         self._rows.write({"parameter_overview": overview_text(params)})
@@ -205,18 +206,23 @@ class TensorBoardWriter:
         self._off = False
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = {name: _number(value) for name, value in values.items()}
+        numbers = {_tag(name): _number(value) for name, value in values.items()}
         self._write(lambda writer: writer.write_scalars(int(step), numbers))
 
     def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        self._write(lambda writer: writer.write_images(int(step), values))
+        tagged = {_tag(name): pixels for name, pixels in values.items()}
+        self._write(lambda writer: writer.write_images(int(step), tagged))
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._write(lambda writer: writer.write_hparams(_plain(values)))
+        shown = {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in plain(values).items()
+        }
+        self._write(lambda writer: writer.write_hparams(shown))
 
     def parameter_overview(self, params: Any) -> None:
         # TensorBoard renders text as Markdown, in which an indented block keeps a table's columns.
-        indented = "\n".join("    " + line for line in overview_text(params).splitlines())
+        indented = "\n".join("    " + printable(line) for line in overview_text(params).splitlines())
         self._write(lambda writer: writer.write_texts(0, {"parameter_overview": indented}))
 
     def back_to(self, step: int) -> None:
@@ -290,13 +296,29 @@ def read_scalars(metrics: epath.PathLike) -> list[dict[str, Any]]:
       One dict for each step, ascending: "step" and each scalar by name.
     """
     by_step: dict[int, dict[str, Any]] = {}
-    for segment in read_rows(epath.Path(metrics)):
+    for segment in read_rows(epath.Path(metrics), _is_row):
         for row in segment:
             if "scalars" in row:
                 by_step.setdefault(row["step"], {"step": row["step"]}).update(row["scalars"])
             elif "back_to" in row:
                 by_step = {step: values for step, values in by_step.items() if step <= row["back_to"]}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def read_hparams(metrics: epath.PathLike) -> dict[str, Any] | None:
+    """What `JsonlWriter.hparams` noted first in a folder, values of types that JSON lacks as texts; None without it."""
+    for segment in read_rows(epath.Path(metrics), _is_row):
+        for row in segment:
+            if isinstance(row.get("hparams"), dict):
+                return dict(row["hparams"])
+    return None
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether what a row has of scalars or a rewind is as `JsonlWriter` writes it."""
+    scalars, back_to = row.get("scalars", {}), row.get("back_to", 0)
+    numbers = isinstance(scalars, dict) and all(isinstance(value, int | float) for value in scalars.values())
+    return numbers and type(back_to) is int and ("scalars" not in row or type(row.get("step")) is int)
 
 
 def overview_text(params: Any) -> str:
@@ -313,12 +335,17 @@ def overview_text(params: Any) -> str:
     return str(overview.get_parameter_overview(params, include_stats=False))
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+def plain(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Values of types that the formats support: bool, number or text; anything else as its repr."""
     return {
         name: value if isinstance(value, bool | int | float | str) else repr(value)
         for name, value in values.items()
     }
+
+
+def _tag(name: str) -> str:
+    """The name of a curve or image, as pages show it: the scalars of a user's own metric may be called anything."""
+    return re.sub(r"[^\w./@:+= -]", "_", name)
 
 
 def _number(value: Any) -> int | float:

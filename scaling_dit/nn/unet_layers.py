@@ -299,10 +299,16 @@ def level_widths(
     return widths
 
 
+# Of channels and of layers; far beyond any that was trained.
+_MOST = 2**17
+
+
 def check_integers(name: str, values: Any, least: int) -> None:
     """Raises a UserError unless `values` is a tuple or list of one or more integers that are at least `least`."""
     if isinstance(values, tuple | list) and values:
         if all(isinstance(value, int) and value >= least for value in values):
+            if max(values) > _MOST:
+                raise UserError(f"{name} must be integers of at most {_MOST}, got {values!r}")
             return
         values = values[0] if len(values) == 1 else values
     elif isinstance(values, int):

@@ -7,6 +7,8 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
+from scaling_dit.files import expand
+
 IN_WORKDIR = "workdir"
 
 
@@ -23,7 +25,7 @@ def use(place: str, own: epath.PathLike) -> None:
     settings: Any = jax.config
     if not place or settings.jax_compilation_cache_dir:
         return
-    folder = epath.Path(own if place == IN_WORKDIR else place)
+    folder = epath.Path(own if place == IN_WORKDIR else expand(place))
     # jax may have decided already that there is no cache.
     compilation_cache.reset_cache()
     settings.update("jax_compilation_cache_dir", os.fspath(folder))

@@ -16,6 +16,7 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
 from scaling_dit.parallel import processes, rules
 from scaling_dit.sampling.pipeline import Pipeline
@@ -162,9 +163,9 @@ class Images:
         for manifest in (self.out / MANIFEST, *self.out.glob(f"*.{MANIFEST}")):
             if not manifest.exists():
                 continue
-            for line in manifest.read_text().split("\n"):
+            for line in manifest.read_bytes().split(b"\n"):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except json.JSONDecodeError:
                     # A line cut off by a kill: that image is made again.
                     continue

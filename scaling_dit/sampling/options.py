@@ -50,7 +50,7 @@ class SamplingOptions(SamplingFields):
         """
         given = {field.name: settings[field.name] for field in dataclasses.fields(cls)}
         for part in _PARTS:
-            if changes.get(part) not in (None, given[part]):
+            if isinstance(changes.get(part), str) and changes[part] != given[part]:
                 given[f"{part}_fields"] = ()
         return cls().replace(**given).replace(**changes)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from scaling_dit.checkpoints.workdir import (
     read_config,
     tokenizer_hash,
 )
+from scaling_dit.components import describe
 from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen
@@ -61,7 +62,19 @@ class Pipeline:
         conditions: Mapping[str, Any] | None = None,
         extras: Mapping[str, Any] | None = None,
     ) -> jax.Array:
-        """One call of the backbone: latents [B, h, w, c], timesteps [B] in [0, 1000) -> prediction [B, h, w, c]."""
+        """One call of the backbone: latents [B, h, w, c], timesteps [B] in [0, 1000) -> prediction [B, h, w, c].
+
+        Raises:
+          UserError: latents, timesteps or text that are no arrays of these shapes.
+        """
+        given = {"latents": (latents, 4), "timesteps": (timesteps, 1), "text": (text, 3)}
+        for name, (value, rank) in given.items():
+            shape = getattr(value, "shape", None)
+            if shape is None or len(shape) != rank or shape[0] != latents.shape[0]:
+                found = describe(value) if shape is None else f"of shape {shape}"
+                raise UserError(
+                    f"{name} is {found}; it must be an array of {rank} axes, the first that of the batch"
+                )
         return self._predict(self.params, latents, timesteps, text, text_mask, conditions, extras)
 
     def sample(self, prompts: str | Sequence[str], seed: int = 0, **options: Any) -> np.ndarray:
@@ -79,7 +92,7 @@ class Pipeline:
           UserError: a prompt that is no text, a seed out of range, or options that `SamplingOptions.replace` refuses.
         """
         texts = _prompts(prompts)
-        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed!r}; it must be an integer from 0 to 2**32 - 1")
         return self.sampler(**options)(self.params, self.frozen, texts, seed=int(seed))
 
@@ -99,7 +112,13 @@ class Pipeline:
         return jax.jit(self.model.predict)
 
 
-def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | None = None) -> Pipeline:
+def load(
+    workdir: str | epath.Path,
+    step: int | None = None,
+    ema: float | str | None = None,
+    *,
+    own_code: bool = False,
+) -> Pipeline:
     """Opens a trained run.
 
     Args:
@@ -107,17 +126,23 @@ def load(workdir: str | epath.Path, step: int | None = None, ema: float | str | 
       step: checkpoint to read; the latest by default.
       ema: an EMA decay, or "power-0.08" for a power-function profile of that relative width: one that the run keeps,
         else, if it has `optim.ema_power`, rebuilt from snapshots (`posthoc_ema`). The raw weights by default (or 0).
+      own_code: whether code outside of this package that the run's config names may run; see `workdir.read_config`.
 
     Raises:
-      UserError: no run, no checkpoint, or an average that the run did not keep and that cannot be rebuilt.
+      UserError: no run, one that names such code, no checkpoint, or an average that the run did not keep and that
+        cannot be rebuilt.
     """
-    return open_run(read_config(workdir), workdir, step, ema)
+    return open_run(read_config(workdir, own_code=own_code), workdir, step, ema)
 
 
 def open_run(
     config: ConfigDict, workdir: epath.PathLike, step: int | None = None, ema: float | str | None = None
 ) -> Pipeline:
     """As `load`, with the run's config, which the caller has read."""
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0):
+        raise UserError(f"step is {step!r}; it must be the step of a checkpoint, an integer from 0 on")
+    if ema is not None and (isinstance(ema, bool) or not isinstance(ema, int | float | str)):
+        raise UserError(f"ema is {describe(ema)}; it must be a decay such as 0.999, or 'power-WIDTH'")
     run = Workdir(workdir)
     tokenizer = load_tokenizer(config, run)
     model = build_model(config, tokenizer)
@@ -166,6 +191,8 @@ def open_for_sampling(
 
 def _prompts(prompts: str | Sequence[str]) -> list[str]:
     """Prompts as a list; a string is one prompt, not one a letter."""
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {describe(prompts)}; it must be a string or a list of strings")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):

@@ -1,12 +1,12 @@
 """Prompts with ids; an id is the key that images, questions and scores share."""
 
-import json
 import re
 from collections.abc import Sequence
 
 from etils import epath
 
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 
 # (id, text)
 Prompt = tuple[str, str]
@@ -58,9 +58,9 @@ def _read(path: str) -> list[tuple[str | None, str]]:
 def _parse(line: str, where: str) -> tuple[str | None, str]:
     right = '{"id": "a1", "prompt": "a red circle"}'
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); a line looks like {right}") from None
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); a line looks like {right}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{where} has no text under 'prompt'; a line looks like {right}")
     key = row.get("id")

@@ -29,6 +29,7 @@ class Sampling:
       step, ema: as in `pipeline.open_for_sampling`.
       store: how images are kept; see `shards`.
       changes: options of sampling in place of those of the run's `config.sample`.
+      own_code: as in `workdir.read_config`.
     """
 
     workdir: str
@@ -40,6 +41,7 @@ class Sampling:
     ema: str | None = None
     store: str = ""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own_code: bool = False
 
     def items(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """(id, prompt) of each image: ID, or ID-0, ID-1, ... where each prompt has several."""
@@ -53,7 +55,7 @@ class Sampling:
         Raises:
           UserError: as `pipeline.open_for_sampling` and `folder.sample_to_folder`.
         """
-        config = read_config(self.workdir)
+        config = read_config(self.workdir, own_code=self.own_code)
         # Before weights are read.
         for given in self.guidance:
             SamplingOptions.of(config.sample, **{**self.changes, "guidance": given})

@@ -6,7 +6,7 @@ import numpy as np
 
 from scaling_dit.errors import UserError
 from scaling_dit.scaling.curves import Curve, power_law
-from scaling_dit.scaling.points import Values, positive
+from scaling_dit.scaling.points import Values, numbers, positive
 
 # Half the width of a grid, in octaves of parameters, within which a parabola fits a profile well.
 WIDEST = 1.0
@@ -146,8 +146,13 @@ def pareto(cost: Values, value: Values) -> np.ndarray:
 
     Args:
       cost: the smaller the better, [N]. value: the larger the better, [N].
+
+    Raises:
+      UserError: they are no numbers, or differ in length.
     """
-    costs, values = np.asarray(cost, float), np.asarray(value, float)
+    costs, values = numbers("cost", cost), numbers("value", value)
+    if len(costs) != len(values):
+        raise UserError(f"{len(costs)} costs and {len(values)} values; give one of each for every point")
     order = np.lexsort((-values, costs))
     best = np.maximum.accumulate(values[order])
     ahead = np.concatenate([[True], values[order][1:] > best[:-1]])

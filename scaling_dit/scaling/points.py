@@ -18,7 +18,7 @@ def positive(**arrays: Values) -> list[np.ndarray]:
     Raises:
       UserError: they have different lengths, or hold something that is no positive finite number.
     """
-    made = {name: np.asarray(values, float).ravel() for name, values in arrays.items()}
+    made = {name: numbers(name, values) for name, values in arrays.items()}
     lengths = {name: len(values) for name, values in made.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"the points differ in number: {lengths}; give one value of each for every point")
@@ -28,3 +28,15 @@ def positive(**arrays: Values) -> list[np.ndarray]:
             first = int(np.flatnonzero(wrong)[0])
             raise UserError(f"{name}[{first}] is {values[first]}; a law needs positive finite numbers")
     return list(made.values())
+
+
+def numbers(name: str, values: Values) -> np.ndarray:
+    """Values as float64 [N].
+
+    Raises:
+      UserError: they are no numbers.
+    """
+    try:
+        return np.asarray(values, float).ravel()
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be numbers, one for each point") from None

@@ -241,6 +241,8 @@ def from_json(saved: Mapping[str, Any]) -> StudySpec:
       UserError: a damaged file, or configs of another version that this one cannot read.
     """
     try:
+        for one in saved["members"]:
+            config_lib.check_trusted(one["config"], f"study.json ({one['name']})")
         members = tuple(
             Member(
                 one["name"],

@@ -93,10 +93,13 @@ def make_optimizer(
 
 def _direction(optim: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """Adam, or a user's own in its place; one that reads how long the run is has an argument `total_steps`."""
-    if not SEAM.is_own(optim.name):
+
+    def adam() -> optax.GradientTransformation:
         return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-    found: optax.GradientTransformation = SEAM.create(optim.name, optim.fields, total_steps=total_steps)
-    check_direction(found, SEAM.where(optim.name))
+
+    found: optax.GradientTransformation = SEAM.create(
+        optim.name, optim.fields, adam, check_direction, total_steps=total_steps
+    )
     return found
 
 

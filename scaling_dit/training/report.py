@@ -6,7 +6,8 @@ from typing import Any
 from etils import epath
 
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import Workdir, read_config, read_metrics
+from scaling_dit.checkpoints.workdir import Workdir, read_metrics, read_saved
+from scaling_dit.errors import UserError, printable
 from scaling_dit.monitor import goodput
 from scaling_dit.training import rewind
 
@@ -27,7 +28,12 @@ def report(workdir: epath.PathLike) -> dict[str, Any]:
       UserError: the folder holds no run.
     """
     run = Workdir(workdir)
-    config = read_config(run)
+    saved = read_saved(run)
+    backbone, batch, steps = saved.get("backbone", {}).get("name"), saved.get("batch"), saved.get("steps")
+    if not (isinstance(backbone, str) and type(batch) is int and type(steps) is int):
+        raise UserError(
+            f"{run.config} is damaged: it does not say backbone.name, batch and steps; put it back"
+        )
     metrics = read_metrics(run)
     losses = [(row["step"], row["train/loss"]) for row in metrics if "train/loss" in row]
     speed: dict[str, float] = {}
@@ -42,10 +48,10 @@ def report(workdir: epath.PathLike) -> dict[str, Any]:
         checkpoints = store.all_steps()
     return {
         "workdir": str(run),
-        "backbone": config.backbone.name,
-        "batch": config.batch,
+        "backbone": printable(backbone),
+        "batch": batch,
         "steps": max([step for step, _ in losses] + checkpoints, default=0),
-        "of": config.steps,
+        "of": steps,
         "losses": dict(losses[-_LOSSES:]),
         "speed": speed,
         "evaluation": evaluation,

@@ -92,13 +92,15 @@ def read(path: epath.Path) -> list[Rewind]:
     """
     if not path.exists():
         return []
-    try:
-        return [Rewind(**row) for row in json.loads(path.read_text())]
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{path} is damaged: it must hold a list of {', '.join(Rewind._fields)}; "
-            "without it the run cannot know which data it skipped"
-        ) from None
+    remedy = "put the run's own file back: without it the run cannot know which data it skipped"
+    rows = files.read_json(path, list, remedy)
+    for row in rows:
+        numbers = row.values() if isinstance(row, dict) and row.keys() == set(Rewind._fields) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise UserError(
+                f"{path} is damaged: it must hold a list of {', '.join(Rewind._fields)}; {remedy}"
+            )
+    return [Rewind(**row) for row in rows]
 
 
 def write(path: epath.Path, rewinds: Iterable[Rewind]) -> None:

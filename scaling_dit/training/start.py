@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -21,6 +22,7 @@ from scaling_dit.checkpoints.workdir import (
     open_workdir,
     tokenizer_hash,
 )
+from scaling_dit.config.own_code import changes, source_hashes
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
@@ -31,6 +33,7 @@ from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, ope
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
 from scaling_dit.training import rewind
+from scaling_dit.training.memory import check_fits
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
 from scaling_dit.trees import Params
@@ -95,6 +98,7 @@ class Run:
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
+        check_fits(config.batch, config.loader.prefetch, len(positions), program)
         kept = None if fresh else workdir.frozen
         frozen = open_frozen(kept, model, config.seed, mesh, program.boxed_frozen)
         check_source(source, config, model.codec, frozen["codec"])
@@ -150,6 +154,7 @@ class Run:
             state, extra = store.restore_newest(self.program.state, aside, strict=strict)
             check_frozen(self.frozen_hash, extra, str(store.directory))
             check_tokenizer(self.tokenizer_hash, extra, str(store.directory))
+            notice_changed_code(self.config, extra, int(state.step))
         loader = make_loader(
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
             positions=self.positions, start_step=int(state.step),
@@ -174,6 +179,7 @@ class Run:
         return {
             "frozen_sha256": self.frozen_hash,
             "tokenizer_sha256": self.tokenizer_hash,
+            "own_code_sha256": source_hashes(self.config),
             "rewinds": len(rewinds),
             "losses": spikes.recent,
         }
@@ -198,3 +204,17 @@ def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:
             )
 
     processes.first_does(acquire)
+
+
+def notice_changed_code(config: ConfigDict, extra: Mapping[str, Any], step: int) -> None:
+    """Prints which parts of a user's own have another source file than when the checkpoint of `step` was saved.
+
+    It stops nothing: a comment may have changed, or a fault been mended.
+    """
+    changed = changes(extra.get("own_code_sha256"), source_hashes(config))
+    if changed and jax.process_index() == 0:
+        print(
+            f"scaling-dit: the source file of {', '.join(changed)} has changed since step {step} was saved; the run "
+            "resumes with it as it is now",
+            file=sys.stderr,
+        )

@@ -16,6 +16,7 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -152,7 +153,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
       UserError: it holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_bytes())
     # Invalid JSON or invalid UTF-8.
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None

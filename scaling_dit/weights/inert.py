@@ -5,6 +5,8 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
+from scaling_dit.errors import printable
+
 # Counters and constants that modules of torch and transformers save beside their weights.
 _ANYWHERE = re.compile(r"(?:^|\.)(?:num_batches_tracked|position_ids)$")
 # Of an autoencoder's training: its losses (LPIPS and the discriminator in them), the discriminator by itself, and the
@@ -44,4 +46,7 @@ def report(names: tuple[str, ...], what: str) -> None:
         ", ".join(group) if len(group) <= _SHOWN else f"{head}.* ({len(group)} entries)"
         for head, group in groups.items()
     ]
-    print(f"scaling-dit: {what}: ignored {', '.join(shown)}, which only training used", file=sys.stderr)
+    print(
+        f"scaling-dit: {what}: ignored {printable(', '.join(shown))}, which only training used",
+        file=sys.stderr,
+    )

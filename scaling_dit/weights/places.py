@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.errors import UserError
+from scaling_dit.files import expand
 from scaling_dit.weights import files, state_dicts
 from scaling_dit.weights.table import Table
 
@@ -130,7 +131,7 @@ def locate(place: str, *, part: str, field: str, weights: bool = True) -> epath.
 
     A hub id is downloaded to huggingface_hub's cache, or found there. Without `weights` only its small files are.
     """
-    path = _snapshot(place, part, field, weights) if place.startswith(_HUB) else epath.Path(place)
+    path = _snapshot(place, part, field, weights) if place.startswith(_HUB) else epath.Path(expand(place))
     if not path.exists():
         raise UserError(f"config.{field} is {place!r}: no such file or folder")
     if not path.is_dir() or (path / _CONFIG).exists():

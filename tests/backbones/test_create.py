@@ -94,7 +94,11 @@ def test_users_own():
     [
         ("uvti", {}, "unknown backbone 'uvti'.*did you mean 'uvit'"),
         ("uvit", {"hiden": 8}, "has no field 'hiden'; did you mean 'hidden'"),
-        ("no_such_file:Mine", {}, "no module 'no_such_file' on the Python path; known: .*uvit"),
+        (
+            "no_such_file:Mine",
+            {},
+            "no module 'no_such_file' in .* or elsewhere on the Python path; .*; known: .*uvit",
+        ),
         ("user_backbones:Mine", {"widht": 3}, "has no field 'widht'; did you mean 'width'"),
         ("user_backbones:NotAModule", {}, "must be a flax.linen.Module class, it is the class NotAModule"),
         ("user_backbones:function", {}, "must be a flax.linen.Module class, it is a function"),

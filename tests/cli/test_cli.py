@@ -342,7 +342,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     changes |= {"guidance_interval": (200.0, 800.0), "batch": 8}
     assert kwargs == {
         "step": 100, "ema": "none", "num": 3, "seed": (4, 5), "changes": changes, "guidance": (2.0, 7.5),
-        "store": "tar", "layout": None,
+        "store": "tar", "layout": None, "own_code": False,
     }  # fmt: skip
 
 
@@ -374,6 +374,7 @@ def test_evaluate_takes_what_is_given(monkeypatch):
     assert kwargs == {
         "metrics": ("shapes_tifa", "other"), "items": None, "as_json": True, "seed": (0,), "step": None, "ema": "0.99",
         "changes": {"steps": 3}, "guidance": (), "store": "", "images": "", "watch": 5.0, "reference": "",
+        "own_code": False,
         "shared": {"judge": "shapes", "judge_options": ("a=1", "b=2")},
         "overrides": ("--config.metrics.shapes_tifa.batch=2",),
     }  # fmt: skip

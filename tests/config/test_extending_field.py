@@ -44,7 +44,9 @@ def test_it_touches_two_files_and_the_page_of_fields(copy):
 
 
 def test_its_row_is_on_the_page(copy):
-    meaning = "images in a row of the sample grid; 0 = as many as fit a screen. Must be 0 or more"
+    meaning = (
+        "images in a row of the sample grid; 0 = as many as fit a screen. Must be 0 or more, below 2**31"
+    )
     row = f"| `eval.columns` | `0` | {meaning} |"
     assert row in (copy.folder / "docs/config.md").read_text().splitlines()
     assert row not in (DOCS / "config.md").read_text().splitlines()

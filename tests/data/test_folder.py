@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.images import fit, to_rgb
 from scaling_dit.data.loader import make_loader
-from scaling_dit.data.sources import create_source, source_fields
+from scaling_dit.data.sources import create_raw_source, create_source, source_fields
 from scaling_dit.data.sources.folder import FolderSource
 from scaling_dit.data.sources.image_files import key_hash
 from scaling_dit.encoders.scratch import UNK, build_tokenizer
@@ -188,7 +189,7 @@ def test_missing_folder_metadata_and_images(tmp_path):
 def test_fields_are_checked(tmp_path):
     write_folder(tmp_path, count=2)
     assert source_fields(f"folder:{tmp_path}") == {
-        "image_size": 64, "held_out_fraction": 0.05, "max_pixels": 2**26, "max_damaged": 0,
+        "image_size": 64, "held_out_fraction": 0.05, "max_pixels": 2**26, "max_damaged": 0, "links": False,
     }  # fmt: skip
     for fields, message in (
         ({"image_siz": 8}, "no field 'image_siz'; did you mean 'image_size'"),
@@ -208,7 +209,7 @@ def test_names_of_sources(tmp_path, monkeypatch):
         ("shape", "unknown source 'shape'; did you mean 'shapes'"),
         ("foldr:/data", "did you mean 'folder'"),
         ("folder", "names no folder; write folder:PATH"),
-        ("no_such_module:Source", "no module 'no_such_module' on the Python path"),
+        ("no_such_module:Source", "no module 'no_such_module' in "),
         ("source_of_mine:Mine2", "source_of_mine has no class or function 'Mine2'; did you mean 'Mine'"),
     ):
         (tmp_path / "source_of_mine.py").write_text(
@@ -234,3 +235,41 @@ def test_a_folder_feeds_the_loader(tmp_path):
     for image, ids in zip(batch["images"], batch["ids"], strict=True):
         number = tokenizer.words[ids[ids > UNK][-1] - UNK - 1]
         assert (image == [levels[f"images/{number}.png"], 0, 255]).all()
+
+
+# Links
+
+
+def linked(tmp_path):
+    """A folder with an image of its own, a link to that, and links that leave it: to a file, through a folder."""
+    folder, store = tmp_path / "set", tmp_path / "set store"
+    folder.mkdir()
+    store.mkdir()
+    write_folder(store, count=1)
+    image = (store / "images/0.png").read_bytes()
+    (folder / "own.png").write_bytes(image)
+    (folder / "within.png").symlink_to("own.png")
+    (folder / "out.png").symlink_to(store / "images/0.png")
+    (folder / "beside").symlink_to(store, target_is_directory=True)
+    (folder / "loop.png").symlink_to("loop.png")
+    names = ("own.png", "within.png", "out.png", "beside/images/0.png", "loop.png")
+    rows = [json.dumps({"file_name": name, "text": name}) + "\n" for name in names]
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return folder
+
+
+def test_links_are_followed_within_the_folder_only(tmp_path):
+    folder = linked(tmp_path)
+    found = list(create_raw_source(f"folder:{folder}").samples(0))
+    kinds = [fault.kind if isinstance(fault, DamagedRecord) else "read" for fault in found]
+    assert kinds == ["read", "read", "outside_folder", "outside_folder", "missing_file"]
+    assert "'out.png' leads out of the folder through a link; set config.source.links" in found[2].what
+    # The folder itself may be a link.
+    (tmp_path / "alias").symlink_to(folder, target_is_directory=True)
+    through = list(create_raw_source(f"folder:{tmp_path}/alias").samples(0))
+    assert [isinstance(sample, DamagedRecord) for sample in through] == [False, False, True, True, True]
+
+
+def test_a_field_allows_links_that_leave_it(tmp_path):
+    found = list(create_raw_source(f"folder:{linked(tmp_path)}", links=True).samples(0))
+    assert [isinstance(sample, DamagedRecord) for sample in found] == [False, False, False, False, True]

@@ -104,7 +104,7 @@ def test_save_and_load(tokenizer, tmp_path):
 
 def test_build_tokenizer_reads_every_paraphrase_of_some_records():
     class Records:
-        reads = 0
+        reads, image_size = 0, 1
 
         def __init__(self, length):
             self.length = length
@@ -115,7 +115,8 @@ def test_build_tokenizer_reads_every_paraphrase_of_some_records():
         def __getitem__(self, index, /):
             self.reads += 1
             assert type(index) is int
-            return {"captions": [f"word{index % 7}", f"other{index % 7}"]}
+            image = np.zeros((1, 1, 3), np.uint8)
+            return {"image": image, "captions": [f"word{index % 7}", f"other{index % 7}"], "key": str(index)}
 
     small = Records(7)
     assert len(scratch.build_tokenizer(small).words) == 14

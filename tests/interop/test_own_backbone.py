@@ -130,7 +130,7 @@ def test_without_a_table(own):
         ("rows", "unknown WEIGHTS of Mine 'rows'; write package.module:function"),
         (
             "no_such:rows",
-            "WEIGHTS of Mine 'no_such:rows': no module 'no_such' on the Python path; write package",
+            "WEIGHTS of Mine 'no_such:rows': no module 'no_such' in .* on the Python path; .*; write package",
         ),
         ("own_weights:row", "own_weights has no function 'row'; did you mean 'rows'"),
         ("own_weights:NOT_A_FUNCTION", "own_weights has no function 'NOT_A_FUNCTION'; known: "),

@@ -21,3 +21,20 @@ def first_column(page: str, heading: str) -> list[str]:
     """The first cells of the table under a heading, without the table's own."""
     section = (DOCS / page).read_text().split(f"## {heading}\n", 1)[1].split("\n## ")[0]
     return re.findall(r"^\| (.+?) \|", section, re.MULTILINE)[1:]
+
+
+def steps(page: str) -> list[tuple[str, str, str]]:
+    """What a reader does on a page, from top to bottom.
+
+    Each is ("file", its name, text to save), ("python", "", code to run) or ("sh", "", a command).
+    """
+    found = []
+    pattern = r"(?:Save as `(?P<name>[\w.]+)`:\s+)?```(?P<kind>python|sh)\n(?P<text>.*?)```"
+    for block in re.finditer(pattern, (DOCS / page).read_text(), re.DOTALL):
+        if block["name"]:
+            found.append(("file", block["name"], block["text"]))
+        elif block["kind"] == "python":
+            found.append(("python", "", block["text"]))
+        else:
+            found += [("sh", "", line) for line in block["text"].splitlines()]
+    return found

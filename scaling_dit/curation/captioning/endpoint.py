@@ -12,7 +12,7 @@ from PIL import Image
 
 from scaling_dit.curation.captioning import Scored
 from scaling_dit.curation.captioning.chat import Chat, Later, Refused, user_message
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, printable
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ class EndpointCaptioner:
         try:
             return chat.ask(self._request(image, seed), self._read)
         except Refused as refused:
-            logging.warning("%s refuses an image: %s", self.url, refused)
+            logging.warning("%s refuses an image: %s", self.url, printable(str(refused)))
             return []
 
     def _request(self, image: Image.Image, seed: int) -> dict[str, Any]:

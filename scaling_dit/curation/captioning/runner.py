@@ -20,7 +20,7 @@ from scaling_dit.curation.raw import RawName, open_raw
 from scaling_dit.data import images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.image_files import ImageFileSource, RawSample
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, printable
 from scaling_dit.files import claim
 
 _OTHERWISE = "was captioned in another way"
@@ -71,9 +71,9 @@ def main(
     noted = folder / sidecar.SETTINGS[sidecar.CAPTIONS]
     if noted.exists():
         claim(noted, settings, _OTHERWISE)
+    made = create_captioner(captioner, options or {}) if left else None
     print(f"{len(mine)} shards, {len(mine) - len(left)} of them captioned before", flush=True)
-    if left:
-        made = create_captioner(captioner, options or {})
+    if made is not None:
         note = functools.partial(claim, noted, settings, _OTHERWISE)
         _caption_shards(opened, made, folder, left, note, kind=kind, batch=batch, seed=seed)
     return 0
@@ -105,8 +105,8 @@ def _caption_shards(
         without = sum(not captions for _, captions in rows)
         left = took / done * (len(names) - done)
         print(
-            f"{name}: {len(rows):,} images, {without:,} without captions; {total / max(took, 1e-9):,.1f} images/s, "
-            f"{done} of {len(names)} shards, {left / 60:,.0f} min left",
+            f"{printable(name)}: {len(rows):,} images, {without:,} without captions; "
+            f"{total / max(took, 1e-9):,.1f} images/s, {done} of {len(names)} shards, {left / 60:,.0f} min left",
             flush=True,
         )
 

@@ -67,7 +67,7 @@ class Part:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Reads what `to_json` wrote; raises ValueError, KeyError or TypeError for anything else."""
-        fields = json.loads(text)
+        fields = files.parse_json(text)
         return cls(**{**fields, "shards": tuple(_shard(row) for row in fields["shards"])})
 
 
@@ -149,7 +149,7 @@ def read(folder: epath.Path) -> Manifest:
             )
         raise UserError(f"no prepared set in {folder}: {MANIFEST} is missing; `prepare` writes one")
     try:
-        fields = json.loads(path.read_text())
+        fields = files.parse_json(path.read_bytes())
         if fields["format"] != FORMAT:
             raise UserError(
                 f"{path} is of format {fields['format']}; this version reads {FORMAT}, so prepare the set again"

@@ -12,7 +12,7 @@ from scaling_dit.components import Registry
 from scaling_dit.data.sources import contract
 from scaling_dit.data.sources.contract import Record, Source
 from scaling_dit.errors import UserError
-from scaling_dit.files import check_scheme
+from scaling_dit.files import expand
 
 if TYPE_CHECKING:
     from scaling_dit.data.sources.image_files import ImageFileSource
@@ -67,8 +67,7 @@ def create_source(name: str, **fields: Any) -> Source:
     Raises:
       UserError: unknown name or field, a class that is no source, or a source that cannot be opened.
     """
-    kind, filled = _split(name)
-    check_scheme(filled.get("path", ""))
+    kind, filled = _opened(name)
     source: Source = _REGISTRY.create(kind, fields, **filled)
     contract.check_source(source, name)
     return source
@@ -83,8 +82,7 @@ def create_raw_source(name: str, **fields: Any) -> "ImageFileSource":
     # Builds on this module.
     from scaling_dit.data.sources.image_files import ImageFileSource
 
-    kind, filled = _split(name)
-    check_scheme(filled.get("path", ""))
+    kind, filled = _opened(name)
     if not issubclass(_REGISTRY.resolve(kind), ImageFileSource):
         known = [key for key in SOURCES if issubclass(_REGISTRY.resolve(key), ImageFileSource)]
         raise UserError(f"source {name!r} holds no image files; give {', '.join(f'{key}:' for key in known)}")
@@ -99,6 +97,12 @@ def source_fields(name: str) -> dict[str, Any]:
       UserError: unknown name.
     """
     return _REGISTRY.fields(_split(name)[0])
+
+
+def _opened(name: str) -> tuple[str, dict[str, str]]:
+    """As `_split`, with ~ and $VARIABLES of the path expanded."""
+    kind, filled = _split(name)
+    return kind, {field: expand(path) for field, path in filled.items()}
 
 
 def _split(name: str) -> tuple[str, dict[str, str]]:

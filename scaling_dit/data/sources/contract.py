@@ -13,7 +13,7 @@ A source may also offer
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -54,6 +54,8 @@ class Source(Protocol):
         """The evaluation split, disjoint from this one."""
 
 
+# After the last text.
+_END = object()
 # Method -> how many arguments it is called with, `self` among them, and how it reads.
 _METHODS = {
     "__len__": (1, "__len__() -> the number of records"),
@@ -121,22 +123,16 @@ def read(source: Source, index: int) -> Record:
     Raises:
       UserError: the source raises one, or fails otherwise; or a record that is not as the contract says.
     """
-    try:
-        record = source[index]
-    except (UserError, OSError, MemoryError):
-        # Of a disk or a network: no mistake of the source's author, and worth another start.
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{_name(source)} failed on record {index} of {len(source)}: {type(error).__name__}: {error}"
-        ) from error
+    record = _called(source, f"failed on record {index} of {len(source)}", lambda: source[index])
     check_record(record, index, source)
     return record
 
 
 def read_many(source: Any, indices: Sequence[int]) -> Sequence[Record]:
     """`source.__getitems__(indices)`, checked; raises as `read`."""
-    records: Sequence[Record] = source.__getitems__(indices)
+    records: Sequence[Record] = _called(
+        source, f"failed on records {_short(list(indices[:4]))}", lambda: source.__getitems__(indices)
+    )
     if not isinstance(records, Sequence) or len(records) != len(indices):
         raise UserError(
             f"{_name(source)}: __getitems__ of {len(indices)} indices must return as many records"
@@ -144,6 +140,59 @@ def read_many(source: Any, indices: Sequence[int]) -> Sequence[Record]:
     for index, record in zip(indices, records, strict=True):
         check_record(record, index, source)
     return records
+
+
+def held_out(source: Source) -> Source:
+    """`source.held_out()`, checked.
+
+    Raises:
+      UserError: the source raises one, or fails otherwise; or what it returns is no source with records.
+    """
+    split = _called(source, "failed in held_out()", source.held_out)
+    missing = [method for method in _METHODS if not callable(getattr(split, method, None))]
+    if missing:
+        raise UserError(
+            f"{_name(source)}: held_out() must return the evaluation split, a source; it returned {_short(split)}, "
+            f"which has no {missing[0]}"
+        )
+    check_source(split, f"{type(source).__name__}.held_out()")
+    if not len(split):
+        raise UserError(
+            f"{_name(source)}: held_out() has no records, and evaluation needs some: {split.describe()}"
+        )
+    return split
+
+
+def texts(source: Source) -> Iterator[str] | None:
+    """`source.texts()`, each checked; None for a source without it.
+
+    Raises:
+      UserError: the source raises one, or fails otherwise; or what it gives is no text.
+    """
+    found = getattr(source, "texts", None)
+    return None if found is None else _texts(source, found)
+
+
+def _texts(source: Source, found: Callable[[], Iterable[str]]) -> Iterator[str]:
+    given = _called(source, "failed in texts()", lambda: iter(found()))
+    while True:
+        text = _called(source, "failed in texts()", lambda: next(given, _END))
+        if text is _END:
+            return
+        if not isinstance(text, str):
+            raise UserError(f"{_name(source)}: texts() must give texts, it gave {_short(text)}")
+        yield text
+
+
+def _called(source: Any, what: str, call: Callable[[], Any]) -> Any:
+    """What a call of a source gives; what it raises, in one line."""
+    try:
+        return call()
+    except (UserError, OSError, MemoryError):
+        # Of a disk or a network: no mistake of the source's author, and worth another start.
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{_name(source)} {what}: {type(error).__name__}: {error}") from error
 
 
 def check_record(record: Any, index: int, source: Source) -> None:
@@ -183,7 +232,7 @@ def _value(source: Any, name: str, member: str, get: Callable[[], Any]) -> Any:
         return get()
     except (UserError, OSError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"source {name!r}: {member} failed: {type(error).__name__}: {error}") from error
 
 

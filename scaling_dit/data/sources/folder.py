@@ -11,18 +11,20 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     bad_line          JSON of another form: no object, a key missing or of a wrong type
     bad_text          a caption that holds half of a surrogate pair
     empty_caption     every caption is blank (blank ones beside others are left out)
-    outside_folder    an absolute file name, or one that leaves the folder with ".."
+    outside_folder    an absolute file name, or one that leaves the folder with ".." or, without `links`, through a link
     duplicate_file    a file that an earlier line has already
     missing_file      no such file
     unreadable_image  truncated, no image, or of a format or pixel type that is not read
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 
-The first six are found when the folder is opened, and such lines are no records. The others are met when an image is
-read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network) is no
-damaged record: the run stops.
+The first six are found when the folder is opened, links apart, and such lines are no records. The others are met when
+an image is read, and another image of the folder replaces it. A store that fails for another reason (a disk, a network)
+is no damaged record: the run stops.
 """
 
 import dataclasses
+import functools
+import os
 import posixpath
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -36,7 +38,7 @@ from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.fields import is_null
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, key_hash
-from scaling_dit.data.text import is_sound, loads
+from scaling_dit.data.text import is_sound
 from scaling_dit.errors import UserError, nearest
 
 METADATA = "metadata.jsonl"
@@ -61,11 +63,16 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource(ImageFileSource):
-    """Images and captions of one folder, as RGB squares; its fields are those of every `ImageFileSource`.
+    """Images and captions of one folder, as RGB squares; its fields are those of every `ImageFileSource`, and `links`.
+
+    Attributes:
+      links: read files that a link in the folder finds outside of it, as in caches that link to a store of blobs.
 
     Raises:
       UserError: no such folder or `metadata.jsonl`, too many damaged lines in it, or no image left to train on.
     """
+
+    links: bool = False
 
     _noun = "folder"
 
@@ -96,8 +103,25 @@ class FolderSource(ImageFileSource):
     def _read(self, shard: int, row: int) -> RawSample:
         line: Row = self._shard(shard).rows[row]
         where = f"{self._metadata} line {line.line}"
-        data = images.read_bytes(epath.Path(self.path) / line.file_name, where)
+        path = epath.Path(self.path) / line.file_name
+        if not (self.links or self._holds(path) or files.special(path)):
+            what = (
+                f"file_name {line.file_name!r} leads out of the folder through a link; set config.source.links "
+                "for files that may lie elsewhere"
+            )
+            raise DamagedRecord("outside_folder", where, what)
+        data = images.read_bytes(path, where)
         return RawSample(line.file_name, data, line.texts, line.kinds, line.metadata, where)
+
+    def _holds(self, path: epath.Path) -> bool:
+        """Whether a file lies in the folder once all links are followed. Remote stores have none."""
+        if files.is_remote(path):
+            return True
+        return os.path.realpath(path).startswith(self._real)
+
+    @functools.cached_property
+    def _real(self) -> str:
+        return os.path.join(os.path.realpath(self.path), "")
 
 
 def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
@@ -137,7 +161,7 @@ def read_metadata(path: epath.Path) -> tuple[list[Row], list[DamagedRecord]]:
 
 def _parse(where: str, number: int, line: bytes) -> Row:
     try:
-        entry: Any = loads(line)
+        entry: Any = files.parse_json(line)
     except ValueError as error:
         raise DamagedRecord("bad_json", where, f"not JSON: {error}") from None
 

@@ -23,6 +23,8 @@ from scaling_dit.errors import UserError
 
 # That open shards; they wait for a disk or a network most of the time.
 THREADS = 8
+# The longest side of an image in training, in pixels.
+LARGEST = 2**14
 # Opened shards that a raw source keeps: more than threads work on.
 KEPT = 64
 
@@ -104,8 +106,10 @@ class ImageFileSource(abc.ABC):
     _noun: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise UserError(f"source.image_size is {self.image_size}; it must be at least 1 pixel")
+        if not 1 <= self.image_size <= LARGEST:
+            raise UserError(
+                f"source.image_size is {self.image_size}; it must be at least 1 pixel, and at most {LARGEST}"
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise UserError(f"source.held_out_fraction is {self.held_out_fraction}; it must be in [0, 1)")
         if not 1 <= self.max_pixels <= image_header.PILLOW_MAX_PIXELS:

@@ -34,6 +34,7 @@ from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.sources.fields import CaptionFields, plain
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, row_hashes
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.files import expand
 
 INFO = "dataset_info.json"
 # Set -> its image field and its fields of alt-text.
@@ -153,7 +154,7 @@ def find(name: str, data_dir: str = "") -> epath.Path:
     """
     if (epath.Path(name) / INFO).exists():
         return epath.Path(name)
-    root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    root = epath.Path(expand(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     base, _, version = name.partition(":")
     folder = root / base
     if not folder.is_dir():

@@ -39,8 +39,8 @@ from scaling_dit.data.sources.fields import CaptionFields
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard
 from scaling_dit.data.sources.patterns import matching
 from scaling_dit.data.sources.tar_index import IMAGE, JSON, TEXT
-from scaling_dit.data.text import loads
 from scaling_dit.errors import UserError
+from scaling_dit.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class WebdatasetSource(ImageFileSource):
         metadata = {}
         if described is not None:
             try:
-                metadata = loads(described)
+                metadata = parse_json(described)
             except ValueError as error:
                 raise DamagedRecord("bad_json", where, f"the json is not JSON: {error}") from None
             if not isinstance(metadata, dict):

@@ -110,7 +110,7 @@ class Judging:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Verb):
-    """Scores a trained run on held-out or published prompts, or compares runs that were scored."""
+    """Scores a run on held-out or published prompts, or compares scored runs."""
 
     EXAMPLE = "scaling-dit evaluate --workdir=runs/shapes --items=500"
     ARGUMENTS = "[RUN ...]"

@@ -36,7 +36,16 @@ class TpuVerb(Verb):
     def parse(cls, arguments: Sequence[str]) -> Self:
         """As every verb's; a flag's name may be typed with hyphens too, such as --dry-run."""
         end = arguments.index("--") if "--" in arguments else len(arguments)
-        return super().parse([*map(_underscores, arguments[:end]), *arguments[end:]])
+        after = tuple(arguments[end + 1 :])
+        verb = super().parse([*map(_underscores, arguments[:end])])
+        if verb.arguments:
+            raise UserError(
+                f"{cls.name()}: {verb.arguments[0]!r} is no flag; a command for the workers follows --"
+            )
+        if after and not cls.ARGUMENTS:
+            raise UserError(f"{cls.name()} takes no command after --; see scaling-dit {cls.name()} --help")
+        # Everything after -- is the user's own, also what looks like a flag of this verb.
+        return dataclasses.replace(verb, arguments=after)
 
 
 def _underscores(argument: str) -> str:

@@ -69,6 +69,12 @@ def test_launch_does_all_of_it_in_one_command(cloud, capsys):
     assert job.owner == "ann-other"
 
 
+def test_a_command_of_ones_own_keeps_all_its_words(cloud):
+    words = ["train", "--config=mine", "--config.steps=3", "--dry-run", "--", "--name=x"]
+    assert cli.main(launch("launch", "--", *words)) == 0
+    assert list(Store("first").read_job().command) == words
+
+
 def test_each_step_by_itself(cloud, capsys):
     assert cli.main(launch("create")) == 0
     assert "costs $16.00 an hour" in said(capsys) and len(cloud.made) == 1 and not cloud.workers.starts
@@ -325,6 +331,8 @@ def test_costs_of_a_listing_say_what_they_rest_on(cloud):
             "needs --config and --workdir",
         ),
         ([*launch("launch", "--config.steps=3", "--", "true")], "leave out --config"),
+        (launch("launch", "job"), "'job' is no flag; a command for the workers follows --"),
+        (["tpu", "delete", "--name=first", "--", "job"], "tpu delete takes no command after --"),
         (launch("launch", "--hourss=3"), "tpu launch has no flag --hourss; did you mean 'hours'?"),
         (launch("launch", "--env=A"), "--env=A: give NAME=VALUE"),
         (launch("launch", "--setup=/no/file"), "no such file"),

@@ -38,7 +38,6 @@ from scaling_dit.evaluation.results import (
 )
 from scaling_dit.evaluation.scoring import Scoring
 from scaling_dit.model.build import open_source
-from scaling_dit.parallel import processes
 from scaling_dit.sampling.folder import GRID, sample_to_folder
 from scaling_dit.sampling.options import tag
 from scaling_dit.sampling.pipeline import open_for_sampling
@@ -124,13 +123,10 @@ def evaluate(request: Request, *, quiet: bool = False) -> Outcome:
 
 
 def _compared_with(chosen: list[Chosen], request: Request, config: ConfigDict) -> list[Chosen]:
-    """The metrics with the real images that they compare with; the first process builds statistics, if any."""
+    """The metrics with the real images that they compare with; processes build their statistics together, if any."""
     size = open_source(config).image_size if request.workdir else image_size(request.images)
     root = Workdir(request.workdir).evaluation if request.workdir else request.root
-    folder = root / "references"
-    found = compared_with(chosen, request.reference, size, folder) if jax.process_index() == 0 else []
-    processes.gather_bytes(b"")
-    return found or compared_with(chosen, request.reference, size, folder)
+    return compared_with(chosen, request.reference, size, root / "references")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -228,7 +228,8 @@ def build(
 ) -> epath.Path:
     """Writes the statistics of all images of a source, unless they are there already. Returns the file.
 
-    A call that was killed resumes; processes share the work. The folder PATH.parts is used meanwhile.
+    A call that was killed resumes. All processes call it together and share the work. The folder PATH.parts is used
+    meanwhile.
 
     Args:
       source: of which split the statistics are to be.
@@ -259,7 +260,7 @@ def build(
     items = Items(len(source), lambda number: Item(f"{number:09d}", ""))
     scoring = Scoring("reference", _Statistics(network.open(weights, batch)), items, batch)
     parts = InFolder(path.parent / f"{path.name}.parts", described)
-    scoring.update(_images(source), parts)
+    scoring.update_from(functools.partial(_images, source), parts)
     parts.share()
     rows = scoring.result(parts, 0)[1]
     if jax.process_index() == 0:
@@ -276,9 +277,9 @@ def build(
     return path
 
 
-def _images(source: Source) -> Iterator[np.ndarray]:
-    """Every image of a source, one at a time: uint8 [1, S, S, 3]."""
-    for number in range(len(source)):
+def _images(source: Source, numbers: range) -> Iterator[np.ndarray]:
+    """Some images of a source, one at a time: uint8 [1, S, S, 3]."""
+    for number in numbers:
         image = source[number].get("image")
         if image is None:
             raise UserError(f"{source.describe()} holds no images, only what was encoded from them")

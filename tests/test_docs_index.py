@@ -12,6 +12,7 @@ import scaling_dit
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.cli import main as cli
+from scaling_dit.training import program
 from scaling_dit.training.program import StepProgram
 from tests.support.paths import DOCS, ROOT
 
@@ -56,6 +57,8 @@ def stacks(monkeypatch):
             raise Arrived
         return call(self, *arguments, train=train, **keywords)
 
+    # No program of another test takes this one's place.
+    monkeypatch.setattr(program, "_last", [])
     monkeypatch.setattr(StepProgram, "build", building)
     monkeypatch.setattr(UViT, "__call__", calling)
     return found

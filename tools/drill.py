@@ -227,15 +227,31 @@ def kill_later(process: subprocess.Popen, seconds: float, number: int = signal.S
     return True
 
 
+def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
+    """Returns once a run has logged so many steps, or has ended: moments of training, however busy the machine is."""
+    while process.poll() is None:
+        rows = sum(path.read_bytes().count(b'"scalars"') for path in (workdir / "metrics").glob("*.jsonl"))
+        if rows >= step:
+            return
+        time.sleep(0.002)
+
+
 def kills_of_runs(drill: Drill) -> Iterator[Row]:
     """Kills at random moments of a start, and while a checkpoint is being written."""
     trained, seconds = drill.trained, drill.seconds
     del trained
-    anywhere, saving = Row("SIGKILL, random moments", "train"), Row("SIGKILL, within a save", "train")
+    anywhere, saving = (
+        Row("SIGKILL, random moments and steps", "train"),
+        Row("SIGKILL, within a save", "train"),
+    )
     for number in range(drill.counts.kills):
         workdir = drill.root / f"killed{number}"
         process = drill.start(drill.train(workdir))
-        kill_later(process, drill.random.uniform(0.05, 1.1 * seconds))
+        if number % 2:
+            kill_later(process, drill.random.uniform(0.05, seconds))
+        else:
+            wait_for_step(process, workdir, drill.random.randrange(1, STEPS))
+            process.kill()
         drill.again(anywhere, drill.end(process), (0, 137), workdir)
     for number in range(drill.counts.kills):
         workdir = drill.root / f"saving{number}"
@@ -288,8 +304,7 @@ def kills_of_others(drill: Drill) -> Iterator[Row]:
 
 
 def signals_of_runs(drill: Drill) -> Iterator[Row]:
-    """The three signals: before jax is there, at random moments, and five in a row."""
-    seconds = (drill.trained, drill.seconds)[1]
+    """The three signals: before jax is there, at random steps, and five in a row."""
     for number, code in CODES.items():
         row = Row(f"{number.name}, in the first second", "train")
         for _ in range(drill.counts.signals):
@@ -299,19 +314,20 @@ def signals_of_runs(drill: Drill) -> Iterator[Row]:
             ended = drill.end(process)
             row.count(ended.code, ended.fault(code))
         yield row
-        row = Row(f"{number.name}, random moments", "train")
+        row = Row(f"{number.name}, random steps", "train")
         for attempt in range(drill.counts.signals):
             workdir = drill.root / f"{number.name}{attempt}"
             process = drill.start(drill.train(workdir))
-            kill_later(process, drill.random.uniform(0.4, 1.0) * seconds, number)
+            wait_for_step(process, workdir, drill.random.randrange(1, STEPS - 1))
+            process.send_signal(number)
             drill.again(row, drill.end(process), (0, code), workdir)
         yield row
     row = Row("five SIGTERM in a row", "train")
     for attempt in range(drill.counts.signals):
         workdir = drill.root / f"five{attempt}"
         process = drill.start(drill.train(workdir))
-        kill_later(process, drill.random.uniform(0.4, 0.9) * seconds)
-        for _ in range(4):
+        wait_for_step(process, workdir, drill.random.randrange(1, STEPS // 2))
+        for _ in range(5):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.05)
         drill.again(row, drill.end(process), (0, 75), workdir)
@@ -447,16 +463,14 @@ def harm(path: pathlib.Path, kind: str, draw: random.Random) -> None:
     path.unlink() if kind == "remove" else path.write_bytes(data)
 
 
-def run(counts: Counts, seed: int) -> list[Row]:
-    """All rows of the table."""
-    rows = []
+def run(counts: Counts, seed: int) -> Iterator[Row]:
+    """The rows of the table, as they are complete."""
     with tempfile.TemporaryDirectory(prefix="drill") as folder:
         drill = Drill(pathlib.Path(folder), counts, seed)
-        for part in (kills_of_runs, kills_of_others, signals_of_runs, two_writers, disks, damage):
+        for part in (signals_of_runs, two_writers, disks, damage, kills_of_runs, kills_of_others):
             for row in part(drill):
                 print(row.line(), flush=True)
-                rows.append(row)
-    return rows
+                yield row
 
 
 def table(rows: list[Row], seed: int) -> str:
@@ -493,8 +507,11 @@ def main(arguments: list[str] | None = None) -> int:
     counts = SMALL if given.small else Counts()
     set_by_hand = {field.name: getattr(given, field.name) for field in dataclasses.fields(Counts)}
     counts = dataclasses.replace(counts, **{name: n for name, n in set_by_hand.items() if n is not None})
-    rows = run(counts, given.seed)
-    write(given.page, table(rows, given.seed))
+    rows: list[Row] = []
+    for row in run(counts, given.seed):
+        rows.append(row)
+        # At once: a drill that is stopped leaves what it has found.
+        write(given.page, table(rows, given.seed))
     return int(any(row.lost for row in rows))
 
 

@@ -39,8 +39,22 @@ def _not_orbax_chatter(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING and not record.exc_info
 
 
+def _not_a_second_fault(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def _not_too_late(unraisable: Any, shown: Any = sys.unraisablehook) -> None:
+    if unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed":
+        return
+    shown(unraisable)
+
+
 # Orbax logs every stage of every save at INFO, on the absl logger that the program itself logs to.
 absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
+# Of several arrays that a disk refuses, Orbax waits for the first one and raises its error. asyncio and TensorStore
+# then print a traceback for each of the others, which nobody waits for any more.
+logging.getLogger("asyncio").addFilter(_not_a_second_fault)
+sys.unraisablehook = _not_too_late
 
 
 class Damaged(UserError):

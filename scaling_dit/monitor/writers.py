@@ -25,6 +25,10 @@ from scaling_dit.errors import printable
 from scaling_dit.monitor.grid import write_png
 from scaling_dit.monitor.jsonl import JsonLines, read_rows
 
+# Files of TensorBoard, with the second in which each was made.
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)")
+# Seconds to wait for a later one; more means that the clock was set back.
+_WAIT = 3.0
 _INSTALL = 'TensorBoard is off: no module {missing!r}; for it: pip install "scaling-dit[tensorboard]"'
 
 
@@ -201,8 +205,9 @@ class TensorBoardWriter:
             importlib.import_module(module)
         self._metric_writers = importlib.import_module("clu.metric_writers")
         self._directory = os.fspath(directory)
-        # Opened with the first value: files that are named in the same second are read in the order of their opening.
         self._writer: Any = None
+        # The step of the last mark.
+        self._marked: int | None = None
         self._off = False
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -232,10 +237,12 @@ class TensorBoardWriter:
         )
 
     def begin(self, step: int, shown: Mapping[str, Any] | None = None) -> None:
-        self.close()
         # A run that begins at step 0 writes its texts there again.
         first = step + 1 if step and shown is None else step
-        self._guard(lambda: _mark_start(self._directory, first))
+        if self._writer is not None or self._marked != first:
+            self.close()
+            self._guard(lambda: _mark_start(self._directory, first))
+            self._marked = first
         if shown:
             self.scalars(step, shown)
 
@@ -277,13 +284,35 @@ class TensorBoardWriter:
 
 
 def _mark_start(directory: str, step: int) -> None:
-    """Writes an event file with the mark of a start, at which TensorBoard drops older events from `step` on."""
-    event_file_writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    """Writes an event file with the mark of a start, at which TensorBoard drops older events from `step` on.
+
+    TensorBoard reads the files of a folder in the order of their names, which begin with the second in which they were
+    made. The mark must come after those of earlier starts, and before the next one even if that is of the same second.
+    """
+    gfile = importlib.import_module("tensorflow").io.gfile
+    record_writer = importlib.import_module("tensorboard.summary.writer.record_writer")
     event_pb2 = importlib.import_module("tensorboard.compat.proto.event_pb2")
+    gfile.makedirs(directory)
+    names = [found for name in gfile.listdir(directory) if (found := _EVENTS.match(name))]
+    ahead = max((int(found[1]) for found in names), default=0) + 1 - time.time()
+    if ahead > _WAIT:
+        print(
+            f"scaling-dit: the clock was set back by {ahead:,.0f} s: TensorBoard may show steps of several starts; the "
+            "JSON lines have the right ones",
+            file=sys.stderr,
+        )
+    elif ahead > 0:
+        time.sleep(ahead)
+    now = time.time()
     mark = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    writer = event_file_writer.EventFileWriter(directory)
-    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=mark))
-    writer.close()
+    with gfile.GFile(f"{directory}/events.out.tfevents.{int(now):010d}.!start", "wb") as file:
+        writer = record_writer.RecordWriter(file)
+        for event in (
+            event_pb2.Event(wall_time=now, file_version="brain.Event:2"),
+            event_pb2.Event(wall_time=now, step=step, session_log=mark),
+        ):
+            writer.write(event.SerializeToString())
+        writer.flush()
 
 
 def read_scalars(metrics: epath.PathLike) -> list[dict[str, Any]]:

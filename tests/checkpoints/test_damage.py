@@ -169,27 +169,29 @@ FULL = """
     from scaling_dit.errors import StorageError
 
     folder, noise = sys.argv[1], jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
+    # Several, of which the disk refuses each.
+    state = {str(i): noise + i for i in range(12)}
     whole = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(folder, keep_last=1) as store:
-        store.save(1, {"w": noise}, wait=True)
+        store.save(1, state, wait=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, whole[1]))
         for wait in (True, False):
             try:
-                store.save(2, {"w": noise}, wait=wait)
+                store.save(2, state, wait=wait)
                 store.wait()
             except StorageError as error:
                 print(error.exit_code, error)
         assert store.all_steps() == [1], store.all_steps()
         resource.setrlimit(resource.RLIMIT_FSIZE, whole)
-        store.restore(1, {"w": noise})
+        store.restore(1, state)
     with Checkpoints(folder, keep_last=1, patience=60) as store:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, whole[1]))
         threading.Timer(1.0, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, whole)).start()
         # The first one fails in the background; the next one takes its place.
-        store.save(2, {"w": noise})
-        store.save(3, {"w": noise}, wait=True)
+        store.save(2, state)
+        store.save(3, state, wait=True)
         assert store.all_steps() == [3], store.all_steps()
-        store.restore(3, {"w": noise})
+        store.restore(3, state)
 """
 
 

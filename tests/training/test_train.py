@@ -207,7 +207,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_
 
 
 def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkeypatch):
-    def remote(metrics, tensorboard):
+    def remote(metrics, tensorboard, patience):
         return MultiWriter([JsonlWriter(metrics, append=False)])
 
     monkeypatch.setattr(loop, "create_writer", remote)

@@ -100,9 +100,7 @@ def pipe(smoke_run):
     return scaling_dit.load(smoke_run)
 
 
-@pytest.mark.parametrize(
-    "value", [None, 3, b"a red circle", [3], [None], {"a": 1}, [["a"]], ...], ids=repr
-)
+@pytest.mark.parametrize("value", [None, 3, b"a red circle", [3], [None], {"a": 1}, [["a"]], ...], ids=repr)
 def test_prompts(value, pipe):
     fails(pipe.sample, value)
     fails(pipe.encode_text, value)

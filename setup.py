@@ -42,7 +42,7 @@ EXTRAS = {
     # `study` keeps its tables as Parquet, and its report holds vega; vl-convert also makes figures without a browser.
     "study": ["pyarrow", "vl-convert-python"],
     # Paths on gs://.
-    "gcs": ["etils[epath-gcs]"],
+    "gcs": ["etils[epath-gcs]", "fsspec", "google-auth"],
     # `filter` and `stats`: what needs all of a data set.
     "beam": ["apache-beam>=2.70"],
     # Weights and tokenizers by hub id; those in a local folder need nothing.

@@ -23,6 +23,7 @@ from scaling_dit.cli.options import declared
 from scaling_dit.config import own_code
 from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
+from scaling_dit.errors import StorageError
 from scaling_dit.evaluation import run as evaluation
 from scaling_dit.monitor import goodput
 from scaling_dit.planning import report as plan_report
@@ -222,6 +223,7 @@ def test_exit_codes_are_those_of_the_program():
         plan_report.FITS_NOT,
         exit_codes.USER_ERROR,
         exit_codes.INTERRUPTED,
+        StorageError.exit_code,
     }
 
 

@@ -144,7 +144,8 @@ def test_what_an_evaluation_writes_is_explained():
     assert result["tifa_average"] == 1.0
     explained = set(codes("evaluation.md", "What is in result.json"))
     sampling = {"metric", "fields", "workdir", "seed", "step", "ema", "sampler", "steps", "guidance"}
-    sampling |= {"guidance_rescale", "guidance_interval"}
+    sampling |= {"guidance_rescale", "guidance_interval", "training_seed", "left_out"}
+    sampling |= {"prompt_set", "prompt_files", "prompt_transform", "prompts_sha256"}
     assert explained == set(result) | sampling | set(metric.about()) | {"accuracy_on_real_scans"}
     assert set(codes("evaluation.md", "What is in rows.jsonl")) == set(next(iter(scored)))
     common = {name: str(field.default) for name, field in COMMON.items()}

@@ -179,6 +179,7 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
         "absl": "absl-py",
         "orbax": "orbax-checkpoint",
         "sklearn": "scikit-learn",
+        "google": "google-auth",
         "vl_convert": "vl-convert-python",
     }
     imported = set()

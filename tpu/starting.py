@@ -38,12 +38,15 @@ class TpuVerb(Verb):
         end = arguments.index("--") if "--" in arguments else len(arguments)
         after = tuple(arguments[end + 1 :])
         verb = super().parse([*map(_underscores, arguments[:end])])
-        if verb.arguments:
+        runs_command = cls.ARGUMENTS.startswith("[--")
+        if verb.arguments and runs_command:
             raise UserError(
                 f"{cls.name()}: {verb.arguments[0]!r} is no flag; a command for the workers follows --"
             )
-        if after and not cls.ARGUMENTS:
+        if after and not runs_command:
             raise UserError(f"{cls.name()} takes no command after --; see scaling-dit {cls.name()} --help")
+        if not runs_command:
+            return verb
         # Everything after -- is the user's own, also what looks like a flag of this verb.
         return dataclasses.replace(verb, arguments=after)
 

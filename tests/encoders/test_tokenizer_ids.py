@@ -87,5 +87,8 @@ def test_a_changed_tokenizer_is_refused_and_old_checkpoints_open(tmp_path):
     check_tokenizer(new, {"tokenizer_sha256": new}, "here")
     check_tokenizer(new, {}, "here")
     WordTokenizer(("blue", "red")).save(tmp_path / "tokenizer.json")
+    # A folder without a config holds no run, so what a start left there is not trusted.
+    assert tokenizer_hash(tmp_path, tokenizer) == new
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="was trained with another tokenizer.json"):
         check_tokenizer(tokenizer_hash(tmp_path, tokenizer), {"tokenizer_sha256": new}, "here")

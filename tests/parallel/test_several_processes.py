@@ -237,7 +237,7 @@ def test_mistakes_are_reported_by_the_process_that_makes_them(monkeypatch, tmp_p
     codes = []
     monkeypatch.setattr(processes, "run_supervised", lambda main, *_: codes.append(main()) or codes[-1])
     for error in (UserError("wrong"), OSError(28, "full", "disk"), KeyboardInterrupt()):
-        monkeypatch.setattr(loop, "main", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(loop, "main", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         cli.main(["train", "--config=experiments/shapes.py:smoke", f"--workdir={tmp_path}"])
     assert codes == [2, 2, 130]
     assert capsys.readouterr().err.splitlines() == [

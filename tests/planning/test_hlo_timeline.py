@@ -10,7 +10,7 @@ from scaling_dit.planning import hlo, hlo_timeline
 from scaling_dit.planning.hlo_cost import Layout
 
 # Four chips in a line: a link takes 1 byte a second each way, so a ring of four takes 2; a cycle is a second.
-CHIP = types.SimpleNamespace(dcn_bandwidth=0.5, clock=1.0)
+CHIP = types.SimpleNamespace(dcn_bandwidth=0.5, clock=1.0, devices=1)
 TOPOLOGY = types.SimpleNamespace(chip=CHIP, ici_bandwidth=lambda axes: 2.0)
 LAYOUT = Layout({"fsdp": 4}, np.arange(4)[:, None])
 GROUPS = "replica_groups={{0,1,2,3}}"

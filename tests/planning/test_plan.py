@@ -36,6 +36,7 @@ from scaling_dit.planning import (
 )
 from scaling_dit.planning.hlo_cost import Collective, Statistics
 from scaling_dit.planning.roofline import roofline
+from scaling_dit.training.program import place_seed
 from scaling_dit.training.start import Run
 from tests.support import xla
 
@@ -68,6 +69,7 @@ def test_argument_bytes_are_those_of_the_real_state(local, tmp_path):
         run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=0, positions=run.positions
     )
     batch = rules.to_global(next(loader), run.program.mesh, run.config.batch)
+    batch["seed"] = place_seed(run.config.seed, run.program.mesh)
     loader.close()
     device = run.program.mesh.devices.flat[0]
     held = sum(

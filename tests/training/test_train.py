@@ -121,7 +121,7 @@ def test_a_microbatch_holds_every_nth_row():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
     config = tiny(
-        optim__learning_rate=1e30, optim__warmup_steps=0, optim__decay="constant", optim__clip_norm=1e30,
+        optim__learning_rate=1e30, optim__warmup_steps=0, optim__decay="constant", optim__clip_norm=0.0,
         optim__max_nonfinite=3, checkpoint__every=1,
     )  # fmt: skip
     assert main(config, str(tmp_path)) == loop.NONFINITE

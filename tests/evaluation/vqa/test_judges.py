@@ -181,7 +181,7 @@ def test_a_judge_of_ones_own_is_checked(monkeypatch):
 
 def test_judges_that_do_not_exist():
     for name, options, message in (
-        ("opnai:x", {}, "judge 'opnai:x': no module 'opnai' on the Python path; did you mean 'openai'"),
+        ("opnai:x", {}, "judge 'opnai:x': no module 'opnai' in .*; did you mean 'openai'"),
         ("openai", {}, "names no url; write openai:URL"),
         ("openai:localhost", {}, "give a URL such as"),
         ("openai:http://x", {}, "--judge_option=model=NAME"),

@@ -139,4 +139,4 @@ def test_the_extra_that_the_line_names_has_the_package():
     import pathlib
 
     setup = pathlib.Path(__file__).parents[2].joinpath("setup.py").read_text()
-    assert '"gcs": ["etils[epath-gcs]"]' in setup
+    assert '"gcs": ["etils[epath-gcs]", "fsspec", "google-auth"]' in setup

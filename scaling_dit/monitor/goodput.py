@@ -152,6 +152,7 @@ class Recorder:
         self._closed = threading.Event()
         self._step: int | None = None
         self._last_write = watch.clock()
+        self._compile_in_last_row = 0.0
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Self:
@@ -179,7 +180,12 @@ class Recorder:
             self._write(event)
 
     def so_far(self) -> dict[str, Any]:
-        """The `summary` of all starts up to this start's last row; zeros in all processes but the first."""
+        """The `summary` of all starts up to this start's last row; zeros in all processes but the first.
+
+        A row that was written in the middle of a compilation counts its time as the step's, so another one follows it.
+        """
+        if self._watch.seconds()[COMPILE] != self._compile_in_last_row:
+            self._write("step")
         with self._lock:
             return self._account.summary()
 
@@ -199,6 +205,7 @@ class Recorder:
         with self._lock:
             seconds = self._watch.seconds()
             self._last_write = self._watch.clock()
+            self._compile_in_last_row = seconds[COMPILE]
             row = {
                 "time": self._watch.began + sum(seconds.values()),
                 "began": self._watch.began,

@@ -233,3 +233,20 @@ def test_accounting_that_the_disk_refuses_ends_nothing_and_is_written_later(tmp_
         monkeypatch.setattr(recorder._rows, "_flush", flush)
     steps = [line["step"] for line in map(json.loads, recorder._rows.segment.read_text().splitlines())]
     assert 3 in steps
+
+
+def test_a_row_in_the_middle_of_a_compilation_is_put_right_by_the_next_look(tmp_path):
+    clock = [0.0]
+    watch = Stopwatch(began=0.0, clock=lambda: clock[0], now=lambda: 0.0)
+    with Recorder(tmp_path, watch) as recorder:
+        recorder.record("resumed", 0)
+        watch.switch(STEP)
+        clock[0] = 8.0
+        # As the thread does that writes one now and then.
+        recorder._write("step")
+        clock[0] = 10.0
+        watch.compiled(9.0)
+        recorder._step = 1
+        found = recorder.so_far()
+        assert (found["seconds"]["compile"], found["seconds"]["step"]) == (9.0, 1.0)
+        assert found["goodput"] == 0.1 and found["step"] == 1

@@ -42,6 +42,24 @@ class Later(Exception):
         self.seconds = seconds
 
 
+def check_server(who: str, flag: str, url: str, model: str, image_format: str) -> None:
+    """Checks what every user of a chat server is given.
+
+    Args:
+      who: the user, such as "judge".
+      flag: the one that sets its fields, such as "--judge_option".
+
+    Raises:
+      UserError: no http(s) URL, no model, or an image format that is not sent.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{who} openai:{url}: give a URL such as openai:http://localhost:8000/v1")
+    if not model:
+        raise UserError(f"{who} openai needs the model's name on the server: {flag}=model=NAME")
+    if image_format not in ("png", "jpeg"):
+        raise UserError(f"image_format={image_format}: give png or jpeg")
+
+
 @dataclasses.dataclass(frozen=True)
 class Chat:
     """Posts requests to `URL/chat/completions`.

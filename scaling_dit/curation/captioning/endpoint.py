@@ -11,7 +11,7 @@ from absl import logging
 from PIL import Image
 
 from scaling_dit.curation.captioning import Scored
-from scaling_dit.curation.captioning.chat import Chat, Later, Refused, user_message
+from scaling_dit.curation.captioning.chat import Chat, Later, Refused, check_server, user_message
 from scaling_dit.errors import UserError, printable
 
 
@@ -58,14 +58,7 @@ class EndpointCaptioner:
     key_variable: str = "OPENAI_API_KEY"
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(
-                f"captioner openai:{self.url}: give a URL such as openai:http://localhost:8000/v1"
-            )
-        if not self.model:
-            raise UserError("captioner openai needs the model's name on the server: --option=model=NAME")
-        if self.image_format not in ("png", "jpeg"):
-            raise UserError(f"image_format={self.image_format}: give png or jpeg")
+        check_server("captioner", "--option", self.url, self.model, self.image_format)
         if min(self.captions, self.max_tokens, self.tries, self.threads) < 1 or self.timeout <= 0:
             raise UserError(
                 "a captioner needs captions, max_tokens, tries and threads from 1, a timeout above 0"

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from scaling_dit.curation.captioning.chat import Chat, GaveUp, Later, Refused, user_message
+from scaling_dit.curation.captioning.chat import Chat, GaveUp, Later, Refused, check_server, user_message
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.vqa import MULTIPLE_CHOICE, Asked, Likelihood
@@ -64,12 +64,7 @@ class Endpoint:
     template = MULTIPLE_CHOICE
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"judge openai:{self.url}: give a URL such as openai:http://localhost:8000/v1")
-        if not self.model:
-            raise UserError("judge openai needs the model's name on the server: --judge_option=model=NAME")
-        if self.image_format not in ("png", "jpeg"):
-            raise UserError(f"image_format={self.image_format}: give png or jpeg")
+        check_server("judge", "--judge_option", self.url, self.model, self.image_format)
         if min(self.max_tokens, self.tries, self.threads) < 1 or not 1 <= self.top <= 20 or self.timeout <= 0:
             raise UserError(
                 "judge openai needs max_tokens, tries and threads from 1, top from 1 to 20, a timeout above 0"

@@ -1,8 +1,6 @@
 """The caption runner and its back-ends: a tiny BLIP-2 in transformers' format, a fake server, exact scenes."""
 
-import base64
 import http.server
-import io
 import json
 import os
 import signal
@@ -21,6 +19,7 @@ from scaling_dit.curation.raw import RawName
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
 from tests.support import small_webdataset
+from tests.support.chat_server import FaultyHandler, shown_image
 
 
 class Mean:
@@ -360,39 +359,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append((self.path, self.headers.get("Authorization"), body))
-            fault = self.server.faults.pop(0) if self.server.faults else None
-        if isinstance(fault, int):
-            self.send_response(fault)
-            if fault == 429:
-                self.send_header("Retry-After", "0.05")
-            self.end_headers()
-            self.wfile.write(b"no")
-            return
-        if fault == "hang up":
-            self.close_connection = True
-            return
-        content = body["messages"][0]["content"]
-        image = Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])))
-        text = f"{image.format} {image.size[0]}x{image.size[1]} seed {body['seed']}"
+class Handler(FaultyHandler):
+    def noted(self, request):
+        return self.path, self.headers.get("Authorization"), request
+
+    def answered(self, request):
+        image = shown_image(request)
+        text = f"{image.format} {image.size[0]}x{image.size[1]} seed {request['seed']}"
         choices = [
             {
                 "message": {"content": f"{text} {n}"},
                 "logprobs": {"content": [{"logprob": -n - 0.5}, {"logprob": -n}]},
             }
-            for n in range(body["n"])
+            for n in range(request["n"])
         ]
-        answer = fault if isinstance(fault, str) else json.dumps({"choices": choices})
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(answer.encode())
-
-    def log_message(self, *_):
-        pass
+        return json.dumps({"choices": choices})
 
 
 @pytest.fixture

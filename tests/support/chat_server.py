@@ -51,11 +51,21 @@ def says(text, top=None):
     return choice
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class FaultyHandler(http.server.BaseHTTPRequestHandler):
+    """Notes each request in `server.requests`, and gives out `server.faults` before it answers."""
+
+    def noted(self, request):
+        """What is kept of a request."""
+        return request
+
+    def answered(self, request):
+        """The text of an answer."""
+        raise AssertionError("a handler says what it answers")
+
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.requests.append(request)
+            self.server.requests.append(self.noted(request))
             fault = self.server.faults.pop(0) if self.server.faults else None
         if isinstance(fault, int):
             self.send_response(fault)
@@ -67,13 +77,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "hang up":
             self.close_connection = True
             return
-        shown, text = request["messages"][0]["content"]
-        data = base64.b64decode(shown["image_url"]["url"].partition(",")[2])
-        image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        body = fault or json.dumps({"choices": [self.server.answer(image, text["text"], request)]})
+        body = self.answered(request) if fault is None else fault
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body.encode())
 
     def log_message(self, *_):
         pass
+
+
+def shown_image(request):
+    """The image of a request, as it was sent."""
+    url = request["messages"][0]["content"][0]["image_url"]["url"]
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+class _Handler(FaultyHandler):
+    def answered(self, request):
+        text = request["messages"][0]["content"][1]["text"]
+        image = np.asarray(shown_image(request).convert("RGB"))
+        return json.dumps({"choices": [self.server.answer(image, text, request)]})

@@ -7,7 +7,6 @@ depends on the machine (wall time, speed, memory, goodput) stands in `run_measur
 
 import functools
 import io
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +48,7 @@ COLUMNS = (
 )
 _SPEED = "speed/mean_images_per_second"
 _BIN = re.compile(r"validation/(loss_t\d+-\d+)")
+_REMEDY = "put the file back"
 _INSTALL = "needs pyarrow for its tables: pip install 'scaling-dit[study]'"
 
 
@@ -136,14 +136,15 @@ def _metric_folders(run: str, metrics: tuple[str, ...]) -> dict[str, str]:
 
 
 def _last(run: Workdir) -> int:
-    return int(json.loads(run.config.read_text())["steps"]) if run.config.exists() else -1
+    return int(files.read_json(run.config, dict, _REMEDY)["steps"]) if run.config.exists() else -1
 
 
 def _averaged(spec: StudySpec, run: Workdir, step: int, metric: str) -> dict[str, float]:
     """A metric's scalars at the config's own guidance: means over generation seeds, and means of their intervals."""
     paths = results(spec, run, step)
     read = [
-        _scalars(metric, json.loads(paths[metric, seed, None].read_text())) for seed in spec.generation_seeds
+        _scalars(metric, files.read_json(paths[metric, seed, None], dict, _REMEDY))
+        for seed in spec.generation_seeds
     ]
     return {
         name: statistics.fmean(one[name] for one in read) for name in read[0] if all(name in o for o in read)
@@ -171,7 +172,7 @@ def run_scores(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) 
         for (metric, generation, scale), path in results(spec, run, step).items():
             if not path.exists():
                 continue
-            result = json.loads(path.read_text())
+            result = files.read_json(path, dict, _REMEDY)
             flat = _scalars(metric, result)
             about = {
                 "member": member.name,
@@ -212,7 +213,7 @@ def run_measured(spec: StudySpec, folder: StudyFolder, member: Member, seed: int
             "goodput": spent["goodput"],
             "starts": spent["starts"],
             "images_per_second": speed[-1] if speed else None,
-            "peak_bytes": json.loads(peak.read_text())["peak_bytes"] if peak.exists() else None,
+            "peak_bytes": files.read_json(peak, dict, _REMEDY)["peak_bytes"] if peak.exists() else None,
         }
     ]
 

@@ -32,7 +32,7 @@ from scaling_dit.monitor.writers import MultiWriter, create_writer
 from scaling_dit.parallel import compile_cache, processes, rules
 from scaling_dit.training import rewind, watching
 from scaling_dit.training.program import place_seed
-from scaling_dit.training.rewind import Rewind, Spike
+from scaling_dit.training.rewind import Rewind, Spike, SpikeDetector
 from scaling_dit.training.start import Run
 from scaling_dit.training.watching import Watcher
 
@@ -138,24 +138,12 @@ def run_steps(
       UserError, StorageError, Stopped: as `train`.
     """
     config, mesh, evaluator = run.config, run.program.mesh, run.evaluator
-    recorder, store, snapshots, writer, profiler, watcher, _ = outputs
+    recorder, store, snapshots, _, profiler, watcher, _ = outputs
     # Several processes agree on where they stop once a step.
     interrupted = preempted if jax.process_count() == 1 else lambda: False
-    state, spikes, loader = run.begin(store, rewinds, strict=strict)
+    state, spikes, loader = begin_steps(run, rewinds, outputs, watch, strict=strict)
     step = int(state.step)
-    snapshots.back_to(step)
-    recorder.record("resumed", step)
     progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
-    if step == 0 and config.rewind.factor:
-        # So that the first spikes have a checkpoint to go back to.
-        store.save(step, state, run.extra(rewinds, spikes))
-    # The last start was killed between saving and evaluating.
-    again = step > 0 and evaluator.due(step) and processes.first_says(not evaluated(run.workdir, step))
-    open_metrics(run, outputs, state, rewinds, again)
-    if again:
-        with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
-            evaluator.write(writer, step, state, run.frozen)
-
     seed = place_seed(config.seed, mesh)
     watch.switch(STEP)
     watcher.heart.update(state=heartbeat.TRAINING)
@@ -182,8 +170,7 @@ def run_steps(
         watcher.times.pause()
         recorder.record("step", step)
         if log:
-            with watch.part(OTHER):
-                write_log(run, writer, progress, watcher, step, metrics)
+            write_log(run, outputs, watch, progress, step, metrics)
             if metrics["skipped_in_a_row"] >= config.optim.max_nonfinite:
                 raise nonfinite(config, step, store)
         if (log or save) and (spike := spikes.first()) is not None:
@@ -193,26 +180,53 @@ def run_steps(
                 loader.close()
                 # The restored state needs their memory.
                 del state, metrics
-                state, spikes, loader = run.begin(store, rewinds, strict=strict)
+                state, spikes, loader = go_back(run, rewinds, outputs, progress, strict=strict)
                 step = int(state.step)
-                for record in (snapshots, writer, progress):
-                    record.back_to(step)
-                recorder.record("back", step)
             continue
         if save:
             save_state(run, outputs, watch, state, run.extra(rewinds, spikes), wait=last or stop)
         if stop and not last:
             raise stopped(step)
-        if evaluator.due(step):
-            with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
-                complete = evaluator.write(writer, step, state, run.frozen, interrupted)
-            if not complete:
-                save_state(run, outputs, watch, state, run.extra(rewinds, spikes), wait=True)
-                raise stopped(step)
+        if evaluator.due(step) and not evaluate(run, outputs, watch, state, interrupted):
+            save_state(run, outputs, watch, state, run.extra(rewinds, spikes), wait=True)
+            raise stopped(step)
     watch.switch(OTHER)
     progress.close()
     loader.close()
     return state
+
+
+def begin_steps(
+    run: Run, rewinds: Sequence[Rewind], outputs: Outputs, watch: goodput.Stopwatch, *, strict: bool
+) -> tuple[TrainState, SpikeDetector, Any]:
+    """(state, spike detector, loader) to train on from, and the outputs as they were at the step of that state.
+
+    The evaluation of the step is made if the last start was killed between saving and evaluating.
+    """
+    state, spikes, loader = run.begin(outputs.store, rewinds, strict=strict)
+    step = int(state.step)
+    outputs.snapshots.back_to(step)
+    outputs.recorder.record("resumed", step)
+    if step == 0 and run.config.rewind.factor:
+        # So that the first spikes have a checkpoint to go back to.
+        outputs.store.save(step, state, run.extra(rewinds, spikes))
+    again = step > 0 and run.evaluator.due(step) and processes.first_says(not evaluated(run.workdir, step))
+    open_metrics(run, outputs, state, rewinds, again)
+    if again:
+        evaluate(run, outputs, watch, state)
+    return state, spikes, loader
+
+
+def go_back(
+    run: Run, rewinds: Sequence[Rewind], outputs: Outputs, progress: Progress, *, strict: bool
+) -> tuple[TrainState, SpikeDetector, Any]:
+    """(state, spike detector, loader) of the checkpoint of the last rewind; all records go back to its step."""
+    state, spikes, loader = run.begin(outputs.store, rewinds, strict=strict)
+    step = int(state.step)
+    for record in (outputs.snapshots, outputs.writer, progress):
+        record.back_to(step)
+    outputs.recorder.record("back", step)
+    return state, spikes, loader
 
 
 def save_state(
@@ -238,6 +252,18 @@ def save_state(
         outputs.writer.flush()
         outputs.store.save(step, state, extra, wait=wait)
     outputs.recorder.record("saved", step)
+
+
+def evaluate(
+    run: Run,
+    outputs: Outputs,
+    watch: goodput.Stopwatch,
+    state: TrainState,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Evaluates a state and writes the results; False if a signal ended it early."""
+    with watch.part(EVALUATION), outputs.watcher.during(heartbeat.EVALUATING):
+        return run.evaluator.write(outputs.writer, int(state.step), state, run.frozen, interrupted)
 
 
 def stopped(step: int) -> Stopped:
@@ -342,22 +368,23 @@ def open_metrics(
 
 def write_log(
     run: Run,
-    writer: MultiWriter,
+    outputs: Outputs,
+    watch: goodput.Stopwatch,
     progress: Progress,
-    watcher: Watcher,
     step: int,
     metrics: Mapping[str, jax.Array],
 ) -> None:
     """Writes the metrics of a step, its speed and the number of damaged records so far, and shows the loss."""
-    values = {name: float(value) for name, value in metrics.items()}
-    rates = progress.rates(step)
-    rates |= watcher.scalars(rates["speed/steps_per_second"])
-    writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
-    damage = damage_of(run.source)
-    if met := damage.check(processes.total(damage.counts())):
-        writer.scalars(step, met)
-        save_damage(run, run.config.checkpoint.retry)
-    progress.update(step, loss=values["loss"])
+    writer, damage = outputs.writer, damage_of(run.source)
+    with watch.part(OTHER):
+        values = {name: float(value) for name, value in metrics.items()}
+        rates = progress.rates(step)
+        rates |= outputs.watcher.scalars(rates["speed/steps_per_second"])
+        writer.scalars(step, {f"train/{name}": value for name, value in values.items()} | rates)
+        if met := damage.check(processes.total(damage.counts())):
+            writer.scalars(step, met)
+            save_damage(run, run.config.checkpoint.retry)
+        progress.update(step, loss=values["loss"])
 
 
 def record_rewind(run: Run, store: Checkpoints, spike: Spike, rewinds: Sequence[Rewind]) -> Rewind:

@@ -9,7 +9,7 @@ import pathlib
 from scaling_dit.tpu import backends
 from scaling_dit.tpu.job import Budget, Job
 from scaling_dit.tpu.observations import Answer, Observation, Phase, Report, Resource, Work
-from scaling_dit.tpu.state import ENDS, Action, Limits, Stage, State, step
+from scaling_dit.tpu.state import ENDS, REFUSED, Action, Limits, Stage, State, step
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "tpu_states.md"
 LIMITS = Limits()
@@ -130,9 +130,18 @@ def situations(stage: Stage) -> list[tuple[str, State, Observation]]:
         )
         for code, at_step, words in (
             (0, 9, "exit code 0"), (75, 9, "exit code 75"), (2, 9, "exit code 2, 3 or 4"),
+            (130, 9, "exit code 130: Ctrl-C on a worker"),
             (1, 9, "another exit code"), (1, 7, "another exit code, at the step of the last failure"),
         ):  # fmt: skip
             add(words, at(Phase.READY, report=Report(Work.ENDED, code, at_step)))
+        refused = at(Phase.READY, report=Report(Work.ENDED, 74, 9))
+        add("exit code 74: its disk or bucket refused", refused)
+        for words, since, trouble in (
+            (f"exit code 74, {LIMITS.refused_pause / 60:.0f} minutes later", LIMITS.refused_pause, REFUSED),
+            (f"exit code 74 at one step, for {LIMITS.refused / 60:.0f} minutes", LIMITS.refused, ""),
+        ):
+            changes = {"refused_at": 9, "refused": NOW - since, "trouble": trouble, "since": NOW - since}
+            add(words, refused, **changes)
     if stage is Stage.DELETE:
         for after in backends_after():
             add(f"{Phase.ABSENT.value}; {after.value} follows", at(Phase.ABSENT), after=after, verdict="why")

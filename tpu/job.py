@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from scaling_dit import files
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.parallel import topologies
 from scaling_dit.parallel.topologies import Topology
@@ -163,14 +164,14 @@ class Job:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
 
 
-def from_json(text: str) -> Job:
+def from_json(text: str | bytes) -> Job:
     """The job that `Job.to_json` wrote.
 
     Raises:
       UserError: the text is damaged, or of another version.
     """
     try:
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = files.parse_json(text)
         values["budget"] = Budget(**values["budget"])
         for name in ("zones", "command", "secrets"):
             values[name] = tuple(values[name])

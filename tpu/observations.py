@@ -129,15 +129,34 @@ class Worker:
 FINAL_CODES = (2, 3, 4)
 # EX_TEMPFAIL: the same command resumes.
 RESUME_CODE = 75
+# EX_IOERR: a disk or bucket refused for as long as the job tried; the same command resumes once it no longer does.
+STORAGE_CODE = 74
+# Of SIGINT, which only a user sends: a launcher stops a job by SIGTERM.
+INTERRUPTED_CODE = 130
+# The codes of several workers, from the one that decides to the one that says least. A worker whose code is not here
+# and is no signal's failed by itself; the others then lost it, or a signal ended them.
+_DECIDING = (*FINAL_CODES, INTERRUPTED_CODE, STORAGE_CODE)
+_SIGNALS = 128
 # Seconds after which workers that still run are given up when another has ended. The job's own heartbeat is shorter.
 STRAGGLERS = 600.0
+
+
+def _weight(code: int) -> tuple[int, int]:
+    """Sorts exit codes, the one that decides first."""
+    if code in _DECIDING:
+        return 0, _DECIDING.index(code)
+    if code == 0:
+        return 3, 0
+    signalled = code >= _SIGNALS
+    return (1, 0) if code != RESUME_CODE and not signalled else (2, int(signalled))
 
 
 def summarize(workers: tuple[Worker, ...], expected: int, attempt: int) -> Report:
     """What all workers of an attempt say together.
 
     The job has ended when every worker has ended, or when one ended `STRAGGLERS` seconds ago and others still run. Of
-    several exit codes one of `FINAL_CODES` decides, then 75, then the first that is not 0.
+    several exit codes one of `FINAL_CODES` decides, then a user's interruption, then storage that refused one of them,
+    then any other failure, then 75, then a signal: whoever loses another worker ends with 75.
     """
     step = max((worker.step for worker in workers), default=-1)
     if len({worker.name for worker in workers}) < expected:
@@ -146,11 +165,7 @@ def summarize(workers: tuple[Worker, ...], expected: int, attempt: int) -> Repor
         return Report(Work.NONE, step=step)
     ended = [worker for worker in workers if worker.work is Work.ENDED]
     if len(ended) == len(workers):
-        codes = [worker.code or 0 for worker in ended]
-        bad = [code for code in codes if code]
-        final = [code for code in bad if code in FINAL_CODES]
-        code = final[0] if final else RESUME_CODE if RESUME_CODE in bad else bad[0] if bad else 0
-        return Report(Work.ENDED, code, step)
+        return Report(Work.ENDED, min((worker.code or 0 for worker in ended), key=_weight), step)
     running = [worker for worker in workers if worker.work is Work.RUNNING]
     if not running or any(worker.age > STRAGGLERS for worker in ended):
         return Report(Work.GONE, step=step)

@@ -14,11 +14,11 @@ ends its slices, for example by filling their memory.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from scaling_dit import files
 from scaling_dit.errors import UserError, nearest
 
 from . import leases
@@ -28,8 +28,8 @@ WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 FINAL = (DONE, FAILED)
 MEMBERS = "members/"
 # Exit codes of `scaling-dit` after which the same command leads to the same end: a mistake of the user, a loss that is
-# not finite, and too many loss spikes.
-HOPELESS = (2, 3, 4)
+# not finite, and too many loss spikes; and after which it is not wanted: a user interrupted it.
+HOPELESS = (2, 3, 4, 130)
 # EX_TEMPFAIL: saved and stopped, or another process was lost. The same command resumes.
 PREEMPTED_CODE = 75
 MOST_PREEMPTIONS = 100
@@ -81,7 +81,7 @@ def decode(data: bytes) -> Member:
       UserError: damaged, or of another version.
     """
     try:
-        values = json.loads(data)
+        values = files.parse_json(data)
         values |= {name: tuple(values[name]) for name in ("command", "depends_on")}
         return Member(**values | {"lease": Lease.of(values["lease"])})
     except (ValueError, TypeError, KeyError, IndexError) as error:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.errors import UserError
 from scaling_dit.monitor.heartbeat import Heartbeat
 from scaling_dit.parallel import supervise
@@ -296,7 +297,7 @@ class Follower:
         """Does what is due; returns whether there may be more to do."""
         try:
             found = self._store.read(self._name)
-            told = json.loads(found[0]) if found else {}
+            told = _told(found[0], self._name) if found else {}
             if self._token is not None and told.get("token") != self._token:
                 self._stop()
             if now - self._looked >= IDLE:
@@ -396,11 +397,24 @@ def _show_commands(members: Sequence[queue_lib.Member]) -> int:
     return 0
 
 
+def _told(data: bytes, name: str) -> dict[str, Any]:
+    """What the first host of a slice told the others; empty if it runs nothing. Raises UserError if it is damaged."""
+    try:
+        told = files.parse_json(data)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in ("name", "token")):
+        raise UserError(
+            f"{name} in the queue's store is damaged; delete it: the first host of the slice writes it again"
+        )
+    return told
+
+
 def read_members(path: pathlib.Path) -> list[queue_lib.Member]:
     """The members in a JSON file: a list, see `queue.from_mapping`; "-" reads the standard input."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
-        values = json.loads(text)
+        values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, list):

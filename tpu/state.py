@@ -16,7 +16,16 @@ import enum
 from typing import Any
 
 from .job import Job
-from .observations import FINAL_CODES, RESUME_CODE, Answer, Observation, Phase, Work
+from .observations import (
+    FINAL_CODES,
+    INTERRUPTED_CODE,
+    RESUME_CODE,
+    STORAGE_CODE,
+    Answer,
+    Observation,
+    Phase,
+    Work,
+)
 
 
 class Stage(enum.Enum):
@@ -36,6 +45,8 @@ class Stage(enum.Enum):
 # Phases in which machines have stopped, and do not start again by themselves.
 _STOPPED = (Phase.PREEMPTED, Phase.PAUSED, Phase.FAILED)
 ENDS = (Stage.DONE, Stage.STOPPED, Stage.PAUSED)
+# What a job waits out that ended with the exit code of storage.
+REFUSED = "its disk or bucket refused"
 
 
 class After(enum.Enum):
@@ -76,6 +87,8 @@ class Limits:
       start: how long machines may start or be repaired.
       sick: how long machines may be unhealthy.
       silent: how long workers may not answer.
+      refused: how long disk or bucket may refuse the job at one step.
+      refused_pause: before it is started again then.
       again: after which a deletion that has no effect is asked for again.
       back_off: the first pause before another request; it doubles up to `back_off_most`.
       setups: how often a failing set-up is tried.
@@ -88,6 +101,8 @@ class Limits:
     start: float = 2400.0
     sick: float = 1800.0
     silent: float = 900.0
+    refused: float = 3600.0
+    refused_pause: float = 300.0
     again: float = 180.0
     back_off: float = 60.0
     back_off_most: float = 1800.0
@@ -114,6 +129,8 @@ class State:
       attempt: starts of the job.
       restarts: starts after the first, and requests after a preemption.
       failed_at: step of the last failure that was no preemption; -2 = none.
+      refused_at: step at which disk or bucket refused the job; -2 = it got further since, or none did.
+      refused: when that began.
       setups: failures of the set-up in a row.
       machines: those that were set up last.
       alive: whether the resource was seen since it was asked for.
@@ -140,6 +157,8 @@ class State:
     attempt: int = 0
     restarts: int = 0
     failed_at: int = -2
+    refused_at: int = -2
+    refused: float = 0.0
     setups: int = 0
     machines: str = ""
     alive: bool = False
@@ -462,8 +481,12 @@ def _run(job: Job, state: State, seen: Observation, limits: Limits) -> Step:
         if late:
             return _again(job, state, seen, f"{report.work.value}, for {limits.silent / 60:.0f} minutes")
         return state, ()
+    if report.work is Work.ENDED and report.code == STORAGE_CODE:
+        return _refused(job, state, seen, limits)
     state = dataclasses.replace(state, trouble="")
     if report.work is Work.RUNNING:
+        if report.step > state.refused_at:
+            state = dataclasses.replace(state, refused_at=-2)
         return dataclasses.replace(state, tries=0), ()
     if report.work is Work.NONE:
         return _to(state, Stage.SETUP), (Action(Do.SET_UP, state.zone, state.attempt),)
@@ -473,8 +496,7 @@ def _run(job: Job, state: State, seen: Observation, limits: Limits) -> Step:
 
 
 def _ended(job: Job, state: State, seen: Observation) -> Step:
-    code, at = seen.report.code, seen.report.step
-    what = f"exit code {code} {f'at step {at}' if at >= 0 else 'at an unknown step'}"
+    code, at, what = seen.report.code, seen.report.step, _how(seen)
     if code == 0:
         return _end(state, seen, "the job finished", failed=False)
     if code == RESUME_CODE:
@@ -482,9 +504,29 @@ def _ended(job: Job, state: State, seen: Observation) -> Step:
     if code in FINAL_CODES:
         verdict = f"{what}; the same command would end in the same way (tpu logs shows why)"
         return _end(state, seen, verdict, failed=True)
+    if code == INTERRUPTED_CODE:
+        verdict = f"{what}: a user interrupted it on a worker, after it had saved; launch it again to go on"
+        return _end(state, seen, verdict, failed=True)
     if state.failed_at == at:
         return _end(state, seen, f"{what}, for the second time (tpu logs shows why)", failed=True)
     return _restart(job, dataclasses.replace(state, failed_at=at), seen, what)
+
+
+def _how(seen: Observation) -> str:
+    code, at = seen.report.code, seen.report.step
+    return f"exit code {code} {f'at step {at}' if at >= 0 else 'at an unknown step'}"
+
+
+def _refused(job: Job, state: State, seen: Observation, limits: Limits) -> Step:
+    """Disk or bucket refused: the job is started again after a pause, until that has not helped for too long."""
+    if state.refused_at != seen.report.step:
+        state = dataclasses.replace(state, refused_at=seen.report.step, refused=seen.now)
+    if seen.now - state.refused >= limits.refused:
+        minutes = f"{(seen.now - state.refused) / 60:.0f} minutes"
+        return _end(state, seen, f"{_how(seen)}: {REFUSED} for {minutes} (tpu logs shows why)", failed=True)
+    verdict = f"{_how(seen)}: {REFUSED}"
+    state, over = _trouble(dataclasses.replace(state, verdict=verdict), seen, REFUSED, limits.refused_pause)
+    return _restart(job, state, seen, verdict) if over else (state, ())
 
 
 def _restart(job: Job, state: State, seen: Observation, verdict: str, *, new: bool = False) -> Step:

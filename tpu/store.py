@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import gzip
 import io
-import json
 import os
 import pathlib
 import subprocess
@@ -56,7 +55,7 @@ class Store:
 
     def read_job(self) -> Job | None:
         """The job; None if none was kept. Raises UserError for a damaged file."""
-        return job_lib.from_json(self._job.read_text()) if self._job.exists() else None
+        return job_lib.from_json(self._job.read_bytes()) if self._job.exists() else None
 
     def write_job(self, job: Job) -> None:
         """Keeps the job."""
@@ -66,12 +65,12 @@ class Store:
         """The state; None if none was kept. Raises UserError for a damaged file."""
         if not self._state.exists():
             return None
+        remedy = "delete it: the job is found by its name, and its budget begins anew"
+        values = files.read_json(epath.Path(self._state), dict, remedy)
         try:
-            return from_dict(json.loads(self._state.read_text()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self._state} is damaged; delete it: the job is found by its name, and its budget begins anew"
-            ) from error
+            return from_dict(values)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self._state} is damaged, or of another version; {remedy}") from error
 
     def write_state(self, state: State) -> None:
         """Keeps the state, whole or not at all."""

@@ -7,7 +7,6 @@ claims extends it. All seeds of a member run in one process and share its compil
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,11 +156,10 @@ def _check_extends(saved: dict[str, Any], now: dict[str, Any], folder: StudyFold
 def _read_saved(folder: StudyFolder) -> dict[str, Any] | None:
     if not folder.study.exists():
         return None
-    try:
-        saved = json.loads(folder.study.read_text())
-        assert isinstance(saved["registered"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{folder.study} is damaged; put it back, or give another --workdir") from None
+    remedy = "put it back, or give another --workdir"
+    saved: dict[str, Any] = files.read_json(folder.study, dict, remedy)
+    if not isinstance(saved.get("registered"), dict):
+        raise UserError(f"{folder.study} is damaged: its claims are missing; {remedy}")
     return saved
 
 

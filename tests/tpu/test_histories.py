@@ -111,7 +111,7 @@ class History:
             case "killed while acting":
                 self.fragile.after = 1 + amount / 2
             case "exit":
-                world.workers.end((75, 1, 137, 3, 75, 1, 75, 2, 75, 1)[amount], cloud.now)
+                world.workers.end((75, 1, 137, 3, 74, 130, 74, 2, 75, 1)[amount], cloud.now)
             case "process lost":
                 world.workers.lose_process()
             case "sick" | "well" if running:

@@ -13,7 +13,7 @@ from scaling_dit.tpu.observations import (
     Worker,
     summarize,
 )
-from scaling_dit.tpu.state import After, Do, Limits, Stage, State, from_dict, resumed, step
+from scaling_dit.tpu.state import REFUSED, After, Do, Limits, Stage, State, from_dict, resumed, step
 
 from tests.support import tpu_jobs
 from tools import tpu_states
@@ -139,6 +139,7 @@ def test_restarts_are_limited(world):
         (3, 1, "exit code 3"),
         (4, 1, "exit code 4"),
         (1, 2, "for the second time"),
+        (130, 1, "a user interrupted it on a worker"),
         (137, 2, ""),
     ],
 )
@@ -158,6 +159,30 @@ def test_exit_code_75_resumes_however_often_within_the_restarts(world):
         made.turns(2)
     assert made.turns(300) and made.state.stage is Stage.DONE
     assert made.state.attempt == 5 and made.state.restarts == 4 and made.cloud.created == 1
+
+
+def test_storage_that_refuses_is_waited_for_an_hour_at_one_step(world):
+    made = world(total=100)
+    made.workers.fails = (50, 74)
+    began = made.cloud.now
+    assert made.turns(300) and made.state.stage is Stage.STOPPED and not made.cloud.made
+    assert "its disk or bucket refused for 6" in made.state.verdict and "step 50" in made.state.verdict
+    # A start every five minutes and more, each of which counts as a restart.
+    assert 5 <= made.state.restarts <= 12
+    assert 3600 <= made.cloud.now - began < 3 * 3600
+
+
+def test_a_job_that_gets_past_a_refusal_goes_on(world):
+    made = world(total=200)
+    for saved in (40, 60, 80):
+        assert not made.turns(60, lambda at=saved: made.workers.saved >= at)
+        made.workers.end(74, made.cloud.now)
+        made.turns(2)
+        # Not at once.
+        assert made.state.trouble == REFUSED and "refused" in made.state.verdict
+        made.cloud.advance(1800.0)
+    assert made.turns(300) and made.state.stage is Stage.DONE
+    assert made.state.attempt == 4 and made.cloud.created == 1 and made.state.refused_at == -2
 
 
 def test_machines_that_a_group_replaced_are_prepared_again(world):
@@ -244,6 +269,12 @@ def worker(name, work, code=None, step=5, attempt=1, age=0.0):
         ([worker("a", Work.ENDED, 75), worker("b", Work.ENDED, 137)], Report(Work.ENDED, 75, 5)),
         ([worker("a", Work.ENDED, 75), worker("b", Work.ENDED, 3)], Report(Work.ENDED, 3, 5)),
         ([worker("a", Work.ENDED, 0), worker("b", Work.ENDED, 1)], Report(Work.ENDED, 1, 5)),
+        # One host's storage, mistake, or user, of which the other tells only that it lost somebody.
+        ([worker("a", Work.ENDED, 75), worker("b", Work.ENDED, 74)], Report(Work.ENDED, 74, 5)),
+        ([worker("a", Work.ENDED, 130), worker("b", Work.ENDED, 75)], Report(Work.ENDED, 130, 5)),
+        ([worker("a", Work.ENDED, 75), worker("b", Work.ENDED, 1)], Report(Work.ENDED, 1, 5)),
+        ([worker("a", Work.ENDED, 74), worker("b", Work.ENDED, 130)], Report(Work.ENDED, 130, 5)),
+        ([worker("a", Work.ENDED, 137), worker("b", Work.ENDED, 0)], Report(Work.ENDED, 137, 5)),
         ([worker("a", Work.ENDED, 75), worker("b", Work.RUNNING)], Report(Work.RUNNING, step=5)),
         ([worker("a", Work.ENDED, 75, age=601), worker("b", Work.RUNNING)], Report(Work.GONE, step=5)),
         ([worker("a", Work.ENDED, 75), worker("b", Work.GONE)], Report(Work.GONE, step=5)),

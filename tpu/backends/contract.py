@@ -3,11 +3,12 @@
 import calendar
 import collections
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from scaling_dit import files
 
 from ..commands import Command, Result, Runner
 from ..job import Job
@@ -149,7 +150,7 @@ def seconds_of(stamp: str) -> float:
 def parsed(result: Result) -> Any:
     """The JSON that a command printed; None if it is none."""
     try:
-        return json.loads(result.out)
+        return files.parse_json(result.out)
     except ValueError:
         return None
 

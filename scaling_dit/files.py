@@ -89,14 +89,29 @@ def check_scheme(path: epath.PathLike) -> None:
     scheme, separator, _ = os.fspath(path).partition("://")
     if not separator:
         return
-    if scheme not in _SCHEMES:
-        known = ", ".join(f"{name}://" for name in _SCHEMES)
-        raise UserError(f"{path}: {scheme}:// is not read; a path is local or begins with one of {known}")
+    check_known(path)
     package, extra = _SCHEMES[scheme]
     # Where TensorFlow is installed, etils reads gs:// with it.
     others = ("tensorflow",) if scheme == "gs" else ()
     if not any(_is_installed(name) for name in (package, *others)):
         raise UserError(f"{path}: {scheme}:// needs the package {package}, which is not installed{extra}")
+
+
+def check_known(path: epath.PathLike, flag: str = "") -> None:
+    """Makes sure that paths of that scheme are read at all, on a machine with the package for it.
+
+    Args:
+      flag: what stands before the path in the message.
+
+    Raises:
+      UserError: an unknown scheme.
+    """
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if separator and scheme not in _SCHEMES:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
+        raise UserError(
+            f"{flag}{path}: {scheme}:// is not read; a path is local or begins with one of {known}"
+        )
 
 
 def _is_installed(package: str) -> bool:

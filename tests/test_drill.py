@@ -1,11 +1,13 @@
 """The drill: what it counts as lost, the table it writes, and the drill itself in small."""
 
+import os
 import random
 
 import pytest
 
 from tools import drill
-from tools.drill import BEGIN, END, Ended, Row
+from tools.drill import BEGIN, END, Row, Table
+from tools.drill_commands import Ended, changed_environment, files_of
 
 
 def test_what_counts_as_lost():
@@ -21,7 +23,7 @@ def test_the_table_counts_tries_losses_and_codes(capsys):
         row.count(code, fault)
     assert row.line() == "| SIGKILL | train | 3 | 1 | 0 (1), 137 (2) |"
     assert "the losses differ" in capsys.readouterr().err
-    lines = drill.table([row, Row("SIGTERM", "train")], seed=5).splitlines()
+    lines = drill.as_text([row, Row("SIGTERM", "train")], seed=5).splitlines()
     assert lines[0] == BEGIN and lines[-1] == END
     assert lines[1].startswith("3 tries, 1 lost (") and "seed 5" in lines[1]
 
@@ -48,11 +50,42 @@ def test_harm_changes_a_file(tmp_path, kind):
         assert len(left) == 200 and sum(a != b for a, b in zip(left, range(200), strict=True)) == 1
 
 
+def test_a_drill_goes_on_where_it_was_stopped(tmp_path):
+    kept, page = tmp_path / "rows.json", tmp_path / "page.md"
+    first = Table(kept, page, 3)
+    first.add(first.row("SIGKILL", "train"), 137)
+    first.add(first.row("SIGKILL", "train"), 0)
+    first.row("SIGTERM", "train")
+    again = Table(kept, page, 3)
+    assert again.row("SIGKILL", "train") == Row("SIGKILL", "train", 2, 0, {0: 1, 137: 1})
+    again.add(again.row("SIGTERM", "train"), 75, "the losses differ")
+    text = page.read_text()
+    assert "3 tries, 1 lost" in text and text.count("SIGKILL") == 1
+    assert [row.tries for row in Table(kept, page, 3).rows] == [2, 1]
+
+
+def test_files_are_the_same_wherever_they_lie(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "file").write_text(f"made in {tmp_path / name}")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    (tmp_path / "b" / "sub" / "file").write_text("another")
+    assert files_of(tmp_path / "a") != files_of(tmp_path / "b")
+
+
+def test_the_environment_of_a_drill_is_left_as_it_was(monkeypatch):
+    monkeypatch.setenv("DRILL_A", "1")
+    monkeypatch.delenv("DRILL_B", raising=False)
+    with changed_environment({"DRILL_A": "2", "DRILL_B": "3"}):
+        assert (os.environ["DRILL_A"], os.environ["DRILL_B"]) == ("2", "3")
+    assert os.environ["DRILL_A"] == "1" and "DRILL_B" not in os.environ
+
+
 @pytest.mark.slow
 def test_the_drill_in_small(tmp_path):
     assert drill.main(["--small", f"--page={tmp_path / 'out.md'}"]) == 0
     rows = [
         line.split("|") for line in (tmp_path / "out.md").read_text().splitlines() if line.startswith("| ")
     ]
-    assert len(rows) > 15
+    assert [row[3].strip() for row in rows] == ["tries", "1", "1", "1", "1"]
     assert {row[4].strip() for row in rows[1:]} == {"0"}

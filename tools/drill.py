@@ -1,12 +1,13 @@
 """The drill: kills, signals, damage and full disks over real commands, and the table of what they cost.
 
-    python -m tools.drill                  # writes the table in docs/errors_and_exit_codes.md; takes its time
-    python -m tools.drill --small --page=out.md
+    python -m tools.drill                             # the table in docs/errors_and_exit_codes.md; takes its time
+    python -m tools.drill --kept=rows.json --only=signals,disks       # some of it; it goes on where it was stopped
+    python -m tools.drill --small --page=out.md       # one run that meets one fault of most kinds
 
-Every try disturbs one command, then gives the same command again, undisturbed. A try is lost if that does not end with
-exit code 0 and the same bits as a run that nothing disturbed, if an exit code is another than documented, or if a line
-of a traceback was printed. Full disks are small ramdisks where this process may mount them (as root, on Linux);
-elsewhere the size of files is limited.
+Every try disturbs one command, and the same command is then given again, undisturbed; up to five kills come in a row
+before. A try is lost if that does not end with exit code 0 and the same bits as a run that nothing disturbed, if an
+exit code is another than documented, or if a line of a traceback was printed. Full disks are small ramdisks where this
+process may mount them (as root, on Linux); elsewhere the size of files is limited.
 """
 
 import argparse
@@ -14,14 +15,11 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import functools
-import hashlib
 import json
 import os
 import pathlib
 import platform
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,29 +28,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+from tools.drill_commands import SMALL_DISK, STEPS, Command, Drill, files_of, logged, written
+
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "errors_and_exit_codes.md"
 BEGIN, END = "<!-- drill: written by tools/drill.py -->", "<!-- /drill -->"
-STEPS = 24
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}
-# Bytes of a full disk: it holds one checkpoint of the drill's run and not two.
-SMALL_DISK = 2_600_000
-# Seconds after which a command counts as hung.
-LIMIT = 400
+# Kills in a row, before the command is given undisturbed.
+CHAIN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """How often each thing is tried: kills of each verb, signals, pairs of writers, disks, bits, cuts."""
 
-    kills: int = 6
-    signals: int = 4
+    kills: int = 20
+    signals: int = 3
     writers: int = 3
     disks: int = 3
     bits: int = 16
     cuts: int = 8
-
-
-SMALL = Counts(kills=1, signals=1, writers=1, disks=1, bits=2, cuts=2)
 
 
 @dataclasses.dataclass
@@ -64,16 +58,18 @@ class Row:
     tries: int = 0
     lost: int = 0
     codes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    why: list[str] = dataclasses.field(default_factory=list)
 
     def count(self, code: int, fault: str = "") -> None:
         """Adds a try with the exit code of the disturbed command, and what was wrong with it."""
         self.tries += 1
         self.codes[code] += 1
         if fault:
-            self.lost += 1
-            self.why.append(fault)
-            print(f"LOST: {self.what} of {self.where}: {fault}", file=sys.stderr)
+            self.lose(fault)
+
+    def lose(self, fault: str) -> None:
+        """The last try is lost: what came after it shows this fault."""
+        self.lost += 1
+        print(f"LOST: {self.what} of {self.where}: {fault}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
         """As a row of Markdown."""
@@ -81,269 +77,227 @@ class Row:
         return f"| {self.what} | {self.where} | {self.tries} | {self.lost} | {codes} |"
 
 
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """A command that has ended: its exit code (128 + N after signal N) and what it printed on stderr."""
-
-    code: int
-    errors: str
-
-    def fault(self, *codes: int) -> str:
-        """What is wrong with it if it should have one of these exit codes; "" if nothing is."""
-        last = (self.errors.strip().splitlines() or [""])[-1][:200]
-        if "Traceback (most recent call last)" in self.errors:
-            return f"a traceback: {last}"
-        return "" if self.code in codes else f"exit code {self.code}: {last}"
-
-
-class Drill:
-    """The commands of the drill, each with a folder of its own, and how an undisturbed one ends.
+class Table:
+    """The rows of a drill. With a file it is made in pieces, and goes on where it was stopped.
 
     Args:
-      root: an empty folder.
-      counts: how often each thing is tried.
-      seed: of the random moments.
+      kept: the file, or None.
+      page: that the table is written to.
+      seed: of the drill, for the page.
     """
 
-    def __init__(self, root: pathlib.Path, counts: Counts, seed: int) -> None:
-        self.root, self.counts, self.random = root, counts, random.Random(seed)
-        flags = (
-            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-            "--xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=1"
-        )
-        self.environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": flags,
-            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(root / "compiled")),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        self.images = self._images()
+    def __init__(self, kept: pathlib.Path | None, page: pathlib.Path, seed: int) -> None:
+        self._kept, self._page, self._seed = kept, page, seed
+        self.rows: list[Row] = []
+        if kept is not None and kept.exists():
+            for one in json.loads(kept.read_text()):
+                codes = collections.Counter({int(code): count for code, count in one.pop("codes").items()})
+                self.rows.append(Row(**one, codes=codes))
 
-    def _images(self) -> pathlib.Path:
-        import numpy as np
-        from PIL import Image
+    def row(self, what: str, where: str) -> Row:
+        """The row of this name, as far as it has come."""
+        for one in self.rows:
+            if (one.what, one.where) == (what, where):
+                return one
+        self.rows.append(Row(what, where))
+        return self.rows[-1]
 
-        folder = self.root / "images"
-        folder.mkdir()
-        lines = []
-        for number in range(24):
-            pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}.png")
-            lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a red circle, {number}"}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-        return folder
+    def save(self) -> None:
+        """Called after each try and its end: a drill that is stopped leaves what it has found."""
+        if self._kept is not None:
+            rows = [vars(one) | {"codes": dict(one.codes)} for one in self.rows]
+            self._kept.write_text(json.dumps(rows, indent=1) + "\n")
+        write(self._page, as_text([row for row in self.rows if row.tries], self._seed))
 
-    def train(self, workdir: pathlib.Path, **changes: object) -> list[str]:
-        """The command that trains."""
-        fields = {
-            "steps": STEPS, "eval.every": 0, "checkpoint.every": 6, "log.every": 1, "log.tensorboard": False,
-            "checkpoint.retry": 0.0,
-        }  # fmt: skip
-        fields |= {name.replace("__", "."): value for name, value in changes.items()}
-        flags = [f"--config.{name}={value}" for name, value in fields.items()]
-        return ["train", "--config=shapes:smoke", f"--workdir={workdir}", *flags]
-
-    def start(self, arguments: list[str], **options: object) -> subprocess.Popen:
-        """A command that runs; stderr goes to a file, so that no pipe blocks it."""
-        errors = tempfile.TemporaryFile("w+", dir=self.root)  # noqa: SIM115
-        process = subprocess.Popen(
-            [sys.executable, "-m", "scaling_dit", *arguments],
-            env=self.environment, stdout=subprocess.DEVNULL, stderr=errors, **options,
-        )  # fmt: skip
-        process.errors = errors
-        return process
-
-    def end(self, process: subprocess.Popen) -> Ended:
-        """Waits for a command."""
-        try:
-            code = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        process.errors.seek(0)
-        errors = process.errors.read()
-        process.errors.close()
-        return Ended(code if code >= 0 else 128 - code, errors)
-
-    def run(self, arguments: list[str]) -> Ended:
-        """A command, undisturbed."""
-        return self.end(self.start(arguments))
-
-    @functools.cached_property
-    def trained(self) -> pathlib.Path:
-        """The workdir of a run that nothing disturbed."""
-        workdir = self.root / "trained"
-        began = time.monotonic()
-        ended = self.run(self.train(workdir))
-        if fault := ended.fault(0):
-            raise SystemExit(f"the undisturbed run failed: {fault}\n{ended.errors}")
-        self.seconds = time.monotonic() - began
-        return workdir
-
-    def same_run(self, workdir: pathlib.Path) -> str:
-        """How a finished run differs from the undisturbed one."""
-        for what, of in (("the last checkpoint", checkpoint_of), ("the losses", losses_of)):
-            if of(workdir) != of(self.trained):
-                return f"{what} differs"
-        return ""
-
-    def again(self, row: Row, ended: Ended, codes: tuple[int, ...], workdir: pathlib.Path) -> None:
-        """Counts a disturbed command of a run: `train` is given again until the end, and compared."""
-        fault = ended.fault(*codes) or self.run(self.train(workdir)).fault(0) or self.same_run(workdir)
-        row.count(ended.code, fault)
+    def add(self, row: Row, code: int, fault: str = "") -> None:
+        """Counts a try, see `Row.count`, and saves the table."""
+        row.count(code, fault)
+        self.save()
 
 
-def checkpoint_of(workdir: pathlib.Path) -> object:
-    """The checksums of all arrays of the newest checkpoint."""
-    newest = max(
-        (p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
-    )
-    return newest.name, json.loads((newest / "extra" / "metadata").read_text())["arrays"]
+Disturb = Callable[[Drill, Command, pathlib.Path], None]
 
 
-def losses_of(workdir: pathlib.Path) -> object:
-    """The loss of every step, as the metrics show them."""
-    from scaling_dit.checkpoints.workdir import read_metrics
+def chains(
+    drill: Drill,
+    table: Table,
+    row: Row,
+    kills: int,
+    arguments: Callable[[pathlib.Path], list[str]],
+    disturb: Disturb,
+    finish: Callable[[pathlib.Path], str],
+) -> None:
+    """Counts so many kills of a command, up to `CHAIN` of them in a row in one folder.
 
-    return [(row["step"], row["train/loss"]) for row in read_metrics(workdir) if "train/loss" in row]
-
-
-def files_of(folder: pathlib.Path, *but: str) -> object:
-    """The contents of all files below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in but
-    }
-
-
-def kill_later(process: subprocess.Popen, seconds: float, number: int = signal.SIGKILL) -> bool:
-    """Sends a signal after so many seconds; False if the process has ended before."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-        return False
-    process.send_signal(number)
-    return True
-
-
-def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
-    """Returns once a run has logged so many steps, or has ended: moments of training, however busy the machine is."""
-    while process.poll() is None:
-        rows = sum(path.read_bytes().count(b'"scalars"') for path in (workdir / "metrics").glob("*.jsonl"))
-        if rows >= step:
-            return
-        time.sleep(0.002)
+    Args:
+      arguments: of the command that works in a folder.
+      disturb: kills it at some moment, unless it ends before.
+      finish: gives the command undisturbed and returns what is wrong then, "" if nothing is.
+    """
+    while row.codes[137] < kills and row.tries < 3 * kills:
+        folder = pathlib.Path(tempfile.mkdtemp(dir=drill.root)) / "it"
+        for _ in range(CHAIN):
+            # One of some is started as a user starts it.
+            command = drill.start(arguments(folder), fresh=row.tries % 8 == 7)
+            disturb(drill, command, folder)
+            ended = command.end()
+            row.count(ended.code, ended.fault(0, 137))
+            if ended.code == 0 or row.codes[137] >= kills:
+                break
+        if fault := finish(folder):
+            row.lose(fault)
+        table.save()
+        shutil.rmtree(folder.parent)
 
 
-def kills_of_runs(drill: Drill) -> Iterator[Row]:
+def at_some_step(drill: Drill, command: Command, workdir: pathlib.Path) -> None:
+    """Kills a run one to some steps after where it is, or at a moment of its start."""
+    if drill.random.random() < 0.5:
+        command.kill_later(drill.random.uniform(0.05, drill.seconds))
+        return
+    wanted = drill.random.randrange(1, 6) + logged(workdir)
+    command.wait_for(lambda: logged(workdir) >= wanted)
+    command.kill()
+
+
+def within_a_save(drill: Drill, command: Command, workdir: pathlib.Path) -> None:
+    """Kills a run while a checkpoint is being written."""
+    wanted, seen, folder = drill.random.randrange(1, 4), set(), workdir / "checkpoints"
+
+    def reached() -> bool:
+        if folder.exists():
+            seen.update(path.name for path in folder.iterdir() if "tmp" in path.name)
+        return len(seen) >= wanted
+
+    command.wait_for(reached)
+    time.sleep(drill.random.uniform(0, 0.02))
+    command.kill()
+
+
+def kills_of_runs(drill: Drill, counts: Counts, table: Table) -> None:
     """Kills at random moments of a start, and while a checkpoint is being written."""
-    trained, seconds = drill.trained, drill.seconds
-    del trained
-    anywhere, saving = (
-        Row("SIGKILL, random moments and steps", "train"),
-        Row("SIGKILL, within a save", "train"),
-    )
-    for number in range(drill.counts.kills):
-        workdir = drill.root / f"killed{number}"
-        process = drill.start(drill.train(workdir))
-        if number % 2:
-            kill_later(process, drill.random.uniform(0.05, seconds))
-        else:
-            wait_for_step(process, workdir, drill.random.randrange(1, STEPS))
-            process.kill()
-        drill.again(anywhere, drill.end(process), (0, 137), workdir)
-    for number in range(drill.counts.kills):
-        workdir = drill.root / f"saving{number}"
-        process = drill.start(drill.train(workdir, checkpoint__every=2))
-        wanted = drill.random.randrange(1, 6)
-        seen: set[str] = set()
-        while process.poll() is None and len(seen) < wanted:
-            folder = workdir / "checkpoints"
-            seen |= (
-                {path.name for path in folder.iterdir() if "tmp" in path.name} if folder.exists() else set()
-            )
-        time.sleep(drill.random.uniform(0, 0.02))
-        process.kill()
-        drill.again(saving, drill.end(process), (0, 137), workdir)
-    yield from (anywhere, saving)
+    assert drill.trained
+    row = table.row("SIGKILL, random moments and steps", "train")
+    chains(drill, table, row, counts.kills, drill.train, at_some_step, drill.resumed)
+    row = table.row("SIGKILL, within a save", "train")
+
+    def saves_often(workdir: pathlib.Path) -> list[str]:
+        return drill.train(workdir, checkpoint__every=2)
+
+    chains(drill, table, row, counts.kills, saves_often, within_a_save, drill.resumed)
 
 
-def kills_of_others(drill: Drill) -> Iterator[Row]:
+def kills_of_others(drill: Drill, counts: Counts, table: Table) -> None:
     """Kills of the verbs that resume what they wrote."""
     images = [f"--workdir={drill.trained}", "--steps=4", "--batch=2"]
-    prompts = [f"a red circle, {number}" for number in range(12)]
-    commands: dict[str, tuple[list[str], tuple[str, ...]]] = {
-        "sample": (["sample", *images, *prompts], ()),
-        # The command's own folder stands in it.
-        "evaluate": (["evaluate", *images, "--items=12"], ()),
-        "prepare": (
-            ["prepare", "--config=shapes:smoke", f"--config.source.name=folder:{drill.images}",
-             "--config.source.image_size=16", "--config.eval.metrics=()", "--config.codec.name=dct", "--batch=2"], (),
-        ),
+    prompts = [f"a red circle, {number}" for number in range(16)]
+    commands = {
+        "sample": ["sample", *images, *prompts],
+        "evaluate": ["evaluate", *images, "--items=12"],
+        "prepare": [
+            "prepare", "--config=shapes:smoke", f"--config.source.name=folder:{images_of(drill.root)}",
+            "--config.source.image_size=16", "--config.eval.metrics=()", "--config.codec.name=dct", "--batch=2",
+        ],
     }  # fmt: skip
-    for verb, (command, but) in commands.items():
-        row = Row("SIGKILL, random moments", verb)
-        whole = drill.root / f"{verb}-whole"
-        began = time.monotonic()
-        if fault := drill.run([*command, f"--out={whole}"]).fault(0):
-            row.count(1, f"undisturbed: {fault}")
-            yield row
+    for verb, command in commands.items():
+        row = table.row("SIGKILL, random moments", verb)
+        if row.codes[137] >= counts.kills:
             continue
+        whole, began = drill.root / f"{verb}-whole", time.monotonic()
+        if fault := drill.run([*command, f"--out={whole}"]).fault(0):
+            raise SystemExit(f"{verb}, undisturbed: {fault}")
         seconds = time.monotonic() - began
-        for number in range(drill.counts.kills):
-            out = drill.root / f"{verb}-{number}"
-            process = drill.start([*command, f"--out={out}"])
-            kill_later(process, drill.random.uniform(0.5, 1.0) * seconds)
-            ended = drill.end(process)
-            fault = ended.fault(0, 137) or drill.run([*command, f"--out={out}"]).fault(0)
-            if not fault and files_of(out, *but) != files_of(whole, *but):
-                fault = "other files"
-            row.count(ended.code, fault)
-        yield row
+        wanted = files_of(whole)
+
+        def disturb(drill: Drill, command: Command, out: pathlib.Path, seconds: float = seconds) -> None:
+            if drill.random.random() < 0.4:
+                command.kill_later(drill.random.uniform(0.3, 1.0) * seconds)
+                return
+            # In the middle of its work, however long its start takes.
+            more = written(out) + drill.random.randrange(1, 4)
+            command.wait_for(lambda: written(out) >= more)
+            command.kill_later(drill.random.uniform(0, 0.2))
+
+        def finish(out: pathlib.Path, command: list[str] = command, wanted: dict[str, str] = wanted) -> str:
+            if fault := drill.run([*command, f"--out={out}"]).fault(0):
+                return fault
+            found = files_of(out)
+            other = [
+                name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)
+            ]
+            return f"other files: {', '.join(other)}" if other else ""
+
+        def arguments(out: pathlib.Path, command: list[str] = command) -> list[str]:
+            return [*command, f"--out={out}"]
+
+        chains(drill, table, row, counts.kills, arguments, disturb, finish)
 
 
-def signals_of_runs(drill: Drill) -> Iterator[Row]:
+def images_of(root: pathlib.Path) -> pathlib.Path:
+    """A folder of small images with captions."""
+    import numpy as np
+    from PIL import Image
+
+    folder = root / "images"
+    folder.mkdir()
+    lines = []
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a red circle, {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def again(
+    drill: Drill, table: Table, row: Row, command: Command, codes: tuple[int, ...], workdir: pathlib.Path
+) -> None:
+    """Counts a disturbed command of a run: `train` is given again until the end, and compared."""
+    ended = command.end()
+    table.add(row, ended.code, ended.fault(*codes) or drill.resumed(workdir))
+
+
+def signals(drill: Drill, counts: Counts, table: Table) -> None:
     """The three signals: before jax is there, at random steps, and five in a row."""
     for number, code in CODES.items():
-        row = Row(f"{number.name}, in the first second", "train")
-        for _ in range(drill.counts.signals):
-            process = drill.start(drill.train(drill.root / "never"))
+        row = table.row(f"{number.name}, in the first second", "train")
+        for _ in range(row.tries, counts.signals):
+            command = drill.start(drill.train(drill.root / "never"), fresh=True)
             # Python itself takes some hundredths of a second to begin.
-            kill_later(process, drill.random.uniform(0.2, 1.0), number)
-            ended = drill.end(process)
-            row.count(ended.code, ended.fault(code))
-        yield row
-        row = Row(f"{number.name}, random steps", "train")
-        for attempt in range(drill.counts.signals):
+            command.kill_later(drill.random.uniform(0.2, 1.0), number)
+            ended = command.end()
+            table.add(row, ended.code, ended.fault(code))
+        row = table.row(f"{number.name}, random steps", "train")
+        for attempt in range(row.tries, counts.signals):
             workdir = drill.root / f"{number.name}{attempt}"
-            process = drill.start(drill.train(workdir))
-            wait_for_step(process, workdir, drill.random.randrange(1, STEPS - 1))
-            process.send_signal(number)
-            drill.again(row, drill.end(process), (0, code), workdir)
-        yield row
-    row = Row("five SIGTERM in a row", "train")
-    for attempt in range(drill.counts.signals):
+            command, wanted = drill.start(drill.train(workdir)), drill.random.randrange(1, STEPS - 1)
+            command.wait_for(lambda: logged(workdir) >= wanted)  # noqa: B023
+            command.send(number)
+            again(drill, table, row, command, (0, code), workdir)
+    row = table.row("five SIGTERM in a row", "train")
+    for attempt in range(row.tries, counts.signals):
         workdir = drill.root / f"five{attempt}"
-        process = drill.start(drill.train(workdir))
-        wait_for_step(process, workdir, drill.random.randrange(1, STEPS // 2))
+        command, wanted = drill.start(drill.train(workdir)), drill.random.randrange(1, STEPS // 2)
+        command.wait_for(lambda: logged(workdir) >= wanted)  # noqa: B023
         for _ in range(5):
-            process.send_signal(signal.SIGTERM)
+            command.send(signal.SIGTERM)
             time.sleep(0.05)
-        drill.again(row, drill.end(process), (0, 75), workdir)
-    yield row
+        again(drill, table, row, command, (0, 75), workdir)
 
 
-def two_writers(drill: Drill) -> Iterator[Row]:
+def writers(drill: Drill, counts: Counts, table: Table) -> None:
     """Two commands with one new workdir at once: the same run, and two experiments."""
-    rows = Row("two starts at once", "train"), Row("two experiments in one new folder", "train")
+    rows = (
+        table.row("two starts at once", "train"),
+        table.row("two experiments in one new folder", "train"),
+    )
     for row, changes in zip(rows, ({}, {"optim__learning_rate": 0.5}), strict=True):
-        for attempt in range(drill.counts.writers):
+        for attempt in range(row.tries, counts.writers):
             workdir = drill.root / f"two{len(changes)}{attempt}"
             first = drill.start(drill.train(workdir))
             time.sleep(drill.random.uniform(0, 1.0))
             second = drill.start(drill.train(workdir, **changes))
-            ended = [drill.end(first), drill.end(second)]
+            ended = [first.end(), second.end()]
             fault = next(filter(None, (each.fault(0, 2) for each in ended)), "")
             if not fault and 0 not in (ended[0].code, ended[1].code):
                 fault = "neither finished"
@@ -352,45 +306,44 @@ def two_writers(drill: Drill) -> Iterator[Row]:
                 fault = "both finished"
             if not fault and ended[0].code == 0:
                 fault = drill.same_run(workdir)
-            row.count(max(each.code for each in ended), fault)
-        yield row
+            table.add(row, max(each.code for each in ended), fault)
 
 
-def disks(drill: Drill) -> Iterator[Row]:
+def has_saved(workdir: pathlib.Path) -> bool:
+    """Whether a run has its first checkpoint."""
+    return (workdir / "checkpoints" / "6").exists()
+
+
+def disks(drill: Drill, counts: Counts, table: Table) -> None:
     """A disk that is full while a run saves, one that turns read-only, and a folder that vanishes."""
-    full = Row("disk full", "train")
-    for attempt in range(drill.counts.disks):
+    full = table.row("disk full", "train")
+    for attempt in range(full.tries, counts.disks):
         workdir = drill.root / f"full{attempt}" / "run"
-        with small_disk(workdir.parent) as (options, free):
-            ended = drill.end(drill.start(drill.train(workdir), **options))
+        with small_disk(workdir.parent) as (largest, free):
+            ended = drill.start(drill.train(workdir), largest=largest).end()
             free()
-            drill.again(full, ended, (74,), workdir)
-    yield full
-    gone = Row("folder gone", "train")
-    for attempt in range(drill.counts.disks):
+            table.add(full, ended.code, ended.fault(74) or drill.resumed(workdir))
+    gone = table.row("folder gone", "train")
+    for attempt in range(gone.tries, counts.disks):
         workdir, moved = drill.root / f"gone{attempt}", drill.root / f"moved{attempt}"
-        process = drill.start(drill.train(workdir))
-        while process.poll() is None and not (workdir / "checkpoints" / "6").exists():
-            time.sleep(0.01)
+        command = drill.start(drill.train(workdir))
+        command.wait_for(lambda: has_saved(workdir))  # noqa: B023
         workdir.rename(moved)
-        ended = drill.end(process)
+        ended = command.end()
         if workdir.exists():
-            gone.count(ended.code, "files were written where the folder had been")
+            table.add(gone, ended.code, "files were written where the folder had been")
             continue
         moved.rename(workdir)
-        drill.again(gone, ended, (74,), workdir)
-    yield gone
+        table.add(gone, ended.code, ended.fault(74) or drill.resumed(workdir))
     if may_mount():
-        readonly = Row("file system turned read-only", "train")
-        for attempt in range(drill.counts.disks):
+        readonly = table.row("file system turned read-only", "train")
+        for attempt in range(readonly.tries, counts.disks):
             workdir = drill.root / f"readonly{attempt}"
-            process = drill.start(drill.train(workdir))
-            while process.poll() is None and not (workdir / "checkpoints" / "6").exists():
-                time.sleep(0.01)
+            command = drill.start(drill.train(workdir))
+            command.wait_for(lambda: has_saved(workdir))  # noqa: B023
             with read_only(workdir / "checkpoints"):
-                ended = drill.end(process)
-            drill.again(readonly, ended, (74,), workdir)
-        yield readonly
+                ended = command.end()
+            table.add(readonly, ended.code, ended.fault(74) or drill.resumed(workdir))
 
 
 def may_mount() -> bool:
@@ -419,35 +372,40 @@ def read_only(folder: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def small_disk(
     folder: pathlib.Path, size: int = SMALL_DISK
-) -> Iterator[tuple[dict[str, object], Callable[[], None]]]:
-    """(options of a process, function that makes room) of a folder that holds so many bytes."""
+) -> Iterator[tuple[int | None, Callable[[], object]]]:
+    """(bytes of the largest file, if that is the limit; function that makes room) of a folder of so many bytes."""
     folder.mkdir(parents=True)
     if not may_mount():
-        limit = size // 8
-        yield {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}, lambda: None
+        yield size // 8, lambda: None
         return
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
     try:
-        yield {}, lambda: subprocess.run(["mount", "-o", f"remount,size={20 * size}", folder], check=True)
+        yield None, lambda: subprocess.run(["mount", "-o", f"remount,size={20 * size}", folder], check=True)
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def damage(drill: Drill) -> Iterator[Row]:
+def damage(drill: Drill, counts: Counts, table: Table) -> None:
     """Flipped bits and cut files of the newest checkpoint, which `train` then resumes from or sets aside."""
-    for name, kinds in (("bit flipped", ("flip",)), ("file cut or removed", ("cut", "empty", "remove"))):
-        row = Row(f"{name} in the newest checkpoint", "train")
-        for attempt in range(drill.counts.bits if kinds == ("flip",) else drill.counts.cuts):
-            workdir = pathlib.Path(shutil.copytree(drill.trained, drill.root / f"{kinds[0]}{attempt}"))
-            newest = workdir / "checkpoints" / str(STEPS)
-            path = drill.random.choice(
-                [p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size]
-            )
-            harm(path, kinds[attempt % len(kinds)], drill.random)
+    kinds = {
+        "bit flipped": (counts.bits, ("flip",)),
+        "file cut or removed": (counts.cuts, ("cut", "empty", "remove")),
+    }
+    for name, (times, ways) in kinds.items():
+        row = table.row(f"{name} in the newest checkpoint", "train")
+        for attempt in range(row.tries, times):
+            workdir = pathlib.Path(shutil.copytree(drill.trained, drill.root / f"{ways[0]}{attempt}"))
+            harm_newest(workdir, ways[attempt % len(ways)], drill.random)
             ended = drill.run(drill.train(workdir))
-            row.count(ended.code, ended.fault(0) or drill.same_run(workdir))
+            table.add(row, ended.code, ended.fault(0) or drill.same_run(workdir))
             shutil.rmtree(workdir)
-        yield row
+
+
+def harm_newest(workdir: pathlib.Path, kind: str, draw: random.Random) -> None:
+    """Damages a file of the newest checkpoint."""
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    newest = workdir / "checkpoints" / str(max(steps))
+    harm(draw.choice([p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size]), kind, draw)
 
 
 def harm(path: pathlib.Path, kind: str, draw: random.Random) -> None:
@@ -463,17 +421,48 @@ def harm(path: pathlib.Path, kind: str, draw: random.Random) -> None:
     path.unlink() if kind == "remove" else path.write_bytes(data)
 
 
-def run(counts: Counts, seed: int) -> Iterator[Row]:
-    """The rows of the table, as they are complete."""
+def small(drill: Drill, counts: Counts, table: Table) -> None:
+    """One run that meets a signal, a second start, a kill within a save and a flipped bit, one after the other."""
+    assert drill.trained and counts
+    workdir = drill.root / "small"
+    row = table.row("SIGTERM, a random step", "train")
+    command, wanted = drill.start(drill.train(workdir)), drill.random.randrange(8, 14)
+    command.wait_for(lambda: logged(workdir) >= wanted)
+    command.send(signal.SIGTERM)
+    ended = command.end()
+    table.add(row, ended.code, ended.fault(75))
+    killed = table.row("SIGKILL, within a save", "train")
+    second = table.row("a second start meanwhile", "train")
+    before = logged(workdir)
+    command = drill.start(drill.train(workdir, checkpoint__every=2))
+    command.wait_for((workdir / "lease.json").exists)
+    ended = drill.run(drill.train(workdir))
+    table.add(second, ended.code, ended.fault(2))
+    command.wait_for(lambda: logged(workdir) > before)
+    within_a_save(drill, command, workdir)
+    ended = command.end()
+    table.add(killed, ended.code, ended.fault(0, 137))
+    row = table.row("bit flipped in the newest checkpoint", "train")
+    harm_newest(workdir, "flip", drill.random)
+    ended = drill.run(drill.train(workdir))
+    table.add(row, ended.code, ended.fault(0) or drill.same_run(workdir))
+
+
+PARTS = {part.__name__: part for part in (signals, writers, disks, damage, kills_of_runs, kills_of_others)}
+
+
+def run(parts: list[str], counts: Counts, seed: int, table: Table) -> None:
+    """Makes the tries of some parts that the table lacks."""
+    if not parts:
+        return
     with tempfile.TemporaryDirectory(prefix="drill") as folder:
-        drill = Drill(pathlib.Path(folder), counts, seed)
-        for part in (signals_of_runs, two_writers, disks, damage, kills_of_runs, kills_of_others):
-            for row in part(drill):
-                print(row.line(), flush=True)
-                yield row
+        # A drill that goes on meets other moments.
+        drill = Drill(pathlib.Path(folder), seed + sum(row.tries for row in table.rows))
+        for name in parts:
+            (PARTS | {"small": small})[name](drill, counts, table)
 
 
-def table(rows: list[Row], seed: int) -> str:
+def as_text(rows: list[Row], seed: int) -> str:
     """The section of the page, with its markers."""
     day = datetime.datetime.now(datetime.UTC).date()
     about = f"{day}, Python {platform.python_version()}, {platform.system()}, seed {seed}"
@@ -498,21 +487,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", action="store_true", help="one or two tries of each kind")
+    parser.add_argument("--small", action="store_true", help="one run, one fault of each kind")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="parts, with commas; none writes what is kept"
+    )
+    parser.add_argument("--kept", type=pathlib.Path, help="file that keeps the rows of other parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=pathlib.Path, default=PAGE)
     for field in dataclasses.fields(Counts):
-        parser.add_argument(f"--{field.name}", type=int)
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
     given = parser.parse_args(arguments)
-    counts = SMALL if given.small else Counts()
-    set_by_hand = {field.name: getattr(given, field.name) for field in dataclasses.fields(Counts)}
-    counts = dataclasses.replace(counts, **{name: n for name, n in set_by_hand.items() if n is not None})
-    rows: list[Row] = []
-    for row in run(counts, given.seed):
-        rows.append(row)
-        # At once: a drill that is stopped leaves what it has found.
-        write(given.page, table(rows, given.seed))
-    return int(any(row.lost for row in rows))
+    parts = ["small"] if given.small else [part for part in given.only.split(",") if part]
+    if unknown := [part for part in parts if part not in (*PARTS, "small")]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    counts = Counts(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Counts)})
+    made = Table(given.kept, given.page, given.seed)
+    run(parts, counts, given.seed, made)
+    made.save()
+    for row in made.rows:
+        print(row.line())
+    return int(any(row.lost for row in made.rows))
 
 
 if __name__ == "__main__":

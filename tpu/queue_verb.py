@@ -20,14 +20,14 @@ class Queue(TpuVerb):
     EXAMPLE = "scaling-dit tpu queue run --queue=gs://bucket/queues/ladder --slice=v5e-a"
     ARGUMENTS = "add|run|status"
 
-    queue: str = flag("folder of the queue, local or gs://", required=True)
+    queue: str = flag("folder of the queue, local or gs://", required=True, path=True)
     members: str | None = flag(
-        "add: JSON file with a list of name, command, depends_on, retries; - for stdin"
+        "add: JSON file with a list of name, command, depends_on, retries; - for stdin", path=True
     )
     slice: str | None = flag("run: name of this slice, the same on all of its hosts; this host's by default")
     host: int = flag("run: index of this host in the slice", 0, FROM_0)
     hosts: int = flag("run: hosts of the slice", 1, COUNT)
-    logs: str = flag("run: folder for the output of the commands", "logs")
+    logs: str = flag("run: folder for the output of the commands", "logs", path=True)
     dry_run: bool = dry_flag()
     json: bool = json_flag()
 

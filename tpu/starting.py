@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
+from scaling_dit import files
 from scaling_dit.cli.options import flag, group
 from scaling_dit.cli.verb import Verb
 from scaling_dit.errors import UserError
@@ -99,9 +100,9 @@ class Resources:
     quiet_minutes: float = flag(
         "minutes without a heartbeat after which the machines delete themselves", 30.0, POSITIVE
     )
-    source: str = flag("folder that is copied to the workers and installed there, such as .", "")
+    source: str = flag("folder that is copied to the workers and installed there, such as .", "", path=True)
     setup: str = flag(
-        "file with the shell script that prepares a worker; by default it installs scaling-dit", ""
+        "file with the shell script that prepares a worker; by default it installs scaling-dit", "", path=True
     )
     env: tuple[str, ...] = flag("NAME=VALUE for the job; repeat it", (), repeat=True)
     secret: tuple[str, ...] = flag(
@@ -155,7 +156,7 @@ class _Starts(TpuVerb):
             subnetwork=given.subnetwork,
             service_account=given.service_account,
             internal=given.internal,
-            source=given.source and os.path.abspath(os.path.expanduser(given.source)),
+            source=given.source and os.path.abspath(given.source),
             setup=_read(given.setup),
             environment=dict(map(_pair, given.env)),
             secrets=given.secret,
@@ -184,6 +185,7 @@ class _Starts(TpuVerb):
         job = self.job()
         job_lib.check(job)
         backend = backends.get(job)
+        files.check_known(job.workdir, "--workdir=")
         if job.workers > 1 and job.workdir and "://" not in job.workdir and not self.force:
             raise UserError(
                 f"--workdir={job.workdir}: the {job.workers} workers have separate disks, which end with the slice; "
@@ -265,7 +267,10 @@ def _pair(text: str) -> tuple[str, str]:
 def _read(path: str) -> str:
     if not path:
         return ""
-    file = pathlib.Path(path).expanduser()
+    file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"--setup={path}: no such file; give a file with a shell script")
-    return file.read_text()
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError:
+        raise UserError(f"--setup={path}: not UTF-8, and must be a shell script") from None

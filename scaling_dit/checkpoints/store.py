@@ -100,7 +100,7 @@ class Checkpoints:
         if "://" not in os.fspath(directory):
             # Orbax wants absolute paths; on gs:// this would prepend the working directory.
             self.directory = self.directory.absolute()
-        # Of several processes, one alone cannot try again.
+        # Of several processes, one alone cannot try again: they write one checkpoint together, and wait for each other.
         self._read_only, self._patience = read_only, patience if jax.process_count() == 1 else 0.0
         policies: list[preservation_policy.PreservationPolicy] = [
             preservation_policy.LatestN(keep_last),

@@ -52,6 +52,8 @@ class Workdir(os.PathLike[str]):
         self.damaged_checkpoints = self.folder / "damaged_checkpoints"
         # Which process writes to the folder, while one does.
         self.lease = self.folder / "lease.json"
+        # Empty; written before each save of several processes, to see whether the folder can be written.
+        self.writable = self.folder / "writable"
         # Metrics as JSON lines, images as PNG.
         self.metrics = self.folder / "metrics"
         # The same as TensorBoard events, and profiler traces.

@@ -6,7 +6,7 @@ import sys
 from scaling_dit.cli.options import flag
 from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
-from scaling_dit.fields import COUNT, FROM_0
+from scaling_dit.fields import COUNT, FROM_0, POSITIVE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Advise(Verb):
     EXAMPLE = "scaling-dit advise --workdir=runs/core --budget=3e20 --topology=v5p:4x4x4"
 
     workdir: str = flag("folder of a study that has finished", required=True, path=True)
-    budget: float = flag("training FLOPs of the run", required=True)
+    budget: float = flag("training FLOPs of the run", None, POSITIVE, required=True)
     topology: str | None = flag("slice such as v5p:4x4x4 to plan the best run for; none without it")
     slices: int = flag("equal slices joined by the data-centre network", 1, COUNT)
     price: float | None = flag(

@@ -187,6 +187,10 @@ class Topology:
         return sum(self.chip.link_bandwidth * (2 if self.wraps(axis) else 1) for axis in axes)
 
 
+# Of the largest pod of any generation, a TPU7x.
+MOST_CHIPS = 9216
+
+
 def parse(text: str, slices: int = 1) -> Topology:
     """The topology "GENERATION:AxBxC", or "local".
 
@@ -213,6 +217,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     if len(dims) != CHIPS[name].torus or 0 in dims:
         right = f"{CHIPS[name].torus} numbers of chips, such as {EXAMPLES[name]}"
         raise UserError(f"--topology={text}: the shape of {name} has {right}")
+    if math.prod(dims) > MOST_CHIPS:
+        raise UserError(f"--topology={text}: no slice has more than {MOST_CHIPS:,} chips")
     return Topology(text, CHIPS[name], dims, slices)
 
 

@@ -246,12 +246,29 @@ def save_state(
     """
     step = int(state.step)
     with watch.part(CHECKPOINT), outputs.watcher.during(heartbeat.SAVING):
-        storage.patiently(outputs.lease.check, f"to {run.workdir}", run.config.checkpoint.retry)
+        processes.first_does(lambda: check_writable(run, outputs))
         # No checkpoint may be ahead of snapshots or metrics: steps before it are not run again.
         outputs.snapshots.wait()
-        outputs.writer.flush()
         outputs.store.save(step, state, extra, wait=wait)
     outputs.recorder.record("saved", step)
+
+
+def check_writable(run: Run, outputs: Outputs) -> None:
+    """Makes sure that the workdir is this run's and takes writes, or waits for it; writes the metrics so far.
+
+    Of several processes the first does it while the others wait. Each would try to save again by itself, but all of
+    them write one checkpoint together, so what refuses must show before they begin.
+
+    Raises:
+      StorageError: the disk or bucket refuses, or the workdir is gone.
+      UserError: another process has taken the workdir over.
+    """
+    patience = run.config.checkpoint.retry
+    storage.patiently(outputs.lease.check, f"to {run.workdir}", patience)
+    outputs.writer.flush()
+    if jax.process_count() > 1:
+        path = run.workdir.writable
+        storage.patiently(lambda: path.write_bytes(b""), str(path), patience)
 
 
 def evaluate(

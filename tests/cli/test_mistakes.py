@@ -29,7 +29,14 @@ WORK = {
     "plan": ("scaling_dit.planning.report", "main"),
     "import": ("scaling_dit.interop.importing", "main"),
     "export": ("scaling_dit.interop.exporting", "main"),
+    "study": ("scaling_dit.scaling.study", "study"),
+    "advise": ("scaling_dit.scaling.advise", "main"),
+    "doctor": ("scaling_dit.doctor.report", "main"),
+    # What all of them do is done by gcloud.
+    **{f"tpu {name}": ("scaling_dit.tpu.outside", "RUN") for name in cli.VERBS["tpu"].verbs()},
+    "tpu queue": ("scaling_dit.tpu.queue_worker", "main"),
 }
+_JOB = ["--topology=v5e:4x4", "--zones=us-west4-a", "--hours=2", "--config=shapes", "--workdir=gs://b/w"]
 # A right command of each verb, as far as its flags go.
 RIGHT = {
     "train": ["--config=shapes:smoke", "--workdir=w"],
@@ -44,8 +51,24 @@ RIGHT = {
     "plan": ["--config=shapes:smoke", "--topology=local"],
     "import": ["--from=f", "--config=shapes:smoke", "--workdir=w"],
     "export": ["--workdir=w", "--out=o", "--to=safetensors"],
+    "study": ["--config=experiments/studies/shapes_core.py:smoke", "--workdir=w"],
+    "advise": ["--workdir=w", "--budget=1e18"],
+    "doctor": ["--workdir=w"],
+    # There is no such job, which every flag is looked at before.
+    **{f"tpu {name}": ["--name=first"] for name in cli.VERBS["tpu"].verbs()},
+    **{f"tpu {name}": ["--name=first", *_JOB] for name in ("launch", "create")},
+    **{f"tpu {name}": ["--zones=us-west4-a"] for name in ("list", "sweep")},
+    "tpu queue": ["--queue=q", "status"],
 }
-FOLDERS = ("workdir", "out", "kept", "captions", "from", "prompts_file", "questions")
+FOLDERS = (
+    "workdir", "out", "kept", "captions", "from", "prompts_file", "questions", "queue", "members", "logs", "source",
+    "setup",
+)  # fmt: skip
+# Those that lie on other machines, or name more than files.
+ELSEWHERE = {
+    *((f"tpu {name}", "workdir") for name in ("launch", "create")),
+    *((name, "source") for name in ("filter", "stats", "caption")),
+}
 # What no type takes, of numbers.
 BAD_NUMBERS = {
     int: ("two", "", "1.5", "1e30", "nan", "-7", "99999999999999999999", "0x", "1,2"),
@@ -54,11 +77,12 @@ BAD_NUMBERS = {
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
+def place(tmp_path, tmp_path_factory, monkeypatch):
     """An empty folder to start from, and verbs that do no work."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "no-jobs"))
     for verb, (module, name) in WORK.items():
 
         def work(*args, verb=verb, **kwargs):
@@ -69,8 +93,18 @@ def place(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [], "a mistake left files behind"
 
 
+def verb_of(name):
+    first, _, second = name.partition(" ")
+    return cli.VERBS[first].verbs()[second] if second else cli.VERBS[first]
+
+
 def flags_of(verb):
-    return [one for one in declared(cli.VERBS[verb]) if one.name != "own_code"]
+    return [one for one in declared(verb_of(verb)) if one.name != "own_code"]
+
+
+def refused(capsys, verb, *arguments):
+    """The line of a verb that may have two words."""
+    return line_of(capsys, *verb.split(), *arguments)
 
 
 def of_flags():
@@ -93,7 +127,7 @@ def of_flags():
 
 @pytest.mark.parametrize("verb, flag", swept(of_flags(), 2))
 def test_values_that_a_flag_does_not_take(verb, flag, capsys):
-    line = line_of(capsys, verb, *RIGHT[verb], flag)
+    line = refused(capsys, verb, *RIGHT[verb], flag)
     assert flag.partition("=")[0].lstrip("-") in line
 
 
@@ -101,7 +135,7 @@ def of_paths():
     """Each path of each verb in forms that no folder here has."""
     for verb in WORK:
         for one in flags_of(verb):
-            if one.name in FOLDERS:
+            if one.name in FOLDERS and (verb, one.name) not in ELSEWHERE:
                 assert one.path, one.name
                 for value in (
                     "~nobody-of-this-name/x",
@@ -116,7 +150,7 @@ def of_paths():
 
 @pytest.mark.parametrize("verb, flag, value", swept(of_paths()))
 def test_paths_that_name_nothing(verb, flag, value, capsys):
-    line = line_of(capsys, verb, *RIGHT[verb], f"--{flag}={value}")
+    line = refused(capsys, verb, *RIGHT[verb], f"--{flag}={value}")
     assert line.startswith(f"--{flag}: ")
 
 
@@ -125,15 +159,19 @@ def test_flags_that_are_missing_unknown_or_too_many(verb, capsys):
     for one in flags_of(verb):
         if one.required:
             rest = [word for word in RIGHT[verb] if not word.startswith(f"--{one.name}=")]
-            assert f"{verb} needs --{one.name}" in line_of(capsys, verb, *rest)
-            empty = line_of(capsys, verb, *rest, f"--{one.name}=")
-            assert (f"flag --{one.name}=: " if one.choices else f"{verb} needs --{one.name}") in empty
+            assert f"{verb} needs --{one.name}" in refused(capsys, verb, *rest)
+            empty = refused(capsys, verb, *rest, f"--{one.name}=")
+            assert (
+                f"flag --{one.name}=: "
+                if one.choices or one.type in BAD_NUMBERS
+                else f"{verb} needs --{one.name}"
+            ) in empty
         mistyped = f"--{one.name}x=1"
-        assert f"{verb} has no flag" in line_of(capsys, verb, *RIGHT[verb], mistyped)
-    if not cli.VERBS[verb].ARGUMENTS:
-        assert "takes flags only" in line_of(capsys, verb, *RIGHT[verb], "word")
-    if not cli.VERBS[verb].OVERRIDES:
-        assert "has no flag" in line_of(capsys, verb, *RIGHT[verb], "--config.steps=2")
+        assert f"{verb} has no flag" in refused(capsys, verb, *RIGHT[verb], mistyped)
+    if not verb_of(verb).ARGUMENTS:
+        assert "takes flags only" in refused(capsys, verb, *RIGHT[verb], "word")
+    if not verb_of(verb).OVERRIDES:
+        assert "has no flag" in refused(capsys, verb, *RIGHT[verb], "--config.steps=2")
 
 
 def of_fields():
@@ -189,11 +227,74 @@ NO_EXPERIMENTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", ["train", "prepare", "count", "plan"])
+@pytest.mark.parametrize("verb", ["train", "prepare", "count", "plan", "study", "doctor"])
 @pytest.mark.parametrize("spec", NO_EXPERIMENTS)
 def test_experiments_that_are_none(verb, spec, capsys):
     rest = [word for word in RIGHT[verb] if not word.startswith("--config=")]
     line_of(capsys, verb, *rest, f"--config={spec}")
+
+
+NO_SLICES = (
+    "v9:2x2", "v5e", "4x4", "v5e:4xfour", "v5e:0x4", "v5e:-4x4", "v5e:4x4x4x4", "v5litepod-16", "a b",
+    "\x1b[31m", "v5e:" + "9" * 30 + "x4", "v5e:4x4;reboot", "$(id)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["doctor", "advise", "tpu launch", "tpu create"])
+@pytest.mark.parametrize("topology", NO_SLICES)
+def test_slices_that_are_none(verb, topology, capsys):
+    rest = [word for word in RIGHT[verb] if not word.startswith("--topology=")]
+    refused(capsys, verb, *rest, f"--topology={topology}")
+
+
+NO_JOBS = {
+    "name": ("First", "a b", "a;b", "$(id)", "../x", "-x", "1st", "a" * 41, "a_b", "é", "`id`", "a\nb"),
+    "zones": ("nowhere", "us-west4", "us-west4-a,us-west4-a", "us-west4-a,", "a b", "$(id)", "us-west4-a;id"),
+    "study": ("A", "a b", "$(id)", "a" * 64, "é"),
+    "owner": ("A", "a b", "me@example.org", "a" * 64),
+    "hours": ("0", "-1", "inf", "1e9"),
+    "env": ("NAME", "=x", "a b=c", "MY_TOKEN=x", "1X=2"),
+    "secret": ("a b", "1X", "$(id)", "NOT_SET_ANYWHERE"),
+    "reservation": ("mine",),
+    "setup": ("nowhere.sh", ".", "/dev/null"),
+    "workdir": ("runs/x", "http://example.org/x", "ftp://x/y"),
+}
+
+
+@pytest.mark.parametrize("verb", ["tpu launch", "tpu create"])
+@pytest.mark.parametrize(
+    "flag, value", [(flag, value) for flag, values in NO_JOBS.items() for value in values]
+)
+def test_jobs_that_cannot_be(verb, flag, value, capsys):
+    rest = [word for word in RIGHT[verb] if not word.startswith(f"--{flag}=")]
+    refused(capsys, verb, *rest, f"--{flag}={value}")
+
+
+@pytest.mark.parametrize("verb", [name for name in WORK if name.startswith("tpu ")])
+@pytest.mark.parametrize("name", ["none", "../x", "a b", "$(id)", "/etc/passwd", "\x1b[31m", "~", "a" * 300])
+def test_jobs_that_nobody_launched(verb, name, capsys):
+    if RIGHT[verb] == ["--name=first"]:
+        assert "no such job" in refused(capsys, verb, f"--name={name}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["ad"], ["add"], ["run", "add"], ["run", "--host=2", "--hosts=2"]])
+def test_queues_that_are_asked_for_nothing(arguments, capsys):
+    line_of(capsys, "tpu", "queue", "--queue=q", *arguments)
+
+
+@pytest.mark.parametrize(
+    "command", [["study"], ["advise", "--budget=1e18"], ["report"], ["sample", "x"], ["evaluate"]]
+)
+@pytest.mark.parametrize("folder", ["nowhere", "/", "/etc/passwd", "a[b]", "\x1b[31m"])
+def test_folders_that_hold_no_run_or_study(command, folder, capsys, monkeypatch):
+    # Their work begins by reading the folder.
+    monkeypatch.undo()
+    line_of(capsys, *command, f"--workdir={folder}")
+
+
+@pytest.mark.parametrize("budget", ["0", "-1e18", "inf", "1e400"])
+def test_budgets_that_buy_nothing(budget, capsys):
+    line_of(capsys, "advise", "--workdir=w", f"--budget={budget}")
 
 
 @pytest.mark.parametrize(
@@ -201,3 +302,10 @@ def test_experiments_that_are_none(verb, spec, capsys):
 )
 def test_verbs_that_are_none(arguments, capsys):
     assert "no verb" in line_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["lunch"], ["--name=first"], ["\x1b[31mlaunch"], [""], ["launch "]]
+)
+def test_verbs_of_tpu_that_are_none(arguments, capsys):
+    line_of(capsys, "tpu", *arguments)

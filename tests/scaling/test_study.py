@@ -92,9 +92,10 @@ def test_a_folder_without_a_study(tmp_path, capsys):
     assert "holds no study, so study needs --config" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no study in .*: study\.json is missing"):
         study_lib.open_study(tmp_path)
-    (tmp_path / "study.json").write_text("{")
-    with pytest.raises(UserError, match=r"study\.json is damaged"):
-        study_lib.read_spec(tmp_path)
+    for damaged in (b"{", b"[]", b"{}", b'{"registered": []}', b"\x80", b"[" * 100_000):
+        (tmp_path / "study.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"study\.json is damaged"):
+            study_lib.read_spec(tmp_path)
 
 
 def write(made, folder):

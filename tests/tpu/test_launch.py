@@ -24,6 +24,8 @@ STAND_IN = r"""
 set -u
 echo "$0 $FAKE_PROCESS of $FAKE_PROCESSES" >> "$1/starts"
 number=$(grep -c "$FAKE_PROCESS of" "$1/starts")
+# The other has started too, before a checkpoint can bring the next preemption.
+while [ "$(grep -c "$((1 - FAKE_PROCESS)) of" "$1/starts")" -lt "$number" ]; do sleep 0.05; done
 while :; do
   last=$(ls "$1/checkpoints" | sort -n | tail -n 1)
   if [ "${last:-0}" -ge 12 ]; then exit 0; fi
@@ -112,9 +114,12 @@ def test_a_job_is_preempted_twice_and_ends_as_if_it_was_not(fake, capfd, backend
 # The same, with real training: two processes of `jax.distributed` with two devices each.
 TRAIN = (
     "scaling-dit", "train", "--config=shapes:smoke", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-    "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=60", "--config.checkpoint.every=5",
-    "--config.log.every=5", "--config.processes.heartbeat=20",
+    "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=60", "--config.checkpoint.every=10",
+    "--config.log.every=10", "--config.processes.heartbeat=20",
 )  # fmt: skip
+
+# Seconds: each look costs as much as many steps of training.
+POLL = 2.0
 
 
 def training_cloud(folder):
@@ -150,7 +155,7 @@ def train(fake, workdir, backend, slices, preempt_at=()):
     code = cli.main([
         "tpu", "launch", f"--name={backend}-{slices}", f"--topology={shape}", f"--slices={slices}",
         f"--backend={backend}", "--zones=us-east5-a", "--hours=5", f"--setup={fake.folder / 'setup.sh'}",
-        "--poll=0.3", "--",
+        f"--poll={POLL}", "--",
         *TRAIN, f"--workdir={workdir}",
     ])  # fmt: skip
     thread.join(1)
@@ -168,7 +173,7 @@ def uninterrupted(tmp_path_factory):
         patch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
         patch.setenv("XDG_STATE_HOME", str(folder))
         patch.setattr(outside, "LIMITS", QUICK)
-        patch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.3)))
+        patch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, POLL)))
         assert train(fake, folder / "run", "queued", 1) == 0
         assert fake.cloud().created == 1
     return pipeline.load(folder / "run").params
@@ -182,7 +187,7 @@ def test_training_preempted_twice_ends_bit_identical(uninterrupted, tmp_path, mo
     monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(outside, "LIMITS", QUICK)
-    monkeypatch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, 0.3)))
+    monkeypatch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, POLL)))
     assert train(fake, tmp_path / "run", backend, slices, preempt_at=(10, 30)) == 0
     cloud = fake.cloud()
     assert cloud.created == 3 and not cloud.made

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from scaling_dit import storage
 from scaling_dit.checkpoints.lease import Held
 from scaling_dit.checkpoints.workdir import (
     Workdir,
@@ -134,3 +136,39 @@ def test_devices_without_memory_are_one_line():
     ):
         jnp.ones((2**45,)).block_until_ready()
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_several_processes_wait_together_before_a_save(tmp_path, monkeypatch, capsys):
+    """What refuses shows before any process has begun its part of the checkpoint."""
+    flushed, refusals = [], ["once", "twice"]
+    probe = tmp_path / "writable"
+
+    class Refusing:
+        def write_bytes(self, data):
+            if refusals:
+                refusals.pop()
+                raise OSError(28, "No space left on device")
+            probe.write_bytes(data)
+
+        def __str__(self):
+            return str(probe)
+
+    run = SimpleNamespace(
+        workdir=SimpleNamespace(writable=Refusing()),
+        config=SimpleNamespace(checkpoint=SimpleNamespace(retry=30.0)),
+    )
+    outputs = SimpleNamespace(
+        lease=SimpleNamespace(check=lambda: None),
+        writer=SimpleNamespace(flush=lambda: flushed.append(True)),
+    )
+    monkeypatch.setattr(storage, "_FIRST", 0.01)
+    loop.check_writable(run, outputs)
+    assert flushed and not probe.exists(), "one process tries the save itself again"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    loop.check_writable(run, outputs)
+    assert probe.read_bytes() == b"" and not refusals
+    assert f"cannot write {probe}: No space left on device; trying again for 30 s" in capsys.readouterr().err
+    refusals.append("for good")
+    run.config.checkpoint.retry = 0.0
+    with pytest.raises(StorageError, match="writable: No space left"):
+        loop.check_writable(run, outputs)

@@ -28,7 +28,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from tools.drill_commands import SMALL_DISK, STEPS, Command, Drill, files_of, logged, written
+from tools.drill_commands import (
+    OF_ALL,
+    OF_TRAIN,
+    SMALL_DISK,
+    STEPS,
+    Command,
+    Drill,
+    files_of,
+    logged,
+    written,
+)
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "errors_and_exit_codes.md"
 BEGIN, END = "<!-- drill: written by tools/drill.py -->", "<!-- /drill -->"
@@ -160,9 +170,9 @@ def at_some_step(drill: Drill, command: Command, workdir: pathlib.Path) -> None:
     command.kill()
 
 
-def within_a_save(drill: Drill, command: Command, workdir: pathlib.Path) -> None:
-    """Kills a run while a checkpoint is being written."""
-    wanted, seen, folder = drill.random.randrange(1, 4), set(), workdir / "checkpoints"
+def within_a_save(drill: Drill, command: Command, workdir: pathlib.Path, most: int = 3) -> None:
+    """Kills a run while one of the next `most` checkpoints is being written."""
+    wanted, seen, folder = drill.random.randint(1, most), set(), workdir / "checkpoints"
 
     def reached() -> bool:
         if folder.exists():
@@ -439,7 +449,7 @@ def small(drill: Drill, counts: Counts, table: Table) -> None:
     ended = drill.run(drill.train(workdir))
     table.add(second, ended.code, ended.fault(2))
     command.wait_for(lambda: logged(workdir) > before)
-    within_a_save(drill, command, workdir)
+    within_a_save(drill, command, workdir, 1)
     ended = command.end()
     table.add(killed, ended.code, ended.fault(0, 137))
     row = table.row("bit flipped in the newest checkpoint", "train")
@@ -457,7 +467,8 @@ def run(parts: list[str], counts: Counts, seed: int, table: Table) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="drill") as folder:
         # A drill that goes on meets other moments.
-        drill = Drill(pathlib.Path(folder), seed + sum(row.tries for row in table.rows))
+        moments = seed + sum(row.tries for row in table.rows)
+        drill = Drill(pathlib.Path(folder), moments, OF_TRAIN if parts == ["small"] else OF_ALL)
         for name in parts:
             (PARTS | {"small": small})[name](drill, counts, table)
 

@@ -28,13 +28,9 @@ STEPS = 24
 SMALL_DISK = 2_600_000
 # Seconds after which a command counts as hung.
 LIMIT = 400
-# What most commands import.
-PRELOAD = (
-    "scaling_dit.cli.main",
-    "scaling_dit.training.loop",
-    "scaling_dit.evaluation.run",
-    "scaling_dit.curation.prepare",
-)
+# What `train` imports, and what the other commands import beside it.
+OF_TRAIN = ("scaling_dit.cli.main", "scaling_dit.training.loop")
+OF_ALL = (*OF_TRAIN, "scaling_dit.evaluation.run", "scaling_dit.curation.prepare")
 _FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=1"
@@ -152,9 +148,10 @@ class Drill:
     Args:
       root: an empty folder.
       seed: of the random moments.
+      imported: modules that most commands do not import again.
     """
 
-    def __init__(self, root: pathlib.Path, seed: int) -> None:
+    def __init__(self, root: pathlib.Path, seed: int, imported: tuple[str, ...] = OF_ALL) -> None:
         self.root, self.random, self.seconds = root, random.Random(seed), 0.0
         self.environment = {
             "JAX_PLATFORMS": "cpu",
@@ -164,7 +161,7 @@ class Drill:
         }
         self._started = 0
         self._forks = multiprocessing.get_context("forkserver")
-        self._forks.set_forkserver_preload(list(PRELOAD))
+        self._forks.set_forkserver_preload(list(imported))
         with changed_environment(self.environment):
             multiprocessing.forkserver.ensure_running()
 

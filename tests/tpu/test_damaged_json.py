@@ -48,7 +48,7 @@ def test_members_of_a_queue_and_what_its_hosts_are_told(tmp_path, data, capsys):
         queue.decode(data)
     members = tmp_path / "members.json"
     members.write_bytes(data)
-    with pytest.raises(UserError, match="members.json: "):
+    with pytest.raises(UserError, match=r"members\.json"):
         queue_worker.read_members(members)
     store = leases.LocalStore(tmp_path / "queue")
     assert store.write(f"{queue_worker.SLICES}a", data, leases.ABSENT)

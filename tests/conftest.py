@@ -11,6 +11,8 @@ import pytest
 
 from tests.support import xla
 
+# Until all tests are collected: what is imported stays, and the collector would walk through it again and again.
+gc.disable()
 # Read once, when jax makes its backend, so they stand before any test module imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 xla.prepare(os.environ)
@@ -38,6 +40,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,11 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_metrics
+from scaling_dit.training import program
 
 STEPS = 20
+# Tests make runs of the same few programs by turns, on one device and on several.
+program.KEPT = 6
 
 
 def tiny(steps: int = STEPS, **changes) -> ConfigDict:

@@ -235,6 +235,7 @@ def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
     assert int(state.step) == 16
 
 
+@pytest.mark.slow
 def test_a_save_on_sigterm_pushes_no_checkpoint_out_that_a_rewind_needs(tmp_path, poison, monkeypatch):
     shown, sent = loop.Progress.update, []
 

@@ -43,6 +43,10 @@ LONGEST = (
     "interop/test_pipelines.py",
     "backbones/test_extending_family.py",
     "sampling/test_sample.py",
+    # Of the slow suite.
+    "planning/test_tpu_programs.py",
+    "scaling/test_study.py",
+    "training/test_kill.py",
 )
 
 

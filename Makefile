@@ -5,9 +5,11 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 RUN ?= runs/demo
 ARGS ?=
-# Two workers; tests of one file share what they set up.
-PYTEST := -n 2 --dist loadfile
+# Two workers; tests of one file share what they set up. tests/conftest.py says which files come first.
+PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
+# The tests start hundreds of processes: what Python compiles is kept, whatever the environment says.
+TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PYTEST)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 EXTRAS_demo := [tensorboard]
@@ -51,10 +53,10 @@ study study-full study-large: .venv/.installed-study
 	$(BIN)/scaling-dit report $(STUDY)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest $(PYTEST) -m 'not slow' $(ARGS)
+	$(TESTS) -m 'not slow' $(ARGS)
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest $(PYTEST) -m slow $(ARGS)
+	$(TESTS) -m slow $(ARGS)
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support import xla
 
+# Until all tests are collected: what is imported stays, and the collector would walk through it again and again.
+gc.disable()
 # Read once, when jax makes its backend, so they stand before any test module imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 xla.prepare(os.environ)
@@ -20,14 +22,40 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="scaling_dit_tests_")
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # Without those that compile at once: to find, store and load them costs more than to compile them again.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 # On a machine that does other work too; the other tests have what pyproject.toml says.
 SLOW_TEST_SECONDS = 900
 
 
+# The files that take the longest, the longest first: begun last, one of them would keep one worker busy alone. Only
+# one of them starts with `smoke_run`, so that no worker waits for the other to make it.
+LONGEST = (
+    "training/test_train.py",
+    "planning/test_plan.py",
+    "evaluation/test_run.py",
+    "training/test_rewind.py",
+    "training/test_precision.py",
+    "interop/test_diffusers_folders.py",
+    "backbones/test_unet.py",
+    "nn/test_short_attention.py",
+    "interop/test_pipelines.py",
+    "backbones/test_extending_family.py",
+    "sampling/test_sample.py",
+    # Of the slow suite.
+    "planning/test_tpu_programs.py",
+    "scaling/test_study.py",
+    "training/test_kill.py",
+)
+
+
 def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: number for number, name in enumerate(LONGEST)}
+        # The order within a file, and of all other files, stays.
+        items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TEST_SECONDS))
@@ -38,14 +66,18 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only.
 
-    All workers read the same run: the first that needs it makes it, and another waits at the lock meanwhile.
+    All workers read the same run: the first that needs it makes it, and another waits at the lock meanwhile. One
+    device and no TensorBoard, which has tests of its own, take a third of the time.
     """
+    import jax
+
     from scaling_dit import config
     from scaling_dit.training import loop
 
@@ -56,6 +88,7 @@ def smoke_run(tmp_path_factory):
     with open(folder / "smoke.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not finished.exists():
-            loop.train(config.load("experiments/shapes.py:smoke"), workdir)
+            plain = config.load("experiments/shapes.py:smoke", ["--config.log.tensorboard=False"])
+            loop.train(plain, workdir, devices=jax.devices()[:1])
             finished.touch()
     return workdir

@@ -20,21 +20,37 @@ def get_config(arg=""):
 """
 
 
+# Full-size UNets, which take seconds each to trace: of their rows one is compared at once, the others by a slow test.
+UNTRACED = {"unet_scaling", "unet_scaling-if-xl-c512", "unet_scaling-sdxl-td4_4,pretrained"}
+
+
 @pytest.fixture(scope="module")
 def texts():
-    return update_golden.current()
+    return update_golden.current(untraced=UNTRACED)
 
 
-def test_nothing_changed(texts):
+def differences(texts, left_out=()):
+    """Lines that differ from the golden files, with what to do about them."""
     stored = {
         str(path.relative_to(update_golden.GOLDEN)): path.read_text()
         for path in update_golden.GOLDEN.rglob("*.txt")
     }
-    differences = []
-    for name in sorted(stored.keys() | texts.keys()):
+    found = []
+    for name in sorted((stored.keys() | texts.keys()) - {*left_out}):
         then, now = stored.get(name, "").splitlines(), texts.get(name, "").splitlines()
-        differences += difflib.unified_diff(then, now, f"golden/{name}", "now", lineterm="", n=1)
-    assert not differences, "\n".join([*differences, "If this is meant: make golden, and commit the files."])
+        found += difflib.unified_diff(then, now, f"golden/{name}", "now", lineterm="", n=1)
+    return "\n".join([*found, "If this is meant: make golden, and commit the files."]) if found else ""
+
+
+def test_nothing_changed(texts):
+    left_out = {f"params/{name}.txt" for name in UNTRACED}
+    assert all((update_golden.GOLDEN / name).exists() for name in left_out)
+    assert not differences(texts, left_out)
+
+
+@pytest.mark.slow
+def test_nothing_changed_in_the_parameters_of_any_experiment():
+    assert not differences(update_golden.current())
 
 
 def test_every_experiment_has_its_files(texts):
@@ -42,7 +58,8 @@ def test_every_experiment_has_its_files(texts):
     experiments = [path for path in files if "def get_config" in path.read_text()]
     assert experiments
     for path in experiments:
-        assert {f"configs/{path.stem}.txt", f"params/{path.stem}.txt"} <= texts.keys()
+        assert f"configs/{path.stem}.txt" in texts
+        assert f"params/{path.stem}.txt" in texts or path.stem in UNTRACED
 
 
 def test_named_arguments_are_dumped_and_differ(tmp_path):

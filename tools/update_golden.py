@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from scaling_dit.model.build import abstract_params
 
@@ -25,15 +25,26 @@ ROWS = {
 }
 
 
-def current(experiments: pathlib.Path = ROOT / "experiments") -> dict[str, str]:
-    """Path below `tests/golden` -> current text, for every golden file."""
+def current(
+    experiments: pathlib.Path = ROOT / "experiments", untraced: Container[str] = ()
+) -> dict[str, str]:
+    """Path below `tests/golden` -> current text, for every golden file.
+
+    Args:
+      experiments: their folder.
+      untraced: names of those whose parameters are left out.
+    """
+    from scaling_dit import config as config_lib
+
     texts = {"public.txt": public()}
     with _working_directory():
         for path in sorted(experiments.glob("[!_]*.py")):
             for argument in _arguments(path):
                 name = f"{path.stem}-{argument}" if argument else path.stem
-                config, params = _dump(f"{path}:{argument}" if argument else str(path))
-                texts |= {f"configs/{name}.txt": config, f"params/{name}.txt": params}
+                config = config_lib.load(f"{path}:{argument}" if argument else str(path))
+                texts[f"configs/{name}.txt"] = config_lib.dump(config)
+                if name not in untraced:
+                    texts[f"params/{name}.txt"] = params_text(abstract_params(config))
     return texts
 
 
@@ -83,13 +94,6 @@ def params_text(tree: object) -> str:
         rows.append(f"{name} {leaf.dtype} {list(leaf.shape)}\n")
         total += math.prod(leaf.shape)
     return "".join(sorted(rows)) + f"total {total:,}\n"
-
-
-def _dump(spec: str) -> tuple[str, str]:
-    from scaling_dit import config as config_lib
-
-    config = config_lib.load(spec)
-    return config_lib.dump(config), params_text(abstract_params(config))
 
 
 def _arguments(path: pathlib.Path) -> tuple[str, ...]:

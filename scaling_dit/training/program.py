@@ -121,16 +121,18 @@ BESIDE = (
     "rewind",
     "sample",
 )
-# The program of this process's last run and what it was built from.
+# How many programs of this process's runs are held at most; each holds what was compiled for it.
+KEPT = 1
+# The programs of this process's last runs and what they were built from, the last one first.
 _last: list[tuple[Any, StepProgram]] = []
 
 
 def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
-    """`StepProgram.build`, or the program of the process's last run if this one's would be the same.
+    """`StepProgram.build`, or the program of one of the process's last runs if this one's would be the same.
 
     Runs that differ in nothing that the step reads are traced and compiled once, one after another in a process. What
-    a user brings by "package.module:Name" may have changed in between, so such a run always builds its own. One
-    program is held until another takes its place.
+    a user brings by "package.module:Name" may have changed in between, so such a run always builds its own. `KEPT`
+    programs are held until others take their place.
     """
     fields = {
         name: value
@@ -147,9 +149,11 @@ def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
     ):
         return StepProgram.build(config, model, mesh)
     key = repr(fields), repr(model), mesh
-    if not _last or _last[0][0] != key:
-        _last[:] = [(key, StepProgram.build(config, model, mesh))]
-    return _last[0][1]
+    found = next((program for built_from, program in _last if built_from == key), None)
+    program = found or StepProgram.build(config, model, mesh)
+    others = [entry for entry in _last if entry[1] is not program]
+    _last[:] = [(key, program), *others][:KEPT]
+    return program
 
 
 def optimizer_and_init(

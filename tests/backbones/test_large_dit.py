@@ -14,7 +14,7 @@ MODES = {
     "remat": {"remat": "full"},
     "scanned_remat": {"scan_layers": True, "remat": "dots"},
 }
-QUICK_CASES = [("large_dit_tiny", "unrolled"), ("large_dit_tiny_gqa", "scanned_remat")]
+QUICK_CASES = [("large_dit_tiny_gqa", "scanned_remat")]
 SLOW_CASES = [
     (name, mode) for name in uvit_golden.LARGE_DIT_NAMES for mode in MODES if (name, mode) not in QUICK_CASES
 ]

@@ -13,7 +13,7 @@ from tests.support.uvit_golden import relative_error
 
 # fields of ours, height and width of the latents
 CASES = [
-    pytest.param({"kv_heads": None}, (8, 8), id="square"),
+    pytest.param({"kv_heads": None}, (8, 8), id="square", marks=pytest.mark.slow),
     pytest.param({"kv_heads": 2, "scan_layers": True, "remat": "full"}, (4, 12), id="grouped-wide-scanned"),
     pytest.param(
         {"qk_norm": False, "patch": 4, "remat": "dots"},

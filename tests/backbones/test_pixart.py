@@ -40,7 +40,7 @@ def reference(backbone, seed=0):
 
 # fields of ours, height and width of the latents, with a mask
 CASES = [
-    pytest.param({"remat": "dots"}, (8, 8), True, id="base-remat"),
+    pytest.param({"remat": "dots"}, (8, 8), True, id="base-remat", marks=pytest.mark.slow),
     pytest.param(
         {"learn_sigma": True, "scan_layers": True, "remat": "full"},
         (4, 12),

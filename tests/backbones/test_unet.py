@@ -44,6 +44,7 @@ def test_outputs_of_sd2s_form_equal_diffusers():
     unet_reference.check(small(**SD2_CUT), 4, 8, gradients=False)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     backbone, half = (small(**ONE_LEVEL, dtype=dtype) for dtype in ("float32", "bfloat16"))
     unet_reference.check_bfloat16(backbone, half)

@@ -47,8 +47,7 @@ def init(backbone, args):
     return trees.unbox(run(backbone.init, jax.random.key(0), *args))
 
 
-QUICK_CASES = [("uvit_tiny", mode) for mode in ("unrolled", "scanned", "remat")]
-QUICK_CASES += [("uvit_tiny_noskip_timemlp", "scanned_remat")]
+QUICK_CASES = [("uvit_tiny", "unrolled"), ("uvit_tiny_noskip_timemlp", "scanned_remat")]
 SLOW_CASES = [(name, mode) for name in uvit_golden.NAMES for mode in MODES if (name, mode) not in QUICK_CASES]
 
 
@@ -74,6 +73,7 @@ def test_outputs_and_all_gradients_equal_the_published_code(name, mode):
     assert max(errors.values()) < 1e-3, errors
 
 
+@pytest.mark.slow
 def test_eager_equals_jit():
     backbone, args = small(depth=1), inputs()
     variables = variables_of(backbone, args)
@@ -123,7 +123,14 @@ def keys_cubic(size, wanted):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (8, 12), (12, 4)])
+@pytest.mark.parametrize(
+    "height, width",
+    [
+        (8, 12),
+        pytest.param(16, 16, marks=pytest.mark.slow),
+        pytest.param(12, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_positions_are_resized_for_other_images(height, width):
     """The table of 4 x 4 tokens, resized here by hand, is that of a model made for the other images."""
     backbone, trained, other = small(depth=1), inputs(), inputs(height=height, width=width)

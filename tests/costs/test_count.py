@@ -110,7 +110,7 @@ def test_activations_of_a_chain(dtype, size):
 
 def test_activations_of_rematerialised_blocks():
     """Of a whole block only the inputs are kept: x, and for out-blocks the skip, which are the same few arrays."""
-    h, d, shapes = 64, 4, {"latents": (8, 8, 4), "text": (15, 16)}
+    h, d, shapes = 64, 2, {"latents": (8, 8, 4), "text": (15, 16)}
     tokens = 1 + 15 + 16
     plain = backbones.create("uvit", size=f"h{h}-d{d}-n2", text_dim=16, dtype="bfloat16", final_conv=False)
     found = {

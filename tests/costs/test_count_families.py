@@ -86,7 +86,13 @@ def test_convolutions_and_attention_of_a_unet():
         ("pixart", {"size": "h256-d2-n4"}, 1.0, 1.02),
         ("large_dit", {"size": "h256-d2-n4"}, 1.0, 1.02),
         ("next_dit", {"size": "h256-d2-n4"}, 1.0, 1.02),
-        ("unet", {**UNET, "transformer_depth": (0, 2), "text_time": False}, 0.97, 1.05),
+        pytest.param(
+            "unet",
+            {**UNET, "transformer_depth": (0, 2), "text_time": False},
+            0.97,
+            1.05,
+            marks=pytest.mark.slow,
+        ),
         ("unet_if", {**UNET, "attention_levels": (0, 1)}, 0.97, 1.05),
     ],
 )

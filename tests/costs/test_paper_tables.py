@@ -12,7 +12,9 @@ from tools import model_table
 from tools.model_table import PRINTED, REASONS, T5, Row
 
 # UNets take seconds to trace.
-FAST = {"sdxl", "sdxl-td4_4", "if-xl-c512"}
+FAST = {"sdxl-td4_4", "if-xl-c512"}
+# Of PixArt both kinds of text and the largest; of U-ViT the smallest, the largest, and one between.
+FAST |= {"h1152-d28", "h3072-d28", "h512-d12-n8", "h1024-d42-n16", "h3072-d56-n16"}
 
 # Parameters, GMACs of convolutions and linear layers, with the products inside attention, of attention by P1's rule.
 UNETS = [
@@ -86,9 +88,7 @@ def test_unets(row, params, paper, total, attention):
     assert_as_printed(row)
 
 
-@pytest.mark.parametrize(
-    "row, params, paper, total", TRANSFORMERS, ids=lambda value: getattr(value, "label", "")
-)
+@pytest.mark.parametrize("row, params, paper, total", slow_unless_fast(TRANSFORMERS))
 def test_transformers(row, params, paper, total):
     found = model_table.counted(row)
     assert found.params == params
@@ -130,6 +130,7 @@ def test_every_size_printed_row_and_reason_is_tested():
     assert {label for label, _ in REASONS} <= {row.label for row in PRINTED}
 
 
+@pytest.mark.slow
 def test_the_efficient_unet_is_as_much_smaller_as_the_paper_says():
     sdxl, efficient = (model_table.counted(Row("unet", size)) for size in ("sdxl", "sdxl-td4_4"))
     assert round(100 * (1 - efficient.params / sdxl.params)) == 45

@@ -276,7 +276,8 @@ def assert_processes_read_the_same(folder, processes, address=""):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_read_what_one_reads(tmp_path, processes):
     assert_processes_read_the_same(tmp_path, processes)
 

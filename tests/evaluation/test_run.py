@@ -20,6 +20,12 @@ from scaling_dit.model.build import open_source
 from scaling_dit.model.model import Model
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
+from tests.support.runs import open_on_one_device
+
+
+@pytest.fixture
+def opened_on_one_device(monkeypatch):
+    open_on_one_device(monkeypatch)
 
 
 def test_the_verb_writes_results_images_rows_and_tifa_files(smoke_run, tmp_path, capsys):
@@ -44,6 +50,7 @@ def test_the_verb_writes_results_images_rows_and_tifa_files(smoke_run, tmp_path,
     assert not (folder / "parts").exists()
 
 
+@pytest.mark.usefixtures("opened_on_one_device")
 def test_a_killed_evaluation_gives_the_same_files(smoke_run, tmp_path, monkeypatch):
     workdir, changed = smoke_run, {"overrides": ["--config.metrics.shapes_tifa.batch=2"]}
     whole, broken = tmp_path / "whole" / "shapes_tifa", tmp_path / "broken" / "shapes_tifa"
@@ -170,6 +177,7 @@ class Grey:
         return self
 
 
+@pytest.mark.usefixtures("opened_on_one_device")
 def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -211,6 +219,7 @@ def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_
         run.main(str(smoke_run), str(tmp_path / "x"), metrics=["shapes_tifa"], reference=str(built))
 
 
+@pytest.mark.usefixtures("opened_on_one_device")
 def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run, tmp_path, capsys):
     fields = {"shared": {"judge": "shapes"}, "store": "tar", "metrics": ["tifa", "soft_tifa", "shapes_tifa"]}
     changes = {"guidance": (1.0, 7.5), "seed": (0, 1), "items": 6}
@@ -240,6 +249,7 @@ def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run,
     assert all((tmp_path / row["folder"] / "rows.jsonl").exists() for row in rows)
 
 
+@pytest.mark.usefixtures("opened_on_one_device")
 def test_other_fields_have_another_folder_and_a_missing_judge_skips_its_metric(smoke_run, tmp_path, capsys):
     def evaluate(*overrides, **more):
         return run.main(str(smoke_run), str(tmp_path), items=2, overrides=overrides, **more)
@@ -257,6 +267,7 @@ def test_other_fields_have_another_folder_and_a_missing_judge_skips_its_metric(s
     assert [row["status"] for row in last] == ["skipped", "done"] and "judge" in last[0]["reason"]
 
 
+@pytest.mark.usefixtures("opened_on_one_device")
 def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeypatch):
     """The smoke run has checkpoints at 2 and 4, its last step; the second appears only while the first is scored."""
     shown = [[2], [2, 4]]

@@ -140,6 +140,7 @@ def test_train_goes_on_from_it_as_from_its_own_start(imported, weights, tmp_path
     assert 0 < np.abs(kernel - start).max() < 0.02
 
 
+@pytest.mark.slow
 def test_halves_and_shards_are_read(weights, tmp_path, capsys):
     whole = exported(weights)
     halves = {name: array.astype(np.float16) for name, array in whole.items()}

@@ -201,7 +201,10 @@ def test_a_diffusers_class_of_ones_own(own, monkeypatch):
         diffusers_class(own.Mine)
 
 
-@pytest.mark.parametrize("to, stem", [("safetensors", "model"), ("diffusers", "diffusion_pytorch_model")])
+@pytest.mark.parametrize(
+    "to, stem",
+    [("safetensors", "model"), pytest.param("diffusers", "diffusion_pytorch_model", marks=pytest.mark.slow)],
+)
 def test_import_and_export_of_a_run(own, tmp_path, monkeypatch, capsys, to, stem):
     monkeypatch.chdir(tmp_path)
     run = config.load(

@@ -22,20 +22,25 @@ from tests.support.attention_checks import assert_same, compiled, inputs, preten
 # Head size, heads whose lanes make whole tiles of 128, queries, keys; masked. Most lengths are no multiple of 8.
 CASES = [
     (64, 4, 9, 13, True),
+    (96, 4, 13, 21, True),
+    (128, 1, 130, 11, False),
+    (192, 2, 14, 3, False),
+]
+SLOW_CASES = [
     (64, 2, 16, 5, False),
     (72, 16, 11, 7, True),
     (80, 8, 21, 77, False),
-    (96, 4, 13, 21, True),
     (128, 2, 6, 40, True),
-    (128, 1, 130, 11, False),
     (160, 4, 5, 9, True),
-    (192, 2, 14, 3, False),
     (32, 4, 8, 8, True),
 ]
 interpreted = attention_checks.interpreted(short_attention)
 
 
-@pytest.mark.parametrize("size, heads, queries, keys, masked", CASES)
+@pytest.mark.parametrize(
+    "size, heads, queries, keys, masked",
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES],
+)
 def test_values_and_gradients_are_those_of_xla(size, heads, queries, keys, masked):
     """No head sees its neighbours in a tile, and no lane is left unwritten: interpret mode starts with NaN."""
     qkv, mask = inputs(queries, keys, heads, heads, size)
@@ -43,7 +48,9 @@ def test_values_and_gradients_are_those_of_xla(size, heads, queries, keys, maske
     assert_same(value_and_grads(interpreted, qkv, mask), value_and_grads(xla, qkv, mask), 1e-5)
 
 
-@pytest.mark.parametrize("size, heads, masked", [(64, 4, True), (96, 4, False)])
+@pytest.mark.parametrize(
+    "size, heads, masked", [(64, 4, True), pytest.param(96, 4, False, marks=pytest.mark.slow)]
+)
 def test_bfloat16_is_as_near_to_float32_as_xla_is(size, heads, masked):
     """Neither rounds what is added up: errors are a few roundings (2^-8) of the largest values."""
     qkv, mask = inputs(queries=24, keys=19, heads=heads, kv_heads=heads, size=size)
@@ -68,7 +75,7 @@ def test_scores_so_large_that_exp_overflows_do_no_harm():
         assert_same(value_and_grads(interpreted, sharp, mask), value_and_grads(xla, sharp, mask), 1e-4)
 
 
-@pytest.mark.parametrize("size, heads, at_once", [(64, 6, 2), (96, 8, 4)])
+@pytest.mark.parametrize("size, heads, at_once", [(64, 6, 2), pytest.param(96, 8, 4, marks=pytest.mark.slow)])
 def test_blocks_of_lanes_share_out_the_heads(monkeypatch, size, heads, at_once):
     """Three and two grid steps for each example, each with lanes of its own."""
     monkeypatch.setattr(short_attention, "_BLOCK_BYTES", 2 * 12 * at_once * size)

@@ -29,11 +29,11 @@ def mean_loss(backbone):
 @pytest.mark.parametrize(
     "axes, torus, sparse_core",
     [
-        ({"fsdp": 8, "data": 1}, (8,), False),
+        pytest.param({"fsdp": 8, "data": 1}, (8,), False, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 4}, (4,), False),
-        ({"fsdp": 8, "data": 1}, (2, 2, 2), False),
+        pytest.param({"fsdp": 8, "data": 1}, (2, 2, 2), False, marks=pytest.mark.slow),
         ({"fsdp": 8, "data": 1}, (2, 2, 2), True),
-        ({"fsdp": 8, "data": 1}, (4, 2), True),
+        pytest.param({"fsdp": 8, "data": 1}, (4, 2), True, marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(axes, torus, sparse_core, monkeypatch):

@@ -296,8 +296,12 @@ def test_a_module_without_names_is_split_by_size():
 
 FSDP64 = AbstractMesh((1, 64, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
 SIZES = [
-    # One of each family here, the others where time does not count.
-    pytest.param(module.__name__.rsplit(".", 1)[-1], size, marks=[pytest.mark.slow] * (i > 0))
+    # One of each family here but the UNets, which take seconds to trace; the others where time does not count.
+    pytest.param(
+        module.__name__.rsplit(".", 1)[-1],
+        size,
+        marks=[pytest.mark.slow] * (i > 0 or module in (unet, unet_if)),
+    )
     for module in (uvit, pixart, large_dit, next_dit, unet, unet_if)
     for i, size in enumerate(module.SIZES)
 ]

@@ -92,7 +92,8 @@ def carry_out(heading: str, folder: pathlib.Path) -> Copy:
     """Copies the repository into a folder and does there what a section says."""
     for name in _COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            # With what Python compiled, which holds as long as a file has its time and size.
+            shutil.copytree(ROOT / name, folder / name)
         else:
             shutil.copy2(ROOT / name, folder)
     section = (DOCS / "extending.md").read_text().split(f"\n## {heading}\n", 1)[1].split("\n## ")[0]

@@ -4,12 +4,18 @@ import pathlib
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_metrics
+from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.sampling import pipeline
+from scaling_dit.training import program
 
 STEPS = 20
+# Tests make runs of the same few programs by turns, on one device and on several.
+program.KEPT = 6
 
 
 def tiny(steps: int = STEPS, **changes) -> ConfigDict:
@@ -33,6 +39,11 @@ def tiny(steps: int = STEPS, **changes) -> ConfigDict:
             # Only metrics that are named have a section; `resolve` adds those.
             del config["metrics"]
     return config_lib.resolve(config)
+
+
+def open_on_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch ends, runs are opened on one device: where layouts are not the subject, it compiles faster."""
+    patch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices=devices[:1]))
 
 
 def leaves(state):

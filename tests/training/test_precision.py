@@ -69,7 +69,9 @@ def step_program(name, **modes):
 
 @pytest.fixture(
     scope="module",
-    params=[(name, {}) for name in FIELDS] + [("uvit", {"scan_layers": True, "remat": "full"})],
+    # The UNet of SD takes the longest to trace.
+    params=[pytest.param((name, {}), marks=[pytest.mark.slow] * (name == "unet")) for name in FIELDS]
+    + [("uvit", {"scan_layers": True, "remat": "full"})],
     ids=lambda case: "-".join([case[0], *case[1]]),
 )
 def traced(request):

@@ -235,6 +235,7 @@ def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
     assert int(state.step) == 16
 
 
+@pytest.mark.slow
 def test_a_save_on_sigterm_pushes_no_checkpoint_out_that_a_rewind_needs(tmp_path, poison, monkeypatch):
     shown, sent = loop.Progress.update, []
 
@@ -259,6 +260,7 @@ def test_past_the_limit_the_run_stops_with_a_code_of_its_own(tmp_path, poison, c
     assert "after 1 rewinds" in last and "last checkpoint: step 8" in last
 
 
+@pytest.mark.slow
 def test_a_run_that_never_spikes_reads_the_data_in_order(tmp_path, poison):
     run(tmp_path, rewind__factor=50.0)
     assert sorted(set(poison))[:16] == list(range(16)) and not Workdir(tmp_path).rewinds.exists()

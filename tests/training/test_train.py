@@ -1,7 +1,6 @@
 """The training loop: resuming, stopping, layouts, microbatches, frozen weights, and what it refuses."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
 from scaling_dit.training import step as train_step
 from scaling_dit.training.loop import main, train
+from scaling_dit.training.start import Run
 from tests.support.runs import STEPS, assert_same_bits, losses, tiny
 
 
@@ -31,7 +31,7 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize(
     "devices, mesh",
     [
-        (8, {"data": 8}),
+        pytest.param(8, {"data": 8}, marks=pytest.mark.slow),
         pytest.param(8, {"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
         (8, {"data": 2, "fsdp": 4}),
         pytest.param(2, {"data": 2}, marks=pytest.mark.slow),
@@ -51,7 +51,7 @@ def test_every_layout_has_the_losses_of_one_device(one_device, tmp_path, devices
 
 
 def test_parameters_moments_and_averages_are_sharded_alike(tmp_path):
-    state = train(tiny(steps=2, mesh__data=1, mesh__fsdp=8), tmp_path)
+    state = train(tiny(steps=2, mesh__data=2, mesh__fsdp=4), tmp_path)
     kernel = state.params["backbone"]["mid_block"]["mlp"]["fc1"]["kernel"]
     assert not kernel.sharding.is_fully_replicated
     name, ema = next(iter(state.emas.items()))
@@ -86,15 +86,17 @@ def test_sigterm_saves_and_the_run_resumes_bit_for_bit(one_device, tmp_path, sig
     assert losses(tmp_path) == losses(one_device[0])
 
 
-def test_a_checkpoint_of_8_devices_resumes_on_1_and_2(one_device, tmp_path, sigterm_at_5):
+@pytest.mark.parametrize(
+    "devices, mesh",
+    [(1, {}), pytest.param(2, {"mesh__data": 1, "mesh__fsdp": 2}, marks=pytest.mark.slow)],
+    ids=("1", "2"),
+)
+def test_a_checkpoint_of_8_devices_resumes_on_1_and_2(one_device, tmp_path, sigterm_at_5, devices, mesh):
     with pytest.raises(loop.Stopped):
         train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path, devices=jax.devices()[:8])
-    for devices, mesh in ((1, {}), (2, {"mesh__data": 1, "mesh__fsdp": 2})):
-        copy = tmp_path.parent / f"{tmp_path.name}-{devices}"
-        shutil.copytree(tmp_path, copy)
-        state = train(tiny(**mesh), copy, devices=jax.devices()[:devices])
-        assert int(state.step) == STEPS
-        np.testing.assert_allclose(losses(copy), losses(one_device[0]), rtol=1e-5)
+    state = train(tiny(**mesh), tmp_path, devices=jax.devices()[:devices])
+    assert int(state.step) == STEPS
+    np.testing.assert_allclose(losses(tmp_path), losses(one_device[0]), rtol=1e-5)
 
 
 def test_microbatches_change_nothing_but_rounding(one_device, tmp_path):
@@ -119,23 +121,51 @@ def test_a_microbatch_holds_every_nth_row():
     assert float(value) == 3.5 and float(grads["w"]) == 3.5
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
-    config = tiny(
-        optim__learning_rate=1e30, optim__warmup_steps=0, optim__decay="constant", optim__clip_norm=0.0,
-        optim__max_nonfinite=3, checkpoint__every=1,
-    )  # fmt: skip
+@pytest.fixture
+def exploded(monkeypatch):
+    """Weights of a new run as an update of a far too large learning rate leaves them."""
+    fresh = Run.fresh_state
+
+    def explode(self):
+        state = fresh(self)
+        # By numpy: jax would compile a product for each shape.
+        large = jax.tree.map(lambda x: jax.device_put(1e30 * np.asarray(x), x.sharding), state.params)
+        return state.replace(params=large)
+
+    monkeypatch.setattr(Run, "fresh_state", explode)
+
+
+RATE = {
+    "optim__learning_rate": 1e30, "optim__warmup_steps": 0, "optim__clip_norm": 0.0, "optim__max_nonfinite": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["weights", pytest.param("rate", marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, capsys, request, how
+):
+    if how == "weights":
+        request.getfixturevalue("exploded")
+    # `main` takes all devices.
+    config = tiny(checkpoint__every=1, mesh__data=2, mesh__fsdp=4, **(RATE if how == "rate" else {}))
     assert main(config, str(tmp_path)) == loop.NONFINITE
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "not finite for 3 updates" in message and "learning_rate" in message
+    assert f"not finite for {config.optim.max_nonfinite} updates" in message and "learning_rate" in message
     pipe = pipeline.load(tmp_path)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(pipe.params))
 
 
-def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path):
-    config = tiny(steps=2, train_text_encoder=False, checkpoint__every=1)
-    state = train(config, tmp_path, devices=jax.devices()[:1])
+@pytest.fixture(scope="module")
+def frozen_text(tmp_path_factory):
+    """A run whose text encoder is frozen: (workdir, final state)."""
+    config, workdir = tiny(steps=2, train_text_encoder=False), tmp_path_factory.mktemp("frozen")
+    return workdir, train(config, workdir, devices=jax.devices()[:1])
+
+
+def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(frozen_text):
+    workdir, state = frozen_text
     assert set(state.params) == {"backbone"}
-    pipe = pipeline.load(tmp_path)
+    pipe = pipeline.load(workdir)
     assert set(pipe.frozen) >= {"text_encoder"}
     other = dict(pipe.frozen, text_encoder=jax.tree.map(lambda x: x + 1, pipe.frozen["text_encoder"]))
     with pytest.raises(UserError, match="other frozen weights"):
@@ -146,18 +176,15 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved_but_checked(tmp_path
         )
 
 
-def test_frozen_weights_are_those_of_the_workdir_not_of_the_processor(tmp_path):
-    config = tiny(steps=1, optim__warmup_steps=0, train_text_encoder=False)
-    train(config, tmp_path, devices=jax.devices()[:1])
-    before = pipeline.load(tmp_path).frozen["text_encoder"]["embedding"]
+def test_frozen_weights_are_those_of_the_workdir_not_of_the_processor(frozen_text, tmp_path):
+    workdir = frozen_text[0]
+    before = pipeline.load(workdir).frozen["text_encoder"]["embedding"]
     code = (
         "import scaling_dit, numpy, sys; pipe = scaling_dit.load(sys.argv[1]);"
         "numpy.save(sys.argv[2], pipe.frozen['text_encoder']['embedding'])"
     )
     older = {**os.environ, "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2", "JAX_COMPILATION_CACHE_DIR": ""}
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "e.npy")], env=older, check=True
-    )
+    subprocess.run([sys.executable, "-c", code, str(workdir), str(tmp_path / "e.npy")], env=older, check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "e.npy"), np.asarray(before))
 
 
@@ -183,8 +210,16 @@ def test_a_finished_run_given_more_steps_is_as_if_it_had_had_them(tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_lists_in_a_config_find_their_run_again(tmp_path):
-    config = tiny(steps=2, optim__groups=(["backbone", 0.1, 0.0],))
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"eval__metrics": ["shapes_tifa"]},
+        pytest.param({"optim__groups": (["backbone", 0.1, 0.0],)}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_lists_in_a_config_find_their_run_again(tmp_path, lists):
+    config = tiny(steps=2, **lists)
     train(config, tmp_path, devices=jax.devices()[:1])
     assert int(train(config, tmp_path, devices=jax.devices()[:1]).step) == 2
 
@@ -218,9 +253,9 @@ def test_metrics_are_on_a_remote_store_before_the_checkpoint_is(tmp_path, monkey
 
 
 def test_keep_last_and_keep_every(tmp_path):
-    config = tiny(steps=8, checkpoint__every=1, checkpoint__keep_last=2, checkpoint__keep_every=4)
+    config = tiny(steps=5, checkpoint__every=1, checkpoint__keep_last=2, checkpoint__keep_every=2)
     train(config, tmp_path, devices=jax.devices()[:1])
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 7, 8]
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 4, 5]
 
 
 def test_an_evaluation_lost_to_a_kill_is_run_again(tmp_path):
@@ -239,6 +274,7 @@ def test_an_evaluation_lost_to_a_kill_is_run_again(tmp_path):
     assert len(after) == 1 and after[0]["validation/loss"] == before[0]["validation/loss"]
 
 
+@pytest.mark.slow
 def test_rectified_flow_trains_and_samples(tmp_path):
     flow = {"schedule": "flow", "prediction": "flow", "time_sampling": "logit_normal", "time_shift": 2.0}
     config = tiny(

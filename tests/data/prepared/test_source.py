@@ -236,7 +236,8 @@ def test_a_remote_set_reads_the_same(own_set, tmp_path, monkeypatch):
 WORKER = SUPPORT / "latents_worker.py"
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_read_what_one_reads_and_a_resume_goes_on(a_set, tmp_path, processes):
     """Each real process reads the positions it holds; from step 3 on it is a loader that starts there."""
     folder, _ = a_set

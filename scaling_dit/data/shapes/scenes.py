@@ -267,7 +267,7 @@ def fits(preset: Preset, a: Object, b: Object) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= apart
 
 
-def _propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
+def propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
     """A random scene of the spec, or None where free placement found no room for all its objects."""
     preset = PRESETS[spec.preset]
     count = spec.min_objects + draws.below(spec.max_objects - spec.min_objects + 1)
@@ -313,7 +313,7 @@ def make_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
     """
     draws = Draws("scene", spec.seed, STREAMS[split], int(index))
     for _ in range(_TRIES):
-        scene = _propose(spec, split, draws)
+        scene = propose(spec, split, draws)
         if scene is not None and is_held_out(spec, scene) == (split == "held_out"):
             return scene
     raise UserError(

@@ -35,7 +35,8 @@ class Item:
 
     id: names the image's file. questions: rows in TIFA's JSON layout about what the prompt asks for, if the metric asks
     questions. truth: a real image of the prompt, uint8 [H, W, 3], if there is one. meta: what else a prompt set says of
-    the prompt, as JSON values.
+    the prompt, as JSON values. conditions: name -> the image condition that is sampled with, uint8 [H, W, 3 + M]: RGB
+    and M masks (`data/conditions/contract.py`); the same names for all items of a metric.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Item:
     questions: Sequence[Mapping[str, Any]] = ()
     truth: np.ndarray | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -32,6 +32,11 @@ class Record(TypedDict):
     captions: Sequence[str]
     # Of the captions, in their order: alt | synthetic | long; left out = all alt.
     kinds: NotRequired[Sequence[str]]
+    # Name of a condition -> its image with masks, uint8 [image_size, image_size, 3 + M]: what paired data give. Of a
+    # prepared set its moments with reduced masks, bfloat16 [K, h, w, Mo + M]: K of the kind.
+    conditions: NotRequired[Mapping[str, np.ndarray]]
+    # Of each object in the image a mask, bool [image_size, image_size]; may be lazy.
+    objects: NotRequired[Sequence[np.ndarray]]
     # Names the example within its source.
     key: str
 

@@ -1,6 +1,7 @@
 """The image conditions that a config may name in `conditioning.names`, and the section `conditions.NAME` of each."""
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -43,6 +44,14 @@ class Chosen:
     concat: str
     positions: str
     drop: float
+
+
+def own_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """What each condition of a resolved config is made with: section -> the fields that its class takes."""
+    return {
+        section_of(name): SECTIONS.own_fields(name, config.conditions[section_of(name)])
+        for name in config.conditioning.names
+    }
 
 
 def chosen(config: ConfigDict) -> tuple[Chosen, ...]:

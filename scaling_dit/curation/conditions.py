@@ -27,7 +27,7 @@ class Making(NamedTuple):
       seed: of their random numbers.
     """
 
-    conditions: Mapping[str, Condition] = {}  # noqa: RUF012
+    conditions: Mapping[str, Condition] = {}
     variants: int = 1
     seed: int = 0
 
@@ -116,13 +116,13 @@ def about(making: Making, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     }
 
 
-def beside_check(names: Iterable[str], size_names: Sequence[str]) -> None:
+def check_square(names: Iterable[str], sizes: Sequence[Any]) -> None:
     """Makes sure that a set with conditions has square images alone.
 
     Raises:
       UserError: it has buckets.
     """
-    if list(names) and len(size_names) > 1:
+    if list(names) and len(sizes) > 1:
         raise UserError(
             "prepare --buckets makes no conditions, whose images are square; leave out --buckets, or "
             "config.conditioning.names"

@@ -88,7 +88,7 @@ class Ready(NamedTuple):
 
     sample: RawSample
     shaped: shape.Shaped
-    conditions: Mapping[str, list[np.ndarray]] = {}  # noqa: RUF012
+    conditions: Mapping[str, list[np.ndarray]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +123,7 @@ def prepare_sample(
             return LeftOut(reason)
         image = images.decode(sample.image, sample.where, sample.key, selection.max_pixels)
         shaped = shape.shape(image, selection.sizes)
-        held = beside.decode(
-            given, sample.conditions, image, shaped.size, sample.where, selection.max_pixels
-        )
+        held = beside.decode(given, sample.conditions, image, shaped.size, sample.where, selection.max_pixels)
     except DamagedRecord as fault:
         return fault
     return Ready(sample, shaped, conditions.make(making, sample.key, shaped.pixels, held))

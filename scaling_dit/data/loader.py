@@ -40,7 +40,8 @@ class HostBatch(TypedDict):
     ids: np.ndarray
     # bool [b, L]; True = real token.
     mask: np.ndarray
-    # Name -> uint8 [b, H, W, 3 + M]: RGB and M masks; beside latents their moments and masks, bfloat16 [b, h, w, Mo + M].
+    # Name -> uint8 [b, H, W, 3 + M]: RGB and M masks; beside latents the moments and masks of a prepared set,
+    # bfloat16 [b, h, w, Mo + M].
     conditions: NotRequired[dict[str, np.ndarray]]
 
 
@@ -74,7 +75,7 @@ def make_loader(
       start_step: the step to begin at.
       data_step: step -> the step whose place in the data it takes; its own by default (see `rewind.data_step`).
       captions: chooses a record's caption.
-      conditions: name -> what makes it of a record, by random numbers of its own: captions are the same with and without.
+      conditions: name -> what makes it of a record, by random numbers of its own: captions are the same without.
       threads: reading threads; 0 reads in the calling thread.
       prefetch: batches read ahead.
 

@@ -8,10 +8,14 @@ import numpy as np
 from PIL import Image
 
 from scaling_dit.data import images as images_lib
+from scaling_dit.data.conditions.inpaint import GREY
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
+
+# Of a mask's 255: less is what bicubic resampling adds beside an edge.
+_TOUCHED = 8
 
 
 def stack(items: Sequence[Item], size: int) -> dict[str, np.ndarray]:
@@ -33,16 +37,19 @@ def stack(items: Sequence[Item], size: int) -> dict[str, np.ndarray]:
 def fitted(condition: np.ndarray, size: int) -> np.ndarray:
     """A condition uint8 [H, W, 3 + M] scaled to cover [size, size], the centre cut out, masks 0 or 255.
 
-    Where a mask is, its RGB is grey as before: what bicubic resampling carries over its border is given anyway.
+    A pixel that a mask touches at all is masked, and grey, so that no given pixel has anything of a masked one.
     """
     if condition.shape[:2] == (size, size):
         return condition
     image = images_lib.fit(Image.fromarray(condition[..., :3]), size, size)
     masks = [
-        np.where(images_lib.fit(Image.fromarray(condition[..., i]), size, size) > 127, 255, 0)
-        for i in range(3, condition.shape[-1])
+        images_lib.fit(Image.fromarray(condition[..., i]), size, size) for i in range(3, condition.shape[-1])
     ]
-    return np.concatenate([image, *(mask.astype(np.uint8)[..., None] for mask in masks)], axis=-1)
+    hidden = [mask > _TOUCHED for mask in masks]
+    if hidden:
+        image = np.where(np.any(hidden, axis=0)[..., None], np.uint8(GREY), image)
+    channels = [np.where(mask, np.uint8(255), np.uint8(0))[..., None] for mask in hidden]
+    return np.concatenate([image, *channels], axis=-1)
 
 
 def digest(items: Sequence[Item]) -> str:

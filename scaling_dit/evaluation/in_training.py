@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
+from scaling_dit.config.named import section_of
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring, score
@@ -61,10 +63,12 @@ class InTraining:
         self._captions = [record["captions"][0] for record in shown]
         # With the prompts to sample, and the steps between evaluations of each.
         self._metrics: list[tuple[Scoring, list[str], int]] = []
+        reads = [section_of(name) for name in config.conditioning.names]
         for one in choose(config, config.eval.metrics):
             prompts = one.prompts(source, one.fields["prompts"] or config.eval.prompts)
             if ready := getattr(one.metric, "ready", None):
                 ready()
+            conditioned.check(prompts.items, reads, one.section)
             scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
             self._metrics.append((scoring, list(prompts.texts), one.fields["every"] or config.eval.every))
         self._ema = find_ema(config, config.sample.ema)
@@ -94,7 +98,7 @@ class InTraining:
         seed = self._config.seed
         for scoring, prompts, every in self._metrics:
             if self._at(step, every):
-                images = self._sampler.batches(params, frozen, prompts, seed=seed)
+                images = conditioned.sampled(self._sampler, params, frozen, scoring.items, prompts, seed)
                 try:
                     found = score(scoring, _until(stop, images), seed)[0]["scalars"]
                 except _Ended:

@@ -28,6 +28,8 @@ GRID = "grid.png"
 # Images in the grid of a request, at most.
 _GRID_MOST = 64
 Make = Callable[[list[int]], np.ndarray]
+# Numbers of images -> their conditions, name -> uint8 [N, H, W, 3 + M].
+Conditions = Callable[[list[int]], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,11 +80,19 @@ class Images:
             )
         return cls(out, rows, store)
 
-    def make(self, sampler: Sampler, pipe: Pipeline, seed: int, share: tuple[int, int] | None = None) -> None:
+    def make(
+        self,
+        sampler: Sampler,
+        pipe: Pipeline,
+        seed: int,
+        share: tuple[int, int] | None = None,
+        conditions: Conditions | None = None,
+    ) -> None:
         """Makes the images of this process that are missing.
 
         Args:
           share: (i, n) for units i, i + n, ...; by default the units of this process of jax's.
+          conditions: gives the image conditions of some images; what the rows say of them tells requests apart.
 
         Raises:
           UserError: the folder holds images of another request.
@@ -94,7 +104,10 @@ class Images:
 
         def make(numbers: list[int]) -> np.ndarray:
             prompts = [self.rows[i]["prompt"] for i in numbers]
-            return sampler(pipe.params, pipe.frozen, prompts, seed=seed, numbers=numbers, batch=batch)
+            given: dict[str, Any] = {} if conditions is None else {"conditions": conditions(numbers)}
+            return sampler(
+                pipe.params, pipe.frozen, prompts, seed=seed, numbers=numbers, batch=batch, **given
+            )
 
         if self.store == PNG:
             self._make_files(make, sampler.options.batch, done, index, count)
@@ -245,14 +258,17 @@ def sample_to_folder(
     seed: int,
     about: Mapping[str, Any],
     store: str = "",
+    conditions: Conditions | None = None,
 ) -> Images:
     """Images of (id, prompt) items with a manifest and a captioned grid; those that are there are kept.
+
+    `conditions` is that of `Images.make`.
 
     Raises:
       UserError: `out` holds images of another request, an id occurs twice, or no such store.
     """
     images = Images.of(items, out, seed=seed, about=about, store=store)
-    images.make(sampler, pipe, seed)
+    images.make(sampler, pipe, seed, conditions=conditions)
     # Waits for the others.
     processes.gather_bytes(b"")
     if jax.process_index() == 0:

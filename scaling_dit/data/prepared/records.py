@@ -6,8 +6,9 @@
     then      the moments: bfloat16, little-endian, in the order of `shape`
     the rest  in format 2 those of each condition, by the order of their names, in the order of their shapes
 
-The header's keys are the fields of `Prepared`. Format 2 has `conditions` in it: name -> shape [K, h, w, Mo + M]. Nothing in it depends on when or where it was written, so that the same
-image gives the same bytes. As in safetensors files, the array needs no parsing: it is a view of the record.
+The header's keys are the fields of `Prepared`; format 2 has `conditions` in it: name -> shape [K, h, w, Mo + M]. Nothing
+in it depends on when or where it was written, so that the same image gives the same bytes. As in safetensors files, the
+arrays need no parsing: they are views of the record.
 """
 
 import json
@@ -46,7 +47,7 @@ class Prepared(NamedTuple):
     # Those of its metadata that were kept, such as scores.
     columns: Mapping[str, Any]
     # Name of a condition -> bfloat16 [K, h, w, Mo + M]: K variants, the moments of RGB, then the masks in [0, 1].
-    conditions: Mapping[str, np.ndarray] = {}  # noqa: RUF012
+    conditions: Mapping[str, np.ndarray] = {}
 
 
 def encode(record: Prepared) -> bytes:

@@ -54,9 +54,7 @@ def score(image: np.ndarray, edit: Edit) -> Marks:
             return _in_place(wanted, found, pixels[wanted.size])
         return edit.words["new"] in relations(found, edit.anchor, pixels)
 
-    made = all(
-        any(_alike(item, one) and followed(item, one) for one in seen.objects) for item in edit.made
-    )
+    made = all(any(_alike(item, one) and followed(item, one) for one in seen.objects) for item in edit.made)
     touched = {(item.colour, item.shape) for item in (*edit.made, *edit.gone)}
     counts = all(_count(seen.objects, pair) == _count(edit.target.objects, pair) for pair in touched)
     there = sum(

@@ -1,4 +1,4 @@
-"""Edits of scenes by instruction: "make the red circle blue", with both images, a pure function of (seed, split, index).
+"""Edits of scenes by instruction, such as "make the red circle blue": a pure function of (seed, split, index).
 
 | kind | instruction, plainly worded | asks for |
 |---|---|---|

@@ -292,7 +292,7 @@ def fits(preset: Preset, a: Object, b: Object) -> bool:
 
 
 def propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
-    """A random scene of the spec, whichever split it is of, or None where free placement found no room for all its objects."""
+    """A random scene, of whichever split, or None where free placement found no room for all its objects."""
     preset = PRESETS[spec.preset]
     count = spec.min_objects + draws.below(spec.max_objects - spec.min_objects + 1)
     pairs = draws.distinct(spec.combinations(split), count)

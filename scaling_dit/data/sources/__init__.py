@@ -1,9 +1,8 @@
 """Where images and captions come from: a row and a file for each source.
 
 `folder:PATH` reads images with a `metadata.jsonl`, `webdataset:GLOB`, `tfds:NAME` and `parquet:GLOB` read data sets in
-these formats, all of them `ImageFileSource`s; `latents:PATH` reads what `prepare` wrote, `shapes` makes scenes, and `shapes_edits` edits of
-them. A
-"package.module:Class" is a user's own. `contract.py` says what a source is.
+these formats, all of them `ImageFileSource`s; `latents:PATH` reads what `prepare` wrote, `shapes` makes scenes, and
+`shapes_edits` edits of scenes. A "package.module:Class" is a user's own. `contract.py` says what a source is.
 """
 
 import dataclasses

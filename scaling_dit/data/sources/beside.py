@@ -29,7 +29,7 @@ class Beside(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """"edit", or "inpaint" and "inpaint.mask": a name for each of its files."""
+        """A name for each of its files: "edit", or "inpaint" and "inpaint.mask"."""
         return (self.name, f"{self.name}.{MASK}") if self.masked else (self.name,)
 
 
@@ -103,4 +103,6 @@ def _fitted(image: Image.Image, size: tuple[int, int], is_mask: bool) -> np.ndar
     height, width = size
     if not is_mask:
         return images.fit(image, width, height)
-    return np.where(images.fit(image.convert("L"), width, height) > 127, np.uint8(255), np.uint8(0))[..., None]
+    return np.where(images.fit(image.convert("L"), width, height) > 127, np.uint8(255), np.uint8(0))[
+        ..., None
+    ]

@@ -45,7 +45,7 @@ class RawSample(NamedTuple):
     # File and line or offset, for error lines.
     where: str
     # Part of a condition (`beside.Beside.parts`) -> its file's bytes; of sources with a field `conditions`.
-    conditions: Mapping[str, bytes] = {}  # noqa: RUF012
+    conditions: Mapping[str, bytes] = {}
 
 
 class Shard(NamedTuple):

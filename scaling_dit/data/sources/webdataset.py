@@ -55,7 +55,7 @@ class WebdatasetSource(ImageFileSource):
       synthetic_fields: the same of synthetic captions, such as ("all_captions",) in LAION-COCO.
       long_fields: the same of long captions.
       index_dir: folder for the indexes, local or gs://; "" = beside each tar.
-      conditions: those beside each image (`beside.py`): condition "edit" is a member `000012.edit.png` (jpg, webp, ...),
+      conditions: those beside each image (`beside.py`): condition "edit" is a member `000012.edit.png` (jpg, ...),
         its mask `000012.edit.mask.png`.
 
     Raises:

@@ -60,7 +60,7 @@ class EdgesF1(PerImage):
             item = found[number]
             if item.truth is None:
                 raise UserError(
-                    f"metric 'edges_f1' needs images to find edges in, which a prepared set has not: {source.describe()}"
+                    f"metric 'edges_f1' needs images, which a prepared set has not: {source.describe()}"
                 )
             edges = edges_lib.as_image(detector.find(item.truth))
             return dataclasses.replace(item, conditions={self.condition: edges})
@@ -74,9 +74,7 @@ class EdgesF1(PerImage):
             wanted = item.conditions[self.condition][..., 0] > 127
             found = self._detector.find(image)
             precision, recall, f1 = overlap(found, wanted, self.tolerance)
-            rows.append(
-                {"score": f1, "precision": precision, "recall": recall, "ssim": ssim(found, wanted)}
-            )
+            rows.append({"score": f1, "precision": precision, "recall": recall, "ssim": ssim(found, wanted)})
         return rows
 
     def result(self, state: State, rows: Rows, seed: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.encoders import clip_vision
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.evaluation import tifa
+from scaling_dit.evaluation import conditioned, tifa
 from scaling_dit.evaluation.bases import Base
 from scaling_dit.evaluation.features import clip_pairs, published
 from scaling_dit.evaluation.intervals import mean_interval
@@ -202,12 +202,12 @@ class InpaintMetric(Base):
     def _fitted(self, item: Item, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Truth uint8 [H, W, 3] and mask bool [H, W] of an item, at the size (H, W) of the images that are scored."""
         assert item.truth is not None
-        truth, mask = item.truth, item.conditions[self.condition][..., 3]
+        truth, condition = item.truth, item.conditions[self.condition]
+        if size[0] != size[1]:
+            raise UserError(f"metric 'inpaint' takes square images, not {size[1]}x{size[0]} pixels")
         if truth.shape[:2] != size:
             truth = images_lib.fit(Image.fromarray(truth), size[1], size[0])
-        if mask.shape != size:
-            mask = images_lib.fit(Image.fromarray(mask), size[1], size[0])
-        return truth, mask > 127
+        return truth, conditioned.fitted(condition, size[0])[..., 3] > 127
 
     def _clip_scores(self, batch: Batch) -> Sequence[float]:
         """100 times the cosine of the box around the mask and the prompt, for each image."""
@@ -235,7 +235,7 @@ def psnr(mse: float) -> float:
 
 
 def crop(image: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
-    """The box around a mask bool [H, W], of an image uint8 [H, W, 3], brought to [side, side, 3]; all without a mask."""
+    """The box around a mask bool [H, W], cut from an image uint8 [H, W, 3] and brought to [side, side, 3]."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if len(rows):
         image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -44,6 +44,10 @@ class Chosen:
     positions: str
     drop: float
 
+    def row(self, channels: int) -> tuple[str, int, str, str]:
+        """The row of a backbone's field `conditions`, for latents of so many channels."""
+        return self.name, channels + self.condition.masks, self.concat, self.positions
+
 
 def chosen(config: ConfigDict) -> tuple[Chosen, ...]:
     """The conditions of a resolved config, in the order of `conditioning.names`.

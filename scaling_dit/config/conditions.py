@@ -45,6 +45,10 @@ class Chosen:
     positions: str
     drop: float
 
+    def row(self, channels: int) -> tuple[str, int, str, str]:
+        """The row of a backbone's field `conditions`, for latents of so many channels."""
+        return self.name, channels + self.condition.masks, self.concat, self.positions
+
 
 def own_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """What each condition of a resolved config is made with: section -> the fields that its class takes."""

@@ -17,7 +17,7 @@ from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring, score
-from scaling_dit.evaluation.validation import ValidationLoss
+from scaling_dit.evaluation.validation import ValidationLoss, held_out_conditions
 from scaling_dit.model.model import Model
 from scaling_dit.monitor.grid import captioned_grid
 from scaling_dit.sampling.options import SamplingOptions
@@ -61,6 +61,7 @@ class InTraining:
         held_out = contract.held_out(source)
         shown = [contract.read(held_out, i % len(held_out)) for i in range(config.eval.grid)]
         self._captions = [record["captions"][0] for record in shown]
+        self._conditions = held_out_conditions(model, shown) or None
         # With the prompts to sample, and the steps between evaluations of each.
         self._metrics: list[tuple[Scoring, list[str], int]] = []
         reads = [section_of(name) for name in config.conditioning.names]
@@ -115,7 +116,7 @@ class InTraining:
                 scalars |= {f"evaluation/{name}": value for name, value in found.items()}
         if stop():
             return False
-        grid = self._sampler(params, frozen, self._captions, seed=seed)
+        grid = self._sampler(params, frozen, self._captions, seed=seed, conditions=self._conditions)
         writer.scalars(step, scalars)
         writer.images(step, {"samples": captioned_grid(grid, self._captions)})
         writer.flush()

@@ -178,12 +178,13 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
                 conditioned.check(job.items, reads, job.one.section)
                 asked = {"conditions": job.conditions_hash} if job.conditions_hash else {}
 
-                def conditions(numbers: list[int]) -> dict[str, np.ndarray]:
-                    return conditioned.stack([job.items[i] for i in numbers], sampler.model.image_size)
+                def inputs(numbers: list[int]) -> dict[str, Any]:
+                    items = [job.items[i] for i in numbers]
+                    return {"conditions": conditioned.stack(items, sampler.model.image_size)}
 
                 made = sample_to_folder(
                     sampler, pipe, job.prompts, folder, seed=seed, about={**about, **asked},
-                    store=request.store, conditions=conditions if asked else None,
+                    store=request.store, inputs=inputs if asked else None,
                 )  # fmt: skip
                 paths = {row["id"]: f"../{folder.name}/{row['path']}" for row in made.rows}
                 batch = job.one.fields["batch"]

@@ -28,8 +28,7 @@ GRID = "grid.png"
 # Images in the grid of a request, at most.
 _GRID_MOST = 64
 Make = Callable[[list[int]], np.ndarray]
-# Numbers of images -> their conditions, name -> uint8 [N, H, W, 3 + M].
-Conditions = Callable[[list[int]], Mapping[str, np.ndarray]]
+Inputs = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,13 +85,13 @@ class Images:
         pipe: Pipeline,
         seed: int,
         share: tuple[int, int] | None = None,
-        conditions: Conditions | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         """Makes the images of this process that are missing.
 
         Args:
+          inputs: numbers -> arguments of the sampler beside the prompts: conditions and images.
           share: (i, n) for units i, i + n, ...; by default the units of this process of jax's.
-          conditions: gives the image conditions of some images; what the rows say of them tells requests apart.
 
         Raises:
           UserError: the folder holds images of another request.
@@ -104,7 +103,7 @@ class Images:
 
         def make(numbers: list[int]) -> np.ndarray:
             prompts = [self.rows[i]["prompt"] for i in numbers]
-            given: dict[str, Any] = {} if conditions is None else {"conditions": conditions(numbers)}
+            given = inputs(numbers) if inputs else {}
             return sampler(
                 pipe.params, pipe.frozen, prompts, seed=seed, numbers=numbers, batch=batch, **given
             )
@@ -258,17 +257,17 @@ def sample_to_folder(
     seed: int,
     about: Mapping[str, Any],
     store: str = "",
-    conditions: Conditions | None = None,
+    inputs: Inputs | None = None,
 ) -> Images:
     """Images of (id, prompt) items with a manifest and a captioned grid; those that are there are kept.
 
-    `conditions` is that of `Images.make`.
+    `inputs` as in `Images.make`; `about` has to say what they are.
 
     Raises:
       UserError: `out` holds images of another request, an id occurs twice, or no such store.
     """
     images = Images.of(items, out, seed=seed, about=about, store=store)
-    images.make(sampler, pipe, seed, conditions=conditions)
+    images.make(sampler, pipe, seed, inputs=inputs)
     # Waits for the others.
     processes.gather_bytes(b"")
     if jax.process_index() == 0:

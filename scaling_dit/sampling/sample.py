@@ -11,6 +11,7 @@ from etils import epath
 
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.sampling.folder import GRID, Images, sample_to_folder
+from scaling_dit.sampling.given import Given
 from scaling_dit.sampling.options import SamplingOptions, tag
 from scaling_dit.sampling.pipeline import open_for_sampling
 from scaling_dit.sampling.prompts import Prompt
@@ -28,6 +29,8 @@ class Sampling:
       seed, guidance: of each folder; no guidance is the run's.
       step, ema: as in `pipeline.open_for_sampling`.
       store: how images are kept; see `shards`.
+      condition: images that the backbone reads beside every prompt, NAME:FILE or NAME:IMAGE,MASK each.
+      image: file of an image to start from.
       changes: options of sampling in place of those of the run's `config.sample`.
       own_code: as in `workdir.read_config`.
     """
@@ -40,6 +43,8 @@ class Sampling:
     step: int | None = None
     ema: str | None = None
     store: str = ""
+    condition: Sequence[str] = ()
+    image: str | None = None
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     own_code: bool = False
 
@@ -61,11 +66,15 @@ class Sampling:
             SamplingOptions.of(config.sample, **{**self.changes, "guidance": given})
         pipe, _, _ = open_for_sampling(config, self.workdir, self.changes, step=self.step, ema=self.ema)
         items = self.items(prompts)
-        asked = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
+        given = Given.read(pipe.model, self.condition, self.image)
+        pictures = given.about()
+        request = [items, pictures] if pictures else items
+        asked = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]
         scales: Sequence[float | None] = tuple(self.guidance) or (None,)
         several = len(scales) * len(self.seed) > 1
         for scale in scales:
             sampler = pipe.sampler(**{**self.changes, **({} if scale is None else {"guidance": scale})})
+            given.check(sampler.options, pipe.model)
             about = {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
             for seed in self.seed:
                 name = f"{tag(about, seed)}-{asked}"
@@ -74,8 +83,9 @@ class Sampling:
                 else:
                     folder = Workdir(self.workdir).samples / name
                 images = sample_to_folder(
-                    sampler, pipe, items, folder, seed=seed, about=about, store=self.store
-                )
+                    sampler, pipe, items, folder,
+                    seed=seed, about=about | pictures, store=self.store, inputs=given.rows,
+                )  # fmt: skip
                 if jax.process_index() == 0:
                     settings = ", ".join(f"{name} {value}" for name, value in about.items())
                     print(f"{len(items)} images in {folder} ({settings}); all on one page: {folder / GRID}")

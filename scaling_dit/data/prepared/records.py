@@ -6,9 +6,9 @@
     then      the moments: bfloat16, little-endian, in the order of `shape`
     the rest  in format 2 those of each condition, by the order of their names, in the order of their shapes
 
-The header's keys are the fields of `Prepared`; format 2 has `conditions` in it: name -> shape [K, h, w, Mo + M]. Nothing
-in it depends on when or where it was written, so that the same image gives the same bytes. As in safetensors files, the
-arrays need no parsing: they are views of the record.
+The header's keys are the fields of `Prepared`; format 2 has `conditions` in it: name -> shape [K, h, w, Mo + M].
+Nothing in it depends on when or where it was written, so that the same image gives the same bytes. As in safetensors
+files, the arrays need no parsing: they are views of the record.
 """
 
 import json

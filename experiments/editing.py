@@ -1,0 +1,79 @@
+"""What comes after text to image: inpainting, outpainting, edges to image, and edits by instruction, each as a condition.
+
+P2 (arXiv 2412.12391, 5.1) claims that a condition is better read as tokens of its own than as more input channels, and
+compares neither at equal compute. Here both are one field apart. On the built-in shapes, on a laptop:
+
+    scaling-dit train    --config=editing:inpaint-token --workdir=runs/inpaint
+    scaling-dit evaluate --workdir=runs/inpaint
+
+`inpaint`, `outpaint`, `edges` and `edit` each go with `-token` and `-channel`; alone they are read as tokens. `edit` has
+a source of its own, pairs of scenes with an instruction. `:smoke` is `inpaint-token` in miniature, for tests.
+
+`,uvit` or another row of `dit_scaling` behind it takes the papers' recipe (recipe.py) at their size, such as
+`inpaint-token,uvit-h2048-d42-n16`: stand-in data by default, and with `,pretrained` behind that the papers' encoders on
+a set that `prepare` made with the same condition.
+
+Slice: none for the first kind, 2 CPU cores and about ten minutes; v5p:4x4x4 for the papers' sizes.
+
+Expect the masked part right and the given one kept: the metrics are `inpaint`, `edges_f1` and `edits` (docs/editing.md).
+"""
+
+from ml_collections import ConfigDict
+from scaling_dit.experiments import dit_scaling, shapes
+
+from scaling_dit.errors import UserError, nearest
+
+TASKS = ("inpaint", "outpaint", "edges", "edit")
+WAYS = ("token", "channel")
+# Task -> its condition, and the metric that scores it.
+CONDITIONS = {"inpaint": "inpaint", "outpaint": "inpaint", "edges": "edges", "edit": "edit"}
+METRICS = {"inpaint": "inpaint", "outpaint": "inpaint", "edges": "edges_f1", "edit": "edits"}
+# Masks that are borders alone.
+_OUTPAINT = {"boxes": 0.0, "strokes": 0.0, "objects": 0.0, "outpaint": 1.0}
+# Shapes are few pixels wide, and their edges sharp.
+_EDGES = {"sigma": 0.5, "low": 0.1, "high": 0.2}
+
+
+def get_config(arg: str = "inpaint-token") -> ConfigDict:
+    """A task, TASK-token or TASK-channel, on shapes; a row of `dit_scaling` behind a comma for the papers' recipe."""
+    if arg == "smoke":
+        config = condition(shapes.get_config("smoke"), "inpaint", "token")
+        config.eval.update({"every": 4, "prompts": 4})
+        return config
+    name, _, row = arg.partition(",")
+    task, _, way = name.partition("-")
+    if task not in TASKS or (way or "token") not in WAYS:
+        known = [f"{one}-{two}" for one in TASKS for two in WAYS]
+        raise UserError(f"editing has no task {name!r}; {nearest(name, known)}")
+    base = dit_scaling.get_config(row) if row else laptop()
+    return condition(base, task, way or "token")
+
+
+def laptop() -> ConfigDict:
+    """The demo's run for a few minutes more, with a constant learning rate."""
+    config = shapes.get_config()
+    config.steps = 2000
+    config.eval.every = config.checkpoint.every = 500
+    return config
+
+
+def condition(config: ConfigDict, task: str, way: str) -> ConfigDict:
+    """A run with the condition of a task, read as `way`, and evaluated by its metric."""
+    name, metric = CONDITIONS[task], METRICS[task]
+    fields = {"concat": way}
+    scored = {}
+    if task == "outpaint":
+        fields, scored = fields | _OUTPAINT, dict(_OUTPAINT)
+    if task == "edges":
+        fields, scored = fields | _EDGES, dict(_EDGES)
+    config.conditioning = ConfigDict({"names": (name,)})
+    config.conditions = ConfigDict({name: fields})
+    on_shapes = config.source.name == "shapes"
+    if task == "edit" and on_shapes:
+        fields = {
+            key: value for key, value in config.source.items() if key in ("preset", "shapes", "colours")
+        }
+        config.source = ConfigDict({"name": "shapes_edits", **fields})
+    config.eval.metrics = (metric,) if on_shapes else ()
+    config.metrics = ConfigDict({metric: scored} if on_shapes else {})
+    return config

@@ -1,13 +1,13 @@
-"""What comes after text to image: inpainting, outpainting, edges to image, and edits by instruction, each as a condition.
+"""What comes after text to image: inpainting, outpainting, edges to image, and edits by instruction.
 
-P2 (arXiv 2412.12391, 5.1) claims that a condition is better read as tokens of its own than as more input channels, and
-compares neither at equal compute. Here both are one field apart. On the built-in shapes, on a laptop:
+P2 (arXiv 2412.12391, 5.1) claims that an image condition is better read as tokens of its own than as more input
+channels, and does not compare them at equal compute. Here both are one field apart. On built-in shapes, on a laptop:
 
     scaling-dit train    --config=editing:inpaint-token --workdir=runs/inpaint
     scaling-dit evaluate --workdir=runs/inpaint
 
-`inpaint`, `outpaint`, `edges` and `edit` each go with `-token` and `-channel`; alone they are read as tokens. `edit` has
-a source of its own, pairs of scenes with an instruction. `:smoke` is `inpaint-token` in miniature, for tests.
+`inpaint`, `outpaint`, `edges` and `edit` each go with `-token` and `-channel`; alone they are read as tokens. `edit`
+has a source of its own, pairs of scenes with an instruction. `:smoke` is `inpaint-token` in miniature, for tests.
 
 `,uvit` or another row of `dit_scaling` behind it takes the papers' recipe (recipe.py) at their size, such as
 `inpaint-token,uvit-h2048-d42-n16`: stand-in data by default, and with `,pretrained` behind that the papers' encoders on
@@ -15,7 +15,7 @@ a set that `prepare` made with the same condition.
 
 Slice: none for the first kind, 2 CPU cores and about ten minutes; v5p:4x4x4 for the papers' sizes.
 
-Expect the masked part right and the given one kept: the metrics are `inpaint`, `edges_f1` and `edits` (docs/editing.md).
+Expect the masked part right and the given one kept, by the metrics `inpaint`, `edges_f1` and `edits` (docs/editing.md).
 """
 
 from ml_collections import ConfigDict
@@ -30,8 +30,6 @@ CONDITIONS = {"inpaint": "inpaint", "outpaint": "inpaint", "edges": "edges", "ed
 METRICS = {"inpaint": "inpaint", "outpaint": "inpaint", "edges": "edges_f1", "edit": "edits"}
 # Masks that are borders alone.
 _OUTPAINT = {"boxes": 0.0, "strokes": 0.0, "objects": 0.0, "outpaint": 1.0}
-# Shapes are few pixels wide, and their edges sharp.
-_EDGES = {"sigma": 0.5, "low": 0.1, "high": 0.2}
 
 
 def get_config(arg: str = "inpaint-token") -> ConfigDict:
@@ -64,8 +62,6 @@ def condition(config: ConfigDict, task: str, way: str) -> ConfigDict:
     scored = {}
     if task == "outpaint":
         fields, scored = fields | _OUTPAINT, dict(_OUTPAINT)
-    if task == "edges":
-        fields, scored = fields | _EDGES, dict(_EDGES)
     config.conditioning = ConfigDict({"names": (name,)})
     config.conditions = ConfigDict({name: fields})
     on_shapes = config.source.name == "shapes"

@@ -56,9 +56,10 @@ class Sample(Verb):
         "folder to write to; by default one named after this request, under WORKDIR/samples", path=True
     )
     num: int = flag("images of each prompt", 1, MANY)
-    layout: Literal["tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench"] | None = flag(
-        "also write the images as an official tool reads them"
-    )
+    layout: (
+        Literal["tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench", "brushbench", "editbench"]
+        | None
+    ) = flag("also write the images as an official tool reads them")
     processes: Processes = group(Processes)
 
     def run(self) -> int:

@@ -71,7 +71,8 @@ class Items(Sequence[Item]):
 
     def __getitem__(self, index: Any, /) -> Any:
         if isinstance(index, slice):
-            return [self._make(number) for number in range(*index.indices(self._count))]
+            chosen = range(*index.indices(self._count))
+            return Items(len(chosen), lambda number: self._make(chosen[number]))
         if not -self._count <= index < self._count:
             raise IndexError(f"{index} is not in [0, {self._count})")
         return self._make(index % self._count)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,25 @@ from etils import epath
 
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.sampling.folder import GRID, Images, sample_to_folder
-from scaling_dit.sampling.given import Given
+from scaling_dit.sampling.given import Given, check_name
 from scaling_dit.sampling.options import SamplingOptions, tag
 from scaling_dit.sampling.pipeline import open_for_sampling
 from scaling_dit.sampling.prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConditions:
+    """The image conditions of prompts that have some each.
+
+    Attributes:
+      names: of the conditions.
+      read: numbers of prompts and the side of an image in pixels -> name -> uint8 [N, side, side, 3 + masks].
+      sha256: of all of them.
+    """
+
+    names: Sequence[str]
+    read: Callable[[list[int], int], Mapping[str, Any]]
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +69,11 @@ class Sampling:
             return list(prompts)
         return [(f"{id_}-{k}", prompt) for id_, prompt in prompts for k in range(self.num)]
 
-    def run(self, prompts: Sequence[Prompt]) -> Iterator[Images]:
+    def run(self, prompts: Sequence[Prompt], own: OwnConditions | None = None) -> Iterator[Images]:
         """Writes images, grid and manifest of each setting.
+
+        Args:
+          own: the conditions of each prompt, in place of `condition`.
 
         Raises:
           UserError: as `pipeline.open_for_sampling` and `folder.sample_to_folder`.
@@ -68,6 +86,16 @@ class Sampling:
         items = self.items(prompts)
         given = Given.read(pipe.model, self.condition, self.image)
         pictures = given.about()
+        inputs = given.rows
+        if own:
+            for name in own.names:
+                check_name(name, pipe.model)
+            pictures = pictures | {"conditions": own.sha256}
+
+            def inputs(numbers: list[int]) -> dict[str, Any]:
+                mine = own.read([i // self.num for i in numbers], pipe.model.image_size)
+                return {**given.rows(numbers), "conditions": mine}
+
         request = [items, pictures] if pictures else items
         asked = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]
         scales: Sequence[float | None] = tuple(self.guidance) or (None,)
@@ -84,7 +112,7 @@ class Sampling:
                     folder = Workdir(self.workdir).samples / name
                 images = sample_to_folder(
                     sampler, pipe, items, folder,
-                    seed=seed, about=about | pictures, store=self.store, inputs=given.rows,
+                    seed=seed, about=about | pictures, store=self.store, inputs=inputs,
                 )  # fmt: skip
                 if jax.process_index() == 0:
                     settings = ", ".join(f"{name} {value}" for name, value in about.items())

@@ -14,8 +14,8 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     outside_folder    an absolute file name, or one that leaves the folder with ".." or, without `links`, through a link
     duplicate_file    a file that an earlier line has already
     missing_file      no such file, of the image or of a condition beside it
-    missing_condition the line names no file for a condition of `conditions`
-    bad_condition     a condition of another size than its image
+    missing_condition  the line names no file for a condition of `conditions`
+    bad_condition      a condition of another size than its image
     unreadable_image  truncated, no image, or of a format or pixel type that is not read
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 

@@ -14,8 +14,8 @@ What is damaged (`data/damage.py`) is of one kind. The first is found when the s
     bad_columns       a file without the columns that are read, or with two of one name: one for the file
     unreadable_row    its image or captions cannot be read: a wrong checksum, or data that do not decode
     missing_image     the image is null, or its bytes are, and only a path is there
-    missing_condition the same of a condition of `conditions`
-    bad_condition     a condition of another size than its image
+    missing_condition  the same of a condition of `conditions`
+    bad_condition      a condition of another size than its image
     bad_text          a caption that is no string, or not UTF-8
     missing_caption   every caption column is null
     empty_caption     every caption is blank

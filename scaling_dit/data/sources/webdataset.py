@@ -17,8 +17,8 @@ What is damaged (`data/damage.py`) is of one kind. Of the first five, what shows
                       the place are used
     duplicate_key     a key that came before in this tar
     missing_image     a sample without an image
-    missing_condition a sample without a condition of `conditions`, found when it is read
-    bad_condition     a condition of another size than its image
+    missing_condition  a sample without a condition of `conditions`, found when it is read
+    bad_condition      a condition of another size than its image
     missing_caption   a sample without a caption: no txt, and none of the caption fields in the json
     bad_json          a json that is no JSON object, or not UTF-8
     bad_text          a caption that is not UTF-8, or no string

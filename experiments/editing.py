@@ -6,12 +6,12 @@ channels, and does not compare them at equal compute. Here both are one field ap
     scaling-dit train    --config=editing:inpaint-token --workdir=runs/inpaint
     scaling-dit evaluate --workdir=runs/inpaint
 
-`inpaint`, `outpaint`, `edges` and `edit` each go with `-token` and `-channel`; alone they are read as tokens. `edit`
-has a source of its own, pairs of scenes with an instruction. `:smoke` is `inpaint-token` in miniature, for tests.
+`inpaint`, `outpaint`, `edges` and `edit` each go with `-token` and `-channel`. `edit` has a source of its own, pairs of
+scenes with an instruction. `:smoke` is `inpaint-token` in miniature, for tests.
 
-`,uvit` or another row of `dit_scaling` behind it takes the papers' recipe (recipe.py) at their size, such as
-`inpaint-token,uvit-h2048-d42-n16`: stand-in data by default, and with `,pretrained` behind that the papers' encoders on
-a set that `prepare` made with the same condition.
+`,uvit-h2048-d42-n16` or another row of `dit_scaling` behind it takes the papers' recipe (recipe.py) at that size: with
+stand-in data, or with `,pretrained` behind that with the papers' encoders, on a set that `prepare` made with the same
+condition.
 
 Slice: none for the first kind, 2 CPU cores and about ten minutes; v5p:4x4x4 for the papers' sizes.
 
@@ -20,8 +20,6 @@ Expect the masked part right and the given one kept, by the metrics `inpaint`, `
 
 from ml_collections import ConfigDict
 from scaling_dit.experiments import dit_scaling, shapes
-
-from scaling_dit.errors import UserError, nearest
 
 TASKS = ("inpaint", "outpaint", "edges", "edit")
 WAYS = ("token", "channel")
@@ -32,6 +30,13 @@ METRICS = {"inpaint": "inpaint", "outpaint": "inpaint", "edges": "edges_f1", "ed
 _OUTPAINT = {"boxes": 0.0, "strokes": 0.0, "objects": 0.0, "outpaint": 1.0}
 
 
+ARGUMENTS = ("smoke", *(f"{task}-{way}" for task in TASKS for way in WAYS))
+OPTIONS = (
+    *dit_scaling.ARGUMENTS,
+    *(f"{row},{option}" for row in dit_scaling.ARGUMENTS for option in dit_scaling.OPTIONS),
+)
+
+
 def get_config(arg: str = "inpaint-token") -> ConfigDict:
     """A task, TASK-token or TASK-channel, on shapes; a row of `dit_scaling` behind a comma for the papers' recipe."""
     if arg == "smoke":
@@ -40,15 +45,11 @@ def get_config(arg: str = "inpaint-token") -> ConfigDict:
         return config
     name, _, row = arg.partition(",")
     task, _, way = name.partition("-")
-    if task not in TASKS or (way or "token") not in WAYS:
-        known = [f"{one}-{two}" for one in TASKS for two in WAYS]
-        raise UserError(f"editing has no task {name!r}; {nearest(name, known)}")
-    base = dit_scaling.get_config(row) if row else laptop()
-    return condition(base, task, way or "token")
+    return condition(dit_scaling.get_config(row) if row else laptop(), task, way)
 
 
 def laptop() -> ConfigDict:
-    """The demo's run for a few minutes more, with a constant learning rate."""
+    """The demo's run, longer."""
     config = shapes.get_config()
     config.steps = 2000
     config.eval.every = config.checkpoint.every = 500

@@ -217,7 +217,7 @@ def encode_shard(
                 write()
 
         samples = source.samples(number)
-        given = [one for one in source.beside if one.name in making.conditions]
+        given = [one for one in source.paired if one.name in making.conditions]
         for outcome in in_order(
             samples, lambda s: prepare_sample(s, selection, kept, making, given), threads, encoder.batch
         ):

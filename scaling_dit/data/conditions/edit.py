@@ -24,7 +24,7 @@ class Edit:
         """
         raise UserError(
             f"record {record.get('key')!r} carries no condition 'edit', the image before the edit; train on pairs: "
-            "the source shapes_edits, or files with a condition 'edit' beside each image"
+            "the source shapes_edits, or files beside the images, which config.source.conditions names"
         )
 
     def read(self, files: Sequence[str]) -> np.ndarray:

@@ -227,6 +227,9 @@ def check_record(record: Any, index: int, source: Source) -> None:
             f"({record['key']!r}) has an image of {'x'.join(map(str, array.shape))} {array.dtype}; "
             f"the source promises {side}x{side}x3 uint8"
         )
+    given = record.get("conditions", {})
+    if not isinstance(given, Mapping):
+        raise wrong(f"has as conditions a {_kind(given)}, it must be a mapping from names to arrays")
     captions = record["captions"]
     if isinstance(captions, str) or not hasattr(captions, "__getitem__") or not len(captions):
         raise wrong(f"must have captions, a list of at least one text, not {_short(captions)}")

@@ -111,7 +111,7 @@ class FolderSource(ImageFileSource):
         where = f"{self._metadata} line {line.line}"
         data = self._bytes(line.file_name, "file_name", where)
         parts = {}
-        for part, key in beside.columns(self.beside, "_file_name").items():
+        for part, key in beside.columns(self.paired, "_file_name").items():
             name = line.metadata.get(key)
             if not isinstance(name, str) or not name:
                 raise beside.missing(part, where, f"the line has no {key!r}, a file's name")

@@ -120,7 +120,7 @@ class ImageFileSource(abc.ABC):
             )
         if self.max_damaged < 0:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
-        _ = self.beside
+        _ = self.paired
         if self.damage is None:
             object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
         if self._files is None:
@@ -181,7 +181,7 @@ class ImageFileSource(abc.ABC):
         return dataclasses.replace(self, split="held_out")
 
     @functools.cached_property
-    def beside(self) -> tuple[beside.Beside, ...]:
+    def paired(self) -> tuple[beside.Beside, ...]:
         """The conditions that stand beside each image; UserError for a field `conditions` that names none."""
         return beside.parse(getattr(self, "conditions", ()))
 
@@ -208,10 +208,10 @@ class ImageFileSource(abc.ABC):
         image = images.decode(raw.image, raw.where, raw.key, self.max_pixels)
         pixels = images.fit(image, self.image_size, self.image_size)
         record: Record = {"image": pixels, "captions": raw.captions, "kinds": raw.kinds, "key": raw.key}
-        if self.beside:
+        if self.paired:
             size = self.image_size, self.image_size
             record["conditions"] = beside.decode(
-                self.beside, raw.conditions, image, size, raw.where, self.max_pixels
+                self.paired, raw.conditions, image, size, raw.where, self.max_pixels
             )
         return record
 

@@ -116,7 +116,7 @@ class ParquetSource(ImageFileSource):
                 raise DamagedRecord("bad_text", where, f"{name!r} is not text: {_line(error)}") from None
         captions, kinds = self._fields.read(entry, where)
         parts = {}
-        for part, name in beside.columns(self.beside).items():
+        for part, name in beside.columns(self.paired).items():
             try:
                 parts[part] = _image(table.column(name)[place], name, where)
             except DamagedRecord as fault:
@@ -138,7 +138,7 @@ class ParquetSource(ImageFileSource):
 
     def _read_always(self) -> tuple[str, ...]:
         """The columns of image, captions and conditions."""
-        return (self.image_field, *self._fields.names(), *beside.columns(self.beside).values())
+        return (self.image_field, *self._fields.names(), *beside.columns(self.paired).values())
 
     @functools.cached_property
     def _fields(self) -> CaptionFields:

@@ -106,7 +106,7 @@ class WebdatasetSource(ImageFileSource):
 
     @functools.cached_property
     def _parts(self) -> tuple[str, ...]:
-        return tuple(part for one in self.beside for part in one.parts)
+        return tuple(part for one in self.paired for part in one.parts)
 
     def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
         path, index = self._shard(shard).rows

@@ -1,4 +1,4 @@
-"""Edits of scenes: what an instruction says is what differs, splits share no scene, and the oracle's marks are exact."""
+"""Edits of scenes: the words say what differs, splits share no scene, and the oracle's marks are exact."""
 
 import collections
 import dataclasses

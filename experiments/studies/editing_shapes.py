@@ -25,7 +25,7 @@ from scaling_dit.scaling.claims import Claim
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
 
-ARGUMENTS = ("inpaint", "edges", "edit", "smoke")
+ARGUMENTS = ("edges", "edit", "smoke")
 _QUESTIONS = {
     "inpaint": "Is the condition of inpainting better read as tokens or as channels?",
     "edges": "Are edges better read as tokens or as channels?",

@@ -66,15 +66,15 @@ class Sampling:
             SamplingOptions.of(config.sample, **{**self.changes, "guidance": given})
         pipe, _, _ = open_for_sampling(config, self.workdir, self.changes, step=self.step, ema=self.ema)
         items = self.items(prompts)
-        given = Given.read(pipe.model, self.condition, self.image)
-        pictures = given.about()
+        images_given = Given.read(pipe.model, self.condition, self.image)
+        pictures = images_given.about()
         request = [items, pictures] if pictures else items
         asked = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]
         scales: Sequence[float | None] = tuple(self.guidance) or (None,)
         several = len(scales) * len(self.seed) > 1
         for scale in scales:
             sampler = pipe.sampler(**{**self.changes, **({} if scale is None else {"guidance": scale})})
-            given.check(sampler.options, pipe.model)
+            images_given.check(sampler.options, pipe.model)
             about = {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
             for seed in self.seed:
                 name = f"{tag(about, seed)}-{asked}"
@@ -84,7 +84,7 @@ class Sampling:
                     folder = Workdir(self.workdir).samples / name
                 images = sample_to_folder(
                     sampler, pipe, items, folder,
-                    seed=seed, about=about | pictures, store=self.store, inputs=given.rows,
+                    seed=seed, about=about | pictures, store=self.store, inputs=images_given.rows,
                 )  # fmt: skip
                 if jax.process_index() == 0:
                     settings = ", ".join(f"{name} {value}" for name, value in about.items())

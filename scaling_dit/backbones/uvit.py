@@ -133,11 +133,9 @@ class UViT(nn.Module):
         if text_mask is not None:
             following = x.shape[1] - first
             key_mask = jnp.pad(text_mask.astype(bool), ((0, 0), (1, following)), constant_values=True)
-        if embedded.tokens:
-            condition_mask = jnp.pad(
-                embedded.mask(image_tokens.shape[1]), ((0, 0), (first, 0)), constant_values=True
-            )
-            key_mask = condition_mask if key_mask is None else key_mask & condition_mask
+        if (shown := embedded.mask(image_tokens.shape[1])) is not None:
+            shown = jnp.pad(shown, ((0, 0), (first, 0)), constant_values=True)
+            key_mask = shown if key_mask is None else key_mask & shown
 
         # Blocks; what a long skip carries is stacked over layers when they are scanned, else a list. The last out of
         # the first half is the first into the second.
@@ -210,7 +208,7 @@ class UViT(nn.Module):
             return jnp.asarray(layers.sincos_2d(*grid, hidden), dtype)
 
         boxed = nn.with_logical_partitioning(init, (None, "embed"))
-        table: jax.Array = self.param(name, boxed, (found, hidden), jnp.dtype(self.param_dtype))
+        table: Any = self.param(name, boxed, (found, hidden), jnp.dtype(self.param_dtype))
         if found == length:
             return table
         return resize_grid(table.reshape(side, side, hidden), *grid).reshape(length, hidden)

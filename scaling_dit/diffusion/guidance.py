@@ -87,8 +87,8 @@ def guided(
       method: how both predictions are combined.
       rescale: phi in [0, 1]; how far the result goes back to the spread of the positive half (Lin et al. 2024,
         section 3.4). 0 leaves it as it is.
-      bare: what both `condition` and `negative` have more of, image conditions, is left out in it; its leading axis is B or
-        1. With it and a `bare_scale` other than 1 there are three parts of batch B in a call.
+      bare: `negative` without its image conditions, with leading axis B or 1. With it and a `bare_scale` other than 1
+        there are three parts of batch B in a call.
       bare_scale: of the guidance on image conditions, s_c: (s_c - 1) (negative - bare) is added to the result of
         `method`. With `classifier_free` and scale s_t that is InstructPix2Pix's (arXiv 2211.09800, eq. 3)
         bare + s_c (negative - bare) + s_t (positive - negative).

@@ -165,9 +165,9 @@ def sample(
     `keys` [B] are random keys for a sampler that adds noise, which no built-in one does; those of the rows' numbers by
     default.
 
-    With a `strength` below 1 only that share of the steps is taken, the last ones, from the latents `image`
-    [B, H, W, C] noised to where these begin (SDEdit, arXiv 2108.01073). `known` are clean latents [B, H, W, C] and where they hold,
-    bool [B, H, W, 1]: there they replace the clean latents of every step.
+    With a `strength` below 1 only that share of the steps is taken, the last ones, from the latents `image`, of the
+    shape of `noise`, noised to where these begin (SDEdit, arXiv 2108.01073). `known` are clean latents of that shape,
+    and where they hold, bool [B, H, W, 1]: there they replace the clean latents of every step.
 
     Raises:
       UserError: unknown sampler or kind of prediction, one that the schedule does not allow, a number of steps the

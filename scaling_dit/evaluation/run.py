@@ -177,7 +177,7 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
                 conditioned.check(job.items, reads, job.one.section)
                 asked = {"conditions": job.conditions_hash} if job.conditions_hash else {}
 
-                def inputs(numbers: list[int]) -> dict[str, Any]:
+                def inputs(numbers: Sequence[int]) -> dict[str, Any]:
                     items = [job.items[i] for i in numbers]
                     return {"conditions": conditioned.stack(items, sampler.model.image_size)}
 

@@ -10,7 +10,8 @@ import jax
 from etils import epath
 
 from scaling_dit.checkpoints.workdir import Workdir, read_config
-from scaling_dit.sampling.folder import GRID, Images, sample_to_folder
+from scaling_dit.model.model import Model
+from scaling_dit.sampling.folder import GRID, Images, Inputs, sample_to_folder
 from scaling_dit.sampling.given import Given, check_name
 from scaling_dit.sampling.options import SamplingOptions, tag
 from scaling_dit.sampling.pipeline import open_for_sampling
@@ -84,25 +85,19 @@ class Sampling:
             SamplingOptions.of(config.sample, **{**self.changes, "guidance": given})
         pipe, _, _ = open_for_sampling(config, self.workdir, self.changes, step=self.step, ema=self.ema)
         items = self.items(prompts)
-        given = Given.read(pipe.model, self.condition, self.image)
-        pictures = given.about()
-        inputs = given.rows
+        images_given = Given.read(pipe.model, self.condition, self.image)
+        pictures, inputs = images_given.about(), images_given.rows
         if own:
             for name in own.names:
                 check_name(name, pipe.model)
-            pictures = pictures | {"conditions": own.sha256}
-
-            def inputs(numbers: list[int]) -> dict[str, Any]:
-                mine = own.read([i // self.num for i in numbers], pipe.model.image_size)
-                return {**given.rows(numbers), "conditions": mine}
-
+            pictures, inputs = pictures | {"conditions": own.sha256}, self._with_own(own, inputs, pipe.model)
         request = [items, pictures] if pictures else items
         asked = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]
         scales: Sequence[float | None] = tuple(self.guidance) or (None,)
         several = len(scales) * len(self.seed) > 1
         for scale in scales:
             sampler = pipe.sampler(**{**self.changes, **({} if scale is None else {"guidance": scale})})
-            given.check(sampler.options, pipe.model)
+            images_given.check(sampler.options, pipe.model)
             about = {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
             for seed in self.seed:
                 name = f"{tag(about, seed)}-{asked}"
@@ -118,3 +113,12 @@ class Sampling:
                     settings = ", ".join(f"{name} {value}" for name, value in about.items())
                     print(f"{len(items)} images in {folder} ({settings}); all on one page: {folder / GRID}")
                 yield images
+
+    def _with_own(self, own: OwnConditions, inputs: Inputs, model: Model) -> Inputs:
+        """What gives the sampler's inputs of some images, with the conditions of their prompts."""
+
+        def give(numbers: Sequence[int]) -> dict[str, Any]:
+            conditions = own.read([number // self.num for number in numbers], model.image_size)
+            return {**inputs(numbers), "conditions": conditions}
+
+        return give

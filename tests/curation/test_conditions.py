@@ -118,7 +118,9 @@ def test_a_prepared_set_has_the_conditions_of_its_images(tmp_path):
         record = source[i]
         before = by_key[record["key"]]["conditions"]["edit"]
         expected = np.asarray(codec.moments({}, before[None])).astype(ml_dtypes.bfloat16)[0]
-        np.testing.assert_array_equal(record["conditions"]["edit"][0], expected)
+        # Of another batch, so up to rounding.
+        found = record["conditions"]["edit"][0].astype(float)
+        np.testing.assert_allclose(found, expected.astype(float), rtol=0.01, atol=1e-5)
         height, width, depth = record["latents"].shape
         assert record["conditions"]["inpaint"].shape == (2, height, width, depth + 1)
         masks = record["conditions"]["inpaint"][..., -1].astype(float)

@@ -33,19 +33,32 @@ def box(generator: np.random.Generator, height: int, width: int, share: float) -
 def strokes(generator: np.random.Generator, height: int, width: int, share: float) -> np.ndarray:
     """Strokes of a round brush, each on a winding way, until they cover the share: bool [height, width]."""
     mask = np.zeros((height, width), bool)
-    y, x = np.ogrid[:height, :width]
-    while mask.mean() < share:
+    covered, wanted = 0, share * height * width
+    while covered < wanted:
         short = min(height, width)
         radius = max(generator.uniform(_THIN * short, _THICK * short), 0.5)
         place = generator.uniform((0, 0), (height, width))
         angle = generator.uniform(0, 2 * math.pi)
         for _ in range(_DISCS):
-            mask |= (y + 0.5 - place[0]) ** 2 + (x + 0.5 - place[1]) ** 2 <= radius**2
-            if mask.mean() >= share:
+            covered += _stamp(mask, float(place[0]), float(place[1]), radius)
+            if covered >= wanted:
                 break
             angle += generator.normal(0, 0.5)
-            place = np.clip(place + radius * np.array([math.sin(angle), math.cos(angle)]), 0, (height, width))
+            place = np.clip(
+                place + radius * np.array([math.sin(angle), math.cos(angle)]), 0, (height, width)
+            )
     return mask
+
+
+def _stamp(mask: np.ndarray, y: float, x: float, radius: float) -> int:
+    """Sets the pixels of a disc in a mask, in place; returns how many were not set before."""
+    top, left = max(math.floor(y - radius), 0), max(math.floor(x - radius), 0)
+    window = mask[top : math.ceil(y + radius), left : math.ceil(x + radius)]
+    rows, columns = np.ogrid[: window.shape[0], : window.shape[1]]
+    disc = (rows + top + 0.5 - y) ** 2 + (columns + left + 0.5 - x) ** 2 <= radius**2
+    added = np.count_nonzero(disc & ~window)
+    window |= disc
+    return added
 
 
 def border(generator: np.random.Generator, height: int, width: int, share: float) -> np.ndarray:

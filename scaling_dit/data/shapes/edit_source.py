@@ -113,7 +113,7 @@ class ShapesEditsSource(ShapesSpec):
     def distinct(self, count: int) -> list[int]:
         """The first `count` indices of the held-out split whose edits all differ; UserError if there are fewer."""
         held_out, seen, found = self.held_out(), set[tuple[str, str]](), list[int]()
-        for index in range(20 * count + 2000):
+        for index in range(20 * count + 500):
             if len(found) == count:
                 return found
             edit = held_out.edit(index)

@@ -60,12 +60,11 @@ def test_a_condition_is_the_same_beside_others_and_two_of_a_kind_differ():
 def test_pairs_carry_their_condition():
     source = ShapesEditsSource(preset="grid8")
     batch = load(source, 1, conditions={"edit": Edit()})[0]
-    pairs = {source[i]["image"].tobytes() + source[i]["conditions"]["edit"].tobytes() for i in range(3000)}
     assert batch["conditions"]["edit"].shape == (6, 8, 8, 3)
-    # Records are shuffled over 2**24, so the pair is checked by the oracle's rule: exactly the edit differs.
     for image, before in zip(batch["images"], batch["conditions"]["edit"], strict=True):
-        assert (image != before).any() and (image == before).any()
-    assert len(pairs) > 1000
+        # At most two of four cells differ.
+        cells = (image != before).any(-1).reshape(2, 4, 2, 4).any((1, 3))
+        assert 1 <= cells.sum() <= 2
     with pytest.raises(UserError, match="carries no condition 'edit'"):
         load(ShapesSource(preset="grid8"), 1, conditions={"edit": Edit()}, threads=0)
 

@@ -94,14 +94,14 @@ SETS: dict[str, Row] = {
     ),
     "brushbench": Row(
         "inpainting:brushbench",
-        "folder with mapping_file.json and images/",
-        "github.com/TencentARC/BrushNet, the data set BrushBench",
+        "folder with mapping_file.json and images",
+        "github.com/TencentARC/BrushNet, data set BrushBench",
         600,
     ),
     "brushbench_outside": Row(
         "inpainting:brushbench_outside",
-        "folder with mapping_file.json and images/",
-        "github.com/TencentARC/BrushNet, the data set BrushBench",
+        "folder with mapping_file.json and images",
+        "github.com/TencentARC/BrushNet, data set BrushBench",
         600,
     ),
     "dpg": Row(

@@ -21,7 +21,8 @@ class Edges:
 
     Attributes:
       sigma: of the Gaussian that smooths the image first, in pixels.
-      low, high: thresholds of the gradient of the luma in [0, 1]: edges begin above `high` and go on above `low`.
+      low: threshold of the gradient of the luma in [0, 1] above which an edge goes on.
+      high: threshold above which an edge begins.
     """
 
     sigma: float = 1.0

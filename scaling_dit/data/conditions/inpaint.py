@@ -31,8 +31,8 @@ class Inpaint:
       objects: weight of the exact mask of one object, where the record has those (`record["objects"]`; of the
         built-in sources `shapes` alone).
       outpaint: weight of borders: one side, or all around.
-      smallest, largest: least and greatest share of the area that boxes, strokes and borders cover, chosen uniformly.
-        EditBench's small masks are 0.057 to 0.215, its medium ones up to 0.369.
+      smallest: least share of the area that boxes, strokes and borders cover; shares are chosen uniformly.
+      largest: greatest such share. EditBench's small masks are 0.057 to 0.215, its medium ones up to 0.369.
     """
 
     boxes: float = 0.4

@@ -44,9 +44,7 @@ def strokes(generator: np.random.Generator, height: int, width: int, share: floa
             if covered >= wanted:
                 break
             angle += generator.normal(0, 0.5)
-            place = np.clip(
-                place + radius * np.array([math.sin(angle), math.cos(angle)]), 0, (height, width)
-            )
+            place = np.clip(place + radius * np.array([math.sin(angle), math.cos(angle)]), 0, (height, width))
     return mask
 
 

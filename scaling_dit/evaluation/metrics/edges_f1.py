@@ -26,8 +26,10 @@ class EdgesF1(PerImage):
     diagonals. Where neither map has an edge, F1 is 1.
 
     Attributes:
-      sigma, low, high: of the detector, as the fields of the condition "edges"; the prompts' edges are found with them,
-        too, whatever the run was trained with.
+      sigma: of the detector, as the field of the condition "edges"; the prompts' edges are found with it, too, whatever
+        the run was trained with.
+      low: as `sigma`.
+      high: as `sigma`.
       tolerance: in pixels.
       condition: the name of the condition that is the edges.
     """

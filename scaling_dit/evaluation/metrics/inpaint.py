@@ -40,12 +40,18 @@ class InpaintMetric(Base):
     [0, 1] and PSNR. The score of an image, by which runs are compared, is the first of these that there is.
 
     Attributes:
-      boxes, strokes, objects, outpaint, smallest, largest: of the masks, as the fields of the condition "inpaint";
-        whatever the run was trained with.
+      boxes: of the masks, as the field of the condition "inpaint", whatever the run was trained with.
+      strokes: as `boxes`.
+      objects: as `boxes`.
+      outpaint: as `boxes`.
+      smallest: as `boxes`.
+      largest: as `boxes`.
       mask_seed: of the masks, which depend on it and the record alone.
       condition: the name of the condition that is image and mask.
-      clip: also score the crop by CLIP; `clip_weights`, `clip_size` and `clip_tokenizer_files` are those of
-        `clip_score`.
+      clip: also score the crop by CLIP.
+      clip_weights: as `weights` of `clip_score`.
+      clip_size: as `size` of `clip_score`.
+      clip_tokenizer_files: as `tokenizer_files` of `clip_score`.
       batch: images at once.
     """
 

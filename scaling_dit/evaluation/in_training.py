@@ -58,6 +58,11 @@ class InTraining:
             batch=config.batch,
         )
         self._sampler = Sampler(model, mesh, SamplingOptions.of(config.sample))
+        if config.sample.strength < 1:
+            raise UserError(
+                f"config.sample.strength is {config.sample.strength}, but evaluation in training has no images to "
+                "start from; leave it 1, and give --strength to `sample`"
+            )
         held_out = contract.held_out(source)
         shown = [contract.read(held_out, i % len(held_out)) for i in range(config.eval.grid)]
         self._captions = [record["captions"][0] for record in shown]

@@ -115,7 +115,10 @@ class Model:
         else:
             moments = self.codec.moments(params, given[..., :3])
             masks = given[..., 3:].astype(jnp.float32) / 255
-            masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
+            if masks.shape[-1]:
+                masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
+            else:
+                masks = jnp.zeros((*moments.shape[:3], 0))
         return jnp.concatenate([self.codec.mean(params, moments), masks], axis=-1)
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:

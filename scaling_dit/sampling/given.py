@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
+from etils import epath
 
 from scaling_dit.data import images
 from scaling_dit.data.conditions import contract
@@ -75,7 +75,7 @@ class Given:
             found[name] = contract.read(readers[name], name, files.split(","), model.image_size)
         start = None
         if image:
-            path = pathlib.Path(image).expanduser()
+            path = epath.Path(image)
             start = np.asarray(images.decode(images.read_bytes(path, "--image"), "--image", path.name))
         return cls.of(model, found, start)
 

@@ -28,8 +28,8 @@ class Plain(nn.Module):
         return nn.Dense(latents.shape[-1])(latents)
 """
 TRANSFORMERS = ("uvit", "pixart", "large_dit", "next_dit")
-CASES = [(name, concat) for name in TRANSFORMERS for concat in ("token", "channel")]
-SLOW = [("unet", "channel"), ("unet_if", "channel")]
+CASES = [*((name, "token") for name in TRANSFORMERS), ("uvit", "channel")]
+SLOW = [(name, "channel") for name in FIELDS if name != "uvit"]
 
 
 def small(name, *rows, **fields):
@@ -76,7 +76,7 @@ def test_a_condition_acts_where_it_is_present_and_the_base_is_the_base(name, con
             lambda path, x: jnp.zeros_like(x) if "condition_embed" in trees.names(path) else x, variables
         )
         return {
-            "base": base.apply(without(variables, "condition"), *inputs),
+            "base": base.apply(without(variables, "condition_"), *inputs),
             "absent": full.apply(variables, *inputs),
             "silent": full.apply(silent, *inputs, conditions),
             "given": found,
@@ -103,7 +103,9 @@ def test_a_condition_acts_where_it_is_present_and_the_base_is_the_base(name, con
     assert moved[0] > 0 and moved[2] > 0 and moved[1] == 0
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    "name", [*TRANSFORMERS, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet", "unet_if"))]
+)
 def test_parameters_of_a_condition_change_no_other_initial_value(name):
     """Nor do they depend on whether a condition is given to `init`."""
     concat = "token" if name in TRANSFORMERS else "channel"
@@ -116,11 +118,12 @@ def test_parameters_of_a_condition_change_no_other_initial_value(name):
         jax.eval_shape(full.init, key, *inputs, contract.example_inputs(full, (4, 4, 4), (5, 16), 2)[4])
     )
     assert shapes == with_given
-    assert without(shapes, "condition") == trees.unbox(jax.eval_shape(base.init, key, *inputs))
+    assert without(shapes, "condition_") == trees.unbox(jax.eval_shape(base.init, key, *inputs))
     names = {path[2] for path in trees.by_path(shapes) if path[1] == "condition_embed"}
     assert names == {"first", "second"}
 
 
+@pytest.mark.slow
 def test_initial_values_are_those_of_the_base_and_channels_start_at_zero():
     full = small("uvit", ("a", 5, "channel", "shared"), ("b", 4, "token", "shifted"), patch=2)
     inputs = parity.example(full, 4, 4)
@@ -128,7 +131,7 @@ def test_initial_values_are_those_of_the_base_and_channels_start_at_zero():
         trees.unbox(run(functools.partial(one.init, jax.random.key(3)), *inputs))
         for one in (small("uvit", patch=2), full)
     )
-    for path, value in trees.by_path(without(both, "condition")).items():
+    for path, value in trees.by_path(without(both, "condition_")).items():
         np.testing.assert_array_equal(value, trees.by_path(base)[path])
     assert not np.abs(both["params"]["condition_embed"]["a"]["kernel"]).any()
     assert both["params"]["condition_embed"]["b"]["kernel"].shape == (16, 32)
@@ -142,7 +145,7 @@ def test_channels_are_a_widened_input():
     inputs = parity.example(backbone, 2, 2, batch=2)
     conditions = given(backbone, batch=2, side=2, present=(True, True))
     variables = fill(contract.abstract_variables(backbone, inputs))
-    joined = without(variables, "condition")
+    joined = without(variables, "condition_")
     kernel = [
         variables["params"]["patch_embed"]["kernel"],
         variables["params"]["condition_embed"]["a"]["kernel"],

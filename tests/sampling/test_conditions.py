@@ -56,6 +56,7 @@ def test_conditions_act_and_what_is_given_is_kept(pipe):
     assert (kept[:, :8] != IMAGE[:8]).any()
 
 
+@pytest.mark.slow
 def test_guidance_on_the_condition_and_a_start_from_an_image_act(pipe):
     given = {"inpaint": CONDITION}
     plain = pipe.sample(PROMPTS, conditions=given)

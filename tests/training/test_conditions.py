@@ -12,6 +12,8 @@ from scaling_dit import trees
 from scaling_dit.cli import main as cli
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.parallel import rules
+from scaling_dit.parallel.topologies import LOCAL, parse
+from scaling_dit.planning import plan
 from scaling_dit.training import loop
 from scaling_dit.training.program import StepProgram, run_mesh
 from tests.support.layouts import LAYOUTS
@@ -127,3 +129,15 @@ def test_a_whole_step_is_that_of_one_device(concat, layout):
     # Adam's first steps follow the sign of a gradient, so an entry that is only rounding may move either way.
     for path, value in wanted.items():
         np.testing.assert_allclose(found[path], value, atol=2 * 2 * rate)
+
+
+@pytest.mark.slow
+def test_a_plan_has_the_conditions_in_its_step():
+    """More FLOPs and memory with them than without, on the devices here."""
+    plans = []
+    for names in ("()", "('inpaint',)"):
+        config = config_lib.load("experiments/shapes.py:smoke", [f"--config.conditioning.names={names}"])
+        plans.append(plan.make(config, parse(LOCAL)))
+    without, found = plans
+    assert found.model_flops > without.model_flops
+    assert found.memory.peak > without.memory.peak

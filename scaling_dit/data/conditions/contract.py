@@ -9,14 +9,15 @@ is used as it is.
 """
 
 import inspect
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from scaling_dit.components import one_line
 from scaling_dit.errors import UserError
+from scaling_dit.files import expand
 
 # Method -> how many arguments it is called with, `self` among them, and how it reads.
 _METHODS = {
@@ -131,6 +132,7 @@ def read_files(files: Sequence[str], masks: int) -> np.ndarray:
     Raises:
       UserError: a file that is missing or no image, another number of files, or files of several sizes.
     """
+    # Loads Pillow, which a config can do without.
     from scaling_dit.data import images
 
     if len(files) != 1 + masks:
@@ -141,7 +143,7 @@ def read_files(files: Sequence[str], masks: int) -> np.ndarray:
         )
     read = []
     for file in files:
-        path = pathlib.Path(file).expanduser()
+        path = epath.Path(expand(file))
         read.append(images.decode(images.read_bytes(path, str(file)), str(file), path.name))
     for file, image in zip(files, read, strict=True):
         if image.size != read[0].size:

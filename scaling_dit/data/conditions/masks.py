@@ -54,7 +54,7 @@ def _stamp(mask: np.ndarray, y: float, x: float, radius: float) -> int:
     window = mask[top : math.ceil(y + radius), left : math.ceil(x + radius)]
     rows, columns = np.ogrid[: window.shape[0], : window.shape[1]]
     disc = (rows + top + 0.5 - y) ** 2 + (columns + left + 0.5 - x) ** 2 <= radius**2
-    added = np.count_nonzero(disc & ~window)
+    added = int(np.count_nonzero(disc & ~window))
     window |= disc
     return added
 
@@ -71,13 +71,9 @@ def border(generator: np.random.Generator, height: int, width: int, share: float
         return mask
     length = height if side in ("top", "bottom") else width
     gone = _whole(share * length, length - 1)
-    given = {
-        "left": np.s_[:, gone:],
-        "right": np.s_[:, : width - gone],
-        "top": np.s_[gone:],
-        "bottom": np.s_[: height - gone],
-    }
-    mask[given[side]] = False
+    top, bottom = (gone if side == "top" else 0), (height - gone if side == "bottom" else height)
+    left, right = (gone if side == "left" else 0), (width - gone if side == "right" else width)
+    mask[top:bottom, left:right] = False
     return mask
 
 

@@ -33,7 +33,9 @@ EXTRAS = {
     "tensorboard": ["clu", "tensorboard", "tensorflow-cpu"],
     # Judges of the metrics that ask questions, but for those behind an endpoint; and the digits experiment: its scans,
     # and the classifier that reads the generated ones.
-    "eval": ["scikit-learn", "torch==2.13.0", "transformers"],
+    "eval": ["scikit-image", "scikit-learn", "torch==2.13.0", "transformers"],
+    # Canny's edges: the condition "edges" and the metric `edges_f1`.
+    "edit": ["scikit-image"],
     # `import --to=safetensors`: pickles are read by PyTorch only.
     "convert": ["torch==2.13.0"],
     # Sources tfds: and parquet:. TensorFlow Datasets imports importlib_resources and does not declare it.

@@ -92,7 +92,7 @@ def test_a_folder_of_ones_own_trains(tmp_path, monkeypatch, capsys):
 
 def test_the_kinds_of_damage_are_those_of_the_source():
     kinds = re.findall(r"^    (\w+) {2,}\S", folder.__doc__ or "", re.MULTILINE)
-    assert len(kinds) == 9
+    assert len(kinds) == 11
     assert [cell.strip("`") for cell in first_column("own_images.md", "Damaged files")] == kinds
 
 

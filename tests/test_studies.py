@@ -11,7 +11,10 @@ from tests.support.paths import ROOT
 
 FOLDER = ROOT / "experiments" / "studies"
 # Those count backbones, or resolve dozens of members.
-HEAVY = {("shapes_core", ""), ("shapes_full", ""), ("shapes_large", ""), ("p2_families", "compute")}
+HEAVY = {
+    ("shapes_core", ""), ("shapes_full", ""), ("shapes_large", ""), ("p2_families", "compute"),
+    ("editing_shapes", ""), ("editing_shapes", "edges"), ("editing_shapes", "edit"),
+}  # fmt: skip
 
 
 def arguments():
@@ -43,7 +46,7 @@ def test_every_member_of_every_study_resolves(name, argument):
 
 def test_study_files_are_short_and_say_what_they_are():
     paths = sorted(FOLDER.glob("[!_]*.py"))
-    assert len(paths) == 14
+    assert len(paths) == 15
     for path in paths:
         text = path.read_text()
         assert len(text.splitlines()) < 120
@@ -51,6 +54,18 @@ def test_study_files_are_short_and_say_what_they_are():
         question = docstring.splitlines()[0]
         assert "?" in question and "scaling-dit study --config=" in docstring, path
         assert "Slice: " in docstring and "Expect" in docstring, path
+
+
+def test_conditions_as_tokens_and_channels_are_compared_at_equal_steps_and_at_equal_compute():
+    spec = spec_lib.load("editing_shapes:smoke")
+    token, channel, long = (
+        ladder.cost(spec.member(name).config) for name in ("token", "channel", "channel-long")
+    )
+    assert token.steps == channel.steps < long.steps
+    assert long.train_flops() == pytest.approx(token.train_flops(), rel=0.01)
+    # Four more tokens of 32 numbers beside 21, in two blocks.
+    assert token.macs_total > 1.1 * channel.macs_total
+    assert all(claim.paired for claim in spec.claims)
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from scaling_dit.components import Registry
-from scaling_dit.config import metrics, schema
+from scaling_dit.config import conditions, metrics, schema
+from scaling_dit.config.named import NamedSections
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "config.md"
 # Component section -> the module that knows its built-in components.
@@ -48,6 +49,11 @@ METRICS_HEAD = """
 
 Each metric that `config.eval.metrics` names has a section, `metrics.NAME`. **Free.**
 """
+CONDITIONS_HEAD = """
+### `conditions`
+
+Each condition that `config.conditioning.names` names has a section, `conditions.NAME`. [What they are](conditions.md).
+"""
 
 
 def text() -> str:
@@ -56,7 +62,8 @@ def text() -> str:
     parts += [_section(name, group) for name, group in schema.SECTIONS.items()]
     parts.append(COMPONENTS_HEAD)
     parts += [_component(name, component) for name, component in schema.COMPONENTS.items()]
-    parts += [METRICS_HEAD, *map(_metric, metrics.REGISTRY.known)]
+    for head, named in ((METRICS_HEAD, metrics.SECTIONS), (CONDITIONS_HEAD, conditions.SECTIONS)):
+        parts += [head, *(_named(named, name) for name in named.registry.known)]
     return "".join(parts)
 
 
@@ -103,13 +110,14 @@ def _component(section: str, component: schema.Component) -> str:
     return "".join(parts)
 
 
-def _metric(name: str) -> str:
-    component = metrics.REGISTRY.resolve(name)
-    docs = {field: _described(field, declared) for field, declared in metrics.COMMON.items()}
+def _named(sections: NamedSections, name: str) -> str:
+    """The section of one part that a list of names in the config may name."""
+    component = sections.registry.resolve(name)
+    docs = {field: _described(field, declared) for field, declared in sections.common.items()}
     docs |= field_docs(component)
     rows = [
         (f"`{field}`", _value(default), docs.get(field, ""))
-        for field, default in metrics.metric_fields(name).items()
+        for field, default in sections.fields(name).items()
     ]
     return f"\n#### `{name}`\n\n{_summary(component)}\n\n{_table(rows)}"
 

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 # Rows of a ladder differ only in the backbone's size, and docs/models.md has all of them. One of each kind is enough.
 ROWS = {
+    "editing": ("", "smoke", "inpaint-channel", "outpaint-token", "edges-channel", "edit-token"),
     "unet_scaling": ("", "sd2", "if-xl-c512", "sdxl-td4_4,pretrained"),
     "dit_scaling": ("", "pixart-h1536-d28", "large_dit-h2048-d28-n16", "next_dit-h2304-d24-n32"),
 }

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from scaling_dit.backbones import contract
 from scaling_dit.components import Registry
+from scaling_dit.errors import UserError
 
 # Name -> the place of the class, which is imported when it is asked for.
 BACKBONES: dict[str, str] = {
@@ -41,14 +42,26 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     return backbone
 
 
-def create_for(name: str, *, in_channels: int, text_dim: int, **kwargs: Any) -> nn.Module:
-    """`create` for latents of so many channels and text of such a width.
+def create_for(
+    name: str, *, in_channels: int, text_dim: int, conditions: tuple[Any, ...] = (), **kwargs: Any
+) -> nn.Module:
+    """`create` for latents of so many channels, text of such a width, and image conditions (rows of conditions.py).
 
     A class that has no field `in_channels` or `text_dim` reads that width from its inputs.
+
+    Raises:
+      UserError: as `create`, and for conditions of a class without a field `conditions`.
     """
     known = _REGISTRY.arguments(name)
-    widths = {"in_channels": in_channels, "text_dim": text_dim}
-    return create(name, **kwargs, **{field: value for field, value in widths.items() if field in known})
+    derived: dict[str, Any] = {"in_channels": in_channels, "text_dim": text_dim}
+    if conditions:
+        if "conditions" not in known:
+            raise UserError(
+                f"backbone {name!r} reads no conditions, for it has no field `conditions`; "
+                f"leave config.conditioning.names empty, not {tuple(row[0] for row in conditions)}"
+            )
+        derived["conditions"] = conditions
+    return create(name, **kwargs, **{field: value for field, value in derived.items() if field in known})
 
 
 def backbone_class(name: str) -> type[nn.Module]:

@@ -8,19 +8,21 @@ A backbone is a `flax.linen.Module`, used only through `init` and `apply`, with 
     timesteps   [B] in [0, 1000), may be fractional
     text        [B, L, D] token embeddings
     text_mask   [B, L] bool, True = real token; None = every token is real
-    conditions  name -> (image [B, H, W, Ci], present [B] bool); a name that is absent or not present is dropped
+    conditions  name -> (image [B, H, W, Ci], present [B] bool), only those of the field `conditions`; a name that is
+                absent or not present is dropped
     extras      name -> array, only the names declared in the attribute `EXTRAS` of the class, or of the instance where
                 a field decides (a property)
     returns     [B, H, W, C], or [B, H, W, 2C] with a learned variance (loss and samplers use the first C)
 
 Its fields are plain config values (numbers, strings, booleans, None, tuples of them), each with a default. A module
-that has the fields `in_channels` and `text_dim` gets them from the codec and the text encoder of the run. Parameters
-carry logical axis names (`nn.with_logical_partitioning`) so that they can be sharded; those without are split over
-fsdp by size.
+that has the fields `in_channels` and `text_dim` gets them from the codec and the text encoder of the run, one that has
+the field `conditions` gets a row for each image condition of the run (conditions.py). Parameters carry logical axis
+names (`nn.with_logical_partitioning`) so that they can be sharded; those without are split over fsdp by size.
 
 Attributes of the class say the rest; each may be left out:
 
     EXTRAS         extra -> its shape per example, in which a string stands for the value of the field of that name
+    CONCAT         how it can read conditions: ("token", "channel"), or one of them; both by default
     SPLITS_TOKENS  True: activations [B, T, ...] may be split over T, their logical axis "length"; without it the mesh
                    axis `context` splits the batch
     WEIGHTS        "package.module:function", backbone -> the table of its weights under upstream names
@@ -39,12 +41,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit import trees
+from scaling_dit.backbones import conditions as image_conditions
+from scaling_dit.backbones.conditions import Conditions
 from scaling_dit.components import one_line
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.attention import check_implementation
 from scaling_dit.nn.layers import check_remat, parse_dtype
 
-Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
 Extras = Mapping[str, jax.Array]
 Shape = tuple[int, ...]
 
@@ -107,7 +110,7 @@ def check_inputs(
 
     Raises:
       UserError: channels or text width differ from the fields, H or W is no multiple of `patch`, or a condition or
-        extra is given that the backbone does not read.
+        extra is given that the backbone does not read, or a condition of another shape.
     """
     name = type(backbone).__name__
     if len(latents) != 4 or len(text) != 3:
@@ -124,8 +127,7 @@ def check_inputs(
             f"{name} cuts patches of {patch}: height and width must be multiples, got {latents[1:3]}"
         )
     declared = extra_shapes(backbone)
-    if conditions:
-        raise UserError(f"{name} reads no conditions, got {sorted(conditions)}; leave conditions out")
+    image_conditions.check_given(backbone, latents, conditions)
     for extra in sorted(set(extras or ()) - set(declared)):
         hint = nearest(extra, declared) if declared else "it reads none"
         raise UserError(f"{name} does not read the extra {extra!r}; {hint}")
@@ -136,12 +138,13 @@ def check_fields(backbone: Any) -> None:
 
     Raises:
       UserError: `out_channels`, or `patch` where there is one, is no positive integer, or `attention`, `remat`, `dtype`
-        or `param_dtype` is none of its names.
+        or `param_dtype` is none of its names; or a row of `conditions` is none.
     """
     for field in ("patch", "out_channels", "in_channels", "text_dim"):
         value = getattr(backbone, field, None)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"{field} must be an integer of at least 1, got {value!r}")
+    image_conditions.check_rows(backbone)
     check_implementation(backbone.attention)
     check_remat(backbone.remat)
     for field in ("dtype", "param_dtype"):
@@ -158,7 +161,7 @@ def extra_shapes(backbone: nn.Module) -> dict[str, Shape]:
 
 
 def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int = 1) -> tuple[Any, ...]:
-    """Abstract positional inputs of one call: latents (H, W, C), text (L, D), all tokens real, no conditions."""
+    """Abstract positional inputs of one call: latents (H, W, C), text (L, D), all tokens real, every condition."""
     f32 = jnp.float32
     extras = {k: jax.ShapeDtypeStruct((batch, *shape), f32) for k, shape in extra_shapes(backbone).items()}
     return (
@@ -166,7 +169,7 @@ def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int 
         jax.ShapeDtypeStruct((batch,), f32),
         jax.ShapeDtypeStruct((batch, *text), f32),
         jax.ShapeDtypeStruct((batch, text[0]), jnp.bool_),
-        None,
+        image_conditions.example(backbone, batch, *latents[:2]) or None,
         extras or None,
     )
 

@@ -12,15 +12,18 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import embed_conditions
 from scaling_dit.backbones.lumina import Lumina
 from scaling_dit.backbones.lumina_layers import (
     Modulation,
     SwiGLU,
     TextGatedAttention,
     rms_norm,
+    xavier_uniform,
 )
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import NORMAL_002
@@ -61,7 +64,8 @@ class LargeDiT(Lumina):
         hidden = self.widths[0]
 
         # Each row of image tokens, then the end-of-line token; positions count through both.
-        x = self.embed_patches(latents).reshape(batch, rows, columns, hidden)
+        embedded = embed_conditions(self, conditions, latents.shape, lambda channels: xavier_uniform)
+        x = embedded.add_to(self.embed_patches(latents)).reshape(batch, rows, columns, hidden)
         end_of_line: Any = self.param(
             "eol_token",
             nn.with_logical_partitioning(NORMAL_002, ("embed",)),
@@ -70,10 +74,16 @@ class LargeDiT(Lumina):
         )
         ends = jnp.broadcast_to(end_of_line.astype(x.dtype), (batch, rows, 1, hidden))
         x = jnp.concatenate([x, ends], axis=2).reshape(batch, rows * (columns + 1), hidden)
-        rotary = rotary_1d(x.shape[1], self.head_size)
+        # Tokens of conditions have the positions of those of the image, or of the next image's.
+        length = x.shape[1]
+        places = np.arange(length).reshape(rows, columns + 1)[:, :columns].ravel()
+        before = [places + tokens.shift * length for tokens in embedded.tokens]
+        rotary = rotary_1d(np.concatenate([*before, np.arange(length)]), self.head_size)
+        key_mask = embedded.mask(length)
+        x = embedded.before(x, lambda tokens: tokens.x)
 
         c = self.embed_conditioning(timesteps, text, text_mask)
-        x = self.run_blocks(Block, x, c, text, text_mask, rotary)
+        x = self.run_blocks(Block, x, c, text, text_mask, rotary, key_mask)[:, embedded.length :]
         x = x.reshape(batch, rows, columns + 1, hidden)[:, :, :columns].reshape(batch, -1, hidden)
         return self.predict(x, c, height, width, shift=True)
 
@@ -82,7 +92,7 @@ class Block(nn.Module):
     """adaLN-Zero block: x += g1 Attention(RMS(x) (1 + s1) + b1), x += g2 SwiGLU(RMS(x) (1 + s2) + b2).
 
     (b1, s1, g1, b2, s2, g2) are linear in silu(c), zero at first.
-    (x [B, T, D], None, c [B, A], text [B, S, E], text_mask [B, S] bool, rotary) -> (x, None).
+    (x [B, T, D], None, c [B, A], text [B, S, E], text_mask [B, S] bool, rotary, key_mask [B, T] bool) -> (x, None).
     """
 
     heads: int
@@ -101,6 +111,7 @@ class Block(nn.Module):
         text: jax.Array,
         text_mask: jax.Array | None,
         rotary: Rotary,
+        key_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, x.shape[-1], name="modulation", **types)(
@@ -114,7 +125,7 @@ class Block(nn.Module):
             self.heads, self.kv_heads, self.qk_norm, implementation=self.attention, name="attention", **types
         )
         a = norm("attention_norm")(x) * (1 + scale1) + shift1
-        a = attend(a, norm("text_norm")(text), text_mask, rotary)
+        a = attend(a, norm("text_norm")(text), text_mask, rotary, key_mask)
         x = layers.constrain(x + (gate1 * a).astype(x.dtype), "batch", "length", "act_embed")
         f = norm("ffn_norm")(x) * (1 + scale2) + shift2
         f = SwiGLU(name="feed_forward", **types)(f)

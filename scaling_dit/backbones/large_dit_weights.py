@@ -3,6 +3,7 @@
 Its `pad_token`, which only fills sequences up, is dropped from what is read, and not written.
 """
 
+from scaling_dit.backbones.conditions_weights import token_rows
 from scaling_dit.backbones.large_dit import LargeDiT
 from scaling_dit.weights.table import Row, Table, Unread, linear, norm, patch_linear, query_key_value
 
@@ -33,6 +34,7 @@ def rows(backbone: LargeDiT) -> Table:
         *linear("layers.{i}.feed_forward.w2", "layers_{i}/feed_forward/w2", depth, bias=False),
         *linear("final_layer.adaLN_modulation.1", "head/modulation/linear", parts=2),
         *linear("final_layer.linear", "head/linear"),
+        *token_rows(backbone),
     ]
 
 

@@ -26,13 +26,15 @@ class Lumina(nn.Module):
     """Base of these backbones; fields are config values, `size` names a row of SIZES that explicit fields override.
 
     Raises a UserError for an unknown size, dtype, policy or implementation, for head counts that do not fit, for
-    shapes that do not fit the fields, and for conditions and extras, of which it reads none.
+    shapes that do not fit the fields, for conditions that are not in its field, and for extras, of which it reads none.
     """
 
     in_channels: int = 4
     # None: as many as come in.
     out_channels: int | None = None
     text_dim: int = 1024
+    # Rows of (name, channels, concat, positions), see conditions.py.
+    conditions: tuple[Any, ...] = ()
     size: str | None = None
     hidden: int | None = None
     depth: int | None = None
@@ -123,8 +125,12 @@ class Lumina(nn.Module):
         text: jax.Array,
         text_mask: jax.Array | None,
         rotary: Rotary,
+        key_mask: jax.Array | None,
     ) -> jax.Array:
-        """The stack of blocks [B, T, D] -> [B, T, D]; each maps (x, None, c, text, text_mask, rotary) to (x, None)."""
+        """The stack of blocks [B, T, D] -> [B, T, D].
+
+        Each maps (x, None, c, text, text_mask, rotary, key_mask [B, T] of x itself) to (x, None).
+        """
         _, depth, heads = self.widths
         fields: dict[str, Any] = {
             "heads": heads,
@@ -145,6 +151,7 @@ class Lumina(nn.Module):
             text,
             text_mask,
             rotary,
+            key_mask,
             remat=self.remat,
             scan=self.scan_layers,
             **fields,

@@ -86,9 +86,14 @@ class TextGatedAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, text: jax.Array, text_mask: jax.Array | None, rotary: Rotary
+        self,
+        x: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array | None,
+        rotary: Rotary,
+        key_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """x [B, T, D], text [B, S, E], text_mask [B, S] bool -> [B, T, D]."""
+        """x [B, T, D], text [B, S, E], text_mask [B, S] bool, key_mask [B, T] bool -> [B, T, D]."""
         width = x.shape[-1]
         dense = functools.partial(
             Dense,
@@ -122,7 +127,7 @@ class TextGatedAttention(nn.Module):
                 *(v_BTKH, text_k_BSKH, text_v_BSKH),
             )
         )
-        o_BTNH = attend(self, q_BTNH, k_BTKH, v_BTKH)
+        o_BTNH = attend(self, q_BTNH, k_BTKH, v_BTKH, key_mask)
         gate_N: Any = self.param(
             "gate",
             nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)),

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import embed_conditions
 from scaling_dit.backbones.lumina import Lumina
 from scaling_dit.backbones.lumina_layers import (
     Modulation,
     SwiGLU,
     TextGatedAttention,
     rms_norm,
+    xavier_uniform,
 )
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import NORMAL_002
@@ -56,7 +58,8 @@ class NextDiT(Lumina):
             self, latents.shape, text.shape, patch=self.patch, conditions=conditions, extras=extras
         )
         _, height, width, _ = latents.shape
-        x = self.embed_patches(latents)
+        embedded = embed_conditions(self, conditions, latents.shape, lambda channels: xavier_uniform)
+        x = embedded.add_to(self.embed_patches(latents))
         # The published code fills batches of mixed sizes with it; kept with its weights and counts, and unread.
         self.param(
             "pad_token",
@@ -64,9 +67,13 @@ class NextDiT(Lumina):
             (self.widths[0],),
             jnp.dtype(self.param_dtype),
         )
-        rotary = rotary_2d(height // self.patch, width // self.patch, self.head_size)
+        grid = height // self.patch, width // self.patch
+        shifts = [*(tokens.shift for tokens in embedded.tokens), 0]
+        rotary = rotary_2d(*grid, self.head_size, shifts)
+        key_mask = embedded.mask(x.shape[1])
+        x = embedded.before(x, lambda tokens: tokens.x)
         c = self.embed_conditioning(timesteps, text, text_mask)
-        x = self.run_blocks(Block, x, c, text, text_mask, rotary)
+        x = self.run_blocks(Block, x, c, text, text_mask, rotary, key_mask)[:, embedded.length :]
         return self.predict(x, c, height, width, shift=False)
 
 
@@ -74,7 +81,7 @@ class Block(nn.Module):
     """x += tanh(g1) RMS(Attention(RMS(x) (1 + s1))), x += tanh(g2) RMS(SwiGLU(RMS(x) (1 + s2))).
 
     (s1, g1, s2, g2) are linear in silu(c), zero at first.
-    (x [B, T, D], None, c [B, A], text [B, S, E], text_mask [B, S] bool, rotary) -> (x, None).
+    (x [B, T, D], None, c [B, A], text [B, S, E], text_mask [B, S] bool, rotary, key_mask [B, T] bool) -> (x, None).
     """
 
     heads: int
@@ -93,6 +100,7 @@ class Block(nn.Module):
         text: jax.Array,
         text_mask: jax.Array | None,
         rotary: Rotary,
+        key_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         scale1, gate1, scale2, gate2 = Modulation(4, x.shape[-1], name="modulation", **types)(c)
@@ -104,7 +112,7 @@ class Block(nn.Module):
             self.heads, self.kv_heads, self.qk_norm, implementation=self.attention, name="attention", **types
         )
         a = norm("attention_norm")(x) * (1 + scale1)
-        a = norm("attention_out_norm")(attend(a, norm("text_norm")(text), text_mask, rotary))
+        a = norm("attention_out_norm")(attend(a, norm("text_norm")(text), text_mask, rotary, key_mask))
         x = layers.constrain(x + (jnp.tanh(gate1) * a).astype(x.dtype), "batch", "length", "act_embed")
         f = norm("ffn_norm")(x) * (1 + scale2)
         f = norm("ffn_out_norm")(SwiGLU(name="feed_forward", **types)(f))

@@ -6,6 +6,7 @@ attn2: a file where they differ is refused, and both are written.
 
 from typing import Any
 
+from scaling_dit.backbones.conditions_weights import refuse, token_rows
 from scaling_dit.backbones.next_dit import NextDiT
 from scaling_dit.errors import UserError
 from scaling_dit.weights.diffusers_class import Arguments, DiffusersClass
@@ -35,6 +36,7 @@ def rows(backbone: NextDiT) -> Table:
         *norm(f"{block}.ffn_norm2", "layers_{i}/ffn_out_norm", depth, bias=False),
         *linear("norm_out.linear_1", "head/modulation/linear", parts=1),
         *linear("norm_out.linear_2", "head/linear"),
+        *token_rows(backbone),
     ]
 
 
@@ -75,6 +77,7 @@ _DEFAULTS: Arguments = {
 
 
 def _to_arguments(backbone: NextDiT, latents: tuple[int, int]) -> dict[str, Any]:
+    refuse(backbone, "LuminaNextDiT2DModel")
     # diffusers' model has no argument for the channels that it returns.
     if backbone.out_channels not in (None, backbone.in_channels):
         raise UserError(

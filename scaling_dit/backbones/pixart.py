@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import embed_conditions
 from scaling_dit.errors import UserError
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import CrossAttention, SelfAttention, padded_context
@@ -29,14 +30,16 @@ class PixArt(nn.Module):
     """PixArt-alpha; fields are config values, `size` names a row of SIZES that explicit fields override.
 
     Raises a UserError for an unknown size, dtype, policy or implementation, for a text width that cannot be read
-    without a caption embedding, for inputs that do not fit the fields, and for conditions and extras, of which it reads
-    none.
+    without a caption embedding, for inputs that do not fit the fields, for conditions that are not in its field, and
+    for extras, of which it reads none.
     """
 
     in_channels: int = 4
     # None: as many as come in.
     out_channels: int | None = None
     text_dim: int = 1024
+    # Rows of (name, channels, concat, positions), see conditions.py.
+    conditions: tuple[Any, ...] = ()
     size: str | None = "h1152-d28"
     hidden: int | None = None
     depth: int | None = None
@@ -119,9 +122,17 @@ class PixArt(nn.Module):
 
         # Image tokens at fixed positions.
         embed = Dense(hidden, (None, "embed"), kernel_init=xavier_uniform, name="patch_embed", **types)
-        x = embed(layers.patchify(latents, self.patch))
+        embedded = embed_conditions(self, conditions, latents.shape, lambda channels: xavier_uniform)
+        x = embedded.add_to(embed(layers.patchify(latents, self.patch)))
         grid = height // self.patch, width // self.patch
-        x += jnp.asarray(layers.sincos_2d(*grid, hidden, base=self.base_size), x.dtype)
+
+        def positions(shift: int = 0) -> jax.Array:
+            table = layers.sincos_2d(*grid, hidden, base=self.base_size, shift=shift)
+            return jnp.asarray(table, x.dtype)
+
+        x += positions()
+        self_mask = embedded.mask(x.shape[1])
+        x = embedded.before(x, lambda tokens: tokens.x + positions(tokens.shift))
         x = layers.constrain(x, "batch", "length", "act_embed")
 
         # Time: one vector for the head, and one modulation for all blocks.
@@ -140,6 +151,7 @@ class PixArt(nn.Module):
             modulation,
             text,
             key_mask,
+            self_mask,
             remat=self.remat,
             scan=self.scan_layers,
             heads=heads,
@@ -149,7 +161,7 @@ class PixArt(nn.Module):
 
         channels = (self.out_channels or self.in_channels) * (1 + self.learn_sigma)
         head = Head(self.patch**2 * channels, param_dtype=self.param_dtype, name="head")
-        return layers.unpatchify(head(x, time), self.patch, height, width)
+        return layers.unpatchify(head(x[:, embedded.length :], time), self.patch, height, width)
 
 
 class TimeModulation(nn.Module):
@@ -189,7 +201,7 @@ class Block(nn.Module):
     (b1, s1, g1, b2, s2, g2) = table + modulation;
     x += g1 Self(LN(x) (1 + s1) + b1);  x += Cross(x, text);  x += g2 MLP(LN(x) (1 + s2) + b2).
 
-    (x [B, T, D], None, modulation [B, 6, D], text [B, L, E], key_mask [B, L] bool) -> (x, None).
+    (x [B, T, D], None, modulation [B, 6, D], text [B, L, E], key_mask [B, L] bool, self_mask [B, T] bool) -> (x, None).
     """
 
     heads: int
@@ -199,7 +211,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, _: None, modulation: jax.Array, text: jax.Array, key_mask: jax.Array | None
+        self,
+        x: jax.Array,
+        _: None,
+        modulation: jax.Array,
+        text: jax.Array,
+        key_mask: jax.Array | None,
+        self_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         hidden = x.shape[-1]
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -213,7 +231,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table + modulation, 6, axis=1)
 
         a = layer_norm("norm1", epsilon=EPSILON, affine=False)(x) * (1 + scale1) + shift1
-        a = SelfAttention(self.heads, name="attn", **attends)(a)
+        a = SelfAttention(self.heads, name="attn", **attends)(a, self_mask)
         x = layers.constrain(x + (gate1 * a).astype(x.dtype), "batch", "length", "act_embed")
         cross = CrossAttention(self.heads, out_init=nn.initializers.zeros, name="cross_attn", **attends)
         x = layers.constrain(x + cross(x, text, key_mask), "batch", "length", "act_embed")

@@ -5,6 +5,7 @@ Its positions are computed, not stored. Files that do store them, under `pos_emb
 
 from typing import Any
 
+from scaling_dit.backbones.conditions_weights import refuse, token_rows
 from scaling_dit.backbones.pixart import PixArt
 from scaling_dit.errors import UserError
 from scaling_dit.weights.diffusers_class import Arguments, DiffusersClass
@@ -37,6 +38,7 @@ def rows(backbone: PixArt) -> Table:
         *linear(f"{block}.ff.net.2", "blocks_{i}/mlp/fc2", depth),
         Row("scale_shift_table", "head/table"),
         *linear("proj_out", "head/linear"),
+        *token_rows(backbone),
     ]
     if backbone.embeds_caption:
         table += linear("caption_projection.linear_1", "caption_embed/fc1")
@@ -72,6 +74,7 @@ _DEFAULTS: Arguments = {
 
 
 def _to_arguments(backbone: PixArt, latents: tuple[int, int]) -> dict[str, Any]:
+    refuse(backbone, "PixArtTransformer2DModel")
     # Positions follow from the backbone's own base size.
     del latents
     hidden, depth, heads = backbone.widths

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import ConditionConv, rows_of
 from scaling_dit.errors import UserError
 from scaling_dit.nn import layers, unet_layers
 from scaling_dit.nn.attention import padded_context
@@ -45,13 +46,15 @@ class UNet(nn.Module):
     original height and width, top and left of the crop, target height and width, in pixels.
 
     Raises a UserError for unknown names, for numbers that do not divide, for shapes that do not fit the fields, for
-    conditions, and for extras that are missing or not read.
+    conditions that are not in its field, and for extras that are missing or not read.
     """
 
     in_channels: int = 4
     # None: as many as come in.
     out_channels: int | None = None
     text_dim: int = 1024
+    # Rows of (name, channels, concat, positions), see conditions.py.
+    conditions: tuple[Any, ...] = ()
     size: str | None = "sdxl-c128"
     channels: int | None = None
     channel_mult: tuple[int, ...] | None = None
@@ -70,6 +73,7 @@ class UNet(nn.Module):
     dtype: str = "float32"
     param_dtype: str = "float32"
 
+    CONCAT: ClassVar[tuple[str, ...]] = ("channel",)
     WEIGHTS: ClassVar[str] = "scaling_dit.backbones.unet_weights:rows"
     DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.unet_weights:DIFFUSERS"
 
@@ -159,6 +163,8 @@ class UNet(nn.Module):
         channels = shape.widths[0]
         axes = (None, None, None, "embed")
         x = conv3x3("conv_in", self.in_channels, channels, axes=axes, **types)(latents)
+        if rows := rows_of(self):
+            x = ConditionConv(rows, channels, axes, name="condition_embed", **types)(x, conditions)
         x = unet_layers.u_shape(
             unet_layers.whole(x), shape.widths, shape.res_blocks, res=res, attend=attend, down=down, up=up
         )

@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import ConditionConv, rows_of
 from scaling_dit.errors import UserError
 from scaling_dit.nn import layers, unet_layers
 from scaling_dit.nn.attention import attend
@@ -40,14 +41,16 @@ class UNetIF(nn.Module):
 
     Attention follows each residual block of the levels in `attention_levels` (0 is the finest), and is in the middle.
 
-    Raises a UserError for unknown names, for numbers that do not divide, for shapes that do not fit the fields, and for
-    conditions and extras, of which it reads none.
+    Raises a UserError for unknown names, for numbers that do not divide, for shapes that do not fit the fields, for
+    conditions that are not in its field, and for extras, of which it reads none.
     """
 
     in_channels: int = 4
     # None: as many as come in.
     out_channels: int | None = None
     text_dim: int = 1024
+    # Rows of (name, channels, concat, positions), see conditions.py.
+    conditions: tuple[Any, ...] = ()
     size: str | None = "if-xl-c512"
     channels: int | None = None
     channel_mult: tuple[int, ...] | None = None
@@ -63,6 +66,7 @@ class UNetIF(nn.Module):
     param_dtype: str = "float32"
 
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
+    CONCAT: ClassVar[tuple[str, ...]] = ("channel",)
     WEIGHTS: ClassVar[str] = "scaling_dit.backbones.unet_if_weights:rows"
     DIFFUSERS: ClassVar[str] = "scaling_dit.backbones.unet_if_weights:DIFFUSERS"
 
@@ -136,6 +140,8 @@ class UNetIF(nn.Module):
 
         axes = (None, None, None, "embed")
         x = conv3x3("conv_in", self.in_channels, channels, axes=axes, **types)(latents)
+        if rows := rows_of(self):
+            x = ConditionConv(rows, channels, axes, name="condition_embed", **types)(x, conditions)
         x = unet_layers.u_shape(
             unet_layers.whole(x), shape.widths, shape.res_blocks, res=res, attend=attend, down=down, up=up
         )

@@ -21,7 +21,7 @@ from scaling_dit.weights.table import Row, Table, linear, norm
 def rows(backbone: UNetIF) -> Table:
     """The table of one backbone; its fields decide which entries there are."""
     shape = backbone.shape
-    table = ends()
+    table = ends(backbone)
     for place in places(len(shape.widths), shape.res_blocks):
         # Residual blocks change the resolution as well.
         if place.kind != "attn":

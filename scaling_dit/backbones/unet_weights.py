@@ -6,9 +6,10 @@ diffusers numbers the blocks on the way up from the coarsest level on; ours carr
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from scaling_dit.backbones.conditions_weights import first_convolution, input_channels
 from scaling_dit.backbones.unet import SIZE_FEATURES, UNet
 from scaling_dit.weights.diffusers_class import Arguments, DiffusersClass
-from scaling_dit.weights.table import Row, Table, convolution, linear, norm, pointwise
+from scaling_dit.weights.table import Row, Slices, Table, convolution, linear, norm, pointwise
 
 
 class Place(NamedTuple):
@@ -23,7 +24,7 @@ class Place(NamedTuple):
 def rows(backbone: UNet) -> Table:
     """The table of one backbone; its fields decide which entries there are."""
     shape = backbone.shape
-    table = ends()
+    table = ends(backbone)
     if shape.text_time:
         table += linear("add_embedding.linear_1", "extra_embed/fc1")
         table += linear("add_embedding.linear_2", "extra_embed/fc2")
@@ -59,10 +60,10 @@ def places(levels: int, res_blocks: int) -> Iterator[Place]:
     yield Place("res", "mid_block.resnets.1", "mid_res_1", None)
 
 
-def ends() -> list[Row]:
+def ends(backbone: Any) -> list[Row | Slices]:
     """What comes before and after the U: first and last convolution, time embedding, last norm."""
     return [
-        *convolution("conv_in", "conv_in"),
+        *first_convolution(backbone),
         *linear("time_embedding.linear_1", "time_embed/fc1"),
         *linear("time_embedding.linear_2", "time_embed/fc2"),
         *norm("conv_norm_out", "norm_out"),
@@ -177,7 +178,7 @@ def shared_arguments(
     """The arguments that follow from the fields alike in both forms."""
     return {
         "sample_size": max(latents),
-        "in_channels": backbone.in_channels,
+        "in_channels": input_channels(backbone),
         "out_channels": backbone.out_channels or backbone.in_channels,
         "block_out_channels": list(widths),
         "layers_per_block": res_blocks,

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import SelfAttention
@@ -34,13 +35,15 @@ class UViT(nn.Module):
     images of as many tokens as a square would be read as one, and so would what a text of another length leaves.
 
     Raises a UserError for an unknown size, dtype, policy or implementation, for shapes that fit neither the fields nor
-    the table of positions, and for conditions and extras, of which it reads none.
+    the table of positions, for conditions that are not in its field, and for extras, of which it reads none.
     """
 
     in_channels: int = 4
     # None: as many as come in.
     out_channels: int | None = None
     text_dim: int = 1024
+    # Rows of (name, channels, concat, positions), see conditions.py.
+    conditions: tuple[Any, ...] = ()
     size: str | None = "h512-d12-n8"
     hidden: int | None = None
     depth: int | None = None
@@ -98,30 +101,41 @@ class UViT(nn.Module):
         text_length = text.shape[1]
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        # Tokens: [time | text | image].
-        fan_in_init = layers.torch_uniform(self.patch**2 * channels)
+        # Tokens: [time | text | conditions | image].
+        def fan_in_init(channels: int) -> layers.Initializer:
+            return layers.torch_uniform(self.patch**2 * channels)
+
         image_tokens = Dense(
             hidden,
             (None, "embed"),
-            kernel_init=fan_in_init,
-            bias_init=fan_in_init,
+            kernel_init=fan_in_init(channels),
+            bias_init=fan_in_init(channels),
             name="patch_embed",
             **types,
         )(layers.patchify(latents, self.patch))
+        embedded = embed_conditions(self, conditions, latents.shape, fan_in_init, fan_in_init)
+        image_tokens = embedded.add_to(image_tokens)
         text_tokens = Dense(hidden, ("text", "embed"), name="context_embed", **types)(text)
         time = layers.timestep_embedding(timesteps, hidden)
         if self.time_mlp:
             time = Mlp(4 * hidden, activation="silu", param_dtype=self.param_dtype, name="time_embed")(time)
         time_token = time[:, None].astype(image_tokens.dtype)
         x = jnp.concatenate([time_token, text_tokens, image_tokens], axis=1)
-        x += self._position_table(text_length, height // self.patch, width // self.patch).astype(x.dtype)
+        grid = height // self.patch, width // self.patch
+        table = self._position_table(text_length, *grid).astype(x.dtype)
+        x += table
+        first = 1 + text_length
+        if embedded.tokens:
+            x = self._insert_conditions(x, embedded, table, first, grid)
         x = layers.constrain(x, "batch", "length", "act_embed")
 
         key_mask = None
         if text_mask is not None:
-            key_mask = jnp.pad(
-                text_mask.astype(bool), ((0, 0), (1, image_tokens.shape[1])), constant_values=True
-            )
+            following = x.shape[1] - first
+            key_mask = jnp.pad(text_mask.astype(bool), ((0, 0), (1, following)), constant_values=True)
+        if (shown := embedded.mask(image_tokens.shape[1])) is not None:
+            shown = jnp.pad(shown, ((0, 0), (first, 0)), constant_values=True)
+            key_mask = shown if key_mask is None else key_mask & shown
 
         # Blocks; what a long skip carries is stacked over layers when they are scanned, else a list. The last out of
         # the first half is the first into the second.
@@ -134,7 +148,7 @@ class UViT(nn.Module):
         x, _ = run("out_blocks", x, merged, key_mask, last_first=True, **fields)
 
         # Head on the image tokens, in float32: it is small, and its rounding would be the prediction's.
-        x = layer_norm("norm", epsilon=EPSILON, param_dtype=self.param_dtype)(x[:, 1 + text_length :])
+        x = layer_norm("norm", epsilon=EPSILON, param_dtype=self.param_dtype)(x[:, first + embedded.length :])
         out_channels = self.out_channels or self.in_channels
         head = Dense(
             self.patch**2 * out_channels, ("embed", None), param_dtype=self.param_dtype, name="decoder_pred"
@@ -157,6 +171,47 @@ class UViT(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
+
+    @nn.nowrap
+    def _insert_conditions(
+        self, x: jax.Array, embedded: Embedded, table: jax.Array, first: int, grid: tuple[int, int]
+    ) -> jax.Array:
+        """x [B, T, D] with the tokens of conditions before token `first`, each with its positions.
+
+        Those are rows of the image's own `table`, or for a shifted condition a learned table of its own.
+        """
+
+        def placed(tokens: Tokens) -> jax.Array:
+            if not tokens.shift:
+                return tokens.x + table[first:].astype(tokens.x.dtype)
+            return tokens.x + self._grid_table(f"condition_pos_{tokens.name}", grid).astype(tokens.x.dtype)
+
+        return jnp.concatenate([x[:, :first], embedded.before(x[:, first:], placed)], axis=1)
+
+    @nn.nowrap
+    def _grid_table(self, name: str, grid: tuple[int, int]) -> jax.Array:
+        """A learned table of positions of a grid of tokens, [rows * columns, hidden], resized as the image's is."""
+        hidden, length = self.widths[0], grid[0] * grid[1]
+        found = length
+        if self.has_variable("params", name):
+            found = trees.unbox(self.get_variable("params", name)).shape[0]
+        side = math.isqrt(found)
+        if found != length and side**2 != found:
+            raise UserError(
+                f"the position table {name} holds {found} tokens, but these shapes need {length}, and it can be "
+                f"resized only from a square: use the sides given at init"
+            )
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            if self.positions == "learned":
+                return layers.NORMAL_002(key, shape, dtype)
+            return jnp.asarray(layers.sincos_2d(*grid, hidden), dtype)
+
+        boxed = nn.with_logical_partitioning(init, (None, "embed"))
+        table: Any = self.param(name, boxed, (found, hidden), jnp.dtype(self.param_dtype))
+        if found == length:
+            return table
+        return resize_grid(table.reshape(side, side, hidden), *grid).reshape(length, hidden)
 
     @nn.nowrap
     def _position_table(self, text_length: int, rows: int, columns: int) -> jax.Array:

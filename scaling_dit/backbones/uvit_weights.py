@@ -1,5 +1,6 @@
 """U-ViT's parameters in the names of its published code (baofff/U-ViT `libs/uvit_t2i.py`)."""
 
+from scaling_dit.backbones.conditions_weights import position_rows, token_rows
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.weights.table import Row, conv, fused, leading_axis, linear, norm, patch_conv
 
@@ -16,6 +17,7 @@ def rows(backbone: UViT) -> list[Row]:
         *linear("decoder_pred", "decoder_pred"),
         *_block("mid_block", "mid_block", None),
     ]
+    table += token_rows(backbone) + position_rows(backbone)
     if backbone.time_mlp:
         table += linear("time_embed.0", "time_embed/fc1") + linear("time_embed.2", "time_embed/fc2")
     if backbone.final_conv:

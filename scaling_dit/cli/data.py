@@ -56,6 +56,9 @@ class Prepare(Verb):
     columns: tuple[str, ...] = flag("comma-separated metadata that records keep", ())
     kept: str = flag(_KEPT, "", path=True)
     captions: str = flag("folder that the caption verb wrote: captions to add", "", path=True)
+    variants: int = flag(
+        "random variants, such as masks, of each condition in config.conditioning.names", 1, COUNT
+    )
     batch: int = flag("images encoded at once", 64, BATCH)
     process: int | None = flag(
         "number of this process, from 0; by default what the distributed job says", None, FROM_0
@@ -78,6 +81,7 @@ class Prepare(Verb):
             columns=self.columns,
             kept=self.kept,
             captions=self.captions,
+            variants=self.variants,
             process=job.process_of(self.process, self.processes),
         )
         return job.main(config, self.out, options)

@@ -46,13 +46,20 @@ class Sample(Verb):
     prompt: tuple[str, ...] = flag("a prompt; repeat it, or give prompts as arguments", (), repeat=True)
     prompts_file: str | None = flag("file of prompts: one a line, or .jsonl with id and prompt", path=True)
     prompt_set: str | None = flag(_PROMPT_SET)
+    condition: tuple[str, ...] = flag(
+        "NAME:FILE or NAME:IMAGE,MASK, an image that the run reads beside every prompt; repeat it",
+        (),
+        repeat=True,
+    )
+    image: str | None = flag("image to start from, with --strength below 1", path=True)
     out: str | None = flag(
         "folder to write to; by default one named after this request, under WORKDIR/samples", path=True
     )
     num: int = flag("images of each prompt", 1, MANY)
-    layout: Literal["tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench"] | None = flag(
-        "also write the images as an official tool reads them"
-    )
+    layout: (
+        Literal["tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench", "brushbench", "editbench"]
+        | None
+    ) = flag("also write the images as an official tool reads them")
     processes: Processes = group(Processes)
 
     def run(self) -> int:
@@ -76,6 +83,8 @@ class Sample(Verb):
             self.out,
             num=self.num,
             layout=self.layout,
+            condition=self.condition,
+            image=self.image,
             guidance=options.pop("guidance", ()),
             changes=options,
             **self.request.settings(),

@@ -3,13 +3,13 @@
 Here a metric is a name and the place of its class, which is imported when a config names it.
 """
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_dit.components import Registry
-from scaling_dit.errors import UserError, nearest
+from scaling_dit.config.named import NamedSections
+from scaling_dit.errors import UserError
 from scaling_dit.fields import BATCH, FROM_0, Field
 
 
@@ -27,6 +27,9 @@ REGISTRY = Registry(
         "dpg": "scaling_dit.evaluation.metrics.dpg:Dpg",
         "shapes_tifa": "scaling_dit.evaluation.metrics.shapes_tifa:ShapesTifa",
         "digits": "scaling_dit.evaluation.metrics.digits:DigitAccuracy",
+        "inpaint": "scaling_dit.evaluation.metrics.inpaint:InpaintMetric",
+        "edges_f1": "scaling_dit.evaluation.metrics.edges_f1:EdgesF1",
+        "edits": "scaling_dit.evaluation.metrics.edits:Edits",
         "clip_score": "scaling_dit.evaluation.metrics.clip_score:ClipScore",
         "hpsv2": "scaling_dit.evaluation.metrics.hpsv2:Hpsv2",
         "pickscore": "scaling_dit.evaluation.metrics.pickscore:Pickscore",
@@ -42,8 +45,7 @@ REGISTRY = Registry(
     kind="class",
 )
 
-# Fields that every metric's section has. A metric that has one of them as a field of its own gives it another default,
-# and is given the value.
+# Fields that every metric's section has.
 COMMON: dict[str, Field] = {
     "every": Field(
         0,
@@ -61,60 +63,9 @@ COMMON: dict[str, Field] = {
 }
 
 
-def section_of(name: str) -> str:
-    """The name of a metric's section, and of its folder of results: of "package.module:Name" it is "Name"."""
-    return name.rpartition(":")[2]
-
-
-def metric_fields(name: str) -> dict[str, Any]:
-    """The fields of a metric's section with their defaults.
-
-    Raises:
-      UserError: no such metric, or a field that no config can hold.
-    """
-    if ":" not in name and name not in REGISTRY.known:
-        raise UserError(
-            f"unknown metric {name!r}; {nearest(name, REGISTRY.known)} (or a class of your own: package.module:Class)"
-        )
-    return {key: field.default for key, field in COMMON.items()} | REGISTRY.fields(name)
-
-
-def sections(names: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """The sections of some metrics with their fields and defaults.
-
-    Raises:
-      UserError: as `metric_fields`; also names that are no texts, or two metrics with one section.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if not isinstance(name, str):
-            raise UserError(f"config.eval.metrics is {names!r}; it must be a tuple of names of metrics")
-        if section_of(name) in found:
-            raise UserError(f"config.eval.metrics names two metrics {section_of(name)!r}; leave one out")
-        found[section_of(name)] = metric_fields(name)
-    return found
-
-
-def rename_sections(config: ConfigDict, names: Iterable[str]) -> None:
-    """Sets `eval.metrics` in place, and drops the sections of metrics that it does not name any more."""
-    names = tuple(names)
-    if "eval" not in config:
-        config.eval = ConfigDict()
-    config.eval.metrics = names
-    kept = {section_of(str(name)) for name in names}
-    if isinstance(config.get("metrics"), ConfigDict):
-        config.metrics = ConfigDict({key: value for key, value in config.metrics.items() if key in kept})
-
-
-def drop_untouched(config: ConfigDict, named: Iterable[str]) -> None:
-    """Drops in place the sections of built-in metrics that are not `named` and hold their defaults only.
-
-    They are left in a resolved config whose `eval.metrics` is then set from Python, and say nothing. A section with
-    another value stays, so that it is refused.
-    """
-    for section, fields in list(config.get("metrics", ConfigDict()).items()):
-        if section not in named and section in REGISTRY.known and fields.to_dict() == metric_fields(section):
-            del config.metrics[section]
+SECTIONS = NamedSections("eval.metrics", "metrics", REGISTRY, COMMON)
+metric_fields = SECTIONS.fields
+sections = SECTIONS.sections
 
 
 def check(config: ConfigDict) -> None:
@@ -123,13 +74,8 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the first field at fault, its value and what would be right.
     """
+    SECTIONS.check(config)
     for section, fields in config.metrics.items():
-        for key, field in COMMON.items():
-            value = fields[key]
-            fits = type(value) is type(field.default) and (field.check is None or field.check.fits(value))
-            if not fits:
-                right = field.check.right if field.check else "a text"
-                raise UserError(f"config.metrics.{section}.{key} is {value!r}; it must be {right}")
         if config.eval.every and fields.every % config.eval.every:
             right = f"a multiple of config.eval.every, which is {config.eval.every}, or 0 for the same"
             raise UserError(f"config.metrics.{section}.every is {fields.every}; it must be {right}")

@@ -38,10 +38,11 @@ def own_names(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
         # `import` writes samplers of the package so.
         if isinstance(name, str) and ":" in name and not name.startswith(PUBLISHED):
             found[key] = name
-    metrics = _value(config, "eval.metrics")
-    for number, name in enumerate(metrics if isinstance(metrics, list | tuple) else ()):
-        if isinstance(name, str) and ":" in name:
-            found[f"eval.metrics[{number}]"] = name
+    for key in ("eval.metrics", "conditioning.names"):
+        names = _value(config, key)
+        for number, name in enumerate(names if isinstance(names, list | tuple) else ()):
+            if isinstance(name, str) and ":" in name:
+                found[f"{key}[{number}]"] = name
     return found
 
 

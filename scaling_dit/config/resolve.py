@@ -12,12 +12,16 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from scaling_dit.components import describe, is_plain, tuples
-from scaling_dit.config import metrics, own_code, schema
+from scaling_dit.config import conditions, metrics, own_code, schema
 from scaling_dit.config.experiment_files import read_experiment
+from scaling_dit.config.named import NamedSections
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key, own_part_names
 from scaling_dit.config.validate import check_field, validate
 from scaling_dit.config.values import dump, flatten, why_unknown
 from scaling_dit.errors import UserError
+
+# Lists of names, each of which has a section of its own.
+NAMED = (metrics.SECTIONS, conditions.SECTIONS)
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -50,7 +54,8 @@ def complete(config: ConfigDict) -> ConfigDict:
         full[section][field] = ConfigDict(
             {own: _settable(default) for own, default in schema.own_fields(key, name).items()}
         )
-    full.metrics = _metric_sections(given, full.eval.metrics)
+    for sections in NAMED:
+        full[sections.group] = _named_sections(sections, given, sections.named(full))
     known = flatten(full)
     for key, value in flatten(given).items():
         if key not in known:
@@ -96,7 +101,8 @@ def resolve(config: ConfigDict, overrides: Sequence[str] = ()) -> ConfigDict:
         _switch_component(config, section, name)
     for key, name in own_part_names(overrides, schema.OWN_PARTS).items():
         _switch_own_part(config, key, name)
-    _switch_metrics(config, overrides)
+    for sections in NAMED:
+        _switch_named(sections, config, overrides)
     config = complete(config)
     apply_overrides(config, overrides)
     config = config.copy_and_resolve_references()
@@ -206,14 +212,15 @@ def _named(config: ConfigDict, key: str) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _metric_sections(given: ConfigDict, default: Sequence[str]) -> ConfigDict:
-    """`config.metrics` of the metrics that `given` names, with their defaults; drops idle sections from it."""
-    named = given.get("eval", ConfigDict()).get("metrics", default)
-    found = metrics.sections(named if isinstance(named, tuple | list) else default)
-    metrics.drop_untouched(given, found)
-    for section in given.get("metrics", ConfigDict()):
+def _named_sections(sections: NamedSections, given: ConfigDict, default: Sequence[str]) -> ConfigDict:
+    """The sections of the parts that `given` names, with their defaults; drops idle ones from it."""
+    named = sections.named(given, default)
+    found = sections.sections(named if isinstance(named, tuple | list) else default)
+    sections.drop_untouched(given, found)
+    for section in given.get(sections.group, ConfigDict()):
         if section not in found:
-            raise UserError(f"config.metrics.{section}: config.eval.metrics names no metric {section!r}")
+            where = f"config.{sections.group}.{section}"
+            raise UserError(f"{where}: config.{sections.key} names no {sections.what} {section!r}")
     return ConfigDict(
         {
             section: {key: _settable(value) for key, value in fields.items()}
@@ -222,13 +229,14 @@ def _metric_sections(given: ConfigDict, default: Sequence[str]) -> ConfigDict:
     )
 
 
-def _switch_metrics(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Takes over in place which metrics the overrides name, so that fields of these can be set along with it."""
-    chosen = [override for override in overrides if override_key(override) == "eval.metrics"]
+def _switch_named(sections: NamedSections, config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Takes over in place which parts the overrides name, so that fields of these can be set along with it."""
+    chosen = [override for override in overrides if override_key(override) == sections.key]
     if chosen:
-        named = ConfigDict({"eval": {"metrics": config.get("eval", ConfigDict()).get("metrics", ())}})
+        section, _, field = sections.key.rpartition(".")
+        named = ConfigDict({section: {field: sections.named(config)}})
         apply_overrides(named, chosen)
-        metrics.rename_sections(config, tuples(named.eval.metrics))
+        sections.rename(config, tuples(named[section][field]))
 
 
 def _python_value(key: str, value: Any, default: Any) -> Any:

@@ -131,6 +131,15 @@ SECTIONS: dict[str, Section] = {
             ),
         },
     ),
+    "conditioning": Section(
+        "Images that the backbone reads beside the text.",
+        {
+            "names": Field(
+                (),
+                "image conditions that the backbone reads; the fields of each are in config.conditions.NAME",
+            ),
+        },
+    ),
     "optim": Section(
         "The optimizer and the moving averages of the parameters.",
         {
@@ -320,6 +329,7 @@ COMPONENTS: dict[str, Component] = {
             "text_dim": (
                 "follows from the text encoder; set config.text_encoder.dim, or the size of a pretrained one"
             ),
+            "conditions": "follows from the run's conditions; set config.conditioning.names",
         },
     ),
     "text_encoder": Component(
@@ -383,7 +393,7 @@ FIELDS: dict[str, Field] = {
     for field, declared in group.fields.items()
 }
 
-# `metrics` has a section for each metric that eval.metrics names (metrics.py).
+# `metrics` has a section for each metric that eval.metrics names (named.py).
 FREE_SECTIONS: tuple[str, ...] = (*(name for name, group in SECTIONS.items() if group.free), "metrics")
 # Free fields of other sections.
 FREE_FIELDS: tuple[str, ...] = (
@@ -431,4 +441,5 @@ def defaults() -> ConfigDict:
         name, _, field = part.section.rpartition(".")
         config[name][field] = ConfigDict()
     config.metrics = ConfigDict()
+    config.conditions = ConfigDict()
     return config

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from scaling_dit.config import metrics, schema
+from scaling_dit.config import conditions, metrics, schema
 from scaling_dit.config.values import flatten
 from scaling_dit.errors import UserError, nearest
 
@@ -47,6 +47,7 @@ def validate(config: ConfigDict) -> None:
     for group in config.optim.groups:
         parse_group(group)
     metrics.check(config)
+    conditions.SECTIONS.check(config)
 
 
 def check_field(key: str, value: Any) -> None:

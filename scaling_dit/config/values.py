@@ -57,7 +57,7 @@ def from_saved(saved: dict[str, Any]) -> ConfigDict:
     Raises:
       UserError: an object that `to_json` cannot have written.
     """
-    for section in (*schema.SECTIONS, *schema.COMPONENTS, "metrics"):
+    for section in (*schema.SECTIONS, *schema.COMPONENTS, "metrics", "conditions"):
         if not isinstance(saved.get(section, {}), dict):
             raise UserError(f"config.{section} is {saved[section]!r}; it must be a section with fields")
     try:

@@ -109,7 +109,7 @@ class Count(Cost):
 def count(
     backbone: nn.Module, latents: tuple[int, int, int] = (32, 32, 4), text: tuple[int, int] = (77, 1024)
 ) -> Count:
-    """Counts a backbone on latents (H, W, C) and text (L, D), with batch 1 and no conditions.
+    """Counts a backbone on latents (H, W, C) and text (L, D), with batch 1 and every condition that it reads.
 
     Raises:
       UserError: the module is no backbone, its fields exclude these shapes, the call fails or returns another shape, or

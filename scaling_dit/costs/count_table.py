@@ -43,7 +43,8 @@ def of_experiment(
     """The backbone of a resolved config, with the given shapes, else the shapes of its data and text encoder."""
     model = build_model(config, make_tokenizer(config))
     shapes = latents or model.latent_shape, text or (model.text_encoder.length, model.text_encoder.dim)
-    return _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps})
+    rows = tuple(one.row(shapes[0][2]) for one in model.conditions)
+    return _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps}, rows)
 
 
 def of_backbone(
@@ -75,13 +76,19 @@ def main(counted: Counted, *, depth: int = 1, as_json: bool = False) -> int:
 
 
 def _counted(
-    section: ConfigDict, latents: Sequence[int], text: Sequence[int], training: dict[str, int]
+    section: ConfigDict,
+    latents: Sequence[int],
+    text: Sequence[int],
+    training: dict[str, int],
+    conditions: tuple[Any, ...] = (),
 ) -> Counted:
     from scaling_dit import backbones
 
     height, width, channels = latents
     length, dim = text
-    module = backbones.create_for(in_channels=channels, text_dim=dim, **section.to_dict())
+    module = backbones.create_for(
+        in_channels=channels, text_dim=dim, conditions=conditions, **section.to_dict()
+    )
     return Counted(section.name, module, (height, width, channels), (length, dim), training)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -20,12 +20,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from scaling_dit import files
-from scaling_dit.curation import columns, shape
+from scaling_dit.curation import columns, conditions, shape
 from scaling_dit.curation.filters import Filter
 from scaling_dit.curation.sidecar import MadeCaption
 from scaling_dit.data import image_header, images
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest, records
+from scaling_dit.data.sources import beside
 from scaling_dit.data.sources.image_files import ImageFileSource, RawSample, key_hash
 from scaling_dit.encoders.codec import Codec
 from scaling_dit.errors import StorageError
@@ -37,6 +38,7 @@ WRITER_OPTIONS = "group_size:1"
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _PLAIN = (str, int, float, bool)
+_NO_CONDITIONS = conditions.Making()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +80,15 @@ class Selection:
 
 
 class Ready(NamedTuple):
-    """A sample that becomes a record."""
+    """A sample that becomes a record.
+
+    Attributes:
+      conditions: name -> its variants, uint8 [H, W, 3 + M] each.
+    """
 
     sample: RawSample
     shaped: shape.Shaped
+    conditions: Mapping[str, list[np.ndarray]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +102,18 @@ Outcome = Ready | LeftOut | DamagedRecord
 
 
 def prepare_sample(
-    sample: RawSample | DamagedRecord, selection: Selection, kept: Callable[[str], bool] = lambda key: True
+    sample: RawSample | DamagedRecord,
+    selection: Selection,
+    kept: Callable[[str], bool] = lambda key: True,
+    making: conditions.Making = _NO_CONDITIONS,
+    given: Sequence[beside.Beside] = (),
 ) -> Outcome:
-    """Decides on one sample and resizes its image. Runs in threads."""
+    """Decides on one sample, resizes its image and makes its conditions. Runs in threads.
+
+    Args:
+      making: the conditions that the set gets.
+      given: those of them that stand beside the image.
+    """
     if isinstance(sample, DamagedRecord):
         return sample
     if not kept(sample.key):
@@ -106,9 +122,11 @@ def prepare_sample(
         if reason := selection.why_not(sample):
             return LeftOut(reason)
         image = images.decode(sample.image, sample.where, sample.key, selection.max_pixels)
+        shaped = shape.shape(image, selection.sizes)
+        held = beside.decode(given, sample.conditions, image, shaped.size, sample.where, selection.max_pixels)
     except DamagedRecord as fault:
         return fault
-    return Ready(sample, shape.shape(image, selection.sizes))
+    return Ready(sample, shaped, conditions.make(making, sample.key, shaped.pixels, held))
 
 
 class Encoder:
@@ -157,6 +175,7 @@ def encode_shard(
     threads: int,
     kept: Callable[[str], bool] = lambda key: True,
     captions: Mapping[str, Iterable[MadeCaption]] | None = None,
+    making: conditions.Making = _NO_CONDITIONS,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> manifest.Part:
     """Writes the records of one raw shard and returns its part of the manifest. The files exist once it returns.
@@ -170,6 +189,7 @@ def encode_shard(
       threads: number of threads that decode.
       kept: whether the list of kept samples has a key.
       captions: further captions by key, added after the sample's own.
+      making: the conditions that each record gets.
       on_progress: called with the number of images written since the last call.
 
     Raises:
@@ -183,9 +203,10 @@ def encode_shard(
 
         def write() -> None:
             group, moments = encoded.popleft()
-            for ready, rows in zip(group, np.asarray(moments), strict=False):
+            held = conditions.encode([ready.conditions for ready in group], encoder, encoder.batch)
+            for ready, rows, seen in zip(group, np.asarray(moments), held, strict=False):
                 made = (captions or {}).get(ready.sample.key, ())
-                record = to_record(ready, rows, selection.columns, made)
+                record = to_record(ready, rows, selection.columns, made)._replace(conditions=seen)
                 writers.write(selection.split(record.key), ready.shaped.size, records.encode(record))
             on_progress(len(group))
 
@@ -196,8 +217,9 @@ def encode_shard(
                 write()
 
         samples = source.samples(number)
+        given = [one for one in source.paired if one.name in making.conditions]
         for outcome in in_order(
-            samples, lambda s: prepare_sample(s, selection, kept), threads, encoder.batch
+            samples, lambda s: prepare_sample(s, selection, kept, making, given), threads, encoder.batch
         ):
             count += 1
             if isinstance(outcome, DamagedRecord):
@@ -223,7 +245,7 @@ def to_record(
     ready: Ready, moments: np.ndarray, names: Iterable[str], made: Iterable[MadeCaption] = ()
 ) -> records.Prepared:
     """The record of an encoded sample. It keeps the named metadata that exists and has plain values."""
-    sample, shaped = ready
+    sample, shaped = ready.sample, ready.shaped
     made = list(made)
     kept = {name: sample.metadata[name] for name in names if _is_plain(sample.metadata.get(name))}
     return records.Prepared(

@@ -18,7 +18,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import files
-from scaling_dit.curation import encode, filters, shape, sidecar
+from scaling_dit.config import conditions as conditions_config
+from scaling_dit.curation import conditions, encode, filters, shape, sidecar
 from scaling_dit.curation.progress import Progress
 from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.prepared import manifest
@@ -46,6 +47,7 @@ class Options:
       columns: names of metadata that records keep.
       kept: folder of the lists that `filter` wrote; "" for none.
       captions: folder of the captions that `caption` wrote; "" for none.
+      variants: of each condition of `config.conditioning.names` that is random, such as masks.
       process: (i, n) for process i of n.
     """
 
@@ -56,6 +58,7 @@ class Options:
     columns: tuple[str, ...] = ()
     kept: str = ""
     captions: str = ""
+    variants: int = 1
     process: tuple[int, int] = (0, 1)
 
 
@@ -80,14 +83,23 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
         max_pixels=source.max_pixels,
     )
     encoder = encode.Encoder(codec, params, options.batch)
+    chosen = {one.name: one.condition for one in conditions_config.chosen(config)}
+    making = conditions.Making(chosen, options.variants, config.seed)
+    conditions.check_square(chosen, selection.sizes)
     moments = {manifest.size_name(size): encoder.moments_shape(size) for size in selection.sizes}
     made_by = codec_identity.codec_identity(config, codec, params)
-    asked = request(config, source, options, encoder.batch)
+    held = conditions.about(making, conditions_config.own_fields(config))
+    asked = request(config, source, options, encoder.batch) | ({"conditions": held} if held else {})
     check_columns(source, options.columns)
     claim(folder, {"codec": made_by, **asked})
-    make_parts(source, selection, encoder, folder, options)
-    about = {"codec": made_by, "image_size": source.image_size, "moments": moments, "request": asked}
-    return finish(folder, len(source.shards()), about)
+    make_parts(source, selection, encoder, folder, options, making)
+    about: dict[str, Any] = {
+        "codec": made_by,
+        "image_size": source.image_size,
+        "moments": moments,
+        "request": asked,
+    }
+    return finish(folder, len(source.shards()), about | {"conditions": held})
 
 
 def open_source(config: ConfigDict) -> ImageFileSource:
@@ -130,7 +142,8 @@ def request(config: ConfigDict, source: ImageFileSource, options: Options, batch
     """
     names = source.shards()
     asked = dataclasses.asdict(options) | {"batch": batch}
-    del asked["process"]
+    # Stands with the conditions, if there are some.
+    del asked["process"], asked["variants"]
     fields = {key: value for key, value in config.source.to_dict().items() if key != "max_damaged"}
     for name, what in (("kept", sidecar.FILTER), ("captions", sidecar.CAPTIONS)):
         # The files of the same folder may have been made again with other settings.
@@ -159,6 +172,7 @@ def make_parts(
     encoder: encode.Encoder,
     folder: epath.Path,
     options: Options,
+    making: conditions.Making,
 ) -> None:
     """Makes the missing parts of this process."""
     names = source.shards()
@@ -175,7 +189,7 @@ def make_parts(
             captions = sidecar.read_captions(options.captions, names[number]) if options.captions else None
             part = encode.encode_shard(
                 source, number, selection, encoder, folder,
-                threads=THREADS, kept=kept, captions=captions, on_progress=progress.add,
+                threads=THREADS, kept=kept, captions=captions, making=making, on_progress=progress.add,
             )  # fmt: skip
             files.write_whole(part_path(folder, number), part.to_json().encode())
             progress.done(len(part.damaged), sum(part.filtered.values()))

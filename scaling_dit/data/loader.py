@@ -7,14 +7,18 @@ Grain computes per index, so the length of a source costs no memory. The source 
 damaged record (`data/damage.py`), depending on the index alone.
 """
 
+import functools
+import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import grain
 import numpy as np
 
 from scaling_dit.data.captions import UNIFORM, CaptionPolicy
+from scaling_dit.data.conditions import records as conditions_lib
+from scaling_dit.data.conditions.contract import Condition
 from scaling_dit.data.damage import damage_of
 from scaling_dit.data.sources import Record, Source, contract
 from scaling_dit.errors import UserError
@@ -36,6 +40,9 @@ class HostBatch(TypedDict):
     ids: np.ndarray
     # bool [b, L]; True = real token.
     mask: np.ndarray
+    # Name -> uint8 [b, H, W, 3 + M]: RGB and M masks; beside latents the moments and masks of a prepared set,
+    # bfloat16 [b, h, w, Mo + M].
+    conditions: NotRequired[dict[str, np.ndarray]]
 
 
 def make_loader(
@@ -48,6 +55,7 @@ def make_loader(
     start_step: int = 0,
     data_step: Callable[[int], int] = int,
     captions: CaptionPolicy = UNIFORM,
+    conditions: Mapping[str, Condition] | None = None,
     threads: int = 4,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[HostBatch]:
@@ -67,6 +75,7 @@ def make_loader(
       start_step: the step to begin at.
       data_step: step -> the step whose place in the data it takes; its own by default (see `rewind.data_step`).
       captions: chooses a record's caption.
+      conditions: name -> what makes it of a record, by random numbers of its own: captions are the same without.
       threads: reading threads; 0 reads in the calling thread.
       prefetch: batches read ahead.
 
@@ -91,6 +100,7 @@ def make_loader(
         start_step=start_step,
         data_step=data_step,
         captions=captions,
+        conditions=conditions or {},
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
@@ -111,6 +121,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         start_step: int,
         data_step: Callable[[int], int],
         captions: CaptionPolicy,
+        conditions: Mapping[str, Condition],
     ) -> None:
         super().__init__(parent)
         if positions.ndim != 1 or not positions.size or positions.min() < 0 or positions.max() >= batch:
@@ -123,6 +134,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         self._start_step = start_step
         self._data_step = data_step
         self._captions = captions
+        self._conditions = conditions
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -138,7 +150,24 @@ class HostBatches(grain.MapDataset[HostBatch]):
             for record, position in zip(records, self._positions, strict=True)
         ]
         ids, mask = self._tokenize(captions)
-        return {**stack_images(records), "ids": ids, "mask": mask}
+        batch = {**stack_images(records), "ids": ids, "mask": mask}
+        if self._conditions:
+            batch["conditions"] = self._made(records, keyed, step)
+        return batch
+
+    def _made(self, records: Sequence[Record], keyed: "KeyedGenerator", step: int) -> dict[str, np.ndarray]:
+        """The conditions of a batch. Each has a stream of its own, by its name, so none depends on the others."""
+        made = {}
+        for name, condition in self._conditions.items():
+            stream = _stream_of(name)
+            rows = [
+                conditions_lib.of_record(
+                    condition, name, record, keyed.at(step, position, stream), self._source.image_size
+                )
+                for record, position in zip(records, self._positions, strict=True)
+            ]
+            made[name] = np.stack(rows)
+        return made
 
     def _read(self, indices: list[int]) -> Sequence[Record]:
         if hasattr(self._source, "__getitems__"):
@@ -151,6 +180,12 @@ def stack_images(records: Sequence[Record]) -> dict[str, np.ndarray]:
     if "latents" in records[0]:
         return {"latents": np.stack([record["latents"] for record in records])}
     return {"images": np.stack([record["image"] for record in records])}
+
+
+@functools.cache
+def _stream_of(name: str) -> int:
+    """The stream of a condition, in [2, 2**64): 0 are captions, and 1 is `TinyShuffle`'s."""
+    return max(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"), 2)
 
 
 class TinyShuffle(grain.MapDataset[int]):
@@ -183,9 +218,12 @@ class KeyedGenerator:
         self._generator = np.random.Generator(self._philox)
         self._state = self._philox.state
 
-    def at(self, step: int, position: int) -> np.random.Generator:
-        """The generator at the start of its stream for (step, position); valid until the next call."""
-        # The low two words of the counter are left for the numbers within a stream.
-        self._state["state"]["counter"][:] = (0, 0, position, step)
+    def at(self, step: int, position: int, stream: int = 0) -> np.random.Generator:
+        """The generator at the start of a stream for (step, position); valid until the next call.
+
+        `stream` is 0 for captions, else that of a condition, `_stream_of`.
+        """
+        # The lowest word of the counter is left for the numbers within a stream: 2**64 of them.
+        self._state["state"]["counter"][:] = (0, stream, position, step)
         self._philox.state = self._state
         return self._generator

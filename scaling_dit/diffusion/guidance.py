@@ -70,12 +70,14 @@ def guided(
     method: Guidance = classifier_free,
     rescale: float = 0.0,
     interval: tuple[float, float] = EVERYWHERE,
+    bare: Condition | None = None,
+    bare_scale: float = 1.0,
 ) -> Predict:
     """`predict(latents, timesteps, condition)` with guidance: `method` of both predictions.
 
     `negative` has the structure of `condition`, with leading axis B or 1: the empty caption, or a prompt to
     steer away from. Both halves go through `predict` in one call with batch 2B; scale 1 calls it with
-    `condition` alone and batch B.
+    `condition` alone and batch B, unless image conditions are guided as well.
 
     Args:
       predict: the backbone.
@@ -83,23 +85,36 @@ def guided(
       condition: for the prompts.
       negative: what to steer away from.
       method: how both predictions are combined.
-      rescale: phi in [0, 1]; how far the result goes back to the spread of the positive half (Lin et al. 2024, section
-        3.4). 0 leaves it as it is.
+      rescale: phi in [0, 1]; how far the result goes back to the spread of the positive half (Lin et al. 2024,
+        section 3.4). 0 leaves it as it is.
+      bare: `negative` without its image conditions, with leading axis B or 1. With it and a `bare_scale` other than 1
+        there are three parts of batch B in a call.
+      bare_scale: of the guidance on image conditions, s_c: (s_c - 1) (negative - bare) is added to the result of
+        `method`. With `classifier_free` and scale s_t that is InstructPix2Pix's (arXiv 2211.09800, eq. 3)
+        bare + s_c (negative - bare) + s_t (positive - negative).
       interval: (low, high); rows with timesteps outside [low, high] have scale 1 (Kynkäänniemi et al. 2024). The call
         is the same inside and outside, so one compiled program serves all timesteps.
 
     The result maps latents [B, H, W, C] and timesteps [B] to a float32 prediction.
     """
-    if scale == 1.0:
+    three = bare is not None and bare_scale != 1.0
+    if scale == 1.0 and not three:
         return lambda latents, timesteps: predict(latents, timesteps, condition).astype(jnp.float32)
 
     def both(latents: jax.Array, timesteps: jax.Array) -> jax.Array:
-        pairs = jax.tree.map(_interleave, negative, condition)
-        output = predict(_interleave(latents, latents), _interleave(timesteps, timesteps), pairs)
+        parts = (bare, negative, condition) if three else (negative, condition)
+        together = jax.tree.map(_interleave, *parts)
+        output = predict(
+            _interleave(*[latents] * len(parts)), _interleave(*[timesteps] * len(parts)), together
+        )
         output = output[..., : latents.shape[-1]].astype(jnp.float32)
-        output = output.reshape(-1, 2, *output.shape[1:])
-        positive = output[:, 1]
-        combined = method(positive, output[:, 0], latents, timesteps, scale)
+        output = output.reshape(-1, len(parts), *output.shape[1:])
+        positive, without_text = output[:, -1], output[:, -2]
+        combined = positive
+        if scale != 1.0:
+            combined = method(positive, without_text, latents, timesteps, scale)
+        if three:
+            combined += (bare_scale - 1.0) * (without_text - output[:, 0])
         if rescale:
             combined = rescaled(combined, positive, rescale)
         if tuple(interval) == EVERYWHERE:
@@ -121,7 +136,11 @@ def rescaled(combined: jax.Array, positive: jax.Array, phi: float) -> jax.Array:
     return combined * (phi * factor + (1.0 - phi))
 
 
-def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Rows first[0], second[0], first[1], ...: if the batch is sharded, a row's halves stay on its device."""
-    pairs = jnp.stack([jnp.broadcast_to(first, second.shape), second], axis=1)
-    return pairs.reshape(-1, *second.shape[1:])
+def _interleave(*parts: jax.Array) -> jax.Array:
+    """Rows first[0], second[0], first[1], ...: if the batch is sharded, a row's parts stay on its device.
+
+    All are broadcast to the last.
+    """
+    last = parts[-1]
+    together = jnp.stack([jnp.broadcast_to(part, last.shape) for part in parts], axis=1)
+    return together.reshape(-1, *last.shape[1:])

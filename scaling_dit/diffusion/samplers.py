@@ -50,11 +50,15 @@ class Sampler(Protocol):
 
 
 class BuiltIn(NamedTuple):
-    """A sampler made of functions; see `Sampler`."""
+    """A sampler made of functions; see `Sampler`.
+
+    `multistep` says that the correction of a step needs the step before.
+    """
 
     table: Callable[[Schedule, int], Table[np.ndarray]]
     init: Callable[[jax.Array, jax.Array], Carry]
     step: Callable[[Denoise, jax.Array, Any, Table[jax.Array]], tuple[jax.Array, Carry]]
+    multistep: bool = False
 
 
 def first_order_step(
@@ -101,7 +105,7 @@ def _zeros(noise: jax.Array, keys: jax.Array) -> Carry:
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": BuiltIn(sampler_tables.ddim_table, _nothing, first_order_step),
-    "dpmpp_2m": BuiltIn(sampler_tables.dpmpp_2m_table, _zeros, multistep),
+    "dpmpp_2m": BuiltIn(sampler_tables.dpmpp_2m_table, _zeros, multistep, multistep=True),
     "euler": BuiltIn(sampler_tables.euler_table, _nothing, first_order_step),
     "heun": BuiltIn(sampler_tables.heun_table, _nothing, heun_step),
 }
@@ -149,6 +153,9 @@ def sample(
     prediction: Kind = "eps",
     clip: bool = False,
     keys: jax.Array | None = None,
+    image: jax.Array | None = None,
+    strength: float = 1.0,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Latents float32 [B, H, W, C], a pure function (to be jitted) of standard normal `noise` of that shape.
 
@@ -158,26 +165,75 @@ def sample(
     `keys` [B] are random keys for a sampler that adds noise, which no built-in one does; those of the rows' numbers by
     default.
 
+    With a `strength` below 1 only that share of the steps is taken, the last ones, from the latents `image`, of the
+    shape of `noise`, noised to where these begin (SDEdit, arXiv 2108.01073). `known` are clean latents of that shape,
+    and where they hold, bool [B, H, W, 1]: there they replace the clean latents of every step.
+
     Raises:
-      UserError: unknown sampler or kind of prediction, one that the schedule does not allow, or a number of steps the
-        sampler cannot take.
+      UserError: unknown sampler or kind of prediction, one that the schedule does not allow, a number of steps the
+        sampler cannot take, or a strength that it cannot have.
     """
     chosen = find_sampler(sampler)
     check_prediction(prediction, schedule)
-    rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), chosen.table(schedule, steps))
-    denoise = make_denoise(predict, prediction=prediction, clip=clip)
+    table = chosen.table(schedule, steps)
     noise = noise.astype(jnp.float32)
+    if strength < 1:
+        if image is None:
+            raise UserError(f"strength is {strength}: give the image to start from")
+        table = last_steps(sampler, table, steps, strength)
+        noise = float(table.alpha[0]) * image.astype(jnp.float32) + float(table.sigma[0]) * noise
+    rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table)
+    denoise = make_denoise(predict, prediction=prediction, clip=clip, known=known)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(noise))) if keys is None else keys
     start = noise, chosen.init(noise, keys)
     (latents, _), _ = jax.lax.scan(lambda held, row: (chosen.step(denoise, *held, row), None), start, rows)
     return latents
 
 
-def make_denoise(predict: Predict, *, prediction: Kind = "eps", clip: bool = False) -> Denoise:
+def check_strength(sampler: str | Sampler, steps: int, strength: float) -> int:
+    """The number of steps that a strength leaves of `steps`: its share of them, rounded down.
+
+    Raises:
+      UserError: none is left, or a sampler that cannot begin in the middle.
+    """
+    if strength >= 1:
+        return steps
+    chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
+    if not isinstance(chosen, BuiltIn):
+        raise UserError(
+            f"strength is {strength}, and sampler {sampler!r} cannot begin in the middle; "
+            f"choose one of {', '.join(SAMPLERS)}"
+        )
+    # A share such as 0.58 of 50 is 29, whatever its rounding.
+    left = int(steps * strength + 1e-6)
+    if not left:
+        raise UserError(f"strength is {strength}: of {steps} steps it leaves none; raise it, or the steps")
+    return left
+
+
+def last_steps(sampler: str | Sampler, table: Any, steps: int, strength: float) -> Table[np.ndarray]:
+    """The rows of a table that a strength leaves, as a sampler begins with them; raises as `check_strength`."""
+    left = check_strength(sampler, steps, strength)
+    rows: Table[np.ndarray] = jax.tree.map(lambda column: column[len(column) - left :], table)
+    chosen = find_sampler(sampler)
+    if isinstance(chosen, BuiltIn) and chosen.multistep:
+        correction = rows.correction.copy()
+        correction[0] = 0.0
+        rows = rows._replace(correction=correction)
+    return rows
+
+
+def make_denoise(
+    predict: Predict,
+    *,
+    prediction: Kind = "eps",
+    clip: bool = False,
+    known: tuple[jax.Array, jax.Array] | None = None,
+) -> Denoise:
     """`predict` as a function that splits latents at one timestep into clean latents and noise, float32.
 
     A clipped x0 gives the noise that goes with it, so that alpha x0 + sigma eps is the input still (as
-    guided diffusion does; diffusers: use_clipped_model_output=True).
+    guided diffusion does; diffusers: use_clipped_model_output=True). So do the known clean latents of `sample`.
     """
 
     def denoise(
@@ -188,6 +244,8 @@ def make_denoise(predict: Predict, *, prediction: Kind = "eps", clip: bool = Fal
         x0, eps = to_x0_eps(prediction, value, latents, alpha, sigma)
         if clip:
             x0, eps = to_x0_eps("x0", jnp.clip(x0, -1.0, 1.0), latents, alpha, sigma)
+        if known is not None:
+            x0, eps = to_x0_eps("x0", jnp.where(known[1], known[0], x0), latents, alpha, sigma)
         return x0, eps
 
     return denoise

@@ -85,6 +85,24 @@ class SamplingFields:
         ),
         label="interval",
     )
+    condition_guidance: float = _option(
+        Field(
+            1.0,
+            "scale of guidance on image conditions, beside that on the text; 1 = none, other values cost a third call",
+            FROM_0,
+        ),
+        label="condition",
+    )
+    strength: float = _option(
+        Field(
+            1.0,
+            "share of the steps that are taken from a given image on (SDEdit); 1 = all, from noise alone",
+            Rule("above 0, at most 1", lambda x: 0 < x <= 1),
+        ),
+    )
+    keep: bool = _option(
+        Field(False, "keep exactly, to the pixel, what a condition's mask says is given"),
+    )
     batch: int = _option(
         Field(64, "images sampled at once, rounded up to what the mesh divides", BATCH), "never"
     )

@@ -51,6 +51,9 @@ class Codec(Protocol):
     def sample(self, params: Mapping[str, Any], moments: jax.Array, rng: jax.Array) -> jax.Array:
         """Moments [B, h, w, M] -> latents float32 [B, h, w, C]; `rng` for codecs that sample."""
 
+    def mean(self, params: Mapping[str, Any], moments: jax.Array) -> jax.Array:
+        """Moments [B, h, w, M] -> the mean of what `sample` gives, float32 [B, h, w, C]; for image conditions alone."""
+
     def encode(self, params: Mapping[str, Any], images: jax.Array, rng: jax.Array) -> jax.Array:
         """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C]: `sample` of their `moments`."""
 
@@ -79,6 +82,10 @@ class FixedCodec:
         return latents
 
     def sample(self, params: Mapping[str, Any], moments: jax.Array, rng: jax.Array) -> jax.Array:
+        """The moments themselves, float32."""
+        return moments.astype(jnp.float32)
+
+    def mean(self, params: Mapping[str, Any], moments: jax.Array) -> jax.Array:
         """The moments themselves, float32."""
         return moments.astype(jnp.float32)
 

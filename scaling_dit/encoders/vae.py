@@ -276,6 +276,11 @@ class Autoencoder:
         sampled = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
         return (sampled - self.architecture.shift) * self.architecture.scale
 
+    def mean(self, params: Mapping[str, Any], moments: jax.Array) -> jax.Array:
+        """Moments [B, h, w, 2C] -> latents float32 [B, h, w, C]: (mean - shift) * scale."""
+        mean, _ = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return (mean - self.architecture.shift) * self.architecture.scale
+
     def encode(self, params: Mapping[str, Any], images: jax.Array, rng: jax.Array) -> jax.Array:
         """Images uint8 [B, H, W, 3] -> latents float32 [B, h, w, C], sampled from their moments."""
         return self.sample(params, self.moments(params, images), rng)

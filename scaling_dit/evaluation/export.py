@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.layouts import write_layout
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.evaluation.prompt_sets import open_prompt_set
 from scaling_dit.parallel import processes
 from scaling_dit.sampling.folder import Images
 from scaling_dit.sampling.prompts import gather_prompts
-from scaling_dit.sampling.sample import Sampling
+from scaling_dit.sampling.sample import OwnConditions, Sampling
 
 
 def sample_prompts(
@@ -40,7 +41,16 @@ def sample_prompts(
     """
     items = _items(prompts, prompts_file, prompt_set)
     sampling = Sampling(workdir, out, **settings)
-    for images in sampling.run([(item.id, item.prompt) for item in items]):
+    own = None
+    if items[0].conditions:
+        if sampling.condition:
+            raise UserError("--prompt_set has images and masks of its own; leave out --condition")
+
+        def read(numbers: list[int], size: int) -> dict[str, np.ndarray]:
+            return conditioned.stack([items[i] for i in numbers], size)
+
+        own = OwnConditions(tuple(items[0].conditions), read, conditioned.digest(items))
+    for images in sampling.run([(item.id, item.prompt) for item in items], own):
         if layout and jax.process_index() == 0:
             folder = images.out / f"layout-{layout}"
             write_layout(layout, _pairs(items, images, sampling.num), folder)

@@ -10,12 +10,14 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
+from scaling_dit.config.named import section_of
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring, score
-from scaling_dit.evaluation.validation import ValidationLoss
+from scaling_dit.evaluation.validation import ValidationLoss, held_out_conditions
 from scaling_dit.model.model import Model
 from scaling_dit.monitor.grid import captioned_grid
 from scaling_dit.sampling.options import SamplingOptions
@@ -56,15 +58,23 @@ class InTraining:
             batch=config.batch,
         )
         self._sampler = Sampler(model, mesh, SamplingOptions.of(config.sample))
+        if config.sample.strength < 1:
+            raise UserError(
+                f"config.sample.strength is {config.sample.strength}, but evaluation in training has no images to "
+                "start from; leave it 1, and give --strength to `sample`"
+            )
         held_out = contract.held_out(source)
         shown = [contract.read(held_out, i % len(held_out)) for i in range(config.eval.grid)]
         self._captions = [record["captions"][0] for record in shown]
+        self._conditions = held_out_conditions(model, shown) or None
         # With the prompts to sample, and the steps between evaluations of each.
         self._metrics: list[tuple[Scoring, list[str], int]] = []
+        reads = [section_of(name) for name in config.conditioning.names]
         for one in choose(config, config.eval.metrics):
             prompts = one.prompts(source, one.fields["prompts"] or config.eval.prompts)
             if ready := getattr(one.metric, "ready", None):
                 ready()
+            conditioned.check(prompts.items, reads, one.section)
             scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
             self._metrics.append((scoring, list(prompts.texts), one.fields["every"] or config.eval.every))
         self._ema = find_ema(config, config.sample.ema)
@@ -94,7 +104,7 @@ class InTraining:
         seed = self._config.seed
         for scoring, prompts, every in self._metrics:
             if self._at(step, every):
-                images = self._sampler.batches(params, frozen, prompts, seed=seed)
+                images = conditioned.sampled(self._sampler, params, frozen, scoring.items, prompts, seed)
                 try:
                     found = score(scoring, _until(stop, images), seed)[0]["scalars"]
                 except _Ended:
@@ -111,7 +121,7 @@ class InTraining:
                 scalars |= {f"evaluation/{name}": value for name, value in found.items()}
         if stop():
             return False
-        grid = self._sampler(params, frozen, self._captions, seed=seed)
+        grid = self._sampler(params, frozen, self._captions, seed=seed, conditions=self._conditions)
         writer.scalars(step, scalars)
         writer.images(step, {"samples": captioned_grid(grid, self._captions)})
         writer.flush()

@@ -1,6 +1,7 @@
 """The metrics of one evaluation with their prompts, found before anything is sampled, and why some are skipped."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit.data.sources import Source
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Item, Skipped
 from scaling_dit.evaluation.registry import Chosen
 from scaling_dit.evaluation.scoring import Scoring, together
@@ -35,8 +37,14 @@ class Job:
 
     @property
     def prompts_hash(self) -> str:
-        """Of ids and prompts as they are sampled: equal for metrics that can share images."""
-        return hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        """Of ids, prompts and conditions as they are sampled: equal for metrics that can share images."""
+        asked = json.dumps(list(self.prompts)).encode() + self.conditions_hash.encode()
+        return hashlib.sha256(asked).hexdigest()
+
+    @functools.cached_property
+    def conditions_hash(self) -> str:
+        """The sha256 of the items' conditions; "" for none. Reads all of them once."""
+        return conditioned.digest(self.items)
 
     def scoring(self, numbers: Sequence[int] | None = None) -> Scoring:
         """The metric with its items, or with some of them."""

@@ -8,6 +8,8 @@
 | geneval | 00000/metadata.jsonl, 00000/samples/0000.png, ... | evaluate_images.py FOLDER |
 | dpg | ID.png, a grid of 2x2 images | compute_dpg_bench.py --image-root-path |
 | compbench | samples/PROMPT_000000.png | T2I-CompBench, --out_dir |
+| brushbench | mapping_file.json, images/, inpainted/ | BrushNet's evaluate_brushnet.py |
+| editbench | editbench.jsonl, references/, masks/, inpainted/ | nothing: EditBench is scored by people |
 """
 
 import io
@@ -19,9 +21,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from scaling_dit.data.conditions.inpaint import size_name
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import tifa
 from scaling_dit.evaluation.metric import Item
+from scaling_dit.evaluation.prompt_sets import inpainting
 from scaling_dit.monitor.grid import write_png
 
 # Few enough loss, which the published folder has as well; its reader takes .jpg only.
@@ -59,11 +63,7 @@ def _hpsv2(pairs: Pairs, out: epath.Path, model: str) -> None:
     for item, images in pairs:
         (image,) = _exactly(images, 1, "hpsv2")
         style, number = _meta(item, ("style", "number"), "hpsv2")
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", **_JPEG)
-        path = out / style / f"{number:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
+        _jpeg(out / style / f"{number:05d}.jpg", image)
 
 
 def _image_reward(pairs: Pairs, out: epath.Path, model: str) -> None:
@@ -108,6 +108,48 @@ def _compbench(pairs: Pairs, out: epath.Path, model: str) -> None:
             number += 1
 
 
+def _brushbench(pairs: Pairs, out: epath.Path, model: str) -> None:
+    entries = {}
+    for item, images in pairs:
+        (image,) = _exactly(images, 1, "brushbench")
+        truth, mask = _inpainted(item, "brushbench")
+        name = item.meta.get("image", f"images/{item.id}.png")
+        # The official tool looks for the result under the name of the image; no lossy format but the image's own.
+        _png(out / name, truth) if name.endswith(".png") else _jpeg(out / name, truth)
+        place = out / "inpainted" / name
+        _png(place, image) if name.endswith(".png") else _jpeg(place, image)
+        entries[item.meta.get("key", item.id)] = inpainting.entry(name, item.prompt, mask)
+    (out / inpainting.MAPPING).write_text(json.dumps(entries))
+
+
+def _editbench(pairs: Pairs, out: epath.Path, model: str) -> None:
+    rows = []
+    for item, images in pairs:
+        truth, mask = _inpainted(item, "editbench")
+        _png(out / "references" / f"{item.id}.png", truth)
+        _png(
+            out / "masks" / f"{item.id}.png",
+            np.repeat(np.where(mask, np.uint8(255), np.uint8(0))[..., None], 3, -1),
+        )
+        for number, image in enumerate(images):
+            _png(out / "inpainted" / f"{item.id}_{number}.png", image)
+        share = float(mask.mean())
+        rows.append(
+            {"id": item.id, "prompt": item.prompt, "mask_share": share, "mask_size": size_name(share)}
+        )
+    (out / "editbench.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _inpainted(item: Item, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The whole image and the mask, bool [H, W], of an item."""
+    condition = item.conditions.get("inpaint")
+    if item.truth is None or condition is None:
+        raise UserError(
+            f"--layout={name}: prompt {item.id!r} has no image and mask; sample --prompt_set=brushbench:FOLDER"
+        )
+    return item.truth, condition[..., 3] > 127
+
+
 LAYOUTS: Mapping[str, Callable[[Pairs, epath.Path, str], None]] = {
     "tifa": _tifa,
     "hpsv2": _hpsv2,
@@ -115,6 +157,8 @@ LAYOUTS: Mapping[str, Callable[[Pairs, epath.Path, str], None]] = {
     "geneval": _geneval,
     "dpg": _dpg,
     "compbench": _compbench,
+    "brushbench": _brushbench,
+    "editbench": _editbench,
 }
 
 
@@ -133,6 +177,13 @@ def _meta(item: Item, keys: Sequence[str], name: str) -> list:
             f"--layout={name}: prompt {item.id!r} has no {', '.join(missing)}; sample --prompt_set={name}:PATH"
         )
     return [item.meta[key] for key in keys]
+
+
+def _jpeg(path: epath.Path, image: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", **_JPEG)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
 
 
 def _png(path: epath.Path, image: np.ndarray) -> None:

@@ -35,7 +35,8 @@ class Item:
 
     id: names the image's file. questions: rows in TIFA's JSON layout about what the prompt asks for, if the metric asks
     questions. truth: a real image of the prompt, uint8 [H, W, 3], if there is one. meta: what else a prompt set says of
-    the prompt, as JSON values.
+    the prompt, as JSON values. conditions: name -> the image condition that is sampled with, uint8 [H, W, 3 + M]: RGB
+    and M masks (`data/conditions/contract.py`); the same names for all items of a metric.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Item:
     questions: Sequence[Mapping[str, Any]] = ()
     truth: np.ndarray | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +71,8 @@ class Items(Sequence[Item]):
 
     def __getitem__(self, index: Any, /) -> Any:
         if isinstance(index, slice):
-            return [self._make(number) for number in range(*index.indices(self._count))]
+            chosen = range(*index.indices(self._count))
+            return Items(len(chosen), lambda number: self._make(chosen[number]))
         if not -self._count <= index < self._count:
             raise IndexError(f"{index} is not in [0, {self._count})")
         return self._make(index % self._count)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.components import Guarded
 from scaling_dit.config import metrics
+from scaling_dit.config.named import section_of
 from scaling_dit.data.sources import Source
 from scaling_dit.evaluation.metric import Item, Metric, check_metric
 from scaling_dit.evaluation.prompt_sets import open_prompt_set
@@ -63,7 +64,7 @@ class Chosen:
     @property
     def section(self) -> str:
         """The name of its section."""
-        return metrics.section_of(self.name)
+        return section_of(self.name)
 
     @property
     def folder(self) -> str:
@@ -146,8 +147,8 @@ def choose(config: ConfigDict, names: Iterable[str]) -> list[Chosen]:
     """
     chosen = []
     for name, fields in zip(names, metrics.sections(tuple(names)).values(), strict=True):
-        fields |= config.metrics.get(metrics.section_of(name), {})
-        own = {key: fields[key] for key in metrics.REGISTRY.fields(name)}
+        fields |= config.metrics.get(section_of(name), {})
+        own = metrics.SECTIONS.own_fields(name, fields)
         check_metric(metrics.REGISTRY.resolve(name), repr(name))
         metric = metrics.REGISTRY.create(name, own)
         if name not in metrics.REGISTRY.known:

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir
+from scaling_dit.config.named import section_of
 from scaling_dit.errors import UserError, printable
-from scaling_dit.evaluation import sweep
+from scaling_dit.evaluation import conditioned, sweep
 from scaling_dit.evaluation.features.set_metric import compared_with
 from scaling_dit.evaluation.given import GivenImages, image_size
 from scaling_dit.evaluation.jobs import Job, open_jobs
@@ -155,6 +156,7 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
     changes = dict(request.changes)
     pipe, _, _ = open_for_sampling(config, request.workdir, changes, step=request.step, ema=request.ema)
     scales: Sequence[float | None] = tuple(request.guidance) or (None,)
+    reads = [section_of(name) for name in config.conditioning.names]
     several = request.apart or len(scales) * len(request.seed) > 1
     for scale in scales:
         sampler = pipe.sampler(**changes, **({} if scale is None else {"guidance": scale}))
@@ -172,9 +174,17 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
                 about: Any = about,
             ) -> Shown:
                 folder = root / f"images-{job.prompts_hash[:8]}"
+                conditioned.check(job.items, reads, job.one.section)
+                asked = {"conditions": job.conditions_hash} if job.conditions_hash else {}
+
+                def inputs(numbers: Sequence[int]) -> dict[str, Any]:
+                    items = [job.items[i] for i in numbers]
+                    return {"conditions": conditioned.stack(items, sampler.model.image_size)}
+
                 made = sample_to_folder(
-                    sampler, pipe, job.prompts, folder, seed=seed, about=about, store=request.store
-                )
+                    sampler, pipe, job.prompts, folder, seed=seed, about={**about, **asked},
+                    store=request.store, inputs=inputs if asked else None,
+                )  # fmt: skip
                 paths = {row["id"]: f"../{folder.name}/{row['path']}" for row in made.rows}
                 batch = job.one.fields["batch"]
                 files = paths if made.store == PNG else {}

@@ -131,7 +131,8 @@ class Scoring:
 
     def _update(self, state: State, images: np.ndarray, start: int) -> tuple[State, list[Row]]:
         """The state after images of the items from `start` on, and their rows."""
-        items = self.items[start : start + len(images)]
+        # Made once, for there may be images in them.
+        items = list(self.items[start : start + len(images)])
         state, rows = check_update(self.metric.update(state, Batch(images, items)), len(images), self.name)
         return state, [
             {"id": item.id, "prompt": item.prompt} | row for item, row in zip(items, rows, strict=True)

@@ -1,9 +1,13 @@
 """Validation loss on fixed triples of (image, timestep, noise), in eps space, so that any two runs can be compared."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import numpy as np
 
-from scaling_dit.data.loader import stack_images
+from scaling_dit.data.conditions.records import of_record
+from scaling_dit.data.loader import KeyedGenerator, stack_images
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.model.model import Model
@@ -20,7 +24,7 @@ class ValidationLoss:
     The triples depend on the data and `images` alone: the first held-out records with their first captions, timesteps
     of scaled_linear spread evenly over [0, 1000), noise from a fixed seed. Runs with other predictions, weightings or
     backbones get the same ones. Runs with other schedules get them at those of their own timesteps that have the same
-    ratio of noise to signal, so that the errors compare.
+    ratio of noise to signal, so that the errors compare. A run with image conditions is given all of them.
 
     Args:
       images: how many triples, at least 1; at most as many records as are held out are used, repeated if fewer.
@@ -48,7 +52,7 @@ class ValidationLoss:
         times = np.floor((np.arange(images) + 0.5) * total / images).astype(np.int32)
         times = np.random.default_rng(_SEED).permutation(times)
         alpha, sigma = reference.coefficients(times)
-        self._rows = {
+        self._rows: dict[str, Any] = {
             **stack_images(records),
             "ids": ids,
             "mask": mask,
@@ -58,6 +62,8 @@ class ValidationLoss:
             # Of the noise; 0 is the codec's.
             "number": np.arange(1, images + 1, dtype=np.int32),
         }
+        if model.conditions:
+            self._rows["conditions"] = held_out_conditions(model, records)
         self._batch = rules.round_batch(mesh, min(batch, images))
         self._run = jax.jit(self._errors)
 
@@ -71,7 +77,8 @@ class ValidationLoss:
             index = np.arange(start, start + self._batch)
             weight = (index < count).astype(np.float32)
             index = np.where(index < count, index, 0)
-            host = {name: rows[index][held] for name, rows in self._rows.items()} | {"weight": weight[held]}
+            rows = jax.tree.map(lambda column, chosen=index[held]: column[chosen], self._rows)
+            host = rows | {"weight": weight[held]}
             with rules.activate(self._mesh):
                 added = self._run(params, frozen, rules.to_global(host, self._mesh, self._batch))
             sums += np.asarray(added[0])
@@ -84,19 +91,32 @@ class ValidationLoss:
         }
         return {"loss": float(sums.sum() / counts.sum())} | by_bin
 
-    def _errors(
-        self, params: Params, frozen: Params, rows: dict[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def _errors(self, params: Params, frozen: Params, rows: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         model = self._model
         key = jax.random.key(_SEED)
         latents = model.batch_latents(frozen, rows, jax.random.fold_in(key, 0))
         noise = model.noise(key, rows["number"])
         noisy = objectives.add_noise(model.schedule, latents, noise, rows["timesteps"])
         text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
-        output = model.predict(params, noisy, rows["timesteps"], text, text_mask)
+        conditions = model.present_conditions(frozen, rows.get("conditions", {}))
+        output = model.predict(params, noisy, rows["timesteps"], text, text_mask, conditions or None)
         errors = objectives.eps_mse(
             output, latents, noise, rows["timesteps"], model.schedule, prediction=model.prediction
         )
         bins = rows["reference_timesteps"] * self._bins // self._total
         one_hot = jax.nn.one_hot(bins, self._bins) * rows["weight"][:, None]
         return (one_hot * errors[:, None]).sum(0), one_hot.sum(0)
+
+
+def held_out_conditions(model: Model, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The image conditions of some records, as batches hold them; record i has the same ones in every run."""
+    keyed = KeyedGenerator(_SEED)
+    return {
+        one.name: np.stack(
+            [
+                of_record(one.condition, one.name, record, keyed.at(0, i), model.image_size)
+                for i, record in enumerate(records)
+            ]
+        )
+        for one in model.conditions
+    }

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit import config as config_lib
+from scaling_dit.backbones.conditions_weights import input_channels
 from scaling_dit.checkpoints.lease import leased
 from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
@@ -34,7 +35,12 @@ from scaling_dit.training.start import take
 from scaling_dit.weights import files
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
-_FROM_RUN = {"in_channels": "config.codec.name", "text_dim": "config.text_encoder.dim"}
+_FROM_RUN = {
+    "in_channels": (
+        "config.codec.name, and config.conditioning.names for the image conditions of an inpainting or editing UNet"
+    ),
+    "text_dim": "config.text_encoder.dim",
+}
 
 
 def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) -> int:
@@ -205,10 +211,11 @@ def _check_described(config: ConfigDict, model: Model, described: Mapping[str, A
     name, family = family_of(described, source, configured=config.backbone.name)
     backbone: Any = model.backbone
     fields = read_fields(family, described, source)
+    given = {"in_channels": input_channels(backbone), "text_dim": backbone.text_dim}
     for field, setting in _FROM_RUN.items():
-        if getattr(backbone, field) != fields[field]:
+        if given[field] != fields[field]:
             raise UserError(
-                f"{source} has {field} {fields[field]}, but this run gives {getattr(backbone, field)}; set {setting}"
+                f"{source} has {field} {fields[field]}, but this run gives {given[field]}; set {setting}"
             )
     check_same(name, family, described, backbone, model.latent_shape[:2], source)
 

@@ -7,10 +7,11 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, encoders, trees
 from scaling_dit.backbones import contract
+from scaling_dit.config import conditions
 from scaling_dit.data import sources
 from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders import scratch
-from scaling_dit.encoders.codec import check_own_codec, create_codec
+from scaling_dit.encoders.codec import Codec, check_own_codec, create_codec
 from scaling_dit.errors import UserError
 from scaling_dit.model.model import Model
 from scaling_dit.trees import Params
@@ -32,8 +33,13 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
     codec = create_codec(**config.codec.to_dict())
     image_size = _image_size(config) if source is None else source.image_size
     check_own_codec(codec, config.codec.name, image_size)
+    read = conditions.chosen(config)
+    _check_conditions(read, codec, config.codec.name, image_size)
     backbone = backbones.create_for(
-        in_channels=codec.channels, text_dim=text_encoder.dim, **config.backbone.to_dict()
+        in_channels=codec.channels,
+        text_dim=text_encoder.dim,
+        conditions=tuple(one.row(codec.channels) for one in read),
+        **config.backbone.to_dict(),
     )
     extras = getattr(backbone, "EXTRAS", {})
     if extras:
@@ -62,7 +68,23 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
         image_size=image_size,
         train_text_encoder=config.train_text_encoder,
         text_mask=config.text_mask,
+        conditions=read,
     )
+
+
+def _check_conditions(read: tuple[conditions.Chosen, ...], codec: Codec, name: str, image_size: int) -> None:
+    """Makes sure that a codec can encode conditions."""
+    if read and not callable(getattr(codec, "mean", None)):
+        raise UserError(
+            f"config.codec {name!r} has no mean(params, moments) -> latents [B, h, w, C], which image conditions need"
+        )
+    height, width, _ = codec.shape(image_size)
+    masked = [one.name for one in read if one.condition.masks]
+    if masked and (image_size % height or image_size % width):
+        raise UserError(
+            f"condition {masked[0]!r} has a mask, and latents of {height}x{width} do not divide images of "
+            f"{image_size}x{image_size} px, over which it is averaged; choose another image size or codec"
+        )
 
 
 def _image_size(config: ConfigDict) -> int:

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
+from scaling_dit.config import conditions
 from scaling_dit.data.prepared.source import PreparedSource
 from scaling_dit.data.sources import Source
 from scaling_dit.encoders.codec import Codec, init_codec
@@ -64,9 +65,36 @@ def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) 
     if not isinstance(source, PreparedSource):
         return
     check_codec(source.manifest.codec, codec_identity(config, codec, params), source.path)
+    check_conditions(source.manifest.conditions, conditions.own_fields(config), source.path)
     right = codec.moments_shape(source.image_size)
     if source.moments_shape != right:
         raise UserError(f"{source.path} holds moments of {source.moments_shape}; the codec's are {right}")
+
+
+def check_conditions(held: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]], place: str) -> None:
+    """Makes sure that a prepared set has the conditions of a run, made as the run would make them.
+
+    Args:
+      held: the conditions in the manifest of the set.
+      wanted: section -> fields of each condition of the run.
+      place: folder of the set, which the error names.
+
+    Raises:
+      UserError: one is missing, or was made with another value of a field.
+    """
+    for name, fields in wanted.items():
+        if name not in held:
+            there = f"it holds {', '.join(sorted(held))}" if held else "it holds none"
+            raise UserError(
+                f"{place} holds no condition {name!r}; {there}; prepare it with config.conditioning.names={(name,)}"
+            )
+        for field, now in fields.items():
+            then = held[name]["fields"].get(field)
+            if then != (list(now) if isinstance(now, tuple) else now):
+                raise UserError(
+                    f"{place} was prepared with conditions.{name}.{field} {then!r}; the run has {now!r}; set "
+                    f"config.conditions.{name}.{field} so"
+                )
 
 
 def check_codec(made_by: Mapping[str, Any], here: Mapping[str, Any], place: str) -> None:

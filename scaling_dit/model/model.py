@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import reduce
 
 from scaling_dit import encoders
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.contract import Backbone
+from scaling_dit.config.conditions import Chosen
 from scaling_dit.diffusion import predictions, schedules
 from scaling_dit.encoders.codec import Codec, init_codec
 from scaling_dit.errors import UserError
@@ -36,6 +38,8 @@ class Model:
     train_text_encoder: bool
     # Whether the backbone gets the mask that hides padding.
     text_mask: bool
+    # Images that the backbone reads beside the text.
+    conditions: tuple[Chosen, ...] = ()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -83,6 +87,39 @@ class Model:
         if "latents" in batch:
             return self.codec.sample(frozen["codec"], batch["latents"].astype(jnp.float32), rng)
         return self.encode_image(frozen, batch["images"], rng)
+
+    def encode_conditions(self, frozen: Params, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Image conditions as the backbone reads them, float32 [B, h, w, C + masks], by name.
+
+        The latents are the mean of their moments, so nothing is random. Masks are averaged over the pixels of a latent
+        and lie in [0, 1].
+
+        Args:
+          frozen: weights that are not trained.
+          given: by name uint8 [B, H, W, 3 + masks], or of a prepared set floating [B, h, w, moments + masks].
+        """
+        with jax.named_scope("codec"):
+            return {name: self._encode_condition(frozen["codec"], image) for name, image in given.items()}
+
+    def present_conditions(
+        self, frozen: Params, given: Mapping[str, jax.Array]
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """`encode_conditions` as the backbone's call takes them, present in every row."""
+        encoded = self.encode_conditions(frozen, given)
+        return {name: (image, jnp.ones(image.shape[:1], bool)) for name, image in encoded.items()}
+
+    def _encode_condition(self, params: Params, given: jax.Array) -> jax.Array:
+        height, width, stored = self.codec.moments_shape(self.image_size)
+        if jnp.issubdtype(given.dtype, jnp.floating):
+            moments, masks = given[..., :stored].astype(jnp.float32), given[..., stored:].astype(jnp.float32)
+        else:
+            moments = self.codec.moments(params, given[..., :3])
+            masks = given[..., 3:].astype(jnp.float32) / 255
+            if masks.shape[-1]:
+                masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
+            else:
+                masks = jnp.zeros((*moments.shape[:3], 0))
+        return jnp.concatenate([self.codec.mean(params, moments), masks], axis=-1)
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
         """Normal noise float32 [N, h, w, c]; a row depends on `key` and its entry of `numbers` [N] alone."""

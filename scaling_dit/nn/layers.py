@@ -86,11 +86,12 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1), ((0, 0), (0, dim % 2)))
 
 
-def sincos_2d(height: int, width: int, dim: int, *, base: int | None = None) -> np.ndarray:
+def sincos_2d(height: int, width: int, dim: int, *, base: int | None = None, shift: int = 0) -> np.ndarray:
     """Fixed 2-D positions [height * width, dim] float32, row-major, amplitude 1.
 
     The first half of the features encodes the column, the second the row, each as [sin, cos] (DiT `models.py`). With
-    `base` both run over [0, base) for any sides: row i has the position i * base / height (PixArt-alpha).
+    `base` both run over [0, base) for any sides: row i has the position i * base / height (PixArt-alpha). `shift`
+    gives the positions of the shift-th further grid beside this one: `shift * width` is added to every column.
 
     Raises:
       UserError: dim is no multiple of 4.
@@ -100,7 +101,7 @@ def sincos_2d(height: int, width: int, dim: int, *, base: int | None = None) -> 
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     halves = []
-    for coordinate, side in ((columns, width), (rows, height)):
+    for coordinate, side in ((columns + shift * width, width), (rows, height)):
         scale = 1 if base is None else base / side
         angles = coordinate.reshape(-1, 1) * scale * frequencies
         halves += [np.sin(angles), np.cos(angles)]
@@ -198,6 +199,8 @@ def conv3x3(
     axes: Axes = (None, None, None, None),
     stride: int = 1,
     padding: Any = 1,
+    bias: bool = True,
+    kernel_init: Initializer | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
 ) -> nn.Conv:
@@ -210,6 +213,8 @@ def conv3x3(
       axes: logical axes of the kernel [3, 3, in, out].
       stride: 2 halves height and width.
       padding: rows and columns of zeros on each side, or ((above, below), (left, right)).
+      bias: whether it has one.
+      kernel_init: initializer of the kernel; PyTorch's by default.
       dtype: type of the products and the output.
       param_dtype: type of kernel and bias.
     """
@@ -224,7 +229,8 @@ def conv3x3(
         strides=stride,
         conv_general_dilated=convolve,
         padding=padding,
-        kernel_init=nn.with_logical_partitioning(init, axes),
+        use_bias=bias,
+        kernel_init=nn.with_logical_partitioning(kernel_init or init, axes),
         bias_init=nn.with_logical_partitioning(init, (None,)),
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),

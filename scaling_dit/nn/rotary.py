@@ -5,6 +5,7 @@ TPU kernel here rolls the lanes in place instead.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,24 +29,27 @@ _MOST_LANES = 512
 _BYTES_PER_CYCLE = 551
 
 
-def rotary_1d(length: int, head_size: int) -> Rotary:
-    """Tables [length, head_size/2] for the positions of a sequence.
+def rotary_1d(positions: int | np.ndarray, head_size: int) -> Rotary:
+    """Tables [T, head_size/2] for the positions [T] of a sequence; for a number those up to it, from 0 on.
 
-    angle[t, i] = t * 10000^(-2i/head_size).
+    angle[t, i] = position_t * 10000^(-2i/head_size).
     """
-    return _tables(np.outer(np.arange(length), _frequencies(head_size)))
+    places = np.arange(positions) if isinstance(positions, int) else positions
+    return _tables(np.outer(places, _frequencies(head_size)))
 
 
-def rotary_2d(rows: int, columns: int, head_size: int) -> Rotary:
-    """Tables [rows * columns, head_size/2] for a grid of tokens, row-major.
+def rotary_2d(rows: int, columns: int, head_size: int, shifts: Sequence[int] = (0,)) -> Rotary:
+    """Tables [rows * columns, head_size/2] for a grid of tokens, row-major, or several such grids one after another.
 
     Rows and columns alternate: pair 2i has the angle row * f_i, pair 2i + 1 the angle column * f_i, with
-    f_i = 10000^(-4i/head_size).
+    f_i = 10000^(-4i/head_size). A grid for each of `shifts`: that of shift k stands k grids to the right of the first.
     """
     frequencies = _frequencies(head_size // 2)
     row, column = np.divmod(np.arange(rows * columns), columns)
-    angles = np.stack([np.outer(row, frequencies), np.outer(column, frequencies)], axis=-1)
-    return _tables(angles.reshape(rows * columns, head_size // 2))
+    beside = np.concatenate([column + shift * columns for shift in shifts])
+    row = np.tile(row, len(shifts))
+    angles = np.stack([np.outer(row, frequencies), np.outer(beside, frequencies)], axis=-1)
+    return _tables(angles.reshape(-1, head_size // 2))
 
 
 def _frequencies(size: int) -> np.ndarray:

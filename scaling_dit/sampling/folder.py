@@ -28,6 +28,7 @@ GRID = "grid.png"
 # Images in the grid of a request, at most.
 _GRID_MOST = 64
 Make = Callable[[list[int]], np.ndarray]
+Inputs = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,10 +79,18 @@ class Images:
             )
         return cls(out, rows, store)
 
-    def make(self, sampler: Sampler, pipe: Pipeline, seed: int, share: tuple[int, int] | None = None) -> None:
+    def make(
+        self,
+        sampler: Sampler,
+        pipe: Pipeline,
+        seed: int,
+        share: tuple[int, int] | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
         """Makes the images of this process that are missing.
 
         Args:
+          inputs: numbers -> arguments of the sampler beside the prompts: conditions and images.
           share: (i, n) for units i, i + n, ...; by default the units of this process of jax's.
 
         Raises:
@@ -94,7 +103,10 @@ class Images:
 
         def make(numbers: list[int]) -> np.ndarray:
             prompts = [self.rows[i]["prompt"] for i in numbers]
-            return sampler(pipe.params, pipe.frozen, prompts, seed=seed, numbers=numbers, batch=batch)
+            given = inputs(numbers) if inputs else {}
+            return sampler(
+                pipe.params, pipe.frozen, prompts, seed=seed, numbers=numbers, batch=batch, **given
+            )
 
         if self.store == PNG:
             self._make_files(make, sampler.options.batch, done, index, count)
@@ -245,14 +257,17 @@ def sample_to_folder(
     seed: int,
     about: Mapping[str, Any],
     store: str = "",
+    inputs: Inputs | None = None,
 ) -> Images:
     """Images of (id, prompt) items with a manifest and a captioned grid; those that are there are kept.
+
+    `inputs` as in `Images.make`; `about` has to say what they are.
 
     Raises:
       UserError: `out` holds images of another request, an id occurs twice, or no such store.
     """
     images = Images.of(items, out, seed=seed, about=about, store=store)
-    images.make(sampler, pipe, seed)
+    images.make(sampler, pipe, seed, inputs=inputs)
     # Waits for the others.
     processes.gather_bytes(b"")
     if jax.process_index() == 0:

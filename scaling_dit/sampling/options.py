@@ -145,6 +145,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("no bool")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("no text")
@@ -153,6 +159,7 @@ def _text(value: Any) -> str:
 
 _TYPES: dict[type, tuple[str, Any]] = {
     str: ("a name", _text),
+    bool: ("true or false", _truth),
     int: ("an integer", _integer),
     float: ("a number", _number),
     tuple: ("a tuple of numbers", tuple),

@@ -29,6 +29,7 @@ from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.sampling.given import Given
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
@@ -77,7 +78,14 @@ class Pipeline:
                 )
         return self._predict(self.params, latents, timesteps, text, text_mask, conditions, extras)
 
-    def sample(self, prompts: str | Sequence[str], seed: int = 0, **options: Any) -> np.ndarray:
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        seed: int = 0,
+        conditions: Mapping[str, np.ndarray] | None = None,
+        image: np.ndarray | None = None,
+        **options: Any,
+    ) -> np.ndarray:
         """Images uint8 [N, H, W, 3] of N prompts.
 
         Image i depends on (seed, i, prompt) alone, up to rounding, not on how prompts are batched.
@@ -85,16 +93,23 @@ class Pipeline:
         Args:
           prompts: any number of prompts; a string is one prompt.
           seed: of the initial noise, from 0 to 2**32 - 1.
+          conditions: image conditions of the run, name -> uint8 [H, W, 3 + masks] for every prompt, or [N, ...] with
+            one for each. One that is left out is absent.
+          image: uint8 [H, W, 3] or [N, H, W, 3], to start from with a `strength` below 1.
           options: fields of `SamplingOptions`, such as `steps=20, guidance=4.0`; the run's `config.sample` has the
             others.
 
         Raises:
-          UserError: a prompt that is no text, a seed out of range, or options that `SamplingOptions.replace` refuses.
+          UserError: a prompt that is no text, a seed out of range, options that `SamplingOptions.replace` refuses, or
+            images that the run does not read, that have another size, or that the options lack.
         """
         texts = _prompts(prompts)
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed!r}; it must be an integer from 0 to 2**32 - 1")
-        return self.sampler(**options)(self.params, self.frozen, texts, seed=int(seed))
+        sampler = self.sampler(**options)
+        given = Given.of(self.model, conditions, image, len(texts))
+        given.check(sampler.options, self.model)
+        return sampler(self.params, self.frozen, texts, seed=int(seed), **given.rows(range(len(texts))))
 
     def sampler(self, **options: Any) -> Sampler:
         """The sampler with the run's `config.sample` and, in its place, `options`; each is compiled once."""

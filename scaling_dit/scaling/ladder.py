@@ -260,21 +260,27 @@ _COSTS: dict[str, Cost] = {}
 def _cost(config: ConfigDict) -> Cost:
     counted = count_table.of_experiment(config)
     fields = tuple(sorted(config_lib.flatten(config.backbone).items()))
-    params, paper, total = _counted(fields, counted.latents, counted.text)
+    conditions = tuple(getattr(counted.module, "conditions", ()))
+    params, paper, total = _counted(fields, counted.latents, counted.text, conditions)
     sample = config.sample
     calls: int | None = _CALLS.get(sample.sampler, lambda steps: steps)(sample.steps)
     flops = None
     if ":" not in sample.sampler and calls is not None:
-        flops = 2 * total * calls * (1 if sample.guidance == 1 else 2)
+        # Of text and conditions each its own: three calls.
+        apart = bool(conditions) and sample.condition_guidance != 1
+        flops = 2 * total * calls * (3 if apart else 1 if sample.guidance == 1 else 2)
     return Cost(params, paper, total, config.batch, config.steps, flops)
 
 
 @functools.lru_cache(maxsize=1024)
 def _counted(
-    fields: tuple[tuple[str, Any], ...], latents: tuple[int, int, int], text: tuple[int, int]
+    fields: tuple[tuple[str, Any], ...],
+    latents: tuple[int, int, int],
+    text: tuple[int, int],
+    conditions: tuple[Any, ...],
 ) -> tuple[int, int, int]:
     section = dict(fields)
-    module = backbones.create_for(in_channels=latents[2], text_dim=text[1], **section)
+    module = backbones.create_for(in_channels=latents[2], text_dim=text[1], conditions=conditions, **section)
     found = count(module, latents, text)
     return found.params, found.macs_paper, found.macs_total
 

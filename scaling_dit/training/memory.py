@@ -33,7 +33,7 @@ def check_fits(batch: int, prefetch: int, rows: int, program: Any, memory: int |
       UserError: they do not fit; it says how large they are.
     """
     memory = host_memory() if memory is None else memory
-    one = sum(_bytes(leaf.shape, leaf) for leaf in program.batch.values()) / batch
+    one = sum(_bytes(leaf.shape, leaf) for leaf in jax.tree.leaves(program.batch)) / batch
     ahead = (prefetch + _MAKING) * rows * one
     if ahead > memory:
         raise UserError(
@@ -43,7 +43,7 @@ def check_fits(batch: int, prefetch: int, rows: int, program: Any, memory: int |
         )
     for device, limit in device_memory(memory).items():
         state = _on_device(jax.tree.leaves(program.state), device)
-        shown = _on_device(program.batch.values(), device)
+        shown = _on_device(jax.tree.leaves(program.batch), device)
         if state + shown > limit:
             raise UserError(
                 f"config.batch is {batch}: on a device the state of the run takes {state / _GB:,.1f} GB and its part "

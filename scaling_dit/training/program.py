@@ -45,7 +45,7 @@ class StepProgram:
     frozen: Any
     boxed_params: Any
     boxed_frozen: Any
-    batch: Mapping[str, jax.ShapeDtypeStruct]
+    batch: Mapping[str, Any]
 
     @classmethod
     def build(cls, config: ConfigDict, model: Model, mesh: Mesh) -> Self:
@@ -70,7 +70,7 @@ class StepProgram:
         batch = batch_shapes(config, model, mesh)
         step = jax.jit(
             make_train_step(model, optimizer, config, gathered),
-            in_shardings=(shardings, frozen_shardings, {name: one.sharding for name, one in batch.items()}),
+            in_shardings=(shardings, frozen_shardings, jax.tree.map(lambda one: one.sharding, batch)),
             out_shardings=(shardings, None),
             donate_argnums=0,
             # The whole state lies in memory, and a plan reports it whole.
@@ -194,20 +194,25 @@ def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     return mesh
 
 
-def batch_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a train step, as `make_train_step` describes it."""
+def batch_shapes(config: ConfigDict, model: Model, mesh: Mesh) -> dict[str, Any]:
+    """The global batch of a train step, as `make_train_step` describes it: `jax.ShapeDtypeStruct`s."""
     batch, side, length = config.batch, model.image_size, model.text_encoder.length
-    pixels: dict[str, tuple[tuple[int, ...], Any]] = {"images": ((batch, side, side, 3), jnp.uint8)}
-    if config.source.name.startswith("latents:"):
-        pixels = {"latents": ((batch, *model.codec.moments_shape(side)), jnp.bfloat16)}
-    shapes = pixels | {
-        "ids": ((batch, length), jnp.int32),
-        "mask": ((batch, length), jnp.bool_),
-    }
     sharding = rules.batch_sharding(mesh)
-    batched = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
-    }
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=sharding)
+
+    masks = {one.name: one.condition.masks for one in model.conditions}
+    batched: dict[str, Any] = {"ids": rows(jnp.int32, length), "mask": rows(jnp.bool_, length)}
+    if config.source.name.startswith("latents:"):
+        height, width, stored = model.codec.moments_shape(side)
+        batched["latents"] = rows(jnp.bfloat16, height, width, stored)
+        conditions = {n: rows(jnp.bfloat16, height, width, stored + count) for n, count in masks.items()}
+    else:
+        batched["images"] = rows(jnp.uint8, side, side, 3)
+        conditions = {n: rows(jnp.uint8, side, side, 3 + count) for n, count in masks.items()}
+    if conditions:
+        batched["conditions"] = conditions
     return batched | {"seed": jax.ShapeDtypeStruct((), jnp.uint32, sharding=rules.whole(mesh))}
 
 

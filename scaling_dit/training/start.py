@@ -160,6 +160,7 @@ class Run:
             positions=self.positions, start_step=int(state.step),
             data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
             captions=CaptionPolicy(**config.captions),
+            conditions={one.name: one.condition for one in self.model.conditions},
             threads=config.loader.threads, prefetch=config.loader.prefetch,
         )  # fmt: skip
         return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader

@@ -1,6 +1,7 @@
 """One update of a run as a pure function: noise, forward pass, loss, gradients, optimizer, averages."""
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from scaling_dit.model.model import Model
 from scaling_dit.training import optim
 from scaling_dit.trees import Params
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
+# The stream, of the key of a step, for what is drawn for conditions; the keys that it is split into are its first.
+_CONDITIONS = 2**16
 
 
 def make_train_step(
@@ -28,9 +31,10 @@ def make_train_step(
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
     `batch` is the global batch: images uint8 [B, H, W, 3], or from a prepared set their moments, latents bfloat16
-    [B, h, w, M]; and of the captions ids int32 [B, L] and mask bool [B, L]. It may hold the run's `seed`, uint32 [], so
+    [B, h, w, M]; and of the captions ids int32 [B, L] and mask bool [B, L]. Of a run with image conditions it holds
+    `conditions` too, by name as `Model.encode_conditions` takes them. It may hold the run's `seed`, uint32 [], so
     that runs that differ in it share one program; without it the config's is a constant of the program. Latents,
-    timesteps, noise and caption drop are drawn for all B rows at once and then split into `optim.accumulate`
+    timesteps, noise and what is dropped are drawn for all B rows at once and then split into `optim.accumulate`
     microbatches, so the split changes nothing.
 
     Args:
@@ -54,7 +58,9 @@ def make_train_step(
         else:
             text, text_mask, _ = model.encode_text(params, frozen, rows["ids"], rows["mask"])
         times = rows["timesteps"].astype(jnp.float32)
-        output = model.predict(params, noisy, times, text, text_mask, train=True, rng=rows["rngs"][0])
+        output = model.predict(
+            params, noisy, times, text, text_mask, rows.get("conditions"), train=True, rng=rows["rngs"][0]
+        )
         losses = objectives.diffusion_loss(
             output, rows["latents"], rows["noise"], rows["timesteps"], model.schedule,
             prediction=model.prediction, weighting=weighting, gamma=diffusion.min_snr_gamma,
@@ -100,7 +106,10 @@ def draw_rows(
     key: jax.Array,
     sampling: str | time_sampling.TimeSampling,
 ) -> dict[str, Any]:
-    """The rows of one update, [B, ...] each: latents, noise, timesteps, captions after drop, and keys for the model."""
+    """The rows of one update, [B, ...] each: latents, noise, timesteps, captions after drop, and keys for the model.
+
+    A run with image conditions has "conditions" too, as `draw_conditions` gives them.
+    """
     diffusion = config.diffusion
     encode_key, time_key, noise_key, drop_key, model_key = jax.random.split(key, 5)
     empty_ids, empty_mask = model.text_encoder.tokenize([""])
@@ -113,7 +122,12 @@ def draw_rows(
         jnp.asarray(empty_mask[0]),
         diffusion.caption_drop,
     )
-    return {
+    conditions = {}
+    if model.conditions:
+        conditions = {
+            "conditions": draw_conditions(model, frozen, batch, jax.random.fold_in(key, _CONDITIONS))
+        }
+    return conditions | {
         "latents": latents,
         "ids": ids,
         "mask": mask,
@@ -129,6 +143,22 @@ def draw_rows(
             scale=diffusion.time_scale,
         ),
     }
+
+
+def draw_conditions(
+    model: Model, frozen: Params, batch: Batch, key: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The image conditions of one update as a backbone takes them: name -> (image [B, h, w, Ci], present bool [B]).
+
+    Each is dropped from its share of the rows on its own, by a stream of its name, so none depends on the others.
+    """
+    images = model.encode_conditions(frozen, batch["conditions"])
+    found = {}
+    for one in model.conditions:
+        stream = jax.random.fold_in(key, zlib.crc32(one.name.encode()))
+        dropped = jax.random.bernoulli(stream, one.drop, images[one.name].shape[:1])
+        found[one.name] = images[one.name], ~dropped
+    return found
 
 
 def accumulate(

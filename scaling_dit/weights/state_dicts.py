@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from scaling_dit.errors import UserError
 from scaling_dit.weights import inert
-from scaling_dit.weights.table import Arrays, Copy, Row, Table, Unread
+from scaling_dit.weights.table import Arrays, Copy, Row, Slices, Table, Unread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check(rows: Any, abstract: Mapping[str, Any], where: str) -> None:
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise UserError(f"{where} must be a list of Row, Copy and Unread, it is a {type(rows).__name__}")
     for number, row in enumerate(rows):
-        if not isinstance(row, Row | Copy | Unread):
+        if not isinstance(row, Row | Copy | Unread | Slices):
             raise UserError(
                 f"{where} must be a list of Row, Copy and Unread, but item {number} is a {type(row).__name__}"
             )
@@ -105,6 +105,7 @@ def load(
         unknown, missing or misshapen entries, and those of no floating type, all in one message.
     """
     expected = traverse_util.flatten_dict(abstract, sep="/")
+    state_dict = _cut(rows, state_dict, what)
     entries = expand(rows, expected)
     copies = dict(pair for row in rows if isinstance(row, Copy) for pair in row.pairs)
     unread = {row.upstream: row.shape for row in rows if isinstance(row, Unread)}
@@ -197,7 +198,49 @@ def save(
     for row in rows:
         if isinstance(row, Copy):
             state_dict |= {name: state_dict[original].copy() for name, original in row.pairs}
+        elif isinstance(row, Slices):
+            parts = [state_dict.pop(name) for name, _ in row.parts]
+            state_dict[row.upstream] = np.concatenate(parts, axis=row.axis)
     return state_dict
+
+
+def _cut(rows: Table, state_dict: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """The state dict with the parts of each entry of a `Slices` in its place."""
+    found = state_dict
+    for row in rows:
+        if not isinstance(row, Slices) or row.upstream not in state_dict:
+            continue
+        whole = _on_host(row.upstream, state_dict[row.upstream])
+        ends = np.cumsum([size for _, size in row.parts])
+        if whole.ndim <= row.axis or whole.shape[row.axis] != ends[-1]:
+            sizes = " + ".join(f"{size} ({name})" for name, size in row.parts)
+            raise UserError(
+                f"the state dict does not fit {what}: {row.upstream} is {whole.shape}, axis {row.axis} must be "
+                f"{ends[-1]} = {sizes}"
+            )
+        parts = np.split(whole, ends[:-1], axis=row.axis)
+        names = [name for name, _ in row.parts]
+        kept = {name: name for name in found if name != row.upstream}
+        found = _Joined(Renamed(found, kept), dict(zip(names, parts, strict=True)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined(Mapping[str, Any]):
+    """Two mappings as one; the first is read only at access."""
+
+    entries: Mapping[str, Any]
+    more: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.more[name] if name in self.more else self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.entries
+        yield from self.more
+
+    def __len__(self) -> int:
+        return len(self.entries) + len(self.more)
 
 
 def _on_host(name: str, value: Any) -> np.ndarray:

@@ -197,4 +197,19 @@ class Unread:
     shape: tuple[int | None, ...]
 
 
-Table = Sequence[Row | Copy | Unread]
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """An upstream entry that is read in parts along an axis, each under a name of its own, which rows name.
+
+    Attributes:
+      upstream: the whole entry.
+      axis: that it is cut along.
+      parts: (name, size along the axis) of each part, in order.
+    """
+
+    upstream: str
+    axis: int
+    parts: tuple[tuple[str, int], ...]
+
+
+Table = Sequence[Row | Copy | Unread | Slices]

@@ -3,8 +3,10 @@
 import dataclasses
 import re
 
+import pytest
+
 from scaling_dit import config as config_lib
-from scaling_dit.config import metrics, schema
+from scaling_dit.config import conditions, metrics, schema
 from tools import config_page
 
 
@@ -32,11 +34,12 @@ def test_every_built_in_component_has_its_fields():
             assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == fields
 
 
-def test_every_metric_has_its_fields():
-    part = config_page.PAGE.read_text().split("\n### `metrics`\n")[1]
-    for name in metrics.REGISTRY.known:
+@pytest.mark.parametrize("sections", [metrics.SECTIONS, conditions.SECTIONS], ids=lambda one: one.group)
+def test_every_metric_and_condition_has_its_fields(sections):
+    part = config_page.PAGE.read_text().split(f"\n### `{sections.group}`\n")[1].split("\n### ")[0]
+    for name in sections.registry.known:
         rows = part.split(f"\n#### `{name}`\n")[1].split("\n#### ")[0]
-        assert re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE) == list(metrics.metric_fields(name))
+        assert re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE) == list(sections.fields(name))
 
 
 @dataclasses.dataclass

@@ -190,6 +190,7 @@ def test_fields_are_checked(tmp_path):
     write_folder(tmp_path, count=2)
     assert source_fields(f"folder:{tmp_path}") == {
         "image_size": 64, "held_out_fraction": 0.05, "max_pixels": 2**26, "max_damaged": 0, "links": False,
+        "conditions": (),
     }  # fmt: skip
     for fields, message in (
         ({"image_siz": 8}, "no field 'image_siz'; did you mean 'image_size'"),

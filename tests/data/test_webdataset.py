@@ -292,7 +292,7 @@ def test_the_index_is_kept_checked_and_made_again(tmp_path, monkeypatch):
     data = kept.read_bytes()
     made = []
     build = tar_index.build
-    monkeypatch.setattr(tar_index, "build", lambda file, stem: made.append(stem) or build(file, stem))
+    monkeypatch.setattr(tar_index, "build", lambda file, stem, extra: made.append(stem) or build(file, stem))
 
     def again():
         made.clear()
@@ -391,7 +391,7 @@ def test_names_and_fields_are_checked(planted):
     assert "image_size is 0" in refused(planted[0], image_size=0)
     assert set(source_fields("webdataset:x")) == {
         "image_size", "held_out_fraction", "max_pixels", "max_damaged",
-        "alt_fields", "synthetic_fields", "long_fields", "index_dir",
+        "alt_fields", "synthetic_fields", "long_fields", "index_dir", "conditions",
     }  # fmt: skip
 
 

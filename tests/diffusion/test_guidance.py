@@ -159,3 +159,59 @@ def test_a_method_of_ones_own_replaces_the_formula_alone():
     np.testing.assert_array_equal(
         guided(Backbone(), 1.0, condition, negative, method=doubled)(LATENTS, TIMES), positive
     )
+
+
+def of_images(latents, timesteps, condition):
+    """Reads text and an image condition, each row by itself."""
+    pooled = condition["text"].mean((1, 2)) + jnp.tanh(2 * condition["image"])
+    return latents * pooled[:, None, None, None] + jnp.sin(timesteps)[:, None, None, None]
+
+
+@pytest.mark.parametrize("text_scale, image_scale", [(7.5, 1.5), (1.0, 2.0), (3.0, 0.0)])
+def test_guidance_on_images_is_instruct_pix2pix(text_scale, image_scale):
+    """eps(0, 0) + s_c (eps(c, 0) - eps(0, 0)) + s_t (eps(c, t) - eps(c, 0)) of three separate calls."""
+    text, empty = (text_of(seed, 3)["text"] for seed in (1, 2))
+    image, none = jnp.array([0.3, -1.0, 2.0]), jnp.zeros(3)
+    batches = []
+
+    def predict(latents, timesteps, condition):
+        batches.append(len(latents))
+        return of_images(latents, timesteps, condition)
+
+    output = guided(
+        predict,
+        text_scale,
+        {"text": text, "image": image},
+        {"text": empty, "image": image},
+        bare={"text": empty, "image": none},
+        bare_scale=image_scale,
+    )(LATENTS, TIMES)
+    assert batches == [9]
+    both, image_alone, neither = (
+        of_images(LATENTS, TIMES, {"text": t, "image": i})
+        for t, i in ((text, image), (empty, image), (empty, none))
+    )
+    wanted = neither + image_scale * (image_alone - neither) + text_scale * (both - image_alone)
+    np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_without_guidance_on_images_there_is_no_third_call():
+    condition = {"text": text_of(1, 3)["text"], "image": jnp.ones(3)}
+    for scale, calls in ((1.0, 3), (4.0, 6)):
+        batches = []
+
+        def predict(latents, timesteps, condition, batches=batches):
+            batches.append(len(latents))
+            return of_images(latents, timesteps, condition)
+
+        guided(predict, scale, condition, condition, bare=condition)(LATENTS, TIMES)
+        assert batches == [calls]
+
+
+def test_outside_of_the_interval_nothing_is_guided():
+    condition = {"text": text_of(1, 3)["text"], "image": jnp.ones(3)}
+    negative, bare = condition | {"text": text_of(2, 3)["text"]}, condition | {"image": jnp.zeros(3)}
+    output = guided(of_images, 5.0, condition, negative, bare=bare, bare_scale=3.0, interval=(400.0, 600.0))
+    found, plain = output(LATENTS, TIMES), of_images(LATENTS, TIMES, condition)
+    np.testing.assert_array_equal(found[::2], plain[::2])
+    assert np.abs(found[1] - plain[1]).max() > 0.1

@@ -16,7 +16,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from scaling_dit.diffusion.samplers import SAMPLERS, make_denoise, sample
+from scaling_dit.diffusion.samplers import SAMPLERS, check_strength, make_denoise, sample
 from scaling_dit.diffusion.schedules import VariancePreserving, make_schedule
 from scaling_dit.errors import UserError
 
@@ -323,3 +323,56 @@ def test_mistakes_are_told_in_one_line(sampler):
         sample(model, jnp.asarray(NOISE), VP, sampler=sampler, prediction="epsi")
     with pytest.raises(UserError, match="'eps' does not determine the latents"):
         sample(model, jnp.asarray(NOISE), make_schedule("linear", zero_snr=True), sampler=sampler)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_strength_below_one_is_what_diffusers_image_to_image_does(sampler):
+    """Its pipelines skip steps - int(steps * strength), and noise the latents to the first timestep left."""
+    image, steps, strength = np.tanh(2 * NOISE[::-1].copy()), 20, 0.58
+    scheduler = REFERENCES[sampler](**SCALED_LINEAR)
+    scheduler.set_timesteps(steps)
+    first = (steps - int(steps * strength)) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    times = scheduler.timesteps[first:]
+    x = scheduler.add_noise(torch.tensor(image), torch.tensor(NOISE), times[:1].repeat(2))
+    for t in times:
+        scaled = scheduler.scale_model_input(x, t)
+        output = 0.3 * scaled + 0.1 * torch.sin(3 * scaled + float(t) / 100)
+        x = scheduler.step(output, t, x).prev_sample
+    found = sample(
+        model,
+        jnp.asarray(NOISE),
+        VP,
+        sampler=sampler,
+        steps=steps,
+        image=jnp.asarray(image),
+        strength=strength,
+    )
+    np.testing.assert_allclose(found, x.numpy(), rtol=0, atol=2e-5)
+
+
+def test_strength_is_refused_where_it_cannot_be():
+    noise = jnp.asarray(NOISE)
+    with pytest.raises(UserError, match="strength is 0.5: give the image to start from"):
+        sample(model, noise, VP, strength=0.5)
+    with pytest.raises(UserError, match="strength is 0.1: of 5 steps it leaves none"):
+        sample(model, noise, VP, steps=5, strength=0.1, image=noise)
+    with pytest.raises(UserError, match="sampler 'my:Own' cannot begin in the middle; choose one of ddim, "):
+        check_strength("my:Own", 50, 0.5)
+    # 0.58 of 50 is 29 although its product in floating point is less.
+    assert check_strength("ddim", 50, 0.58) == 29
+    assert check_strength("my:Own", 50, 1.0) == 50
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_known_clean_latents_are_what_sampling_ends_at(sampler):
+    where = jnp.asarray(NOISE[..., :1] > 0)
+    clean = jnp.tanh(jnp.asarray(NOISE[::-1]))
+    found = sample(model, jnp.asarray(NOISE), VP, sampler=sampler, steps=10, known=(clean, where))
+    held = np.broadcast_to(where, clean.shape)
+    # What is left is the noise of timestep 0, where DDIM's last step ends.
+    atol = 0.1 if sampler == "ddim" else 1e-5
+    np.testing.assert_allclose(found[held], clean[held], atol=atol)
+    free = sample(model, jnp.asarray(NOISE), VP, sampler=sampler, steps=10)
+    np.testing.assert_allclose(found[~held], free[~held], atol=1e-5)

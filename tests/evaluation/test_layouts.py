@@ -113,5 +113,6 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path, name, item, num, message
     assert message in str(error.value)
 
 
-def test_every_layout_is_tested_here():
-    assert set(LAYOUTS) == {"tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench"}
+def test_every_layout_is_tested_here_or_with_the_sets_of_inpainting():
+    here = {"tifa", "hpsv2", "image_reward", "geneval", "dpg", "compbench"}
+    assert set(LAYOUTS) == here | {"brushbench", "editbench"}

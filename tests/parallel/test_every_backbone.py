@@ -17,7 +17,13 @@ from tests.support.uvit_golden import fill, run
 
 SCANNED = [name for name in FIELDS if name != "unet_if"]
 QUICK = [("uvit", "FSDP2xCTX2xTP2", {})]
+# Image conditions: tokens before those of the image, and channels; UNets have channels alone.
+CONDITIONS = {"conditions": (("tokens", 5, "token", "shared"), ("channels", 4, "channel", "shared"))}
+QUICK += [("large_dit", "FSDP2xCTX2xTP2", CONDITIONS)]
 SLOW = [(name, layout, {}) for name in FIELDS for layout in LAYOUTS]
+SLOW += [("uvit", layout, CONDITIONS) for layout in LAYOUTS]
+SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in ("pixart", "next_dit")]
+SLOW += [("unet", "DP2xFSDP2xTP2", {"conditions": CONDITIONS["conditions"][1:]})]
 SLOW += [(name, "DP2xFSDP2xTP2", {"scan_layers": True}) for name in SCANNED]
 
 
@@ -25,6 +31,12 @@ def outcome(name, modes, mesh=None):
     """Loss, prediction and gradients of parameters and latents as numpy, on a mesh or on one device."""
     backbone = backbones.create(name, text_dim=16, **FIELDS[name], **modes)
     inputs = example(backbone, 4, 4, batch=8)
+    if backbone.conditions:
+        present = jnp.arange(8) % 3 != 1
+        images = {
+            name: jnp.cos(jnp.arange(8 * 16 * c)).reshape(8, 4, 4, c) for name, c, *_ in backbone.conditions
+        }
+        inputs += ({name: (image, present) for name, image in images.items()},)
     boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)
     variables = fill(trees.unbox(boxed))
 
@@ -51,8 +63,8 @@ def flatten(result):
 
 
 @functools.cache
-def one_device(name, scanned):
-    return outcome(name, {"scan_layers": True} if scanned else {})
+def one_device(name, modes):
+    return outcome(name, dict(modes))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +72,7 @@ def one_device(name, scanned):
     QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK],
 )
 def test_loss_and_gradients_are_those_of_one_device(name, layout, modes):
-    wanted = one_device(name, bool(modes))
+    wanted = one_device(name, tuple(modes.items()))
     mesh = make_mesh(**LAYOUTS[layout], splits_tokens=backbones.splits_tokens(name))
     found = outcome(name, modes, mesh)
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)

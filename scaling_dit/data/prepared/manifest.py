@@ -21,6 +21,8 @@ from scaling_dit import files
 from scaling_dit.errors import UserError
 
 FORMAT = 1
+# Of sets with conditions, which earlier versions do not read.
+FORMAT_2 = 2
 MANIFEST, REQUEST, PARTS, SHARDS = "manifest.json", "prepare.json", "parts", "shards"
 SPLITS = ("train", "held_out")
 # Of each reason that the manifest shows.
@@ -85,6 +87,7 @@ class Manifest:
       records: split -> number of records.
       left_out: reason -> {"count", "examples"}; examples only of what was damaged.
       shards: the files, in the order of the raw shards.
+      conditions: name -> what the records hold of it: masks, variants, seed, and the fields that it was made with.
     """
 
     codec: Mapping[str, Any]
@@ -97,10 +100,17 @@ class Manifest:
     left_out: Mapping[str, Any]
     shards: tuple[Shard, ...]
     format: int = FORMAT
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", FORMAT_2 if self.conditions else FORMAT)
 
     def to_json(self) -> str:
         """Sorted JSON with a line for each shard; `read` gives back an equal one."""
         fields = dataclasses.asdict(self)
+        if not self.conditions:
+            # A set without any is as it was before there were some.
+            del fields["conditions"]
         rows = ",\n  ".join(json.dumps(row, sort_keys=True) for row in fields.pop("shards"))
         return files.to_json(fields)[: -len("\n}\n")] + f',\n "shards": [\n  {rows}\n ]\n}}\n'
 
@@ -150,11 +160,14 @@ def read(folder: epath.Path) -> Manifest:
         raise UserError(f"no prepared set in {folder}: {MANIFEST} is missing; `prepare` writes one")
     try:
         fields = files.parse_json(path.read_bytes())
-        if fields["format"] != FORMAT:
+        if fields["format"] not in (FORMAT, FORMAT_2):
             raise UserError(
-                f"{path} is of format {fields['format']}; this version reads {FORMAT}, so prepare the set again"
+                f"{path} is of format {fields['format']}; this version reads {FORMAT} and {FORMAT_2}, so prepare "
+                "the set again"
             )
-        for name in ("codec", "moments", "request", "records", "left_out"):
+        for name in ("codec", "moments", "request", "records", "left_out", "conditions"):
+            if name == "conditions" and fields["format"] == FORMAT:
+                continue
             if not isinstance(fields[name], dict):
                 raise TypeError(f"{name} is no object")
         return Manifest(**{**fields, "shards": tuple(_shard(row) for row in fields["shards"])})

@@ -146,12 +146,19 @@ class PreparedSource:
         record = records.decode(data)
         if record.moments.shape != self.moments_shape:
             raise ValueError(f"moments of {record.moments.shape} in a set of {self.moments_shape}")
-        return {
+        if record.conditions.keys() != self.manifest.conditions.keys():
+            raise ValueError(
+                f"conditions {sorted(record.conditions)} in a set of {sorted(self.manifest.conditions)}"
+            )
+        found: Record = {
             "latents": record.moments,
             "captions": record.captions,
             "kinds": record.kinds,
             "key": record.key,
         }
+        if record.conditions:
+            found["conditions"] = record.conditions
+        return found
 
     @functools.cached_property
     def _shards(self) -> list[manifest_lib.Shard]:

@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -259,6 +259,30 @@ def render(scene: Scene) -> np.ndarray:
     return image
 
 
+class ObjectMasks(Sequence[np.ndarray]):
+    """Which pixels each object of a scene covers: bool [canvas, canvas] each, made when it is asked for."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+
+    def __len__(self) -> int:
+        return len(self._scene.objects)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        item, preset = self._scene.objects[index], PRESETS[self._scene.preset]
+        side = preset.pixels[item.size]
+        top, left = item.y - side // 2, item.x - side // 2
+        mask = np.zeros((preset.canvas, preset.canvas), bool)
+        mask[top : top + side, left : left + side] = glyph(item.shape, side)
+        return mask
+
+
 def fits(preset: Preset, a: Object, b: Object) -> bool:
     """Whether two objects keep their distance: other grid cells, or boxes `gap` px apart."""
     if preset.cell:
@@ -267,8 +291,8 @@ def fits(preset: Preset, a: Object, b: Object) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= apart
 
 
-def _propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
-    """A random scene of the spec, or None where free placement found no room for all its objects."""
+def propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
+    """A random scene, of whichever split, or None where free placement found no room for all its objects."""
     preset = PRESETS[spec.preset]
     count = spec.min_objects + draws.below(spec.max_objects - spec.min_objects + 1)
     pairs = draws.distinct(spec.combinations(split), count)
@@ -313,7 +337,7 @@ def make_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
     """
     draws = Draws("scene", spec.seed, STREAMS[split], int(index))
     for _ in range(_TRIES):
-        scene = _propose(spec, split, draws)
+        scene = propose(spec, split, draws)
         if scene is not None and is_held_out(spec, scene) == (split == "held_out"):
             return scene
     raise UserError(

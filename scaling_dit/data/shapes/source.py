@@ -10,6 +10,7 @@ from scaling_dit.data.shapes.scenes import (
     STREAMS,
     UNLIMITED,
     Draws,
+    ObjectMasks,
     Scene,
     ShapesSpec,
     distinct_held_out_scenes,
@@ -66,7 +67,12 @@ class ShapesSource(ShapesSpec):
         scene = make_scene(self, self.split, index)
         described = self._described(index, scene)
         captions = Captions(lambda number: self._caption(described, index, number), self.paraphrases)
-        return {"image": render(scene), "captions": captions, "key": self._key(index)}
+        return {
+            "image": render(scene),
+            "captions": captions,
+            "objects": ObjectMasks(scene),
+            "key": self._key(index),
+        }
 
     def scene(self, index: int) -> Scene:
         """The scene graph of record `index`."""

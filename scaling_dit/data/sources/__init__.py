@@ -1,8 +1,8 @@
 """Where images and captions come from: a row and a file for each source.
 
 `folder:PATH` reads images with a `metadata.jsonl`, `webdataset:GLOB`, `tfds:NAME` and `parquet:GLOB` read data sets in
-these formats, all of them `ImageFileSource`s; `latents:PATH` reads what `prepare` wrote, and `shapes` makes scenes. A
-"package.module:Class" is a user's own. `contract.py` says what a source is.
+these formats, all of them `ImageFileSource`s; `latents:PATH` reads what `prepare` wrote, `shapes` makes scenes, and
+`shapes_edits` edits of scenes. A "package.module:Class" is a user's own. `contract.py` says what a source is.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ class Row:
 
 SOURCES: dict[str, Row] = {
     "shapes": Row("scaling_dit.data.shapes.source:ShapesSource"),
+    "shapes_edits": Row("scaling_dit.data.shapes.edit_source:ShapesEditsSource"),
     "folder": Row("scaling_dit.data.sources.folder:FolderSource", "PATH", "folder", "folder:/data/birds"),
     "webdataset": Row(
         "scaling_dit.data.sources.webdataset:WebdatasetSource",

@@ -32,6 +32,11 @@ class Record(TypedDict):
     captions: Sequence[str]
     # Of the captions, in their order: alt | synthetic | long; left out = all alt.
     kinds: NotRequired[Sequence[str]]
+    # Name of a condition -> its image with masks, uint8 [image_size, image_size, 3 + M]: what paired data give. Of a
+    # prepared set its moments with reduced masks, bfloat16 [K, h, w, Mo + M]: K of the kind.
+    conditions: NotRequired[Mapping[str, np.ndarray]]
+    # Of each object in the image a mask, bool [image_size, image_size]; may be lazy.
+    objects: NotRequired[Sequence[np.ndarray]]
     # Names the example within its source.
     key: str
 
@@ -222,6 +227,9 @@ def check_record(record: Any, index: int, source: Source) -> None:
             f"({record['key']!r}) has an image of {'x'.join(map(str, array.shape))} {array.dtype}; "
             f"the source promises {side}x{side}x3 uint8"
         )
+    given = record.get("conditions", {})
+    if not isinstance(given, Mapping):
+        raise wrong(f"has as conditions a {_kind(given)}, it must be a mapping from names to arrays")
     captions = record["captions"]
     if isinstance(captions, str) or not hasattr(captions, "__getitem__") or not len(captions):
         raise wrong(f"must have captions, a list of at least one text, not {_short(captions)}")

@@ -13,7 +13,9 @@ What is damaged (`data/damage.py`) is of one kind; `data/images.py` has more on 
     empty_caption     every caption is blank (blank ones beside others are left out)
     outside_folder    an absolute file name, or one that leaves the folder with ".." or, without `links`, through a link
     duplicate_file    a file that an earlier line has already
-    missing_file      no such file
+    missing_file      no such file, of the image or of a condition beside it
+    missing_condition  the line names no file for a condition of `conditions`
+    bad_condition      a condition of another size than its image
     unreadable_image  truncated, no image, or of a format or pixel type that is not read
     too_large         more pixels than `max_pixels`, known from the header; it is not decoded
 
@@ -36,6 +38,7 @@ from scaling_dit import files
 from scaling_dit.data import images
 from scaling_dit.data.captions import KINDS
 from scaling_dit.data.damage import DamagedRecord
+from scaling_dit.data.sources import beside
 from scaling_dit.data.sources.fields import is_null
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, key_hash
 from scaling_dit.data.text import is_sound
@@ -67,12 +70,15 @@ class FolderSource(ImageFileSource):
 
     Attributes:
       links: read files that a link in the folder finds outside of it, as in caches that link to a store of blobs.
+      conditions: those beside each image (`beside.py`): the key "edit_file_name" holds the file of condition "edit",
+        "edit_mask_file_name" that of its mask.
 
     Raises:
       UserError: no such folder or `metadata.jsonl`, too many damaged lines in it, or no image left to train on.
     """
 
     links: bool = False
+    conditions: tuple[str, ...] = ()
 
     _noun = "folder"
 
@@ -103,15 +109,27 @@ class FolderSource(ImageFileSource):
     def _read(self, shard: int, row: int) -> RawSample:
         line: Row = self._shard(shard).rows[row]
         where = f"{self._metadata} line {line.line}"
-        path = epath.Path(self.path) / line.file_name
+        data = self._bytes(line.file_name, "file_name", where)
+        parts = {}
+        for part, key in beside.columns(self.paired, "_file_name").items():
+            name = line.metadata.get(key)
+            if not isinstance(name, str) or not name:
+                raise beside.missing(part, where, f"the line has no {key!r}, a file's name")
+            if why := _outside(name):
+                raise DamagedRecord("outside_folder", where, f"{key} {name!r} {why}")
+            parts[part] = self._bytes(posixpath.normpath(name), key, where)
+        return RawSample(line.file_name, data, line.texts, line.kinds, line.metadata, where, parts)
+
+    def _bytes(self, name: str, key: str, where: str) -> bytes:
+        """What a file of the folder holds; raises DamagedRecord."""
+        path = epath.Path(self.path) / name
         if not (self.links or self._holds(path) or files.special(path)):
             what = (
-                f"file_name {line.file_name!r} leads out of the folder through a link; set config.source.links "
+                f"{key} {name!r} leads out of the folder through a link; set config.source.links "
                 "for files that may lie elsewhere"
             )
             raise DamagedRecord("outside_folder", where, what)
-        data = images.read_bytes(path, where)
-        return RawSample(line.file_name, data, line.texts, line.kinds, line.metadata, where)
+        return images.read_bytes(path, where)
 
     def _holds(self, path: epath.Path) -> bool:
         """Whether a file lies in the folder once all links are followed. Remote stores have none."""
@@ -176,12 +194,19 @@ def _parse(where: str, number: int, line: bytes) -> Row:
     kept = _captions(entry, where, bad_line)
     if not kept:
         raise DamagedRecord("empty_caption", where, f"the caption of {file_name!r} is empty")
+    if why := _outside(file_name):
+        raise DamagedRecord("outside_folder", where, f"file_name {file_name!r} {why}")
     normal = posixpath.normpath(file_name)
-    if normal.startswith(("/", "../")) or normal in (".", "..") or "://" in file_name:
-        what = f"file_name {file_name!r} leaves the folder; it must be relative to it"
-        raise DamagedRecord("outside_folder", where, what)
     metadata = {key: value for key, value in entry.items() if key not in KEYS}
     return Row(normal, tuple(text for text, _ in kept), tuple(kind for _, kind in kept), metadata, number)
+
+
+def _outside(file_name: str) -> str:
+    """Why a file's name cannot be one of the folder's; "" for one that can."""
+    normal = posixpath.normpath(file_name)
+    if normal.startswith(("/", "../")) or normal in (".", "..") or "://" in file_name or "\0" in file_name:
+        return "leaves the folder; it must be relative to it"
+    return ""
 
 
 def _captions(

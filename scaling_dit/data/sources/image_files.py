@@ -10,14 +10,14 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from scaling_dit.data import image_header, images
 from scaling_dit.data.damage import Damage, DamagedRecord
-from scaling_dit.data.sources import Record, create_raw_source
+from scaling_dit.data.sources import Record, beside, create_raw_source
 from scaling_dit.data.text import sound_value
 from scaling_dit.errors import UserError
 
@@ -44,6 +44,8 @@ class RawSample(NamedTuple):
     metadata: dict[str, Any]
     # File and line or offset, for error lines.
     where: str
+    # Part of a condition (`beside.Beside.parts`) -> its file's bytes; of sources with a field `conditions`.
+    conditions: Mapping[str, bytes] = {}
 
 
 class Shard(NamedTuple):
@@ -118,6 +120,7 @@ class ImageFileSource(abc.ABC):
             )
         if self.max_damaged < 0:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
+        _ = self.paired
         if self.damage is None:
             object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
         if self._files is None:
@@ -177,6 +180,11 @@ class ImageFileSource(abc.ABC):
         """The images kept for evaluation; raises UserError if there are none."""
         return dataclasses.replace(self, split="held_out")
 
+    @functools.cached_property
+    def paired(self) -> tuple[beside.Beside, ...]:
+        """The conditions that stand beside each image; UserError for a field `conditions` that names none."""
+        return beside.parse(getattr(self, "conditions", ()))
+
     def shards(self) -> tuple[str, ...]:
         """The names of the shards, sorted."""
         return self._files.names
@@ -199,7 +207,13 @@ class ImageFileSource(abc.ABC):
         raw = self._read(shard, row)
         image = images.decode(raw.image, raw.where, raw.key, self.max_pixels)
         pixels = images.fit(image, self.image_size, self.image_size)
-        return {"image": pixels, "captions": raw.captions, "kinds": raw.kinds, "key": raw.key}
+        record: Record = {"image": pixels, "captions": raw.captions, "kinds": raw.kinds, "key": raw.key}
+        if self.paired:
+            size = self.image_size, self.image_size
+            record["conditions"] = beside.decode(
+                self.paired, raw.conditions, image, size, raw.where, self.max_pixels
+            )
+        return record
 
     def _sample_place(self, index: int) -> tuple[int, int]:
         """Shard and row of record `index` of this split."""

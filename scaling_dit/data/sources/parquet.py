@@ -14,6 +14,8 @@ What is damaged (`data/damage.py`) is of one kind. The first is found when the s
     bad_columns       a file without the columns that are read, or with two of one name: one for the file
     unreadable_row    its image or captions cannot be read: a wrong checksum, or data that do not decode
     missing_image     the image is null, or its bytes are, and only a path is there
+    missing_condition  the same of a condition of `conditions`
+    bad_condition      a condition of another size than its image
     bad_text          a caption that is no string, or not UTF-8
     missing_caption   every caption column is null
     empty_caption     every caption is blank
@@ -31,7 +33,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources import parquet_values
+from scaling_dit.data.sources import beside, parquet_values
 from scaling_dit.data.sources.fields import CaptionFields
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard, row_hashes
 from scaling_dit.data.sources.patterns import matching
@@ -48,6 +50,8 @@ class ParquetSource(ImageFileSource):
       synthetic_fields: the same of synthetic captions.
       long_fields: the same of long captions.
       groups: row groups kept in memory.
+      conditions: those beside each image (`beside.py`): condition "edit" is an image column of that name, its mask the
+        image column "edit_mask".
 
     Raises:
       UserError: no file matches, two have the same name, too much damage, or no image left to train on.
@@ -58,6 +62,7 @@ class ParquetSource(ImageFileSource):
     synthetic_fields: tuple[str, ...] = ()
     long_fields: tuple[str, ...] = ()
     groups: int = 16
+    conditions: tuple[str, ...] = ()
 
     _noun = "parquet"
 
@@ -78,7 +83,7 @@ class ParquetSource(ImageFileSource):
         except _NotParquetError as error:
             fault = DamagedRecord("unreadable_file", where, f"no whole Parquet file: {error}")
             return Shard(np.zeros(0), (fault,))
-        for name in (self.image_field, *self._fields.names()):
+        for name in self._read_always():
             count = names.count(name)
             if count != 1:
                 what = f"{count} columns {name!r}" if count else f"no column {name!r}"
@@ -110,10 +115,15 @@ class ParquetSource(ImageFileSource):
             except Exception as error:
                 raise DamagedRecord("bad_text", where, f"{name!r} is not text: {_line(error)}") from None
         captions, kinds = self._fields.read(entry, where)
+        parts = {}
+        for part, name in beside.columns(self.paired).items():
+            try:
+                parts[part] = _image(table.column(name)[place], name, where)
+            except DamagedRecord as fault:
+                raise beside.missing(part, where, fault.what) from None
         key = f"{self._files.names[shard]}/{row}"
-        return RawSample(
-            key, image, captions, kinds, self._metadata(shard, group, place) if metadata else {}, where
-        )
+        rest = self._metadata(shard, group, place) if metadata else {}
+        return RawSample(key, image, captions, kinds, rest, where, parts)
 
     def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
         for row in range(len(self._shard(shard).hashes)):
@@ -126,6 +136,10 @@ class ParquetSource(ImageFileSource):
         found = {name: parquet_values.plain_value(column, place) for name, column in columns.items()}
         return {name: value for name, value in found.items() if value is not None}
 
+    def _read_always(self) -> tuple[str, ...]:
+        """The columns of image, captions and conditions."""
+        return (self.image_field, *self._fields.names(), *beside.columns(self.paired).values())
+
     @functools.cached_property
     def _fields(self) -> CaptionFields:
         return CaptionFields(self.alt_fields, self.synthetic_fields, self.long_fields)
@@ -133,7 +147,7 @@ class ParquetSource(ImageFileSource):
     @functools.cached_property
     def _group(self) -> Callable[[int, int], Any]:
         """Shard and row group -> table of image and captions; a cache that several threads share."""
-        used = list(dict.fromkeys((self.image_field, *self._fields.names())))
+        used = list(dict.fromkeys(self._read_always()))
 
         def read(shard: int, group: int) -> Any:
             path, metadata, _, _ = self._shard(shard).rows
@@ -144,7 +158,7 @@ class ParquetSource(ImageFileSource):
     @functools.cached_property
     def _rest(self) -> Callable[[int, int], dict[str, Any]]:
         """Shard and row group -> the other columns that can be read, by name."""
-        used = {self.image_field, *self._fields.names()}
+        used = set(self._read_always())
 
         def read(shard: int, group: int) -> dict[str, Any]:
             path, metadata, names, _ = self._shard(shard).rows

@@ -53,7 +53,8 @@ class Index:
     Attributes:
       stem: the tar's name without its ending.
       keys: bytes [n], UTF-8, unique.
-      spans: int64 [n, 3, 2], offset and size in bytes of IMAGE, TEXT and JSON; offset -1 = not there.
+      spans: int64 [n, 3 + extra, 2], offset and size in bytes of IMAGE, TEXT, JSON and what else was asked for; offset
+        -1 = not there.
       hashes: float64 [n], `key_hash` of each `key`.
       faults: what is no sample.
     """
@@ -69,7 +70,7 @@ class Index:
         return f"{self.stem}/{self.keys[row].decode()}"
 
 
-def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
+def open_index(path: epath.Path, index_dir: epath.Path | None = None, extra: Sequence[str] = ()) -> Index:
     """The index of a tar: the kept one if it fits the tar as it is now, else made and kept.
 
     No lock: processes that make it at the same time write the same bytes.
@@ -77,11 +78,12 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
     Args:
       path: the tar, local or gs://.
       index_dir: folder of the kept index; None = that of the tar.
+      extra: further members of samples, such as "edit" for 000012.edit.png; the index of each choice is kept apart.
 
     Raises:
       UserError: the tar cannot be read.
     """
-    kept = (index_dir or path.parent) / f"{path.name}{SUFFIX}"
+    kept = (index_dir or path.parent) / f"{path.name}{''.join(f'.{one}' for one in extra)}{SUFFIX}"
     for file in (path, kept):
         if kind := files.special(file):
             raise UserError(f"{file} is {kind}, it cannot be read as a file")
@@ -89,7 +91,7 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
-    state = [_VERSION, stat.length, stat.mtime]
+    state = [_VERSION, stat.length, stat.mtime, *extra]
     try:
         found = _loads(kept.read_bytes(), path.stem, state)
     except (OSError, ValueError):
@@ -98,7 +100,7 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
         return found
     try:
         with path.open("rb") as opened:
-            index = build(opened, path.stem)
+            index = build(opened, path.stem, extra)
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
     try:
@@ -112,8 +114,8 @@ def open_index(path: epath.Path, index_dir: epath.Path | None = None) -> Index:
     return index
 
 
-def build(file: IO[bytes], stem: str) -> Index:
-    """Reads the headers of a tar; `file` is open for binary reading and can seek."""
+def build(file: IO[bytes], stem: str, extra: Sequence[str] = ()) -> Index:
+    """Reads the headers of a tar; `file` is open for binary reading and can seek. `extra` is that of `open_index`."""
     groups: list[_Group] = []
     faults: list[Fault] = []
     joins = False
@@ -127,13 +129,14 @@ def build(file: IO[bytes], stem: str) -> Index:
             continue
         name, offset, size = found
         key, ending = _split(name)
-        if key is None or ending.lower() not in ENDINGS:
+        column = _column(ending.lower(), extra)
+        if key is None or column is None:
             continue
         if not joins or groups[-1].key != key or ending in groups[-1].endings:
             groups.append(_Group(key, offset, {}, set()))
             joins = True
         groups[-1].endings.add(ending)
-        groups[-1].members.setdefault(ENDINGS[ending.lower()], (offset, size))
+        groups[-1].members.setdefault(column, (offset, size))
     keys: list[str] = []
     spans: list[list[tuple[int, int]]] = []
     seen: set[str] = set()
@@ -142,13 +145,23 @@ def build(file: IO[bytes], stem: str) -> Index:
             faults.append(("duplicate_key", group.offset, f"a sample {group.key!r} came before in this tar"))
         elif IMAGE not in group.members:
             faults.append(("missing_image", group.offset, f"sample {group.key!r} has no image"))
-        elif len(group.members) == 1:
+        elif TEXT not in group.members and JSON not in group.members:
             faults.append(("missing_caption", group.offset, f"sample {group.key!r} has no txt and no json"))
         else:
             keys.append(group.key)
-            spans.append([group.members.get(column, _ABSENT) for column in (IMAGE, TEXT, JSON)])
+            spans.append([group.members.get(column, _ABSENT) for column in range(3 + len(extra))])
         seen.add(group.key)
-    return _index(stem, np.array([key.encode() for key in keys], "S"), spans, faults)
+    spanned = np.array(spans, np.int64).reshape(-1, 3 + len(extra), 2)
+    return _index(stem, np.array([key.encode() for key in keys], "S"), spanned, faults)
+
+
+def _column(ending: str, extra: Sequence[str]) -> int | None:
+    """The column of a member; None for one that does not matter."""
+    if ending in ENDINGS:
+        return ENDINGS[ending]
+    name, _, last = ending.rpartition(".")
+    names = [one.lower() for one in extra]
+    return 3 + names.index(name) if name in names and ENDINGS.get(last) == IMAGE else None
 
 
 def _is_complete(groups: Sequence["_Group"], file: IO[bytes]) -> bool:
@@ -170,7 +183,7 @@ def _is_complete(groups: Sequence["_Group"], file: IO[bytes]) -> bool:
 
 def _index(stem: str, keys: np.ndarray, spans: Any, faults: Iterable[Fault]) -> Index:
     hashes = np.array([key_hash(f"{stem}/{key.decode()}") for key in keys], np.float64)
-    return Index(stem, keys, np.array(spans, np.int64).reshape(-1, 3, 2), hashes, tuple(faults))
+    return Index(stem, keys, np.asarray(spans, np.int64), hashes, tuple(faults))
 
 
 class _Group(NamedTuple):

@@ -17,6 +17,8 @@ What is damaged (`data/damage.py`) is of one kind. Of the first five, what shows
                       the place are used
     duplicate_key     a key that came before in this tar
     missing_image     a sample without an image
+    missing_condition  a sample without a condition of `conditions`, found when it is read
+    bad_condition      a condition of another size than its image
     missing_caption   a sample without a caption: no txt, and none of the caption fields in the json
     bad_json          a json that is no JSON object, or not UTF-8
     bad_text          a caption that is not UTF-8, or no string
@@ -28,13 +30,13 @@ What is damaged (`data/damage.py`) is of one kind. Of the first five, what shows
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 from etils import epath
 
 from scaling_dit.data.damage import DamagedRecord
-from scaling_dit.data.sources import tar_index
+from scaling_dit.data.sources import beside, tar_index
 from scaling_dit.data.sources.fields import CaptionFields
 from scaling_dit.data.sources.image_files import Files, ImageFileSource, RawSample, Shard
 from scaling_dit.data.sources.patterns import matching
@@ -53,6 +55,8 @@ class WebdatasetSource(ImageFileSource):
       synthetic_fields: the same of synthetic captions, such as ("all_captions",) in LAION-COCO.
       long_fields: the same of long captions.
       index_dir: folder for the indexes, local or gs://; "" = beside each tar.
+      conditions: those beside each image (`beside.py`): condition "edit" is a member `000012.edit.png` (jpg, ...),
+        its mask `000012.edit.mask.png`.
 
     Raises:
       UserError: no tar matches, two have the same name, too much damage, or no image left to train on.
@@ -62,6 +66,7 @@ class WebdatasetSource(ImageFileSource):
     synthetic_fields: tuple[str, ...] = ()
     long_fields: tuple[str, ...] = ()
     index_dir: str = ""
+    conditions: tuple[str, ...] = ()
 
     _noun = "webdataset"
 
@@ -70,7 +75,8 @@ class WebdatasetSource(ImageFileSource):
         for index in range(len(self)):
             shard, row = self._sample_place(index)
             with contextlib.suppress(DamagedRecord):
-                yield from self._parse(shard, row, *self._members(shard, row, (TEXT, JSON))).captions
+                found = self._members(shard, row, (TEXT, JSON))
+                yield from self._parse(shard, row, b"", found[TEXT], found[JSON]).captions
 
     def _list(self) -> Files:
         paths = matching(self.path, ".tar")
@@ -78,7 +84,7 @@ class WebdatasetSource(ImageFileSource):
 
         def opened(number: int) -> Shard:
             path = paths[number]
-            index = tar_index.open_index(path, index_dir)
+            index = tar_index.open_index(path, index_dir, self._parts)
             faults = [DamagedRecord(kind, f"{path} at byte {at}", what) for kind, at, what in index.faults]
             return Shard(index.hashes, tuple(faults), (path, index))
 
@@ -89,7 +95,18 @@ class WebdatasetSource(ImageFileSource):
         return CaptionFields(self.alt_fields, self.synthetic_fields, self.long_fields)
 
     def _read(self, shard: int, row: int, file: IO[bytes] | None = None) -> RawSample:
-        return self._parse(shard, row, *self._members(shard, row, (IMAGE, TEXT, JSON), file))
+        found = self._members(shard, row, range(3 + len(self._parts)), file)
+        raw = self._parse(shard, row, found[IMAGE] or b"", found[TEXT], found[JSON])
+        parts = {}
+        for column, part in enumerate(self._parts, start=3):
+            if not (data := found[column]):
+                raise beside.missing(part, raw.where, f"the sample has no member {part}.png")
+            parts[part] = data
+        return raw._replace(conditions=parts)
+
+    @functools.cached_property
+    def _parts(self) -> tuple[str, ...]:
+        return tuple(part for one in self.paired for part in one.parts)
 
     def _read_shard(self, shard: int) -> Iterator[Callable[[], RawSample]]:
         path, index = self._shard(shard).rows
@@ -98,13 +115,13 @@ class WebdatasetSource(ImageFileSource):
                 yield functools.partial(self._read, shard, row, file)
 
     def _members(
-        self, shard: int, row: int, wanted: tuple[int, ...], file: IO[bytes] | None = None
-    ) -> tuple[bytes, bytes | None, bytes | None]:
-        """Image, text and json of a sample, in one read; those not wanted are empty, those not there None."""
+        self, shard: int, row: int, wanted: Iterable[int], file: IO[bytes] | None = None
+    ) -> dict[int, bytes | None]:
+        """The wanted members of a sample, in one read; those that are not there are None."""
         path, index = self._shard(shard).rows
         spans = [index.spans[row, member] for member in wanted if index.spans[row, member, 0] >= 0]
         if not spans:
-            return b"", None, None
+            return dict.fromkeys(wanted)
         start, end = min(offset for offset, _ in spans), max(offset + size for offset, size in spans)
         try:
             with contextlib.nullcontext(file) if file else path.open("rb") as opened:
@@ -114,11 +131,11 @@ class WebdatasetSource(ImageFileSource):
             raise UserError(f"{path} at byte {start}: cannot read: {error}") from error
         if len(data) < end - start:
             raise UserError(f"{path} at byte {start}: the file became shorter since it was opened")
-        held = {}
+        held: dict[int, bytes | None] = {}
         for member in wanted:
             offset, size = index.spans[row, member]
             held[member] = None if offset < 0 else data[offset - start : offset - start + size]
-        return held.get(IMAGE) or b"", held.get(TEXT), held.get(JSON)
+        return held
 
     def _parse(
         self, shard: int, row: int, image: bytes, text: bytes | None, described: bytes | None

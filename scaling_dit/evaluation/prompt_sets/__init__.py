@@ -92,6 +92,18 @@ SETS: dict[str, Row] = {
         "imagen.research.google (DrawBench)",
         200,
     ),
+    "brushbench": Row(
+        "inpainting:brushbench",
+        "folder with mapping_file.json and images",
+        "github.com/TencentARC/BrushNet, data set BrushBench",
+        600,
+    ),
+    "brushbench_outside": Row(
+        "inpainting:brushbench_outside",
+        "folder with mapping_file.json and images",
+        "github.com/TencentARC/BrushNet, data set BrushBench",
+        600,
+    ),
     "dpg": Row(
         "questions:dpg",
         "folder with dpg_bench.csv and prompts/ID.txt",

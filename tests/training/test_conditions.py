@@ -1,0 +1,143 @@
+"""Training with image conditions: resumed bit by bit, the same on every layout, sampled from its folder."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from scaling_dit import config as config_lib
+from scaling_dit import trees
+from scaling_dit.cli import main as cli
+from scaling_dit.model.build import build_model, make_tokenizer, open_source
+from scaling_dit.parallel import rules
+from scaling_dit.parallel.topologies import LOCAL, parse
+from scaling_dit.planning import plan
+from scaling_dit.training import loop
+from scaling_dit.training.program import StepProgram, run_mesh
+from tests.support.layouts import LAYOUTS
+from tests.support.runs import assert_same_bits, losses, tiny
+from tests.support.uvit_golden import fill
+
+RUN = {"conditioning__names": ("inpaint",), "batch": 4}
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Of four steps."""
+    workdir = tmp_path_factory.mktemp("conditions") / "run"
+    return workdir, loop.train(tiny(steps=4, **RUN), workdir)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_bit_by_bit(run, tmp_path):
+    workdir, whole = run
+    loop.train(tiny(steps=2, **RUN), tmp_path)
+    resumed = loop.train(tiny(steps=4, **RUN), tmp_path)
+    assert_same_bits(resumed, whole)
+    assert losses(tmp_path) == losses(workdir)
+    # The kernel of the condition has left its initial value: it was trained.
+    kernel = whole.params["backbone"]["condition_embed"]["inpaint"]["kernel"]
+    fresh = whole.params["backbone"]["patch_embed"]["kernel"]
+    assert kernel.shape[0] * 3 == fresh.shape[0] * 4
+
+
+@pytest.mark.slow
+def test_images_of_the_command_line_are_in_the_manifest(run, tmp_path, capsys):
+    workdir, _ = run
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[:, 8:] = 255
+    for name, pixels in (
+        ("image", image),
+        ("mask", mask),
+        ("other", 255 - image),
+        ("large", np.repeat(image, 2, 0)),
+    ):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    request = ["sample", f"--workdir={workdir}", "--steps=2", "--keep", "a red circle"]
+
+    def sample(name, *more):
+        given = f"--condition=inpaint:{tmp_path}/{name}.png,{tmp_path}/mask.png"
+        return cli.main([*request, given, *more])
+
+    assert sample("image") == 0 and sample("image") == 0
+    (folder,) = [path for path in (workdir / "samples").iterdir() if "-keepTrue" in path.name]
+    (row,) = map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())
+    assert row["keep"] is True and len(row["conditions"]["inpaint"]) == 64
+    made = np.asarray(Image.open(folder / row["path"]))
+    np.testing.assert_array_equal(made[:, :8], image[:, :8])
+    # Another image gets a folder of its own, and is refused in this one.
+    assert sample("other") == 0
+    assert len([path for path in (workdir / "samples").iterdir() if "-keepTrue" in path.name]) == 2
+    capsys.readouterr()
+    assert sample("other", f"--out={folder}") == 2
+    assert "holds images of another request (conditions differ" in capsys.readouterr().err
+    assert sample("large") == 2
+    assert "a mask has its image's size" in capsys.readouterr().err
+    assert cli.main([*request]) == 2
+    assert "keep needs a condition with a mask" in capsys.readouterr().err
+
+
+def outcome(layout, name, fields, concat):
+    """Losses and parameters of two steps on a layout; None: one device."""
+    overrides = [f"--config.backbone.{key}={value}" for key, value in fields.items()]
+    overrides += [
+        "--config.conditioning.names=('inpaint','edit')",
+        f"--config.conditions.inpaint.concat={concat}",
+    ]
+    overrides += [
+        "--config.conditions.edit.concat=channel",
+        "--config.batch=16",
+        "--config.optim.accumulate=2",
+    ]
+    config = config_lib.load("experiments/shapes.py:smoke", [f"--config.backbone.name={name}", *overrides])
+    with config.copy_and_resolve_references().unlocked() as config:
+        config.mesh.update(LAYOUTS[layout] if layout else {"data": 1})
+    source = open_source(config)
+    model = build_model(config, make_tokenizer(config, source), source)
+    made = StepProgram.build(config, model, run_mesh(config, None if layout else jax.devices()[:1]))
+    state = made.init(jax.random.key(config.seed))
+    frozen = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), fill(made.frozen), made.frozen)
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(
+        lambda leaf: rng.integers(0, 2 if leaf.dtype == bool else 5, leaf.shape).astype(leaf.dtype),
+        {key: leaf for key, leaf in made.batch.items() if key != "seed"},
+    )
+    found = []
+    step = made.lower().compile()
+    with rules.activate(made.mesh):
+        inputs = rules.to_global(batch, made.mesh, config.batch)
+        inputs["seed"] = jax.device_put(np.uint32(0), rules.whole(made.mesh))
+        for _ in range(2):
+            state, metrics = step(state, frozen, inputs)
+            found.append(float(metrics["loss"]))
+    return found, trees.by_path(jax.device_get(state.params)), config.optim.learning_rate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concat, layout", [("token", "FSDP2xCTX2xTP2"), ("channel", "DP2xFSDP4")])
+def test_a_whole_step_is_that_of_one_device(concat, layout):
+    """What is dropped, noise, loss, optimiser and averages included."""
+    fields = {"hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": "true"}
+    wanted_losses, wanted, rate = outcome(None, "uvit", fields, concat)
+    found_losses, found, _ = outcome(layout, "uvit", fields, concat)
+    np.testing.assert_allclose(found_losses, wanted_losses, rtol=1e-5)
+    # Adam's first steps follow the sign of a gradient, so an entry that is only rounding may move either way.
+    for path, value in wanted.items():
+        np.testing.assert_allclose(found[path], value, atol=2 * 2 * rate)
+
+
+@pytest.mark.slow
+def test_a_plan_has_the_conditions_in_its_step():
+    """More FLOPs and memory with them than without, on the devices here."""
+    plans = []
+    for names in ("()", "('inpaint',)"):
+        config = config_lib.load("experiments/shapes.py:smoke", [f"--config.conditioning.names={names}"])
+        plans.append(plan.make(config, parse(LOCAL)))
+    without, found = plans
+    assert found.model_flops > without.model_flops
+    assert found.memory.peak > without.memory.peak

@@ -42,6 +42,8 @@ class Workdir(os.PathLike[str]):
         self.config = self.folder / "config.json"
         # The tokenizer of the run's text encoder.
         self.tokenizer = self.folder / "tokenizer.json"
+        # Where the frozen base of a run that trains adapters lies.
+        self.base = self.folder / "base.json"
         # Weights that are not trained and come from no other place.
         self.frozen = self.folder / "frozen.npz"
         # One folder for each saved step.
@@ -143,13 +145,19 @@ def load_tokenizer(config: ConfigDict, workdir: epath.PathLike) -> Any:
     return encoders.tokenizer_type(config.text_encoder.name).load(Workdir(workdir).tokenizer)
 
 
-def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | None = None) -> Tokenizer:
+def open_workdir(
+    workdir: epath.PathLike,
+    config: ConfigDict,
+    source: Source | None = None,
+    origin: "Workdir | None" = None,
+) -> Tokenizer:
     """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
 
     Args:
       workdir: of the run.
       config: of the run, resolved.
       source: the run's, if it is open already; else it is opened where a new tokenizer needs its captions.
+      origin: the run whose weights a new run uses, and whose tokenizer it therefore takes.
 
     Raises:
       UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
@@ -161,6 +169,8 @@ def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | N
     if run.config.exists() or run.checkpoints.exists():
         _check_rebuilt(run, config)
         return load_tokenizer(config, run)
+    if origin is not None:
+        return load_tokenizer(config, origin)
     tokenizer = make_tokenizer(config, source)
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)

@@ -50,6 +50,10 @@ class Train(Verb):
         required=True,
         path=True,
     )
+    from_: str | None = flag(
+        "workdir of the trained run whose parameters are the frozen base of adapters (config.adapter.rank)",
+        path=True,
+    )
     strict: bool = flag(
         "refuse a damaged checkpoint; by default it is set aside and the run resumes from an older one", False
     )
@@ -65,7 +69,8 @@ class Train(Verb):
         def train() -> int:
             from scaling_dit.training.loop import main
 
-            return main(config, self.workdir, time.time() - (time.perf_counter() - began), strict=self.strict)
+            started = time.time() - (time.perf_counter() - began)
+            return main(config, self.workdir, started, strict=self.strict, start=self.from_)
 
         return self.processes.run_together(train, lambda: config.processes, self.command)
 

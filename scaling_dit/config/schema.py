@@ -165,6 +165,20 @@ SECTIONS: dict[str, Section] = {
             "max_nonfinite": Field(10, "consecutive skipped updates before the run stops", COUNT),
         },
     ),
+    "adapter": Section(
+        "Low-rank adapters: with a rank the run trains these alone, beside the frozen parameters of the run that "
+        "`train --from` names.",
+        {
+            "rank": Field(0, "rank of the adapters; 0 = train the parameters themselves", FROM_0),
+            "alpha": Field(
+                0.0, "an adapted kernel is W + alpha / rank A B; 0 = the rank, so a factor of 1", FROM_0
+            ),
+            "targets": Field(
+                (r"(attn|attention)(_\d+)?/(q|kv|qkv|text_kv|proj|out)/kernel$",),
+                "regexes over parameter paths: which kernels; by default q, k, v and out of every attention",
+            ),
+        },
+    ),
     "processes": Section(
         "Runs of several processes.",
         {

@@ -60,14 +60,21 @@ class Outputs(NamedTuple):
     lease: Lease
 
 
-def main(config: ConfigDict, workdir: str, began: float | None = None, *, strict: bool = False) -> int:
+def main(
+    config: ConfigDict,
+    workdir: str,
+    began: float | None = None,
+    *,
+    strict: bool = False,
+    start: str | None = None,
+) -> int:
     """The `train` verb: `train` with exit codes.
 
     0 done, 3 non-finite loss, 4 loss spikes beyond `config.rewind.limit`; after saving, 75 stopped by SIGTERM or
     SIGHUP, and 130 by SIGINT.
     """
     try:
-        train(config, workdir, began=began, strict=strict)
+        train(config, workdir, began=began, strict=strict, start=start)
     except Stopped as stop:
         print(f"scaling-dit: {stop}", file=sys.stderr)
         return stop.code
@@ -81,6 +88,7 @@ def train(
     *,
     began: float | None = None,
     strict: bool = False,
+    start: str | None = None,
 ) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
@@ -90,6 +98,7 @@ def train(
       devices: those to train on; all by default.
       began: when the command was given, in seconds since 1970, for goodput; now by default.
       strict: refuse a damaged checkpoint, which is set aside otherwise, and the run resumes from an older one.
+      start: the workdir of the base, for a run that trains adapters (`config.adapter`).
 
     Returns:
       The final state, sharded over the run's mesh.
@@ -107,7 +116,7 @@ def train(
         if processes.first_says(folder.folder.exists()):
             # Now, and not after minutes of building; a start that fails in a new folder leaves no trace.
             processes.first_does(lease.acquire)
-        run = Run.open(config, folder, devices, lease)
+        run = Run.open(config, folder, devices, lease, start)
         rewinds = rewind.read(folder.rewinds)
         with open_outputs(run, watch, lease) as outputs, processes.preemption() as preempted:
             state = run_steps(run, rewinds, outputs, watch, preempted, strict=strict)

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_dit import storage
+from scaling_dit.checkpoints.base import SHA256, Base, check_base
 from scaling_dit.checkpoints.lease import Held, Lease
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints, Damaged
@@ -27,12 +28,14 @@ from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
 from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.model.adapters import BASE
 from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.codec_identity import check_source
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
 from scaling_dit.training import rewind
+from scaling_dit.training.adapters import base_of, open_base
 from scaling_dit.training.memory import check_fits
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
@@ -54,6 +57,7 @@ class Run:
       frozen_hash: their hash, which every checkpoint holds.
       tokenizer_hash: of the run's tokenizer, likewise.
       evaluator: what `config.eval` asks for.
+      base: of a run that trains adapters; its parameters are `frozen["base"]`.
     """
 
     config: ConfigDict
@@ -66,6 +70,7 @@ class Run:
     frozen_hash: str
     tokenizer_hash: str
     evaluator: InTraining
+    base: Base | None = None
 
     @classmethod
     def open(
@@ -74,6 +79,7 @@ class Run:
         workdir: Workdir,
         devices: Sequence[jax.Device] | None = None,
         lease: Lease | None = None,
+        start: str | None = None,
     ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
@@ -82,34 +88,44 @@ class Run:
           workdir: of the run, new or its own.
           devices: those to train on; all by default.
           lease: of the workdir, taken before the first write.
+          start: the run that is the base of adapters, as `adapters.base_of` takes it.
 
         Raises:
           UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
           StorageError: the disk or bucket refuses to be written.
         """
         fresh = not workdir.config.exists()
+        base = base_of(config, workdir, start)
         mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        tokenizer = open_workdir(workdir, config, source)
+        tokenizer = open_workdir(workdir, config, source, None if base is None else base.workdir)
         model = build_model(config, tokenizer, source)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
         check_fits(config.batch, config.loader.prefetch, len(positions), program)
         kept = None if fresh else workdir.frozen
-        frozen = open_frozen(kept, model, config.seed, mesh, program.boxed_frozen)
+        if fresh and base is not None:
+            kept = base.workdir.frozen
+        boxed = {name: tree for name, tree in program.boxed_frozen.items() if name != BASE}
+        frozen = open_frozen(kept, model, config.seed, mesh, boxed)
         check_source(source, config, model.codec, frozen["codec"])
-        evaluator = InTraining(model, source, mesh, config)
+        evaluator = InTraining(model, source, mesh, config, program.adapters)
         digest = frozen_hash(frozen, *model.encoders)
         words = tokenizer_hash(workdir, tokenizer)
+        weights = dict[str, Params]()
+        if base is not None:
+            weights[BASE], base = open_base(base, mesh, program.boxed_frozen, digest, words)
         check_resumed_weights(workdir, digest, words)
         take(lease, workdir, fresh)
 
         def claim() -> None:
             save_frozen(workdir.frozen, model, frozen, replace=fresh)
+            if base is not None and jax.process_index() == 0:
+                base.save(workdir.base)
             claim_workdir(workdir, config, tokenizer)
 
         storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
@@ -120,10 +136,11 @@ class Run:
             model=model,
             program=program,
             positions=positions,
-            frozen=frozen,
+            frozen=frozen | weights,
             frozen_hash=digest,
             tokenizer_hash=words,
             evaluator=evaluator,
+            base=base,
         )
 
     def begin(
@@ -154,6 +171,8 @@ class Run:
             state, extra = store.restore_newest(self.program.state, aside, strict=strict)
             check_frozen(self.frozen_hash, extra, str(store.directory))
             check_tokenizer(self.tokenizer_hash, extra, str(store.directory))
+            if self.base is not None:
+                check_base(self.base, extra, str(store.directory))
             notice_changed_code(self.config, extra, int(state.step))
         loader = make_loader(
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
@@ -168,7 +187,10 @@ class Run:
         """The state of step 0, in its shardings: initialised from the seed, but for pretrained weights."""
         program = self.program
         state: TrainState = program.init(jax.random.key(self.config.seed))
-        pretrained = open_trained(self.model, program.mesh, program.boxed_params)
+        # The parameters of adapters are the base's.
+        pretrained = None
+        if self.base is None:
+            pretrained = open_trained(self.model, program.mesh, program.boxed_params)
         if pretrained:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
             state = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, pretrained)
@@ -176,13 +198,14 @@ class Run:
 
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
         """The values that a checkpoint holds beside the state."""
-        return {
+        held = {
             "frozen_sha256": self.frozen_hash,
             "tokenizer_sha256": self.tokenizer_hash,
             "own_code_sha256": source_hashes(self.config),
             "rewinds": len(rewinds),
             "losses": spikes.recent,
         }
+        return held if self.base is None else held | {SHA256: self.base.sha256}
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

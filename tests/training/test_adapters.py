@@ -1,0 +1,152 @@
+"""Runs that train adapters: their start, their checkpoints, resuming, the base they are tied to, every layout."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from scaling_dit import trees
+from scaling_dit.checkpoints.base import Base, params_hash
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.checkpoints.workdir import Workdir, read_metrics
+from scaling_dit.errors import UserError
+from scaling_dit.sampling import pipeline
+from scaling_dit.training import loop
+from scaling_dit.training.adapters import base_of
+from tests.support.layouts import LAYOUTS
+from tests.support.runs import assert_same_bits, leaves, tiny
+
+ADAPTED = {"adapter__rank": 2, "adapter__alpha": 4.0, "optim__learning_rate": 0.01, "optim__warmup_steps": 0}
+
+
+def adapted(steps, **changes):
+    return tiny(steps, **ADAPTED, **changes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "run"
+    loop.train(tiny(2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    loop.train(adapted(4, checkpoint__every=2, eval__every=2), folder, start=str(base))
+    return folder
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_adapters_alone_and_the_hash_of_their_base(base, trained):
+    with Checkpoints(Workdir(trained).checkpoints, read_only=True) as store:
+        assert store.latest_step() == 4
+        saved, extra = trees.by_path(store._metadata(4)), store.extra(4)
+    kernels = {path[:-1] for path in saved if path[0] == "params"}
+    assert {path[-1] for path in saved if path[0] in ("params", "emas")} == {"lora_a", "lora_b"}
+    assert kernels
+    kept = json.loads(Workdir(trained).base.read_text())
+    whole = pipeline.load(base, ema=kept["ema"])
+    assert extra["base_sha256"] == kept["sha256"] == params_hash(whole.params)
+    assert kept["place"] == str(base)
+    sizes = [
+        sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+        for run in (base / "checkpoints" / "2", trained / "checkpoints" / "4")
+    ]
+    assert sizes[1] < sizes[0] / 3
+
+
+@pytest.mark.slow
+def test_training_changes_the_samples_and_the_loss_from_those_of_the_base(base, trained):
+    rows = {row["step"]: row for row in read_metrics(trained)}
+    assert rows[4]["validation/loss"] < rows[2]["validation/loss"]
+    pipe, plain = pipeline.load(trained), pipeline.load(base, ema=Base.read(Workdir(trained).base).ema)
+    changed = [
+        path
+        for (path, now), then in zip(
+            trees.by_path(pipe.params).items(), jax.tree.leaves(plain.params), strict=True
+        )
+        if not np.array_equal(now, then)
+    ]
+    assert {path[:-1] for path in trees.by_path(pipe.adapters)} == set(changed)
+    first, second = (run.sample(["a red circle"], seed=1, steps=2) for run in (pipe, plain))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_bits(base, trained, tmp_path):
+    whole = loop.train(adapted(4, checkpoint__every=2, eval__every=2), tmp_path / "whole", start=str(base))
+    with Checkpoints(Workdir(trained).checkpoints, read_only=True) as store:
+        there, _ = store.restore(4, whole)
+    assert_same_bits(whole, there)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+    resumed = loop.train(adapted(4, checkpoint__every=2, eval__every=2), tmp_path / "resumed")
+    assert_same_bits(whole, resumed)
+
+
+@pytest.mark.slow
+def test_another_base_is_refused_in_one_line_and_a_moved_one_found(base, trained, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained, run)
+    loop.train(tiny(2, seed=7), other)
+    with pytest.raises(UserError, match=r"trained beside another base than the one in .*other"):
+        loop.train(adapted(4, checkpoint__every=2, eval__every=2), run, start=str(other))
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    loop.train(adapted(4, checkpoint__every=2, eval__every=2), run, start=str(moved))
+    assert Base.read(Workdir(run).base).place == str(moved)
+    # A base whose file was changed by hand.
+    kept = json.loads(Workdir(run).base.read_text()) | {"sha256": "", "place": str(other)}
+    Workdir(run).base.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="were trained beside another base|other frozen weights|tokenizer"):
+        pipeline.load(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "DP2xFSDP2xTP2"])
+def test_every_layout_trains_as_one_device_does(layout, base, tmp_path):
+    changes = {"batch": 16, "backbone__scan_layers": False}
+    mesh = {f"mesh__{axis}": size for axis, size in LAYOUTS[layout].items()}
+    one = loop.train(adapted(2, **changes), tmp_path / "one", jax.devices()[:1], start=str(base))
+    many = loop.train(adapted(2, **changes, **mesh), tmp_path / "many", start=str(base))
+    one, many = leaves(one.params), leaves(many.params)
+    assert one.keys() == many.keys()
+    for name in one:
+        np.testing.assert_allclose(many[name], one[name], rtol=0, atol=5e-4, err_msg=name)
+
+
+def test_a_base_must_be_given_and_be_no_run_of_adapters(smoke_run, tmp_path):
+    new = Workdir(tmp_path / "new")
+    with pytest.raises(UserError, match=r"config.adapter.rank is 2, so .* --from=WORKDIR"):
+        base_of(adapted(2), new, None)
+    with pytest.raises(UserError, match=r"--from=x names the base of adapters; set config.adapter.rank"):
+        base_of(tiny(2), new, "x")
+    assert base_of(tiny(2), new, None) is None
+    found = base_of(adapted(2), new, str(smoke_run))
+    assert (found.step, found.place, found.sha256) == (4, str(smoke_run), "")
+    with pytest.raises(UserError, match="no run in"):
+        base_of(adapted(2), new, str(tmp_path / "nothing"))
+
+
+def test_what_does_not_go_with_adapters_is_one_line():
+    with pytest.raises(UserError, match=r"adapters do not go with config.sharding.gather_once"):
+        adapted(2, sharding__gather_once=True)
+    with pytest.raises(UserError, match=r"config.adapter.targets holds '\('; it must be a regex"):
+        adapted(2, adapter__targets=("(",))
+    with pytest.raises(UserError, match=r"config.adapter.targets is \(\)"):
+        adapted(2, adapter__targets=())
+
+
+def test_the_file_of_a_base_reads_back_and_damage_is_one_line(tmp_path):
+    path = Workdir(tmp_path).base
+    with pytest.raises(UserError, match="base.json is missing.*--from"):
+        Base.read(path)
+    wanted = Base("/runs/base", 4, "0.999", "ab")
+    wanted.save(path)
+    assert Base.read(path) == wanted
+    path.write_text('{"place": 3}')
+    with pytest.raises(UserError, match="damaged"):
+        Base.read(path)

@@ -35,7 +35,7 @@ def load_state_dict(
       UserError: no weight table for this class, or one that does not fit it; or unknown, missing or misshapen entries,
         all in one message.
     """
-    rows, abstract, what = _table(backbone, inputs)
+    rows, abstract, what = table(backbone, inputs)
     if not isinstance(state_dict, Mapping):
         raise UserError(
             f"a state dict of {what} must map names to arrays, it is a {type(state_dict).__name__}"
@@ -54,15 +54,18 @@ def to_state_dict(
       UserError: no weight table for this class, or one that does not fit it; or parameters that do not fit the
         backbone, all in one message.
     """
-    rows, abstract, what = _table(backbone, inputs)
+    rows, abstract, what = table(backbone, inputs)
     if not isinstance(variables, Mapping) or "params" not in variables:
         got = sorted(variables) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
         raise UserError(f"variables of {what} must be {{'params': ...}}, got {got}")
     return state_dicts.save(rows, abstract, trees.unbox(variables["params"]), what)
 
 
-def _table(backbone: nn.Module, inputs: Sequence[Any] | None) -> tuple[Table, dict[str, Any], str]:
-    """The checked rows of a backbone, its abstract parameters, and its name for errors."""
+def table(backbone: nn.Module, inputs: Sequence[Any] | None) -> tuple[Table, dict[str, Any], str]:
+    """The checked rows of a backbone, its abstract parameters, and its name for errors.
+
+    `inputs` and errors as in `load_state_dict`.
+    """
     contract.check_backbone(backbone)
     what = type(backbone).__name__
     make_rows = weight_table(backbone)

@@ -106,11 +106,12 @@ class Adapters:
       rank: of the products A B.
       scale: what multiplies them, alpha / rank.
       leaves: path of each adapted kernel -> the kernel, abstract, with the names of its axes where it has some.
+      forms: path of each adapted kernel -> its axes.
     """
 
     def __init__(self, rank: int, alpha: float, leaves: Mapping[Path, Any]) -> None:
         self.rank, self.scale, self.leaves = rank, (alpha or rank) / rank, dict(leaves)
-        self._forms = {path: form(path, leaf) for path, leaf in self.leaves.items()}
+        self.forms = {path: form(path, leaf) for path, leaf in self.leaves.items()}
         self._merge: Any = None
 
     @classmethod
@@ -132,7 +133,7 @@ class Adapters:
         """
         tree: Params = {}
         for path, leaf in self.leaves.items():
-            shape, split = _shape(leaf), self._forms[path]
+            shape, split = _shape(leaf), self.forms[path]
             a_shape = [self.rank if axis == split.output else size for axis, size in enumerate(shape)]
             b_shape = [1 if axis in split.inputs else size for axis, size in enumerate(shape)]
             b_shape[split.inputs[-1]] = self.rank
@@ -168,7 +169,7 @@ class Adapters:
     def _added(self, held: dict[Path, jax.Array], adapters: Params) -> dict[Path, jax.Array]:
         flat, added = trees.by_path(adapters), {}
         for path, kernel in held.items():
-            change = self.scale * delta(self._forms[path], flat[(*path, A)], flat[(*path, B)])
+            change = self.scale * delta(self.forms[path], flat[(*path, A)], flat[(*path, B)])
             if trees.is_box(self.leaves[path]):
                 # The kernel's own layout, or XLA may gather the product instead of its small factors.
                 change = nn.with_logical_constraint(change, tuple(self.leaves[path].names))

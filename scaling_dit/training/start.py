@@ -198,14 +198,16 @@ class Run:
 
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
         """The values that a checkpoint holds beside the state."""
-        held = {
+        return self.held() | {"rewinds": len(rewinds), "losses": spikes.recent}
+
+    def held(self) -> dict[str, Any]:
+        """The values that name what the state is used with."""
+        hashes = {
             "frozen_sha256": self.frozen_hash,
             "tokenizer_sha256": self.tokenizer_hash,
             "own_code_sha256": source_hashes(self.config),
-            "rewinds": len(rewinds),
-            "losses": spikes.recent,
         }
-        return held if self.base is None else held | {SHA256: self.base.sha256}
+        return hashes if self.base is None else hashes | {SHA256: self.base.sha256}
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

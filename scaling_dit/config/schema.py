@@ -68,6 +68,11 @@ SECTIONS: dict[str, Section] = {
             "text_mask": Field(
                 True, "hide padded text from the backbone, whatever its family; False for CLIP"
             ),
+            "buckets": Field(
+                False,
+                "train on images of seven aspect ratios, one to a batch, and not on square crops: a source of "
+                "image files, or a set of `prepare --buckets`",
+            ),
             "compile_cache": Field(
                 "",
                 'folder of compiled programs, so that a restart compiles nothing: a path, or "workdir"',

@@ -165,7 +165,7 @@ def run_steps(
         with watch.part(EVALUATION), watcher.during(heartbeat.EVALUATING):
             evaluator.write(writer, step, state, run.frozen)
 
-    seed = place_seed(config.seed, mesh)
+    seed, sizes = place_seed(config.seed, mesh), set[tuple[int, ...]]()
     watch.switch(STEP)
     watcher.heart.update(state=heartbeat.TRAINING)
     while step < config.steps:
@@ -174,6 +174,8 @@ def run_steps(
         step += 1
         with watch.part(DATA_WAIT):
             batch = rules.to_global(next(loader), mesh, config.batch) | {"seed": seed}
+        if run.buckets:
+            note_size(run, batch, sizes)
         dispatched = watcher.times.clock()
         with rules.activate(mesh), profiler.step(step):
             state, metrics = run.program.step(state, run.frozen, batch)
@@ -222,6 +224,25 @@ def run_steps(
     progress.close()
     loader.close()
     return state
+
+
+def note_size(run: Run, batch: Mapping[str, jax.Array], sizes: set[tuple[int, ...]]) -> None:
+    """Says that the step is compiled for the size of a batch, the first time that there is one of it.
+
+    Args:
+      sizes: shapes of images or latents met so far; added to in place.
+    """
+    found = batch.get("images", batch.get("latents"))
+    assert found is not None
+    if found.shape in sizes:
+        return
+    sizes.add(found.shape)
+    if jax.process_index() == 0:
+        size = "x".join(map(str, found.shape[1:3]))
+        print(
+            f"scaling-dit: the step is compiled for batches of {size}, program {len(sizes)} of {len(run.buckets)}",
+            file=sys.stderr,
+        )
 
 
 def save_state(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,9 +25,11 @@ from scaling_dit.checkpoints.workdir import (
     tokenizer_hash,
 )
 from scaling_dit.config.own_code import changes, source_hashes
+from scaling_dit.data.buckets import Bucket, describe, open_buckets
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
+from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.model.adapters import BASE
 from scaling_dit.model.build import build_model, open_source
@@ -58,6 +61,7 @@ class Run:
       tokenizer_hash: of the run's tokenizer, likewise.
       evaluator: what `config.eval` asks for.
       base: of a run that trains adapters; its parameters are `frozen["base"]`.
+      buckets: those that `config.buckets` groups the images in.
     """
 
     config: ConfigDict
@@ -71,6 +75,7 @@ class Run:
     tokenizer_hash: str
     evaluator: InTraining
     base: Base | None = None
+    buckets: tuple[Bucket, ...] = ()
 
     @classmethod
     def open(
@@ -106,6 +111,11 @@ class Run:
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
+        buckets = open_buckets(source) if config.buckets else ()
+        for bucket in buckets:
+            check_bucket(bucket, model, program)
+        if buckets and jax.process_index() == 0:
+            print(f"scaling-dit: buckets: {describe(buckets)}", file=sys.stderr)
         check_fits(config.batch, config.loader.prefetch, len(positions), program)
         kept = None if fresh else workdir.frozen
         if fresh and base is not None:
@@ -141,6 +151,7 @@ class Run:
             tokenizer_hash=words,
             evaluator=evaluator,
             base=base,
+            buckets=buckets,
         )
 
     def begin(
@@ -179,7 +190,7 @@ class Run:
             positions=self.positions, start_step=int(state.step),
             data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
             captions=CaptionPolicy(**config.captions),
-            threads=config.loader.threads, prefetch=config.loader.prefetch,
+            threads=config.loader.threads, prefetch=config.loader.prefetch, buckets=self.buckets,
         )  # fmt: skip
         return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
 
@@ -208,6 +219,30 @@ class Run:
             "own_code_sha256": source_hashes(self.config),
         }
         return hashes if self.base is None else hashes | {SHA256: self.base.sha256}
+
+
+def check_bucket(bucket: Bucket, model: Model, program: StepProgram) -> None:
+    """Makes sure that codec and backbone take images of a bucket's size, before any step does; nothing is computed.
+
+    Raises:
+      UserError: they do not, and why.
+    """
+    height, width = bucket.bucket_size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), np.uint8)
+    params = program.frozen.get(BASE, program.state.params)
+
+    def predict(params: Params, frozen: Params, images: jax.Array) -> jax.Array:
+        latents = model.encode_image(frozen, images, jax.random.key(0))
+        text = jnp.zeros((1, model.text_encoder.length, model.text_encoder.dim), jnp.float32)
+        return model.predict(params, latents, jnp.zeros((1,)), text)
+
+    try:
+        jax.eval_shape(predict, params, program.frozen, images)
+    except UserError as error:
+        raise UserError(
+            f"config.buckets: images of {height}x{width} px do not fit ({error}); choose a config.source.image_size "
+            "whose eighth is a multiple of the codec's factor times the backbone's patch"
+        ) from None
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

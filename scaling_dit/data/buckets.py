@@ -136,7 +136,7 @@ class BucketOrder:
 
 
 def _shares(counts: Sequence[int], length: int) -> np.ndarray:
-    """`length` divided in proportion to `counts`, at least 1 each, by largest remainders: int64, summing to `length`."""
+    """`length` divided in proportion to `counts`, at least 1 each, by largest remainders: int64 [buckets]."""
     wanted = np.asarray(counts, np.float64) / sum(counts) * length
     shares = np.maximum(np.floor(wanted), 1).astype(np.int64)
     while shares.sum() != length:

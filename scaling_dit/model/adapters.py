@@ -126,6 +126,12 @@ class Adapters:
             return None
         return cls(chosen.rank, chosen.alpha, kernels(boxed, tuple(chosen.targets)))
 
+    @property
+    def size(self) -> int:
+        """How many numbers the adapters hold."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
     def init(self, key: jax.Array) -> Params:
         """Fresh adapters, float32, boxed like their kernels; the base as it is, for every B is zero.
 

@@ -200,7 +200,7 @@ class ImageFileSource(abc.ABC):
     def buckets(self, sizes: tuple[Size, ...]) -> list[Chosen]:
         """The images of this split by the size with the nearest aspect ratio, as their files' headers say.
 
-        It reads every file once. A file whose header cannot be read counts as a square; it is met again when it is read.
+        It reads every file once. A file with a damaged header counts as a square; it is met again when it is read.
 
         Raises:
           UserError: too many images for that.

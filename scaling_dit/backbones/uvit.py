@@ -51,6 +51,8 @@ class UViT(nn.Module):
     final_conv: bool = True
     # Initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens.
     positions: str = "learned"
+    # Side of the grid of tokens that the table is made for, and resized from in each call; 0: as the images at init.
+    table_side: int = 0
     attention: str = "auto"
     # none | full | dots | products | attention | offload
     remat: bool | str = "none"
@@ -68,6 +70,8 @@ class UViT(nn.Module):
         contract.check_fields(self)
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions {self.positions!r}; {nearest(self.positions, POSITIONS)}")
+        if not isinstance(self.table_side, int) or self.table_side < 0:
+            raise UserError(f"table_side must be an integer of at least 0, got {self.table_side!r}")
         super().__post_init__()
 
     @property
@@ -162,16 +166,26 @@ class UViT(nn.Module):
     def _position_table(self, text_length: int, rows: int, columns: int) -> jax.Array:
         """The learned table for these shapes, [1 + text_length + rows * columns, hidden], time and text first.
 
-        Sized by the shapes at `init`. For another grid than it was made for the image part is resized (`resize_grid`).
+        Sized by the shapes at `init`, or by `table_side`. For another grid than it was made for the image part is resized
+        (`resize_grid`).
         """
         hidden = self.widths[0]
-        length = found = 1 + text_length + rows * columns
+        length = 1 + text_length + rows * columns
+        made = (self.table_side, self.table_side) if self.table_side else (rows, columns)
+        found = 1 + text_length + made[0] * made[1]
         if self.has_variable("params", "pos_embed"):
             found = trees.unbox(self.get_variable("params", "pos_embed")).shape[0]
         # Tokens of an image at init.
         image = found - 1 - text_length
         side = math.isqrt(max(image, 0))
-        if found != length and (image < 1 or side**2 != image):
+        if self.table_side and image != self.table_side**2:
+            raise UserError(
+                f"the position table holds {found} tokens, but table_side={self.table_side} and {text_length} tokens of "
+                f"text need {1 + text_length + self.table_side**2}"
+            )
+        # A wide grid may have as many tokens as the square of table_side.
+        as_made = (rows, columns) == made if self.table_side else found == length
+        if not as_made and (image < 1 or side**2 != image):
             raise UserError(
                 f"the position table holds {found} tokens, but these shapes need {length} "
                 f"(1 time + {text_length} text + {rows}x{columns} image), and it can be resized only from a square of "
@@ -182,9 +196,7 @@ class UViT(nn.Module):
             table = layers.NORMAL_002(key, shape, dtype)
             if self.positions == "learned":
                 return table
-            return table.at[-rows * columns :].set(
-                jnp.asarray(layers.sincos_2d(rows, columns, hidden), dtype)
-            )
+            return table.at[-made[0] * made[1] :].set(jnp.asarray(layers.sincos_2d(*made, hidden), dtype))
 
         table: Any = self.param(
             "pos_embed",
@@ -192,7 +204,7 @@ class UViT(nn.Module):
             (found, hidden),
             jnp.dtype(self.param_dtype),
         )
-        if found == length:
+        if as_made:
             return table
         start = 1 + text_length
         grid = table[start:].reshape(side, side, hidden)

@@ -71,9 +71,7 @@ class LargeDiT(Lumina):
         )
         ends = jnp.broadcast_to(end_of_line.astype(x.dtype), (batch, rows, 1, hidden))
         x = jnp.concatenate([x, ends], axis=2).reshape(batch, rows * (columns + 1), hidden)
-        rotary = rotary_rows(
-            rows, columns, self.head_size, scaling=self.rope_scaling, base=self.base_size
-        )
+        rotary = rotary_rows(rows, columns, self.head_size, scaling=self.rope_scaling, base=self.base_size)
 
         c = self.embed_conditioning(timesteps, text, text_mask)
         x = self.run_blocks(Block, x, c, text, text_mask, rotary)

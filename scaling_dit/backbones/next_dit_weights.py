@@ -83,8 +83,8 @@ def _to_arguments(backbone: NextDiT, latents: tuple[int, int]) -> dict[str, Any]
         )
     if backbone.rope_scaling != "none":
         raise UserError(
-            f"rope_scaling is {backbone.rope_scaling!r}, which diffusers' model has no argument for: its pipeline hands it "
-            "the positions; use --to=safetensors"
+            f"rope_scaling is {backbone.rope_scaling!r}, which diffusers' model has no argument for: its pipeline "
+            "hands it the positions; use --to=safetensors"
         )
     hidden, depth, heads = backbone.widths
     return {

@@ -128,8 +128,8 @@ SECTIONS: dict[str, Section] = {
             ),
             "resolution_shift": Field(
                 1.0,
-                "shift of the other schedules: side of the images over the side that the schedule was made for; sigma / "
-                "alpha is multiplied by it, so more than 1 = more noise",
+                "shift of the other schedules: side of the images over the side that the schedule was made for; "
+                "sigma / alpha is multiplied by it, so more than 1 = more noise",
                 POSITIVE,
             ),
             "caption_drop": Field(

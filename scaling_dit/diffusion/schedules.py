@@ -185,8 +185,8 @@ def _built_in(
             )
         if resolution_shift != 1.0:
             raise UserError(
-                f"diffusion.resolution_shift={resolution_shift} shifts a variance-preserving schedule; for 'flow' leave "
-                f"it 1.0 and set diffusion.time_shift={resolution_shift}, which multiplies sigma / alpha by as much"
+                f"diffusion.resolution_shift={resolution_shift} shifts a variance-preserving schedule; for 'flow' "
+                f"leave it 1.0 and set diffusion.time_shift={resolution_shift}, which is as much noise"
             )
         return RectifiedFlow(time_shift, num_timesteps)
     if time_shift != 1.0:
@@ -217,11 +217,16 @@ def shift_resolution(alphas_cumprod: np.ndarray, ratio: float) -> np.ndarray:
     """`alphas_cumprod` [T] for images with `ratio` times the side: log SNR - 2 ln(ratio) at every timestep.
 
     Hoogeboom et al. 2023 (arXiv 2301.11093, section 3.1): averaged over as many pixels as one pixel of the smaller
-    image, noise is weaker by the ratio of the sides, so a larger image (ratio > 1) needs MORE noise at each timestep for
-    the same signal. sigma / alpha is multiplied by `ratio`, as `shift_time` with shift = ratio does for rectified flow.
+    image, noise is weaker by the ratio of the sides, so a larger image (ratio > 1) needs MORE noise at each timestep
+    for the same signal. sigma / alpha is multiplied by `ratio`, as `shift_time` with shift = ratio does for rectified
+    flow.
     """
     # snr / ratio^2 = a / (ratio^2 (1 - a)); written so that an alpha of 0 or a ratio of 1 stays exact.
-    return alphas_cumprod / (alphas_cumprod + ratio**2 * (1.0 - alphas_cumprod)) if ratio != 1 else alphas_cumprod
+    return (
+        alphas_cumprod / (alphas_cumprod + ratio**2 * (1.0 - alphas_cumprod))
+        if ratio != 1
+        else alphas_cumprod
+    )
 
 
 def make_betas(name: str, num_timesteps: int = 1000) -> np.ndarray:

@@ -5,9 +5,9 @@ after the penultimate layer, applies the final norm, and shows its UNet all 77 p
 `config.text_mask=False` for that. The states of padded positions depend on the padding id. Tokenizer files disagree
 about this id, so it is a field here and never read from them.
 
-A caption beyond 77 tokens is read in windows: its words in runs of 75, each between a begin and an end token of its own,
-as if it were a caption, and the states side by side. The tower is then as it was trained, and a caption that fits one
-window has the same first 77 states.
+A caption beyond 77 tokens is read in windows: its words in runs of 75, each between a begin and an end token of its
+own, as if it were a caption, and the states side by side. The tower is then as it was trained, and a caption that fits
+one window has the same first 77 states.
 """
 
 import dataclasses
@@ -165,8 +165,8 @@ class ClipText:
             )
         if not 2 <= self.length <= POSITIONS and (self.length % POSITIONS or not 0 < self.length <= _LONGEST):
             raise UserError(
-                f"text_encoder.length is {self.length}; it must be from 2 to {POSITIONS}, or a multiple of {POSITIONS} up "
-                f"to {_LONGEST}, for windows of {POSITIONS}"
+                f"text_encoder.length is {self.length}; it must be from 2 to {POSITIONS}, or a multiple of {POSITIONS} "
+                f"up to {_LONGEST}, for windows of {POSITIONS}"
             )
         if not -1 <= self.pad_id < VOCABULARY:
             raise UserError(

@@ -44,7 +44,7 @@ def rotary_1d(length: int, head_size: int) -> Rotary:
 def rotary_rows(
     rows: int, columns: int, head_size: int, *, scaling: str = "none", base: int | None = None
 ) -> Rotary:
-    """As `rotary_1d` for `rows` rows of `columns` tokens and an end-of-line token, one sequence: [rows (columns + 1), ..].
+    """As `rotary_1d` for `rows` rows of `columns` tokens and an end-of-line token, which are one sequence.
 
     Args:
       scaling: what a grid beyond `base` x `base` tokens does, whose sequence is r times as long: "none" counts on;
@@ -78,10 +78,10 @@ def rotary_2d(
     f_i = theta^(-4i/head_size), theta = 10000.
 
     Args:
-      scaling: what a grid beyond `base` x `base` tokens does, whose sides are r times as long (`stretch`): "none" counts
-        on; "linear" divides rows and columns by r; "ntk" counts on with theta' = theta r^(d / (d - 2)), d = head_size/2;
-        "centred" counts from where the middle of the grid is at the middle of the base's. At `base` x `base` tokens
-        all give the same, bit for bit.
+      scaling: what a grid beyond `base` x `base` tokens does, whose sides are r times as long (`stretch`): "none"
+        counts on; "linear" divides rows and columns by r; "ntk" counts on with theta' = theta r^(d / (d - 2)),
+        d = head_size/2; "centred" counts from where the middle of the grid is at the middle of the base's. At `base` x
+        `base` tokens all give the same, bit for bit.
       base: needed unless scaling is "none".
     """
     half = head_size // 2

@@ -31,6 +31,7 @@ from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer
 from scaling_dit.parallel import compile_cache, processes, rules
 from scaling_dit.training import rewind, watching
+from scaling_dit.training.base import Start
 from scaling_dit.training.program import place_seed
 from scaling_dit.training.rewind import Rewind, Spike
 from scaling_dit.training.start import Run
@@ -60,14 +61,21 @@ class Outputs(NamedTuple):
     lease: Lease
 
 
-def main(config: ConfigDict, workdir: str, began: float | None = None, *, strict: bool = False) -> int:
+def main(
+    config: ConfigDict,
+    workdir: str,
+    began: float | None = None,
+    *,
+    strict: bool = False,
+    start: Start | None = None,
+) -> int:
     """The `train` verb: `train` with exit codes.
 
     0 done, 3 non-finite loss, 4 loss spikes beyond `config.rewind.limit`; after saving, 75 stopped by SIGTERM or
     SIGHUP, and 130 by SIGINT.
     """
     try:
-        train(config, workdir, began=began, strict=strict)
+        train(config, workdir, began=began, strict=strict, start=start)
     except Stopped as stop:
         print(f"scaling-dit: {stop}", file=sys.stderr)
         return stop.code
@@ -81,6 +89,7 @@ def train(
     *,
     began: float | None = None,
     strict: bool = False,
+    start: str | epath.Path | Start | None = None,
 ) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
@@ -90,6 +99,8 @@ def train(
       devices: those to train on; all by default.
       began: when the command was given, in seconds since 1970, for goodput; now by default.
       strict: refuse a damaged checkpoint, which is set aside otherwise, and the run resumes from an older one.
+      start: what a new run's parameters begin as: the folder of a run, "RUN@STEP", a safetensors file of a backbone, or
+        a `base.Start`, which can name an EMA as well. A run that is resumed does not read it again.
 
     Returns:
       The final state, sharded over the run's mesh.
@@ -107,7 +118,8 @@ def train(
         if processes.first_says(folder.folder.exists()):
             # Now, and not after minutes of building; a start that fails in a new folder leaves no trace.
             processes.first_does(lease.acquire)
-        run = Run.open(config, folder, devices, lease)
+        begin = start if start is None or isinstance(start, Start) else Start.parse(start)
+        run = Run.open(config, folder, devices, lease, begin)
         rewinds = rewind.read(folder.rewinds)
         with open_outputs(run, watch, lease) as outputs, processes.preemption() as preempted:
             state = run_steps(run, rewinds, outputs, watch, preempted, strict=strict)

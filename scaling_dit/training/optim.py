@@ -203,9 +203,10 @@ def parameter_settings(
 
     A path is the tree's keys joined by "/", such as "backbone/in_blocks_0/attention/query/kernel". The first
     group whose regex is found in it (`re.search`) sets both values for it, exactly as written; factor 0
-    freezes. A parameter in no group has factor 1, or `text_encoder_rate` below "text_encoder", and decays by `weight_decay` if it is called "kernel" (a
-    matrix or convolution), not at all otherwise: biases, norms, embeddings and positional tables keep their
-    size. The name decides, not the number of axes, because scanned layers stack their biases into matrices.
+    freezes. A parameter in no group has factor 1, below "text_encoder" `text_encoder_rate`, and decays by
+    `weight_decay` if it is called "kernel" (a matrix or convolution), not at all otherwise: biases, norms,
+    embeddings and positional tables keep their size. The name decides, not the number of axes, because scanned
+    layers stack their biases into matrices.
 
     Raises:
       UserError: a group is malformed, or no parameter is left for it.

@@ -21,18 +21,21 @@ from scaling_dit.checkpoints.workdir import (
     claim_workdir,
     open_workdir,
     tokenizer_hash,
+    unfinished_start,
 )
 from scaling_dit.config.own_code import changes, source_hashes
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
+from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.codec_identity import check_source
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
-from scaling_dit.training import rewind
+from scaling_dit.training import rewind, stages
+from scaling_dit.training.base import Start, open_base
 from scaling_dit.training.memory import check_fits
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
@@ -74,6 +77,7 @@ class Run:
         workdir: Workdir,
         devices: Sequence[jax.Device] | None = None,
         lease: Lease | None = None,
+        start: Start | None = None,
     ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
@@ -82,38 +86,41 @@ class Run:
           workdir: of the run, new or its own.
           devices: those to train on; all by default.
           lease: of the workdir, taken before the first write.
+          start: what a new run begins from; a run that is resumed does not read it again.
 
         Raises:
           UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
           StorageError: the disk or bucket refuses to be written.
         """
         fresh = not workdir.config.exists()
+        base = open_start(workdir, start, fresh)
         mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        tokenizer = open_workdir(workdir, config, source)
+        tokenizer = open_workdir(workdir, config, source, base and base.tokenizer())
         model = build_model(config, tokenizer, source)
+        if base is not None:
+            stages.check_configs(base, config, model)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
         check_fits(config.batch, config.loader.prefetch, len(positions), program)
-        kept = None if fresh else workdir.frozen
-        frozen = open_frozen(kept, model, config.seed, mesh, program.boxed_frozen)
+        lent: Params = {}
+        if base is None:
+            kept = None if fresh else workdir.frozen
+            frozen = open_frozen(kept, model, config.seed, mesh, program.boxed_frozen)
+        else:
+            lent = base.frozen(model, config.seed, mesh, program.boxed_frozen, program.boxed_params)
+            frozen = {name: lent[name] for name in program.boxed_frozen}
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config)
         digest = frozen_hash(frozen, *model.encoders)
         words = tokenizer_hash(workdir, tokenizer)
-        check_resumed_weights(workdir, digest, words)
-        take(lease, workdir, fresh)
-
-        def claim() -> None:
-            save_frozen(workdir.frozen, model, frozen, replace=fresh)
-            claim_workdir(workdir, config, tokenizer)
-
-        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
-        return cls(
+        if not unfinished_start(workdir):
+            check_resumed_weights(workdir, digest, words)
+        run = cls(
             config=config,
             workdir=workdir,
             source=source,
@@ -125,6 +132,20 @@ class Run:
             tokenizer_hash=words,
             evaluator=evaluator,
         )
+        begun = None
+        if base is not None:
+            # Read before anything is written, for what does not fit must leave no trace.
+            begun = stages.first_state(base, program, run.random_state(), lent, config, model)
+        take(lease, workdir, fresh)
+        if base is not None and begun is not None:
+            stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
+
+        def claim() -> None:
+            save_frozen(workdir.frozen, model, frozen, replace=fresh)
+            claim_workdir(workdir, config, tokenizer)
+
+        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
+        return run
 
     def begin(
         self, store: Checkpoints, rewinds: Sequence[Rewind], *, strict: bool = False
@@ -148,6 +169,11 @@ class Run:
                 store.remove(step)
         config, extra = self.config, dict[str, Any]()
         if store.latest_step() is None:
+            if self.workdir.start.exists():
+                raise UserError(
+                    f"{self.workdir} began from another run's weights, and its checkpoints are gone; put one back, or "
+                    "give another --workdir and --from again"
+                )
             state = self.fresh_state()
         else:
             aside = self.workdir.damaged_checkpoints
@@ -166,12 +192,16 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """The state of step 0, in its shardings: initialised from the seed, but for pretrained weights."""
-        program = self.program
-        state: TrainState = program.init(jax.random.key(self.config.seed))
+        program, state = self.program, self.random_state()
         pretrained = open_trained(self.model, program.mesh, program.boxed_params)
         if pretrained:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
             state = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, pretrained)
+        return state
+
+    def random_state(self) -> TrainState:
+        """The state of step 0, in its shardings, initialised from the seed."""
+        state: TrainState = self.program.init(jax.random.key(self.config.seed))
         return state
 
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
@@ -183,6 +213,21 @@ class Run:
             "rewinds": len(rewinds),
             "losses": spikes.recent,
         }
+
+
+def open_start(workdir: Workdir, start: Start | None, fresh: bool) -> stages.Base | None:
+    """The base of a run that begins now; None for one that begins from nothing, or is resumed.
+
+    Raises:
+      UserError: as `open_base`; a run that began from something else; or a start cut short, without its base.
+    """
+    if start is not None and not fresh:
+        stages.check_same_start(workdir, start)
+    if start is None and unfinished_start(workdir):
+        raise UserError(
+            f"a start in {workdir} was cut short before it had its weights; give the same command with its --from again"
+        )
+    return open_base(start) if start is not None and fresh else None
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

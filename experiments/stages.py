@@ -1,25 +1,26 @@
-"""What comes after a base model: higher resolution, long captions, and a text encoder that is tuned?
+"""What do higher resolution, a tuned text encoder and long captions add to a base model?
 
 Each argument is one stage, for `train --from`: the run begins with the weights of the run or file named there.
 
     scaling-dit train --config=stages:shapes-24 --workdir=runs/shapes-24
     scaling-dit train --config=stages:shapes-24-48 --workdir=runs/shapes-48 --from=runs/shapes-24
 
-    scaling-dit train --config=dit_scaling:uvit-h2048-d42-n16,pretrained --workdir=runs/256 ...   # its places, recipe.py
+    scaling-dit train --config=dit_scaling:uvit-h2048-d42-n16,pretrained --workdir=runs/256 ...   # see recipe.py
     scaling-dit train --config=stages:512 --workdir=runs/512 --from=runs/256 ...
     scaling-dit train --config=stages:1024 --workdir=runs/1024 --from=runs/512 ...
     scaling-dit train --config=stages:text --workdir=runs/text --from=runs/256 ...
     scaling-dit train --config=stages:long --workdir=runs/long --from=runs/256 ...
 
 `shapes-24` and `shapes-24-48` are U-ViT on the built-in scenes at 24 and 48 px, on a laptop. The others continue the
-recipe's U-ViT of 2.3B parameters (recipe.py) with its pretrained encoders: at 512 and 1024 px, with a tuned text encoder
-(arXiv 2412.12391, section 4.2), and with captions of 231 tokens, three windows of CLIP. Steps and batches are those of
-i1 (arXiv 2606.11289), which trains 256, 512 and 1024 px in turn; its shares of long captions are ours.
+recipe's U-ViT of 2.3B parameters (recipe.py) with its pretrained encoders: at 512 and 1024 px, with a tuned text
+encoder (arXiv 2412.12391, section 4.2), and with captions of 231 tokens, three windows of CLIP. Steps and batches of
+512 and 1024 px are those of arXiv 2606.11289, which trains 256, 512 and 1024 px in turn. The factor of the text
+encoder's rate, its steps, and the share of long captions are open in both papers, and ours here.
 
-Slice: none for shapes, 2 CPU cores and some minutes; for the others as the base, with half the batch for each doubling.
+Slice: none for shapes, 2 CPU cores and some minutes; for the others one as for the base, see `plan`.
 
-Expect a loss at step 0 that is a little above the base's, and a fraction of a base's steps until it is below: see
-studies/stages_shapes.py and docs/stages.md for figures on shapes.
+Expect a loss at step 0 above the base's, and far fewer steps than from nothing until it is below:
+studies/stages_shapes.py and docs/stages.md have figures on shapes.
 """
 
 from ml_collections import ConfigDict

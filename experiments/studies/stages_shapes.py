@@ -2,8 +2,8 @@
 
     scaling-dit study --config=stages_shapes --workdir=runs/stages_shapes
 
-U-ViT on built-in scenes. `base` trains at 24 px. `stage` begins with its weights and trains at 48 px (`train --from`, the
-table of positions resized). `scratch` trains at 48 px from nothing for as many steps, which is equal extra compute;
+U-ViT on built-in scenes. `base` trains at 24 px. `stage` begins with its weights and trains at 48 px (`train --from`,
+the table of positions resized). `scratch` trains at 48 px from nothing for as many steps, which is equal extra compute;
 `scratch-total` for as much compute as base and stage together. Claims compare the three at 48 px, seed by seed.
 
 Slice: none; made for 2 CPU cores, a few minutes for each of three seeds. `:smoke` is a miniature for tests.
@@ -32,11 +32,12 @@ def get_study(arg: str = "") -> StudySpec:
     scratch = dataclasses.replace(stage, name="scratch", base="")
     both = sum(ladder.cost(one.config).train_flops() for one in (base, stage))
     total = ladder.at_compute(scratch, both, "scratch-total")
+    in_loss = {"paired": True, "metric": "loss"}
     claims = (
-        Claim("a stage beats scratch at equal extra compute, in loss", "scratch", "stage", paired=True, metric="loss"),
+        Claim("a stage beats scratch at equal extra compute, in loss", "scratch", "stage", **in_loss),
         Claim("a stage beats scratch at equal extra compute, in scenes", "stage", "scratch", paired=True),
-        Claim("a stage beats scratch at equal total compute, in loss", "scratch-total", "stage", paired=True, metric="loss"),
-    )  # fmt: skip
+        Claim("a stage beats scratch at equal total compute, in loss", "scratch-total", "stage", **in_loss),
+    )
     return StudySpec(
         question="Does continuing a small model at twice the resolution beat training there from nothing?",
         members=(base, stage, scratch, total),

@@ -74,7 +74,7 @@ class StudySpec:
         for number, member in enumerate(self.members):
             if member.base and member.base not in names[:number]:
                 raise UserError(
-                    f"member {member.name!r} begins from {member.base!r}, which is no member before it; put that one first"
+                    f"member {member.name!r} begins from {member.base!r}, which is no member before it; put that first"
                 )
         for what, values in (("seeds", self.seeds), ("generation_seeds", self.generation_seeds)):
             if not values or any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):

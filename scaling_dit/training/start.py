@@ -93,7 +93,7 @@ class Run:
           StorageError: the disk or bucket refuses to be written.
         """
         fresh = not workdir.config.exists()
-        base = open_start(workdir, start, fresh)
+        base = open_start(workdir, start)
         mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         # A microbatch must split over the devices as well.
@@ -215,19 +215,22 @@ class Run:
         }
 
 
-def open_start(workdir: Workdir, start: Start | None, fresh: bool) -> stages.Base | None:
+def open_start(workdir: Workdir, start: Start | None) -> stages.Base | None:
     """The base of a run that begins now; None for one that begins from nothing, or is resumed.
 
     Raises:
       UserError: as `open_base`; a run that began from something else; or a start cut short, without its base.
     """
-    if start is not None and not fresh:
+    unfinished = unfinished_start(workdir)
+    # A run that lost its config, and has checkpoints, is no new one.
+    is_new = unfinished or not (workdir.config.exists() or workdir.checkpoints.exists())
+    if start is not None and not is_new:
         stages.check_same_start(workdir, start)
-    if start is None and unfinished_start(workdir):
+    if start is None and unfinished:
         raise UserError(
             f"a start in {workdir} was cut short before it had its weights; give the same command with its --from again"
         )
-    return open_base(start) if start is not None and fresh else None
+    return open_base(start) if start is not None and is_new else None
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

@@ -24,7 +24,7 @@ from scaling_dit.backbones.lumina_layers import (
 )
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import NORMAL_002
-from scaling_dit.nn.rotary import Rotary, rotary_1d
+from scaling_dit.nn.rotary import ROW_SCALINGS, Rotary, rotary_rows
 
 
 class LargeDiT(Lumina):
@@ -33,6 +33,7 @@ class LargeDiT(Lumina):
     size: str | None = "h1024-d16-n16"
 
     HEAD_SIZE_MULTIPLE: ClassVar[int] = 2
+    ROPE_SCALINGS: ClassVar[tuple[str, ...]] = ROW_SCALINGS
     WEIGHTS: ClassVar[str] = "scaling_dit.backbones.large_dit_weights:rows"
 
     @property
@@ -70,7 +71,7 @@ class LargeDiT(Lumina):
         )
         ends = jnp.broadcast_to(end_of_line.astype(x.dtype), (batch, rows, 1, hidden))
         x = jnp.concatenate([x, ends], axis=2).reshape(batch, rows * (columns + 1), hidden)
-        rotary = rotary_1d(x.shape[1], self.head_size)
+        rotary = rotary_rows(rows, columns, self.head_size, scaling=self.rope_scaling, base=self.base_size)
 
         c = self.embed_conditioning(timesteps, text, text_mask)
         x = self.run_blocks(Block, x, c, text, text_mask, rotary)

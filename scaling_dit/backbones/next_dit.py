@@ -64,7 +64,8 @@ class NextDiT(Lumina):
             (self.widths[0],),
             jnp.dtype(self.param_dtype),
         )
-        rotary = rotary_2d(height // self.patch, width // self.patch, self.head_size)
+        grid = height // self.patch, width // self.patch
+        rotary = rotary_2d(*grid, self.head_size, scaling=self.rope_scaling, base=self.base_size)
         c = self.embed_conditioning(timesteps, text, text_mask)
         x = self.run_blocks(Block, x, c, text, text_mask, rotary)
         return self.predict(x, c, height, width, shift=False)

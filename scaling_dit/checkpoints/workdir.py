@@ -68,6 +68,8 @@ class Workdir(os.PathLike[str]):
         self.damaged = self.folder / "damaged.jsonl"
         # Compiled programs, with `config.compile_cache=workdir`.
         self.compile_cache = self.folder / "compile_cache"
+        # What a run that began from another's weights took, and where. It is written before its first checkpoint.
+        self.start = self.folder / "start.json"
         # The `config.json` that imported weights came with.
         self.imported = self.folder / "diffusers_config.json"
         # A folder for each request of `sample`.
@@ -145,11 +147,17 @@ def load_tokenizer(config: ConfigDict, workdir: epath.PathLike) -> Any:
     return encoders.tokenizer_type(config.text_encoder.name).load(Workdir(workdir).tokenizer)
 
 
+def unfinished_start(workdir: epath.PathLike) -> bool:
+    """Whether a start from another run's weights was cut short here before it was one: it has done no step yet."""
+    run = Workdir(workdir)
+    return run.start.exists() and not run.config.exists() and not run.metrics.exists()
+
+
 def open_workdir(
     workdir: epath.PathLike,
     config: ConfigDict,
     source: Source | None = None,
-    origin: "Workdir | None" = None,
+    given: Tokenizer | None = None,
 ) -> Tokenizer:
     """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
 
@@ -157,7 +165,7 @@ def open_workdir(
       workdir: of the run.
       config: of the run, resolved.
       source: the run's, if it is open already; else it is opened where a new tokenizer needs its captions.
-      origin: the run whose weights a new run uses, and whose tokenizer it therefore takes.
+      given: the tokenizer of a new run, if it comes from elsewhere.
 
     Raises:
       UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
@@ -166,12 +174,10 @@ def open_workdir(
     if run.config.exists() and _is_readable(run):
         config_lib.check_same_run(_read_fixed(run, config), config)
         return load_tokenizer(config, run)
-    if run.config.exists() or run.checkpoints.exists():
+    if not unfinished_start(run) and (run.config.exists() or run.checkpoints.exists()):
         _check_rebuilt(run, config)
         return load_tokenizer(config, run)
-    if origin is not None:
-        return load_tokenizer(config, origin)
-    tokenizer = make_tokenizer(config, source)
+    tokenizer = given or make_tokenizer(config, source)
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
     return tokenizer

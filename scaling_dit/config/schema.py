@@ -131,6 +131,12 @@ SECTIONS: dict[str, Section] = {
             "time_shift": Field(
                 1.0, "shift of schedule `flow`, in training and sampling: more than 1 = more noise", POSITIVE
             ),
+            "resolution_shift": Field(
+                1.0,
+                "shift of the other schedules: side of the images over the side that the schedule was made for; "
+                "sigma / alpha is multiplied by it, so more than 1 = more noise",
+                POSITIVE,
+            ),
             "caption_drop": Field(
                 0.1, "share of captions replaced by the empty one, for classifier-free guidance", SHARE
             ),
@@ -166,6 +172,11 @@ SECTIONS: dict[str, Section] = {
                 (),
                 "relative widths of power-function averages, such as (0.05, 0.1), from which any decay can be rebuilt",
                 _numbers_below(WIDEST_EMA_POWER, "above 0 and below 0.2887"),
+            ),
+            "text_encoder_rate": Field(
+                1.0,
+                "learning rate of a trained text encoder, as a factor of learning_rate; `groups` come first",
+                POSITIVE,
             ),
             "max_nonfinite": Field(10, "consecutive skipped updates before the run stops", COUNT),
         },

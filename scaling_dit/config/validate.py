@@ -44,6 +44,11 @@ def validate(config: ConfigDict) -> None:
     if config.sample.ema not in (0, -1, *config.optim.ema):
         right = f"0 (raw weights), -1 (largest) or one of config.optim.ema, {config.optim.ema}"
         raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
+    if config.optim.text_encoder_rate != 1.0 and not config.train_text_encoder:
+        right = "1.0 while config.train_text_encoder is False"
+        raise UserError(
+            f"config.optim.text_encoder_rate is {config.optim.text_encoder_rate}; it must be {right}"
+        )
     for group in config.optim.groups:
         parse_group(group)
     check_adapter(config)

@@ -11,11 +11,11 @@ from etils import epath
 
 from scaling_dit import interop
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.declared import diffusers_class
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
-from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import lora, pipelines
 from scaling_dit.interop.diffusers.config import keep_spelling, write_config
 from scaling_dit.model.adapters import Adapters

@@ -35,6 +35,7 @@ from scaling_dit.model.frozen import frozen_hash, open_frozen, open_trained, sav
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.training import optim
+from scaling_dit.training.base import Start
 from scaling_dit.training.program import run_mesh
 from scaling_dit.training.start import Run, take
 from scaling_dit.weights import files
@@ -107,7 +108,7 @@ def import_adapters(
     inputs = model_inputs(model)
     config.adapter.update({"rank": read.rank, "alpha": 0.0, "targets": lora.targets(backbone, read, inputs)})
     with leased(folder.lease, str(folder)) as lease:
-        run = Run.open(config, folder, lease=lease, start=base)
+        run = Run.open(config, folder, lease=lease, start=Start.parse(base))
         adapters = run.program.adapters
         assert adapters is not None
         state = run.fresh_state()

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
-from scaling_dit.checkpoints.base import Base, check_base
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
+from scaling_dit.checkpoints.frozen_base import FrozenBase, check_base
 from scaling_dit.checkpoints.store import Checkpoints, Damaged
 from scaling_dit.checkpoints.workdir import (
     Workdir,
@@ -170,7 +170,7 @@ def open_run(
     check_tokenizer(tokenizer_hash(run, tokenizer), saved, str(workdir))
     adapters = None
     if adapted is not None:
-        weights, _, base = Base.read(run.base).load(mesh, boxed)
+        weights, _, base = FrozenBase.read(run.base).load(mesh, boxed)
         check_base(base, saved, str(workdir))
         adapters, params = params, adapted.merge(weights, params)
     return Pipeline(

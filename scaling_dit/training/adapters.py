@@ -5,15 +5,15 @@ import dataclasses
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit.checkpoints.base import Base, absolute
+from scaling_dit.checkpoints.frozen_base import FrozenBase, absolute
 from scaling_dit.checkpoints.workdir import Workdir, check_tokenizer
 from scaling_dit.errors import UserError
-from scaling_dit.model.adapters import BASE
 from scaling_dit.model.frozen import check_frozen
+from scaling_dit.training.base import Start
 from scaling_dit.trees import Params
 
 
-def base_of(config: ConfigDict, workdir: Workdir, start: str | None) -> Base | None:
+def base_of(config: ConfigDict, workdir: Workdir, start: Start | None) -> FrozenBase | None:
     """The base of a run, not yet read; None for a run that trains its parameters themselves.
 
     Args:
@@ -23,34 +23,30 @@ def base_of(config: ConfigDict, workdir: Workdir, start: str | None) -> Base | N
         name then says where that folder lies now.
 
     Raises:
-      UserError: adapters without a base, a base without adapters, or no run at `start`.
+      UserError: adapters without a base, or no such run, checkpoint or average at `start`.
     """
     if not config.adapter.rank:
-        if start is not None:
-            raise UserError(
-                f"--from={start} names the base of adapters; set config.adapter.rank, or leave it out"
-            )
         return None
     if workdir.config.exists() or (workdir.base.exists() and workdir.checkpoints.exists()):
-        kept = Base.read(workdir.base)
-        return kept if start is None else dataclasses.replace(kept, place=absolute(start))
+        kept = FrozenBase.read(workdir.base)
+        return kept if start is None else dataclasses.replace(kept, place=absolute(start.place))
     if start is None:
         raise UserError(
             f"config.adapter.rank is {config.adapter.rank}, so the run trains adapters beside a base; name the run "
             "that is the base by --from=WORKDIR, or set config.adapter.rank=0"
         )
-    return Base.find(start)
+    return FrozenBase.find(start.place, start.step, start.ema)
 
 
-def open_base(
-    base: Base, mesh: jax.sharding.Mesh, boxed_frozen: Params, frozen_hash: str, tokenizer_hash: str
-) -> tuple[Params, Base]:
+def read_base(
+    base: FrozenBase, mesh: jax.sharding.Mesh, boxed: Params, frozen_hash: str, tokenizer_hash: str
+) -> tuple[Params, FrozenBase]:
     """The parameters of a base in their shardings, and the base with their hash.
 
     Args:
       base: of `base_of`.
       mesh: of the run.
-      boxed_frozen: of the run's program.
+      boxed: the parameters of the run's model, abstract and with logical axes.
       frozen_hash: of the run's frozen weights, which must be the base's.
       tokenizer_hash: of its tokenizer, likewise.
 
@@ -58,7 +54,7 @@ def open_base(
       UserError: no such checkpoint, the parameters of another model, other frozen weights or another tokenizer than
         the base was trained with, or another base than the run has had.
     """
-    params, extra, found = base.load(mesh, boxed_frozen[BASE])
+    params, extra, found = base.load(mesh, boxed)
     where = str(base.workdir.checkpoints)
     check_frozen(frozen_hash, extra, where)
     check_tokenizer(tokenizer_hash, extra, where)

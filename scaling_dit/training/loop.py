@@ -31,6 +31,7 @@ from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer
 from scaling_dit.parallel import compile_cache, processes, rules
 from scaling_dit.training import rewind, watching
+from scaling_dit.training.base import Start
 from scaling_dit.training.program import place_seed
 from scaling_dit.training.rewind import Rewind, Spike
 from scaling_dit.training.start import Run
@@ -66,7 +67,7 @@ def main(
     began: float | None = None,
     *,
     strict: bool = False,
-    start: str | None = None,
+    start: Start | None = None,
 ) -> int:
     """The `train` verb: `train` with exit codes.
 
@@ -88,7 +89,7 @@ def train(
     *,
     began: float | None = None,
     strict: bool = False,
-    start: str | None = None,
+    start: str | epath.Path | Start | None = None,
 ) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
@@ -98,7 +99,9 @@ def train(
       devices: those to train on; all by default.
       began: when the command was given, in seconds since 1970, for goodput; now by default.
       strict: refuse a damaged checkpoint, which is set aside otherwise, and the run resumes from an older one.
-      start: the workdir of the base, for a run that trains adapters (`config.adapter`).
+      start: what a new run's parameters begin as: the folder of a run, "RUN@STEP", a safetensors file of a backbone, or
+        a `base.Start`, which can name an EMA as well. A run that is resumed does not read it again. For adapters
+        (`config.adapter`) it is the run that they are trained beside, which every start reads.
 
     Returns:
       The final state, sharded over the run's mesh.
@@ -116,7 +119,8 @@ def train(
         if processes.first_says(folder.folder.exists()):
             # Now, and not after minutes of building; a start that fails in a new folder leaves no trace.
             processes.first_does(lease.acquire)
-        run = Run.open(config, folder, devices, lease, start)
+        begin = start if start is None or isinstance(start, Start) else Start.parse(start)
+        run = Run.open(config, folder, devices, lease, begin)
         rewinds = rewind.read(folder.rewinds)
         with open_outputs(run, watch, lease) as outputs, processes.preemption() as preempted:
             state = run_steps(run, rewinds, outputs, watch, preempted, strict=strict)

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scaling_dit import storage
-from scaling_dit.checkpoints.base import SHA256, Base, check_base
+from scaling_dit.checkpoints.frozen_base import SHA256, FrozenBase, check_base
 from scaling_dit.checkpoints.lease import Held, Lease
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints, Damaged
@@ -21,8 +21,10 @@ from scaling_dit.checkpoints.workdir import (
     check_resumed_weights,
     check_tokenizer,
     claim_workdir,
+    load_tokenizer,
     open_workdir,
     tokenizer_hash,
+    unfinished_start,
 )
 from scaling_dit.config.own_code import changes, source_hashes
 from scaling_dit.data.buckets import Bucket, describe, open_buckets
@@ -37,8 +39,9 @@ from scaling_dit.model.codec_identity import check_source
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
-from scaling_dit.training import rewind
-from scaling_dit.training.adapters import base_of, open_base
+from scaling_dit.training import rewind, stages
+from scaling_dit.training.adapters import base_of, read_base
+from scaling_dit.training.base import Start, open_base
 from scaling_dit.training.memory import check_fits
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
@@ -74,7 +77,7 @@ class Run:
     frozen_hash: str
     tokenizer_hash: str
     evaluator: InTraining
-    base: Base | None = None
+    base: FrozenBase | None = None
     buckets: tuple[Bucket, ...] = ()
 
     @classmethod
@@ -84,7 +87,7 @@ class Run:
         workdir: Workdir,
         devices: Sequence[jax.Device] | None = None,
         lease: Lease | None = None,
-        start: str | None = None,
+        start: Start | None = None,
     ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
@@ -93,66 +96,80 @@ class Run:
           workdir: of the run, new or its own.
           devices: those to train on; all by default.
           lease: of the workdir, taken before the first write.
-          start: the run that is the base of adapters, as `adapters.base_of` takes it.
+          start: what a new run begins from, or for adapters the base that they are trained beside; a run that is
+            resumed reads only the latter again.
 
         Raises:
           UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
           StorageError: the disk or bucket refuses to be written.
         """
         fresh = not workdir.config.exists()
-        base = base_of(config, workdir, start)
+        beside = base_of(config, workdir, start)
+        base = open_start(workdir, start) if beside is None else None
         mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        tokenizer = open_workdir(workdir, config, source, None if base is None else base.workdir)
+        given = base and base.tokenizer()
+        if fresh and beside is not None:
+            given = load_tokenizer(config, beside.workdir)
+        tokenizer = open_workdir(workdir, config, source, given)
         model = build_model(config, tokenizer, source)
+        if base is not None:
+            stages.check_configs(base, config, model)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
-        buckets = open_buckets(source) if config.buckets else ()
-        for bucket in buckets:
-            check_bucket(bucket, model, program)
-        if buckets and jax.process_index() == 0:
-            print(f"scaling-dit: buckets: {describe(buckets)}", file=sys.stderr)
+        buckets = read_buckets(source, config, model, program)
         check_fits(config.batch, config.loader.prefetch, len(positions), program)
-        kept = None if fresh else workdir.frozen
-        if fresh and base is not None:
-            kept = base.workdir.frozen
         boxed = {name: tree for name, tree in program.boxed_frozen.items() if name != BASE}
-        frozen = open_frozen(kept, model, config.seed, mesh, boxed)
+        if base is None:
+            kept = workdir.frozen if not fresh else beside and beside.workdir.frozen
+            lent = open_frozen(kept, model, config.seed, mesh, boxed)
+        else:
+            lent = base.frozen(model, config.seed, mesh, boxed, program.boxed_params)
+        frozen = {name: lent[name] for name in boxed}
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config, program.adapters)
         digest = frozen_hash(frozen, *model.encoders)
         words = tokenizer_hash(workdir, tokenizer)
-        weights = dict[str, Params]()
-        if base is not None:
-            weights[BASE], base = open_base(base, mesh, program.boxed_frozen, digest, words)
-        check_resumed_weights(workdir, digest, words)
-        take(lease, workdir, fresh)
-
-        def claim() -> None:
-            save_frozen(workdir.frozen, model, frozen, replace=fresh)
-            if base is not None and jax.process_index() == 0:
-                base.save(workdir.base)
-            claim_workdir(workdir, config, tokenizer)
-
-        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
-        return cls(
+        whole = frozen
+        if beside is not None:
+            params, beside = read_base(beside, mesh, program.boxed_frozen[BASE], digest, words)
+            whole = frozen | {BASE: params}
+        if not unfinished_start(workdir):
+            check_resumed_weights(workdir, digest, words)
+        run = cls(
             config=config,
             workdir=workdir,
             source=source,
             model=model,
             program=program,
             positions=positions,
-            frozen=frozen | weights,
+            frozen=whole,
             frozen_hash=digest,
             tokenizer_hash=words,
             evaluator=evaluator,
-            base=base,
+            base=beside,
             buckets=buckets,
         )
+        begun = None
+        if base is not None:
+            # Read before anything is written, for what does not fit must leave no trace.
+            begun = stages.first_state(base, program, run.random_state(), lent, config, model)
+        take(lease, workdir, fresh)
+        if base is not None and begun is not None:
+            stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
+
+        def claim() -> None:
+            save_frozen(workdir.frozen, model, frozen, replace=fresh)
+            if beside is not None and jax.process_index() == 0:
+                beside.save(workdir.base)
+            claim_workdir(workdir, config, tokenizer)
+
+        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
+        return run
 
     def begin(
         self, store: Checkpoints, rewinds: Sequence[Rewind], *, strict: bool = False
@@ -176,6 +193,11 @@ class Run:
                 store.remove(step)
         config, extra = self.config, dict[str, Any]()
         if store.latest_step() is None:
+            if self.workdir.start.exists():
+                raise UserError(
+                    f"{self.workdir} began from another run's weights, and its checkpoints are gone; put one back, or "
+                    "give another --workdir and --from again"
+                )
             state = self.fresh_state()
         else:
             aside = self.workdir.damaged_checkpoints
@@ -196,15 +218,17 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """The state of step 0, in its shardings: initialised from the seed, but for pretrained weights."""
-        program = self.program
-        state: TrainState = program.init(jax.random.key(self.config.seed))
-        # The parameters of adapters are the base's.
-        pretrained = None
-        if self.base is None:
-            pretrained = open_trained(self.model, program.mesh, program.boxed_params)
+        program, state = self.program, self.random_state()
+        # Of adapters the base's parameters are given, and no others.
+        pretrained = self.base is None and open_trained(self.model, program.mesh, program.boxed_params)
         if pretrained:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
             state = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, pretrained)
+        return state
+
+    def random_state(self) -> TrainState:
+        """The state of step 0, in its shardings, initialised from the seed."""
+        state: TrainState = self.program.init(jax.random.key(self.config.seed))
         return state
 
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
@@ -219,6 +243,24 @@ class Run:
             "own_code_sha256": source_hashes(self.config),
         }
         return hashes if self.base is None else hashes | {SHA256: self.base.sha256}
+
+
+def read_buckets(
+    source: Source, config: ConfigDict, model: Model, program: StepProgram
+) -> tuple[Bucket, ...]:
+    """The buckets of a run's source, printed in one line; none without `config.buckets`.
+
+    Raises:
+      UserError: a source without buckets, or one whose images codec or backbone cannot take.
+    """
+    if not config.buckets:
+        return ()
+    buckets = open_buckets(source)
+    for bucket in buckets:
+        check_bucket(bucket, model, program)
+    if jax.process_index() == 0:
+        print(f"scaling-dit: buckets: {describe(buckets)}", file=sys.stderr)
+    return buckets
 
 
 def check_bucket(bucket: Bucket, model: Model, program: StepProgram) -> None:
@@ -243,6 +285,24 @@ def check_bucket(bucket: Bucket, model: Model, program: StepProgram) -> None:
             f"config.buckets: images of {height}x{width} px do not fit ({error}); choose a config.source.image_size "
             "whose eighth is a multiple of the codec's factor times the backbone's patch"
         ) from None
+
+
+def open_start(workdir: Workdir, start: Start | None) -> stages.Base | None:
+    """The base of a run that begins now; None for one that begins from nothing, or is resumed.
+
+    Raises:
+      UserError: as `open_base`; a run that began from something else; or a start cut short, without its base.
+    """
+    unfinished = unfinished_start(workdir)
+    # A run that lost its config, and has checkpoints, is no new one.
+    is_new = unfinished or not (workdir.config.exists() or workdir.checkpoints.exists())
+    if start is not None and not is_new:
+        stages.check_same_start(workdir, start)
+    if start is None and unfinished:
+        raise UserError(
+            f"a start in {workdir} was cut short before it had its weights; give the same command with its --from again"
+        )
+    return open_base(start) if start is not None and is_new else None
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

@@ -20,10 +20,11 @@ from etils import epath
 from flax import linen as nn
 from safetensors import numpy as safetensors_numpy
 
-from scaling_dit import interop, trees
+from scaling_dit import trees
+from scaling_dit.backbones.declared import diffusers_class
+from scaling_dit.backbones.state_dicts import table
 from scaling_dit.errors import UserError
 from scaling_dit.files import parse_json
-from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.model.adapters import A, B, Form, Path, delta
 from scaling_dit.weights import state_dicts
 from scaling_dit.weights.table import Copy
@@ -73,12 +74,12 @@ def save(
       adapters: those of the backbone, as `Adapters.init` gives them below "backbone".
       forms: path of each adapted kernel, below "backbone" -> its axes.
       scale: alpha / rank.
-      inputs: of a call of the backbone, as `interop.to_state_dict` takes them.
+      inputs: of a call of the backbone, as `to_state_dict` takes them.
 
     Raises:
       UserError: a backbone without names elsewhere, or a kernel that is no product of two factors under these.
     """
-    rows, abstract, _ = interop.table(backbone, inputs)
+    rows, abstract, _ = table(backbone, inputs)
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in trees.by_path(adapters).items()}
     known = {"/".join(path): form for path, form in forms.items()}
     paths = ["/".join(path) for path in trees.by_path(abstract)]
@@ -129,7 +130,7 @@ def load(
     Raises:
       UserError: modules that the backbone does not have, or of another shape; queries that must be equal and differ.
     """
-    rows, abstract, what = interop.table(backbone, inputs)
+    rows, abstract, what = table(backbone, inputs)
     modules = dict(read.modules)
     _drop_copies(rows, modules)
     known = {"/".join(path): form for path, form in forms.items()}
@@ -156,7 +157,7 @@ def targets(backbone: nn.Module, read: Read, inputs: Any) -> tuple[str, ...]:
     Raises:
       UserError: none of its modules is one of the backbone.
     """
-    rows, abstract, what = interop.table(backbone, inputs)
+    rows, abstract, what = table(backbone, inputs)
     found = set()
     for entry in state_dicts.expand(rows, ["/".join(path) for path in trees.by_path(abstract)]):
         if any(name.removesuffix(_WEIGHT) in read.modules for name in entry.names):

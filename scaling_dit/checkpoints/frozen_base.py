@@ -6,7 +6,6 @@ refused if they are not those that the adapters were trained beside.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from etils import epath
 
 from scaling_dit import config as config_lib
 from scaling_dit import files, trees
-from scaling_dit.checkpoints.checksums import checksums
+from scaling_dit.checkpoints.checksums import params_hash
 from scaling_dit.checkpoints.ema import find_ema, kept_emas
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, read_saved
@@ -31,7 +30,7 @@ SHA256 = "base_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class FrozenBase:
     """Where the base of a run lies.
 
     Attributes:
@@ -47,30 +46,37 @@ class Base:
     sha256: str = ""
 
     @classmethod
-    def find(cls, place: str, ema: str | None = None) -> Self:
-        """The newest checkpoint of a run, and the average that its `config.sample.ema` names, or else `ema`.
+    def find(cls, place: str, step: int | None = None, ema: float | str | None = None) -> Self:
+        """A checkpoint of a run, the newest by default, and one of its averages, by default the raw weights.
 
         Raises:
-          UserError: no run there, one that trains adapters itself, no checkpoint, or an average that is not kept.
+          UserError: no run there, one that trains adapters itself, no such checkpoint, or an average that is not kept.
         """
+        if not Workdir(place).config.exists():
+            raise UserError(
+                f"--from={place} is no run's folder, and adapters are trained beside a run's parameters; `import` a "
+                "file first"
+            )
         saved, known = read_saved(place), config_lib.defaults()
-        for section in ("optim", "sample", "adapter"):
+        for section in ("optim", "adapter"):
             for name, value in saved.get(section, {}).items():
                 if name in known[section]:
                     known[section][name] = value
         if known.adapter.rank:
             raise UserError(
-                f"{place} trains adapters itself; give the run that is its base, or export it, which adds its "
+                f"--from={place} trains adapters itself; give the run that is its base, or export it, which adds its "
                 "adapters to the base, and import that"
             )
-        name = find_ema(known, known.sample.ema if ema is None else ema)
+        name = find_ema(known, ema)
         if name is not None and name not in kept_emas(known):
-            raise UserError(f"the base {place} keeps no EMA {name}; it keeps {', '.join(kept_emas(known))}")
+            raise UserError(f"--from={place} keeps no EMA {name}; it keeps {', '.join(kept_emas(known))}")
         with Checkpoints(Workdir(place).checkpoints, read_only=True) as store:
-            step = store.latest_step()
-        if step is None:
-            raise UserError(f"the base {place} has no checkpoint; train it first")
-        return cls(absolute(place), step, name)
+            steps = store.all_steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"--from={place} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {steps}"
+            )
+        return cls(absolute(place), steps[-1] if step is None else step, name)
 
     @classmethod
     def read(cls, path: epath.Path) -> Self:
@@ -118,7 +124,7 @@ class Base:
             )
         with Checkpoints(self.workdir.checkpoints, read_only=True) as store:
             params, extra = store.restore_params(self.step, stored, ema=self.ema)
-        found = dataclasses.replace(self, sha256=params_hash(params))
+        found = dataclasses.replace(self, sha256=params_hash(_flat(params)))
         if self.sha256 and found.sha256 != self.sha256:
             raise UserError(
                 f"the adapters were trained beside another base than the one in {self.place} (sha256 "
@@ -127,18 +133,11 @@ class Base:
         return jax.tree.map(lambda x, want: x.astype(want.dtype), params, target), extra, found
 
 
-def params_hash(params: Params) -> str:
-    """sha256 over paths, dtypes, shapes and checksums of parameters: the same for every sharding; none is gathered.
-
-    All processes call it.
-    """
-    leaves = trees.by_path(params)
-    sums = checksums(leaves)
-    lines = [f"{'/'.join(path)} {leaf.dtype} {leaf.shape} {sums[path]}" for path, leaf in leaves.items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _flat(params: Params) -> dict[str, Any]:
+    return {"/".join(path): leaf for path, leaf in trees.by_path(params).items()}
 
 
-def check_base(now: Base, saved: Mapping[str, Any], where: str) -> None:
+def check_base(now: FrozenBase, saved: Mapping[str, Any], where: str) -> None:
     """Makes sure that adapters are used beside the base they were trained beside.
 
     Args:

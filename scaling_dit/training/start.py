@@ -118,6 +118,9 @@ class Run:
         model = build_model(config, tokenizer, source)
         if base is not None:
             stages.check_configs(base, config, model)
+        elif beside is not None and start is not None:
+            # Shapes alone do not tell how many heads a kernel has.
+            stages.check_configs(open_base(start), config, model)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)

@@ -190,8 +190,8 @@ SECTIONS: dict[str, Section] = {
                 0.0, "an adapted kernel is W + alpha / rank A B; 0 = the rank, so a factor of 1", FROM_0
             ),
             "targets": Field(
-                (r"(attn|attention)(_\d+)?/(q|kv|qkv|text_kv|proj|out)/kernel$",),
-                "regexes over parameter paths: which kernels; by default q, k, v and out of every attention",
+                (r"^backbone/.*(attn|attention)(_\d+)?/(q|kv|qkv|text_kv|proj|out)/kernel$",),
+                "regexes over parameter paths: which kernels; by default q, k, v and out of every attention of the backbone",
             ),
         },
     ),

@@ -135,7 +135,7 @@ def test_a_base_must_be_given_and_be_no_run_of_adapters(smoke_run, tmp_path):
     assert base_of(tiny(2), new, None) is None
     found = base_of(adapted(2), new, Start(str(smoke_run)))
     assert (found.step, found.place, found.sha256) == (4, str(smoke_run), "")
-    assert base_of(adapted(2), new, Start(str(smoke_run), step=2, ema="0.999")).step == 2
+    assert base_of(adapted(2), new, Start(str(smoke_run), step=2, ema=0.995)).step == 2
     with pytest.raises(UserError, match="has no checkpoint of step 3"):
         base_of(adapted(2), new, Start(str(smoke_run), step=3))
     with pytest.raises(UserError, match="is no run's folder, .*`import` a file first"):

@@ -191,7 +191,7 @@ SECTIONS: dict[str, Section] = {
             ),
             "targets": Field(
                 (r"^backbone/.*(attn|attention)(_\d+)?/(q|kv|qkv|text_kv|proj|out)/kernel$",),
-                "regexes over parameter paths: which kernels; by default q, k, v and out of every attention of the backbone",
+                "regexes over the paths of kernels; by default q, k, v and out of every attention of the backbone",
             ),
         },
     ),

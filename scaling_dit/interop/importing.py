@@ -75,6 +75,11 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = (), ba
         path = pipelines.backbone_folder(path)
     described = read_described(path)
     config = run_config(experiment, overrides, described, source)
+    if config.adapter.rank:
+        raise UserError(
+            f"config.adapter.rank is {config.adapter.rank}, but {source} holds whole parameters; import them with "
+            "rank 0, and train adapters beside that run by `train --from`"
+        )
     weights = files.read(path)
     start_run(config, folder, weights, described, source)
     print(

@@ -119,7 +119,9 @@ def make(
             held: tuple[Any, ...] = (program.state, program.frozen, program.batch)
             lowered = program.lower()
         else:
-            held = (program.frozen.get(BASE, program.state.params), program.frozen)
+            # A run samples with its adapters added to their base.
+            frozen = {name: tree for name, tree in program.frozen.items() if name != BASE}
+            held = (program.frozen.get(BASE, program.state.params), frozen)
             lowered = Sampler(model, mesh, SamplingOptions.of(config.sample)).lower(*held)
     lowered_at = time.perf_counter()
     compiler = compile_program if kernels else outline_program

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.parallel import rules
 from scaling_dit.trees import Params
 
 # Keys of an adapted kernel, and of the base in the frozen weights of a run that trains adapters.
@@ -109,14 +109,24 @@ class Adapters:
       forms: path of each adapted kernel -> its axes.
     """
 
-    def __init__(self, rank: int, alpha: float, leaves: Mapping[Path, Any]) -> None:
+    def __init__(
+        self, rank: int, alpha: float, leaves: Mapping[Path, Any], mesh: jax.sharding.Mesh | None = None
+    ) -> None:
         self.rank, self.scale, self.leaves = rank, (alpha or rank) / rank, dict(leaves)
         self.forms = {path: form(path, leaf) for path, leaf in self.leaves.items()}
+        self._shardings = None if mesh is None else rules.param_shardings(mesh, self.leaves)
         self._merge: Any = None
 
     @classmethod
-    def of(cls, config: ConfigDict, boxed: Params) -> "Adapters | None":
-        """Those of a resolved config, over parameters as `Model.init` gives them; None if it trains these themselves.
+    def of(
+        cls, config: ConfigDict, boxed: Params, mesh: jax.sharding.Mesh | None = None
+    ) -> "Adapters | None":
+        """Those of a resolved config; None if it trains its parameters themselves.
+
+        Args:
+          config: of the run.
+          boxed: the base's parameters as `Model.init` gives them; shapes are enough.
+          mesh: of a program that `add` is part of: the changes are then made where their kernels lie.
 
         Raises:
           UserError: as `kernels` and `form`.
@@ -124,7 +134,7 @@ class Adapters:
         chosen = config.adapter
         if not chosen.rank:
             return None
-        return cls(chosen.rank, chosen.alpha, kernels(boxed, tuple(chosen.targets)))
+        return cls(chosen.rank, chosen.alpha, kernels(boxed, tuple(chosen.targets)), mesh)
 
     @property
     def size(self) -> int:
@@ -176,9 +186,9 @@ class Adapters:
         flat, added = trees.by_path(adapters), {}
         for path, kernel in held.items():
             change = self.scale * delta(self.forms[path], flat[(*path, A)], flat[(*path, B)])
-            if trees.is_box(self.leaves[path]):
-                # The kernel's own layout, or XLA may gather the product instead of its small factors.
-                change = nn.with_logical_constraint(change, tuple(self.leaves[path].names))
+            if self._shardings is not None:
+                # Or XLA may gather the product instead of its small factors.
+                change = jax.lax.with_sharding_constraint(change, self._shardings[path])
             added[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
         return added
 

@@ -60,7 +60,7 @@ class StepProgram:
         optimizer, init = optimizer_and_init(config, model)
         key = jax.eval_shape(lambda: jax.random.key(0))
         boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
-        adapters = Adapters.of(config, boxed_params)
+        adapters = Adapters.of(config, boxed_params, mesh)
         if adapters is not None:
             boxed_frozen = boxed_frozen | {BASE: boxed_params}
             boxed_params = jax.eval_shape(adapters.init, key)

@@ -35,7 +35,7 @@ def base(smoke_run):
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "run"
-    loop.train(adapted(4, checkpoint__every=2, eval__every=2), folder, start=str(base))
+    loop.train(adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), folder, start=str(base))
     return folder
 
 
@@ -81,13 +81,17 @@ def test_training_changes_the_samples_and_the_loss_from_those_of_the_base(base, 
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(base, trained, tmp_path):
-    whole = loop.train(adapted(4, checkpoint__every=2, eval__every=2), tmp_path / "whole", start=str(base))
+    whole = loop.train(
+        adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), tmp_path / "whole", start=str(base)
+    )
     with Checkpoints(Workdir(trained).checkpoints, read_only=True) as store:
         there, _ = store.restore(4, whole)
     assert_same_bits(whole, there)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-    resumed = loop.train(adapted(4, checkpoint__every=2, eval__every=2), tmp_path / "resumed")
+    resumed = loop.train(
+        adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), tmp_path / "resumed"
+    )
     assert_same_bits(whole, resumed)
 
 
@@ -100,10 +104,10 @@ def test_another_base_is_refused_in_one_line_and_a_moved_one_found(base, trained
     shutil.rmtree(other / "checkpoints" / "4")
     (other / "checkpoints" / "2").rename(other / "checkpoints" / "4")
     with pytest.raises(UserError, match=r"trained beside another base than the one in .*other"):
-        loop.train(adapted(4, checkpoint__every=2, eval__every=2), run, start=str(other))
+        loop.train(adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), run, start=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
-    loop.train(adapted(4, checkpoint__every=2, eval__every=2), run, start=str(moved))
+    loop.train(adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), run, start=str(moved))
     assert FrozenBase.read(Workdir(run).base).place == str(moved)
     # Or with a file that was changed by hand, which the checkpoint contradicts.
     kept = json.loads(Workdir(run).base.read_text()) | {"sha256": "", "place": str(other)}

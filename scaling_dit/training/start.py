@@ -111,7 +111,7 @@ class Run:
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        given = base and base.tokenizer()
+        given = None if base is None else base.tokenizer()
         if fresh and beside is not None:
             given = load_tokenizer(config, beside.workdir)
         tokenizer = open_workdir(workdir, config, source, given)

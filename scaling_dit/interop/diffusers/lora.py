@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from etils import epath
@@ -92,7 +93,7 @@ def save(
         if entry.layer is not None:
             a, b, split = a[entry.layer], b[entry.layer], _inner(split)
         pairs = _factors(entry, a, b, split)
-        _check(entry, pairs, np.asarray(delta(split, a, b)))
+        _check(entry, pairs, np.asarray(delta(split, jnp.asarray(a), jnp.asarray(b))))
         for name, (one_a, one_b) in zip(entry.names, pairs, strict=True):
             found |= _named(name, one_a, one_b)
     for row in rows:

@@ -99,7 +99,8 @@ class Run:
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        tokenizer = open_workdir(workdir, config, source, base and base.tokenizer())
+        given = None if base is None else base.tokenizer()
+        tokenizer = open_workdir(workdir, config, source, given)
         model = build_model(config, tokenizer, source)
         if base is not None:
             stages.check_configs(base, config, model)

@@ -27,8 +27,8 @@ ARGUMENTS = ("smoke",)
 def get_study(arg: str = "") -> StudySpec:
     """The study, or its miniature for `arg` "smoke"."""
     smoke = arg == "smoke"
-    base = member("base", 24, 60 if smoke else 500, smoke=smoke)
-    stage = dataclasses.replace(member("stage", 48, 55 if smoke else 200, smoke=smoke), base="base")
+    base = member("base", 24, 60 if smoke else 400, smoke=smoke)
+    stage = dataclasses.replace(member("stage", 48, 55 if smoke else 150, smoke=smoke), base="base")
     scratch = dataclasses.replace(stage, name="scratch", base="")
     both = sum(ladder.cost(one.config).train_flops() for one in (base, stage))
     total = ladder.at_compute(scratch, both, "scratch-total")
@@ -52,8 +52,8 @@ def member(name: str, side: int, steps: int, *, smoke: bool) -> Member:
     """U-ViT at a resolution, small enough for two CPU cores."""
     config = stages.on_shapes(side, steps)
     config.batch = 4 if smoke else 32
-    config.backbone.update({"hidden": 32 if smoke else 96, "depth": 2})
-    config.text_encoder.update({"dim": 32 if smoke else 96, "heads": 2 if smoke else 4})
+    config.backbone.update({"hidden": 32 if smoke else 64, "depth": 2})
+    config.text_encoder.update({"dim": 32 if smoke else 64, "heads": 2 if smoke else 4})
     config.eval.update({"metrics": (), "loss_images": 16 if smoke else 256, "grid": 4 if smoke else 12})
     config.sample.update({"sampler": "dpmpp_2m", "steps": 2 if smoke else 10})
     return ladder.derive(config, {}, name, {"side": str(side)})

@@ -5,6 +5,7 @@ arrays, in the shardings of the new run. So nothing lies whole on one host that 
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -44,7 +45,7 @@ class Start:
     """What a new run begins from, as a user names it.
 
     Attributes:
-      place: folder of a run, or a safetensors file, an index of its shards, or a folder with one.
+      place: absolute; folder of a run, or a safetensors file, an index of its shards, or a folder with one.
       step: of the checkpoint; None for the newest.
       ema: the average to begin from, as `pipeline.load` takes it; None for the raw weights.
       own_code: whether code outside of this package that a run's config names may run (`workdir.read_config`).
@@ -66,6 +67,9 @@ class Start:
         head, at, tail = place.rpartition("@")
         if at and tail.isdecimal() and not epath.Path(place).exists():
             place, step = head.rstrip("/"), int(tail)
+        if not files.is_remote(place):
+            # A later start may be given in another folder.
+            place = os.path.abspath(place)
         return cls(place, step, None if ema in (None, "none", 0, "0") else ema, own_code)
 
     def __str__(self) -> str:

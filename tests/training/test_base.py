@@ -18,9 +18,10 @@ def test_a_step_follows_an_at_sign(tmp_path, monkeypatch):
     # A folder whose own name ends so.
     (tmp_path / "base@7").mkdir()
     assert Start.parse(f"{tmp_path}/base@7").step is None
-    assert Start.parse("user@host/run").place == "user@host/run"
+    monkeypatch.chdir(tmp_path)
+    assert Start.parse("user@host/run").place == f"{tmp_path}/user@host/run"
     assert Start.parse("gs://bucket/run@12", "0.99") == Start("gs://bucket/run", 12, "0.99")
-    assert Start.parse("run", "none").ema is None
+    assert Start.parse("run", "none") == Start(f"{tmp_path}/run")
     assert str(Start("run", 5)) == "run@5"
 
 

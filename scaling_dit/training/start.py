@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import storage
@@ -31,6 +32,7 @@ from scaling_dit.data.buckets import Bucket, describe, open_buckets
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
+from scaling_dit.encoders import Tokenizer
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
 from scaling_dit.model.adapters import BASE
@@ -116,31 +118,24 @@ class Run:
             given = load_tokenizer(config, beside.workdir)
         tokenizer = open_workdir(workdir, config, source, given)
         model = build_model(config, tokenizer, source)
-        if base is not None:
-            stages.check_configs(base, config, model)
-        elif beside is not None and start is not None:
+        if start is not None and (base or beside):
             # Shapes alone do not tell how many heads a kernel has.
-            stages.check_configs(open_base(start), config, model)
+            stages.check_configs(base or open_base(start), config, model)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
         buckets = read_buckets(source, config, model, program)
         check_fits(config.batch, config.loader.prefetch, len(positions), program)
-        boxed = {name: tree for name, tree in program.boxed_frozen.items() if name != BASE}
-        if base is None:
-            kept = workdir.frozen if not fresh else beside and beside.workdir.frozen
-            lent = open_frozen(kept, model, config.seed, mesh, boxed)
-        else:
-            lent = base.frozen(model, config.seed, mesh, boxed, program.boxed_params)
-        frozen = {name: lent[name] for name in boxed}
+        kept = workdir.frozen if not fresh else beside and beside.workdir.frozen
+        lent = open_lent(kept, base, config, model, program)
+        frozen = {name: lent[name] for name in program.boxed_frozen if name != BASE}
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config, program.adapters)
         digest = frozen_hash(frozen, *model.encoders)
         words = tokenizer_hash(workdir, tokenizer)
-        whole = frozen
+        whole = dict(frozen)
         if beside is not None:
-            params, beside = read_base(beside, mesh, program.boxed_frozen[BASE], digest, words)
-            whole = frozen | {BASE: params}
+            whole[BASE], beside = read_base(beside, mesh, program.boxed_frozen[BASE], digest, words)
         if not unfinished_start(workdir):
             check_resumed_weights(workdir, digest, words)
         run = cls(
@@ -164,14 +159,9 @@ class Run:
         take(lease, workdir, fresh)
         if base is not None and begun is not None:
             stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
-
-        def claim() -> None:
-            save_frozen(workdir.frozen, model, frozen, replace=fresh)
-            if beside is not None and jax.process_index() == 0:
-                beside.save(workdir.base)
-            claim_workdir(workdir, config, tokenizer)
-
-        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
+        storage.patiently(
+            functools.partial(claim, run, tokenizer, fresh), f"to {workdir}", config.checkpoint.retry
+        )
         return run
 
     def begin(
@@ -246,6 +236,25 @@ class Run:
             "own_code_sha256": source_hashes(self.config),
         }
         return hashes if self.base is None else hashes | {SHA256: self.base.sha256}
+
+
+def claim(run: Run, tokenizer: Tokenizer, fresh: bool) -> None:
+    """Writes what makes a folder this run's, its config last; all processes call it."""
+    frozen = {name: tree for name, tree in run.frozen.items() if name != BASE}
+    save_frozen(run.workdir.frozen, run.model, frozen, replace=fresh)
+    if run.base is not None and jax.process_index() == 0:
+        run.base.save(run.workdir.base)
+    claim_workdir(run.workdir, run.config, tokenizer)
+
+
+def open_lent(
+    kept: epath.Path | None, base: stages.Base | None, config: ConfigDict, model: Model, program: StepProgram
+) -> Params:
+    """The frozen weights of a run, and those of a base's that it trains; see `open_frozen` and `RunBase.frozen`."""
+    boxed = {name: tree for name, tree in program.boxed_frozen.items() if name != BASE}
+    if base is None:
+        return open_frozen(kept, model, config.seed, program.mesh, boxed)
+    return base.frozen(model, config.seed, program.mesh, boxed, program.boxed_params)
 
 
 def read_buckets(

@@ -7,7 +7,8 @@ is searched for alpha in all three places: tensors `MODULE.alpha`, the file's me
 it.
 
 The rows of a backbone's weight table (`weights/table.py`) give the names. q, k and v, which are one kernel here, are
-three modules there; several parts that are one module there become one whose A holds the As of all parts.
+three modules there; several parts that are one module there become one whose A holds the As of all parts. All modules
+of a file have one rank.
 """
 
 import re
@@ -102,8 +103,8 @@ def save(
             if copy.endswith(_WEIGHT) and f"{module}.lora_A.weight" in found:
                 factors = (found[f"{module}.{name}.weight"] for name in ("lora_A", "lora_B"))
                 found |= _named(copy, *factors)
-    start = prefix(backbone)
-    return {start + name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
+    start, rank = prefix(backbone), max(array.shape[0] for name, array in found.items() if ".lora_A." in name)
+    return {start + name: _padded(name, array, rank) for name, array in found.items()}
 
 
 def write(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> str:
@@ -287,6 +288,13 @@ def _factors(
     first = list(ours.save(a))
     second = [b.T if first[0].ndim == 2 else b.T[:, :, None, None]] if a.ndim == 2 else list(ours.save(b))
     return list(zip(first, second, strict=True))
+
+
+def _padded(name: str, array: np.ndarray, rank: int) -> np.ndarray:
+    """A factor with zeros up to a rank: older readers take one alpha for all ranks of a file."""
+    axis = 0 if ".lora_A." in name else 1
+    pad = [(0, rank - size if at == axis else 0) for at, size in enumerate(array.shape)]
+    return np.ascontiguousarray(np.pad(array, pad), np.float32)
 
 
 def _check(entry: state_dicts.Entry, pairs: list[tuple[np.ndarray, np.ndarray]], change: np.ndarray) -> None:

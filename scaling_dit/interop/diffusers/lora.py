@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from etils import epath
 from flax import linen as nn
 from safetensors import numpy as safetensors_numpy
@@ -28,7 +27,7 @@ from scaling_dit.backbones.state_dicts import table
 from scaling_dit.errors import UserError
 from scaling_dit.files import parse_json
 from scaling_dit.model.adapters import A, B, Form, Path, delta
-from scaling_dit.weights import state_dicts
+from scaling_dit.weights import files, state_dicts
 from scaling_dit.weights.table import Copy
 
 # The name that `load_lora_weights` of a pipeline looks for.
@@ -176,8 +175,7 @@ def is_adapter(path: epath.Path) -> bool:
     file = _file(path)
     if file is None:
         return False
-    with _opened(file) as tensors:
-        return any(".lora_" in name or ".lora." in name for name in tensors.keys())  # noqa: SIM118
+    return any(".lora_" in name or ".lora." in name for name in files.open_tensors(file))
 
 
 def read_file(path: epath.Path) -> Read:
@@ -189,16 +187,15 @@ def read_file(path: epath.Path) -> Read:
     file = _file(path)
     if file is None:
         raise UserError(f"{path} holds no {FILE} and no adapter_model.safetensors")
-    with _opened(file) as tensors:
-        metadata = tensors.metadata() or {}
-        arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    tensors = files.open_tensors(file)
+    metadata = tensors.file(file).metadata() or {}
     config = parse_json(metadata[_METADATA]) if _METADATA in metadata else {}
     beside = file.parent / _CONFIG
     if not config and beside.exists():
         config = parse_json(beside.read_bytes())
     factors: dict[str, dict[str, np.ndarray]] = {}
     alphas: dict[str, float] = {}
-    for name, array in arrays.items():
+    for name, array in tensors.items():
         if match := _KEY.fullmatch(name):
             factors.setdefault(_bare(match[1]), {})[match[2]] = array.astype(np.float32)
         elif name.endswith(".alpha"):
@@ -251,13 +248,6 @@ def _file(path: epath.Path) -> epath.Path | None:
         return path if path.exists() and path.name.endswith(".safetensors") else None
     names = (FILE, "adapter_model.safetensors")
     return next((path / name for name in names if (path / name).exists()), None)
-
-
-def _opened(file: epath.Path) -> Any:
-    try:
-        return safetensors.safe_open(str(file), framework="np")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}") from None
 
 
 def _named(weight: str, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:

@@ -189,17 +189,21 @@ def read_file(path: epath.Path) -> Read:
         raise UserError(f"{path} holds no {FILE} and no adapter_model.safetensors")
     tensors = files.open_tensors(file)
     metadata = tensors.file(file).metadata() or {}
-    config = parse_json(metadata[_METADATA]) if _METADATA in metadata else {}
-    beside = file.parent / _CONFIG
-    if not config and beside.exists():
-        config = parse_json(beside.read_bytes())
+    config, beside = {}, file.parent / _CONFIG
+    if _METADATA in metadata:
+        try:
+            config = dict(parse_json(metadata[_METADATA]))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} has {_METADATA} that is no JSON object: {error}") from None
+    elif beside.exists():
+        config = files.read_json(beside)
     factors: dict[str, dict[str, np.ndarray]] = {}
     alphas: dict[str, float] = {}
     for name, array in tensors.items():
         if match := _KEY.fullmatch(name):
             factors.setdefault(_bare(match[1]), {})[match[2]] = array.astype(np.float32)
         elif name.endswith(".alpha"):
-            alphas[_bare(name.removesuffix(".alpha"))] = float(array)
+            alphas[_bare(name.removesuffix(".alpha"))] = float(array.item())
         else:
             raise UserError(
                 f"{file} holds {name}; only adapters as diffusers and peft write them are read, with "

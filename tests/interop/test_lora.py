@@ -220,7 +220,7 @@ def test_their_file_computes_here_what_it_does_there(case, where, tmp_path):
     metadata = {"format": "pt"}
     if where == "alpha tensors":
         modules = {key.partition(".lora_")[0] for key in state}
-        state |= {f"{module}.alpha": np.float32(alpha) for module in modules}
+        state |= {f"{module}.alpha": np.array(alpha, np.float32) for module in modules}
     elif where == "metadata":
         metadata["lora_adapter_metadata"] = json.dumps({f"{prefix}r": rank, f"{prefix}lora_alpha": alpha})
     save_file(state, tmp_path / lora.FILE, metadata=metadata)

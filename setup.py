@@ -58,6 +58,8 @@ EXTRAS = {
     # References in tests, and what the sources and verbs under test need. The exact version of torch matters: an open
     # range may resolve to a build with gigabytes of GPU libraries.
     "test": [
+        # peft asks for it.
+        "accelerate",
         "apache-beam",
         "diffusers",
         "ftfy",
@@ -67,6 +69,8 @@ EXTRAS = {
         "import-linter",
         "importlib_resources",
         LIBTPU,
+        # Adapters as diffusers trains and reads them.
+        "peft",
         "pyarrow",
         "pytest",
         "pytest-timeout",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scaling_dit import backbones
+from scaling_dit.backbones.declared import built_in_diffusers
 from scaling_dit.config.metrics import COMMON
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.diffusion.predictions import PREDICTIONS
@@ -17,7 +18,6 @@ from scaling_dit.diffusion.time_sampling import TIME_SAMPLINGS
 from scaling_dit.diffusion.weightings import WEIGHTINGS
 from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.scoring import Scoring, score
-from scaling_dit.interop.declared import built_in_diffusers
 from tests.support.pages import blocks, first_column
 from tests.support.paths import DOCS
 from tools import diagram, figures

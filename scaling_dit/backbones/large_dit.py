@@ -27,7 +27,7 @@ from scaling_dit.backbones.lumina_layers import (
 )
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import NORMAL_002
-from scaling_dit.nn.rotary import Rotary, rotary_1d
+from scaling_dit.nn.rotary import ROW_SCALINGS, Rotary, rotary_rows
 
 
 class LargeDiT(Lumina):
@@ -36,6 +36,7 @@ class LargeDiT(Lumina):
     size: str | None = "h1024-d16-n16"
 
     HEAD_SIZE_MULTIPLE: ClassVar[int] = 2
+    ROPE_SCALINGS: ClassVar[tuple[str, ...]] = ROW_SCALINGS
     WEIGHTS: ClassVar[str] = "scaling_dit.backbones.large_dit_weights:rows"
 
     @property
@@ -75,11 +76,15 @@ class LargeDiT(Lumina):
         ends = jnp.broadcast_to(end_of_line.astype(x.dtype), (batch, rows, 1, hidden))
         x = jnp.concatenate([x, ends], axis=2).reshape(batch, rows * (columns + 1), hidden)
         # Tokens of conditions have the positions of those of the image, or of the next image's.
-        length = x.shape[1]
-        places = np.arange(length).reshape(rows, columns + 1)[:, :columns].ravel()
-        before = [places + tokens.shift * length for tokens in embedded.tokens]
-        rotary = rotary_1d(np.concatenate([*before, np.arange(length)]), self.head_size)
-        key_mask = embedded.mask(length)
+        rotary = rotary_rows(
+            rows,
+            columns,
+            self.head_size,
+            shifts=[tokens.shift for tokens in embedded.tokens],
+            scaling=self.rope_scaling,
+            base=self.base_size,
+        )
+        key_mask = embedded.mask(x.shape[1])
         x = embedded.before(x, lambda tokens: tokens.x)
 
         c = self.embed_conditioning(timesteps, text, text_mask)

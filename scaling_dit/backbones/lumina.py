@@ -13,10 +13,10 @@ from flax import linen as nn
 
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.lumina_layers import Conditioning, Head, xavier_uniform
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import Dense
-from scaling_dit.nn.rotary import Rotary
+from scaling_dit.nn.rotary import SCALINGS, Rotary
 
 # At most; hidden where that is less.
 CONDITIONING_WIDTH = 1024
@@ -43,6 +43,10 @@ class Lumina(nn.Module):
     kv_heads: int | None = None
     patch: int = 2
     qk_norm: bool = True
+    # Side of the grid of tokens that the rotary positions were trained at, and what they do beyond it
+    # (nn/rotary.py). The published code counts on.
+    base_size: int = 16
+    rope_scaling: str = "none"
     # Twice the channels: the prediction, then what gives its variance.
     learn_sigma: bool = False
     attention: str = "auto"
@@ -57,10 +61,17 @@ class Lumina(nn.Module):
     SPLITS_TOKENS: ClassVar[bool] = True
     # What the rotary positions of the family need; set by the subclasses.
     HEAD_SIZE_MULTIPLE: ClassVar[int] = 1
+    ROPE_SCALINGS: ClassVar[tuple[str, ...]] = SCALINGS
 
     def __post_init__(self) -> None:
         hidden, _, heads = self.widths
         contract.check_fields(self)
+        if not isinstance(self.base_size, int) or self.base_size < 1:
+            raise UserError(f"base_size must be an integer of at least 1, got {self.base_size!r}")
+        if self.rope_scaling not in self.ROPE_SCALINGS:
+            raise UserError(
+                f"unknown rope_scaling {self.rope_scaling!r}; {nearest(self.rope_scaling, self.ROPE_SCALINGS)}"
+            )
         if self.kv_heads is not None and (self.kv_heads < 1 or heads % self.kv_heads):
             raise UserError(f"kv_heads={self.kv_heads} must be a divisor of heads={heads}")
         if hidden // heads % self.HEAD_SIZE_MULTIPLE:

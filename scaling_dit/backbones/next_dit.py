@@ -69,7 +69,9 @@ class NextDiT(Lumina):
         )
         grid = height // self.patch, width // self.patch
         shifts = [*(tokens.shift for tokens in embedded.tokens), 0]
-        rotary = rotary_2d(*grid, self.head_size, shifts)
+        rotary = rotary_2d(
+            *grid, self.head_size, shifts=shifts, scaling=self.rope_scaling, base=self.base_size
+        )
         key_mask = embedded.mask(x.shape[1])
         x = embedded.before(x, lambda tokens: tokens.x)
         c = self.embed_conditioning(timesteps, text, text_mask)

@@ -84,6 +84,11 @@ def _to_arguments(backbone: NextDiT, latents: tuple[int, int]) -> dict[str, Any]
             f"out_channels is {backbone.out_channels}, but diffusers' model returns the {backbone.in_channels} that "
             "come in; use --to=safetensors"
         )
+    if backbone.rope_scaling != "none":
+        raise UserError(
+            f"rope_scaling is {backbone.rope_scaling!r}, which diffusers' model has no argument for: its pipeline "
+            "hands it the positions; use --to=safetensors"
+        )
     hidden, depth, heads = backbone.widths
     return {
         "sample_size": max(latents),

@@ -54,6 +54,8 @@ class UViT(nn.Module):
     final_conv: bool = True
     # Initial table: N(0, 0.02), or 2-D sin-cos of amplitude 1 for image tokens.
     positions: str = "learned"
+    # Side of the grid of tokens that the table is made for, and resized from in each call; 0: as the images at init.
+    table_side: int = 0
     attention: str = "auto"
     # none | full | dots | products | attention | offload
     remat: bool | str = "none"
@@ -65,12 +67,15 @@ class UViT(nn.Module):
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
     WEIGHTS: ClassVar[str] = "scaling_dit.backbones.uvit_weights:rows"
+    RESIZED: ClassVar[Mapping[str, str]] = {"pos_embed": "scaling_dit.backbones.uvit:resize_table"}
 
     def __post_init__(self) -> None:
         _ = self.widths
         contract.check_fields(self)
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions {self.positions!r}; {nearest(self.positions, POSITIONS)}")
+        if not isinstance(self.table_side, int) or self.table_side < 0:
+            raise UserError(f"table_side must be an integer of at least 0, got {self.table_side!r}")
         super().__post_init__()
 
     @property
@@ -217,16 +222,26 @@ class UViT(nn.Module):
     def _position_table(self, text_length: int, rows: int, columns: int) -> jax.Array:
         """The learned table for these shapes, [1 + text_length + rows * columns, hidden], time and text first.
 
-        Sized by the shapes at `init`. For another grid than it was made for the image part is resized (`resize_grid`).
+        Sized by the shapes at `init`, or by `table_side`. For another grid than it was made for the image part is
+        resized (`resize_grid`).
         """
         hidden = self.widths[0]
-        length = found = 1 + text_length + rows * columns
+        length = 1 + text_length + rows * columns
+        made = (self.table_side, self.table_side) if self.table_side else (rows, columns)
+        found = 1 + text_length + made[0] * made[1]
         if self.has_variable("params", "pos_embed"):
             found = trees.unbox(self.get_variable("params", "pos_embed")).shape[0]
         # Tokens of an image at init.
         image = found - 1 - text_length
         side = math.isqrt(max(image, 0))
-        if found != length and (image < 1 or side**2 != image):
+        if self.table_side and image != self.table_side**2:
+            raise UserError(
+                f"the position table holds {found} tokens, but table_side={self.table_side} and {text_length} tokens "
+                f"of text need {1 + text_length + self.table_side**2}"
+            )
+        # A wide grid may have as many tokens as the square of table_side.
+        as_made = (rows, columns) == made if self.table_side else found == length
+        if not as_made and (image < 1 or side**2 != image):
             raise UserError(
                 f"the position table holds {found} tokens, but these shapes need {length} "
                 f"(1 time + {text_length} text + {rows}x{columns} image), and it can be resized only from a square of "
@@ -237,9 +252,7 @@ class UViT(nn.Module):
             table = layers.NORMAL_002(key, shape, dtype)
             if self.positions == "learned":
                 return table
-            return table.at[-rows * columns :].set(
-                jnp.asarray(layers.sincos_2d(rows, columns, hidden), dtype)
-            )
+            return table.at[-made[0] * made[1] :].set(jnp.asarray(layers.sincos_2d(*made, hidden), dtype))
 
         table: Any = self.param(
             "pos_embed",
@@ -247,7 +260,7 @@ class UViT(nn.Module):
             (found, hidden),
             jnp.dtype(self.param_dtype),
         )
-        if found == length:
+        if as_made:
             return table
         start = 1 + text_length
         grid = table[start:].reshape(side, side, hidden)
@@ -263,6 +276,38 @@ def resize_grid(grid: jax.Array, rows: int, columns: int) -> jax.Array:
     shape = (rows, columns, grid.shape[-1])
     resized = jax.image.resize(grid.astype(jnp.float32), shape, "bicubic", antialias=False)
     return resized.astype(grid.dtype)
+
+
+def resize_table(table: jax.Array, text: tuple[int, int], image: tuple[int, int]) -> jax.Array:
+    """The table of a model [1 + L + side^2, D] for one that begins with its weights, of another text length or grid.
+
+    Positions of time, of text up to the shorter length and of an equal grid stay bit for bit. Text beyond repeats the
+    old positions from the first on: position i has the vector of i mod L, which the model knows as one of text, and in
+    windows of one length that of the same place in the first window. A grid is resized (`resize_grid`).
+
+    Args:
+      table: the learned positions.
+      text: tokens of text that the table has, and that it must have.
+      image: tokens of an image, likewise; squares.
+
+    Raises:
+      UserError: the table holds another number of tokens, or the images are no squares.
+    """
+    sides = [math.isqrt(max(count, 0)) for count in image]
+    if (
+        len(table) != 1 + text[0] + image[0]
+        or [side**2 for side in sides] != list(image)
+        or 0 in (*text, *sides)
+    ):
+        raise UserError(
+            f"the position table holds {len(table)} tokens, and is resized from 1 time, {text[0]} text and {image[0]} "
+            f"image tokens to {text[1]} text and {image[1]} image tokens, of which the images must be squares"
+        )
+    words = table[1 : 1 + text[0]][jnp.arange(text[1]) % text[0]]
+    grid = table[1 + text[0] :]
+    if image[0] != image[1]:
+        grid = resize_grid(grid.reshape(sides[0], sides[0], -1), sides[1], sides[1]).reshape(image[1], -1)
+    return jnp.concatenate([table[:1], words, grid])
 
 
 class Block(nn.Module):

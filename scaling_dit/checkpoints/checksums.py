@@ -34,6 +34,15 @@ def checksums(arrays: Mapping[Any, Any]) -> dict[Any, str]:
     return {key: "".join(f"{int(part):08x}" for part in jax.device_get(pair)) for key, pair in summed.items()}
 
 
+def params_hash(arrays: Mapping[str, Any]) -> str:
+    """sha256 over path, dtype, shape and checksum of each array; the same for every sharding."""
+    sums = checksums(arrays)
+    lines = [
+        f"{name} {arrays[name].dtype} {list(arrays[name].shape)} {sums[name]}\n" for name in sorted(arrays)
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 @functools.partial(jax.jit, inline=True)
 def _sum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two sums, uint32 []; scalars, so that they are whole on every device."""

@@ -371,15 +371,45 @@ class Checkpoints:
           UserError, Damaged, StorageError: as `restore`, and a UserError if there is no such average.
         """
         step = self._existing(step)
-        names = self.ema_names(step)
-        if ema is not None and ema not in names:
-            known = nearest(ema, names) if names else "it has none"
-            raise UserError(f"no EMA {ema!r} in checkpoint {self._folder(step)}; {known}")
-        prefix = ("params",) if ema is None else ("emas", ema)
+        prefix = self._prefix(step, ema)
         wanted = {(*prefix, *path): leaf for path, leaf in trees.by_path(target).items()}
         extra = self._check_same(step, wanted, prefix)
         arrays = self._read(step, wanted)
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), extra
+
+    def describe_params(self, step: int | None, *, ema: str | None = None) -> dict[str, Any]:
+        """The parameters of a checkpoint, or one of their averages, as shapes and dtypes; no array is read.
+
+        Args:
+          step: which checkpoint; None for the newest.
+          ema: as in `restore_params`.
+
+        Returns:
+          Nested dictionaries of `jax.ShapeDtypeStruct`, without shardings.
+
+        Raises:
+          UserError: if there is no such checkpoint or average.
+          Damaged, StorageError: it cannot be read.
+        """
+        step = self._existing(step)
+        prefix = self._prefix(step, ema)
+        return _nested(
+            {
+                path[len(prefix) :]: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+                for path, leaf in trees.by_path(self._metadata(step)).items()
+                if path[: len(prefix)] == prefix
+            }
+        )
+
+    def _prefix(self, step: int, ema: str | None) -> tuple[str, ...]:
+        """Where the parameters of a checkpoint, or one of their averages, lie in its state."""
+        if ema is None:
+            return ("params",)
+        names = self.ema_names(step)
+        if ema not in names:
+            known = nearest(ema, names) if names else "it has none"
+            raise UserError(f"no EMA {ema!r} in checkpoint {self._folder(step)}; {known}")
+        return ("emas", ema)
 
     def ema_names(self, step: int | None = None) -> list[str]:
         """The keys of `state.emas` in a checkpoint; None for the newest.

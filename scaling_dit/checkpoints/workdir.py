@@ -42,6 +42,8 @@ class Workdir(os.PathLike[str]):
         self.config = self.folder / "config.json"
         # The tokenizer of the run's text encoder.
         self.tokenizer = self.folder / "tokenizer.json"
+        # Where the frozen base of a run that trains adapters lies.
+        self.base = self.folder / "base.json"
         # Weights that are not trained and come from no other place.
         self.frozen = self.folder / "frozen.npz"
         # One folder for each saved step.
@@ -68,6 +70,8 @@ class Workdir(os.PathLike[str]):
         self.damaged = self.folder / "damaged.jsonl"
         # Compiled programs, with `config.compile_cache=workdir`.
         self.compile_cache = self.folder / "compile_cache"
+        # What a run that began from another's weights took, and where. It is written before its first checkpoint.
+        self.start = self.folder / "start.json"
         # The `config.json` that imported weights came with.
         self.imported = self.folder / "diffusers_config.json"
         # A folder for each request of `sample`.
@@ -145,13 +149,25 @@ def load_tokenizer(config: ConfigDict, workdir: epath.PathLike) -> Any:
     return encoders.tokenizer_type(config.text_encoder.name).load(Workdir(workdir).tokenizer)
 
 
-def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | None = None) -> Tokenizer:
+def unfinished_start(workdir: epath.PathLike) -> bool:
+    """Whether a start from another run's weights was cut short here before it was one: it has done no step yet."""
+    run = Workdir(workdir)
+    return run.start.exists() and not run.config.exists() and not run.metrics.exists()
+
+
+def open_workdir(
+    workdir: epath.PathLike,
+    config: ConfigDict,
+    source: Source | None = None,
+    given: Tokenizer | None = None,
+) -> Tokenizer:
     """Checks that a workdir is new or holds this run; returns the run's tokenizer. Writes nothing.
 
     Args:
       workdir: of the run.
       config: of the run, resolved.
       source: the run's, if it is open already; else it is opened where a new tokenizer needs its captions.
+      given: the tokenizer of a new run, if it comes from elsewhere.
 
     Raises:
       UserError: a workdir of another run, checkpoints without a config, or no tokenizer.
@@ -160,10 +176,10 @@ def open_workdir(workdir: epath.PathLike, config: ConfigDict, source: Source | N
     if run.config.exists() and _is_readable(run):
         config_lib.check_same_run(_read_fixed(run, config), config)
         return load_tokenizer(config, run)
-    if run.config.exists() or run.checkpoints.exists():
+    if not unfinished_start(run) and (run.config.exists() or run.checkpoints.exists()):
         _check_rebuilt(run, config)
         return load_tokenizer(config, run)
-    tokenizer = make_tokenizer(config, source)
+    tokenizer = given or make_tokenizer(config, source)
     if tokenizer is None:
         raise UserError(NO_TOKENIZER)
     return tokenizer

@@ -50,6 +50,14 @@ class Train(Verb):
         required=True,
         path=True,
     )
+    from_: str | None = flag(
+        "begin a new run with another's weights: its folder, RUN@STEP, or a safetensors file of a backbone; without "
+        "--config, with its config too",
+        path=True,
+    )
+    from_ema: str | None = flag(
+        "which weights of --from: a decay of its EMAs, power-WIDTH, or none: the raw weights"
+    )
     strict: bool = flag(
         "refuse a damaged checkpoint; by default it is set aside and the run resumes from an older one", False
     )
@@ -60,17 +68,22 @@ class Train(Verb):
         """Trains, and returns the exit codes of `training.loop.main`."""
         # Before the slow imports, for goodput. This clock is never set.
         began = time.perf_counter()
+        if self.from_ema and not self.from_:
+            raise UserError(f"train --from_ema={self.from_ema} belongs to --from, which is not given")
         config = self._config()
 
         def train() -> int:
+            from scaling_dit.training.base import Start
             from scaling_dit.training.loop import main
 
-            return main(config, self.workdir, time.time() - (time.perf_counter() - began), strict=self.strict)
+            start = Start.parse(self.from_, self.from_ema, own_code=self.own_code) if self.from_ else None
+            clock = time.time() - (time.perf_counter() - began)
+            return main(config, self.workdir, clock, strict=self.strict, start=start)
 
         return self.processes.run_together(train, lambda: config.processes, self.command)
 
     def _config(self) -> Any:
-        """The resolved config: of the experiment, else the one that the workdir was started with."""
+        """The resolved config: of the experiment, else the workdir's, else that of the run to begin from."""
         from scaling_dit import config as config_lib
 
         if self.config:
@@ -78,6 +91,13 @@ class Train(Verb):
 
         from scaling_dit.checkpoints.workdir import Workdir, read_config
 
+        if not Workdir(self.workdir).config.exists() and self.from_:
+            from scaling_dit.training.base import Start
+
+            base = Start.parse(self.from_).place
+            if Workdir(base).config.exists():
+                return read_config(base, self.overrides, own_code=self.own_code)
+            raise UserError(f"{base} holds no run whose config could be taken over, so train needs --config")
         if not Workdir(self.workdir).config.exists():
             raise UserError(
                 f"{self.workdir} holds no run, so train needs --config; for example: {self.EXAMPLE}"

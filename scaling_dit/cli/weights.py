@@ -17,10 +17,11 @@ class Import(Verb):
     OVERRIDES = True
 
     from_: str = flag(
-        "safetensors file, index of shards, or folder of a model or pipeline of diffusers",
+        "safetensors file, index of shards, or folder of a model or pipeline of diffusers; or a file of adapters",
         required=True,
         path=True,
     )
+    base: str | None = flag("for adapters: workdir of the run whose parameters they are added to", path=True)
     workdir: str | None = flag("folder of the new run, local or gs://", path=True)
     to: Literal["safetensors"] | None = flag(
         "convert a pickle that you trust (.bin, .pt, .ckpt) in place of starting a run; needs --out"
@@ -41,13 +42,13 @@ class Import(Verb):
 
         from scaling_dit.interop import importing
 
-        return importing.main(self.from_, self.workdir, self.config, self.overrides)
+        return importing.main(self.from_, self.workdir, self.config, self.overrides, self.base)
 
     def _convert(self) -> int:
         self.check_given({"out": self.out})
-        if self.workdir or self.config or self.overrides:
+        if self.workdir or self.config or self.base or self.overrides:
             raise UserError(
-                "import --to=safetensors converts a file and starts no run; leave --workdir and --config out"
+                "import --to=safetensors converts a file and starts no run; leave --workdir, --base and --config out"
             )
         assert self.out
 
@@ -70,12 +71,27 @@ class Export(Verb):
     )
     step: int | None = flag("checkpoint to write; the latest by default", None, FROM_0)
     ema: str | None = flag("EMA decay to write, or none for the raw weights; config.sample.ema by default")
+    adapter: bool = flag(
+        "write the adapters alone, for load_lora_weights of diffusers; by default they are added to their base",
+        False,
+    )
     own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Writes the folder."""
+        if self.adapter and self.to != "diffusers":
+            raise UserError(
+                f"export --adapter writes the format of diffusers; give --to=diffusers, not {self.to}"
+            )
+
         from scaling_dit.interop import exporting
 
         return exporting.main(
-            self.workdir, self.out, to=self.to, step=self.step, ema=self.ema, own_code=self.own_code
+            self.workdir,
+            self.out,
+            to=self.to,
+            step=self.step,
+            ema=self.ema,
+            own_code=self.own_code,
+            adapter=self.adapter,
         )

@@ -68,6 +68,11 @@ SECTIONS: dict[str, Section] = {
             "text_mask": Field(
                 True, "hide padded text from the backbone, whatever its family; False for CLIP"
             ),
+            "buckets": Field(
+                False,
+                "train on images of seven aspect ratios, one to a batch, and not on square crops: a source of "
+                "image files, or a set of `prepare --buckets`",
+            ),
             "compile_cache": Field(
                 "",
                 'folder of compiled programs, so that a restart compiles nothing: a path, or "workdir"',
@@ -126,6 +131,12 @@ SECTIONS: dict[str, Section] = {
             "time_shift": Field(
                 1.0, "shift of schedule `flow`, in training and sampling: more than 1 = more noise", POSITIVE
             ),
+            "resolution_shift": Field(
+                1.0,
+                "shift of the other schedules: side of the images over the side that the schedule was made for; "
+                "sigma / alpha is multiplied by it, so more than 1 = more noise",
+                POSITIVE,
+            ),
             "caption_drop": Field(
                 0.1, "share of captions replaced by the empty one, for classifier-free guidance", SHARE
             ),
@@ -171,7 +182,26 @@ SECTIONS: dict[str, Section] = {
                 "relative widths of power-function averages, such as (0.05, 0.1), from which any decay can be rebuilt",
                 _numbers_below(WIDEST_EMA_POWER, "above 0 and below 0.2887"),
             ),
+            "text_encoder_rate": Field(
+                1.0,
+                "learning rate of a trained text encoder, as a factor of learning_rate; `groups` come first",
+                POSITIVE,
+            ),
             "max_nonfinite": Field(10, "consecutive skipped updates before the run stops", COUNT),
+        },
+    ),
+    "adapter": Section(
+        "Low-rank adapters: with a rank the run trains these alone, beside the frozen parameters of the run that "
+        "`train --from` names.",
+        {
+            "rank": Field(0, "rank of the adapters; 0 = train the parameters themselves", FROM_0),
+            "alpha": Field(
+                0.0, "an adapted kernel is W + alpha / rank A B; 0 = the rank, so a factor of 1", FROM_0
+            ),
+            "targets": Field(
+                (r"^backbone/.*(attn|attention)(_\d+)?/(q|kv|qkv|text_kv|proj|out)/kernel$",),
+                "regexes over the paths of kernels; by default q, k, v and out of every attention of the backbone",
+            ),
         },
     ),
     "processes": Section(

@@ -44,10 +44,43 @@ def validate(config: ConfigDict) -> None:
     if config.sample.ema not in (0, -1, *config.optim.ema):
         right = f"0 (raw weights), -1 (largest) or one of config.optim.ema, {config.optim.ema}"
         raise UserError(f"config.sample.ema is {config.sample.ema!r}; it must be {right}")
+    if config.optim.text_encoder_rate != 1.0 and not config.train_text_encoder:
+        right = "1.0 while config.train_text_encoder is False"
+        raise UserError(
+            f"config.optim.text_encoder_rate is {config.optim.text_encoder_rate}; it must be {right}"
+        )
     for group in config.optim.groups:
         parse_group(group)
+    check_adapter(config)
     metrics.check(config)
     conditions.SECTIONS.check(config)
+
+
+def check_adapter(config: ConfigDict) -> None:
+    """Checks `config.adapter` and what does not go with adapters.
+
+    Raises:
+      UserError: names the field at fault.
+    """
+    targets = config.adapter.targets
+    for target in targets:
+        try:
+            re.compile(target)
+        except (TypeError, re.error) as error:
+            raise UserError(f"config.adapter.targets holds {target!r}; it must be a regex: {error}") from None
+    if not config.adapter.rank:
+        return
+    if not targets:
+        raise UserError("config.adapter.targets is (); it must name the kernels that are adapted")
+    for key, why in (
+        ("sharding.gather_once", "which gathers all parameters and has no place for a base"),
+        ("optim.mup_base", "which scales the learning rates of whole kernels"),
+    ):
+        section, _, field = key.partition(".")
+        if config[section][field]:
+            raise UserError(
+                f"config.adapter.rank is {config.adapter.rank}; adapters do not go with config.{key}, {why}"
+            )
 
 
 def check_field(key: str, value: Any) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flax import linen as nn
 
     from scaling_dit.costs.count import Cost, Count
+    from scaling_dit.model.adapters import Adapters
 
 # 256-pixel images through an 8x autoencoder, and CLIP-H text.
 LATENTS, TEXT = (32, 32, 4), (77, 1024)
@@ -28,6 +29,7 @@ class Counted(NamedTuple):
       latents: height, width and channels of a latent.
       text: tokens and their width.
       training: "batch" and "steps" of an experiment, for its training FLOPs; empty for a single backbone.
+      adapters: those that the experiment trains in place of the backbone's parameters.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Counted(NamedTuple):
     latents: tuple[int, int, int]
     text: tuple[int, int]
     training: dict[str, int]
+    adapters: "Adapters | None" = None
 
 
 def of_experiment(
@@ -44,7 +47,12 @@ def of_experiment(
     model = build_model(config, make_tokenizer(config))
     shapes = latents or model.latent_shape, text or (model.text_encoder.length, model.text_encoder.dim)
     rows = tuple(one.row(shapes[0][2]) for one in model.conditions)
-    return _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps}, rows)
+    counted = _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps}, rows)
+    if not config.adapter.rank:
+        return counted
+    from scaling_dit.costs.step import adapters_of
+
+    return counted._replace(adapters=adapters_of(config, model))
 
 
 def of_backbone(
@@ -65,7 +73,7 @@ def main(counted: Counted, *, depth: int = 1, as_json: bool = False) -> int:
 
     result = count(counted.module, counted.latents, counted.text)
     about = {"backbone": counted.name, "latents": counted.latents, "text": counted.text}
-    rows = _numbers(result, counted.training)
+    rows = _numbers(result, counted.training, counted.adapters)
     modules = result.by_module(depth)
     if as_json:
         costs = {name: dataclasses.asdict(cost) for name, cost in modules.items()}
@@ -92,12 +100,18 @@ def _counted(
     return Counted(section.name, module, (height, width, channels), (length, dim), training)
 
 
-def _numbers(result: "Count", training: dict[str, int]) -> dict[str, int]:
+def _numbers(result: "Count", training: dict[str, int], adapters: "Adapters | None") -> dict[str, int]:
     names = ("params", "macs_paper", "macs_attention", "macs_total", "activation_bytes")
     numbers = {name: getattr(result, name) for name in names}
+    if adapters is not None:
+        numbers["params_adapters"] = adapters.size
     if training:
+        from scaling_dit.costs.step import frozen_macs
+
+        saved = 2 * frozen_macs(result, adapters) * training["batch"] * training["steps"]
         for convention in ("paper", "total"):
-            numbers[f"train_flops_{convention}"] = result.train_flops(**training, convention=convention)
+            flops = result.train_flops(**training, convention=convention)
+            numbers[f"train_flops_{convention}"] = flops - saved
     return numbers
 
 
@@ -107,6 +121,7 @@ _MEANING = {
     "macs_attention": "the part of macs_paper inside attention and transformer modules",
     "macs_total": "multiply-accumulates per image, with the products inside attention",
     "activation_bytes": "bytes per image kept for the backward pass, about",
+    "params_adapters": "parameters of the adapters, which alone are trained",
     "train_flops_paper": "training FLOPs, without the products inside attention",
     "train_flops_total": "training FLOPs",
 }

@@ -1,20 +1,13 @@
 """Resizes and crops raw images to the sizes that are encoded: a square, or the nearest aspect bucket."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from scaling_dit.data import images
-from scaling_dit.errors import UserError
-
-# Height and width in pixels.
-Size = tuple[int, int]
-
-# Sides of the aspect buckets in eighths of `image_size`, the square included. Areas are within 6 % of the square's.
-BUCKETS = ((5, 12), (6, 10), (7, 9), (8, 8), (9, 7), (10, 6), (12, 5))
-_EIGHTHS = 8
+from scaling_dit.data.buckets import Size, nearest_size
+from scaling_dit.data.buckets import bucket_sizes as table
 
 
 class Shaped(NamedTuple):
@@ -39,24 +32,12 @@ class Shaped(NamedTuple):
 
 
 def bucket_sizes(image_size: int, buckets: bool) -> tuple[Size, ...]:
-    """The sizes that images are resized to: the square, or the fixed table of aspect buckets.
+    """The sizes that images are resized to: the square, or the table of aspect buckets (`data/buckets.py`).
 
     Raises:
       UserError: the image size is no multiple of 8, for buckets.
     """
-    if not buckets:
-        return ((image_size, image_size),)
-    if image_size % _EIGHTHS:
-        raise UserError(
-            f"config.source.image_size is {image_size}; for --buckets it must be a multiple of {_EIGHTHS}"
-        )
-    unit = image_size // _EIGHTHS
-    return tuple((height * unit, width * unit) for height, width in BUCKETS)
-
-
-def nearest_size(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
-    """The size whose ratio of height to width is nearest on a log scale; of two equally near sizes the first."""
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
+    return table(image_size, "--buckets") if buckets else ((image_size, image_size),)
 
 
 def shape(image: Image.Image, sizes: tuple[Size, ...]) -> Shaped:

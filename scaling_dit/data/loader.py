@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 import grain
 import numpy as np
 
+from scaling_dit.data.buckets import Bucket, BucketOrder, seed_of
 from scaling_dit.data.captions import UNIFORM, CaptionPolicy
 from scaling_dit.data.conditions import records as conditions_lib
 from scaling_dit.data.conditions.contract import Condition
@@ -27,12 +28,14 @@ from scaling_dit.errors import UserError
 TINY = 16
 
 Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+# (step, positions) -> the records and the indices in them of these positions.
+Place = Callable[[int, Sequence[int]], tuple[Any, list[int]]]
 
 
 class HostBatch(TypedDict):
     """The rows of one global batch that one process holds, in the order of its positions."""
 
-    # uint8 [b, H, W, 3].
+    # uint8 [b, H, W, 3]; with buckets H and W are those of the step's.
     images: NotRequired[np.ndarray]
     # In place of images: moments of latents, bfloat16 [b, h, w, M].
     latents: NotRequired[np.ndarray]
@@ -58,6 +61,7 @@ def make_loader(
     conditions: Mapping[str, Condition] | None = None,
     threads: int = 4,
     prefetch: int = 8,
+    buckets: Sequence[Bucket] = (),
 ) -> grain.DatasetIterator[HostBatch]:
     """An endless iterator of host batches: its first item is that of `start_step`.
 
@@ -78,6 +82,7 @@ def make_loader(
       conditions: name -> what makes it of a record, by random numbers of its own: captions are the same without.
       threads: reading threads; 0 reads in the calling thread.
       prefetch: batches read ahead.
+      buckets: those of the source, of which each batch then holds one; see `buckets.py`.
 
     Raises:
       UserError: an empty source or a seed out of range; when read, a record that the source did not promise.
@@ -88,11 +93,8 @@ def make_loader(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be in [0, 2**32)")
     damage_of(source).announce()
-    numbers = grain.MapDataset.range(len(source))
-    shuffled = TinyShuffle(numbers, seed) if len(source) < TINY else numbers.seed(seed).shuffle().repeat()
     batches = HostBatches(
-        shuffled,
-        source,
+        _by_bucket(buckets, batch, seed) if buckets else _whole(source, batch, seed),
         tokenize,
         batch=batch,
         seed=seed,
@@ -107,12 +109,15 @@ def make_loader(
 
 
 class HostBatches(grain.MapDataset[HostBatch]):
-    """Item i is the host batch of step `start_step + i`; the parent holds the source's indices in their order."""
+    """Item i is the host batch of step `start_step + i`.
+
+    Args:
+      place: (step, positions) -> what to read and the indices of these positions in it.
+    """
 
     def __init__(
         self,
-        parent: grain.MapDataset[int],
-        source: Source,
+        place: Place,
         tokenize: Tokenize,
         *,
         batch: int,
@@ -123,12 +128,11 @@ class HostBatches(grain.MapDataset[HostBatch]):
         captions: CaptionPolicy,
         conditions: Mapping[str, Condition],
     ) -> None:
-        super().__init__(parent)
+        super().__init__()
         if positions.ndim != 1 or not positions.size or positions.min() < 0 or positions.max() >= batch:
             raise ValueError(f"positions must be a non-empty list of rows in [0, {batch}), not {positions}")
-        self._source = source
+        self._place = place
         self._tokenize = tokenize
-        self._batch = batch
         self._seed = seed
         self._positions = [int(position) for position in positions]
         self._start_step = start_step
@@ -144,7 +148,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
             return self.slice(index)
         step = self._data_step(self._start_step + index)
         keyed = KeyedGenerator(self._seed)
-        records = self._read([int(self._parent[step * self._batch + p]) for p in self._positions])
+        records = _read(*self._place(step, self._positions))
         captions = [
             self._captions.choose(record, keyed.at(step, position))
             for record, position in zip(records, self._positions, strict=True)
@@ -169,10 +173,36 @@ class HostBatches(grain.MapDataset[HostBatch]):
             made[name] = np.stack(rows)
         return made
 
-    def _read(self, indices: list[int]) -> Sequence[Record]:
-        if hasattr(self._source, "__getitems__"):
-            return contract.read_many(self._source, indices)
-        return [contract.read(self._source, index) for index in indices]
+
+def _whole(source: Source, batch: int, seed: int) -> Place:
+    """The places of all records of a source, in one order."""
+    order = _shuffled(len(source), seed)
+    return lambda step, positions: (source, [int(order[step * batch + p]) for p in positions])
+
+
+def _by_bucket(buckets: Sequence[Bucket], batch: int, seed: int) -> Place:
+    """The places of the records of each step's bucket."""
+    steps = BucketOrder([len(bucket) for bucket in buckets], batch, seed)
+    orders = [_shuffled(len(bucket), seed_of(seed, i)) for i, bucket in enumerate(buckets)]
+
+    def place(step: int, positions: Sequence[int]) -> tuple[Any, list[int]]:
+        bucket, number = steps.at(step)
+        order = orders[bucket]
+        return buckets[bucket], [int(order[number * batch + p]) for p in positions]
+
+    return place
+
+
+def _shuffled(length: int, seed: int) -> grain.MapDataset[int]:
+    """The indices of so many records, repeated, every epoch in an order of its own."""
+    numbers = grain.MapDataset.range(length)
+    return TinyShuffle(numbers, seed) if length < TINY else numbers.seed(seed).shuffle().repeat()
+
+
+def _read(source: Any, indices: list[int]) -> Sequence[Record]:
+    if hasattr(source, "__getitems__"):
+        return contract.read_many(source, indices)
+    return [contract.read(source, index) for index in indices]
 
 
 def stack_images(records: Sequence[Record]) -> dict[str, np.ndarray]:

@@ -134,6 +134,7 @@ def make_schedule(
     *,
     zero_snr: bool = False,
     time_shift: float = 1.0,
+    resolution_shift: float = 1.0,
     fields: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """The schedule called `name`, one of `SCHEDULES` or "package.module:Name".
@@ -143,6 +144,8 @@ def make_schedule(
       num_timesteps: of a built-in one.
       zero_snr: rescale it so that its last timestep holds no signal (`zero_terminal_snr`); not for "flow".
       time_shift: shift of the timesteps of training and samplers towards noise; for "flow" only.
+      resolution_shift: side of the images over the side that the schedule was made for (`shift_resolution`); not for
+        "flow".
       fields: the fields of a user's own schedule.
 
     Raises:
@@ -151,7 +154,12 @@ def make_schedule(
 
     def check(schedule: Any, where: str) -> None:
         check_schedule(schedule, where)
-        for option, value, default in (("zero_snr", zero_snr, False), ("time_shift", time_shift, 1.0)):
+        options = (
+            ("zero_snr", zero_snr, False),
+            ("time_shift", time_shift, 1.0),
+            ("resolution_shift", resolution_shift, 1.0),
+        )
+        for option, value, default in options:
             if value != default:
                 raise UserError(
                     f"config.diffusion.{option}={value} is for built-in schedules, not {name!r}; leave it "
@@ -159,18 +167,26 @@ def make_schedule(
                 )
 
     def built_in() -> Schedule:
-        return _built_in(name, num_timesteps, zero_snr=zero_snr, time_shift=time_shift)
+        shifts = {"time_shift": time_shift, "resolution_shift": resolution_shift}
+        return _built_in(name, num_timesteps, zero_snr=zero_snr, **shifts)
 
     found: Schedule = SEAM.create(name, fields or {}, built_in, check)
     return found
 
 
-def _built_in(name: str, num_timesteps: int, *, zero_snr: bool, time_shift: float) -> Schedule:
+def _built_in(
+    name: str, num_timesteps: int, *, zero_snr: bool, time_shift: float, resolution_shift: float
+) -> Schedule:
     if name == "flow":
         if zero_snr:
             raise UserError(
                 "diffusion.zero_snr rescales a variance-preserving schedule; 'flow' ends without signal by itself: "
                 "leave zero_snr False"
+            )
+        if resolution_shift != 1.0:
+            raise UserError(
+                f"diffusion.resolution_shift={resolution_shift} shifts a variance-preserving schedule; for 'flow' "
+                f"leave it 1.0 and set diffusion.time_shift={resolution_shift}, which is as much noise"
             )
         return RectifiedFlow(time_shift, num_timesteps)
     if time_shift != 1.0:
@@ -178,7 +194,9 @@ def _built_in(name: str, num_timesteps: int, *, zero_snr: bool, time_shift: floa
             f"diffusion.time_shift={time_shift} is for diffusion.schedule 'flow', not {name!r}; leave it 1.0"
         )
     alphas_cumprod = np.cumprod(1.0 - make_betas(name, num_timesteps))
-    return VariancePreserving(zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod)
+    if zero_snr:
+        alphas_cumprod = zero_terminal_snr(alphas_cumprod)
+    return VariancePreserving(shift_resolution(alphas_cumprod, resolution_shift))
 
 
 def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
@@ -193,6 +211,22 @@ def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
 def shift_time(share: Times, shift: float) -> Times:
     """Times in [0, 1] moved towards 1 for shift > 1: shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23)."""
     return shift * share / (1.0 + (shift - 1.0) * share)
+
+
+def shift_resolution(alphas_cumprod: np.ndarray, ratio: float) -> np.ndarray:
+    """`alphas_cumprod` [T] for images with `ratio` times the side: log SNR - 2 ln(ratio) at every timestep.
+
+    Hoogeboom et al. 2023 (arXiv 2301.11093, section 3.1): averaged over as many pixels as one pixel of the smaller
+    image, noise is weaker by the ratio of the sides, so a larger image (ratio > 1) needs MORE noise at each timestep
+    for the same signal. sigma / alpha is multiplied by `ratio`, as `shift_time` with shift = ratio does for rectified
+    flow.
+    """
+    # snr / ratio^2 = a / (ratio^2 (1 - a)); written so that an alpha of 0 or a ratio of 1 stays exact.
+    return (
+        alphas_cumprod / (alphas_cumprod + ratio**2 * (1.0 - alphas_cumprod))
+        if ratio != 1
+        else alphas_cumprod
+    )
 
 
 def make_betas(name: str, num_timesteps: int = 1000) -> np.ndarray:

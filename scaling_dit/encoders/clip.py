@@ -4,6 +4,10 @@ A causal transformer (arXiv 2103.00020, section 2.4; transformers' `CLIPTextMode
 after the penultimate layer, applies the final norm, and shows its UNet all 77 positions, padding included; train with
 `config.text_mask=False` for that. The states of padded positions depend on the padding id. Tokenizer files disagree
 about this id, so it is a field here and never read from them.
+
+A caption beyond 77 tokens is read in windows: its words in runs of 75, each between a begin and an end token of its
+own, as if it were a caption, and the states side by side. The tower is then as it was trained, and a caption that fits
+one window has the same first 77 states.
 """
 
 import dataclasses
@@ -14,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from scaling_dit import trees
 from scaling_dit.encoders import clip_weights, transformer
@@ -25,6 +30,8 @@ from scaling_dit.weights import places
 # Ids of every CLIP; the last two begin and end a text.
 VOCABULARY = 49_408
 POSITIONS = 77
+# Of all windows.
+_LONGEST = 32 * POSITIONS
 LAYERS = ("penultimate", "last")
 # Classes of transformers that hold a text tower.
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
@@ -123,7 +130,8 @@ class ClipText:
       size: which tower, see SIZES.
       layer: "penultimate" or "last"; both go through the final norm.
       project: whether to project the pooled state to the space shared with images; needs layer "last".
-      length: tokens of every caption, with begin and end tokens; at most 77.
+      length: tokens of every caption, with begin and end tokens; at most 77, or a multiple of 77 for so many windows.
+        Windows after a caption's end are those of the empty caption, and masked.
       pad_id: padding id; -1 for the one that the tower was trained with, 0 for OpenCLIP's and 49407 for OpenAI's.
       tokenizer_files: a folder or file in a format of `vocabularies.py`; "" looks beside `weights`.
       dtype: type of the products.
@@ -155,8 +163,11 @@ class ClipText:
             raise UserError(
                 "text_encoder.project needs text_encoder.layer='last', which the projection was trained on"
             )
-        if not 2 <= self.length <= POSITIONS:
-            raise UserError(f"text_encoder.length is {self.length}; it must be from 2 to {POSITIONS}")
+        if not 2 <= self.length <= POSITIONS and (self.length % POSITIONS or not 0 < self.length <= _LONGEST):
+            raise UserError(
+                f"text_encoder.length is {self.length}; it must be from 2 to {POSITIONS}, or a multiple of {POSITIONS} "
+                f"up to {_LONGEST}, for windows of {POSITIONS}"
+            )
         if not -1 <= self.pad_id < VOCABULARY:
             raise UserError(
                 f"text_encoder.pad_id is {self.pad_id}; it must be an id below {VOCABULARY}, or -1 for the size's own"
@@ -178,6 +189,11 @@ class ClipText:
         return SIZES[self.size].width
 
     @property
+    def windows(self) -> int:
+        """How many windows a caption is read in."""
+        return max(1, self.length // POSITIONS)
+
+    @property
     def module(self) -> TextTower:
         """The linen module of these fields."""
         size = SIZES[self.size]
@@ -189,17 +205,26 @@ class ClipText:
         if self.tokenizer is None:
             raise UserError(NO_TOKENIZER)
         pad_id = SIZES[self.size].pad_id if self.pad_id < 0 else self.pad_id
-        return self.tokenizer.encode(captions, self.length, pad_id)
+        if self.windows == 1:
+            return self.tokenizer.encode(captions, self.length, pad_id)
+        inside = POSITIONS - 2
+        ids, mask = self.tokenizer.encode(captions, inside * self.windows + 2, pad_id)
+        return in_windows(ids[:, 1:-1], mask.sum(1) - 2, self.windows, pad_id)
 
     def init(self, rng: jax.Array) -> Any:
         """Newly initialised parameters, boxed with their logical axes."""
-        return self.module.init(rng, jnp.zeros((1, self.length), jnp.int32))["params"]
+        return self.module.init(rng, jnp.zeros((1, min(self.length, POSITIONS)), jnp.int32))["params"]
 
     def apply(self, params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Ids, mask [B, length] -> (tokens [B, length, dim], mask, pooled [B, P]), float32, with `mask` unchanged."""
-        towers: Any = self.module.apply({"params": params}, ids)
+        """Ids, mask [B, length] -> (tokens [B, length, dim], mask, pooled [B, P]), float32, with `mask` unchanged.
+
+        The pooled state is that of the first window.
+        """
+        windows = rearrange(ids, "b (w l) -> (b w) l", w=self.windows)
+        towers: Any = self.module.apply({"params": params}, windows)
         tokens, pooled = towers
-        return tokens, mask, pooled
+        tokens = rearrange(tokens, "(b w) l d -> b (w l) d", w=self.windows)
+        return tokens, mask, pooled[:: self.windows]
 
     def load(self) -> dict[str, Any]:
         """The parameters in `weights`, as numpy arrays.
@@ -224,3 +249,30 @@ class ClipText:
         names, rows = clip_weights.text_entries(opened.tensors, size.layers, module.depth, self.project)
         abstract = trees.unbox(jax.eval_shape(self.init, jax.random.key(0)))
         return opened.renamed(names).load(rows, abstract, f"CLIP text {self.size!r}, {self.layer} layer")
+
+
+def in_windows(
+    words: np.ndarray, counts: np.ndarray, windows: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Captions' ids without begin and end -> (ids int32, mask bool), each [B, 77 windows], every window framed.
+
+    Args:
+      words: [B, 75 windows], of which the first are a caption's.
+      counts: how many, [B].
+      windows: how many windows.
+      pad_id: follows the end token of a window.
+    """
+    inside = POSITIONS - 2
+    # Words in each window, [B, windows].
+    held = np.clip(counts[:, None] - inside * np.arange(windows), 0, inside)
+    place = np.arange(POSITIONS)
+    ids = np.full((len(words), windows, POSITIONS), pad_id, np.int32)
+    ids[..., 1:-1] = np.where(
+        place[:inside] < held[..., None], words.reshape(len(words), windows, inside), pad_id
+    )
+    ids[..., 0] = VOCABULARY - 2
+    np.put_along_axis(ids, held[..., None] + 1, VOCABULARY - 1, axis=-1)
+    mask = place < held[..., None] + 2
+    # The first window is the empty caption's too.
+    mask[:, 1:] &= (held[:, 1:] > 0)[..., None]
+    return ids.reshape(len(words), -1), mask.reshape(len(words), -1)

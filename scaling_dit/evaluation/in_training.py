@@ -18,6 +18,7 @@ from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import Scoring, score
 from scaling_dit.evaluation.validation import ValidationLoss, held_out_conditions
+from scaling_dit.model.adapters import BASE, Adapters
 from scaling_dit.model.model import Model
 from scaling_dit.monitor.grid import captioned_grid
 from scaling_dit.sampling.options import SamplingOptions
@@ -45,8 +46,15 @@ class InTraining:
       UserError: a metric that does not exist or does not fit the data.
     """
 
-    def __init__(self, model: Model, source: Source, mesh: jax.sharding.Mesh, config: ConfigDict) -> None:
-        self._config = config
+    def __init__(
+        self,
+        model: Model,
+        source: Source,
+        mesh: jax.sharding.Mesh,
+        config: ConfigDict,
+        adapters: Adapters | None = None,
+    ) -> None:
+        self._config, self._adapters = config, adapters
         if not config.eval.every:
             return
         self._loss = ValidationLoss(
@@ -99,8 +107,9 @@ class InTraining:
         Returns:
           False if `stop` ended them; then nothing is written.
         """
-        scalars = {f"validation/{name}": value for name, value in self._loss(state.params, frozen).items()}
-        params = state.params if self._ema is None else state.emas[self._ema]
+        losses = self._loss(self._whole(state.params, frozen), frozen)
+        scalars = {f"validation/{name}": value for name, value in losses.items()}
+        params = self._whole(state.params if self._ema is None else state.emas[self._ema], frozen)
         seed = self._config.seed
         for scoring, prompts, every in self._metrics:
             if self._at(step, every):
@@ -126,6 +135,10 @@ class InTraining:
         writer.images(step, {"samples": captioned_grid(grid, self._captions)})
         writer.flush()
         return True
+
+    def _whole(self, params: Params, frozen: Params) -> Params:
+        """All parameters of the model: of a run that trains adapters, its base with these added."""
+        return params if self._adapters is None else self._adapters.merge(frozen[BASE], params)
 
     def _at(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self._config.steps

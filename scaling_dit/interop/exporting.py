@@ -11,13 +11,14 @@ from etils import epath
 
 from scaling_dit import interop
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.declared import diffusers_class
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.workdir import Workdir, read_config
 from scaling_dit.errors import UserError
 from scaling_dit.files import is_remote
-from scaling_dit.interop.declared import diffusers_class
-from scaling_dit.interop.diffusers import pipelines
+from scaling_dit.interop.diffusers import lora, pipelines
 from scaling_dit.interop.diffusers.config import keep_spelling, write_config
+from scaling_dit.model.adapters import Adapters
 from scaling_dit.model.model import Model
 from scaling_dit.sampling import pipeline
 from scaling_dit.sampling.pipeline import Pipeline
@@ -36,6 +37,7 @@ def main(
     ema: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     own_code: bool = False,
+    adapter: bool = False,
 ) -> int:
     """The `export` verb: writes the backbone of a run, or all of it, and says where; returns the exit code.
 
@@ -49,6 +51,7 @@ def main(
       ema: average to write, as in `pipeline.load`, "none" for the raw weights; `config.sample.ema` by default.
       shard_bytes: weights beyond this are split over several files.
       own_code: as in `workdir.read_config`.
+      adapter: write the adapters of a run that trains these, alone; without it they are added to their base.
 
     Raises:
       UserError: no such run, checkpoint or average; a folder that holds something or cannot be renamed; or a backbone
@@ -63,8 +66,12 @@ def main(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; give another --out, or delete it first")
     config = read_config(workdir, own_code=own_code)
+    if adapter and not config.adapter.rank:
+        raise UserError(f"{workdir} trains no adapters (config.adapter.rank is 0); leave --adapter out")
     decay = find_ema(config, config.sample.ema if ema is None else ema)
     pipe = pipeline.open_run(config, workdir, step, decay)
+    if adapter:
+        return export_adapters(pipe, folder, decay)
     if to == PIPELINE:
         pipelines.kind_of(pipe)
     described = None if to == "safetensors" else describe(pipe, epath.Path(workdir))
@@ -81,6 +88,31 @@ def main(
         total = sum(array.nbytes for array in weights.values())
         about = f"step {pipe.step}, ema {decay or 'none'}, {total / 1e6:,.1f} MB"
         print(f"{config.backbone.name} in {folder}: {', '.join(files)} ({about})")
+    return 0
+
+
+def export_adapters(pipe: Pipeline, folder: epath.Path, decay: str | None) -> int:
+    """Writes the adapters of a run as diffusers' pipelines load them.
+
+    Raises:
+      UserError: adapters outside of the backbone, or a backbone without names elsewhere.
+    """
+    assert pipe.adapters is not None
+    others = set(pipe.adapters) - {"backbone"}
+    if others:
+        raise UserError(f"the run has adapters of {', '.join(others)} too, which the file has no place for")
+    boxed = jax.eval_shape(pipe.model.init, jax.random.key(0))[0]
+    chosen = Adapters.of(pipe.config, boxed)
+    assert chosen is not None
+    forms = {path[1:]: form for path, form in chosen.forms.items()}
+    backbone: Any = pipe.model.backbone
+    arrays = lora.save(backbone, pipe.adapters["backbone"], forms, chosen.scale, model_inputs(pipe.model))
+    if jax.process_index() == 0:
+        with whole_folder(folder) as partial:
+            name = lora.write(partial, arrays)
+        total = sum(array.nbytes for array in arrays.values())
+        about = f"step {pipe.step}, ema {decay or 'none'}, rank {chosen.rank}, {total / 1e6:,.1f} MB"
+        print(f"adapters of {pipe.config.backbone.name} in {folder}: {name} ({about})")
     return 0
 
 

@@ -19,10 +19,16 @@ from scaling_dit.backbones.conditions_weights import input_channels
 from scaling_dit.checkpoints.lease import leased
 from scaling_dit.checkpoints.state import TrainState, init_state, start_from
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.checkpoints.workdir import Workdir, claim_workdir, open_workdir, tokenizer_hash
+from scaling_dit.checkpoints.workdir import (
+    Workdir,
+    claim_workdir,
+    load_tokenizer,
+    open_workdir,
+    tokenizer_hash,
+)
 from scaling_dit.errors import UserError
 from scaling_dit.files import write_whole
-from scaling_dit.interop.diffusers import pipelines
+from scaling_dit.interop.diffusers import lora, pipelines
 from scaling_dit.interop.diffusers.config import check_same, family_of, read_fields
 from scaling_dit.interop.exporting import model_inputs
 from scaling_dit.model.build import build_model, open_source
@@ -30,8 +36,9 @@ from scaling_dit.model.frozen import frozen_hash, open_frozen, open_trained, sav
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules
 from scaling_dit.training import optim
+from scaling_dit.training.base import Start
 from scaling_dit.training.program import run_mesh
-from scaling_dit.training.start import take
+from scaling_dit.training.start import Run, take
 from scaling_dit.weights import files
 
 # Fields that the codec and the text encoder of the run decide, and what to set.
@@ -43,7 +50,7 @@ _FROM_RUN = {
 }
 
 
-def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) -> int:
+def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = (), base: str | None = None) -> int:
     """The `import` verb: reads weights, writes a run at step 0 and says where; returns the exit code.
 
     Args:
@@ -53,6 +60,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
       workdir: folder of the new run; it must hold none.
       spec: experiment that the run belongs to, as in `config.load`.
       overrides: arguments such as `--config.batch=8`.
+      base: for a file of adapters, the run whose parameters they are added to.
 
     Raises:
       UserError: a workdir that holds a run, files that are no safetensors, weights that do not fit the backbone, or a
@@ -63,16 +71,68 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = ()) ->
         if taken.exists():
             raise UserError(f"{folder} holds a run already; give another --workdir")
     experiment = config_lib.read_experiment(spec).copy_and_resolve_references()
+    if lora.is_adapter(path):
+        return import_adapters(path, folder, experiment, overrides, base)
+    if base is not None:
+        raise UserError(f"--base is for a file of adapters, and {source} holds none; leave it out")
     if pipelines.is_pipeline(path):
         chosen = "sample.sampler" in map(config_lib.override_key, overrides)
         pipelines.set_components(experiment, path, sampling=not chosen)
         path = pipelines.backbone_folder(path)
     described = read_described(path)
     config = run_config(experiment, overrides, described, source)
+    if config.adapter.rank:
+        raise UserError(
+            f"config.adapter.rank is {config.adapter.rank}, but {source} holds whole parameters; import them with "
+            "rank 0, and train adapters beside that run by `train --from`"
+        )
     weights = files.read(path)
     start_run(config, folder, weights, described, source)
     print(
         f"{config.backbone.name} with {len(weights)} entries of {source} in {folder}, at step 0; `train` resumes it"
+    )
+    return 0
+
+
+def import_adapters(
+    path: epath.Path, folder: Workdir, experiment: ConfigDict, overrides: Sequence[str], base: str | None
+) -> int:
+    """A new run at step 0 whose adapters are those of a file, beside the parameters of another run.
+
+    Its `config.adapter` follows from the file; the scale of the file is in the adapters, so alpha is the rank.
+
+    Raises:
+      UserError: no base, a field of `config.adapter` that an override sets, or adapters of another model.
+    """
+    if base is None:
+        raise UserError(
+            f"{path} holds adapters; name the run whose parameters they are added to by --base=WORKDIR"
+        )
+    by_hand = [one for one in overrides if config_lib.override_key(one).startswith("adapter.")]
+    if by_hand:
+        raise UserError(f"{by_hand[0]}: it follows from {path}; leave it out")
+    read = lora.read_file(path)
+    config = config_lib.resolve(experiment, overrides)
+    tokenizer = load_tokenizer(config, Workdir(base))
+    model = build_model(config, tokenizer)
+    backbone: Any = model.backbone
+    inputs = model_inputs(model)
+    config.adapter.update({"rank": read.rank, "alpha": 0.0, "targets": lora.targets(backbone, read, inputs)})
+    with leased(folder.lease, str(folder)) as lease:
+        run = Run.open(config, folder, lease=lease, start=Start.parse(base))
+        adapters = run.program.adapters
+        assert adapters is not None
+        state = run.fresh_state()
+        forms = {kernel[1:]: form for kernel, form in adapters.forms.items()}
+        fresh = jax.tree.map(np.asarray, state.params["backbone"])
+        loaded = {"backbone": lora.load(backbone, read, forms, fresh, inputs)}
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.program.state)
+        given = jax.tree.map(jax.device_put, loaded, shardings.params)
+        start = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, given)
+        with Checkpoints(folder.checkpoints, verify_first=True, patience=config.checkpoint.retry) as store:
+            store.save(0, start, run.held(), wait=True)
+    print(
+        f"adapters of rank {read.rank} for {len(read.modules)} modules in {folder}, at step 0; `train` resumes it"
     )
     return 0
 

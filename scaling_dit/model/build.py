@@ -55,6 +55,7 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
         diffusion.schedule,
         zero_snr=diffusion.zero_snr,
         time_shift=diffusion.time_shift,
+        resolution_shift=diffusion.resolution_shift,
         fields=diffusion.schedule_fields,
     )
     prediction = predictions.create_prediction(diffusion.prediction, diffusion.prediction_fields)

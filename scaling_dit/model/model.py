@@ -109,16 +109,15 @@ class Model:
         return {name: (image, jnp.ones(image.shape[:1], bool)) for name, image in encoded.items()}
 
     def _encode_condition(self, params: Params, given: jax.Array) -> jax.Array:
-        height, width, stored = self.codec.moments_shape(self.image_size)
         if jnp.issubdtype(given.dtype, jnp.floating):
+            stored = self.codec.moments_shape(self.image_size)[-1]
             moments, masks = given[..., :stored].astype(jnp.float32), given[..., stored:].astype(jnp.float32)
         else:
             moments = self.codec.moments(params, given[..., :3])
+            # Of any size: buckets have several.
+            height, width = moments.shape[1:3]
             masks = given[..., 3:].astype(jnp.float32) / 255
-            if masks.shape[-1]:
-                masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
-            else:
-                masks = jnp.zeros((*moments.shape[:3], 0))
+            masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
         return jnp.concatenate([self.codec.mean(params, moments), masks], axis=-1)
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:

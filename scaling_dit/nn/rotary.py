@@ -5,6 +5,7 @@ TPU kernel here rolls the lanes in place instead.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from scaling_dit.nn.per_device import LANES
 
 # Cosines and sines [T, H/2] float32.
 Rotary = tuple[jax.Array, jax.Array]
+THETA = 10000.0
+# What `scaling` may be; rows of tokens that are one sequence have one more.
+SCALINGS = ("none", "linear", "ntk", "centred")
+ROW_SCALINGS = (*SCALINGS, "grid")
 # The most tokens of a grid step.
 _LONGEST = 1024
 # The most numbers of a grid step: two tables and two blocks in float32 must fit 16 MiB twice.
@@ -38,22 +43,103 @@ def rotary_1d(positions: int | np.ndarray, head_size: int) -> Rotary:
     return _tables(np.outer(places, _frequencies(head_size)))
 
 
-def rotary_2d(rows: int, columns: int, head_size: int, shifts: Sequence[int] = (0,)) -> Rotary:
+def rotary_rows(
+    rows: int,
+    columns: int,
+    head_size: int,
+    *,
+    shifts: Sequence[int] = (),
+    scaling: str = "none",
+    base: int | None = None,
+) -> Rotary:
+    """As `rotary_1d` for `rows` rows of `columns` tokens and an end-of-line token, which are one sequence.
+
+    Args:
+      shifts: of further images of as many tokens, which come first and have no end-of-line tokens: each token of shift k
+        has the position of the image token at its place, k images later.
+      scaling: what a grid beyond `base` x `base` tokens does, whose sequence is r times as long: "none" counts on;
+        "linear" divides positions by r; "ntk" counts on with theta' = theta r^(d / (d - 2)), d = head_size, which keeps
+        the fastest frequency and divides the slowest by r; "centred" counts from where the middle of the sequence is at
+        the middle of the base's; "grid" gives each token the position of its place in the base's grid, so that rows and
+        columns are interpolated alike. At `base` x `base` tokens all give the same, bit for bit.
+      base: needed unless scaling is "none".
+    """
+    width = columns + 1
+    length = rows * width
+    # With the first place of the next image.
+    place = np.arange(length + 1)
+    theta, positions = THETA, place.astype(np.float64)
+    if scaling == "grid" and base is not None:
+        row, column = np.divmod(place, width)
+        ratio = stretch(rows, columns, base)
+        positions = row / ratio * (columns / ratio + 1) + column / ratio
+    elif scaling != "none" and base is not None:
+        whole = base * (base + 1)
+        ratio = max(1.0, length / whole)
+        positions, theta = _scaled(place, scaling, ratio, (whole - length) / 2, head_size)
+    image = positions[:length]
+    without_ends = image.reshape(rows, width)[:, :columns].ravel()
+    further = [without_ends + shift * (positions[-1] - positions[0]) for shift in shifts]
+    angles = np.outer(np.concatenate([*further, image]), _frequencies(head_size, theta))
+    return _tables(angles)
+
+
+def rotary_2d(
+    rows: int,
+    columns: int,
+    head_size: int,
+    *,
+    shifts: Sequence[int] = (0,),
+    scaling: str = "none",
+    base: int | None = None,
+) -> Rotary:
     """Tables [rows * columns, head_size/2] for a grid of tokens, row-major, or several such grids one after another.
 
     Rows and columns alternate: pair 2i has the angle row * f_i, pair 2i + 1 the angle column * f_i, with
-    f_i = 10000^(-4i/head_size). A grid for each of `shifts`: that of shift k stands k grids to the right of the first.
+    f_i = theta^(-4i/head_size), theta = 10000.
+
+    Args:
+      shifts: a grid for each; that of shift k stands k grids to the right of that of shift 0.
+      scaling: what a grid beyond `base` x `base` tokens does, whose sides are r times as long (`stretch`): "none"
+        counts on; "linear" divides rows and columns by r; "ntk" counts on with theta' = theta r^(d / (d - 2)),
+        d = head_size/2; "centred" counts from where the middle of the grid is at the middle of the base's. At `base` x
+        `base` tokens all give the same, bit for bit.
+      base: needed unless scaling is "none".
     """
-    frequencies = _frequencies(head_size // 2)
+    half = head_size // 2
     row, column = np.divmod(np.arange(rows * columns), columns)
-    beside = np.concatenate([column + shift * columns for shift in shifts])
+    theta, wide = THETA, float(columns)
+    if scaling != "none" and base is not None:
+        ratio = stretch(rows, columns, base)
+        row, theta = _scaled(row, scaling, ratio, (base - rows) / 2, half)
+        column, _ = _scaled(column, scaling, ratio, (base - columns) / 2, half)
+        wide = columns / ratio if scaling == "linear" else wide
+    beside = np.concatenate([column + shift * wide for shift in shifts])
+    frequencies = _frequencies(half, theta)
     row = np.tile(row, len(shifts))
     angles = np.stack([np.outer(row, frequencies), np.outer(beside, frequencies)], axis=-1)
-    return _tables(angles.reshape(-1, head_size // 2))
+    return _tables(angles.reshape(-1, half))
 
 
-def _frequencies(size: int) -> np.ndarray:
-    return 10000.0 ** (-np.arange(0, size, 2) / size)
+def stretch(rows: int, columns: int, base: int) -> float:
+    """How many times as long as `base` the sides of a square of rows x columns tokens are; 1 for smaller ones."""
+    return max(1.0, math.sqrt(rows * columns) / base)
+
+
+def _scaled(
+    places: np.ndarray, scaling: str, ratio: float, shift: float, size: int
+) -> tuple[np.ndarray, float]:
+    """(positions, theta) of whole-number places; `size` features have frequencies."""
+    if scaling == "linear":
+        return places / ratio, THETA
+    if scaling == "centred":
+        return places + shift, THETA
+    # Two features have the fastest frequency alone, which no theta changes.
+    return places, THETA * ratio ** (size / (size - 2)) if size > 2 else THETA
+
+
+def _frequencies(size: int, theta: float = THETA) -> np.ndarray:
+    return theta ** (-np.arange(0, size, 2) / size)
 
 
 def _tables(angles: np.ndarray) -> Rotary:

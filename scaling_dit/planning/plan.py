@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import encoders
 from scaling_dit.costs.step import train_flops
+from scaling_dit.model.adapters import BASE
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.model.model import Model
 from scaling_dit.nn.attention import recorded_choices
@@ -118,7 +119,9 @@ def make(
             held: tuple[Any, ...] = (program.state, program.frozen, program.batch)
             lowered = program.lower()
         else:
-            held = (program.state.params, program.frozen)
+            # A run samples with its adapters added to their base.
+            frozen = {name: tree for name, tree in program.frozen.items() if name != BASE}
+            held = (program.frozen.get(BASE, program.state.params), frozen)
             lowered = Sampler(model, mesh, SamplingOptions.of(config.sample)).lower(*held)
     lowered_at = time.perf_counter()
     compiler = compile_program if kernels else outline_program

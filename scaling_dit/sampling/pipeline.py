@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
+from scaling_dit.checkpoints.frozen_base import FrozenBase, check_base
 from scaling_dit.checkpoints.store import Checkpoints, Damaged
 from scaling_dit.checkpoints.workdir import (
     Workdir,
@@ -24,6 +25,7 @@ from scaling_dit.checkpoints.workdir import (
 )
 from scaling_dit.components import describe
 from scaling_dit.errors import UserError
+from scaling_dit.model.adapters import Adapters
 from scaling_dit.model.build import build_model
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen
 from scaling_dit.model.model import Model
@@ -47,6 +49,8 @@ class Pipeline:
     step: int
     # The average that `params` are; None for the raw weights.
     ema: str | None = None
+    # Those that `params` hold, where the run trains adapters; None where it does not.
+    adapters: Params | None = None
     _samplers: dict[SamplingOptions, Sampler] = dataclasses.field(default_factory=dict, repr=False)
 
     def encode_text(self, prompts: str | Sequence[str]) -> tuple[jax.Array, jax.Array | None, jax.Array]:
@@ -163,7 +167,9 @@ def open_run(
     model = build_model(config, tokenizer)
     mesh = make_mesh(devices=jax.local_devices())
     boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
-    target = rules.with_shardings(trees.unbox(boxed), rules.param_shardings(mesh, boxed))
+    adapted = Adapters.of(config, boxed)
+    trained = boxed if adapted is None else jax.eval_shape(adapted.init, jax.random.key(config.seed))
+    target = rules.with_shardings(trees.unbox(trained), rules.param_shardings(mesh, trained))
     name, kept = find_ema(config, ema), kept_emas(config)
     rebuilt = name is not None and name not in kept
     with Checkpoints(run.checkpoints, read_only=True) as store:
@@ -177,7 +183,21 @@ def open_run(
     now = frozen_hash(frozen, *model.encoders)
     check_frozen(now, saved, str(workdir))
     check_tokenizer(tokenizer_hash(run, tokenizer), saved, str(workdir))
-    return Pipeline(config=config, model=model, params=params, frozen=frozen, mesh=mesh, step=step, ema=name)
+    adapters = None
+    if adapted is not None:
+        weights, _, base = FrozenBase.read(run.base).load(mesh, boxed)
+        check_base(base, saved, str(workdir))
+        adapters, params = params, adapted.merge(weights, params)
+    return Pipeline(
+        config=config,
+        model=model,
+        params=params,
+        frozen=frozen,
+        mesh=mesh,
+        step=step,
+        ema=name,
+        adapters=adapters,
+    )
 
 
 def open_for_sampling(

@@ -37,12 +37,15 @@ class Member:
       config: the whole config; `seed` is set for each run.
       changes: dotted key -> value of what was replaced in the base.
       groups: axis -> label, such as {"family": "uvit"}, for charts and tables.
+      base: name of an earlier member: each run begins with the weights that the run of that member and of the same seed
+        ended with (`train --from`). Costs do not count the base's. "" begins from nothing.
     """
 
     name: str
     config: ConfigDict
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    base: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,6 +293,7 @@ def _runs(study: Study) -> str:
             f"{key}: no such field" for key in gone
         ]
         title = "the whole config" if not base else f"what differs from {study.spec.members[0].name}"
+        title += f"; begins from {member.base}" if member.base else ""
         commands = "\n".join(
             f"scaling-dit train --workdir={folder}/runs/{member.name}/seed{seed}" for seed in study.spec.seeds
         )

@@ -71,6 +71,11 @@ class StudySpec:
                     f"member {name!r}: a name has letters, digits and . _ + - only, for it names a folder"
                 )
         _unique("member", names)
+        for number, member in enumerate(self.members):
+            if member.base and member.base not in names[:number]:
+                raise UserError(
+                    f"member {member.name!r} begins from {member.base!r}, which is no member before it; put that first"
+                )
         for what, values in (("seeds", self.seeds), ("generation_seeds", self.generation_seeds)):
             if not values or any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):
                 raise UserError(f"{what} is {values!r}; give at least one whole number from 0 to 2**32 - 1")
@@ -161,6 +166,12 @@ def config_hash(config: ConfigDict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def member_hash(member: Member) -> str:
+    """As `config_hash`, of a member: where its runs begin counts as well."""
+    digest = config_hash(member.config)
+    return hashlib.sha256(f"{member.base} {digest}".encode()).hexdigest()[:12] if member.base else digest
+
+
 def load(place: str) -> StudySpec:
     """The study of a file.
 
@@ -224,7 +235,8 @@ def to_json(spec: StudySpec) -> dict[str, Any]:
         "members": [
             {
                 "name": member.name,
-                "hash": config_hash(member.config),
+                "hash": member_hash(member),
+                "base": member.base,
                 "groups": dict(member.groups),
                 "changes": {key: repr(value) for key, value in member.changes.items()},
                 "config": member.config.to_dict(),
@@ -249,6 +261,7 @@ def from_json(saved: Mapping[str, Any]) -> StudySpec:
                 config_lib.resolve(config_lib.from_json(config_lib.to_json(ConfigDict(one["config"])))),
                 one["changes"],
                 one["groups"],
+                one.get("base", ""),
             )
             for one in saved["members"]
         )

@@ -28,6 +28,7 @@ from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
 from scaling_dit.scaling.table import DONE, STOPPED, WAITING, Row
 from scaling_dit.training import loop
+from scaling_dit.training.base import Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
 def _check_extends(saved: dict[str, Any], now: dict[str, Any], folder: StudyFolder) -> None:
     # Saved configs as this version reads them, for a later one may have more fields.
     before = spec_lib.from_json(saved).members
-    there = {member.name: spec_lib.config_hash(member.config) for member in before}
+    there = {member.name: spec_lib.member_hash(member) for member in before}
     here = {one["name"]: one["hash"] for one in now["members"]}
     for name, digest in there.items():
         if name not in here:
@@ -240,8 +241,13 @@ class _Runner:
         spec, folder = self._spec, self._folder
         run = folder.run(member.name, seed)
         config = spec.run_config(member, seed, str(folder.compile_cache))
+        start = Start(str(folder.run(member.base, seed))) if member.base else None
+        if member.base and self._status[member.base, seed] == STOPPED:
+            note = {"code": loop.NONFINITE, "reason": f"{member.base}, which it begins from, has stopped"}
+            files.write_whole(folder.stopped(member.name, seed), files.to_json(note).encode())
+            return
         try:
-            loop.train(config, run.folder)
+            loop.train(config, run.folder, start=start)
         except loop.Stopped as stop:
             if stop.code == loop.PREEMPTED:
                 raise
@@ -375,7 +381,7 @@ def merge(folders: Sequence[str | epath.Path]) -> Study:
                 )
         for member in one.spec.members:
             known = members.setdefault(member.name, member)
-            if spec_lib.config_hash(known.config) != spec_lib.config_hash(member.config):
+            if spec_lib.member_hash(known) != spec_lib.member_hash(member):
                 raise UserError(
                     f"member {member.name!r} of {one.folder} has another config than in {first.folder}"
                 )

@@ -31,6 +31,7 @@ from scaling_dit.monitor.progress import Progress
 from scaling_dit.monitor.writers import MultiWriter, create_writer
 from scaling_dit.parallel import compile_cache, processes, rules
 from scaling_dit.training import rewind, watching
+from scaling_dit.training.base import Start
 from scaling_dit.training.program import place_seed
 from scaling_dit.training.rewind import Rewind, Spike, SpikeDetector
 from scaling_dit.training.start import Run
@@ -60,14 +61,21 @@ class Outputs(NamedTuple):
     lease: Lease
 
 
-def main(config: ConfigDict, workdir: str, began: float | None = None, *, strict: bool = False) -> int:
+def main(
+    config: ConfigDict,
+    workdir: str,
+    began: float | None = None,
+    *,
+    strict: bool = False,
+    start: Start | None = None,
+) -> int:
     """The `train` verb: `train` with exit codes.
 
     0 done, 3 non-finite loss, 4 loss spikes beyond `config.rewind.limit`; after saving, 75 stopped by SIGTERM or
     SIGHUP, and 130 by SIGINT.
     """
     try:
-        train(config, workdir, began=began, strict=strict)
+        train(config, workdir, began=began, strict=strict, start=start)
     except Stopped as stop:
         print(f"scaling-dit: {stop}", file=sys.stderr)
         return stop.code
@@ -81,6 +89,7 @@ def train(
     *,
     began: float | None = None,
     strict: bool = False,
+    start: str | epath.Path | Start | None = None,
 ) -> TrainState:
     """Trains a run to `config.steps`, from its last checkpoint if the workdir has one.
 
@@ -90,6 +99,9 @@ def train(
       devices: those to train on; all by default.
       began: when the command was given, in seconds since 1970, for goodput; now by default.
       strict: refuse a damaged checkpoint, which is set aside otherwise, and the run resumes from an older one.
+      start: what a new run's parameters begin as: the folder of a run, "RUN@STEP", a safetensors file of a backbone, or
+        a `base.Start`, which can name an EMA as well. A run that is resumed does not read it again. For adapters
+        (`config.adapter`) it is the run that they are trained beside, which every start reads.
 
     Returns:
       The final state, sharded over the run's mesh.
@@ -107,7 +119,8 @@ def train(
         if processes.first_says(folder.folder.exists()):
             # Now, and not after minutes of building; a start that fails in a new folder leaves no trace.
             processes.first_does(lease.acquire)
-        run = Run.open(config, folder, devices, lease)
+        begin = start if start is None or isinstance(start, Start) else Start.parse(start)
+        run = Run.open(config, folder, devices, lease, begin)
         rewinds = rewind.read(folder.rewinds)
         with open_outputs(run, watch, lease) as outputs, processes.preemption() as preempted:
             state = run_steps(run, rewinds, outputs, watch, preempted, strict=strict)
@@ -144,7 +157,7 @@ def run_steps(
     state, spikes, loader = begin_steps(run, rewinds, outputs, watch, strict=strict)
     step = int(state.step)
     progress = Progress(config.steps, step, config.batch, watch, enabled=jax.process_index() == 0)
-    seed = place_seed(config.seed, mesh)
+    seed, sizes = place_seed(config.seed, mesh), set[tuple[int, ...]]()
     watch.switch(STEP)
     watcher.heart.update(state=heartbeat.TRAINING)
     while step < config.steps:
@@ -153,6 +166,8 @@ def run_steps(
         step += 1
         with watch.part(DATA_WAIT):
             batch = rules.to_global(next(loader), mesh, config.batch) | {"seed": seed}
+        if run.buckets:
+            note_size(run, batch, sizes)
         dispatched = watcher.times.clock()
         with rules.activate(mesh), profiler.step(step):
             state, metrics = run.program.step(state, run.frozen, batch)
@@ -227,6 +242,25 @@ def go_back(
         record.back_to(step)
     outputs.recorder.record("back", step)
     return state, spikes, loader
+
+
+def note_size(run: Run, batch: Mapping[str, jax.Array], sizes: set[tuple[int, ...]]) -> None:
+    """Says that the step is compiled for the size of a batch, the first time that there is one of it.
+
+    Args:
+      sizes: shapes of images or latents met so far; added to in place.
+    """
+    found = batch.get("images", batch.get("latents"))
+    assert found is not None
+    if found.shape in sizes:
+        return
+    sizes.add(found.shape)
+    if jax.process_index() == 0:
+        size = "x".join(map(str, found.shape[1:3]))
+        print(
+            f"scaling-dit: the step is compiled for batches of {size}, program {len(sizes)} of {len(run.buckets)}",
+            file=sys.stderr,
+        )
 
 
 def save_state(

@@ -52,10 +52,10 @@ def make_optimizer(
       UserError: here for a bad schedule or a user's own that is no optimizer; from `init` for a group that is wrong or
         matches no parameter.
     """
-    groups, weight_decay = tuple(optim.groups), optim.weight_decay
+    groups, weight_decay, text_rate = tuple(optim.groups), optim.weight_decay, optim.text_encoder_rate
 
     def settings(params: Params) -> tuple[Params, Params]:
-        factors, decays = parameter_settings(params, groups, weight_decay)
+        factors, decays = parameter_settings(params, groups, weight_decay, text_rate)
         if fan_ins is None:
             return factors, decays
         slower = jax.tree.map(lambda factor, m: factor / m, factors, fan_ins)
@@ -196,14 +196,17 @@ def learning_rate_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
-def parameter_settings(params: Params, groups: Sequence[Group], weight_decay: float) -> tuple[Params, Params]:
+def parameter_settings(
+    params: Params, groups: Sequence[Group], weight_decay: float, text_encoder_rate: float = 1.0
+) -> tuple[Params, Params]:
     """Learning-rate factor and weight decay of each parameter, as two trees of floats shaped like `params`.
 
     A path is the tree's keys joined by "/", such as "backbone/in_blocks_0/attention/query/kernel". The first
     group whose regex is found in it (`re.search`) sets both values for it, exactly as written; factor 0
-    freezes. A parameter in no group has factor 1, and decays by `weight_decay` if it is called "kernel" (a
-    matrix or convolution), not at all otherwise: biases, norms, embeddings and positional tables keep their
-    size. The name decides, not the number of axes, because scanned layers stack their biases into matrices.
+    freezes. A parameter in no group has factor 1, below "text_encoder" `text_encoder_rate`, and decays by
+    `weight_decay` if it is called "kernel" (a matrix or convolution), not at all otherwise: biases, norms,
+    embeddings and positional tables keep their size. The name decides, not the number of axes, because scanned
+    layers stack their biases into matrices.
 
     Raises:
       UserError: a group is malformed, or no parameter is left for it.
@@ -217,7 +220,8 @@ def parameter_settings(params: Params, groups: Sequence[Group], weight_decay: fl
             if pattern.search(path):
                 matched[number] += 1
                 return factor, decay
-        return 1.0, weight_decay if path.rpartition("/")[2] == "kernel" else 0.0
+        factor = text_encoder_rate if path.startswith("text_encoder/") else 1.0
+        return factor, weight_decay if path.rpartition("/")[2] == "kernel" else 0.0
 
     settings = {path: setting(path) for path in jax.tree.leaves(paths)}
     for count, (pattern, _, _) in zip(matched, patterns, strict=True):

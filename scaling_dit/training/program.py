@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from scaling_dit import backbones, trees
 from scaling_dit import config as config_lib
-from scaling_dit.checkpoints.state import TrainState, init_state, start_from
+from scaling_dit.checkpoints.state import TrainState, create_state, init_state, start_from
+from scaling_dit.model.adapters import BASE, Adapters
 from scaling_dit.model.model import Model
 from scaling_dit.nn.attention import recorded_choices
 from scaling_dit.parallel import fsdp, rules, xla_flags
@@ -33,8 +34,10 @@ class StepProgram:
       step: jitted `make_train_step`: (state, frozen, batch) -> (state, metrics); the state is donated.
       state: abstract TrainState.
       frozen: abstract frozen weights.
-      boxed_params: abstract parameters with their logical axes, without shardings.
-      boxed_frozen: the same of the frozen weights.
+      boxed_params: abstract parameters with their logical axes, without shardings; of adapters, where these are
+        trained.
+      boxed_frozen: the same of the frozen weights; under "base" those of the base, where adapters are trained.
+      adapters: those that the run trains in place of its parameters, if it does.
       batch: abstract global batch.
     """
 
@@ -46,6 +49,7 @@ class StepProgram:
     boxed_params: Any
     boxed_frozen: Any
     batch: Mapping[str, Any]
+    adapters: Adapters | None = None
 
     @classmethod
     def build(cls, config: ConfigDict, model: Model, mesh: Mesh) -> Self:
@@ -56,6 +60,10 @@ class StepProgram:
         optimizer, init = optimizer_and_init(config, model)
         key = jax.eval_shape(lambda: jax.random.key(0))
         boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
+        adapters = Adapters.of(config, boxed_params, mesh)
+        if adapters is not None:
+            boxed_frozen = boxed_frozen | {BASE: boxed_params}
+            boxed_params = jax.eval_shape(adapters.init, key)
         abstract = jax.eval_shape(init, key)
         shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
         frozen_shardings = rules.param_shardings(mesh, boxed_frozen)
@@ -69,7 +77,7 @@ class StepProgram:
             )
         batch = batch_shapes(config, model, mesh)
         step = jax.jit(
-            make_train_step(model, optimizer, config, gathered),
+            make_train_step(model, optimizer, config, gathered, adapters),
             in_shardings=(shardings, frozen_shardings, jax.tree.map(lambda one: one.sharding, batch)),
             out_shardings=(shardings, None),
             donate_argnums=0,
@@ -86,6 +94,7 @@ class StepProgram:
             boxed_params=boxed_params,
             boxed_frozen=boxed_frozen,
             batch=batch,
+            adapters=adapters,
         )
 
     @functools.cached_property
@@ -161,6 +170,9 @@ def optimizer_and_init(
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable[[jax.Array], TrainState]]:
     """The optimizer of a run, and key -> its state of step 0; with `optim.mup_base` both follow muP (mup.py)."""
     width = config.optim.mup_base
+    if config.adapter.rank:
+        optimizer = optim.make_optimizer(config.optim, config.steps)
+        return optimizer, functools.partial(init_adapters, model, optimizer, config)
     if not width:
         optimizer = optim.make_optimizer(config.optim, config.steps)
         return optimizer, functools.partial(init_state, model, optimizer, config)
@@ -176,6 +188,16 @@ def optimizer_and_init(
         return start_from(state, mup.initial(state.params, base(key)))
 
     return optimizer, init
+
+
+def init_adapters(
+    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
+) -> TrainState:
+    """The state of step 0 of a run that trains adapters: they are its parameters; pure."""
+    adapters = Adapters.of(config, jax.eval_shape(model.init, key)[0])
+    assert adapters is not None
+    fresh = trees.unbox(adapters.init(key))
+    return create_state(fresh, optimizer, config.optim.ema, config.optim.ema_power)
 
 
 def run_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import storage
+from scaling_dit.checkpoints.frozen_base import SHA256, FrozenBase, check_base
 from scaling_dit.checkpoints.lease import Held, Lease
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints, Damaged
@@ -19,20 +22,28 @@ from scaling_dit.checkpoints.workdir import (
     check_resumed_weights,
     check_tokenizer,
     claim_workdir,
+    load_tokenizer,
     open_workdir,
     tokenizer_hash,
+    unfinished_start,
 )
 from scaling_dit.config.own_code import changes, source_hashes
+from scaling_dit.data.buckets import Bucket, describe, open_buckets
 from scaling_dit.data.captions import CaptionPolicy
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.sources import Source
+from scaling_dit.encoders import Tokenizer
+from scaling_dit.errors import UserError
 from scaling_dit.evaluation.in_training import InTraining
+from scaling_dit.model.adapters import BASE
 from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.codec_identity import check_source
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
-from scaling_dit.training import rewind
+from scaling_dit.training import rewind, stages
+from scaling_dit.training.adapters import base_of, read_base
+from scaling_dit.training.base import Start, open_base
 from scaling_dit.training.memory import check_fits
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
@@ -54,6 +65,8 @@ class Run:
       frozen_hash: their hash, which every checkpoint holds.
       tokenizer_hash: of the run's tokenizer, likewise.
       evaluator: what `config.eval` asks for.
+      base: of a run that trains adapters; its parameters are `frozen["base"]`.
+      buckets: those that `config.buckets` groups the images in.
     """
 
     config: ConfigDict
@@ -66,6 +79,8 @@ class Run:
     frozen_hash: str
     tokenizer_hash: str
     evaluator: InTraining
+    base: FrozenBase | None = None
+    buckets: tuple[Bucket, ...] = ()
 
     @classmethod
     def open(
@@ -74,6 +89,7 @@ class Run:
         workdir: Workdir,
         devices: Sequence[jax.Device] | None = None,
         lease: Lease | None = None,
+        start: Start | None = None,
     ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
@@ -82,49 +98,71 @@ class Run:
           workdir: of the run, new or its own.
           devices: those to train on; all by default.
           lease: of the workdir, taken before the first write.
+          start: what a new run begins from, or for adapters the base that they are trained beside; a run that is
+            resumed reads only the latter again.
 
         Raises:
           UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
           StorageError: the disk or bucket refuses to be written.
         """
         fresh = not workdir.config.exists()
+        beside = base_of(config, workdir, start)
+        base = open_start(workdir, start) if beside is None else None
         mesh = run_mesh(config, devices)
         positions = rules.local_positions(mesh, config.batch)
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        tokenizer = open_workdir(workdir, config, source)
+        given = None if base is None else base.tokenizer()
+        if fresh and beside is not None:
+            given = load_tokenizer(config, beside.workdir)
+        tokenizer = open_workdir(workdir, config, source, given)
         model = build_model(config, tokenizer, source)
+        if start is not None and (base or beside):
+            # Shapes alone do not tell how many heads a kernel has.
+            stages.check_configs(base or open_base(start), config, model)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)
+        buckets = read_buckets(source, config, model, program)
         check_fits(config.batch, config.loader.prefetch, len(positions), program)
-        kept = None if fresh else workdir.frozen
-        frozen = open_frozen(kept, model, config.seed, mesh, program.boxed_frozen)
+        kept = workdir.frozen if not fresh else beside and beside.workdir.frozen
+        lent = open_lent(kept, base, config, model, program)
+        frozen = {name: lent[name] for name in program.boxed_frozen if name != BASE}
         check_source(source, config, model.codec, frozen["codec"])
-        evaluator = InTraining(model, source, mesh, config)
+        evaluator = InTraining(model, source, mesh, config, program.adapters)
         digest = frozen_hash(frozen, *model.encoders)
         words = tokenizer_hash(workdir, tokenizer)
-        check_resumed_weights(workdir, digest, words)
-        take(lease, workdir, fresh)
-
-        def claim() -> None:
-            save_frozen(workdir.frozen, model, frozen, replace=fresh)
-            claim_workdir(workdir, config, tokenizer)
-
-        storage.patiently(claim, f"to {workdir}", config.checkpoint.retry)
-        return cls(
+        whole = dict(frozen)
+        if beside is not None:
+            whole[BASE], beside = read_base(beside, mesh, program.boxed_frozen[BASE], digest, words)
+        if not unfinished_start(workdir):
+            check_resumed_weights(workdir, digest, words)
+        run = cls(
             config=config,
             workdir=workdir,
             source=source,
             model=model,
             program=program,
             positions=positions,
-            frozen=frozen,
+            frozen=whole,
             frozen_hash=digest,
             tokenizer_hash=words,
             evaluator=evaluator,
+            base=beside,
+            buckets=buckets,
         )
+        begun = None
+        if base is not None:
+            # Read before anything is written, for what does not fit must leave no trace.
+            begun = stages.first_state(base, program, run.random_state(), lent, config, model)
+        take(lease, workdir, fresh)
+        if base is not None and begun is not None:
+            stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
+        storage.patiently(
+            functools.partial(claim, run, tokenizer, fresh), f"to {workdir}", config.checkpoint.retry
+        )
+        return run
 
     def begin(
         self, store: Checkpoints, rewinds: Sequence[Rewind], *, strict: bool = False
@@ -148,12 +186,19 @@ class Run:
                 store.remove(step)
         config, extra = self.config, dict[str, Any]()
         if store.latest_step() is None:
+            if self.workdir.start.exists():
+                raise UserError(
+                    f"{self.workdir} began from another run's weights, and its checkpoints are gone; put one back, or "
+                    "give another --workdir and --from again"
+                )
             state = self.fresh_state()
         else:
             aside = self.workdir.damaged_checkpoints
             state, extra = store.restore_newest(self.program.state, aside, strict=strict)
             check_frozen(self.frozen_hash, extra, str(store.directory))
             check_tokenizer(self.tokenizer_hash, extra, str(store.directory))
+            if self.base is not None:
+                check_base(self.base, extra, str(store.directory))
             notice_changed_code(self.config, extra, int(state.step))
         loader = make_loader(
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
@@ -161,29 +206,116 @@ class Run:
             data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
             captions=CaptionPolicy(**config.captions),
             conditions={one.name: one.condition for one in self.model.conditions},
-            threads=config.loader.threads, prefetch=config.loader.prefetch,
+            threads=config.loader.threads, prefetch=config.loader.prefetch, buckets=self.buckets,
         )  # fmt: skip
         return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
 
     def fresh_state(self) -> TrainState:
         """The state of step 0, in its shardings: initialised from the seed, but for pretrained weights."""
-        program = self.program
-        state: TrainState = program.init(jax.random.key(self.config.seed))
-        pretrained = open_trained(self.model, program.mesh, program.boxed_params)
+        program, state = self.program, self.random_state()
+        # Of adapters the base's parameters are given, and no others.
+        pretrained = self.base is None and open_trained(self.model, program.mesh, program.boxed_params)
         if pretrained:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
             state = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, pretrained)
         return state
 
+    def random_state(self) -> TrainState:
+        """The state of step 0, in its shardings, initialised from the seed."""
+        state: TrainState = self.program.init(jax.random.key(self.config.seed))
+        return state
+
     def extra(self, rewinds: Sequence[Rewind], spikes: SpikeDetector) -> dict[str, Any]:
         """The values that a checkpoint holds beside the state."""
-        return {
+        return self.held() | {"rewinds": len(rewinds), "losses": spikes.recent}
+
+    def held(self) -> dict[str, Any]:
+        """The values that name what the state is used with."""
+        hashes = {
             "frozen_sha256": self.frozen_hash,
             "tokenizer_sha256": self.tokenizer_hash,
             "own_code_sha256": source_hashes(self.config),
-            "rewinds": len(rewinds),
-            "losses": spikes.recent,
         }
+        return hashes if self.base is None else hashes | {SHA256: self.base.sha256}
+
+
+def claim(run: Run, tokenizer: Tokenizer, fresh: bool) -> None:
+    """Writes what makes a folder this run's, its config last; all processes call it."""
+    frozen = {name: tree for name, tree in run.frozen.items() if name != BASE}
+    save_frozen(run.workdir.frozen, run.model, frozen, replace=fresh)
+    if run.base is not None and jax.process_index() == 0:
+        run.base.save(run.workdir.base)
+    claim_workdir(run.workdir, run.config, tokenizer)
+
+
+def open_lent(
+    kept: epath.Path | None, base: stages.Base | None, config: ConfigDict, model: Model, program: StepProgram
+) -> Params:
+    """The frozen weights of a run, and those of a base's that it trains; see `open_frozen` and `RunBase.frozen`."""
+    boxed = {name: tree for name, tree in program.boxed_frozen.items() if name != BASE}
+    if base is None:
+        return open_frozen(kept, model, config.seed, program.mesh, boxed)
+    return base.frozen(model, config.seed, program.mesh, boxed, program.boxed_params)
+
+
+def read_buckets(
+    source: Source, config: ConfigDict, model: Model, program: StepProgram
+) -> tuple[Bucket, ...]:
+    """The buckets of a run's source, printed in one line; none without `config.buckets`.
+
+    Raises:
+      UserError: a source without buckets, or one whose images codec or backbone cannot take.
+    """
+    if not config.buckets:
+        return ()
+    buckets = open_buckets(source)
+    for bucket in buckets:
+        check_bucket(bucket, model, program)
+    if jax.process_index() == 0:
+        print(f"scaling-dit: buckets: {describe(buckets)}", file=sys.stderr)
+    return buckets
+
+
+def check_bucket(bucket: Bucket, model: Model, program: StepProgram) -> None:
+    """Makes sure that codec and backbone take images of a bucket's size, before any step does; nothing is computed.
+
+    Raises:
+      UserError: they do not, and why.
+    """
+    height, width = bucket.bucket_size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), np.uint8)
+    params = program.frozen.get(BASE, program.state.params)
+
+    def predict(params: Params, frozen: Params, images: jax.Array) -> jax.Array:
+        latents = model.encode_image(frozen, images, jax.random.key(0))
+        text = jnp.zeros((1, model.text_encoder.length, model.text_encoder.dim), jnp.float32)
+        return model.predict(params, latents, jnp.zeros((1,)), text)
+
+    try:
+        jax.eval_shape(predict, params, program.frozen, images)
+    except UserError as error:
+        raise UserError(
+            f"config.buckets: images of {height}x{width} px do not fit ({error}); choose a config.source.image_size "
+            "whose eighth is a multiple of the codec's factor times the backbone's patch"
+        ) from None
+
+
+def open_start(workdir: Workdir, start: Start | None) -> stages.Base | None:
+    """The base of a run that begins now; None for one that begins from nothing, or is resumed.
+
+    Raises:
+      UserError: as `open_base`; a run that began from something else; or a start cut short, without its base.
+    """
+    unfinished = unfinished_start(workdir)
+    # A run that lost its config, and has checkpoints, is no new one.
+    is_new = unfinished or not (workdir.config.exists() or workdir.checkpoints.exists())
+    if start is not None and not is_new:
+        stages.check_same_start(workdir, start)
+    if start is None and unfinished:
+        raise UserError(
+            f"a start in {workdir} was cut short before it had its weights; give the same command with its --from again"
+        )
+    return open_base(start) if start is not None and is_new else None
 
 
 def take(lease: Lease | None, workdir: Workdir, fresh: bool) -> None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.state import TrainState
 from scaling_dit.diffusion import objectives, time_sampling, weightings
+from scaling_dit.model.adapters import BASE, Adapters
 from scaling_dit.model.model import Model
 from scaling_dit.training import optim
 from scaling_dit.trees import Params
@@ -27,6 +28,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     value_and_grad: Callable[[Any], Any] | None = None,
+    adapters: Adapters | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch) -> (state, metrics) of one update.
 
@@ -43,6 +45,7 @@ def make_train_step(
       config: of the run, resolved.
       value_and_grad: maps a loss function to a function (params, rows) -> (loss, gradients), as parallel/fsdp.py does;
         `jax.value_and_grad` by default.
+      adapters: those that the state's parameters are, of a run that trains them beside `frozen["base"]`.
     """
     diffusion = config.diffusion
     learning_rate = optim.learning_rate_schedule(config.optim, config.steps)
@@ -52,6 +55,8 @@ def make_train_step(
     )
 
     def loss_fn(params: Params, rows: Any, frozen: Params) -> jax.Array:
+        if adapters is not None:
+            params = adapters.add(frozen[BASE], params)
         noisy = objectives.add_noise(model.schedule, rows["latents"], rows["noise"], rows["timesteps"])
         if "text" in rows:
             text, text_mask = rows["text"]

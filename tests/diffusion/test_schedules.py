@@ -7,14 +7,17 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
+from scaling_dit.diffusion.sampler_tables import ddim_table
 from scaling_dit.diffusion.schedules import (
     VP_SCHEDULES,
     RectifiedFlow,
     make_betas,
     make_schedule,
+    shift_resolution,
     shift_time,
     zero_terminal_snr,
 )
+from scaling_dit.diffusion.weightings import loss_weight
 from scaling_dit.errors import UserError
 
 REFERENCE = {
@@ -149,6 +152,48 @@ def test_options_of_another_schedule_are_refused():
         make_schedule("flow", zero_snr=True)
     with pytest.raises(UserError, match="time_shift=3.0 is for diffusion.schedule 'flow', not 'linear'"):
         make_schedule("linear", time_shift=3.0)
+    with pytest.raises(UserError, match="'flow' leave it 1.0 and set diffusion.time_shift=2.0"):
+        make_schedule("flow", resolution_shift=2.0)
+
+
+@pytest.mark.parametrize("name", VP_SCHEDULES)
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 4.0])
+def test_a_larger_image_has_more_noise_at_the_same_timestep(name, ratio):
+    """log SNR + 2 ln(base / side), in both directions: the sign must not be the other one."""
+    plain, shifted = make_schedule(name), make_schedule(name, resolution_shift=ratio)
+    times = np.arange(1000.0)
+
+    def log_snr(schedule):
+        alpha, sigma = schedule.coefficients(times)
+        return 2 * np.log(alpha / sigma)
+
+    moved = log_snr(shifted) - log_snr(plain)
+    np.testing.assert_allclose(moved, 2 * np.log(1.0 / ratio), atol=1e-9)
+    sigmas = shifted.coefficients(times)[1], plain.coefficients(times)[1]
+    assert (np.sign(sigmas[0] - sigmas[1]) == np.sign(ratio - 1)).all()
+    back = shift_resolution(shifted.alphas_cumprod, 1 / ratio)
+    np.testing.assert_allclose(back, plain.alphas_cumprod, rtol=1e-9)
+    # What rectified flow's shift does to the ratio of noise and signal.
+    shares = plain.coefficients(times)[1] / sum(plain.coefficients(times))
+    alpha, sigma = shifted.coefficients(times)
+    np.testing.assert_allclose(sigma / (alpha + sigma), shift_time(shares, ratio), rtol=1e-9)
+
+
+def test_a_shift_keeps_the_ends_and_the_loss_weights_follow():
+    zero = make_schedule("scaled_linear", zero_snr=True, resolution_shift=2.0)
+    assert zero.alphas_cumprod[-1] == 0 and zero.zero_terminal_snr
+    same = make_schedule("linear", resolution_shift=1.0).alphas_cumprod
+    np.testing.assert_array_equal(same, make_schedule("linear").alphas_cumprod)
+    plain, shifted = make_schedule("cosine"), make_schedule("cosine", resolution_shift=2.0)
+    times = np.arange(50, 950, 50)
+    weight = loss_weight(shifted.alpha(times), shifted.sigma(times), "eps", "min_snr")
+    snr = (plain.alphas_cumprod / (1 - plain.alphas_cumprod))[times] / 4
+    np.testing.assert_allclose(weight, np.minimum(snr, 5) / snr, rtol=1e-4)
+    # A sampler starts from the same timestep, with more noise.
+    tables = [ddim_table(schedule, 10) for schedule in (plain, shifted)]
+    np.testing.assert_array_equal(tables[0].timesteps, tables[1].timesteps)
+    ratios = [table.sigma / table.alpha for table in tables]
+    np.testing.assert_allclose(ratios[1], 2 * ratios[0], rtol=1e-6)
 
 
 def test_unknown_name_tells_the_nearest():

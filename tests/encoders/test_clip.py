@@ -1,5 +1,6 @@
 """CLIP's text tower against transformers, from every kind of file it comes in."""
 
+import dataclasses
 import json
 import re
 
@@ -161,6 +162,32 @@ def test_padding_is_what_the_fields_say(tokenizer):
         np.testing.assert_array_equal(mask[0], np.arange(77) < 5)
 
 
+def test_a_long_caption_is_read_window_by_window(pipeline_folder, tokenizer):
+    """Each window is what transformers' tower makes of its 75 words alone, as a caption."""
+    one = ClipText(tokenizer, weights=str(pipeline_folder), size="tiny")
+    three = dataclasses.replace(one, length=231)
+    assert three.windows == 3 and three.dim == one.dim
+    # One token a word: in 1 window, in 2, just 150, in 3 and cut.
+    words = ["red", "blue", "green", "cat", "dog", "car"]
+    captions = [" ".join(words[i % 6] for i in range(count)) for count in (5, 100, 150, 300)]
+    captions.append("")
+    ids, mask = three.tokenize(captions)
+    assert ids.shape == mask.shape == (5, 231) and ids.dtype == np.int32
+    np.testing.assert_array_equal(
+        mask.reshape(5, 3, 77).sum(-1), [[7, 0, 0], [77, 27, 0], [77, 77, 0], [77] * 3, [2, 0, 0]]
+    )
+    tokens, _, pooled = jax.jit(three.apply)(three.load(), ids, mask)
+    model = text_towers.clip_text(2)
+    for number, caption in enumerate(captions):
+        parts = [caption.split()[75 * j : 75 * (j + 1)] for j in range(3)]
+        windows, real = one.tokenize([" ".join(part) for part in parts])
+        np.testing.assert_array_equal(ids[number].reshape(3, 77), windows)
+        theirs = reference(model, (windows, real))
+        found = np.asarray(tokens[number]).reshape(3, 77, -1)
+        np.testing.assert_allclose(found, theirs.last_hidden_state.numpy(), atol=TOLERANCE)
+        np.testing.assert_allclose(pooled[number], theirs.pooler_output.numpy()[0], atol=TOLERANCE)
+
+
 def test_bfloat16_drifts_little(pipeline_folder, ids, expected):
     encoder = ClipText(weights=str(pipeline_folder), size="tiny", dtype="bfloat16", param_dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(encoder.load())} == {"bfloat16"}
@@ -199,7 +226,8 @@ def test_fresh_weights_fit_those_that_are_loaded(clip_folder):
         ({"size": "openclip-g"}, "text_encoder.size is 'openclip-g'; did you mean 'openclip-h'?"),
         ({"layer": "first"}, "text_encoder.layer is 'first'; known: last, penultimate"),
         ({"project": True}, "text_encoder.project needs text_encoder.layer='last'"),
-        ({"length": 78}, "text_encoder.length is 78; it must be from 2 to 77"),
+        ({"length": 78}, "text_encoder.length is 78; it must be from 2 to 77, or a multiple of 77"),
+        ({"length": 77 * 33}, "text_encoder.length is 2541; it must be from 2 to 77"),
         ({"pad_id": 49_408}, "text_encoder.pad_id is 49408; it must be an id below 49408"),
         ({"dtype": "float8"}, "text_encoder.dtype"),
     ],

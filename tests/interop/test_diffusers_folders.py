@@ -15,10 +15,10 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
 import scaling_dit
 from scaling_dit import backbones
+from scaling_dit.backbones.declared import built_in_diffusers
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.interop import exporting
-from scaling_dit.interop.declared import built_in_diffusers
 from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.weights import files as weight_files
 

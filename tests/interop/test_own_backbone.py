@@ -11,9 +11,9 @@ from etils import epath
 import scaling_dit
 from scaling_dit import backbones, config, interop
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.declared import diffusers_class
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
-from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.weights import files
 from scaling_dit.weights.table import Row, Transform

@@ -18,9 +18,10 @@ import transformers
 
 from scaling_dit import backbones
 from scaling_dit import config as config_lib
+from scaling_dit.backbones.next_dit_weights import DIFFUSERS
 from scaling_dit.cli import main as cli
 from scaling_dit.diffusion import published_samplers
-from scaling_dit.encoders import vocabularies
+from scaling_dit.encoders import clip, vocabularies
 from scaling_dit.encoders.vae import Autoencoder
 from scaling_dit.errors import UserError
 from scaling_dit.interop.diffusers import pipelines, schedulers, text_encoders
@@ -217,7 +218,8 @@ def test_a_scheduler_is_written_and_read(sampler, schedule, zero_snr):
         name: scheduler.config[name] for name in described if not name.startswith("_")
     }.items() <= described.items()
     diffusion, sample = schedulers.read({**scheduler.config, "_class_name": described["_class_name"]}, "here")
-    assert diffusion == {"schedule": schedule, "prediction": "v", "zero_snr": zero_snr}
+    noise = {"schedule": schedule, "prediction": "v", "zero_snr": zero_snr, "resolution_shift": 1.0}
+    assert diffusion == noise
     # Where the built-in sampler is not exactly diffusers', with trailing timesteps, the class of the scheduler is.
     if zero_snr and sampler in ("ddim", "dpmpp_2m"):
         assert sample["sampler"].startswith("scaling_dit.diffusion.published_samplers:")
@@ -262,6 +264,19 @@ def test_schedulers_that_are_not_here(changes, line):
     config = config_lib.resolve(config_lib.defaults())
     with pytest.raises(UserError, match=line):
         schedulers.read(schedulers.write(config) | changes, "scheduler_config.json")
+
+
+def test_what_no_pipeline_of_diffusers_has_is_refused_by_name():
+    config = config_lib.resolve(config_lib.defaults(), ["--config.diffusion.resolution_shift=2.0"])
+    with pytest.raises(
+        UserError, match="config.diffusion.resolution_shift is 2.0, which no scheduler of diffusers has"
+    ):
+        schedulers.write(config)
+    with pytest.raises(UserError, match="config.text_encoder.length is 154, 2 windows, which no pipeline"):
+        text_encoders.describe(clip.ClipText(size="tiny", length=154))
+    backbone = backbones.create("next_dit", size="h16-d1-n2", text_dim=8, rope_scaling="ntk")
+    with pytest.raises(UserError, match="rope_scaling is 'ntk', which diffusers' model has no argument for"):
+        DIFFUSERS.to_arguments(backbone, (8, 8))
 
 
 def test_with_a_sampler_of_the_users_choice_only_the_noise_schedule_is_read():

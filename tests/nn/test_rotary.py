@@ -51,3 +51,64 @@ def test_where_the_kernel_can_run(shape, dtype, able, monkeypatch):
     pretend_tpu(monkeypatch)
     assert rotary._has_kernel(x, jnp.dtype(jnp.bfloat16)) == able
     assert not rotary._has_kernel(x, jnp.dtype(jnp.float16))
+
+
+def angles(tables):
+    """Angles within (-pi, pi] from tables of cosines and sines."""
+    return np.arctan2(np.asarray(tables[1], "f8"), np.asarray(tables[0], "f8"))
+
+
+def same_angles(tables, expected):
+    wrapped = np.angle(np.exp(1j * (angles(tables) - expected)))
+    np.testing.assert_allclose(wrapped, 0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scaling", rotary.ROW_SCALINGS)
+def test_at_the_base_s_grid_every_scaling_is_the_base_bit_for_bit(scaling):
+    plain = rotary.rotary_rows(4, 4, 8)
+    found = rotary.rotary_rows(4, 4, 8, scaling=scaling, base=4)
+    np.testing.assert_array_equal(found, plain)
+    np.testing.assert_array_equal(plain, rotary.rotary_1d(20, 8))
+    if scaling != "grid":
+        found = rotary.rotary_2d(4, 4, 8, scaling=scaling, base=4)
+        np.testing.assert_array_equal(found, rotary.rotary_2d(4, 4, 8))
+        # Smaller grids count on, but for where their middle is.
+        smaller = rotary.rotary_2d(2, 2, 8, scaling=scaling, base=4)
+        same = np.array_equal(smaller, rotary.rotary_2d(2, 2, 8))
+        assert same == (scaling != "centred")
+
+
+def test_scalings_of_a_grid_against_their_formulas():
+    rows, columns, base, half = 8, 8, 4, 4
+    row, column = np.divmod(np.arange(64), 8)
+
+    def expected(row, column, theta=10_000.0):
+        frequencies = theta ** -np.array([0, 2 / half])
+        return np.stack([row[:, None] * frequencies, column[:, None] * frequencies], -1).reshape(64, -1)
+
+    def found(scaling):
+        return rotary.rotary_2d(rows, columns, 2 * half, scaling=scaling, base=base)
+
+    same_angles(found("linear"), expected(row / 2, column / 2))
+    same_angles(found("centred"), expected(row - 2, column - 2))
+    # theta' = theta s^(d / (d - 2)): the fastest frequency stays, the slowest is divided by s.
+    same_angles(found("ntk"), expected(row, column, 10_000.0 * 2 ** (half / (half - 2))))
+    slow = rotary._frequencies(half)[-1], rotary._frequencies(half, 10_000.0 * 2 ** (half / (half - 2)))[-1]
+    np.testing.assert_allclose(slow[0] / slow[1], 2.0)
+
+
+def test_scalings_of_rows_in_one_sequence():
+    place = np.arange(8 * 9)
+    frequencies = 10_000.0 ** -np.array([0, 2 / 4])
+    ratio = 72 / 20
+
+    def found(scaling):
+        return rotary.rotary_rows(8, 8, 4, scaling=scaling, base=4)
+
+    same_angles(found("linear"), np.outer(place / ratio, frequencies))
+    same_angles(found("centred"), np.outer(place - 26.0, frequencies))
+    same_angles(found("ntk"), np.outer(place, (10_000.0 * ratio ** (4 / 2)) ** -np.array([0, 2 / 4])))
+    row, column = np.divmod(place, 9)
+    same_angles(found("grid"), np.outer(row / 2 * 5 + column / 2, frequencies))
+    # With two features there is the fastest frequency alone.
+    assert np.isfinite(rotary.rotary_rows(8, 8, 2, scaling="ntk", base=4)).all()

@@ -107,6 +107,20 @@ def test_a_spec_is_read_back_from_its_json(members):
         spec_lib.from_json({"question": "?"})
 
 
+def test_a_member_begins_from_one_before_it(members):
+    stage = dataclasses.replace(members[0], name="stage", base="uvit-000")
+    spec = made((*members, stage))
+    read = spec_lib.from_json(json.loads(json.dumps(spec_lib.to_json(spec))))
+    assert [member.base for member in read.members][-1] == "uvit-000"
+    # The same config from nothing is another member.
+    assert (
+        spec_lib.member_hash(stage) != spec_lib.member_hash(members[0]) == spec_lib.config_hash(stage.config)
+    )
+    for wrong in ((stage, *members), (*members, dataclasses.replace(stage, base="stage"))):
+        with pytest.raises(UserError, match="member 'stage' begins from '.*', which is no member before it"):
+            made(wrong)
+
+
 def test_a_file_gives_its_study(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text(FILE)

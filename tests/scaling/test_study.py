@@ -87,6 +87,27 @@ def test_another_study_is_refused(spec, tmp_path, change, message):
         study_lib.register(other, folder, none_finished)
 
 
+def test_a_stage_begins_from_the_run_of_its_seed_and_not_from_one_that_stopped(spec, tmp_path, monkeypatch):
+    stage = dataclasses.replace(spec.members[0], name="stage", base="uvit-000")
+    spec = dataclasses.replace(spec, members=(*spec.members, stage))
+    folder, begun = StudyFolder(tmp_path), []
+
+    def train(config, workdir, start=None):
+        begun.append((workdir.name, start and start.place))
+        raise study_lib.loop.Stopped(study_lib.loop.SPIKE, "no training here")
+
+    monkeypatch.setattr(study_lib.loop, "train", train)
+    runner = study_lib._Runner(spec, folder)
+    runner._train(stage, 1)
+    assert begun == [(folder.run("stage", 1).folder.name, str(folder.run("uvit-000", 1)))]
+    # Its base has stopped: it is over too, and nothing is trained.
+    runner._train(spec.members[0], 0)
+    study_lib._Runner(spec, folder)._train(stage, 0)
+    assert len(begun) == 2
+    note = json.loads(folder.stopped("stage", 0).read_text())
+    assert note["reason"] == "uvit-000, which it begins from, has stopped"
+
+
 def test_a_folder_without_a_study(tmp_path, capsys):
     assert cli.main(["study", f"--workdir={tmp_path}"]) == 2
     assert "holds no study, so study needs --config" in capsys.readouterr().err

@@ -96,6 +96,24 @@ def test_the_first_matching_group_sets_rate_and_decay():
     assert_trees_equal(grouped.params["backbone"], plain.params["backbone"])
 
 
+def test_a_text_encoder_has_a_rate_of_its_own_and_groups_come_first():
+    groups = (("embed/embedding$", 0.5, 0.3),)
+    factors, decays = optim_lib.parameter_settings(make_params(), groups, 0.01, 0.1)
+    assert factors["text_encoder"] == {"embed": {"embedding": 0.5}, "out": {"kernel": 0.1, "bias": 0.1}}
+    assert factors["backbone"] == {"dense": {"kernel": 1.0, "bias": 1.0}, "pos_embed": 1.0}
+    # Of the decay it says nothing.
+    assert decays == optim_lib.parameter_settings(make_params(), groups, 0.01)[1]
+    gradients = [make_grads(0)]
+    start, plain = run(section(weight_decay=0.0), gradients)
+    _, slower = run(section(text_encoder_rate=0.1, weight_decay=0.0), gradients)
+    moved = [
+        state.params["text_encoder"]["out"]["bias"] - start.params["text_encoder"]["out"]["bias"]
+        for state in (plain, slower)
+    ]
+    np.testing.assert_allclose(moved[1], 0.1 * moved[0], rtol=1e-4, atol=1e-7)
+    assert_trees_equal(slower.params["backbone"], plain.params["backbone"])
+
+
 def test_factor_zero_freezes_and_leaves_the_norm_alone():
     frozen = (("^text_encoder/", 0.0, 0.5),)
     small = make_grads(0)

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit import files
+from scaling_dit.data.buckets import Size
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.prepared import manifest as manifest_lib
 from scaling_dit.data.prepared import records
@@ -52,6 +53,8 @@ class PreparedSource:
     verify: bool = False
     # train | held_out
     split: str = dataclasses.field(default="train", metadata={"config": False})
+    # Height and width of the records that are read, where it is no square.
+    bucket_size: Size | None = dataclasses.field(default=None, metadata={"config": False})
     damage: Damage = dataclasses.field(default=None, metadata={"config": False}, compare=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -59,20 +62,21 @@ class PreparedSource:
             raise UserError(f"source.max_damaged is {self.max_damaged}; it must be 0 or more")
         if self.damage is None:
             object.__setattr__(self, "damage", Damage(self.max_damaged, "config.source.max_damaged"))
-        wanted = manifest_lib.size_name((self.image_size, self.image_size))
+        wanted = manifest_lib.size_name(self._size)
         sizes = self.manifest.moments
         if wanted not in sizes:
             right = nearest(wanted, sizes) if len(sizes) > 1 else f"it holds {next(iter(sizes), 'none')}"
             raise UserError(
                 f"{self.path} holds no images of {wanted} px; {right}; set config.source.image_size "
-                "(training takes the square bucket of a set)"
+                "(training takes the square bucket of a set, and with config.buckets all of them)"
             )
         if not len(self):
             raise UserError(
                 f"{self.path}: no records in the {self.split} split of {wanted} px; "
                 "`prepare` divides them by config.source.held_out_fraction"
             )
-        if self.split == "train":
+        # Once for all of the set's sizes.
+        if self.split == "train" and self.bucket_size is None:
             self._check_files()
 
     @functools.cached_property
@@ -83,9 +87,7 @@ class PreparedSource:
     @property
     def moments_shape(self) -> tuple[int, int, int]:
         """(height, width, M) of the moments of every record."""
-        height, width, depth = self.manifest.moments[
-            manifest_lib.size_name((self.image_size, self.image_size))
-        ]
+        height, width, depth = self.manifest.moments[manifest_lib.size_name(self._size)]
         return height, width, depth
 
     def __len__(self) -> int:
@@ -127,6 +129,20 @@ class PreparedSource:
         """The records kept for evaluation; raises UserError if there are none."""
         return dataclasses.replace(self, split="held_out")
 
+    def buckets(self, sizes: tuple[Size, ...]) -> "list[PreparedSource]":
+        """The records of this split by the size that `prepare --buckets` gave them; only sizes that have records.
+
+        Raises:
+          UserError: a set of squares alone.
+        """
+        if len(self.manifest.moments) == 1:
+            raise UserError(
+                f"{self.path} was prepared without --buckets, so all of its images are squares; prepare it again, or "
+                "set config.buckets=False"
+            )
+        there = {shard.size for shard in self.manifest.shards if shard.split == self.split and shard.records}
+        return [dataclasses.replace(self, bucket_size=size) for size in sizes if size in there]
+
     def texts(self) -> Iterator[str]:
         """Every caption of this split; reads all of its records."""
         for index in range(len(self)):
@@ -160,10 +176,13 @@ class PreparedSource:
             found["conditions"] = record.conditions
         return found
 
+    @property
+    def _size(self) -> Size:
+        return self.bucket_size or (self.image_size, self.image_size)
+
     @functools.cached_property
     def _shards(self) -> list[manifest_lib.Shard]:
-        size = (self.image_size, self.image_size)
-        return [s for s in self.manifest.shards if s.split == self.split and s.size == size]
+        return [s for s in self.manifest.shards if s.split == self.split and s.size == self._size]
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:

@@ -371,6 +371,9 @@ def distinct_held_out_scenes(spec: ShapesSpec, count: int) -> list[int]:
 PRESETS: dict[str, Preset] = {
     "grid8": Preset(canvas=8, cell=4, gap=1, pixels={"small": 3}, shapes=SHAPES[:4]),
     "grid16": Preset(canvas=16, cell=8, gap=1, pixels={"small": 5, "large": 7}),
+    # The same scenes at two resolutions, for runs that continue at the higher one.
+    "grid24": Preset(canvas=24, cell=12, gap=1, pixels={"small": 7, "large": 11}),
+    "grid48": Preset(canvas=48, cell=24, gap=1, pixels={"small": 15, "large": 21}),
     "grid32": Preset(canvas=32, cell=8, gap=1, pixels={"small": 5, "large": 7}),
     "free32": Preset(canvas=32, cell=0, gap=2, pixels={"small": 7, "large": 11}),
     "free64": Preset(canvas=64, cell=0, gap=3, pixels={"small": 11, "large": 17}),

@@ -10,6 +10,7 @@ A source may also offer
                                           tokenizer is then built from all of them
     __getitems__(indices) -> list[Record] all rows of a batch in one read
     damage: Damage                        what was damaged so far (`data/damage.py`)
+    buckets(sizes) -> list[Bucket]        its records by the aspect ratio of their images (`data/buckets.py`)
 """
 
 import inspect
@@ -221,11 +222,11 @@ def check_record(record: Any, index: int, source: Source) -> None:
     array = record[shown[0]]
     if not isinstance(array, np.ndarray):
         raise wrong(f"has as {shown[0]} a {_kind(array)}, it must be a NumPy array")
-    side = source.image_size
-    if shown == ["image"] and (array.shape != (side, side, 3) or array.dtype != np.uint8):
+    height, width = getattr(source, "bucket_size", None) or (source.image_size, source.image_size)
+    if shown == ["image"] and (array.shape != (height, width, 3) or array.dtype != np.uint8):
         raise wrong(
             f"({record['key']!r}) has an image of {'x'.join(map(str, array.shape))} {array.dtype}; "
-            f"the source promises {side}x{side}x3 uint8"
+            f"the source promises {height}x{width}x3 uint8"
         )
     given = record.get("conditions", {})
     if not isinstance(given, Mapping):

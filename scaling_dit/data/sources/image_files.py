@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from scaling_dit.data import image_header, images
+from scaling_dit.data.buckets import Chosen, Size, nearest_size
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.sources import Record, beside, create_raw_source
 from scaling_dit.data.text import sound_value
@@ -25,6 +26,8 @@ from scaling_dit.errors import UserError
 THREADS = 8
 # The longest side of an image in training, in pixels.
 LARGEST = 2**14
+# Images whose headers are read at a start to put them into aspect buckets.
+MOST_BUCKETED = 200_000
 # Opened shards that a raw source keeps: more than threads work on.
 KEPT = 64
 
@@ -202,16 +205,51 @@ class ImageFileSource(abc.ABC):
             except DamagedRecord as fault:
                 yield fault
 
-    def _record(self, index: int) -> Record:
+    def buckets(self, sizes: tuple[Size, ...]) -> list[Chosen]:
+        """The images of this split by the size with the nearest aspect ratio, as their files' headers say.
+
+        It reads every file once. A file with a damaged header counts as a square; it is met again when it is read.
+
+        Raises:
+          UserError: too many images for that.
+        """
+        if len(self) > MOST_BUCKETED:
+            raise UserError(
+                f"{self._place()} has {len(self):,} images, and config.buckets reads all of them at each start to "
+                f"learn their sizes; beyond {MOST_BUCKETED:,} prepare them once, with `prepare --buckets`"
+            )
+        square = (self.image_size, self.image_size)
+
+        def nearest(index: int) -> int:
+            shard, row = self._sample_place(index)
+            try:
+                raw = self._read(shard, row)
+                width, height = image_header.shown_size(raw.image, raw.where, raw.key, self.max_pixels)
+            except DamagedRecord:
+                return sizes.index(square)
+            return sizes.index(nearest_size(width, height, sizes))
+
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            chosen = np.fromiter(pool.map(nearest, range(len(self))), np.int64, len(self))
+        return [
+            Chosen(size, np.flatnonzero(chosen == i), functools.partial(self._at_size, size))
+            for i, size in enumerate(sizes)
+        ]
+
+    def _at_size(self, size: Size, index: int) -> Record:
+        """As `self[index]`, the image at another size; so is the one that replaces a damaged one."""
+        return self.damage.read(index, len(self), functools.partial(self._record, size=size))
+
+    def _record(self, index: int, size: Size | None = None) -> Record:
         shard, row = self._sample_place(index)
         raw = self._read(shard, row)
         image = images.decode(raw.image, raw.where, raw.key, self.max_pixels)
-        pixels = images.fit(image, self.image_size, self.image_size)
+        height, width = size or (self.image_size, self.image_size)
+        pixels = images.fit(image, width, height)
         record: Record = {"image": pixels, "captions": raw.captions, "kinds": raw.kinds, "key": raw.key}
         if self.paired:
-            size = self.image_size, self.image_size
             record["conditions"] = beside.decode(
-                self.paired, raw.conditions, image, size, raw.where, self.max_pixels
+                self.paired, raw.conditions, image, (height, width), raw.where, self.max_pixels
             )
         return record
 

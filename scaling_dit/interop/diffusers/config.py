@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaling_dit import backbones
+from scaling_dit.backbones.declared import built_in_diffusers, diffusers_class
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.interop.declared import built_in_diffusers, diffusers_class
 from scaling_dit.weights.diffusers_class import VERSION, DiffusersClass
 from scaling_dit.weights.inert import EMA_SETTINGS
 

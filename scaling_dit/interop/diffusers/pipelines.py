@@ -13,9 +13,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from scaling_dit import trees
+from scaling_dit.backbones.declared import diffusers_class
 from scaling_dit.encoders import clip, t5, vae, vae_config, vae_weights
 from scaling_dit.errors import UserError
-from scaling_dit.interop.declared import diffusers_class
 from scaling_dit.interop.diffusers import schedulers, text_encoders
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.weights import files, state_dicts

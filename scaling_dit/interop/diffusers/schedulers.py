@@ -128,6 +128,11 @@ def write(config: ConfigDict) -> dict[str, Any]:
             f"config.diffusion is {diffusion.schedule} with prediction {diffusion.prediction}, which no pipeline of "
             "diffusers for this backbone samples with; --to=diffusers writes the backbone alone"
         )
+    if diffusion.resolution_shift != 1.0:
+        raise UserError(
+            f"config.diffusion.resolution_shift is {diffusion.resolution_shift}, which no scheduler of diffusers has; "
+            "--to=diffusers writes the backbone alone"
+        )
     betas, start, end = _SCHEDULES[diffusion.schedule]
     noise = {
         "_diffusers_version": VERSION,
@@ -247,7 +252,12 @@ def _read_noise(found: Mapping[str, Any], name: str, where: str) -> dict[str, An
     if kind not in kinds:
         raise UserError(f"{where} is of a {name} with prediction_type {kind!r}; {nearest(str(kind), kinds)}")
     zero_snr = bool(noise["rescale_betas_zero_snr"]) and name in _ZERO_SNR
-    return {"schedule": schedule, "prediction": kinds[kind], "zero_snr": zero_snr}
+    return {
+        "schedule": schedule,
+        "prediction": kinds[kind],
+        "zero_snr": zero_snr,
+        "resolution_shift": 1.0,
+    }
 
 
 def _read_sampler(
@@ -348,6 +358,7 @@ def _read_flow(
         "prediction": "flow",
         "zero_snr": False,
         "time_shift": float(found.get("shift", 1.0)),
+        "resolution_shift": 1.0,
     }
     return diffusion, {"sampler": _FLOW[name]} if sampling else {}
 

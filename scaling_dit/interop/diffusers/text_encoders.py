@@ -20,6 +20,11 @@ _CLIP_PREFIX = "text_model."
 def describe(encoder: Any) -> dict[str, Any]:
     """The `config.json` of a CLIP or T5 text encoder."""
     if isinstance(encoder, clip.ClipText):
+        if encoder.windows > 1:
+            raise UserError(
+                f"config.text_encoder.length is {encoder.length}, {encoder.windows} windows, which no pipeline of "
+                "diffusers reads; --to=diffusers writes the backbone alone"
+            )
         size = clip.SIZES[encoder.size]
         end = clip.VOCABULARY - 1
         return {

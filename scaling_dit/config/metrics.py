@@ -27,6 +27,7 @@ REGISTRY = Registry(
         "dpg": "scaling_dit.evaluation.metrics.dpg:Dpg",
         "shapes_tifa": "scaling_dit.evaluation.metrics.shapes_tifa:ShapesTifa",
         "digits": "scaling_dit.evaluation.metrics.digits:DigitAccuracy",
+        "emoji": "scaling_dit.evaluation.metrics.emoji:EmojiAccuracy",
         "clip_score": "scaling_dit.evaluation.metrics.clip_score:ClipScore",
         "hpsv2": "scaling_dit.evaluation.metrics.hpsv2:Hpsv2",
         "pickscore": "scaling_dit.evaluation.metrics.pickscore:Pickscore",

@@ -227,24 +227,32 @@ def write(
         raise UserError(f"--wrong is {wrong}; it must be from 0 to 1")
     found, svg = parts or installed()
     folder = epath.Path(out_dir)
-    training, held = lines(found, wrong)
     target = folder / METADATA
-    texts = {target: _jsonl(training), folder / HELD_OUT: _jsonl(held)}
-    if (
-        all(path.exists() and path.read_text() == text for path, text in texts.items())
-        and _side(folder, found) == size
-    ):
+    texts = _lists(found, wrong)
+    as_before = all((folder / name).exists() and (folder / name).read_text() == texts[name] for name in texts)
+    if as_before and _side(folder, found) == size:
         return folder
     target.unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for one in found:
         with (folder / one.file_name).open("wb") as file:
             Image.fromarray(render(svg(one.key), size)).save(file, format="PNG")
-    for path, text in reversed(texts.items()):
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text)
-        partial.replace(path)
+    write_lists(folder, found, wrong)
     return folder
+
+
+def write_lists(folder: epath.Path, found: Sequence[Emoji], wrong: float = 0.0) -> None:
+    """Writes `held_out.jsonl`, and last `metadata.jsonl`, into a folder that exists; see `lines`."""
+    for name, text in _lists(found, wrong).items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / name)
+
+
+def _lists(found: Sequence[Emoji], wrong: float) -> dict[str, str]:
+    """File -> its text."""
+    training, held = lines(found, wrong)
+    return {HELD_OUT: _jsonl(held), METADATA: _jsonl(training)}
 
 
 def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -27,6 +27,7 @@ def about() -> dict[str, Any]:
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command).replace("__main__.py", "scaling-dit"),
         "processor": processor(),
+        # Those that this process may use.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "versions": installed(),
@@ -62,7 +63,8 @@ def lines(starts: Sequence[dict[str, Any]]) -> list[str]:
     when = first if first == last else f"{first} to {last}"
     times = "once" if len(starts) == 1 else f"{len(starts)} times"
     hosts = dict.fromkeys(
-        f"{one['processor']}, {one['cores']} cores, devices {one['devices']}" for one in starts
+        f"{one['processor']} ({one['cores']} core{'' if one['cores'] == 1 else 's'}; devices: {one['devices']})"
+        for one in starts
     )
     versions = dict.fromkeys(
         ", ".join(f"{name} {value}" for name, value in one["versions"].items()) for one in starts

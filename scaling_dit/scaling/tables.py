@@ -1,8 +1,10 @@
 """Tables of a study's report, as HTML, CSV and LaTeX."""
 
 import csv
+import functools
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -173,10 +175,18 @@ def _table(heads: Sequence[str], rows: str, *, words: bool = False) -> str:
     """A table that scrolls by itself on a narrow screen; `words` aligns it for sentences."""
     top = "".join(f'<th scope="col">{_h(head)}</th>' for head in heads)
     kind = ' class="words"' if words else ""
+    if words:
+        rows = "".join(map(functools.partial(_headed, heads), rows.split("<tr>")[1:]))
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table{kind}><thead><tr>{top}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _headed(heads: Sequence[str], row: str) -> str:
+    """A row whose cells name their column, for narrow screens, which show no heads."""
+    names = iter(heads)
+    return "<tr>" + re.sub("<td", lambda _: f'<td data-head="{_h(next(names))}"', row)
 
 
 def _plain(value: Any) -> str:

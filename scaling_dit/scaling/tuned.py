@@ -69,11 +69,11 @@ def sweeps(study: Study) -> list[Sweep]:
             losses.setdefault(row["member"], []).append(row[LOSS])
     found = []
     for group in groups.values():
-        seen = {m.name: statistics.fmean(losses[m.name]) for m in group if m.name in losses}
+        # The first of each rate: others of it are repetitions.
+        rates = {float(m.config.optim.learning_rate): m.name for m in reversed(group)}
+        seen = {name: statistics.fmean(losses[name]) for name in rates.values() if name in losses}
         if len(seen) > 1:
-            rates = {m.name: float(m.config.optim.learning_rate) for m in group}
-            rising = dict(sorted(rates.items(), key=lambda item: item[1]))
-            found.append(Sweep(group[0].name, rising, seen))
+            found.append(Sweep(group[0].name, {name: rate for rate, name in sorted(rates.items())}, seen))
     return found
 
 

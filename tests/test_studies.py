@@ -12,9 +12,15 @@ from tests.support.paths import ROOT
 FOLDER = ROOT / "experiments" / "studies"
 # Those count backbones, or resolve dozens of members.
 HEAVY = {
-    ("shapes_core", ""), ("shapes_full", ""), ("shapes_large", ""), ("p2_families", "compute"),
-    ("editing_shapes", ""), ("editing_shapes", "edges"), ("editing_shapes", "edit"),
-}  # fmt: skip
+    ("shapes_core", ""),
+    ("emoji_core", ""),
+    ("shapes_full", ""),
+    ("shapes_large", ""),
+    ("p2_families", "compute"),
+    ("editing_shapes", ""),
+    ("editing_shapes", "edges"),
+    ("editing_shapes", "edit"),
+}
 
 
 def arguments():

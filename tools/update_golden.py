@@ -111,10 +111,16 @@ def _arguments(path: pathlib.Path) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _working_directory() -> Iterator[None]:
     """A new working directory with the data that experiments read from it."""
-    from scaling_dit.data import digits
+    from etils import epath
+
+    from scaling_dit.data import digits, emoji
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         digits.write("data/digits")
+        # Its captions alone, for drawing thousands of images takes a minute and configs read none.
+        drawn = epath.Path("data/emoji")
+        drawn.mkdir()
+        emoji.write_lists(drawn, emoji.installed()[0])
         yield
 
 

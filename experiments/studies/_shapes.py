@@ -36,7 +36,11 @@ LARGE: Rows = {
 }  # fmt: skip
 # One UNet widened, and deepened to as many parameters.
 WIDE = {"channels": 64, "channel_mult": (1, 1), "res_blocks": 1, "transformer_depth": (0, 1), "head_dim": 32}
-DEEP = {"channels": 32, "channel_mult": (1, 1), "res_blocks": 1, "transformer_depth": (0, 11), "head_dim": 32}
+# Scanned, for unrolled its 44 transformer blocks take XLA many minutes to compile on a CPU.
+DEEP = {
+    "channels": 32, "channel_mult": (1, 1), "res_blocks": 1, "transformer_depth": (0, 11), "head_dim": 32,
+    "scan_layers": True,
+}  # fmt: skip
 
 
 def base(preset: str = "grid8", *, steps: int = 1000, batch: int = 32) -> ConfigDict:

@@ -30,6 +30,7 @@ REGISTRY = Registry(
         "inpaint": "scaling_dit.evaluation.metrics.inpaint:InpaintMetric",
         "edges_f1": "scaling_dit.evaluation.metrics.edges_f1:EdgesF1",
         "edits": "scaling_dit.evaluation.metrics.edits:Edits",
+        "emoji": "scaling_dit.evaluation.metrics.emoji:EmojiAccuracy",
         "clip_score": "scaling_dit.evaluation.metrics.clip_score:ClipScore",
         "hpsv2": "scaling_dit.evaluation.metrics.hpsv2:Hpsv2",
         "pickscore": "scaling_dit.evaluation.metrics.pickscore:Pickscore",

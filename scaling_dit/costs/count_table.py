@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from scaling_dit.model.build import build_model, make_tokenizer
+from scaling_dit.model.build import build_model, countable_tokenizer
 
 # Loading flax takes longer than reporting a mistake in the command.
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def of_experiment(
     config: ConfigDict, latents: Sequence[int] | None = None, text: Sequence[int] | None = None
 ) -> Counted:
     """The backbone of a resolved config, with the given shapes, else the shapes of its data and text encoder."""
-    model = build_model(config, make_tokenizer(config))
+    model = build_model(config, countable_tokenizer(config))
     shapes = latents or model.latent_shape, text or (model.text_encoder.length, model.text_encoder.dim)
     rows = tuple(one.row(shapes[0][2]) for one in model.conditions)
     counted = _counted(config.backbone, *shapes, {"batch": config.batch, "steps": config.steps}, rows)

@@ -118,6 +118,19 @@ def make_tokenizer(config: ConfigDict, source: sources.Source | None = None) -> 
     return scratch.build_tokenizer(open_source(config) if source is None else source)
 
 
+def countable_tokenizer(config: ConfigDict) -> Any:
+    """A tokenizer that is good enough to count a model: one built from captions gets no words, so no data are read.
+
+    Shapes of a caption's tokens follow from the text encoder's fields alone.
+
+    Raises:
+      UserError: as `make_tokenizer`, where the tokenizer is read from files.
+    """
+    if hasattr(encoders.tokenizer_type(config.text_encoder.name), "read"):
+        return make_tokenizer(config)
+    return scratch.WordTokenizer(())
+
+
 def abstract_params(config: ConfigDict) -> Params:
     """Shapes and dtypes of everything a config trains or holds frozen; nothing is allocated."""
     model = build_model(config, make_tokenizer(config))

@@ -55,8 +55,8 @@ def rotary_rows(
     """As `rotary_1d` for `rows` rows of `columns` tokens and an end-of-line token, which are one sequence.
 
     Args:
-      shifts: of further images of as many tokens, which come first and have no end-of-line tokens: each token of shift k
-        has the position of the image token at its place, k images later.
+      shifts: of further images of as many tokens, which come first and have no end-of-line tokens: each token of shift
+        k has the position of the image token at its place, k images later.
       scaling: what a grid beyond `base` x `base` tokens does, whose sequence is r times as long: "none" counts on;
         "linear" divides positions by r; "ntk" counts on with theta' = theta r^(d / (d - 2)), d = head_size, which keeps
         the fastest frequency and divides the slowest by r; "centred" counts from where the middle of the sequence is at

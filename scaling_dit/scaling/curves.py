@@ -135,25 +135,30 @@ def saturating(x: Values, y: Values, form: str = "ceiling", runs: Runs = None) -
     _check_spread("saturating", x)
     falling = 1.0 - y if form == "ceiling" else y
     scale = x.min()
-
-    def solve(b: float, rows: np.ndarray) -> tuple[float, np.ndarray]:
-        columns = np.stack([np.ones(len(rows)), (x[rows] / scale) ** -b], axis=1)
-        solution, norm = optimize.nnls(columns, falling[rows])
-        return norm, solution
+    # Least squares over points are weighted least squares over the means of those at one x: seeds share theirs, so a
+    # bootstrap of a thousand runs has few of them.
+    places, place = np.unique(x, return_inverse=True)
 
     def fit(indices: np.ndarray) -> dict[str, float] | None:
-        if len(np.unique(x[indices])) < 3:
+        counts = np.bincount(place[indices], minlength=len(places))
+        held = counts > 0
+        if held.sum() < 3:
             return None
+        totals = np.bincount(place[indices], weights=falling[indices], minlength=len(places))
+        roots, at = np.sqrt(counts[held]), places[held] / scale
+        target = roots * (totals[held] / counts[held])
+
+        def solve(b: float) -> tuple[float, np.ndarray]:
+            solution, norm = optimize.nnls(np.stack([roots, roots * at**-b], axis=1), target)
+            return norm, solution
+
         grid = np.geomspace(0.01, 4.0, 25)
-        near = int(np.argmin([solve(b, indices)[0] for b in grid]))
+        near = int(np.argmin([solve(b)[0] for b in grid]))
         low, high = grid[max(near - 1, 0)], grid[min(near + 1, len(grid) - 1)]
         b = optimize.minimize_scalar(
-            lambda value: solve(value, indices)[0],
-            bounds=(low, high),
-            method="bounded",
-            options={"xatol": 1e-10},
+            lambda value: solve(value)[0], bounds=(low, high), method="bounded", options={"xatol": 1e-10}
         ).x
-        e, k = solve(b, indices)[1]
+        e, k = solve(b)[1]
         return {"e": float(e), "k": float(k * scale**b), "b": float(b)}
 
     values = fit(np.arange(len(x)))

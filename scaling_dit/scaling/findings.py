@@ -47,7 +47,8 @@ def answers(study: Study) -> list[Answered]:
     values: dict[str, list[float]] = {}
     for claim in spec.claims:
         metric = spec.metric_of(claim)
-        by_seed = {side: _by_seed(study.rows, side, metric) for side in (claim.a, claim.b)}
+        finals = _finals(study.rows, metric)
+        by_seed = {side: finals.get(side, {}) for side in (claim.a, claim.b)}
         shared = set(by_seed[claim.a]) & set(by_seed[claim.b])
         few = {side: found for side, found in by_seed.items() if len(found) < 2}
         if few or (claim.paired and len(shared) < 2):
@@ -108,22 +109,27 @@ def _p(p: float) -> str:
 
 
 def headline(study: Study, answered: Sequence[Answered]) -> str:
-    """The answer to the study's question in one sentence, made from its tests."""
+    """The answer to the study's question in one sentence, made from its tests.
+
+    It begins with what has run, where the study has not ended.
+    """
     done = len({(row["member"], row["seed"]) for row in table.last_points(study.rows)})
     if not done:
         return f"No run of {study.runs} has finished yet."
+    over = done + sum(row["status"] == table.STOPPED for row in study.measured)
+    so_far = "" if over >= study.runs else f"So far, with {over} of {study.runs} runs finished: "
     first = next((one for one in answered if one.answer is not None), None)
     if first is not None:
         of = sum(one.answer is not None and one.answer.verdict == SUPPORTED for one in answered)
         tail = f" Of {len(answered)} claims {of} are supported." if len(answered) > 1 else ""
         name = first.claim.name
-        return f"{name[0].upper()}{name[1:]}: {first.sentence}{tail}"
+        return f"{so_far}{name[0].upper()}{name[1:]}: {first.sentence}{tail}"
     metric = study.spec.metrics[0] if study.spec.metrics else LOSS
     ranked = ranking(study, metric)
     if ranked is None:
         return f"{done} of {study.runs} runs have finished; an order of members needs 2 seeds of 2 members."
     low, high = ranked.interval
-    return (
+    return so_far + (
         f"{ranked.order[0]} is best by {metric} of {len(ranked.order)} members, above the next with probability "
         f"{ranked.above[0, 1]:.2f}; Kendall's tau of the order over seeds is {ranked.tau:.2f} "
         f"(90 % interval {low:.2f} to {high:.2f})."
@@ -138,8 +144,8 @@ POWER_DIFFERENCES = (0.5, 1.0, 2.0, 3.0, 4.0)
 def spread(study: Study, metric: str) -> float | None:
     """Pooled standard deviation of a metric over the training seeds of a member; None without two seeds of any."""
     squares = freedom = 0.0
-    for member in study.spec.members:
-        values = list(_by_seed(study.rows, member.name, metric).values())
+    for found in _finals(study.rows, metric).values():
+        values = list(found.values())
         if len(values) >= 2:
             squares += statistics.variance(values) * (len(values) - 1)
             freedom += len(values) - 1
@@ -168,13 +174,13 @@ def early_signal(study: Study) -> list[tuple[float, float | None, float | None]]
     """
     metric = study.spec.metrics[0] if study.spec.metrics else LOSS
     points = study.spec.points
+    steps_of = {member.name: point_steps(member.config.steps, points) for member in study.spec.members}
     by: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
-    for member in study.spec.members:
-        steps = point_steps(member.config.steps, points)
-        for row in study.rows:
-            if row["member"] == member.name and row["step"] in steps:
-                # Counted from the end, for a short run may have fewer points.
-                by[member.name, len(steps) - 1 - steps.index(row["step"])].append(row)
+    for row in study.rows:
+        steps = steps_of.get(row["member"], [])
+        if row["step"] in steps:
+            # Counted from the end, for a short run may have fewer points.
+            by[row["member"], len(steps) - 1 - steps.index(row["step"])].append(row)
     names = [member.name for member in study.spec.members if by.get((member.name, 0))]
     if len(names) < 3:
         return []
@@ -238,23 +244,24 @@ def ranking(study: Study, metric: str) -> RankStability | None:
     None with fewer than two members of two seeds.
     """
     sign = -1.0 if lower_is_better(study.spec, metric) else 1.0
-    values = {}
-    for member in study.spec.members:
-        found = _by_seed(study.rows, member.name, metric)
-        if len(found) >= 2:
-            values[member.name] = [sign * value for value in found.values()]
+    finals = _finals(study.rows, metric)
+    values = {
+        member.name: [sign * value for value in finals[member.name].values()]
+        for member in study.spec.members
+        if len(finals.get(member.name, ())) >= 2
+    }
     # Time and memory of the bootstrap grow with the square of members.
     best = sorted(values, key=lambda name: -statistics.fmean(values[name]))[:RANKED]
     return claims_lib.rank_stability({name: values[name] for name in best}) if len(best) >= 2 else None
 
 
-def _by_seed(rows: Sequence[Row], member: str, metric: str) -> dict[int, float]:
-    """Seed -> the metric at the last step of each finished run of a member."""
-    return {
-        row["seed"]: row[metric]
-        for row in table.last_points(rows)
-        if row["member"] == member and row.get(metric) is not None and math.isfinite(row[metric])
-    }
+def _finals(rows: Sequence[Row], metric: str) -> dict[str, dict[int, float]]:
+    """Member -> seed -> the metric at the last step of each finished run."""
+    found: dict[str, dict[int, float]] = {}
+    for row in table.last_points(rows):
+        if row.get(metric) is not None and math.isfinite(row[metric]):
+            found.setdefault(row["member"], {})[row["seed"]] = row[metric]
+    return found
 
 
 def by_member(study: Study) -> list[dict[str, Any]]:
@@ -264,9 +271,11 @@ def by_member(study: Study) -> list[dict[str, Any]]:
     for each score "NAME" and "NAME_sd", None without runs (for the deviation, with fewer than two).
     """
     found = []
-    last = table.last_points(study.rows)
+    last: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in table.last_points(study.rows):
+        last[row["member"]].append(row)
     for member in study.spec.members:
-        rows = [row for row in last if row["member"] == member.name]
+        rows = last[member.name]
         if not rows:
             continue
         costs = ("family", "params", "macs_total", "steps", "samples", "train_flops", "inference_flops")

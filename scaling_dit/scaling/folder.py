@@ -26,6 +26,8 @@ class StudyFolder(os.PathLike[str]):
         self.measured = self.folder / "measured.parquet"
         # One row for each score: run, point, generation seed, guidance, metric.
         self.scores = self.folder / "scores.parquet"
+        # When the study was started, by which commands, on what machines.
+        self.machines = self.folder / "machines.json"
         # Of all runs: TensorBoard opens this one.
         self.tensorboard = self.folder / "tensorboard"
         self.compile_cache = self.folder / "compile_cache"

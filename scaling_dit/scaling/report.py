@@ -19,7 +19,7 @@ from PIL import Image
 from scaling_dit import config as config_lib
 from scaling_dit import files
 from scaling_dit._version import __version__
-from scaling_dit.scaling import figure_data, figures, findings, fitted, tables
+from scaling_dit.scaling import figure_data, figures, findings, fitted, machine, tables, tuned
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.figure_data import Data
 from scaling_dit.scaling.figures import Figure
@@ -53,6 +53,7 @@ def main(workdirs: Sequence[str], *, as_json: bool = False) -> int:
 def facts(study: Study) -> dict[str, Any]:
     """What the report says, for programs: question, answer, claims, laws and the table by member."""
     answered = findings.answers(study)
+    survival = tuned.survival(study, answered)
     return {
         "question": study.spec.question,
         "answer": findings.headline(study, answered),
@@ -66,6 +67,7 @@ def facts(study: Study) -> dict[str, Any]:
                 "detectable": one.answer.detectable if one.answer else None,
                 "p_holm": one.answer.p_holm if one.answer else None,
                 "registered_after": one.after,
+                "at_tuned_rate": survival.get(one.claim.name),
             }
             for one in answered
         ],
@@ -128,8 +130,9 @@ def _page(
 ) -> str:
     grids, holders, points, left_out = _grids(study)
     parts = [
-        _section("Claims", tables.claims_html(answered)) if answered else "",
+        _section("Claims", tables.claims_html(answered, tuned.survival(study, answered))) if answered else "",
         _order(study),
+        _rates(study),
         _power(study),
         _early(study),
         _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note()),
@@ -149,6 +152,7 @@ def _page(
             f"A study of {len(study.spec.members)} members and {len(study.spec.seeds)} training seeds; "
             f"{finished} of {study.runs} runs have finished. scaling_dit {__version__}."
         ),
+        "machine": html.escape(" ".join(machine.lines(machine.read(study.folder.machines)))),
         "question": html.escape(study.spec.question),
         "answer": html.escape(findings.headline(study, answered)),
         "body": "\n".join(filter(None, parts)),
@@ -210,6 +214,21 @@ def _order(study: Study) -> str:
         f"{ranked.tau:.2f} (90 % interval {low:.2f} to {high:.2f})."
     )
     return _section("Order", tables.ranking_html(ranked), note)
+
+
+def _rates(study: Study) -> str:
+    metric = study.spec.metrics[0] if study.spec.metrics else findings.LOSS
+    found = tuned.places(study, metric)
+    if found is None:
+        return ""
+    places, tau = found
+    swept = sum(one.sweep is not None for one in places)
+    note = (
+        f"{swept} of {len(places)} members were trained with several learning rates. The order by "
+        f"{html.escape(metric)} at the study's rate and the order with each of these at its best rate, chosen by "
+        f"validation loss, have a Kendall's tau of {tau:.2f}."
+    )
+    return _section("Does the order survive the tuned rate?", tables.places_html(places), note)
 
 
 def _power(study: Study) -> str:

@@ -20,7 +20,7 @@ from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run as evaluation
 from scaling_dit.parallel import processes
-from scaling_dit.scaling import ladder, table
+from scaling_dit.scaling import ladder, machine, table
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import tensorboard as curves
 from scaling_dit.scaling.folder import StudyFolder, scores_folder
@@ -74,6 +74,8 @@ def study(spec: StudySpec | str, workdir: str | epath.Path) -> Study:
     folder = StudyFolder(workdir)
     runner = _Runner(spec, folder)
     registered = register(spec, folder, runner.finished)
+    if jax.process_index() == 0:
+        machine.note(folder.machines)
     runner.work()
     return runner.study(registered)
 

@@ -1,8 +1,10 @@
 """Tables of a study's report, as HTML, CSV and LaTeX."""
 
 import csv
+import functools
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from scaling_dit.scaling.audit import TOLERANCE, Audit
 from scaling_dit.scaling.claims import RankStability
 from scaling_dit.scaling.findings import Answered
 from scaling_dit.scaling.fitted import Fit
+from scaling_dit.scaling.tuned import Place
 
 Row = Mapping[str, Any]
 _HEADS = {
@@ -66,8 +69,12 @@ def matched_latex(rows: Sequence[Row], scores: Sequence[str], caption: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def claims_html(answered: Sequence[Answered]) -> str:
-    """Each claim with its verdict, and whether it was registered before the first result."""
+def claims_html(answered: Sequence[Answered], survival: Mapping[str, str]) -> str:
+    """Each claim with its verdict, and whether it was registered before the first result.
+
+    Args:
+      survival: claim -> whether its answer holds at tuned learning rates (`tuned.survival`); without any no column.
+    """
     rows = []
     for one in answered:
         verdict = one.answer.verdict if one.answer else "undecided"
@@ -75,9 +82,12 @@ def claims_html(answered: Sequence[Answered]) -> str:
         when = "before any run" if not one.after else f"after {one.after} runs had finished"
         rows.append(
             f'<tr><td class="text">{_h(one.claim.name)}</td><td class="{verdict}">{word}</td>'
-            f'<td class="text">{_h(one.sentence)}</td><td>{when}</td></tr>'
+            f'<td class="text">{_h(one.sentence)}</td><td>{when}</td>'
+            + (f'<td class="text">{_h(survival[one.claim.name])}</td>' if survival else "")
+            + "</tr>"
         )
-    return _table(["claim", "answer", "what the runs say", "registered"], "".join(rows), words=True)
+    heads = ["claim", "answer", "what the runs say", "registered"]
+    return _table([*heads, "holds at the tuned rate?"] if survival else heads, "".join(rows), words=True)
 
 
 def fits_html(fitted: Sequence[Fit]) -> str:
@@ -133,6 +143,28 @@ def ranking_html(ranked: RankStability) -> str:
     return _table(["member", "P(above the next)"], "".join(rows))
 
 
+def places_html(places: Sequence[Place]) -> str:
+    """Each member's place at the study's learning rate and at its best one."""
+    rows = []
+    for one in places:
+        tried = best = "-"
+        if one.sweep:
+            tried = ", ".join(
+                f"{rate:.2g}" for name, rate in one.sweep.rates.items() if name in one.sweep.losses
+            )
+            edge = " (at the end of those tried)" if one.sweep.at_edge else ""
+            best = f"{one.sweep.rates[one.sweep.best]:.2g}{edge}"
+        rows.append([one.member, str(one.own), str(one.tuned), tried, best])
+    heads = [
+        "member",
+        "place at the study's rate",
+        "place at its best rate",
+        "rates tried",
+        "best rate, by loss",
+    ]
+    return cells_html(heads, rows)
+
+
 def cells_html(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table of plain cells."""
     rows = "".join("<tr>" + "".join(f"<td>{_h(cell)}</td>" for cell in row) + "</tr>" for row in cells)
@@ -143,10 +175,18 @@ def _table(heads: Sequence[str], rows: str, *, words: bool = False) -> str:
     """A table that scrolls by itself on a narrow screen; `words` aligns it for sentences."""
     top = "".join(f'<th scope="col">{_h(head)}</th>' for head in heads)
     kind = ' class="words"' if words else ""
+    if words:
+        rows = "".join(map(functools.partial(_headed, heads), rows.split("<tr>")[1:]))
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table{kind}><thead><tr>{top}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _headed(heads: Sequence[str], row: str) -> str:
+    """A row whose cells name their column, for narrow screens, which show no heads."""
+    names = iter(heads)
+    return "<tr>" + re.sub("<td", lambda _: f'<td data-head="{_h(next(names))}"', row)
 
 
 def _plain(value: Any) -> str:

@@ -179,13 +179,14 @@ def optimizer_and_init(
     key = jax.eval_shape(lambda: jax.random.key(0))
     base = functools.partial(mup.base_params, model, width)
     shapes = trees.unbox(jax.eval_shape(model.init, key)[0])
+    far = jax.eval_shape(functools.partial(mup.base_params, model, mup.FAR * width), key)
     optimizer = optim.make_optimizer(
-        config.optim, config.steps, mup.fan_ins(shapes, jax.eval_shape(base, key))
+        config.optim, config.steps, mup.fan_ins(shapes, jax.eval_shape(base, key), far)
     )
 
     def init(key: jax.Array) -> TrainState:
         state = init_state(model, optimizer, config, key)
-        return start_from(state, mup.initial(state.params, base(key)))
+        return start_from(state, mup.initial(state.params, base(key), far))
 
     return optimizer, init
 

@@ -57,6 +57,21 @@ def test_a_claim_about_unfinished_runs_waits(study):
     assert findings.headline(simulated_study.with_rows(study, []), []) == "No run of 30 has finished yet."
 
 
+def test_an_answer_from_part_of_a_study_says_so(study):
+    early = [row for row in study.rows if not (row["member"] == "pixart-009" and row["seed"] > 0)]
+    part = simulated_study.with_rows(study, early)
+    assert findings.headline(part, findings.answers(part)).startswith(
+        "So far, with 28 of 30 runs finished: The larger is better: Supported: "
+    )
+    # A run that stopped for good is over.
+    gone = [
+        {**row, "status": "stopped"} if row["member"] == "pixart-009" and row["seed"] > 0 else row
+        for row in study.measured
+    ]
+    over = dataclasses.replace(part, measured=gone)
+    assert findings.headline(over, findings.answers(over)).startswith("The larger is better: ")
+
+
 def test_runs_that_stopped_are_named(study):
     rows = [row for row in study.rows if (row["member"], row["seed"]) != ("uvit-000", 2)]
     gone = ("uvit-000", 2)

@@ -18,7 +18,7 @@ FAMILIES = {
     "pixart": {"depth": 2, "patch": 2},
     "large_dit": {"depth": 2, "patch": 2},
 }
-BASE, HEAD, STEPS, RATE = 32, 16, 10, 3e-3
+BASE, HEAD, STEPS, RATE = 32, 16, 10, 1e-2
 
 
 def create(name, width):
@@ -28,19 +28,23 @@ def create(name, width):
 
 
 @pytest.mark.parametrize(
-    "shape, base, expected",
+    "shape, base, far, expected",
     [
-        ((64, 3, 64), (32, 3, 32), ("hidden", 2.0)),
+        ((64, 3, 64), (32, 3, 32), (512, 3, 512), ("hidden", 2.0)),
         # Layers, then parts, in front; the FFN's width is rounded and grows by another factor.
-        ((4, 2, 128, 512), (4, 2, 32, 256), ("hidden", 4.0)),
-        ((16, 64), (16, 32), ("input", 1.0)),
-        ((64, 16), (32, 16), ("output", 2.0)),
-        ((64,), (32,), ("fixed", 1.0)),
-        ((16, 4), (16, 4), ("fixed", 1.0)),
+        ((4, 2, 128, 512), (4, 2, 32, 256), (4, 2, 512, 1536), ("hidden", 4.0)),
+        # Rounded to the base's own width.
+        ((2, 64, 256), (2, 32, 256), (2, 512, 1536), ("hidden", 2.0)),
+        ((256, 64), (256, 32), (1536, 512), ("hidden", 1.0)),
+        ((16, 64), (16, 32), (16, 512), ("input", 1.0)),
+        ((64, 16), (32, 16), (512, 16), ("output", 2.0)),
+        ((3, 64, 16), (3, 32, 16), (3, 512, 16), ("output", 2.0)),
+        ((64,), (32,), (512,), ("fixed", 1.0)),
+        ((16, 4), (16, 4), (16, 4), ("fixed", 1.0)),
     ],
 )
-def test_how_a_parameter_grows(shape, base, expected):
-    assert mup.growth(shape, base) == expected
+def test_how_a_parameter_grows(shape, base, far, expected):
+    assert mup.growth(shape, base, far) == expected
 
 
 def test_spreads_follow_the_table_and_constants_stay():
@@ -53,7 +57,8 @@ def test_spreads_follow_the_table_and_constants_stay():
     base = {name: jnp.asarray(rng.normal(0, 0.5, shape)) for name, shape in small.items()} | {
         "ones": jnp.ones((2, 16))
     }
-    made = mup.initial(now, base)
+    wide = {"hidden": (256, 256), "input": (16, 256), "output": (256, 16), "bias": (256,), "ones": (2, 256)}
+    made = mup.initial(now, base, {name: jnp.zeros(shape) for name, shape in wide.items()})
     spread = {name: float(base[name].std()) for name in base}
     assert float(made["hidden"].std()) == pytest.approx(spread["hidden"] / 2, rel=1e-5)
     assert float(made["input"].std()) == pytest.approx(spread["input"], rel=1e-5)
@@ -82,8 +87,9 @@ def activations(name, width, with_mup):
         return trees.unbox(backbone.init(keys[3], latents, times, text)["params"])
 
     params, base = init(module), init(mup.base_backbone(module, BASE))
-    m = mup.fan_ins(params, base) if with_mup else jax.tree.map(lambda _: 1.0, params)
-    params = mup.initial(params, base) if with_mup else params
+    far = jax.eval_shape(functools.partial(init, mup.base_backbone(module, mup.FAR * BASE)))
+    m = mup.fan_ins(params, base, far) if with_mup else jax.tree.map(lambda _: 1.0, params)
+    params = mup.initial(params, base, far) if with_mup else params
     optimizer = optax.scale_by_adam()
     blocks = lambda mdl, _: "Block" in type(mdl).__name__  # noqa: E731
 

@@ -34,6 +34,7 @@ UNLIMITED = 2**24
 MAX_OBJECTS = 3
 # Split -> its word in seeds and keys. Another word would make other scenes than those that runs were trained on.
 STREAMS = {"train": "train", "held_out": "test"}
+NAMINGS = ("random", "reading")
 # Proposals before a spec is called unsatisfiable.
 _TRIES = 10_000
 
@@ -100,6 +101,8 @@ class ShapesSpec:
     scenes: int = 0
     # 0 "a shape", 1 shapes, 2 + colours, 3 + sizes, 4 + relations.
     caption_level: int = 4
+    # Order in which plain captions name objects: random, or reading (left to right, in a column top to bottom).
+    naming: str = "random"
     # Of each fact of that level, independently.
     mention_probability: float = 1.0
     # Share of training records captioned as another scene.
@@ -138,6 +141,8 @@ class ShapesSpec:
         for field in ("mention_probability", "wrong_caption_rate", "held_out_fraction"):
             if not 0.0 <= getattr(self, field) <= 1.0:
                 raise UserError(f"source.{field}: must lie in [0, 1], got {getattr(self, field)}")
+        if self.naming not in NAMINGS:
+            raise UserError(f"source.naming is {self.naming!r}; {nearest(self.naming, NAMINGS)}")
         if not 0 <= self.caption_level <= 4:
             raise UserError(f"source.caption_level: must be 0 to 4, got {self.caption_level}")
         if self.scenes < 0:
@@ -314,6 +319,8 @@ def propose(spec: ShapesSpec, split: str, draws: Draws) -> Scene | None:
     )
     if not all(fits(preset, a, b) for a, b in itertools.combinations(objects, 2)):
         return None
+    if spec.naming == "reading":
+        objects = tuple(sorted(objects, key=lambda item: (item.x, item.y)))
     return Scene(spec.preset, objects)
 
 

@@ -47,6 +47,25 @@ def test_a_scene_depends_on_seed_split_and_index_only(preset):
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3}
 
 
+@pytest.mark.parametrize("preset", ALL)
+def test_objects_named_as_one_reads_are_the_same_scenes(preset):
+    plain = ShapesSpec(preset=preset, max_objects=3)
+    reading = dataclasses.replace(plain, naming="reading")
+    turned = 0
+    for index in range(60):
+        one, other = (make_scene(spec, "train", index) for spec in (plain, reading))
+        assert one.canonical() == other.canonical()
+        places = [(item.x, item.y) for item in other.objects]
+        assert places == sorted(places)
+        turned += one != other
+    assert turned > 10
+    source = ShapesSource(preset=preset, naming="reading", min_objects=2, paraphrases=1)
+    texts = [source[index]["captions"][0] for index in range(40)]
+    # The first is left of the second, or stands above it.
+    assert not any("right of" in text for text in texts)
+    assert sum("left of" in text for text in texts) > 10
+
+
 def test_scenes_are_the_same_on_every_machine():
     """Written down once: a change of the generator changes every published figure."""
     scene = make_scene(ShapesSpec(), "train", 0)
@@ -189,6 +208,7 @@ def test_draws_are_uniform_and_keyed():
         ({"min_objects": 2, "max_objects": 1}, "max_objects"),
         ({"max_objects": 4}, "max_objects"),
         ({"mention_probability": 1.5}, "mention_probability"),
+        ({"naming": "readin"}, "source.naming is 'readin'; did you mean 'reading'"),
         ({"wrong_caption_rate": -0.1}, "wrong_caption_rate"),
         ({"caption_level": 5}, "caption_level"),
         ({"scenes": -1}, "scenes"),

@@ -157,7 +157,7 @@ def make_pipeline(hidden: int, depth: int, heads: int) -> Any:
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=hidden // heads, num_layers=depth, in_channels=4,
-        out_channels=8, cross_attention_dim=hidden, sample_size=SIDE, patch_size=2, caption_channels=64,
+        out_channels=8, cross_attention_dim=hidden, sample_size=SIDE, patch_size=2, caption_channels=32,
         use_additional_conditions=False, interpolation_scale=1,
     )  # fmt: skip
     autoencoder = diffusers.AutoencoderKL(
@@ -165,7 +165,7 @@ def make_pipeline(hidden: int, depth: int, heads: int) -> Any:
         block_out_channels=(16, 32), latent_channels=4, norm_num_groups=8, sample_size=PIXELS,
     )  # fmt: skip
     t5 = transformers.T5Config(
-        d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=32_128, feed_forward_proj="gated-gelu"
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=32_128, feed_forward_proj="gated-gelu"
     )  # fmt: skip
     return diffusers.PixArtAlphaPipeline(
         transformer=transformer.eval(),

@@ -24,6 +24,8 @@ ROWS = "rows.jsonl"
 RESULTS = "results.jsonl"
 # Folder of the parts scored so far; removed at the end.
 _PARTS = "parts"
+# What TensorBoard shows of the evaluations of one setting.
+_CURVES = "curves.json"
 DONE, SKIPPED = "done", "skipped"
 Read = Callable[[range], Iterable[np.ndarray]]
 
@@ -138,15 +140,28 @@ def _relative(folder: epath.Path, root: epath.Path) -> str:
 
 
 def write_curves(folder: epath.Path, step: int, scalars: Mapping[str, float], tensorboard: bool) -> None:
-    """Adds scalars of a step as `evaluation/NAME` to TensorBoard's events in a folder, if its packages are there."""
+    """Shows scalars of a step as `evaluation/NAME` in TensorBoard, each step once, if its packages are there.
+
+    Checkpoints are evaluated in any order and again, and events are only ever added: so what is shown is kept in
+    `curves.json`, and the events are written anew from it.
+    """
     if jax.process_index() != 0 or not tensorboard:
         return
     from scaling_dit.monitor.writers import TensorBoardWriter
 
+    kept = folder / _CURVES
+    remedy = "delete it: the numbers are in results.jsonl, and the next evaluation begins it anew"
+    curves = files.read_json(kept, dict, remedy) if kept.exists() else {}
+    curves[str(step)] = {**curves.get(str(step), {}), **scalars}
+    older = list(folder.glob("events.*")) if folder.exists() else []
     try:
         writer = TensorBoardWriter(folder)
     except ModuleNotFoundError:
         # `train` has said so, and results.jsonl has everything.
         return
-    writer.scalars(step, {f"evaluation/{name}": value for name, value in scalars.items()})
+    for each in sorted(curves, key=int):
+        writer.scalars(int(each), {f"evaluation/{name}": value for name, value in curves[each].items()})
     writer.close()
+    files.write_whole(kept, files.to_json(curves).encode())
+    for path in older:
+        path.unlink()

@@ -259,7 +259,7 @@ def cost(config: ConfigDict) -> Cost:
 # Text of a config -> its cost.
 _COSTS: dict[str, Cost] = {}
 # Text of some sections of a config -> shapes of a latent, and of the tokens of a caption.
-_INPUTS: dict[str, tuple[tuple[int, int, int], tuple[int, int]]] = {}
+_INPUTS: dict[str, tuple[tuple[int, int, int], tuple[int, int], tuple[Any, ...]]] = {}
 
 
 def _cost(config: ConfigDict) -> Cost:
@@ -271,7 +271,8 @@ def _cost(config: ConfigDict) -> Cost:
         first = count_table.of_experiment(config)
         _INPUTS[key] = first.latents, first.text, tuple(getattr(first.module, "conditions", ()))
     fields = tuple(sorted(config_lib.flatten(config.backbone).items()))
-    params, paper, total = _counted(fields, *_INPUTS[key])
+    latents, text, conditions = _INPUTS[key]
+    params, paper, total = _counted(fields, latents, text, conditions)
     sample = config.sample
     calls: int | None = _CALLS.get(sample.sampler, lambda steps: steps)(sample.steps)
     flops = None

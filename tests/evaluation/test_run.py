@@ -7,17 +7,21 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_config, read_metrics
 from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation import run
+from scaling_dit.evaluation import bases, in_training, results, run
 from scaling_dit.evaluation.features import networks
+from scaling_dit.evaluation.metric import Item, Skipped
 from scaling_dit.evaluation.metrics.shapes_tifa import ShapesTifa
+from scaling_dit.evaluation.scoring import Scoring
 from scaling_dit.evaluation.validation import ValidationLoss
 from scaling_dit.model.build import open_source
 from scaling_dit.model.model import Model
+from scaling_dit.monitor import writers
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
 from tests.support.runs import open_on_one_device
@@ -265,6 +269,97 @@ def test_other_fields_have_another_folder_and_a_missing_judge_skips_its_metric(s
     assert said.err.startswith("tifa: skipped: it needs a judge: --judge=") and "shapes_tifa of" in said.out
     last = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][-2:]
     assert [row["status"] for row in last] == ["skipped", "done"] and "judge" in last[0]["reason"]
+
+
+def test_tensorboard_shows_each_evaluated_step_once_and_in_order(tmp_path, monkeypatch):
+    """Only one file of events is left, with the newest value of each step; tests/monitor reads real events."""
+    folder = epath.Path(tmp_path / "evaluate-ema0.9")
+
+    class Writer:
+        made = 0
+
+        def __init__(self, place):
+            place.mkdir(exist_ok=True)
+            Writer.made += 1
+            self.path = place / f"events.out.{Writer.made}"
+
+        def scalars(self, step, values):
+            with open(self.path, "a") as file:
+                file.write(json.dumps([step, values]) + "\n")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(writers, "TensorBoardWriter", Writer)
+    for step, scalars in (
+        (4, {"fid": 9.0}),
+        (2, {"fid": 20.0, "kid": 3.0}),
+        (4, {"fid": 8.0}),
+        (4, {"kid": 1.0}),
+    ):
+        results.write_curves(folder, step, scalars, tensorboard=True)
+    results.write_curves(folder, 6, {"fid": 1.0}, tensorboard=False)
+    (events,) = folder.glob("events*")
+    assert [json.loads(line) for line in events.read_text().splitlines()] == [
+        [2, {"evaluation/fid": 20.0, "evaluation/kid": 3.0}],
+        [4, {"evaluation/fid": 8.0, "evaluation/kid": 1.0}],
+    ]
+    (folder / "curves.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="curves.json .*delete it: the numbers are in results.jsonl"):
+        results.write_curves(folder, 4, {"fid": 7.0}, tensorboard=True)
+
+
+def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
+    """A judge that is out of reach at one evaluation and back at the next."""
+    away = [True, False]
+
+    class Judged(bases.PerImage):
+        def rows(self, batch):
+            if away.pop(0):
+                raise Skipped("the judge is out of reach")
+            return [{"score": 0.5} for _ in batch.items]
+
+    class Bright(bases.PerImage):
+        def rows(self, batch):
+            return [{"score": float(image.mean())} for image in batch.images]
+
+    items = [Item(str(number), "a circle") for number in range(3)]
+    evaluator = object.__new__(in_training.InTraining)
+    evaluator._config = config_lib.load("experiments/shapes.py:smoke")
+    images = np.full((3, 4, 4, 3), 7, np.uint8)
+
+    class Sampled:
+        def __call__(self, *_, **__):
+            return images
+
+        def batches(self, *_, **__):
+            yield images
+
+    class Shown(list):
+        def scalars(self, step, values):
+            self.append((step, values))
+
+        def images(self, step, values):
+            pass
+
+        def flush(self):
+            pass
+
+    evaluator._loss = lambda params, frozen: {"loss": 1.0}
+    evaluator._sampler, evaluator._ema, evaluator._captions = Sampled(), None, ["a"] * 3
+    evaluator._metrics = [
+        (Scoring(name, metric(), items, 3), ["a circle"] * 3, 2)
+        for name, metric in (("judged", Judged), ("bright", Bright))
+    ]
+    shown = Shown()
+    state = types.SimpleNamespace(params={}, emas={})
+    for step in (2, 4):
+        assert evaluator.write(shown, step, state, {})
+    assert shown == [
+        (2, {"validation/loss": 1.0, "evaluation/Bright": 7.0}),
+        (4, {"validation/loss": 1.0, "evaluation/Judged": 0.5, "evaluation/Bright": 7.0}),
+    ]
+    assert "metric judged is skipped at step 2: the judge is out of reach" in caplog.text
 
 
 @pytest.mark.usefixtures("opened_on_one_device")

@@ -1,18 +1,21 @@
-"""`evaluate` by two processes: each samples and scores its part, and no byte of the result depends on it."""
+"""`evaluate` by several processes: each samples and scores its part, and no byte of the result depends on it."""
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.support import xla
 
 
-def run(smoke_run, out, count):
-    """`evaluate` by `count` processes with two devices each."""
+def start(smoke_run, out, count):
+    """`evaluate` by `count` processes with two devices each: the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -21,7 +24,7 @@ def run(smoke_run, out, count):
         "--batch=4", "--metrics=tifa,shapes_tifa", "--judge=shapes", "--config.metrics.shapes_tifa.batch=2",
     ]  # fmt: skip
     joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
-    started = [
+    return [
         subprocess.Popen(
             [*command, *joined, *([f"--process={index}"] if joined else [])],
             env={**os.environ, "XLA_FLAGS": xla.flags(devices=2)},
@@ -31,29 +34,59 @@ def run(smoke_run, out, count):
         )
         for index in range(count)
     ]
+
+
+def finish(started):
+    """What each of them prints, when all have ended well."""
     output = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0] * count, "\n----\n".join(
-        err for _, err in output
-    )
+    codes = [process.returncode for process in started]
+    assert codes == [0] * len(started), "\n----\n".join(err for _, err in output)
     return [said for said, _ in output]
 
 
+def files(folder):
+    """name -> bytes of all files; the times in results.jsonl left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    rows = [json.loads(line) for line in found.pop("results.jsonl").splitlines()]
+    return {**found, "results.jsonl": rows}
+
+
+@pytest.fixture(scope="module")
+def alone(smoke_run, tmp_path_factory):
+    """The files of one process."""
+    out = tmp_path_factory.mktemp("one")
+    finish(start(smoke_run, out, 1))
+    found = files(out)
+    assert sum(name.endswith(".png") for name in found) == 41 and len(found["results.jsonl"]) == 2
+    return found
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_bytes_of_one(smoke_run, tmp_path):
-    run(smoke_run, tmp_path / "one", 1)
-    first, second = run(smoke_run, tmp_path / "two", 2)
-    assert "shapes_tifa of" in first and "shapes_tifa of" not in second
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_make_the_bytes_of_one(smoke_run, tmp_path, alone, count):
+    first, *others = finish(start(smoke_run, tmp_path, count))
+    assert "shapes_tifa of" in first and not any("shapes_tifa of" in said for said in others)
+    assert files(tmp_path) == alone
 
-    def files(name):
-        paths = (path for path in (tmp_path / name).rglob("*") if path.is_file())
-        return {str(path.relative_to(tmp_path / name)): path for path in paths}
 
-    one, two = files("one"), files("two")
-    assert one.keys() == two.keys() and sum(name.endswith(".png") for name in one) == 41
-    for name in one:
-        if name != "results.jsonl":
-            assert one[name].read_bytes() == two[name].read_bytes(), name
-    rows = [
-        [json.loads(line) for line in found["results.jsonl"].read_text().splitlines()] for found in (one, two)
-    ]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
+@pytest.mark.slow
+def test_processes_killed_at_any_moment_are_resumed(smoke_run, tmp_path, alone):
+    moments = random.Random(4)
+    for attempt in range(3):
+        started = start(smoke_run, tmp_path, 2)
+        # Of these, one dies while it starts, one among images, and one at any moment.
+        wanted = (0, 7, moments.randrange(41))[attempt]
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.rglob("*.png"))) < wanted and time.monotonic() < deadline:
+            if started[0].poll() is not None:
+                break
+            time.sleep(0.02)
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        for process in started:
+            process.communicate(timeout=60)
+    finish(start(smoke_run, tmp_path, 2))
+    assert files(tmp_path) == alone

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation.features import moments
+from scaling_dit.evaluation.features import influence, moments
 from scaling_dit.evaluation.features.moments import Gaussian, frechet
 from scaling_dit.evaluation.features.tables import FeatureTable
 from scaling_dit.evaluation.intervals import percentiles
@@ -35,9 +35,13 @@ def compare(
 
     The subsets are random, each drawn without replacement, as in arXiv 1911.07023. The distance of all images is the
     last point. Computing one costs the eigenvalues of a matrix [D, D].
+
+    With more images than twice the features there is an interval of other generated images (`influence.py`), or with
+    `resamples` a bootstrap interval. With fewer, the distance's bias is larger than what an interval would tell.
     """
     everything = np.ones(len(ours), np.int64)
-    distance = _distance(ours, everything, real)
+    fitted = _fitted(ours, everything)
+    distance = frechet(fitted, real)
     result: dict[str, Any] = {"scalars": {name: distance}}
     rng = np.random.default_rng(seed)
     if points:
@@ -55,13 +59,20 @@ def compare(
         shares = np.full(len(ours), 1 / len(ours))
         drawn = [_distance(ours, rng.multinomial(len(ours), shares), real) for _ in range(resamples)]
         result["interval"] = percentiles(np.array(drawn))
+    elif len(ours) > 2 * ours.width:
+        psi = influence.gaussian(ours, fitted, real, seed)
+        result["interval"] = influence.interval(distance, psi, len(ours))
     return result
 
 
 def _distance(ours: FeatureTable, counts: np.ndarray, real: Gaussian) -> float:
-    """The distance of the images, each taken as often as `counts` says."""
+    return frechet(_fitted(ours, counts), real)
+
+
+def _fitted(ours: FeatureTable, counts: np.ndarray) -> Gaussian:
+    """The Gaussian of the images, each taken as often as `counts` says."""
     state, start = moments.empty(ours.width), 0
     for block in ours.blocks():
         state = moments.merge(state, moments.of(block, counts[start : start + len(block)]))
         start += len(block)
-    return frechet(Gaussian.of(state), real)
+    return Gaussian.of(state)

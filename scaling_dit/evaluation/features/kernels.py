@@ -4,12 +4,16 @@ Every function reads features block by block from a `FeatureTable` and computes 
 torch-fidelity's for the same seed, so that the numbers are its numbers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.features.tables import FeatureTable
+
+# Rows [N, D] and [M, D] -> similarities [N, M].
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Values in memory at once of a kernel matrix or of projections: 32 MiB.
 _AT_ONCE = 2**22
@@ -41,13 +45,14 @@ def kid(one: FeatureTable, other: FeatureTable, *, subsets: int, size: int, seed
     for i in range(subsets):
         x = one.take(rng.choice(len(one), size, replace=False)).astype(np.float64)
         y = other.take(rng.choice(len(other), size, replace=False)).astype(np.float64)
-        xx, yy, xy = _cubic(x, x), _cubic(y, y), _cubic(x, y)
+        xx, yy, xy = cubic(x, x), cubic(y, y), cubic(x, y)
         same = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
         found[i] = same / (size * (size - 1)) - 2 * xy.mean()
     return found
 
 
-def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The kernel of KID, (x.y / D + 1)^3, of all pairs of rows: [N, D], [M, D] -> [N, M]."""
     kernel: np.ndarray = (x @ y.T / x.shape[1] + 1) ** 3
     return kernel
 
@@ -76,22 +81,34 @@ def kernel_mean(one: FeatureTable, other: FeatureTable) -> float:
             # Of a set with itself half the pairs are enough.
             if one is other and j < i:
                 continue
-            y = others.astype(np.float64)
-            # -|x - y|^2 / (2 sigma^2), in place: one array of this size is enough.
-            exponents = x @ y.T
-            exponents *= 2
-            exponents -= (x**2).sum(1)[:, None] + (y**2).sum(1)
-            exponents /= 2 * SIGMA**2
-            np.expm1(exponents, out=exponents)
-            total += float(exponents.sum()) * (2 if one is other and j > i else 1)
+            values = nearness(x, others.astype(np.float64))
+            total += float(values.sum()) * (2 if one is other and j > i else 1)
     return total / (len(one) * len(other))
 
 
+def nearness(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The kernel of CMMD minus 1, exp(-|x - y|^2 / (2 10^2)) - 1, of all pairs of rows: [N, D], [M, D] -> [N, M]."""
+    # In place: one array of this size is enough.
+    exponents: np.ndarray = x @ y.T
+    exponents *= 2
+    exponents -= (x**2).sum(1)[:, None] + (y**2).sum(1)
+    exponents /= 2 * SIGMA**2
+    return np.expm1(exponents, out=exponents)
+
+
 def mind(one: FeatureTable, other: FeatureTable, *, directions: int, seed: int) -> float:
+    """The distance of `sliced`."""
+    return sliced(one, other, directions=directions, seed=seed)[0]
+
+
+def sliced(one: FeatureTable, other: FeatureTable, *, directions: int, seed: int) -> tuple[float, np.ndarray]:
     """3 D times the mean over random directions of the squared difference of sorted projections (arXiv 2605.06797).
 
     The larger set is cut to a random subset as large as the other. Projections are sorted some directions at a time, so
-    that memory holds 4 million of them.
+    that memory holds some 4 million of them.
+
+    Returns:
+      the distance, and the influence of each image of `one` that was taken: float64 [n], see `transported`.
     """
     generator = TorchGenerator(seed)
     count = min(len(one), len(other))
@@ -103,15 +120,39 @@ def mind(one: FeatureTable, other: FeatureTable, *, directions: int, seed: int) 
     units = generator.normal((directions, one.width)).astype(np.float64)
     units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
     some = max(1, _AT_ONCE // count)
-    total = 0.0
+    total, influences = 0.0, np.zeros(count)
     for start in range(0, directions, some):
-        x, y = (_projections(table, order, units[start : start + some]) for table, order in chosen)
-        total += float(((x - y) ** 2).mean(1).sum())
-    return 3 * one.width * total / directions
+        mine, theirs = (_projections(table, order, units[start : start + some]) for table, order in chosen)
+        theirs.sort(axis=1)
+        for projected, real in zip(mine, theirs, strict=True):
+            order = np.argsort(projected)
+            projected = projected[order]
+            total += float(((projected - real) ** 2).mean())
+            influences += transported(projected, real, order)
+    factor = 3 * one.width / directions
+    return factor * total, factor * influences
+
+
+def transported(mine: np.ndarray, theirs: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The influence of each image on the mean squared distance of sorted projections: float64 [n], images in order.
+
+    Up to a constant it is Kantorovich's potential, whose slope at a projection x is 2 (x - T(x)), for the projection
+    T(x) of the same rank (del Barrio and Loubes 2019, theorem 4.1).
+
+    Args:
+      mine: sorted projections of the generated images [n].
+      theirs: sorted projections of the real ones [n].
+      order: what sorted `mine`: the number of the image at each rank.
+    """
+    slopes = 2 * (mine - theirs)
+    rises = np.diff(mine) * (slopes[1:] + slopes[:-1]) / 2
+    potential = np.empty(len(mine))
+    potential[order] = np.concatenate([[0.0], np.cumsum(rises)])
+    return potential
 
 
 def _projections(table: FeatureTable, order: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """The projections of the rows `order` (ascending), sorted for each direction: float64 [directions, rows]."""
+    """The projections of the rows `order` (ascending) on each direction: float64 [directions, rows]."""
     found = np.empty((len(units), len(order)))
     start = seen = 0
     for block in table.blocks():
@@ -119,7 +160,6 @@ def _projections(table: FeatureTable, order: np.ndarray, units: np.ndarray) -> n
         rows = block[order[seen:end] - start].astype(np.float64)
         found[:, seen:end] = units @ rows.T
         start, seen = start + len(block), end
-    found.sort(axis=1)
     return found
 
 

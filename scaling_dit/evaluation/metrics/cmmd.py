@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from scaling_dit.evaluation.features import kernels, networks
+from scaling_dit.evaluation.features import influence, kernels, networks
 from scaling_dit.evaluation.features.networks import Network
 from scaling_dit.evaluation.features.references import Reference
 from scaling_dit.evaluation.features.set_metric import SetMetric
@@ -25,6 +25,8 @@ class Cmmd(SetMetric):
         return networks.CLIP_L_336
 
     def compare(self, ours: FeatureTable, real: Reference, seed: int) -> dict[str, Any]:
-        """`cmmd`."""
-        distance = kernels.cmmd(ours, real.features("cmmd"), other_mean=real.kernel_mean)
-        return {"scalars": {"cmmd": distance}}
+        """`cmmd`, with an interval of other generated images."""
+        table = real.features("cmmd")
+        distance = kernels.cmmd(ours, table, other_mean=real.kernel_mean)
+        psi = influence.kernel(ours, table, seed, kernels.nearness, kernels.SCALE)
+        return {"scalars": {"cmmd": distance}, "interval": influence.interval(distance, psi, len(ours))}

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.evaluation.features import kernels, networks
+from scaling_dit.evaluation.features import influence, kernels, networks
 from scaling_dit.evaluation.features.networks import Network
 from scaling_dit.evaluation.features.references import Reference
 from scaling_dit.evaluation.features.set_metric import SetMetric
@@ -45,7 +45,17 @@ class Kid(SetMetric):
         return networks.INCEPTION[self.resize]
 
     def compare(self, ours: FeatureTable, real: Reference, seed: int) -> dict[str, Any]:
-        """`kid`, and `kid_std`, the standard deviation over subsets that papers print beside it."""
+        """`kid`, and `kid_std`, the standard deviation over subsets that papers print beside it.
+
+        The interval is that of other generated images and other subsets.
+        """
         choices = {"subsets": self.subsets, "size": self.subset_size, "seed": self.choice_seed}
-        found = kernels.kid(ours, real.features("kid"), **choices)
-        return {"scalars": {"kid": float(found.mean()), "kid_std": float(found.std())}}
+        table = real.features("kid")
+        found = kernels.kid(ours, table, **choices)
+        distance = float(found.mean())
+        psi = influence.kernel(ours, table, seed, kernels.cubic)
+        chance = float(found.var()) / self.subsets
+        return {
+            "scalars": {"kid": distance, "kid_std": float(found.std())},
+            "interval": influence.interval(distance, psi, len(ours), chance),
+        }

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from scaling_dit.errors import UserError, nearest
-from scaling_dit.evaluation.features import kernels, networks
+from scaling_dit.evaluation.features import influence, kernels, networks
 from scaling_dit.evaluation.features.networks import Network
 from scaling_dit.evaluation.features.references import Reference
 from scaling_dit.evaluation.features.set_metric import SetMetric
@@ -44,6 +44,7 @@ class Mind(SetMetric):
         return networks.INCEPTION[self.resize]
 
     def compare(self, ours: FeatureTable, real: Reference, seed: int) -> dict[str, Any]:
-        """`mind`."""
+        """`mind`, with an interval of other generated images."""
         choices = {"directions": self.directions, "seed": self.choice_seed}
-        return {"scalars": {"mind": kernels.mind(ours, real.features("mind"), **choices)}}
+        distance, psi = kernels.sliced(ours, real.features("mind"), **choices)
+        return {"scalars": {"mind": distance}, "interval": influence.interval(distance, psi, len(psi))}

@@ -65,9 +65,11 @@ class Start:
         """
         place, step = files.expand(text).rstrip("/"), None
         head, at, tail = place.rpartition("@")
-        if at and tail.isdecimal() and not epath.Path(place).exists():
+        remote = files.is_remote(place)
+        # The name of a local folder may end so.
+        if at and tail.isdecimal() and (remote or not epath.Path(place).exists()):
             place, step = head.rstrip("/"), int(tail)
-        if not files.is_remote(place):
+        if not remote:
             # A later start may be given in another folder.
             place = os.path.abspath(place)
         return cls(place, step, None if ema in (None, "none", 0, "0") else ema, own_code)

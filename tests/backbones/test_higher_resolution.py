@@ -15,11 +15,13 @@ TINY = {"size": "h16-d1-n2", "text_dim": 6}
 CHOICES = [
     ("uvit", {}, {"table_side": 4}),
     ("pixart", {"base_size": 4, "caption_embedding": True}, {}),
+    ("large_dit", {}, {"base_size": 4, "rope_scaling": "grid"}),
+    ("next_dit", {}, {"base_size": 4, "rope_scaling": "ntk"}),
     *(
-        ("large_dit", {}, {"base_size": 4, "rope_scaling": name})
-        for name in ("linear", "ntk", "centred", "grid")
+        pytest.param(name, {}, {"base_size": 4, "rope_scaling": scaling}, marks=pytest.mark.slow)
+        for name in ("large_dit", "next_dit")
+        for scaling in ("linear", "centred")
     ),
-    *(("next_dit", {}, {"base_size": 4, "rope_scaling": name}) for name in ("linear", "ntk", "centred")),
 ]
 
 
@@ -44,7 +46,7 @@ def test_at_the_old_resolution_it_is_the_base_bit_for_bit(name, fields, changes)
     beyond = larger.apply(variables, *inputs(16))
     assert np.isfinite(beyond).all()
     if "rope_scaling" in changes:
-        assert np.abs(beyond - base.apply(variables, *inputs(16))).max() > 1e-4
+        assert np.abs(beyond - base.apply(variables, *inputs(16))).max() > 1e-5
 
 
 def test_a_table_for_more_text_and_a_larger_grid():
@@ -54,7 +56,7 @@ def test_a_table_for_more_text_and_a_larger_grid():
     np.testing.assert_array_equal(same, table)
     longer = uvit.resize_table(table, (3, 7), (16, 16))
     np.testing.assert_array_equal(longer[:4], table[:4])
-    np.testing.assert_array_equal(longer[4:8], table[[1, 2, 3, 1]])
+    np.testing.assert_array_equal(longer[4:8], table[np.array([1, 2, 3, 1])])
     np.testing.assert_array_equal(longer[8:], table[4:])
     shorter = uvit.resize_table(table, (3, 2), (16, 16))
     np.testing.assert_array_equal(shorter, table[np.r_[0:3, 4:20]])

@@ -69,6 +69,9 @@ def test_files_are_the_same_wherever_they_lie(tmp_path):
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "sub" / "file").write_text(f"made in {tmp_path / name}")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    for name, times in (("a", 1), ("b", 2)):
+        (tmp_path / name / "results.jsonl").write_text('{"metric": "x"}\n' * times)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     (tmp_path / "b" / "sub" / "file").write_text("another")
     assert files_of(tmp_path / "a") != files_of(tmp_path / "b")
 

@@ -6,6 +6,7 @@ last one counts.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -98,8 +99,15 @@ class Results:
             before = self.path.read_text() if self.path.exists() else ""
             self.path.write_text(before + line)
             return
-        with self.path.open("a") as file:
-            file.write(line)
+        with self.path.open("ab") as file:
+            # A line that a kill or a full disk cut short must not swallow this one.
+            cut = file.tell() and not self._ends_whole()
+            file.write(b"\n" * bool(cut) + line.encode())
+
+    def _ends_whole(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, of equal requests the last one; a last line that a kill cut short is left out."""

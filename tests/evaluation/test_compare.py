@@ -149,6 +149,9 @@ def test_rows_of_equal_requests_replace_each_other_and_skips_do_not_count(tmp_pa
         0.95
     )
     assert rows[0]["folder"] == "g7.5-s0/tifa" and rows[0]["version"]
+    # The next row does not end up on the line that was cut.
+    results.add({"status": SKIPPED, "metric": "pickscore", "reason": "no weights"})
+    assert [row["metric"] for row in results.read()] == ["tifa", "hpsv2", "pickscore"]
 
 
 def test_the_grid_has_best_and_protocol_columns():

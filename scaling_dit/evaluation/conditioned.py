@@ -11,6 +11,7 @@ from scaling_dit.data import images as images_lib
 from scaling_dit.data.conditions.inpaint import GREY
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Item
+from scaling_dit.parallel import rules
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
 
@@ -98,7 +99,7 @@ def sampled(
     if not items or not items[0].conditions:
         yield from sampler.batches(params, frozen, prompts, seed=seed)
         return
-    batch = min(sampler.options.batch, len(items))
+    batch = rules.round_batch(sampler.mesh, min(sampler.options.batch, len(items)))
     for start in range(0, len(items), batch):
         numbers = list(range(start, min(start + batch, len(items))))
         yield from sampler.batches(

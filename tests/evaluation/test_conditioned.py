@@ -2,12 +2,14 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Item, Items
+from scaling_dit.parallel.mesh import make_mesh
 
 SIDE = 8
 
@@ -66,6 +68,7 @@ class _Sampler:
 
     model = types.SimpleNamespace(image_size=SIDE)
     options = types.SimpleNamespace(batch=4)
+    mesh = make_mesh(devices=jax.devices()[:1])
 
     def __init__(self):
         self.calls = []

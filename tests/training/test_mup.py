@@ -18,7 +18,10 @@ FAMILIES = {
     "pixart": {"depth": 2, "patch": 2},
     "large_dit": {"depth": 2, "patch": 2},
 }
-BASE, HEAD, STEPS, RATE = 32, 16, 10, 1e-2
+HEAD, STEPS, RATE = 16, 10, 1e-2
+# Base, narrow and wide. Large-DiT's feed-forward has 256 * ceil(8 width / 3 / 256) units, which is in proportion to the
+# width at multiples of 96 alone; muP is about networks in proportion.
+WIDTHS = {"uvit": (32, 64, 256), "pixart": (32, 64, 256), "large_dit": (96, 96, 384)}
 
 
 def create(name, width):
@@ -86,8 +89,9 @@ def activations(name, width, with_mup):
     def init(backbone):
         return trees.unbox(backbone.init(keys[3], latents, times, text)["params"])
 
-    params, base = init(module), init(mup.base_backbone(module, BASE))
-    far = jax.eval_shape(functools.partial(init, mup.base_backbone(module, mup.FAR * BASE)))
+    width = WIDTHS[name][0]
+    params, base = init(module), init(mup.base_backbone(module, width))
+    far = jax.eval_shape(functools.partial(init, mup.base_backbone(module, mup.FAR * width)))
     m = mup.fan_ins(params, base, far) if with_mup else jax.tree.map(lambda _: 1.0, params)
     params = mup.initial(params, base, far) if with_mup else params
     optimizer = optax.scale_by_adam()
@@ -124,7 +128,7 @@ def activations(name, width, with_mup):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations_are_flat_in_width_under_mup_and_fan_out_without_it(name):
     check = functools.partial(activations, name)
-    narrow, wide = 64, 256
+    _, narrow, wide = WIDTHS[name]
     with_mup = check(wide, True) / check(narrow, True)
     without = check(wide, False) / check(narrow, False)
     print(name, "with", with_mup.min(), with_mup.max(), "without", without.min(), without.max())

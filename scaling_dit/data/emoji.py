@@ -181,7 +181,8 @@ def lines(found: Sequence[Emoji], wrong: float = 0.0) -> tuple[list[dict[str, An
       wrong: share of the training images that have the captions of another one, by a hash of their keys; `own`, `who`,
         `what` and `tone` always are their own.
     """
-    training, held = [], []
+    training: list[dict[str, Any]] = []
+    held: list[dict[str, Any]] = []
     shown = [one for one in found if not one.held_out]
     for one in found:
         # Another word in the hash, for its own draw has chosen the combinations.

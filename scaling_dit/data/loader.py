@@ -154,7 +154,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
             for record, position in zip(records, self._positions, strict=True)
         ]
         ids, mask = self._tokenize(captions)
-        batch = {**stack_images(records), "ids": ids, "mask": mask}
+        batch: dict[str, Any] = {**stack_images(records), "ids": ids, "mask": mask}
         if self._conditions:
             batch["conditions"] = self._made(records, keyed, step)
         return batch

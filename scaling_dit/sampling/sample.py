@@ -86,7 +86,8 @@ class Sampling:
         pipe, _, _ = open_for_sampling(config, self.workdir, self.changes, step=self.step, ema=self.ema)
         items = self.items(prompts)
         images_given = Given.read(pipe.model, self.condition, self.image)
-        pictures, inputs = images_given.about(), images_given.rows
+        pictures = images_given.about()
+        inputs: Inputs = images_given.rows
         if own:
             for name in own.names:
                 check_name(name, pipe.model)

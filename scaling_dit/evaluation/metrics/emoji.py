@@ -108,11 +108,9 @@ class EmojiAccuracy(Base):
             near = drawings.nearest(image)
             # Of equal drawings the one that was asked for counts.
             line = next((one for one in near if epath.Path(one["file_name"]).stem == item.id), near[0])
-            row = tifa.caption_row(
-                image,
-                item.questions,
-                lambda _, asked, line=line: [line[q["element_type"]] or NONE for q in asked],
-            )
+            asked = item.questions
+            answers = [line[question["element_type"]] or NONE for question in asked]
+            row = tifa.caption_row(image, asked, functools.partial(_given, answers))
             nearest = epath.Path(line["file_name"]).stem
             rows.append(
                 row | {"nearest": nearest, "all": int(row["score"] == 1), "split": item.meta["split"]}
@@ -182,6 +180,11 @@ def _in_turn(one: Sequence[int], other: Sequence[int]) -> list[int]:
     return [*both, *one[len(other) :], *other[len(one) :]]
 
 
+def _given(answers: list[str], image: np.ndarray, questions: Sequence[Any]) -> list[str]:
+    """These answers, as `tifa.caption_row` asks for them."""
+    return answers
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawings:
     """The real emoji of a folder: values in 0..1 as float64 [N, H * W * 3], and what is known of each."""
@@ -193,7 +196,7 @@ class Drawings:
         """The emoji whose drawing is nearest to an image, uint8 [H, W, 3], and those whose drawings equal it."""
         off = self.values - image.reshape(-1) / 255
         distances = np.einsum("nd,nd->n", off, off)
-        return [self.lines[i] for i in np.flatnonzero(distances <= distances.min() + EQUAL)]
+        return [self.lines[int(i)] for i in np.flatnonzero(distances <= distances.min() + EQUAL)]
 
 
 @functools.lru_cache(maxsize=2)

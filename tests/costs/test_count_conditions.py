@@ -1,5 +1,7 @@
 """What conditions cost by `count`: tokens lengthen every block, channels widen the first layer alone."""
 
+import pytest
+
 from scaling_dit import backbones
 from scaling_dit.costs.count import count
 from tests.support.layouts import FIELDS
@@ -34,6 +36,7 @@ def test_tokens_lengthen_every_block_and_channels_widen_the_first_layer():
     assert token.activation_bytes > 1.3 * plain.activation_bytes > 1.2 * channel.activation_bytes
 
 
+@pytest.mark.slow
 def test_several_conditions_add_up_and_a_unet_reads_channels():
     one, two = ("a", 5, "token", "shared"), ("b", 4, "token", "shared")
     lengths = [counted("pixart", *rows).modules["blocks"].macs_paper for rows in ((), (one,), (one, two))]

@@ -165,4 +165,7 @@ def test_records_read_together_are_checked_too(made):
 
 def test_every_built_in_source_passes_the_check():
     for name, row in SOURCES.items():
-        assert "image_size" in source_fields(f"{name}:x" if row.form else name) or name == "shapes"
+        assert "image_size" in source_fields(f"{name}:x" if row.form else name) or name in (
+            "shapes",
+            "shapes_edits",
+        )

@@ -34,7 +34,7 @@ LARGE: Rows = {
     "unet": {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "transformer_depth": (0, 1), "head_dim": 32},
     "unet_if": {"channels": 32, "channel_mult": (1, 2), "res_blocks": 1, "attention_levels": (1,), "head_dim": 32},
 }  # fmt: skip
-# One UNet widened, and deepened to as many parameters.
+# One UNet widened, and deepened to nine tenths of its parameters.
 WIDE = {"channels": 64, "channel_mult": (1, 1), "res_blocks": 1, "transformer_depth": (0, 1), "head_dim": 32}
 # Scanned, for unrolled its 44 transformer blocks take XLA many minutes to compile on a CPU.
 DEEP = {

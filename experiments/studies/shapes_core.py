@@ -5,8 +5,8 @@
 
 Scenes of 8 px with two squares of different colours, three training seeds behind each claim: all six families at 0.4M
 and 1M parameters, all with equal training FLOPs (so a family with cheap tokens sees more images); one UNet widened, and
-deepened to as many parameters; captions that say everything, 40 % of it, or are those of another scene for 30 % of the
-records.
+deepened to nine tenths of its parameters; captions that say everything, 40 % of it, or are those of another scene for
+30 % of the records.
 
 Slice: none; made for 2 CPU cores and at most an hour. `:smoke` is a miniature of two members for tests.
 

@@ -99,7 +99,7 @@ def _family_colour(study: Study) -> Spec:
         "field": "family",
         "type": "nominal",
         "scale": scale,
-        "legend": {"orient": "bottom", "title": None},
+        "legend": {"orient": "bottom", "title": None, "columns": 3},
     }
 
 
@@ -162,7 +162,7 @@ def _dots(study: Study, value: str) -> Spec:
 def _forest() -> Spec:
     rows: Spec = {"field": "claim", "type": "nominal", "title": None, "axis": {"labelLimit": 210}}
     colour = {
-        "field": "verdict", "type": "nominal", "legend": {"orient": "bottom", "title": None},
+        "field": "verdict", "type": "nominal", "legend": {"orient": "bottom", "title": None, "columns": 2},
         "scale": {"domain": ["supported", "undecided", "refuted"], "range": [COLOURS[2], COLOURS[6], COLOURS[5]]},
     }  # fmt: skip
     zero = {

@@ -193,7 +193,9 @@ def _jacobian(vector: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -
 
 
 def _to_vector(e: float, a: float, b: float, alpha: float, beta: float) -> np.ndarray:
-    return np.array([np.log(e), np.log(a), np.log(b), alpha, beta])
+    # A term that a fit drives to 0 underflows, and its logarithm would be no start for another fit.
+    logs = np.log(np.maximum([e, a, b], np.finfo(float).tiny))
+    return np.array([*logs, alpha, beta])
 
 
 def _from_vector(vector: np.ndarray) -> dict[str, float]:

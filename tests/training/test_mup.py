@@ -90,6 +90,8 @@ def activations(name, width, with_mup):
         return trees.unbox(backbone.init(keys[3], latents, times, text)["params"])
 
     width = WIDTHS[name][0]
+    # RATE is one at a width of 32; the same rate under muP is less at a wider base.
+    rate = RATE * 32 / width
     params, base = init(module), init(mup.base_backbone(module, width))
     far = jax.eval_shape(functools.partial(init, mup.base_backbone(module, mup.FAR * width)))
     m = mup.fan_ins(params, base, far) if with_mup else jax.tree.map(lambda _: 1.0, params)
@@ -115,7 +117,7 @@ def activations(name, width, with_mup):
 
         grads, sizes = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state)
-        return jax.tree.map(lambda p, u, f: p - RATE * u / f, params, updates, m), state, sizes
+        return jax.tree.map(lambda p, u, f: p - rate * u / f, params, updates, m), state, sizes
 
     state, seen = optimizer.init(params), []
     for _ in range(STEPS + 1):

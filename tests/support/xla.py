@@ -11,19 +11,22 @@ QUICK = " ".join(
         "--xla_cpu_use_fusion_emitters=false",
     )
 )
+# A simulated device that waits its turn on a busy machine is not a dead one: by default XLA ends the process after 40
+# seconds.
+_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 _COUNT = "--xla_force_host_platform_device_count"
 
 
 def flags(devices: int) -> str:
     """XLA_FLAGS of a process with this many simulated devices."""
-    return f"{QUICK} {_COUNT}={devices}"
+    return f"{QUICK} {_PATIENT} {_COUNT}={devices}"
 
 
 def prepare(environment) -> None:
     """Sets XLA_FLAGS of the tests themselves: eight devices; what a user set stays and wins."""
     given = environment.get("XLA_FLAGS", "")
     count = "" if _COUNT in given else f"{_COUNT}=8"
-    environment["XLA_FLAGS"] = " ".join(part for part in (QUICK, count, given) if part)
+    environment["XLA_FLAGS"] = " ".join(part for part in (QUICK, _PATIENT, count, given) if part)
     # Filtering a traceback costs at each call of a jitted function, with or without an error.
     environment.setdefault("JAX_TRACEBACK_FILTERING", "off")
 

@@ -104,9 +104,9 @@ def compiled_once():
     """All runs here are of one model: each takes the first one's compiled functions, and does all else as ever."""
     real, opened = Run.open, []
 
-    def open_again(config, workdir, devices=None, lease=None):
+    def open_again(config, workdir, devices=None, lease=None, start=None):
         if not opened:
-            opened.append(real(config, workdir, devices, lease))
+            opened.append(real(config, workdir, devices, lease, start))
             return opened[0]
         first = opened[0]
         assert {key: value for key, value in config.items() if key not in schema.FREE_SECTIONS} == {

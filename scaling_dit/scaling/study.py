@@ -234,6 +234,13 @@ class _Runner:
     def _is_over(self, member: Member, seed: int) -> bool:
         return self._status[member.name, seed] in (DONE, STOPPED)
 
+    def _note_stop(self, member: Member, seed: int, code: int, reason: str) -> None:
+        """Writes down that a run is over before its last step."""
+        path = self._folder.stopped(member.name, seed)
+        # A run that never began has no folder.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, files.to_json({"code": code, "reason": reason}).encode())
+
     def _train(self, member: Member, seed: int) -> None:
         """Trains one run to its end and evaluates it at every point.
 
@@ -245,16 +252,14 @@ class _Runner:
         config = spec.run_config(member, seed, str(folder.compile_cache))
         start = Start(str(folder.run(member.base, seed))) if member.base else None
         if member.base and self._status[member.base, seed] == STOPPED:
-            note = {"code": loop.NONFINITE, "reason": f"{member.base}, which it begins from, has stopped"}
-            files.write_whole(folder.stopped(member.name, seed), files.to_json(note).encode())
+            self._note_stop(member, seed, loop.NONFINITE, f"{member.base}, which it begins from, has stopped")
             return
         try:
             loop.train(config, run.folder, start=start)
         except loop.Stopped as stop:
             if stop.code == loop.PREEMPTED:
                 raise
-            note = {"code": stop.code, "reason": str(stop)}
-            files.write_whole(folder.stopped(member.name, seed), files.to_json(note).encode())
+            self._note_stop(member, seed, stop.code, str(stop))
             return
         _note_memory(folder.memory(member.name, seed))
         with processes.preemption() as preempted:

@@ -347,7 +347,7 @@ def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
 
     evaluator._loss = lambda params, frozen: {"loss": 1.0}
     evaluator._sampler, evaluator._ema, evaluator._adapters = Sampled(), None, None
-    evaluator._captions = ["a"] * 3
+    evaluator._captions, evaluator._conditions = ["a"] * 3, None
     evaluator._metrics = [
         (Scoring(name, metric(), items, 3), ["a circle"] * 3, 2)
         for name, metric in (("judged", Judged), ("bright", Bright))

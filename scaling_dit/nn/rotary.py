@@ -34,13 +34,13 @@ _MOST_LANES = 512
 _BYTES_PER_CYCLE = 551
 
 
-def rotary_1d(positions: int | np.ndarray, head_size: int) -> Rotary:
+def rotary_1d(positions: int | np.ndarray, head_size: int, theta: float = THETA) -> Rotary:
     """Tables [T, head_size/2] for the positions [T] of a sequence; for a number those up to it, from 0 on.
 
-    angle[t, i] = position_t * 10000^(-2i/head_size).
+    angle[t, i] = position_t * theta^(-2i/head_size).
     """
     places = np.arange(positions) if isinstance(positions, int) else positions
-    return _tables(np.outer(places, _frequencies(head_size)))
+    return _tables(np.outer(places, _frequencies(head_size, theta)))
 
 
 def rotary_rows(
@@ -80,8 +80,7 @@ def rotary_rows(
     image = positions[:length]
     without_ends = image.reshape(rows, width)[:, :columns].ravel()
     further = [without_ends + shift * (positions[-1] - positions[0]) for shift in shifts]
-    angles = np.outer(np.concatenate([*further, image]), _frequencies(head_size, theta))
-    return _tables(angles)
+    return rotary_1d(np.concatenate([*further, image]), head_size, theta)
 
 
 def rotary_2d(

@@ -162,7 +162,7 @@ def test_shifted_positions_are_those_of_the_next_image():
     wide = layers.sincos_2d(2, 6, 16).reshape(2, 6, 16)
     np.testing.assert_array_equal(layers.sincos_2d(2, 3, 16, shift=1).reshape(2, 3, 16), wide[:, 3:])
     wide = [table.reshape(2, 9, 4) for table in rotary_2d(2, 9, 8)]
-    for table, right in zip(rotary_2d(2, 3, 8, (2, 0)), wide, strict=True):
+    for table, right in zip(rotary_2d(2, 3, 8, shifts=(2, 0)), wide, strict=True):
         np.testing.assert_array_equal(table[:6].reshape(2, 3, 4), right[:, 6:])
         np.testing.assert_array_equal(table[6:].reshape(2, 3, 4), right[:, :3])
     for table, right in zip(rotary_1d(np.array([4, 0, 6]), 8), rotary_1d(7, 8), strict=True):

@@ -97,6 +97,35 @@ def test_scalings_of_a_grid_against_their_formulas():
     np.testing.assert_allclose(slow[0] / slow[1], 2.0)
 
 
+@pytest.mark.parametrize("scaling", rotary.ROW_SCALINGS)
+def test_further_images_in_a_sequence_stand_where_the_next_one_would(scaling):
+    """Two rows of three tokens and an end-of-line token; images of shift 0, 1 and 2 without these come first."""
+    options = {"scaling": scaling, "base": 2}
+    found = angles(rotary.rotary_rows(2, 3, 2, shifts=(0, 1, 2), **options))[:, 0]
+    image = angles(rotary.rotary_rows(2, 3, 2, **options))[:, 0]
+    assert len(found) == 3 * 6 + 8
+    np.testing.assert_array_equal(found[18:], image)
+    shown = np.delete(image, [3, 7])
+    # One row of eight is where the next image would begin; the fastest frequency is 1.
+    ratio = {"linear": 8 / 6, "grid": np.sqrt(6) / 2}.get(scaling, 1.0)
+    span = 2 / ratio * (3 / ratio + 1) if scaling == "grid" else 8 / ratio
+    for shift in range(3):
+        part = found[6 * shift : 6 * shift + 6]
+        wrapped = np.angle(np.exp(1j * (part - shown - shift * span)))
+        np.testing.assert_allclose(wrapped, 0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "centred"])
+def test_further_grids_stand_beside_a_scaled_one(scaling):
+    found = rotary.rotary_2d(4, 4, 4, shifts=(1, 0), scaling=scaling, base=2)
+    plain = rotary.rotary_2d(4, 4, 4, scaling=scaling, base=2)
+    np.testing.assert_array_equal(np.asarray(found)[:, 16:], np.asarray(plain))
+    beside = angles(found)[:16] - angles(plain)
+    wide = 2.0 if scaling == "linear" else 4.0
+    # Rows as they are, columns one grid further.
+    np.testing.assert_allclose(np.angle(np.exp(1j * (beside - np.array([0.0, wide])))), 0.0, atol=2e-6)
+
+
 def test_scalings_of_rows_in_one_sequence():
     place = np.arange(8 * 9)
     frequencies = 10_000.0 ** -np.array([0, 2 / 4])

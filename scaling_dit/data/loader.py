@@ -165,9 +165,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         for name, condition in self._conditions.items():
             stream = _stream_of(name)
             rows = [
-                conditions_lib.of_record(
-                    condition, name, record, keyed.at(step, position, stream), self._source.image_size
-                )
+                conditions_lib.of_record(condition, name, record, keyed.at(step, position, stream))
                 for record, position in zip(records, self._positions, strict=True)
             ]
             made[name] = np.stack(rows)

@@ -113,10 +113,7 @@ def held_out_conditions(model: Model, records: Sequence[Mapping[str, Any]]) -> d
     keyed = KeyedGenerator(_SEED)
     return {
         one.name: np.stack(
-            [
-                of_record(one.condition, one.name, record, keyed.at(0, i), model.image_size)
-                for i, record in enumerate(records)
-            ]
+            [of_record(one.condition, one.name, record, keyed.at(0, i)) for i, record in enumerate(records)]
         )
         for one in model.conditions
     }

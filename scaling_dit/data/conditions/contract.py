@@ -82,23 +82,28 @@ def check_condition(condition: Any, where: str) -> None:
         )
 
 
-def check_image(image: Any, size: int, masks: int, where: str) -> np.ndarray:
-    """An array that passes as a condition for images of `size` x `size` pixels.
+def check_image(image: Any, size: int | tuple[int, int], masks: int, where: str) -> np.ndarray:
+    """An array that passes as a condition for images of this height and width in pixels; one number is both.
 
     Raises:
-      UserError: it is no uint8 [size, size, 3 + masks]; `where` says where it is from.
+      UserError: it is no uint8 [height, width, 3 + masks]; `where` says where it is from.
     """
-    right = f"uint8 [{size}, {size}, {3 + masks}]: RGB" + (f" and {_masks(masks)}" if masks else "")
+    height, width = (size, size) if isinstance(size, int) else size
+    right = f"uint8 [{height}, {width}, {3 + masks}]: RGB" + (f" and {_masks(masks)}" if masks else "")
     if not isinstance(image, np.ndarray):
         raise UserError(f"{where} is a {type(image).__name__}; it must be a NumPy array, {right}")
-    if image.shape != (size, size, 3 + masks) or image.dtype != np.uint8:
+    if image.shape != (height, width, 3 + masks) or image.dtype != np.uint8:
         found = f"{'x'.join(map(str, image.shape))} {image.dtype}"
         raise UserError(f"{where} is {found}; it must be {right}")
     return image
 
 
 def make(
-    condition: Condition, name: str, record: Mapping[str, Any], generator: np.random.Generator, size: int
+    condition: Condition,
+    name: str,
+    record: Mapping[str, Any],
+    generator: np.random.Generator,
+    size: int | tuple[int, int],
 ) -> np.ndarray:
     """The condition called `name` of a record, checked: the record's own, if it carries one, else made.
 

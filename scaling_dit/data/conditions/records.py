@@ -26,20 +26,21 @@ def image_of(record: Mapping[str, Any], name: str) -> np.ndarray:
 
 
 def of_record(
-    condition: Condition, name: str, record: Mapping[str, Any], generator: np.random.Generator, size: int
+    condition: Condition, name: str, record: Mapping[str, Any], generator: np.random.Generator
 ) -> np.ndarray:
     """Condition `name` of a record.
 
     Returns:
-      uint8 [H, W, 3 + M], which the record carries or the condition makes; of a record from a prepared set one of the
-      kept kinds, bfloat16 [h, w, Mo + M], each with the same probability.
+      uint8 [H, W, 3 + M] of the size of the image, which the record carries or the condition makes; of a record from a
+      prepared set one of the kept kinds, bfloat16 [h, w, Mo + M], each with the same probability.
 
     Raises:
       UserError: as `contract.make`; or a prepared set that lacks the condition.
     """
     given = record.get("conditions", {}).get(name)
     if "latents" not in record:
-        return contract.make(condition, name, record, generator, size)
+        height, width = record["image"].shape[:2]
+        return contract.make(condition, name, record, generator, (height, width))
     if given is None:
         image_of(record, name)
     chosen: np.ndarray = given[int(generator.integers(len(given)))]

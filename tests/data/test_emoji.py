@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 
 import numpy as np
@@ -93,12 +94,12 @@ def test_wrong_captions_are_those_of_other_training_emoji():
 def test_a_complete_folder_is_left_alone_and_another_size_is_drawn_again(tmp_path):
     folder = drawn_emoji.write(tmp_path)
     files = [folder / "metadata.jsonl", *sorted((folder / "images").iterdir())[:1]]
-    before = [file.stat().mtime for file in files]
+    before = [os.stat(file).st_mtime_ns for file in files]
     drawn_emoji.write(tmp_path)
-    assert [file.stat().mtime for file in files] == before
+    assert [os.stat(file).st_mtime_ns for file in files] == before
     source = create_source(f"folder:{drawn_emoji.write(tmp_path, size=24)}", image_size=24)
     assert source[0]["image"].shape == (24, 24, 3)
-    assert [file.stat().mtime for file in files] != before
+    assert [os.stat(file).st_mtime_ns for file in files] != before
 
 
 def test_drawings_of_the_package(tmp_path):

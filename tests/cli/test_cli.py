@@ -272,7 +272,7 @@ def test_train_gets_the_config_and_returns_the_exit_code(monkeypatch):
         == 75
     )
     (((config, workdir, began), kwargs),) = calls
-    assert (config, workdir, kwargs) == (loaded, "runs/x", {"strict": False})
+    assert (config, workdir, kwargs) == (loaded, "runs/x", {"strict": False, "start": None})
     # For goodput.
     assert started <= began <= time.time()
     overrides = [
@@ -342,7 +342,7 @@ def test_sample_gathers_prompts_and_flags(monkeypatch, tmp_path):
     changes |= {"guidance_interval": (200.0, 800.0), "batch": 8}
     assert kwargs == {
         "step": 100, "ema": "none", "num": 3, "seed": (4, 5), "changes": changes, "guidance": (2.0, 7.5),
-        "store": "tar", "layout": None, "own_code": False,
+        "store": "tar", "layout": None, "own_code": False, "condition": (), "image": None,
     }  # fmt: skip
 
 

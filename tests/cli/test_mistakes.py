@@ -184,7 +184,9 @@ def of_fields():
     }
     for key, field in schema.FIELDS.items():
         for value in others.get(type(field.default), ()):
-            yield key, value
+            # A regular expression for any of its letters.
+            if (key, value) != ("adapter.targets", "[nan]"):
+                yield key, value
         if field.choices:
             yield from ((key, value) for value in ("nothing", "", "no_module_of_this_name:Part"))
         if field.check is not None and isinstance(field.default, int | float):
@@ -200,7 +202,7 @@ def _fits(field, text):
 @pytest.mark.parametrize("key, value", swept(of_fields(), 4))
 def test_values_that_a_field_does_not_take(key, value, capsys):
     line = line_of(capsys, "train", *RIGHT["train"], f"--config.{key}={value}")
-    assert f"config.{key}" in line or line.startswith("unknown metric ")
+    assert f"config.{key}" in line or line.startswith(("unknown metric ", "unknown condition "))
 
 
 @pytest.mark.parametrize("key", swept([*schema.FIELDS, *(f"{name}.name" for name in schema.COMPONENTS)]))

@@ -204,7 +204,7 @@ def test_repeating_a_tuple_collects_and_repeating_a_number_takes_the_last():
         ("learning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("sample.learning_rate=1", "did you mean 'optim.learning_rate'?"),
         ("log.qqqqqq=1", "log has every, profile, tensorboard"),
-        ("qqqqqq=1", "known: backbone, batch, captions, checkpoint"),
+        ("qqqqqq=1", "known: adapter, backbone, batch, buckets, captions"),
         ("log=1", "config.log is a section; set one of its fields, every, profile, tensorboard"),
         ("backbone.name=uvti", "unknown backbone 'uvti'"),
         (

@@ -7,6 +7,7 @@ import pytest
 
 from scaling_dit import config as config_lib
 from scaling_dit.config import conditions, metrics, schema
+from scaling_dit.data import sources
 from tools import config_page
 
 
@@ -18,7 +19,9 @@ def test_the_page_is_what_the_script_writes():
 def test_every_field_has_a_row_and_one_line():
     text = config_page.PAGE.read_text()
     for key, field in schema.FIELDS.items():
-        assert f"\n| `{key}` | `{field.default!r}` | {field.doc}" in text
+        # A bar would end the cell.
+        default = repr(field.default).replace("|", r"\|")
+        assert f"\n| `{key}` | `{default}` | {field.doc}" in text
         assert "\n" not in field.doc and not field.doc.endswith(".")
 
 
@@ -29,7 +32,8 @@ def test_every_built_in_component_has_its_fields():
         for name in config_page._registry(config_page.MODULES[section]).known:
             rows = part.split(f"\n#### `{name}`\n")[1].split("\n#### ")[0]
             config = config_lib.defaults()
-            config[section] = {"name": f"{name}:x" if section == "source" and name != "shapes" else name}
+            placed = section == "source" and sources.SOURCES[name].form
+            config[section] = {"name": f"{name}:x" if placed else name}
             fields = set(config_lib.complete(config)[section]) - {"name"}
             assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == fields
 

@@ -25,7 +25,7 @@ for columns in (2, 3):
     shown._captions = [""] * 6
     shown._loss = lambda params, frozen: {}
     shown._sampler = lambda params, frozen, prompts, seed, conditions: np.zeros((6, 128, 128, 3), np.uint8)
-    shown._conditions = None
+    shown._conditions = shown._adapters = None
     shown._items, shown._metrics, shown._ema = {}, [], None
     shown.write(Writer(), 1, State, {})
 """

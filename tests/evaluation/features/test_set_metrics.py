@@ -102,7 +102,8 @@ def test_by_the_images_of_the_prompts_and_by_a_file(name, weights, tmp_path):
     assert metric.about()["reference"] == {
         "images": "the real images of the same prompts, from the run's own data"
     }
-    assert "interval" not in result and metric.table(result)
+    low, high = result["interval"]
+    assert low < result["scalars"][name] < high and metric.table(result)
 
     built = metric.with_reference(f"{__name__}:Real", 4, epath.Path(tmp_path / "built"))
     assert run(built)["scalars"][name] == pytest.approx(expected(name), abs=1e-9)

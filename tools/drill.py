@@ -146,18 +146,26 @@ def chains(
     """
     while row.codes[137] < kills and row.tries < 3 * kills:
         folder = pathlib.Path(tempfile.mkdtemp(dir=drill.root)) / "it"
+        faulty = False
         for _ in range(CHAIN):
             # One of some is started as a user starts it.
             command = drill.start(arguments(folder), fresh=row.tries % 8 == 7)
             disturb(drill, command, folder)
             ended = command.end()
-            row.count(ended.code, ended.fault(0, 137))
+            row.count(ended.code, fault := ended.fault(0, 137))
+            faulty |= bool(fault)
             if ended.code == 0 or row.codes[137] >= kills:
                 break
-        if fault := finish(folder):
+        # A try is lost once, whatever comes of it.
+        if (fault := finish(folder)) and not faulty:
             row.lose(fault)
         table.save()
         shutil.rmtree(folder.parent)
+    if row.codes[137] < kills:
+        print(
+            f"drill: {row.codes[137]} of {kills} kills in {row.tries} tries: the others ended before",
+            file=sys.stderr,
+        )
 
 
 def at_some_step(drill: Drill, command: Command, workdir: pathlib.Path) -> None:

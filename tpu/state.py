@@ -526,7 +526,10 @@ def _refused(job: Job, state: State, seen: Observation, limits: Limits) -> Step:
         return _end(state, seen, f"{_how(seen)}: {REFUSED} for {minutes} (tpu logs shows why)", failed=True)
     verdict = f"{_how(seen)}: {REFUSED}"
     state, over = _trouble(dataclasses.replace(state, verdict=verdict), seen, REFUSED, limits.refused_pause)
-    return _restart(job, state, seen, verdict) if over else (state, ())
+    if not over:
+        return state, ()
+    # Bounded by `limits.refused`, so it takes none of the restarts that preemptions and failures have.
+    return _restart(job, dataclasses.replace(state, restarts=state.restarts - 1), seen, verdict)
 
 
 def _restart(job: Job, state: State, seen: Observation, verdict: str, *, new: bool = False) -> Step:

@@ -161,15 +161,18 @@ def write_curves(folder: epath.Path, step: int, scalars: Mapping[str, float], te
     remedy = "delete it: the numbers are in results.jsonl, and the next evaluation begins it anew"
     curves = files.read_json(kept, dict, remedy) if kept.exists() else {}
     curves[str(step)] = {**curves.get(str(step), {}), **scalars}
-    older = list(folder.glob("events.*")) if folder.exists() else []
+    # Events without it are of an older version and hold what nothing else shows.
+    older = list(folder.glob("events.*")) if kept.exists() else []
     try:
         writer = TensorBoardWriter(folder)
     except ModuleNotFoundError:
         # `train` has said so, and results.jsonl has everything.
         return
+    # First, so that no kill loses a step that the results count as done.
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(kept, files.to_json(curves).encode())
     for each in sorted(curves, key=int):
         writer.scalars(int(each), {f"evaluation/{name}": value for name, value in curves[each].items()})
     writer.close()
-    files.write_whole(kept, files.to_json(curves).encode())
-    for path in older:
+    for path in older if not writer.off else ():
         path.unlink()

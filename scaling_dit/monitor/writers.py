@@ -208,7 +208,8 @@ class TensorBoardWriter:
         self._writer: Any = None
         # The step of the last mark.
         self._marked: int | None = None
-        self._off = False
+        # Whether the disk refused, so that nothing more is written.
+        self.off = False
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = {_tag(name): _number(value) for name, value in values.items()}
@@ -268,14 +269,14 @@ class TensorBoardWriter:
         self._guard(write)
 
     def _guard(self, work: Callable[[], None]) -> None:
-        if self._off:
+        if self.off:
             return
         try:
             work()
         except Exception as error:
             if not storage.is_refusal(error):
                 raise
-            self._writer, self._off = None, True
+            self._writer, self.off = None, True
             print(
                 f"scaling-dit: cannot write {self._directory}: {storage.reason(error)}; TensorBoard gets nothing more "
                 "from this start, the JSON lines do",

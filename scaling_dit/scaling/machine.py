@@ -14,6 +14,7 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.doctor.probe import installed
+from scaling_dit.errors import UserError
 
 _REMEDY = "remove it; it says what earlier starts ran on"
 
@@ -52,7 +53,10 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     """All starts of a study; empty where none is noted."""
     if not path.exists():
         return []
-    return list(files.read_json(path, dict, _REMEDY)["starts"])
+    starts = files.read_json(path, dict, _REMEDY).get("starts")
+    if not isinstance(starts, list) or not all(isinstance(one, dict) for one in starts):
+        raise UserError(f"{path} is damaged: it holds no list of starts; {_REMEDY}")
+    return starts
 
 
 def lines(starts: Sequence[dict[str, Any]]) -> list[str]:

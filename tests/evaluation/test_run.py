@@ -279,8 +279,8 @@ def test_tensorboard_shows_each_evaluated_step_once_and_in_order(tmp_path, monke
         made = 0
 
         def __init__(self, place):
-            place.mkdir(exist_ok=True)
             Writer.made += 1
+            self.off = Writer.made == 5
             self.path = place / f"events.out.{Writer.made}"
 
         def scalars(self, step, values):
@@ -304,6 +304,12 @@ def test_tensorboard_shows_each_evaluated_step_once_and_in_order(tmp_path, monke
         [2, {"evaluation/fid": 20.0, "evaluation/kid": 3.0}],
         [4, {"evaluation/fid": 8.0, "evaluation/kid": 1.0}],
     ]
+    # A disk that refuses leaves the older events, and what is to be shown is not lost.
+    results.write_curves(folder, 8, {"fid": 2.0}, tensorboard=True)
+    assert len(list(folder.glob("events*"))) == 2
+    results.write_curves(folder, 9, {"fid": 1.0}, tensorboard=True)
+    (events,) = folder.glob("events*")
+    assert [json.loads(line)[0] for line in events.read_text().splitlines()] == [2, 4, 8, 9]
     (folder / "curves.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="curves.json .*delete it: the numbers are in results.jsonl"):
         results.write_curves(folder, 4, {"fid": 7.0}, tensorboard=True)

@@ -20,8 +20,8 @@ _Z = 1.959963984540054
 _ROUNDING = 1e-10
 
 
-def interval(distance: float, influences: np.ndarray, count: int, extra: float = 0.0) -> list[float]:
-    """[low, high], a 95 % interval of a distance.
+def interval(distance: float, influences: np.ndarray, count: int, extra: float = 0.0) -> list[float] | None:
+    """[low, high], a 95 % interval of a distance; None of a single image, which has no spread.
 
     Args:
       distance: of `count` generated images.
@@ -29,6 +29,8 @@ def interval(distance: float, influences: np.ndarray, count: int, extra: float =
       count: n.
       extra: variance of the distance besides, such as that of random subsets.
     """
+    if len(influences) < 2:
+        return None
     error = float(np.sqrt(influences.var(ddof=1) / count + extra))
     return [distance - _Z * error, distance + _Z * error]
 
@@ -43,7 +45,7 @@ def kernel(
     )
     own = similarity(x, x)
     # Not an image with itself.
-    alike = (own.sum(1) - np.diagonal(own)) / (len(x) - 1)
+    alike = (own.sum(1) - np.diagonal(own)) / max(len(x) - 1, 1)
     return 2 * scale * (alike - similarity(x, y).mean(1))
 
 

@@ -107,3 +107,9 @@ def test_each_metric_has_an_interval(name):
     result = metric.compare(table(features(0, COUNT)), Reference.of_table(table(REAL)), 0)
     low, high = result["interval"]
     assert low < result["scalars"][name] < high
+
+
+@pytest.mark.parametrize("name", ["cmmd", "mind"])
+def test_one_image_has_no_interval(name):
+    result = METRICS[name]().compare(table(features(0, 1)), Reference.of_table(table(REAL)), 0)
+    assert result["interval"] is None and np.isfinite(result["scalars"][name])

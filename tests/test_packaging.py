@@ -180,6 +180,7 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
         "orbax": "orbax-checkpoint",
         "sklearn": "scikit-learn",
         "google": "google-auth",
+        "skimage": "scikit-image",
         "vl_convert": "vl-convert-python",
     }
     imported = set()

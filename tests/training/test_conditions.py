@@ -20,7 +20,7 @@ from tests.support.layouts import LAYOUTS
 from tests.support.runs import assert_same_bits, losses, tiny
 from tests.support.uvit_golden import fill
 
-RUN = {"conditioning__names": ("inpaint",), "batch": 4}
+RUN = {"conditioning__names": ("inpaint",), "batch": 8}
 SIDE = 16
 
 

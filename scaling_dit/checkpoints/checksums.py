@@ -29,8 +29,13 @@ def checksums(arrays: Mapping[Any, Any]) -> dict[Any, str]:
     Args:
       arrays: jax arrays, or what `jnp.asarray` takes.
     """
-    summed = {key: _sum(jnp.asarray(array)) for key, array in arrays.items()}
-    # Read at the end, so that the devices sum all of them meanwhile.
+    summed = {}
+    for key, array in arrays.items():
+        summed[key] = _sum(jnp.asarray(array))
+        # Programs that do not depend on each other, each with a collective, may wait for each other for ever on CPUs,
+        # whose devices share a few threads. Other devices run them in order, and sum all before any is read.
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(summed[key])
     return {key: "".join(f"{int(part):08x}" for part in jax.device_get(pair)) for key, pair in summed.items()}
 
 

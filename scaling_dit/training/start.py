@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -90,6 +90,7 @@ class Run:
         devices: Sequence[jax.Device] | None = None,
         lease: Lease | None = None,
         start: Start | None = None,
+        first: Callable[[Self], None] | None = None,
     ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
@@ -100,6 +101,8 @@ class Run:
           lease: of the workdir, taken before the first write.
           start: what a new run begins from, or for adapters the base that they are trained beside; a run that is
             resumed reads only the latter again.
+          first: writes the first checkpoint of a new run whose state comes from elsewhere. It is called with the lease
+            taken and before the config is written, for a folder with a config is resumed, or trained from nothing.
 
         Raises:
           UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
@@ -159,6 +162,8 @@ class Run:
         take(lease, workdir, fresh)
         if base is not None and begun is not None:
             stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
+        if first is not None:
+            first(run)
         storage.patiently(
             functools.partial(claim, run, tokenizer, fresh), f"to {workdir}", config.checkpoint.retry
         )

@@ -24,6 +24,7 @@ from scaling_dit import backbones, config, interop, trees
 from scaling_dit.backbones import contract
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
+from scaling_dit.interop import importing
 from scaling_dit.interop.diffusers import lora
 from scaling_dit.model.adapters import Adapters
 from scaling_dit.sampling import pipeline
@@ -34,6 +35,7 @@ from tests.support.runs import tiny
 
 TEXT, SIZE, CHANNELS = 12, 8, 3
 TOLERANCE = 1e-5
+SMOKE = "experiments/shapes.py:smoke"
 
 
 def pixart():
@@ -275,6 +277,33 @@ def test_files_that_are_not_understood_are_one_line(small, tmp_path):
         UserError, match=r"to_q is \(2, 8\) and \(16, 2\), which does not fit blocks_0/attn/qkv/kernel"
     ):
         lora.load(small.backbone, read, again.forms, again.random()["backbone"], small.inputs)
+
+
+def lora_of_smoke(path, width=None):
+    """A file that adapts the first attention of the miniature run, by factors of ones; `width` is of its inputs."""
+    hidden = config.load(SMOKE).backbone.hidden
+    name = "transformer.in_blocks.0.attn.qkv"
+    a, b = np.ones((2, width or hidden), "f4"), np.ones((3 * hidden, 2), "f4")
+    return write(path, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+
+
+def test_a_file_that_does_not_fit_leaves_no_run_of_fresh_adapters(smoke_run, tmp_path):
+    file, workdir = lora_of_smoke(tmp_path / "a.safetensors", width=6), tmp_path / "run"
+    with pytest.raises(UserError, match=r"qkv is \(2, 6\) .*, which does not fit in_blocks_0/attn/qkv/kernel"):
+        importing.main(str(file), str(workdir), SMOKE, base=str(smoke_run))
+    assert not workdir.exists()
+
+
+def test_an_import_that_is_killed_before_its_checkpoint_is_no_run(smoke_run, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    file, workdir = lora_of_smoke(tmp_path / "a.safetensors"), tmp_path / "run"
+    monkeypatch.setattr(importing.Checkpoints, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        importing.main(str(file), str(workdir), SMOKE, base=str(smoke_run))
+    # A folder with a config is a run, which `train` would begin with adapters of its own.
+    assert not (workdir / "config.json").exists()
 
 
 @pytest.mark.slow

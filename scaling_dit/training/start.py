@@ -282,26 +282,38 @@ def read_buckets(
 
 
 def check_bucket(bucket: Bucket, model: Model, program: StepProgram) -> None:
-    """Makes sure that codec and backbone take images of a bucket's size, before any step does; nothing is computed.
+    """Makes sure that codec and backbone take a batch of a bucket's size on the run's mesh, before any step does.
+
+    It is traced with the run's image conditions, as the step will be; nothing is computed.
 
     Raises:
       UserError: they do not, and why.
     """
     height, width = bucket.bucket_size
-    images = jax.ShapeDtypeStruct((1, height, width, 3), np.uint8)
-    params = program.frozen.get(BASE, program.state.params)
+    ids, mask = program.batch["ids"], program.batch["mask"]
 
-    def predict(params: Params, frozen: Params, images: jax.Array) -> jax.Array:
+    def pixels(channels: int) -> jax.ShapeDtypeStruct:
+        shape = len(ids), height, width, channels
+        return jax.ShapeDtypeStruct(shape, np.uint8, sharding=ids.sharding)
+
+    given = {one.name: pixels(3 + one.condition.masks) for one in model.conditions}
+
+    def predict(params: Params, frozen: Params, images: Any, given: Any, ids: Any, mask: Any) -> jax.Array:
+        params = params if program.adapters is None else program.adapters.add(frozen[BASE], params)
         latents = model.encode_image(frozen, images, jax.random.key(0))
-        text = jnp.zeros((1, model.text_encoder.length, model.text_encoder.dim), jnp.float32)
-        return model.predict(params, latents, jnp.zeros((1,)), text)
+        text, text_mask, _ = model.encode_text(params, frozen, ids, mask)
+        conditions = model.present_conditions(frozen, given) if given else None
+        return model.predict(params, latents, jnp.zeros(len(ids)), text, text_mask, conditions)
 
     try:
-        jax.eval_shape(predict, params, program.frozen, images)
-    except UserError as error:
+        with rules.activate(program.mesh):
+            jax.eval_shape(predict, program.state.params, program.frozen, pixels(3), given, ids, mask)
+    except (UserError, ValueError) as error:
+        # What JAX says of shapes has several lines.
+        why = str(error).partition("\n")[0][:300]
         raise UserError(
-            f"config.buckets: images of {height}x{width} px do not fit ({error}); choose a config.source.image_size "
-            "whose eighth is a multiple of the codec's factor times the backbone's patch"
+            f"config.buckets: images of {height}x{width} px do not fit ({why}); choose a config.source.image_size "
+            "whose eighth is a multiple of the codec's factor times the backbone's patch, or change what is named here"
         ) from None
 
 

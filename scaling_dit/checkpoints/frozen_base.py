@@ -128,7 +128,8 @@ class FrozenBase:
         if self.sha256 and found.sha256 != self.sha256:
             raise UserError(
                 f"the adapters were trained beside another base than the one in {self.place} (sha256 "
-                f"{self.sha256[:12]}, there {found.sha256[:12]}); give the right one by --from, or start a new run"
+                f"{self.sha256[:12]}, step {self.step} there {found.sha256[:12]}); give the right one by --from, or "
+                "start a new run"
             )
         return jax.tree.map(lambda x, want: x.astype(want.dtype), params, target), extra, found
 

@@ -296,19 +296,26 @@ def check_resumed_weights(workdir: epath.PathLike, frozen_hash: str, tokenizer: 
     Raises:
       UserError: the checkpoint was trained with others.
     """
+    extra = newest_extra(workdir)
+    if extra is not None:
+        where = str(Workdir(workdir).checkpoints)
+        check_frozen(frozen_hash, extra, where)
+        check_tokenizer(tokenizer, extra, where)
+
+
+def newest_extra(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The `extra` of the newest checkpoint of a run that is not damaged, which it resumes from; None without one."""
     folder = Workdir(workdir).checkpoints
     if not folder.exists():
-        return
+        return None
     with Checkpoints(folder, read_only=True) as store:
         for step in reversed(store.all_steps()):
             try:
-                extra = store.extra(step)
+                return store.extra(step)
             except Damaged:
                 # The run resumes from an older one.
                 continue
-            check_frozen(frozen_hash, extra, str(store.directory))
-            check_tokenizer(tokenizer, extra, str(store.directory))
-            return
+    return None
 
 
 def claim_workdir(workdir: epath.PathLike, config: ConfigDict, tokenizer: Tokenizer) -> None:

@@ -98,16 +98,17 @@ def split_words(caption: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", caption).lower())
 
 
-def build_tokenizer(source: Source, samples: int = 4096) -> WordTokenizer:
+def build_tokenizer(source: Source, samples: int = 4096, *, buckets: bool = False) -> WordTokenizer:
     """The words of a source: of all its captions if it lists them (`texts()`), else of `samples` records.
 
-    The same source gives the same tokenizer; every paraphrase of a record counts.
+    The same source gives the same tokenizer; every paraphrase of a record counts. `buckets` counts the captions of all
+    aspect buckets, of a source that holds them apart.
     """
-    return WordTokenizer.build(_captions(source, samples))
+    return WordTokenizer.build(_captions(source, samples, buckets))
 
 
-def _captions(source: Source, samples: int) -> Iterator[str]:
-    texts = contract.texts(source)
+def _captions(source: Source, samples: int, buckets: bool) -> Iterator[str]:
+    texts = contract.texts(source, buckets=buckets)
     if texts is not None:
         yield from texts
         return

@@ -31,6 +31,7 @@ from scaling_dit.files import write_whole
 from scaling_dit.interop.diffusers import lora, pipelines
 from scaling_dit.interop.diffusers.config import check_same, family_of, read_fields
 from scaling_dit.interop.exporting import model_inputs
+from scaling_dit.model.adapters import Adapters
 from scaling_dit.model.build import build_model, open_source
 from scaling_dit.model.frozen import frozen_hash, open_frozen, open_trained, save_frozen
 from scaling_dit.model.model import Model
@@ -118,19 +119,24 @@ def import_adapters(
     backbone: Any = model.backbone
     inputs = model_inputs(model)
     config.adapter.update({"rank": read.rank, "alpha": 0.0, "targets": lora.targets(backbone, read, inputs)})
-    with leased(folder.lease, str(folder)) as lease:
-        run = Run.open(config, folder, lease=lease, start=Start.parse(base))
-        adapters = run.program.adapters
-        assert adapters is not None
+    # Before the folder is claimed: what does not fit leaves no trace.
+    key = jax.random.key(config.seed)
+    adapters = Adapters.of(config, jax.eval_shape(model.init, key)[0])
+    assert adapters is not None
+    forms = {kernel[1:]: form for kernel, form in adapters.forms.items()}
+    fresh = jax.tree.map(np.asarray, trees.unbox(jax.jit(adapters.init)(key)))["backbone"]
+    loaded = {"backbone": lora.load(backbone, read, forms, fresh, inputs)}
+
+    def save(run: Run) -> None:
         state = run.fresh_state()
-        forms = {kernel[1:]: form for kernel, form in adapters.forms.items()}
-        fresh = jax.tree.map(np.asarray, state.params["backbone"])
-        loaded = {"backbone": lora.load(backbone, read, forms, fresh, inputs)}
         shardings = jax.tree.map(lambda leaf: leaf.sharding, run.program.state)
         given = jax.tree.map(jax.device_put, loaded, shardings.params)
         start = jax.jit(start_from, out_shardings=shardings, donate_argnums=0)(state, given)
         with Checkpoints(folder.checkpoints, verify_first=True, patience=config.checkpoint.retry) as store:
             store.save(0, start, run.held(), wait=True)
+
+    with leased(folder.lease, str(folder)) as lease:
+        Run.open(config, folder, lease=lease, start=Start.parse(base), first=save)
     print(
         f"adapters of rank {read.rank} for {len(read.modules)} modules in {folder}, at step 0; `train` resumes it"
     )

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): small trained matrices beside the frozen kernels of a base.
 
 An adapted kernel W becomes W + (alpha / rank) A B. A is random and B zero at first, so step 0 is the base exactly. The
-sum is made before the backbone is called: so adapters work in every family, in convolutions, in scanned layers and
+sum is made before the backbone is called, and is float32 whatever type the base is stored in: bfloat16 would round away
+all changes below 2^-9 of a weight. So adapters work in every family, in convolutions, in scanned layers and
 under every implementation of attention, and the adapted model is the base with other kernels. Sources of the form:
 q, k and v of a fused kernel have an A and a B each, as diffusers and peft have them; a stacked kernel has them for each
 layer; the A of a convolution is a convolution to `rank` channels and its B a 1x1 one.
@@ -164,7 +165,7 @@ class Adapters:
         return tree
 
     def add(self, base: Params, adapters: Params) -> Params:
-        """The base's parameters with `adapters` added to their kernels, in the base's dtypes; pure.
+        """The base's parameters with `adapters` added to their kernels, which are float32 then; pure.
 
         `adapters` are those of `init`, trained or not, or an average of them.
         """
@@ -189,7 +190,7 @@ class Adapters:
             if self._shardings is not None:
                 # Or XLA may gather the product instead of its small factors.
                 change = jax.lax.with_sharding_constraint(change, self._shardings[path])
-            added[path] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+            added[path] = kernel.astype(jnp.float32) + change
         return added
 
 

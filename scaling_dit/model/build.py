@@ -95,8 +95,15 @@ def _image_size(config: ConfigDict) -> int:
 
 
 def open_source(config: ConfigDict) -> sources.Source:
-    """The training split of the run's data."""
-    return sources.create_source(**config.source.to_dict())
+    """The training split of the run's data.
+
+    Raises:
+      UserError: as `create_source`, or no records to train on.
+    """
+    source = sources.create_source(**config.source.to_dict())
+    if not config.buckets and not len(source):
+        raise UserError(f"config.source has no records to train on: {source.describe()}")
+    return source
 
 
 def make_tokenizer(config: ConfigDict, source: sources.Source | None = None) -> Any:
@@ -115,7 +122,8 @@ def make_tokenizer(config: ConfigDict, source: sources.Source | None = None) -> 
     kind = encoders.tokenizer_type(config.text_encoder.name)
     if hasattr(kind, "read"):
         return kind.read(config.text_encoder)
-    return scratch.build_tokenizer(open_source(config) if source is None else source)
+    source = open_source(config) if source is None else source
+    return scratch.build_tokenizer(source, buckets=config.buckets)
 
 
 def countable_tokenizer(config: ConfigDict) -> Any:

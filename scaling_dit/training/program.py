@@ -153,9 +153,7 @@ def shared(config: ConfigDict, model: Model, mesh: Mesh) -> StepProgram:
     if config.optim.decay == "constant":
         del fields["steps"]
     # A source reaches the program by shapes and words alone, which are the model's.
-    if any(
-        isinstance(value, str) and ":" in value for name, value in fields.items() if name[:7] != "source."
-    ):
+    if any(name.partition(".")[0] not in (*BESIDE, "source") for name in config_lib.own_names(config)):
         return StepProgram.build(config, model, mesh)
     key = repr(fields), repr(model), mesh
     found = next((program for built_from, program in _last if built_from == key), None)

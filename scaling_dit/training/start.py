@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -90,6 +90,7 @@ class Run:
         devices: Sequence[jax.Device] | None = None,
         lease: Lease | None = None,
         start: Start | None = None,
+        first: Callable[[Self], None] | None = None,
     ) -> Self:
         """Builds a run and claims the workdir for it, last of all: a start that fails here leaves no trace.
 
@@ -100,6 +101,8 @@ class Run:
           lease: of the workdir, taken before the first write.
           start: what a new run begins from, or for adapters the base that they are trained beside; a run that is
             resumed reads only the latter again.
+          first: writes the first checkpoint of a new run whose state comes from elsewhere. It is called with the lease
+            taken and before the config is written, for a folder with a config is resumed, or trained from nothing.
 
         Raises:
           UserError: a mistake in the config or the data, a workdir of another experiment, or of another process.
@@ -159,6 +162,8 @@ class Run:
         take(lease, workdir, fresh)
         if base is not None and begun is not None:
             stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
+        if first is not None:
+            first(run)
         storage.patiently(
             functools.partial(claim, run, tokenizer, fresh), f"to {workdir}", config.checkpoint.retry
         )
@@ -277,26 +282,38 @@ def read_buckets(
 
 
 def check_bucket(bucket: Bucket, model: Model, program: StepProgram) -> None:
-    """Makes sure that codec and backbone take images of a bucket's size, before any step does; nothing is computed.
+    """Makes sure that codec and backbone take a batch of a bucket's size on the run's mesh, before any step does.
+
+    It is traced with the run's image conditions, as the step will be; nothing is computed.
 
     Raises:
       UserError: they do not, and why.
     """
     height, width = bucket.bucket_size
-    images = jax.ShapeDtypeStruct((1, height, width, 3), np.uint8)
-    params = program.frozen.get(BASE, program.state.params)
+    ids, mask = program.batch["ids"], program.batch["mask"]
 
-    def predict(params: Params, frozen: Params, images: jax.Array) -> jax.Array:
+    def pixels(channels: int) -> jax.ShapeDtypeStruct:
+        shape = len(ids), height, width, channels
+        return jax.ShapeDtypeStruct(shape, np.uint8, sharding=ids.sharding)
+
+    given = {one.name: pixels(3 + one.condition.masks) for one in model.conditions}
+
+    def predict(params: Params, frozen: Params, images: Any, given: Any, ids: Any, mask: Any) -> jax.Array:
+        params = params if program.adapters is None else program.adapters.add(frozen[BASE], params)
         latents = model.encode_image(frozen, images, jax.random.key(0))
-        text = jnp.zeros((1, model.text_encoder.length, model.text_encoder.dim), jnp.float32)
-        return model.predict(params, latents, jnp.zeros((1,)), text)
+        text, text_mask, _ = model.encode_text(params, frozen, ids, mask)
+        conditions = model.present_conditions(frozen, given) if given else None
+        return model.predict(params, latents, jnp.zeros(len(ids)), text, text_mask, conditions)
 
     try:
-        jax.eval_shape(predict, params, program.frozen, images)
-    except UserError as error:
+        with rules.activate(program.mesh):
+            jax.eval_shape(predict, program.state.params, program.frozen, pixels(3), given, ids, mask)
+    except (UserError, ValueError) as error:
+        # What JAX says of shapes has several lines.
+        why = str(error).partition("\n")[0][:300]
         raise UserError(
-            f"config.buckets: images of {height}x{width} px do not fit ({error}); choose a config.source.image_size "
-            "whose eighth is a multiple of the codec's factor times the backbone's patch"
+            f"config.buckets: images of {height}x{width} px do not fit ({why}); choose a config.source.image_size "
+            "whose eighth is a multiple of the codec's factor times the backbone's patch, or change what is named here"
         ) from None
 
 

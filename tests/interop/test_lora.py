@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from diffusers.utils.peft_utils import get_peft_kwargs
+from einops import rearrange
 from etils import epath
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -24,16 +25,19 @@ from scaling_dit import backbones, config, interop, trees
 from scaling_dit.backbones import contract
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
+from scaling_dit.interop import importing
 from scaling_dit.interop.diffusers import lora
 from scaling_dit.model.adapters import Adapters
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
+from scaling_dit.weights import table
 from tests.support import unet_reference
 from tests.support.parity import randomise_
 from tests.support.runs import tiny
 
 TEXT, SIZE, CHANNELS = 12, 8, 3
 TOLERANCE = 1e-5
+SMOKE = "experiments/shapes.py:smoke"
 
 
 def pixart():
@@ -275,6 +279,82 @@ def test_files_that_are_not_understood_are_one_line(small, tmp_path):
         UserError, match=r"to_q is \(2, 8\) and \(16, 2\), which does not fit blocks_0/attn/qkv/kernel"
     ):
         lora.load(small.backbone, read, again.forms, again.random()["backbone"], small.inputs)
+
+
+def random_adapters(backbone, targets):
+    """(adapters, forms, inputs) of the kernels of a backbone that `targets` choose."""
+    inputs = contract.example_inputs(backbone, (SIZE, SIZE, backbone.in_channels), (5, TEXT))
+    boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)["params"]
+    settings = config.defaults()
+    settings.adapter.update({"rank": 2, "targets": targets})
+    chosen = Adapters.of(settings, {"backbone": boxed})
+    shapes = trees.unbox(jax.eval_shape(chosen.init, jax.random.key(0)))["backbone"]
+    generator = np.random.default_rng(0)
+    numbers = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype("f4"), shapes)
+    return numbers, {path[1:]: form for path, form in chosen.forms.items()}, inputs
+
+
+def test_a_kernel_that_is_a_part_of_an_entry_there_is_not_written():
+    backbone = unet_reference.small(
+        in_channels=4, conditions=(("edit", 4, "channel", "shared"),), **unet_reference.ONE_LEVEL
+    )
+    adapters, forms, inputs = random_adapters(backbone, ("conv_in/kernel",))
+    with pytest.raises(UserError, match=r"conv_in/kernel is conv_in.weight\[.*no file of adapters can name"):
+        lora.save(backbone, adapters, forms, 1.0, inputs)
+
+
+@pytest.mark.parametrize("order", ["(n e) d", "(e n) d"])
+def test_a_fused_kernel_in_another_order_is_not_read_as_if_it_were_in_ours(order, monkeypatch):
+    """The order of the parts is that of the row, which may be a user's own."""
+    backbone = backbones.create("uvit", hidden=16, depth=2, heads=2, in_channels=3, text_dim=TEXT)
+    fresh, forms, inputs = random_adapters(backbone, ("in_blocks_0/attn/qkv/kernel",))
+    _, abstract, what = lora.table(backbone, inputs)
+    row = table.Row(
+        "in_blocks.0.attn.qkv.weight",
+        "in_blocks_0/attn/qkv/kernel",
+        table.Transform(
+            load=lambda w: rearrange(w, f"{order} -> d n e", n=3),
+            save=lambda p: (rearrange(p, f"d n e -> {order}"),),
+        ),
+    )
+    monkeypatch.setattr(lora, "table", lambda *_: ([row], abstract, what))
+    generator = np.random.default_rng(0)
+    module = lora.Module(generator.normal(size=(2, 16)), generator.normal(size=(48, 2)), 1.0)
+    read = lora.Read({"in_blocks.0.attn.qkv": module}, 2)
+    if order == "(n e) d":
+        assert lora.load(backbone, read, forms, fresh, inputs)
+        return
+    with pytest.raises(UserError, match="qkv/kernel is no product of two factors"):
+        lora.load(backbone, read, forms, fresh, inputs)
+
+
+def lora_of_smoke(path, width=None):
+    """A file that adapts the first attention of the miniature run, by factors of ones; `width` is of its inputs."""
+    hidden = config.load(SMOKE).backbone.hidden
+    name = "transformer.in_blocks.0.attn.qkv"
+    a, b = np.ones((2, width or hidden), "f4"), np.ones((3 * hidden, 2), "f4")
+    return write(path, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b})
+
+
+def test_a_file_that_does_not_fit_leaves_no_run_of_fresh_adapters(smoke_run, tmp_path):
+    file, workdir = lora_of_smoke(tmp_path / "a.safetensors", width=6), tmp_path / "run"
+    with pytest.raises(
+        UserError, match=r"qkv is \(2, 6\) .*, which does not fit in_blocks_0/attn/qkv/kernel"
+    ):
+        importing.main(str(file), str(workdir), SMOKE, base=str(smoke_run))
+    assert not workdir.exists()
+
+
+def test_an_import_that_is_killed_before_its_checkpoint_is_no_run(smoke_run, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    file, workdir = lora_of_smoke(tmp_path / "a.safetensors"), tmp_path / "run"
+    monkeypatch.setattr(importing.Checkpoints, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        importing.main(str(file), str(workdir), SMOKE, base=str(smoke_run))
+    # A folder with a config is a run, which `train` would begin with adapters of its own.
+    assert not (workdir / "config.json").exists()
 
 
 @pytest.mark.slow

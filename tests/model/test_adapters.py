@@ -136,15 +136,24 @@ def test_convolutions_have_a_one_by_one_second_factor():
     np.testing.assert_allclose(convolve(x, after), plain + convolve(convolve(x, a), b), rtol=1e-3, atol=1e-3)
 
 
-def test_adapters_are_float32_and_the_sum_has_the_type_of_the_base():
+def test_adapters_and_the_sum_are_float32_whatever_type_the_base_has():
     tree = boxed("uvit", param_dtype="bfloat16")
     adapters = adapters_of(tree)
     start = jax.jit(lambda key: trees.unbox(adapters.init(key)))(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype(jnp.float32)}
     base = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), trees.unbox(tree))
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(adapters.add, base, start))} == {
-        jnp.dtype(jnp.bfloat16)
+    # Changes of 2^-12 of a weight, which bfloat16 cannot hold.
+    small = {
+        path: np.full(leaf.shape, 2.0**-6 * 2**-0.5, np.float32)
+        for path, leaf in trees.by_path(start).items()
     }
+    structure = jax.tree.structure(start)
+    trained = jax.tree.unflatten(structure, list(small.values()))
+    for path, leaf in trees.by_path(jax.jit(adapters.add)(base, trained)).items():
+        if path in adapters.leaves:
+            np.testing.assert_allclose(leaf - 1, 2.0**-12, rtol=1e-3)
+        else:
+            assert leaf.dtype == jnp.bfloat16
 
 
 def test_small_factors_carry_the_names_of_their_kernels_axes():

@@ -1,5 +1,6 @@
 """Runs that train adapters: their start, their checkpoints, resuming, the base they are tied to, every layout."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
 from scaling_dit.errors import UserError
 from scaling_dit.sampling import pipeline
+from scaling_dit.training import adapters as adapters_lib
 from scaling_dit.training import loop
 from scaling_dit.training.adapters import base_of
 from scaling_dit.training.base import Start
@@ -144,6 +146,36 @@ def test_a_base_must_be_given_and_be_no_run_of_adapters(smoke_run, tmp_path):
         base_of(adapted(2), new, Start(str(smoke_run), step=3))
     with pytest.raises(UserError, match="is no run's folder, .*`import` a file first"):
         base_of(adapted(2), new, Start(str(tmp_path / "nothing")))
+
+
+def test_a_run_keeps_the_checkpoint_and_average_of_its_base_and_says_so(smoke_run, tmp_path):
+    run = Workdir(tmp_path)
+    run.config.write_text("{}")
+    kept = FrozenBase("/gone", 2, "0.995", "ab")
+    kept.save(run.base)
+    for start in (Start(str(smoke_run)), Start(str(smoke_run), step=2, ema=0.995)):
+        assert base_of(adapted(2), run, start) == dataclasses.replace(kept, place=str(smoke_run))
+    with pytest.raises(UserError, match="beside step 2 of their base, EMA 0.995, not .*@4; leave @STEP"):
+        base_of(adapted(2), run, Start(str(smoke_run), step=4))
+    FrozenBase("/gone", 2, None, "ab").save(run.base)
+    with pytest.raises(UserError, match="of their base, raw weights, not .* with --from_ema=0.995; "):
+        base_of(adapted(2), run, Start(str(smoke_run), ema=0.995))
+
+
+@pytest.mark.parametrize("damage", ["lost", "damaged"])
+def test_a_start_finds_a_base_whose_file_is_gone_by_what_the_checkpoints_say(
+    damage, smoke_run, tmp_path, monkeypatch
+):
+    run = Workdir(tmp_path)
+    run.config.write_text("{}")
+    if damage == "damaged":
+        run.base.write_text("{")
+    with pytest.raises(UserError, match=r"base.json .*give the `train` command with --from"):
+        base_of(adapted(2), run, None)
+    # So that another base, such as a newer checkpoint, is refused before it is written down.
+    monkeypatch.setattr(adapters_lib, "newest_extra", lambda workdir: {"base_sha256": "ab"})
+    found = base_of(adapted(2), run, Start(str(smoke_run), step=2))
+    assert found == FrozenBase(str(smoke_run), 2, None, "ab")
 
 
 def test_what_does_not_go_with_adapters_is_one_line():

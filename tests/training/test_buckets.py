@@ -1,7 +1,9 @@
 """Runs on aspect buckets: one program a size, the same bits after a kill, sizes that do not fit."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -10,7 +12,10 @@ from PIL import Image
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError
+from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.training import loop
+from scaling_dit.training.program import StepProgram, run_mesh
+from scaling_dit.training.start import check_bucket
 from tests.support.runs import assert_same_bits, losses, tiny
 
 # Width, height.
@@ -70,3 +75,42 @@ def test_sizes_that_codec_or_backbone_do_not_take_are_one_line(folder, tmp_path)
         loop.train(
             config_lib.load("experiments/shapes.py:smoke", ["--config.buckets=True"]), tmp_path / "shapes"
         )
+
+
+@dataclasses.dataclass
+class Sized:
+    """What `check_bucket` reads of a bucket: height and width in pixels."""
+
+    bucket_size: tuple[int, int]
+
+
+def opened(*overrides):
+    """Model and program of a run that reads images and has a condition with a mask; nothing is trained."""
+    config = tiny(2, batch=8, conditioning__names=("inpaint",)).copy_and_resolve_references()
+    with config.unlocked():
+        config.backbone = ConfigDict({"name": "uvit", "hidden": 32, "depth": 2, "heads": 2, "patch": 4})
+    config = config_lib.resolve(config, list(overrides))
+    source = open_source(config)
+    model = build_model(config, make_tokenizer(config, source), source)
+    return model, StepProgram.build(config, model, run_mesh(config))
+
+
+def test_buckets_are_checked_with_conditions_and_on_the_mesh(monkeypatch):
+    model, program = opened("--config.mesh.context=2")
+    seen, encode = [], type(model).present_conditions
+
+    def noted(model, frozen, given):
+        seen.append({name: image.shape for name, image in given.items()})
+        seen.append(jax.sharding.get_abstract_mesh().shape["context"])
+        return encode(model, frozen, given)
+
+    monkeypatch.setattr(type(model), "present_conditions", noted)
+    check_bucket(Sized((28, 36)), model, program)
+    assert seen == [{"inpaint": (8, 28, 36, 4)}, 2]
+
+    def failing(*_):
+        raise ValueError("shapes differ:\nat length")
+
+    monkeypatch.setattr(type(model), "present_conditions", failing)
+    with pytest.raises(UserError, match=r"config.buckets: images of 28x36 px do not fit \(shapes differ:\);"):
+        check_bucket(Sized((28, 36)), model, program)

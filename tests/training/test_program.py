@@ -75,14 +75,20 @@ def test_other_devices_and_the_steps_of_a_cosine_get_their_own():
     assert shared_of(tiny(optim__decay="cosine")) is not shared_of(tiny(steps=11, optim__decay="cosine"))
 
 
-def test_a_part_of_the_users_own_is_never_shared(tmp_path, monkeypatch):
-    (tmp_path / "own_weighting.py").write_text("def ones(schedule):\n    return schedule.alpha * 0 + 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.mark.parametrize(
+    "field, value",
+    [("diffusion.weighting", "own_part:ones"), ("conditioning.names", ("own_part:Edges",))],
+)
+def test_a_part_of_the_users_own_is_never_shared(field, value, monkeypatch):
     plain = tiny()
     source = open_source(plain)
     model = build_model(plain, make_tokenizer(plain, source), source)
     with plain.unlocked():
-        plain.diffusion.weighting = "own_weighting:ones"
+        plain.update_from_flattened_dict({field: value})
     mesh = run_mesh(plain, jax.devices()[:1])
     monkeypatch.setattr(StepProgram, "build", lambda *arguments: object())
     assert shared(plain, model, mesh) is not shared(plain, model, mesh)
+    with plain.unlocked():
+        plain.update_from_flattened_dict({field: tiny()[field.split(".")[0]][field.split(".")[1]]})
+        plain.eval.metrics = ("own_part:Score",)
+    assert shared(plain, model, mesh) is shared(plain, model, mesh)

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from scaling_dit import files
-from scaling_dit.data.buckets import Size
+from scaling_dit.data.buckets import Size, bucket_sizes
 from scaling_dit.data.damage import Damage, DamagedRecord
 from scaling_dit.data.prepared import manifest as manifest_lib
 from scaling_dit.data.prepared import records
@@ -43,7 +43,8 @@ class PreparedSource:
       damage: those met so far, in both splits.
 
     Raises:
-      UserError: no finished set, another image size, a shard that is missing or not the manifest's, or no records.
+      UserError: no finished set, another image size, a shard that is missing or not the manifest's, or no records;
+        a training split may have none but in other buckets.
     """
 
     # Of the source's name.
@@ -70,7 +71,8 @@ class PreparedSource:
                 f"{self.path} holds no images of {wanted} px; {right}; set config.source.image_size "
                 "(training takes the square bucket of a set, and with config.buckets all of them)"
             )
-        if not len(self):
+        # A run on all buckets needs no squares to train on.
+        if not len(self) and not self._elsewhere:
             raise UserError(
                 f"{self.path}: no records in the {self.split} split of {wanted} px; "
                 "`prepare` divides them by config.source.held_out_fraction"
@@ -123,7 +125,12 @@ class PreparedSource:
     def describe(self) -> str:
         """One line for logs."""
         shape = "x".join(map(str, self.moments_shape))
-        return f"latents {self.path}: {len(self):,} records of {shape}, {self.split} split"
+        found = f"latents {self.path}: {len(self):,} records of {shape}, {self.split} split"
+        return (
+            f"{found} ({self._elsewhere:,} of other sizes, for config.buckets=True)"
+            if not len(self)
+            else found
+        )
 
     def held_out(self) -> "PreparedSource":
         """The records kept for evaluation; raises UserError if there are none."""
@@ -144,9 +151,14 @@ class PreparedSource:
         return [dataclasses.replace(self, bucket_size=size) for size in sizes if size in there]
 
     def texts(self) -> Iterator[str]:
-        """Every caption of this split; reads all of its records."""
+        """Every caption of this split and size; reads all of its records."""
         for index in range(len(self)):
             yield from self[index]["captions"]
+
+    def bucket_texts(self) -> Iterator[str]:
+        """Every caption of this split in all buckets; raises as `buckets`."""
+        for bucket in self.buckets(bucket_sizes(self.image_size, "config.buckets")):
+            yield from bucket.texts()
 
     def _read(self, index: int) -> Record:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -179,6 +191,14 @@ class PreparedSource:
     @property
     def _size(self) -> Size:
         return self.bucket_size or (self.image_size, self.image_size)
+
+    @property
+    def _elsewhere(self) -> int:
+        """Records to train on in other buckets than the square; 0 for other splits and for one bucket."""
+        if self.split != "train" or self.bucket_size is not None:
+            return 0
+        shards = self.manifest.shards
+        return sum(s.records for s in shards if s.split == self.split and s.size != self._size)
 
     @functools.cached_property
     def _shards(self) -> list[manifest_lib.Shard]:

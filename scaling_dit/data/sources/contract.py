@@ -8,6 +8,7 @@ A source may also offer
 
     texts() -> Iterable[str]              every caption of the split without reading an image: the word list of a
                                           tokenizer is then built from all of them
+    bucket_texts() -> Iterable[str]       the same of all buckets, where texts() gives those of the square one alone
     __getitems__(indices) -> list[Record] all rows of a batch in one read
     damage: Damage                        what was damaged so far (`data/damage.py`)
     buckets(sizes) -> list[Bucket]        its records by the aspect ratio of their images (`data/buckets.py`)
@@ -169,13 +170,18 @@ def held_out(source: Source) -> Source:
     return split
 
 
-def texts(source: Source) -> Iterator[str] | None:
+def texts(source: Source, *, buckets: bool = False) -> Iterator[str] | None:
     """`source.texts()`, each checked; None for a source without it.
+
+    Args:
+      source: of the run.
+      buckets: give those of all its buckets, by `bucket_texts()` where the source has it.
 
     Raises:
       UserError: the source raises one, or fails otherwise; or what it gives is no text.
     """
-    found = getattr(source, "texts", None)
+    found = getattr(source, "bucket_texts", None) if buckets else None
+    found = found or getattr(source, "texts", None)
     return None if found is None else _texts(source, found)
 
 

@@ -12,7 +12,7 @@ of a file have one rank.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -78,7 +78,8 @@ def save(
       inputs: of a call of the backbone, as `to_state_dict` takes them.
 
     Raises:
-      UserError: a backbone without names elsewhere, or a kernel that is no product of two factors under these.
+      UserError: a backbone without names elsewhere, or a kernel that is no product of two factors under these, or a
+        part of an entry there.
     """
     rows, abstract, _ = table(backbone, inputs)
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in trees.by_path(adapters).items()}
@@ -92,6 +93,12 @@ def save(
         split = known[entry.path]
         if entry.layer is not None:
             a, b, split = a[entry.layer], b[entry.layer], _inner(split)
+        part = next((name for name in entry.names if not name.endswith(_WEIGHT)), None)
+        if part is not None:
+            raise UserError(
+                f"{entry.path} is {part} there, which no file of adapters can name; leave it out of "
+                "config.adapter.targets, or export the run without --adapter"
+            )
         pairs = _factors(entry, a, b, split)
         _check(entry, pairs, np.asarray(delta(split, jnp.asarray(a), jnp.asarray(b))))
         for name, (one_a, one_b) in zip(entry.names, pairs, strict=True):
@@ -129,13 +136,17 @@ def load(
       inputs: as in `save`.
 
     Raises:
-      UserError: modules that the backbone does not have, or of another shape; queries that must be equal and differ.
+      UserError: modules that the backbone does not have, or of another shape; queries that must be equal and differ; a
+        kernel that would be no product of the file's factors.
     """
     rows, abstract, what = table(backbone, inputs)
     modules = dict(read.modules)
     _drop_copies(rows, modules)
     known = {"/".join(path): form for path, form in forms.items()}
-    flat = {"/".join(path): np.array(leaf, np.float32) for path, leaf in trees.by_path(fresh).items()}
+    flat = {
+        "/".join(path): np.zeros_like(leaf, np.float32) if path[-1] == B else np.array(leaf, np.float32)
+        for path, leaf in trees.by_path(fresh).items()
+    }
     for entry in state_dicts.expand(rows, ["/".join(path) for path in trees.by_path(abstract)]):
         names = [name.removesuffix(_WEIGHT) for name in entry.names if name.endswith(_WEIGHT)]
         present = {name: modules.pop(name) for name in names if name in modules}
@@ -146,6 +157,9 @@ def load(
             # Views, which are filled in place.
             a, b, split = a[entry.layer], b[entry.layer], _inner(split)
         _fill(entry, present, names, a, b, split)
+        given = [present.get(name.removesuffix(_WEIGHT)) for name in entry.names]
+        pairs = [one and (one.a, one.scale * one.b) for one in given]
+        _check(entry, pairs, np.asarray(delta(split, jnp.asarray(a), jnp.asarray(b))))
     if modules:
         shown = ", ".join(sorted(modules)[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
         raise UserError(f"the file adapts modules that {what} does not have: {shown}")
@@ -291,11 +305,16 @@ def _padded(name: str, array: np.ndarray, rank: int) -> np.ndarray:
     return np.ascontiguousarray(np.pad(array, pad), np.float32)
 
 
-def _check(entry: state_dicts.Entry, pairs: list[tuple[np.ndarray, np.ndarray]], change: np.ndarray) -> None:
-    """Makes sure that the factors make the same change under the other names; a row may be a user's own."""
+def _check(
+    entry: state_dicts.Entry, pairs: Sequence[tuple[np.ndarray, np.ndarray] | None], change: np.ndarray
+) -> None:
+    """Makes sure that the factors make the same change under the other names; a row may be a user's own.
+
+    Without factors, for a module that a file does not have, there must be no change.
+    """
     wanted = entry.row.transform.save(change)
-    for whole, (a, b) in zip(wanted, pairs, strict=True):
-        product = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).reshape(b.shape[0], *a.shape[1:])
+    for whole, pair in zip(wanted, pairs, strict=True):
+        product = np.zeros_like(whole) if pair is None else _whole(*pair)
         if whole.shape != product.shape or not np.allclose(
             whole, product, rtol=1e-3, atol=1e-4 * max(1e-8, float(np.abs(whole).max(initial=0)))
         ):
@@ -339,7 +358,6 @@ def _fill(
                     f"the adapter of {name} is {module.a.shape} and {module.b.shape}, which does not fit {entry.path}"
                 )
             mine_a[..., :rank] = new_a
-            mine_b[...] = 0
             mine_b[..., :rank, :] = new_b
 
 
@@ -375,7 +393,12 @@ def _drop_copies(rows: Any, modules: dict[str, Module]) -> None:
 
 
 def _product(module: Module) -> np.ndarray:
-    return module.b.reshape(module.b.shape[0], -1) @ module.a.reshape(module.a.shape[0], -1)
+    return _whole(module.a, module.b)
+
+
+def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """B A as a weight in torch's order, [out, in] or [out, in, h, w]."""
+    return (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).reshape(b.shape[0], *a.shape[1:])
 
 
 def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

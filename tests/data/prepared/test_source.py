@@ -10,15 +10,20 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from scaling_dit import config as config_lib
+from scaling_dit import files
+from scaling_dit.data.buckets import open_buckets
 from scaling_dit.data.loader import make_loader
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources import create_source
 from scaling_dit.errors import UserError
+from scaling_dit.model.build import make_tokenizer, open_source
 from tests.support import fake_store
 from tests.support.paths import SUPPORT
-from tests.support.prepared_records import SHAPE, assert_is, prepared, write_set
+from tests.support.prepared_records import CODEC, SHAPE, SIZE, assert_is, prepared, write_set
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +226,48 @@ def test_another_image_size_or_no_records(own_set):
     write_set(own_set.parent / "all_train", counts=((3, 0),))
     with pytest.raises(UserError, match="no records in the held_out split"):
         open_set(own_set.parent / "all_train").held_out()
+
+
+def write_buckets(folder, sizes):
+    """A set with one training record of each size and one square one held out; record n is of size n."""
+    (folder / manifest.SHARDS).mkdir(parents=True)
+    shards, moments = [], {manifest.size_name(size): (2, 2, 6) for size in [*sizes, SIZE]}
+    for number, (size, split) in enumerate([*((size, "train") for size in sizes), (SIZE, "held_out")]):
+        file = f"{manifest.SHARDS}/00000.{number}.{split}.array_record"
+        writer = ArrayRecordWriter(str(folder / file), "group_size:1")
+        writer.write(records.encode(prepared(number)))
+        writer.close()
+        path = folder / file
+        shards.append(manifest.Shard(file, split, size, 1, path.stat().st_size, files.sha256(path)))
+    part = manifest.Part("00000.tar", len(shards), tuple(shards), {}, [])
+    made = manifest.merge([part], codec=CODEC, image_size=16, moments=moments, request={})
+    (folder / manifest.MANIFEST).write_text(made.to_json())
+
+
+def config_of(folder, buckets):
+    fields = [f"--config.source.name=latents:{folder}", "--config.source.image_size=16"]
+    return config_lib.load("experiments/shapes.py:smoke", [*fields, f"--config.buckets={buckets}"])
+
+
+def test_a_tokenizer_has_the_words_of_all_buckets_that_a_run_trains_on(tmp_path):
+    write_buckets(tmp_path / "set", [SIZE, (12, 20), (20, 12)])
+    words = {buckets: make_tokenizer(config_of(tmp_path / "set", buckets)).words for buckets in (False, True)}
+    assert {"0"} == {word for word in words[False] if word.isdecimal()}
+    assert {"0", "1", "2"} == {word for word in words[True] if word.isdecimal()}
+
+
+def test_a_set_without_squares_trains_with_buckets_alone(tmp_path):
+    write_buckets(tmp_path / "set", [(12, 20), (20, 12)])
+    source = open_source(config_of(tmp_path / "set", True))
+    assert [bucket.bucket_size for bucket in open_buckets(source)] == [(12, 20), (20, 12)]
+    assert len(source.held_out()) == 1
+    with pytest.raises(
+        UserError, match=r"no records to train on: .*\(2 of other sizes, for config.buckets=True"
+    ):
+        open_source(config_of(tmp_path / "set", False))
+    with pytest.raises(UserError, match="no records in the train split"):
+        write_set(tmp_path / "none", counts=((0, 2),))
+        open_set(tmp_path / "none")
 
 
 def test_a_remote_set_reads_the_same(own_set, tmp_path, monkeypatch):

@@ -2,13 +2,12 @@
 
 Step, optimizer and averages are fresh; every average begins at the parameters. An array of the base with the same path
 and shape is copied, a table of positions is resized, and only what the new config adds may be fresh. Whatever else
-differs is refused by name. What was taken from where is written to the run's folder, and the state of step 0 is saved
-before the folder counts as a run: so no later start reads the base again.
+differs is refused by name (of configs in `stage_configs.py`). What was taken from where is written to the run's folder,
+and the state of step 0 is saved before the folder counts as a run: so no later start reads the base again.
 """
 
 import dataclasses
 import importlib
-import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, files, storage, trees
-from scaling_dit import config as config_lib
+from scaling_dit import files, storage, trees
 from scaling_dit.checkpoints.checksums import params_hash
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
@@ -25,22 +23,13 @@ from scaling_dit.checkpoints.workdir import Workdir, unfinished_start
 from scaling_dit.errors import UserError
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
+from scaling_dit.training import stage_configs
 from scaling_dit.training.base import FileBase, Flat, RunBase, Start
 from scaling_dit.training.program import StepProgram
 from scaling_dit.trees import Params
 
 Base = RunBase | FileBase
 
-# Fields by which a run may differ from its base: how it is computed, where its files lie, and where positions lie.
-_FREE = {
-    "backbone": (
-        "attention", "remat", "dtype", "param_dtype", "positions", "base_size", "rope_scaling", "table_side",
-    ),
-    "text_encoder": ("weights", "tokenizer_files", "length", "dtype", "param_dtype"),
-    "codec": ("weights", "dtype", "param_dtype"),
-}  # fmt: skip
-# Fields that a transformer's `size` stands for as well.
-_SIZE = ("size", "hidden", "depth", "heads")
 # Modules of a backbone that a condition adds; the name of the condition is the next key of the path.
 _CONDITION = "condition_embed"
 # Differences that an error names.
@@ -67,49 +56,6 @@ class Taken:
             more = ", ..." if len(names) > _SHOWN else ""
             parts += [f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"] if names else []
         return ", ".join(parts)
-
-
-def check_configs(base: Base, config: ConfigDict, model: Model) -> None:
-    """Makes sure that a run's base has its family, sizes, text encoder and codec.
-
-    Raises:
-      UserError: names the fields that differ, with both values.
-    """
-    if base.config is None:
-        return
-    found = []
-    for section in _FREE:
-        there, here = base.config[section].to_dict(), config[section].to_dict()
-        if there["name"] != here["name"]:
-            found.append(f"config.{section}.name is {there['name']!r} there and {here['name']!r} here")
-            continue
-        free = _FREE[section] if section != "backbone" or here["name"] in backbones.BACKBONES else ()
-        if section == "backbone" and not found:
-            there, here = _sized(there, model), _sized(here, model)
-        found += [
-            f"config.{section}.{field} is {there.get(field, 'absent')!r} there and {here.get(field, 'absent')!r} here"
-            for field in sorted(there.keys() | here.keys())
-            if field not in free and there.get(field, "absent") != here.get(field, "absent")
-        ]
-    if base.trains_text and not config.train_text_encoder:
-        found.append(
-            "config.train_text_encoder is True there and False here (optim.groups with factor 0 freeze trained weights)"
-        )
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise UserError(
-            f"--from={base.start} cannot be the base of this run: {'; '.join(found[:_SHOWN])}{more}"
-        )
-
-
-def _sized(section: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The fields of a transformer with what its size stands for, so that two ways to say it are one."""
-    if not set(_SIZE) <= set(section):
-        return section
-    made: Any = backbones.create_for(
-        in_channels=model.codec.channels, text_dim=model.text_encoder.dim, **section
-    )
-    return section | {"size": None} | dict(zip(_SIZE[1:], made.widths, strict=True))
 
 
 def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Model) -> Taken:
@@ -254,7 +200,7 @@ def save(
     """
     state, taken, digest = begun
     leave_out(workdir)
-    changed = {} if base.config is None else _changed(base.config, config)
+    changed = {} if base.config is None else stage_configs.changed(base.config, config)
     record = {
         "from": base.start.place,
         "step": base.step,
@@ -278,7 +224,7 @@ def save(
         store.save(0, state, extra, wait=True)
     if jax.process_index() == 0:
         which = "" if base.step is None else f", step {base.step}, {base.ema or 'raw weights'}"
-        differ = f"; {len(changed)} fields differ, see {workdir.start.name}" if changed else ""
+        differ = stage_configs.in_words(changed, workdir.start.name)
         print(
             f"scaling-dit: began from {base.start.place}{which} (sha256 {digest[:12]}): {taken}{differ}",
             file=sys.stderr,
@@ -311,18 +257,3 @@ def check_same_start(workdir: Workdir, start: Start) -> None:
             f"the run in {workdir} began from {there[0]}{at}, not from {start}; give another --workdir, or leave "
             "--from out to resume it"
         )
-
-
-def _changed(base: ConfigDict, config: ConfigDict) -> dict[str, Any]:
-    """Fields that differ from the base's and are not free, dotted key -> [there, here]."""
-    there, here = config_lib.flatten(base), config_lib.flatten(config)
-    return {
-        key: [_plain(there.get(key)), _plain(here.get(key))]
-        for key in sorted(there.keys() | here.keys())
-        if not config_lib.is_free(key) and there.get(key) != here.get(key)
-    }
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from scaling_dit import backbones
 from scaling_dit import config as config_lib
 from scaling_dit.config.named import section_of
 from scaling_dit.errors import UserError
+from scaling_dit.model.build import image_size_of
 from scaling_dit.model.model import Model
 from scaling_dit.training.base import FileBase, RunBase
 
@@ -70,6 +71,8 @@ def check_configs(base: RunBase | FileBase, config: ConfigDict, model: Model) ->
     if config.adapter.rank:
         different = changed(base.config, config)
         found += [_line(key, *both) for key, both in different.items() if _is_of(key, _MEANING)]
+    # The grid of another model would be of no use.
+    found = found or _of_base_size(base.config, config, model)
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise UserError(
@@ -122,6 +125,22 @@ def _read(config: ConfigDict) -> dict[str, dict[str, Any]]:
         place = count if positions == "shifted" else 0
         found[name] = {"concat": fields.concat, "positions": positions, "place": place}
     return found
+
+
+def _of_base_size(there: ConfigDict, here: ConfigDict, model: Model) -> list[str]:
+    """A `base_size` of scaled rotary positions that is not the grid which the base's own count on."""
+    before, now = there.backbone, here.backbone
+    if now.name not in backbones.BACKBONES or now.get("rope_scaling", "none") == "none":
+        return []
+    if before.rope_scaling != "none":
+        wanted, why = before.base_size, f"{before.base_size} in the base, whose positions are scaled already"
+    else:
+        # Codec and patch are the base's.
+        wanted = model.codec.shape(image_size_of(there))[0] // before.patch
+        why = f"the base's grid {wanted}x{wanted}"
+    if now.base_size == wanted:
+        return []
+    return [f"config.backbone.base_size is {now.base_size}, and {why}; set it to {wanted}"]
 
 
 def changed(base: ConfigDict, config: ConfigDict) -> dict[str, list[Any]]:

@@ -3,6 +3,7 @@
 import types
 
 import pytest
+from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.errors import UserError
@@ -80,3 +81,27 @@ def test_other_differences_are_counted_and_allowed_for_adapters():
     said = stage_configs.in_words(different, "start.json")
     assert said == f"; {len(different)} fields differ, see start.json"
     assert stage_configs.in_words({}, "start.json") == ""
+
+
+def rope(side, *changes):
+    """Next-DiT on scenes of `side` px, in patches of 8."""
+    config = config_of()
+    with config.unlocked():
+        config.backbone = ConfigDict({"name": "next_dit", "hidden": 32, "depth": 1, "heads": 2, "patch": 8})
+        config.source.preset = f"grid{side}"
+    return config_lib.resolve(config, [f"--config.backbone.{change}" for change in changes])
+
+
+def test_scaled_rotary_positions_begin_from_the_grid_of_the_base():
+    base = rope(24)
+    check(base, rope(48))
+    check(base, rope(48, "rope_scaling=linear", "base_size=3"))
+    with pytest.raises(UserError, match="backbone.base_size is 16, and the base's grid 3x3; set it to 3"):
+        check(base, rope(48, "rope_scaling=ntk"))
+    # Already scaled: its positions follow from its own base_size, whatever its grid is.
+    scaled = rope(48, "rope_scaling=ntk", "base_size=3")
+    check(scaled, rope(48, "rope_scaling=ntk", "base_size=3"))
+    with pytest.raises(
+        UserError, match="base_size is 8, and 3 in the base, whose positions are scaled already"
+    ):
+        check(scaled, rope(48, "rope_scaling=ntk", "base_size=8"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from scaling_dit import interop
+from scaling_dit import backbones, interop
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError
@@ -146,6 +146,42 @@ def test_a_table_of_as_many_positions_of_other_tokens_is_not_copied():
     base, there = fake({"backbone/pos_embed": (20, 4)}, text_length=10)
     taken = stages.compare(base, there, there, ConfigDict(), a_model(length=3))
     assert not taken.copied and tuple(taken.resized) == ("backbone/pos_embed",)
+
+
+def test_positions_of_a_shifted_condition_are_fresh_with_it_and_resized_after():
+    backbone = backbones.create(
+        "uvit",
+        hidden=8,
+        depth=1,
+        heads=1,
+        conditions=(("edges", 4, "token", "shifted"), ("near", 4, "token", "shared")),
+    )
+    assert set(backbone.RESIZED) == {"pos_embed", "condition_pos_edges"}
+    model = types.SimpleNamespace(backbone=backbone, text_encoder=types.SimpleNamespace(length=7))
+    here = {
+        "backbone/pos_embed": jnp.zeros((1 + 7 + 36, 8)),
+        "backbone/condition_pos_edges": jnp.zeros((36, 8)),
+    }
+    config = ConfigDict({"conditions": {"edges": {}}})
+    base, there = fake({"backbone/pos_embed": (1 + 3 + 9, 8)})
+    taken = stages.compare(base, there, here, config, model)
+    assert taken.fresh == ("backbone/condition_pos_edges",) and not taken.copied
+
+    base, there = fake(
+        {"backbone/pos_embed": (1 + 3 + 9, 8), "backbone/condition_pos_edges": (9, 8)}, config, text_length=3
+    )
+    taken = stages.compare(base, there, here, config, model)
+    assert set(taken.resized) == set(here) and not taken.fresh
+    table = jax.random.normal(jax.random.key(0), (9, 8))
+    # The same function as for the image's own.
+    whole = taken.resized["backbone/pos_embed"](jnp.concatenate([jnp.zeros((4, 8)), table]))
+    np.testing.assert_array_equal(taken.resized["backbone/condition_pos_edges"](table), whole[-36:])
+    # A longer text leaves it as it is.
+    there["backbone/condition_pos_edges"] = jnp.zeros((36, 8))
+    assert stages.compare(base, there, here, config, model).copied == ("backbone/condition_pos_edges",)
+    there["backbone/condition_pos_edges"] = jnp.zeros((10, 8))
+    with pytest.raises(UserError, match="resized from 10 to 36 tokens, which must be squares"):
+        stages.compare(base, there, here, config, model)
 
 
 def test_the_hash_is_of_names_kinds_and_values():

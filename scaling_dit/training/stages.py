@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from scaling_dit import files, storage, trees
+from scaling_dit.backbones.conditions import condition_of
 from scaling_dit.checkpoints.checksums import params_hash
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
@@ -30,8 +31,6 @@ from scaling_dit.trees import Params
 
 Base = RunBase | FileBase
 
-# What a condition adds to a backbone: modules below this key, which are named as it is, and tables of positions.
-_CONDITION, _CONDITION_TABLE = "condition_embed", "condition_pos_"
 # Differences that an error names.
 _SHOWN = 3
 
@@ -95,18 +94,9 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
     return Taken(tuple(copied), resized, tuple(fresh))
 
 
-def _condition_of(path: str) -> str | None:
-    """The condition that a parameter belongs to; None for those of the backbone itself."""
-    *modules, last = path.split("/")
-    if last.startswith(_CONDITION_TABLE):
-        return last.removeprefix(_CONDITION_TABLE)
-    # The condition's module follows, which has a kernel.
-    return modules[modules.index(_CONDITION) + 1] if _CONDITION in modules[:-1] else None
-
-
 def _is_added(path: str, base: Base, config: ConfigDict) -> bool:
     """Whether a parameter belongs to a condition that the base did not have."""
-    name = _condition_of(path)
+    name = condition_of(path)
     known = () if base.config is None else tuple(base.config.get("conditions", ConfigDict()))
     return name in config.get("conditions", ConfigDict()) and name not in known
 
@@ -116,7 +106,7 @@ def _is_extended(path: str, base: Base, model: Model) -> bool:
     declared = getattr(model.backbone, "RESIZED", {})
     length = base.text_length or model.text_encoder.length
     # Tables of conditions have no text.
-    is_whole = path.removeprefix("backbone/") in declared and _condition_of(path) is None
+    is_whole = path.removeprefix("backbone/") in declared and condition_of(path) is None
     return is_whole and length != model.text_encoder.length
 
 
@@ -132,7 +122,7 @@ def _resizer(
     length = model.text_encoder.length
     text = (base.text_length or length, length)
     # Tables begin with the time and the text, those of conditions with the image.
-    before = (0, 0) if _condition_of(path) is not None else (1 + text[0], 1 + text[1])
+    before = (0, 0) if condition_of(path) is not None else (1 + text[0], 1 + text[1])
     image = (there.shape[0] - before[0], here.shape[0] - before[1])
 
     def resize(value: jax.Array) -> jax.Array:

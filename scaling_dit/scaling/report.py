@@ -135,7 +135,7 @@ def _page(
         _rates(study),
         _power(study),
         _early(study),
-        _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note()),
+        _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note(study)),
         _section("Figures", f'<div class="charts">{"".join(map(_figure, made))}</div>'),
         _section("Laws", tables.fits_html(found), _endpoint_note(study)) if found else "",
         _section("How far the laws reach", tables.audit_html(fitted.audits(study))) if found else "",
@@ -184,23 +184,34 @@ def _figure(figure: Figure) -> str:
     )
 
 
-def _files_note() -> str:
+def _files_note(study: Study) -> str:
+    staged = _staged(study)
+    without = f"Those of {staged} do not count what the member cost that each begins from. " if staged else ""
     return (
         "Means over training seeds at the last step, with their standard deviation. Costs are counted from the "
-        "program: training FLOPs are 6 x MACs x samples. The same table: members.csv and members.tex; every point: "
+        "program: training FLOPs are 6 x MACs x samples. "
+        f"{without}The same table: members.csv and members.tex; every point: "
         "table.parquet."
     )
 
 
 def _endpoint_note(study: Study) -> str:
-    used = fitted.endpoints(study.rows)
+    used = fitted.endpoints(study)
     early = sum(row["step"] != row["steps"] for row in used)
     if not early:
-        return "Laws rest on the last points of runs alone: with a decaying rate no earlier point stands for a run."
-    return (
-        f"Laws rest on {len(used)} points. {early} of them are checkpoints of runs with a constant learning rate, "
-        "each of which is the end of a run with a smaller budget."
-    )
+        note = "Laws rest on the last points of runs alone: with a decaying rate no earlier point stands for a run."
+    else:
+        note = (
+            f"Laws rest on {len(used)} points. {early} of them are checkpoints of runs with a constant learning rate, "
+            "each of which is the end of a run with a smaller budget."
+        )
+    staged = _staged(study)
+    return f"{note} Left out, for their costs do not count their bases': {staged}." if staged else note
+
+
+def _staged(study: Study) -> str:
+    """The members that begin from another, in HTML; "" where none does."""
+    return html.escape(", ".join(member.name for member in study.spec.members if member.base))
 
 
 def _order(study: Study) -> str:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from scaling_dit import files, storage, trees
 from scaling_dit.backbones.conditions import condition_of
 from scaling_dit.checkpoints.checksums import params_hash
+from scaling_dit.checkpoints.ema import plain_name
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, unfinished_start
@@ -256,3 +257,13 @@ def check_same_start(workdir: Workdir, start: Start) -> None:
             f"the run in {workdir} began from {there[0]}{at}, not from {start}; give another --workdir, or leave "
             "--from out to resume it"
         )
+    # As with the step, none given is the run's own.
+    if start.ema is not None and plain_name(start.ema) != record.get("ema"):
+        raise UserError(
+            f"the run in {workdir} began from {_which(record.get('ema'))} of {there[0]}, not from "
+            f"{_which(plain_name(start.ema))}; give another --workdir, or leave --from_ema out to resume it"
+        )
+
+
+def _which(ema: str | None) -> str:
+    return "the raw weights" if ema is None else f"EMA {ema}"

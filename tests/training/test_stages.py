@@ -192,6 +192,27 @@ def test_the_hash_is_of_names_kinds_and_values():
     assert len({found, *map(stages.params_hash, others)}) == 4
 
 
+def test_a_run_began_from_one_average_of_its_base(tmp_path):
+    run = Workdir(tmp_path)
+
+    def check(recorded, **named):
+        run.start.write_text(json.dumps({"from": "/base", "step": 4, "ema": recorded}))
+        stages.check_same_start(run, Start("/base", **named))
+
+    for recorded in (None, "0.999", "power-0.05"):
+        # The place alone names the run.
+        check(recorded)
+    check("0.999", ema="0.9990", step=4)
+    check("power-0.05", ema="power-.05")
+    check(None, ema="none")
+    with pytest.raises(
+        UserError, match=r"began from the raw weights of /base, not from EMA 0.999; .*--from_ema"
+    ):
+        check(None, ema=0.999)
+    with pytest.raises(UserError, match=r"began from EMA 0.999 of /base, not from EMA power-0.05"):
+        check("0.999", ema="power-0.05")
+
+
 @pytest.mark.slow
 def test_a_start_cut_short_is_made_again_with_the_same_command_only(smoke_run, tmp_path, monkeypatch):
     config, folder = tiny(steps=2), tmp_path / "new"

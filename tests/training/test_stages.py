@@ -213,6 +213,23 @@ def test_a_run_began_from_one_average_of_its_base(tmp_path):
         check("0.999", ema="power-0.05")
 
 
+def test_checkpoints_of_a_run_without_config_and_metrics_stay(tmp_path):
+    run = Workdir(tmp_path)
+    run.start.write_text(json.dumps({"from": "/base", "step": 4, "ema": None}))
+    for step in ("0", "500"):
+        (run.checkpoints / step).mkdir(parents=True)
+    stages.leave_out(run)
+    assert (run.checkpoints / "500").exists()
+    config = tiny(steps=2)
+    with pytest.raises(UserError, match="has checkpoints but no config.json, and no metrics that say"):
+        Run.open(config, run, ONE, None, Start("/base", 4))
+    shutil.rmtree(run.checkpoints / "500")
+    # A save that was cut short is none.
+    (run.checkpoints / "0.orbax-checkpoint-tmp").mkdir()
+    stages.leave_out(run)
+    assert not run.checkpoints.exists()
+
+
 @pytest.mark.slow
 def test_a_start_cut_short_is_made_again_with_the_same_command_only(smoke_run, tmp_path, monkeypatch):
     config, folder = tiny(steps=2), tmp_path / "new"

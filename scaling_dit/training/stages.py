@@ -8,6 +8,7 @@ and the state of step 0 is saved before the folder counts as a run: so no later 
 
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,18 +45,20 @@ class Taken:
       copied: paths with the same shape in the base.
       resized: path -> function of the base's array.
       fresh: paths of what the new config adds.
+      read_as: how resized tables were read whose base does not say how many of their tokens are text.
     """
 
     copied: tuple[str, ...]
     resized: Mapping[str, Callable[[jax.Array], jax.Array]]
     fresh: tuple[str, ...]
+    read_as: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.copied)} arrays copied"]
         for what, names in (("resized", tuple(self.resized)), ("fresh", self.fresh)):
             more = ", ..." if len(names) > _SHOWN else ""
             parts += [f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"] if names else []
-        return ", ".join(parts)
+        return "; ".join([", ".join(parts), *self.read_as])
 
 
 def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Model) -> Taken:
@@ -71,7 +74,7 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
     Raises:
       UserError: shapes that differ, or parameters that only one of both has, but for what the config adds.
     """
-    copied, resized, fresh, wrong = [], {}, [], []
+    copied, resized, fresh, wrong, read_as = [], {}, [], [], []
     for path in sorted({*there, *here}):
         if path not in here:
             wrong.append(f"{path} is only there")
@@ -84,6 +87,8 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
             copied.append(path)
         elif (resize := _resizer(path, base, model, there[path], here[path])) is not None:
             resized[path] = resize
+            if base.text_length is None and condition_of(path) is None:
+                read_as.append(_read_as(path, there[path].shape[0], model.text_encoder.length))
         else:
             wrong.append(f"{path} is {list(there[path].shape)} there and {list(here[path].shape)} here")
     if wrong:
@@ -92,7 +97,18 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
             f"--from={base.start} does not fit this run: {'; '.join(wrong[:_SHOWN])}{more}; only what the config adds "
             "may be missing there, and only positions may have another shape"
         )
-    return Taken(tuple(copied), resized, tuple(fresh))
+    return Taken(tuple(copied), resized, tuple(fresh), tuple(read_as))
+
+
+def _read_as(path: str, count: int, text: int) -> str:
+    """What a table of a file was taken for: more than one split of its tokens may leave a square."""
+    image = count - 1 - text
+    side = math.isqrt(image)
+    grid = f"{side}x{side}" if side**2 == image else str(image)
+    return (
+        f"{path} read as {text} tokens of text, as here, and {grid} of the image; if that is wrong, import the "
+        "file with its own text length, and begin from that run"
+    )
 
 
 def _is_added(path: str, base: Base, config: ConfigDict) -> bool:

@@ -184,6 +184,20 @@ def test_positions_of_a_shifted_condition_are_fresh_with_it_and_resized_after():
         stages.compare(base, there, here, config, model)
 
 
+def test_a_table_of_a_file_says_what_it_was_read_as():
+    # 1 + 77 + 16 x 16 tokens are 1 + 44 + 17 x 17 as well.
+    base, there = fake({"backbone/pos_embed": (334, 4)}, text_length=None)
+    here = {"backbone/pos_embed": jnp.zeros((1 + 44 + 4, 4))}
+    said = str(stages.compare(base, there, here, ConfigDict(), a_model(length=44)))
+    assert (
+        "1 resized (backbone/pos_embed); backbone/pos_embed read as 44 tokens of text, as here, and 17x17 of"
+        in said
+    )
+    # A run says how long its texts are.
+    base, there = fake({"backbone/pos_embed": (334, 4)}, text_length=77)
+    assert "read as" not in str(stages.compare(base, there, here, ConfigDict(), a_model(length=44)))
+
+
 def test_the_hash_is_of_names_kinds_and_values():
     arrays = {"a": jnp.arange(6.0), "b": jnp.ones(2)}
     found = stages.params_hash(arrays)

@@ -33,6 +33,11 @@ _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 # Figures that take the whole width of the page.
 _WIDE = ("claims", "members", "types", "timesteps", "laws", "frontier")
 _METRIC_COLUMNS = 8
+# Without its folder, `train` would need the run's whole config, and a stage's base.
+_RUNS_NOTE = (
+    "The command of the study trains what is missing, each stage from its base. Those of single runs resume a run that "
+    "lies in its folder, and refuse where there is none."
+)
 
 
 def main(workdirs: Sequence[str], *, as_json: bool = False) -> int:
@@ -141,7 +146,7 @@ def _page(
         _section("How far the laws reach", tables.audit_html(fitted.audits(study))) if found else "",
         _samples(holders, points, left_out),
         _section("Costs and goodput", _costs(study)),
-        _section("Runs", _runs(study)),
+        _section("Runs", _runs(study), _RUNS_NOTE),
     ]
     used = {name for figure in made for name in figure.data}
     drawn = [{"name": one.name, "spec": one.spec, "data": one.data} for one in made]

@@ -27,6 +27,8 @@ from scaling_dit.nn.layers import Dense, Initializer
 
 CONCAT = ("token", "channel")
 POSITIONS = ("shared", "shifted")
+# Where the parameters of conditions lie: in modules below the first, and in learned tables of positions.
+_MODULE, _TABLE = "condition_embed", "condition_pos_"
 # Name -> (image [B, h, w, Ci], present [B] bool).
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
 
@@ -43,6 +45,15 @@ class Row(NamedTuple):
 def rows_of(backbone: Any) -> tuple[Row, ...]:
     """The conditions of a backbone; none if its class has no field `conditions`."""
     return tuple(Row(*row) for row in getattr(backbone, "conditions", ()))
+
+
+def condition_of(path: str) -> str | None:
+    """The condition that a parameter "condition_embed/NAME/kernel" belongs to; None for the backbone's own."""
+    *modules, last = path.split("/")
+    if last.startswith(_TABLE):
+        return last.removeprefix(_TABLE)
+    # The condition's own module follows, and has the parameter.
+    return modules[modules.index(_MODULE) + 1] if _MODULE in modules[:-1] else None
 
 
 def check_rows(backbone: Any) -> None:

@@ -29,7 +29,8 @@ Attributes of the class say the rest; each may be left out:
                    (`weights/table.py`); without it weights can neither be imported nor exported
     RESIZED        parameter -> "package.module:function", (value, text, image) -> the value for a run that begins with
                    another's weights (`train --from`) and has another number of tokens; text and image are (tokens
-                   there, tokens here). Parameters without one must have the same shape in both
+                   there, tokens here). Parameters without one must have the same shape in both. A property where a
+                   field decides which there are
     DIFFUSERS      "package.module:NAME", a `weights.diffusers_class.DiffusersClass`: the model of diffusers that
                    computes the same, whose folders can then be read and written
 """

@@ -8,10 +8,11 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import condition_of, rows_of
 from scaling_dit.backbones.declared import weight_table
 from scaling_dit.errors import UserError
 from scaling_dit.weights import state_dicts
-from scaling_dit.weights.table import Table
+from scaling_dit.weights.table import Row, Slices, Table
 
 
 def load_state_dict(
@@ -39,6 +40,32 @@ def load_state_dict(
             f"a state dict of {what} must map names to arrays, it is a {type(state_dict).__name__}"
         )
     return {"params": state_dicts.load(rows, abstract, state_dict, what, check_inverse=True)}
+
+
+def held_conditions(
+    backbone: nn.Module, state_dict: Mapping[str, Any], *, inputs: Sequence[Any] | None = None
+) -> tuple[Any, ...]:
+    """The rows of a backbone's field `conditions` of which a state dict has weights.
+
+    One entry that holds several in parts has all of them if it is as wide as all, else none. Conditions whose
+    parameters have other places than those of `conditions.py` count as held.
+    """
+    wanted = rows_of(backbone)
+    rows = table(backbone, inputs)[0] if wanted else ()
+    whole = {name: row for row in rows if isinstance(row, Slices) for name, _ in row.parts}
+
+    def has(name: str) -> bool:
+        if name not in whole:
+            return name in state_dict
+        row = whole[name]
+        shape = np.shape(state_dict[row.upstream]) if row.upstream in state_dict else ()
+        return len(shape) > row.axis and shape[row.axis] == sum(size for _, size in row.parts)
+
+    names: dict[str | None, list[str]] = {}
+    for row in rows:
+        if isinstance(row, Row):
+            names.setdefault(condition_of(row.ours), []).extend(row.names)
+    return tuple(tuple(one) for one in wanted if one.name not in names or any(map(has, names[one.name])))
 
 
 def to_state_dict(

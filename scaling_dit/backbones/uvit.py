@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions
+from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions, rows_of
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import SelfAttention
@@ -67,7 +67,6 @@ class UViT(nn.Module):
     EXTRAS: ClassVar[Mapping[str, tuple[int | str, ...]]] = {}
     SPLITS_TOKENS: ClassVar[bool] = True
     WEIGHTS: ClassVar[str] = "scaling_dit.backbones.uvit_weights:rows"
-    RESIZED: ClassVar[Mapping[str, str]] = {"pos_embed": "scaling_dit.backbones.uvit:resize_table"}
 
     def __post_init__(self) -> None:
         _ = self.widths
@@ -77,6 +76,14 @@ class UViT(nn.Module):
         if not isinstance(self.table_side, int) or self.table_side < 0:
             raise UserError(f"table_side must be an integer of at least 0, got {self.table_side!r}")
         super().__post_init__()
+
+    @property
+    def RESIZED(self) -> Mapping[str, str]:  # noqa: N802
+        """Tables of positions, see contract.py."""
+        here = "scaling_dit.backbones.uvit"
+        shifted = [row.name for row in rows_of(self) if row.concat == "token" and row.positions == "shifted"]
+        tables = {f"condition_pos_{name}": f"{here}:resize_condition_table" for name in shifted}
+        return {"pos_embed": f"{here}:resize_table", **tables}
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -197,11 +204,19 @@ class UViT(nn.Module):
     def _grid_table(self, name: str, grid: tuple[int, int]) -> jax.Array:
         """A learned table of positions of a grid of tokens, [rows * columns, hidden], resized as the image's is."""
         hidden, length = self.widths[0], grid[0] * grid[1]
-        found = length
+        made = (self.table_side, self.table_side) if self.table_side else grid
+        found = made[0] * made[1]
         if self.has_variable("params", name):
             found = trees.unbox(self.get_variable("params", name)).shape[0]
         side = math.isqrt(found)
-        if found != length and side**2 != found:
+        if self.table_side and found != self.table_side**2:
+            raise UserError(
+                f"the position table {name} holds {found} tokens, but table_side={self.table_side} needs "
+                f"{self.table_side**2}"
+            )
+        # As in `_position_table`.
+        as_made = grid == made if self.table_side else found == length
+        if not as_made and side**2 != found:
             raise UserError(
                 f"the position table {name} holds {found} tokens, but these shapes need {length}, and it can be "
                 f"resized only from a square: use the sides given at init"
@@ -210,11 +225,11 @@ class UViT(nn.Module):
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             if self.positions == "learned":
                 return layers.NORMAL_002(key, shape, dtype)
-            return jnp.asarray(layers.sincos_2d(*grid, hidden), dtype)
+            return jnp.asarray(layers.sincos_2d(*made, hidden), dtype)
 
         boxed = nn.with_logical_partitioning(init, (None, "embed"))
         table: Any = self.param(name, boxed, (found, hidden), jnp.dtype(self.param_dtype))
-        if found == length:
+        if as_made:
             return table
         return resize_grid(table.reshape(side, side, hidden), *grid).reshape(length, hidden)
 
@@ -308,6 +323,24 @@ def resize_table(table: jax.Array, text: tuple[int, int], image: tuple[int, int]
     if image[0] != image[1]:
         grid = resize_grid(grid.reshape(sides[0], sides[0], -1), sides[1], sides[1]).reshape(image[1], -1)
     return jnp.concatenate([table[:1], words, grid])
+
+
+def resize_condition_table(table: jax.Array, text: tuple[int, int], image: tuple[int, int]) -> jax.Array:
+    """As `resize_table` for the table of a shifted condition [side^2, D], which has positions of a grid alone.
+
+    Raises:
+      UserError: the table holds another number of tokens, or the grids are no squares.
+    """
+    del text
+    sides = [math.isqrt(max(count, 0)) for count in image]
+    if len(table) != image[0] or [side**2 for side in sides] != list(image) or 0 in sides:
+        raise UserError(
+            f"a condition's position table holds {len(table)} tokens, and is resized from {image[0]} to {image[1]} "
+            "tokens, which must be squares"
+        )
+    if image[0] == image[1]:
+        return table
+    return resize_grid(table.reshape(sides[0], sides[0], -1), sides[1], sides[1]).reshape(image[1], -1)
 
 
 class Block(nn.Module):

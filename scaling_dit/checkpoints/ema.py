@@ -49,25 +49,39 @@ def power_names(config: ConfigDict) -> list[str]:
     return [power_name(width) for width in config.optim.ema_power]
 
 
+def plain_name(ema: float | str | None) -> str | None:
+    """The name that an average has in any run, however a user writes it; None for the raw weights.
+
+    >>> plain_name("0.9990"), plain_name("power-.05"), plain_name("0")
+    ('0.999', 'power-0.05', None)
+    """
+    text = str(ema)
+    if ema is None or text == "none":
+        return None
+    try:
+        number = float(text.removeprefix(POWER))
+    except ValueError:
+        # No name of any average.
+        return text
+    if text.startswith(POWER):
+        return power_name(number)
+    return repr(number) if number else None
+
+
 def find_ema(config: ConfigDict, ema: float | str | None) -> str | None:
     """The name of an average that a run keeps or can rebuild: "0.999", "power-0.05"; None for the raw weights.
 
     Raises:
       UserError: no such average, or one that the run can neither read nor rebuild.
     """
-    if ema is None or str(ema) == "none":
+    kept, name = kept_emas(config), plain_name(ema)
+    if name is None:
         return None
-    kept, text = kept_emas(config), str(ema)
+    is_power = name.startswith(POWER)
     try:
-        number = float(text.removeprefix(POWER))
-        if text.startswith(POWER):
-            name, right = power_name(number), 0 < number < WIDEST_EMA_POWER
-        elif number == 0:
-            return None
-        else:
-            name, right = repr(number), 0 < number < 1
+        right = 0 < float(name.removeprefix(POWER)) < (WIDEST_EMA_POWER if is_power else 1)
     except ValueError:
-        name, right = text, False
+        right = False
     if not right or (name not in kept and not config.optim.ema_power):
         also = "; with config.optim.ema_power it could rebuild others" if right else ""
         raise UserError(

@@ -150,9 +150,15 @@ def load_tokenizer(config: ConfigDict, workdir: epath.PathLike) -> Any:
 
 
 def unfinished_start(workdir: epath.PathLike) -> bool:
-    """Whether a start from another run's weights was cut short here before it was one: it has done no step yet."""
+    """Whether a start from another run's weights was cut short here before it was one: it has done no step yet.
+
+    A checkpoint beyond step 0 is of a run that has lost its config and metrics, and must stay.
+    """
     run = Workdir(workdir)
-    return run.start.exists() and not run.config.exists() and not run.metrics.exists()
+    if not run.start.exists() or run.config.exists() or run.metrics.exists():
+        return False
+    saved = run.checkpoints.iterdir() if run.checkpoints.exists() else ()
+    return not any(path.name.isdecimal() and int(path.name) for path in saved)
 
 
 def open_workdir(

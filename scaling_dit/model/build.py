@@ -31,7 +31,7 @@ def build_model(config: ConfigDict, tokenizer: Any, source: sources.Source | Non
     """
     text_encoder = encoders.create_text_encoder(tokenizer=tokenizer, **config.text_encoder.to_dict())
     codec = create_codec(**config.codec.to_dict())
-    image_size = _image_size(config) if source is None else source.image_size
+    image_size = image_size_of(config) if source is None else source.image_size
     check_own_codec(codec, config.codec.name, image_size)
     read = conditions.chosen(config)
     _check_conditions(read, codec, config.codec.name, image_size)
@@ -88,9 +88,10 @@ def _check_conditions(read: tuple[conditions.Chosen, ...], codec: Codec, name: s
         )
 
 
-def _image_size(config: ConfigDict) -> int:
+def image_size_of(config: ConfigDict) -> int:
+    """Side of a run's images in pixels; a source whose size the config does not state is opened."""
     if "image_size" in config.source:
-        return config.source.image_size
+        return int(config.source.image_size)
     return open_source(config).image_size
 
 

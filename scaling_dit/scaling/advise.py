@@ -65,7 +65,7 @@ def advise(study: Study, flops: float) -> list[Advice]:
     if not flops > 0:
         raise UserError(f"--budget={flops:g}: a budget is a number of FLOPs above 0, such as 3e20")
     by_family: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in fitted.endpoints(study.rows):
+    for row in fitted.endpoints(study):
         by_family[row["family"]].append(row)
     found, refused = [], []
     for family, rows in by_family.items():
@@ -74,7 +74,7 @@ def advise(study: Study, flops: float) -> list[Advice]:
         except UserError as error:
             refused.append(f"{family}: {error}")
     if not found:
-        reasons = "; ".join(refused) or "no run has finished"
+        reasons = "; ".join(refused) or "no run has finished that begins from nothing"
         raise UserError(f"no advice for {flops:.3g} FLOPs from {study.folder}: {reasons}")
     return sorted(found, key=lambda one: one.loss)
 

@@ -40,14 +40,25 @@ class Fit:
     family: str = ""
 
 
-def endpoints(rows: Sequence[Row]) -> list[Row]:
-    """The points that stand for runs of their own, with a finite loss; see `table.run_rows`."""
-    return [row for row in rows if row["endpoint"] and row["loss"] is not None and math.isfinite(row["loss"])]
+def endpoints(study: Study) -> list[Row]:
+    """The points that stand for runs of their own, with a finite loss; see `table.run_rows`.
+
+    Members that begin from another have none: their costs do not count the base's, so a law would find them too cheap.
+    """
+    staged = {member.name for member in study.spec.members if member.base}
+    return [
+        row
+        for row in study.rows
+        if row["endpoint"]
+        and row["member"] not in staged
+        and row["loss"] is not None
+        and math.isfinite(row["loss"])
+    ]
 
 
 def fits(study: Study) -> list[Fit]:
     """All laws that the study's points may carry, those that cannot be fitted included, with the reason."""
-    rows = endpoints(study.rows)
+    rows = endpoints(study)
     by_family: dict[str, list[Row]] = collections.defaultdict(list)
     for row in rows:
         by_family[row["family"]].append(row)
@@ -157,7 +168,7 @@ def audits(study: Study) -> dict[str, Audit | str]:
     """Family -> each of its sizes predicted from the others, or why that cannot be done."""
     found: dict[str, Audit | str] = {}
     by_family: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in endpoints(study.rows):
+    for row in endpoints(study):
         by_family[row["family"]].append(row)
     for family, rows in by_family.items():
         try:

@@ -33,6 +33,11 @@ _TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 # Figures that take the whole width of the page.
 _WIDE = ("claims", "members", "types", "timesteps", "laws", "frontier")
 _METRIC_COLUMNS = 8
+# Without its folder, `train` would need the run's whole config, and a stage's base.
+_RUNS_NOTE = (
+    "The command of the study trains what is missing, each stage from its base. Those of single runs resume a run that "
+    "lies in its folder, and refuse where there is none."
+)
 
 
 def main(workdirs: Sequence[str], *, as_json: bool = False) -> int:
@@ -135,13 +140,13 @@ def _page(
         _rates(study),
         _power(study),
         _early(study),
-        _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note()),
+        _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note(study)),
         _section("Figures", f'<div class="charts">{"".join(map(_figure, made))}</div>'),
         _section("Laws", tables.fits_html(found), _endpoint_note(study)) if found else "",
         _section("How far the laws reach", tables.audit_html(fitted.audits(study))) if found else "",
         _samples(holders, points, left_out),
         _section("Costs and goodput", _costs(study)),
-        _section("Runs", _runs(study)),
+        _section("Runs", _runs(study), _RUNS_NOTE),
     ]
     used = {name for figure in made for name in figure.data}
     drawn = [{"name": one.name, "spec": one.spec, "data": one.data} for one in made]
@@ -184,23 +189,34 @@ def _figure(figure: Figure) -> str:
     )
 
 
-def _files_note() -> str:
+def _files_note(study: Study) -> str:
+    staged = _staged(study)
+    without = f"Those of {staged} do not count what the member cost that each begins from. " if staged else ""
     return (
         "Means over training seeds at the last step, with their standard deviation. Costs are counted from the "
-        "program: training FLOPs are 6 x MACs x samples. The same table: members.csv and members.tex; every point: "
+        "program: training FLOPs are 6 x MACs x samples. "
+        f"{without}The same table: members.csv and members.tex; every point: "
         "table.parquet."
     )
 
 
 def _endpoint_note(study: Study) -> str:
-    used = fitted.endpoints(study.rows)
+    used = fitted.endpoints(study)
     early = sum(row["step"] != row["steps"] for row in used)
     if not early:
-        return "Laws rest on the last points of runs alone: with a decaying rate no earlier point stands for a run."
-    return (
-        f"Laws rest on {len(used)} points. {early} of them are checkpoints of runs with a constant learning rate, "
-        "each of which is the end of a run with a smaller budget."
-    )
+        note = "Laws rest on the last points of runs alone: with a decaying rate no earlier point stands for a run."
+    else:
+        note = (
+            f"Laws rest on {len(used)} points. {early} of them are checkpoints of runs with a constant learning rate, "
+            "each of which is the end of a run with a smaller budget."
+        )
+    staged = _staged(study)
+    return f"{note} Left out, for their costs do not count their bases': {staged}." if staged else note
+
+
+def _staged(study: Study) -> str:
+    """The members that begin from another, in HTML; "" where none does."""
+    return html.escape(", ".join(member.name for member in study.spec.members if member.base))
 
 
 def _order(study: Study) -> str:

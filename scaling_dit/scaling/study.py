@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 from scaling_dit import files, signals
+from scaling_dit.checkpoints.frozen_base import absolute
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run as evaluation
@@ -250,7 +251,10 @@ class _Runner:
         spec, folder = self._spec, self._folder
         run = folder.run(member.name, seed)
         config = spec.run_config(member, seed, str(folder.compile_cache))
-        start = Start(str(folder.run(member.base, seed))) if member.base else None
+        start = None
+        # A run that exists has its base's weights. One of adapters reads them at each start, wherever they lie now.
+        if member.base and (config.adapter.rank or not run.config.exists()):
+            start = Start(absolute(str(folder.run(member.base, seed))))
         if member.base and self._status[member.base, seed] == STOPPED:
             self._note_stop(member, seed, loop.NONFINITE, f"{member.base}, which it begins from, has stopped")
             return

@@ -1,9 +1,9 @@
 """Does what a study says survive the learning rate that suits each member best?
 
-Members whose configs are equal but for `optim.learning_rate` are a sweep. One rate for all can favour the member that
-it suits, so each claim and the order of members are looked at a second time with the best rate of each sweep. The best
-is chosen by validation loss: chosen by the metric, it would be best on it by luck as well. A claim about a loss has
-that luck, which its words say.
+Members that begin alike, and whose configs are equal but for `optim.learning_rate`, are a sweep. One rate for all can
+favour the member that it suits, so each claim and the order of members are looked at a second time with the best rate
+of each sweep. The best is chosen by validation loss: chosen by the metric, it would be best on it by luck as well. A
+claim about a loss has that luck, which its words say.
 """
 
 import dataclasses
@@ -150,6 +150,8 @@ def places(study: Study, metric: str) -> tuple[list[Place], float] | None:
 
 
 def _but_rate(member: Member) -> str:
-    """The text of a member's config without its learning rate."""
+    """The text of what a member is without its learning rate: its base, and its config."""
     fields = config_lib.flatten(member.config)
-    return "".join(f"{key} = {value!r}\n" for key, value in sorted(fields.items()) if key != RATE)
+    return f"base = {member.base}\n" + "".join(
+        f"{key} = {value!r}\n" for key, value in sorted(fields.items()) if key != RATE
+    )

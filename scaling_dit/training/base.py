@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit import files, trees
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.state_dicts import load_state_dict
+from scaling_dit.backbones.state_dicts import held_conditions, load_state_dict
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
 from scaling_dit.checkpoints.store import Checkpoints
@@ -254,6 +254,11 @@ class FileBase:
         backbone: Any = model.backbone
         text = (model.text_encoder.length, model.text_encoder.dim)
         inputs = contract.example_inputs(backbone, model.latent_shape, text)
+        held = held_conditions(backbone, self.tensors, inputs=inputs)
+        if held != tuple(getattr(backbone, "conditions", ())):
+            # The others are new, and begin as they are initialised.
+            backbone = backbone.clone(conditions=held)
+            inputs = contract.example_inputs(backbone, model.latent_shape, text)
         loaded = load_state_dict(backbone, self.tensors, inputs=inputs)["params"]
         self.loaded = {"/".join(("backbone", *path)): leaf for path, leaf in trees.by_path(loaded).items()}
         return self.loaded

@@ -2,8 +2,8 @@
 
 Step, optimizer and averages are fresh; every average begins at the parameters. An array of the base with the same path
 and shape is copied, a table of positions is resized, and only what the new config adds may be fresh. Whatever else
-differs is refused by name. What was taken from where is written to the run's folder, and the state of step 0 is saved
-before the folder counts as a run: so no later start reads the base again.
+differs is refused by name (of configs in `stage_configs.py`). What was taken from where is written to the run's folder,
+and the state of step 0 is saved before the folder counts as a run: so no later start reads the base again.
 """
 
 import dataclasses
@@ -16,33 +16,23 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from scaling_dit import backbones, files, storage, trees
-from scaling_dit import config as config_lib
+from scaling_dit import files, storage, trees
+from scaling_dit.backbones.conditions import condition_of
 from scaling_dit.checkpoints.checksums import params_hash
+from scaling_dit.checkpoints.ema import plain_name
 from scaling_dit.checkpoints.state import TrainState, start_from
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir, unfinished_start
 from scaling_dit.errors import UserError
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import processes, rules
+from scaling_dit.training import stage_configs
 from scaling_dit.training.base import FileBase, Flat, RunBase, Start
 from scaling_dit.training.program import StepProgram
 from scaling_dit.trees import Params
 
 Base = RunBase | FileBase
 
-# Fields by which a run may differ from its base: how it is computed, where its files lie, and where positions lie.
-_FREE = {
-    "backbone": (
-        "attention", "remat", "dtype", "param_dtype", "positions", "base_size", "rope_scaling", "table_side",
-    ),
-    "text_encoder": ("weights", "tokenizer_files", "length", "dtype", "param_dtype"),
-    "codec": ("weights", "dtype", "param_dtype"),
-}  # fmt: skip
-# Fields that a transformer's `size` stands for as well.
-_SIZE = ("size", "hidden", "depth", "heads")
-# Modules of a backbone that a condition adds; the name of the condition is the next key of the path.
-_CONDITION = "condition_embed"
 # Differences that an error names.
 _SHOWN = 3
 
@@ -55,61 +45,20 @@ class Taken:
       copied: paths with the same shape in the base.
       resized: path -> function of the base's array.
       fresh: paths of what the new config adds.
+      read_as: how resized tables were read whose base does not say how many of their tokens are text.
     """
 
     copied: tuple[str, ...]
     resized: Mapping[str, Callable[[jax.Array], jax.Array]]
     fresh: tuple[str, ...]
+    read_as: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.copied)} arrays copied"]
         for what, names in (("resized", tuple(self.resized)), ("fresh", self.fresh)):
             more = ", ..." if len(names) > _SHOWN else ""
             parts += [f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"] if names else []
-        return ", ".join(parts)
-
-
-def check_configs(base: Base, config: ConfigDict, model: Model) -> None:
-    """Makes sure that a run's base has its family, sizes, text encoder and codec.
-
-    Raises:
-      UserError: names the fields that differ, with both values.
-    """
-    if base.config is None:
-        return
-    found = []
-    for section in _FREE:
-        there, here = base.config[section].to_dict(), config[section].to_dict()
-        if there["name"] != here["name"]:
-            found.append(f"config.{section}.name is {there['name']!r} there and {here['name']!r} here")
-            continue
-        free = _FREE[section] if section != "backbone" or here["name"] in backbones.BACKBONES else ()
-        if section == "backbone" and not found:
-            there, here = _sized(there, model), _sized(here, model)
-        found += [
-            f"config.{section}.{field} is {there.get(field, 'absent')!r} there and {here.get(field, 'absent')!r} here"
-            for field in sorted(there.keys() | here.keys())
-            if field not in free and there.get(field, "absent") != here.get(field, "absent")
-        ]
-    if base.trains_text and not config.train_text_encoder:
-        found.append(
-            "config.train_text_encoder is True there and False here (optim.groups with factor 0 freeze trained weights)"
-        )
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise UserError(
-            f"--from={base.start} cannot be the base of this run: {'; '.join(found[:_SHOWN])}{more}"
-        )
-
-
-def _sized(section: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The fields of a transformer with what its size stands for, so that two ways to say it are one."""
-    if not set(_SIZE) <= set(section):
-        return section
-    made: Any = backbones.create_for(
-        in_channels=model.codec.channels, text_dim=model.text_encoder.dim, **section
-    )
-    return section | {"size": None} | dict(zip(_SIZE[1:], made.widths, strict=True))
+        return "; ".join([", ".join(parts), *self.read_as])
 
 
 def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Model) -> Taken:
@@ -125,7 +74,7 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
     Raises:
       UserError: shapes that differ, or parameters that only one of both has, but for what the config adds.
     """
-    copied, resized, fresh, wrong = [], {}, [], []
+    copied, resized, fresh, wrong, read_as = [], {}, [], [], []
     for path in sorted({*there, *here}):
         if path not in here:
             wrong.append(f"{path} is only there")
@@ -138,6 +87,8 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
             copied.append(path)
         elif (resize := _resizer(path, base, model, there[path], here[path])) is not None:
             resized[path] = resize
+            if base.text_length is None and condition_of(path) is None:
+                read_as.append(_read_as(path, there[path].shape[0], model.text_encoder.length))
         else:
             wrong.append(f"{path} is {list(there[path].shape)} there and {list(here[path].shape)} here")
     if wrong:
@@ -146,15 +97,23 @@ def compare(base: Base, there: Flat, here: Flat, config: ConfigDict, model: Mode
             f"--from={base.start} does not fit this run: {'; '.join(wrong[:_SHOWN])}{more}; only what the config adds "
             "may be missing there, and only positions may have another shape"
         )
-    return Taken(tuple(copied), resized, tuple(fresh))
+    return Taken(tuple(copied), resized, tuple(fresh), tuple(read_as))
+
+
+def _read_as(path: str, count: int, text: int) -> str:
+    """What a table of a file was taken for: more than one split of its tokens may leave a square."""
+    image = count - 1 - text
+    side = math.isqrt(image)
+    grid = f"{side}x{side}" if side**2 == image else str(image)
+    return (
+        f"{path} read as {text} tokens of text, as here, and {grid} of the image; if that is wrong, import the "
+        "file with its own text length, and begin from that run"
+    )
 
 
 def _is_added(path: str, base: Base, config: ConfigDict) -> bool:
     """Whether a parameter belongs to a condition that the base did not have."""
-    keys = path.split("/")
-    if _CONDITION not in keys[:-1]:
-        return False
-    name = keys[keys.index(_CONDITION) + 1]
+    name = condition_of(path)
     known = () if base.config is None else tuple(base.config.get("conditions", ConfigDict()))
     return name in config.get("conditions", ConfigDict()) and name not in known
 
@@ -163,7 +122,9 @@ def _is_extended(path: str, base: Base, model: Model) -> bool:
     """Whether a table may hold as many positions as before, but of other tokens."""
     declared = getattr(model.backbone, "RESIZED", {})
     length = base.text_length or model.text_encoder.length
-    return path.removeprefix("backbone/") in declared and length != model.text_encoder.length
+    # Tables of conditions have no text.
+    is_whole = path.removeprefix("backbone/") in declared and condition_of(path) is None
+    return is_whole and length != model.text_encoder.length
 
 
 def _resizer(
@@ -177,8 +138,9 @@ def _resizer(
     function = getattr(importlib.import_module(module), name)
     length = model.text_encoder.length
     text = (base.text_length or length, length)
-    # Tables begin with the time.
-    image = (there.shape[0] - 1 - text[0], here.shape[0] - 1 - text[1])
+    # Tables begin with the time and the text, those of conditions with the image.
+    before = (0, 0) if condition_of(path) is not None else (1 + text[0], 1 + text[1])
+    image = (there.shape[0] - before[0], here.shape[0] - before[1])
 
     def resize(value: jax.Array) -> jax.Array:
         resized: jax.Array = function(value, text, image)
@@ -254,7 +216,7 @@ def save(
     """
     state, taken, digest = begun
     leave_out(workdir)
-    changed = {} if base.config is None else _changed(base.config, config)
+    changed = {} if base.config is None else stage_configs.changed(base.config, config)
     record = {
         "from": base.start.place,
         "step": base.step,
@@ -278,7 +240,7 @@ def save(
         store.save(0, state, extra, wait=True)
     if jax.process_index() == 0:
         which = "" if base.step is None else f", step {base.step}, {base.ema or 'raw weights'}"
-        differ = f"; {len(changed)} fields differ, see {workdir.start.name}" if changed else ""
+        differ = stage_configs.in_words(changed, workdir.start.name)
         print(
             f"scaling-dit: began from {base.start.place}{which} (sha256 {digest[:12]}): {taken}{differ}",
             file=sys.stderr,
@@ -311,18 +273,13 @@ def check_same_start(workdir: Workdir, start: Start) -> None:
             f"the run in {workdir} began from {there[0]}{at}, not from {start}; give another --workdir, or leave "
             "--from out to resume it"
         )
+    # As with the step, none given is the run's own.
+    if start.ema is not None and plain_name(start.ema) != record.get("ema"):
+        raise UserError(
+            f"the run in {workdir} began from {_which(record.get('ema'))} of {there[0]}, not from "
+            f"{_which(plain_name(start.ema))}; give another --workdir, or leave --from_ema out to resume it"
+        )
 
 
-def _changed(base: ConfigDict, config: ConfigDict) -> dict[str, Any]:
-    """Fields that differ from the base's and are not free, dotted key -> [there, here]."""
-    there, here = config_lib.flatten(base), config_lib.flatten(config)
-    return {
-        key: [_plain(there.get(key)), _plain(here.get(key))]
-        for key in sorted(there.keys() | here.keys())
-        if not config_lib.is_free(key) and there.get(key) != here.get(key)
-    }
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _which(ema: str | None) -> str:
+    return "the raw weights" if ema is None else f"EMA {ema}"

@@ -47,6 +47,7 @@ from scaling_dit.training.base import Start, open_base
 from scaling_dit.training.memory import check_fits
 from scaling_dit.training.program import StepProgram, run_mesh, shared
 from scaling_dit.training.rewind import Rewind, SpikeDetector
+from scaling_dit.training.stage_configs import check_configs
 from scaling_dit.trees import Params
 
 
@@ -123,7 +124,7 @@ class Run:
         model = build_model(config, tokenizer, source)
         if start is not None and (base or beside):
             # Shapes alone do not tell how many heads a kernel has.
-            stages.check_configs(base or open_base(start), config, model)
+            check_configs(base or open_base(start), config, model)
 
         # Shapes first, then straight into their shardings.
         program = shared(config, model, mesh)

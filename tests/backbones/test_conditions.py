@@ -182,6 +182,19 @@ def test_a_learned_table_of_a_shifted_condition_is_resized_from_a_square():
         jax.eval_shape(backbone.apply, variables, *larger, conditions)
 
 
+def test_a_learned_table_of_a_shifted_condition_is_made_for_table_side():
+    backbone = small("uvit", ("a", 4, "token", "shifted"), patch=1, table_side=3)
+    inputs = contract.example_inputs(backbone, (4, 4, 4), (5, 16))
+    shapes = trees.unbox(contract.abstract_variables(backbone, tuple(inputs)))["params"]
+    assert shapes["condition_pos_a"].shape == (9, 32) and shapes["pos_embed"].shape == (1 + 5 + 9, 32)
+    with pytest.raises(UserError, match="condition_pos_a holds 9 tokens, but table_side=2 needs 4"):
+        jax.eval_shape(
+            backbone.clone(table_side=2).apply,
+            {"params": dict(shapes) | {"pos_embed": jax.ShapeDtypeStruct((1 + 5 + 4, 32), np.float32)}},
+            *inputs,
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_scanned_and_rematerialised_are_the_same(name):

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import audit, findings, fitted, published
+from scaling_dit.scaling import audit, findings, fitted, published, report
 from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Claim, power
 from scaling_dit.scaling.table import last_points
 from tests.support import simulated_study
@@ -134,7 +134,18 @@ def test_what_cannot_be_fitted_is_shown_with_its_reason(study):
 def test_only_points_that_stand_for_runs_carry_laws(study):
     rows = [{**row, "endpoint": row["step"] == row["steps"]} for row in study.rows]
     decayed = simulated_study.with_rows(study, rows)
-    assert len(fitted.endpoints(decayed.rows)) == 30 and len(fitted.endpoints(study.rows)) == 120
+    assert len(fitted.endpoints(decayed)) == 30 and len(fitted.endpoints(study)) == 120
+
+
+def test_stages_carry_no_laws_and_the_report_says_so(study):
+    first, *rest, last = study.spec.members
+    members = (first, *rest, dataclasses.replace(last, base=first.name))
+    staged = dataclasses.replace(study, spec=dataclasses.replace(study.spec, members=members))
+    used = fitted.endpoints(staged)
+    assert len(used) == 108 and last.name not in {row["member"] for row in used}
+    assert f"do not count their bases': {last.name}." in report._endpoint_note(staged)
+    assert f"Those of {last.name} do not count" in report._files_note(staged)
+    assert "count" not in report._endpoint_note(study) and "Those of" not in report._files_note(study)
 
 
 def test_every_size_is_predicted_from_the_others(study):

@@ -117,6 +117,10 @@ def test_configs_and_commands_of_all_runs(study, page):
     assert (
         "backbone.name = &#x27;pixart&#x27;" in page and f"scaling-dit study --workdir={study.folder}" in page
     )
+    # With --from and no --config they would begin another run, of the base's config.
+    assert "resume a run that lies in its folder" in page and "--from" not in re.sub(
+        r"<script.*?</script>", "", page
+    )
 
 
 def test_words_of_a_user_cannot_become_markup(tmp_path):

@@ -108,6 +108,34 @@ def test_a_stage_begins_from_the_run_of_its_seed_and_not_from_one_that_stopped(s
     assert note["reason"] == "uvit-000, which it begins from, has stopped"
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_stage_that_has_begun_needs_its_base_no_more_where_the_study_lies_now(
+    rank, spec, tmp_path, monkeypatch
+):
+    stage = ladder.derive(spec.members[0].config, {"adapter.rank": rank}, "stage")
+    spec = dataclasses.replace(spec, members=(*spec.members, dataclasses.replace(stage, base="uvit-000")))
+    begun = []
+
+    def train(config, workdir, start=None):
+        begun.append(start and start.place)
+        raise study_lib.loop.Stopped(study_lib.loop.SPIKE, "no training here")
+
+    monkeypatch.setattr(study_lib.loop, "train", train)
+    monkeypatch.chdir(tmp_path)
+    # Given once from its parent, and once from elsewhere.
+    for folder in (StudyFolder("here"), StudyFolder(tmp_path / "here")):
+        study_lib._Runner(spec, folder)._train(spec.members[-1], 1)
+        place = str(tmp_path / "here/runs/uvit-000/seed1")
+        assert begun.pop() == place
+    run = folder.run("stage", 1)
+    run.folder.mkdir(parents=True)
+    run.config.write_text("{}")
+    monkeypatch.setattr(study_lib.table, "status_of", lambda *args: table.RUNNING)
+    study_lib._Runner(spec, folder)._train(spec.members[-1], 1)
+    # Adapters read their base at each start.
+    assert begun == [place if rank else None]
+
+
 def test_a_folder_without_a_study(tmp_path, capsys):
     assert cli.main(["study", f"--workdir={tmp_path}"]) == 2
     assert "holds no study, so study needs --config" in capsys.readouterr().err

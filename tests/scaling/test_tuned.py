@@ -83,6 +83,17 @@ def test_members_without_rates_and_unfinished_ones_are_told_apart(study):
     )
 
 
+def test_a_stage_and_a_run_from_nothing_are_no_sweep():
+    made_of = made({name: MADE[name] for name in ("a", "b", "a-high", "b-low")}, ())
+    a, b, high, low = made_of.spec.members
+    members = (a, b, dataclasses.replace(high, base="b"), dataclasses.replace(low, base="a"))
+    staged = dataclasses.replace(made_of, spec=dataclasses.replace(made_of.spec, members=members))
+    assert tuned.sweeps(staged) == []
+    members = (a, high, *(dataclasses.replace(one, base="a") for one in (b, low)))
+    both = dataclasses.replace(made_of, spec=dataclasses.replace(made_of.spec, members=members))
+    assert [one.base for one in tuned.sweeps(both)] == ["a", "b"]
+
+
 def test_the_order_at_tuned_rates(study):
     places, tau = tuned.places(study, "shapes_tifa")
     assert [(one.member, one.own, one.tuned) for one in places] == [("a", 1, 2), ("c", 2, 3), ("b", 3, 1)]

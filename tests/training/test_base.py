@@ -1,14 +1,21 @@
 """What a run can begin from, as the user names it."""
 
 import shutil
+import types
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from scaling_dit import backbones
+from scaling_dit.backbones import contract
+from scaling_dit.backbones.conditions import condition_of
+from scaling_dit.backbones.state_dicts import to_state_dict
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
-from scaling_dit.training.base import RunBase, Start, open_base
+from scaling_dit.training.base import FileBase, RunBase, Start, open_base
+from tests.support.layouts import FIELDS
 
 
 def test_a_step_follows_an_at_sign(tmp_path, monkeypatch):
@@ -71,3 +78,27 @@ def test_another_tokenizer_than_the_checkpoint_s_is_refused(smoke_run, tmp_path)
     (copy / "tokenizer.json").write_text(text.replace("red", "rod", 1))
     with pytest.raises(UserError, match="was trained with another tokenizer.json"):
         base.tokenizer()
+
+
+@pytest.mark.parametrize(
+    "name, had, kept",
+    [
+        ("uvit", (), ()),
+        ("uvit", ("b",), ("b",)),
+        ("uvit", ("a", "b"), ("a", "b")),
+        ("unet", (), ()),
+        pytest.param("unet", ("a", "b"), ("a", "b"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_may_lack_conditions_that_are_new(name, had, kept):
+    concat, positions = ("token", "shifted") if name == "uvit" else ("channel", "shared")
+    both = {"a": ("a", 5, "channel", "shared"), "b": ("b", 4, concat, positions)}
+    backbone = backbones.create(name, text_dim=16, conditions=tuple(both.values()), **FIELDS[name])
+    there = backbone.clone(conditions=tuple(both[one] for one in had))
+    made = contract.abstract_variables(there, contract.example_inputs(there, (8, 8, 4), (5, 16)))
+    state = to_state_dict(there, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), made))
+    text = types.SimpleNamespace(length=5, dim=16)
+    model = types.SimpleNamespace(backbone=backbone, latent_shape=(8, 8, 4), text_encoder=text)
+    found = FileBase(Start("file"), state).describe(model)
+    assert {condition_of(path) for path in found} - {None} == set(kept)
+    assert len(found) == len(jax.tree.leaves(made["params"]))

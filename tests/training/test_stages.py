@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from scaling_dit import interop
+from scaling_dit import backbones, interop
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError
@@ -148,12 +148,100 @@ def test_a_table_of_as_many_positions_of_other_tokens_is_not_copied():
     assert not taken.copied and tuple(taken.resized) == ("backbone/pos_embed",)
 
 
+def test_positions_of_a_shifted_condition_are_fresh_with_it_and_resized_after():
+    backbone = backbones.create(
+        "uvit",
+        hidden=8,
+        depth=1,
+        heads=1,
+        conditions=(("edges", 4, "token", "shifted"), ("near", 4, "token", "shared")),
+    )
+    assert set(backbone.RESIZED) == {"pos_embed", "condition_pos_edges"}
+    model = types.SimpleNamespace(backbone=backbone, text_encoder=types.SimpleNamespace(length=7))
+    here = {
+        "backbone/pos_embed": jnp.zeros((1 + 7 + 36, 8)),
+        "backbone/condition_pos_edges": jnp.zeros((36, 8)),
+    }
+    config = ConfigDict({"conditions": {"edges": {}}})
+    base, there = fake({"backbone/pos_embed": (1 + 3 + 9, 8)})
+    taken = stages.compare(base, there, here, config, model)
+    assert taken.fresh == ("backbone/condition_pos_edges",) and not taken.copied
+
+    base, there = fake(
+        {"backbone/pos_embed": (1 + 3 + 9, 8), "backbone/condition_pos_edges": (9, 8)}, config, text_length=3
+    )
+    taken = stages.compare(base, there, here, config, model)
+    assert set(taken.resized) == set(here) and not taken.fresh
+    table = jax.random.normal(jax.random.key(0), (9, 8))
+    # The same function as for the image's own.
+    whole = taken.resized["backbone/pos_embed"](jnp.concatenate([jnp.zeros((4, 8)), table]))
+    np.testing.assert_array_equal(taken.resized["backbone/condition_pos_edges"](table), whole[-36:])
+    # A longer text leaves it as it is.
+    there["backbone/condition_pos_edges"] = jnp.zeros((36, 8))
+    assert stages.compare(base, there, here, config, model).copied == ("backbone/condition_pos_edges",)
+    there["backbone/condition_pos_edges"] = jnp.zeros((10, 8))
+    with pytest.raises(UserError, match="resized from 10 to 36 tokens, which must be squares"):
+        stages.compare(base, there, here, config, model)
+
+
+def test_a_table_of_a_file_says_what_it_was_read_as():
+    # 1 + 77 + 16 x 16 tokens are 1 + 44 + 17 x 17 as well.
+    base, there = fake({"backbone/pos_embed": (334, 4)}, text_length=None)
+    here = {"backbone/pos_embed": jnp.zeros((1 + 44 + 4, 4))}
+    said = str(stages.compare(base, there, here, ConfigDict(), a_model(length=44)))
+    assert (
+        "1 resized (backbone/pos_embed); backbone/pos_embed read as 44 tokens of text, as here, and 17x17 of"
+        in said
+    )
+    # A run says how long its texts are.
+    base, there = fake({"backbone/pos_embed": (334, 4)}, text_length=77)
+    assert "read as" not in str(stages.compare(base, there, here, ConfigDict(), a_model(length=44)))
+
+
 def test_the_hash_is_of_names_kinds_and_values():
     arrays = {"a": jnp.arange(6.0), "b": jnp.ones(2)}
     found = stages.params_hash(arrays)
     assert found == stages.params_hash(dict(reversed(arrays.items())))
     others = [{"a": arrays["a"]}, arrays | {"b": jnp.zeros(2)}, arrays | {"a": jnp.arange(6.0).reshape(2, 3)}]
     assert len({found, *map(stages.params_hash, others)}) == 4
+
+
+def test_a_run_began_from_one_average_of_its_base(tmp_path):
+    run = Workdir(tmp_path)
+
+    def check(recorded, **named):
+        run.start.write_text(json.dumps({"from": "/base", "step": 4, "ema": recorded}))
+        stages.check_same_start(run, Start("/base", **named))
+
+    for recorded in (None, "0.999", "power-0.05"):
+        # The place alone names the run.
+        check(recorded)
+    check("0.999", ema="0.9990", step=4)
+    check("power-0.05", ema="power-.05")
+    check(None, ema="none")
+    with pytest.raises(
+        UserError, match=r"began from the raw weights of /base, not from EMA 0.999; .*--from_ema"
+    ):
+        check(None, ema=0.999)
+    with pytest.raises(UserError, match=r"began from EMA 0.999 of /base, not from EMA power-0.05"):
+        check("0.999", ema="power-0.05")
+
+
+def test_checkpoints_of_a_run_without_config_and_metrics_stay(tmp_path):
+    run = Workdir(tmp_path)
+    run.start.write_text(json.dumps({"from": "/base", "step": 4, "ema": None}))
+    for step in ("0", "500"):
+        (run.checkpoints / step).mkdir(parents=True)
+    stages.leave_out(run)
+    assert (run.checkpoints / "500").exists()
+    config = tiny(steps=2)
+    with pytest.raises(UserError, match="has checkpoints but no config.json, and no metrics that say"):
+        Run.open(config, run, ONE, None, Start("/base", 4))
+    shutil.rmtree(run.checkpoints / "500")
+    # A save that was cut short is none.
+    (run.checkpoints / "0.orbax-checkpoint-tmp").mkdir()
+    stages.leave_out(run)
+    assert not run.checkpoints.exists()
 
 
 @pytest.mark.slow

@@ -15,9 +15,6 @@ from scaling_dit.parallel import rules
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
 
-# Of a mask's 255: less is what bicubic resampling adds beside an edge.
-_TOUCHED = 8
-
 
 def stack(items: Sequence[Item], size: int) -> dict[str, np.ndarray]:
     """The conditions of some items at the size of a run's images: name -> uint8 [N, size, size, 3 + M]; {} for none.
@@ -43,10 +40,8 @@ def fitted(condition: np.ndarray, size: int) -> np.ndarray:
     if condition.shape[:2] == (size, size):
         return condition
     image = images_lib.fit(Image.fromarray(condition[..., :3]), size, size)
-    masks = [
-        images_lib.fit(Image.fromarray(condition[..., i]), size, size) for i in range(3, condition.shape[-1])
-    ]
-    hidden = [mask > _TOUCHED for mask in masks]
+    masks = np.moveaxis(condition[..., 3:] > 127, -1, 0)
+    hidden = [images_lib.fit_mask(mask, size, size) for mask in masks]
     if hidden:
         image = np.where(np.any(hidden, axis=0)[..., None], np.uint8(GREY), image)
     channels = [np.where(mask, np.uint8(255), np.uint8(0))[..., None] for mask in hidden]

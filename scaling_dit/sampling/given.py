@@ -45,11 +45,13 @@ class Given:
             raise UserError(
                 f"conditions is a {type(conditions).__name__}; it must be a mapping from names to images"
             )
-        masks = {one.name: one.condition.masks for one in model.conditions}
+        known = {one.name: one.condition for one in model.conditions}
         checked = {}
         for name, array in (conditions or {}).items():
             check_name(name, model)
-            checked[name] = _check(array, model.image_size, masks[name], count, f"condition {name!r}")
+            where = f"condition {name!r}"
+            checked[name] = _check(array, model.image_size, known[name].masks, count, where)
+            checked[name] = contract.hidden(known[name], checked[name], where)
         if image is not None:
             image = _check(image, model.image_size, 0, count, "image")
         return cls(checked, image)

@@ -92,6 +92,13 @@ def test_mistakes_are_one_line(pipe, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_arrays_show_nothing_of_what_is_to_be_generated(pipe):
+    whole = np.concatenate([IMAGE, MASK], axis=-1)
+    for array, count in ((whole, None), (np.stack([whole] * 2), 2)):
+        found = Given.of(pipe.model, {"inpaint": array}, None, count).conditions["inpaint"]
+        np.testing.assert_array_equal(found, np.broadcast_to(CONDITION, array.shape))
+
+
 def test_files_are_read_and_hashed(pipe, tmp_path):
     files = {"image": CONDITION[..., :3], "mask": CONDITION[..., 3], "small": IMAGE[:8, :8]}
     for name, pixels in files.items():

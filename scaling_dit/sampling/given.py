@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -116,6 +117,29 @@ class Given:
             raise UserError(f"keep needs a condition with a mask, which says what is kept; {known}")
         if self.image is not None and options.strength == 1 and not options.keep:
             raise UserError("an image to start from is given, but strength is 1, all noise; set it below 1")
+
+
+def split_stored(
+    model: Model, conditions: Mapping[str, Any], count: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Conditions as (those of a prepared set, checked; the others).
+
+    Those of a prepared set are bfloat16 [count, h, w, moments + masks], as batches hold them.
+
+    Raises:
+      UserError: one of them that the model does not read, or of another shape.
+    """
+    masks = {one.name: one.condition.masks for one in model.conditions}
+    stored = {name: one for name, one in conditions.items() if getattr(one, "dtype", None) == jnp.bfloat16}
+    for name, array in stored.items():
+        check_name(name, model)
+        height, width, depth = model.codec.moments_shape(model.image_size)
+        right = (count, height, width, depth + masks[name])
+        if array.shape != right:
+            raise UserError(
+                f"condition {name!r} of a prepared set is bfloat16 {list(array.shape)}; it must be {list(right)}"
+            )
+    return stored, {name: one for name, one in conditions.items() if name not in stored}
 
 
 def check_name(name: str, model: Model) -> None:

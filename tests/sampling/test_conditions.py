@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,6 +55,41 @@ def test_conditions_act_and_what_is_given_is_kept(pipe):
     kept = pipe.sample(PROMPTS, conditions=given, keep=True)
     np.testing.assert_array_equal(kept[:, 8:], np.broadcast_to(IMAGE[8:], (2, 8, 16, 3)))
     assert (kept[:, :8] != IMAGE[:8]).any()
+
+
+def test_conditions_of_a_prepared_set_are_sampled_as_the_pixels_they_were_made_of(pipe):
+    """As the grid of a run from a prepared set is, which has no pixels."""
+    # The codec's latents are pixels; both ends of the scale and 0 and 1 of masks are exact in bfloat16.
+    assert pipe.model.codec.moments_shape(16) == (16, 16, 3)
+    pixels = np.stack([np.where(CONDITION > 127, np.uint8(255), np.uint8(0))] * 2)
+    pixels[..., :3][pixels[..., 3] > 0] = 128
+    stored = np.concatenate([pixels[..., :3] / 127.5 - 1, pixels[..., 3:] / 255], axis=-1)
+    sampler = pipe.sampler()
+    wanted = sampler(pipe.params, pipe.frozen, PROMPTS, conditions={"inpaint": pixels})
+    found = sampler(pipe.params, pipe.frozen, PROMPTS, conditions={"inpaint": stored.astype(jnp.bfloat16)})
+    # Grey, 128, is 0.0039 and rounded.
+    assert np.abs(found.astype(int) - wanted).max() <= 2
+    assert (found != sampler(pipe.params, pipe.frozen, PROMPTS)).any()
+    for name, array, message in (
+        (
+            "edit",
+            stored,
+            r"condition 'edit' of a prepared set is bfloat16 \[2, 16, 16, 4\]; it must be \[2, 16, 16, 3\]",
+        ),
+        ("other", stored, "the run reads no condition 'other'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampler(pipe.params, pipe.frozen, PROMPTS, conditions={name: array.astype(jnp.bfloat16)})
+
+
+def test_latents_of_a_prepared_set_are_not_pasted_as_pixels(pipe):
+    sampler = pipe.sampler(keep=True)
+    length = pipe.model.text_encoder.length
+    shapes = {"ids": ((2, length), jnp.int32), "mask": ((2, length), bool), "numbers": ((2,), jnp.int32)}
+    inputs = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    inputs["conditions"] = {"inpaint": jax.ShapeDtypeStruct((2, 16, 16, 4), jnp.bfloat16)}
+    found = jax.eval_shape(sampler._images, pipe.params, pipe.frozen, inputs, jnp.uint32(0))
+    assert (found.shape, found.dtype) == ((2, 16, 16, 3), np.uint8)
 
 
 @pytest.mark.slow

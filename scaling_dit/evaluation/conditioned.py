@@ -12,6 +12,7 @@ from scaling_dit.data.conditions.inpaint import GREY
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.parallel import rules
+from scaling_dit.sampling.given import Given
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
 
@@ -76,6 +77,15 @@ def check(items: Sequence[Item], names: Collection[str], metric: str) -> None:
                 f"metric {metric!r} gives condition {name!r}, and the run {reads}; train with it in "
                 f"config.conditioning.names, or set config.metrics.{metric}.condition"
             )
+
+
+def check_options(items: Sequence[Item], sampler: Sampler) -> None:
+    """Makes sure that what a sampler is asked for acts on a metric's items: nothing is kept of an item without a mask.
+
+    Raises:
+      UserError: as `Given.check`.
+    """
+    Given().check(sampler.options, sampler.model, items[0].conditions if items else ())
 
 
 def sampled(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -100,23 +100,44 @@ class Given:
             found["image"] = _digest(self.image)
         return found
 
-    def check(self, options: SamplingOptions, model: Model) -> None:
-        """Makes sure that the options have what they act on.
+    def check(self, options: SamplingOptions, model: Model, more: Collection[str] = ()) -> None:
+        """Makes sure that the options have what they act on, before anything is sampled or written.
+
+        Args:
+          options: of the request.
+          model: that samples.
+          more: names of conditions that each prompt has for itself.
 
         Raises:
-          UserError: guidance on a condition, or a region to keep, without one; an image that nothing reads.
+          UserError: guidance on a condition, or a region to keep, without one; a strength below 1 without an image; an
+            image that nothing reads, or that the codec cannot encode without random numbers.
         """
-        if options.condition_guidance != 1 and not self.conditions:
+        names = {*self.conditions, *more}
+        if options.condition_guidance != 1 and not names:
             raise UserError(
                 f"condition_guidance is {options.condition_guidance}, but no condition is given; give one, "
                 "or leave it 1"
             )
         masked = [one.name for one in model.conditions if one.condition.masks]
-        if options.keep and not set(masked) & set(self.conditions):
+        if options.keep and not names.intersection(masked):
             known = f"give {' or '.join(masked)}" if masked else "this run has none"
             raise UserError(f"keep needs a condition with a mask, which says what is kept; {known}")
         if self.image is not None and options.strength == 1 and not options.keep:
             raise UserError("an image to start from is given, but strength is 1, all noise; set it below 1")
+        check_start(options, self.image is not None)
+        if self.image is not None and not callable(getattr(model.codec, "mean", None)):
+            raise UserError(
+                f"codec {type(model.codec).__name__} has no mean(params, moments), the latents of an image without "
+                "random numbers, so no image can be started from"
+            )
+
+
+def check_start(options: SamplingOptions, has_image: bool) -> None:
+    """Raises UserError for a strength below 1 without an image to start from."""
+    if options.strength < 1 and not has_image:
+        raise UserError(
+            f"strength is {options.strength}, but no image is given to start from; give one, or leave it 1"
+        )
 
 
 def split_stored(

@@ -16,10 +16,9 @@ from jax.experimental import multihost_utils
 
 from scaling_dit.diffusion import samplers
 from scaling_dit.diffusion.guidance import Guidance, create_guidance, guided
-from scaling_dit.errors import UserError
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules, xla_flags
-from scaling_dit.sampling.given import Given, split_stored
+from scaling_dit.sampling.given import Given, check_start, split_stored
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.trees import Params
 
@@ -156,10 +155,7 @@ class Sampler:
         checked = Given.of(self.model, conditions, image, count)
         if stored or checked.conditions:
             found["conditions"] = stored | checked.rows(range(count)).get("conditions", {})
-        if self.options.strength < 1 and image is None:
-            raise UserError(
-                f"strength is {self.options.strength}, but no image is given to start from; give one, or leave it 1"
-            )
+        check_start(self.options, image is not None)
         if image is not None and (self.options.strength < 1 or self.options.keep):
             found["image"] = checked.rows(range(count))["image"]
         return found

@@ -1,6 +1,7 @@
 """Sampling with image conditions: they act, options act on them, what is kept is kept, and mistakes are one line."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.given import Given
+from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.trees import unbox
 from tests.support.runs import tiny
@@ -126,6 +128,23 @@ def test_mistakes_are_one_line(pipe, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         pipe.sample(PROMPTS, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_asked_for_must_act_on_something_before_a_folder_is_made(pipe):
+    options = SamplingOptions()
+    # Prompts may have conditions of their own, as those of a prompt set do.
+    Given().check(options.replace(keep=True, condition_guidance=2.0), pipe.model, ("inpaint",))
+    Given().check(options.replace(condition_guidance=2.0), pipe.model, ("edit",))
+    for changes, more, message in (
+        ({"keep": True}, ("edit",), "keep needs a condition with a mask"),
+        ({"condition_guidance": 2.0}, (), "condition_guidance is 2.0, but no condition is given"),
+        ({"strength": 0.5}, ("inpaint",), "strength is 0.5, but no image is given to start from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Given().check(options.replace(**changes), pipe.model, more)
+    bare = dataclasses.replace(pipe.model, codec=types.SimpleNamespace())
+    with pytest.raises(UserError, match=r"codec SimpleNamespace has no mean\(params, moments\)"):
+        Given(image=IMAGE).check(options.replace(strength=0.5), bare)
 
 
 def test_arrays_show_nothing_of_what_is_to_be_generated(pipe):

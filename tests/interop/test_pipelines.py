@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import json
+import types
 import warnings
 
 import diffusers
@@ -320,6 +321,11 @@ def test_runs_that_no_pipeline_draws(smoke_run):
     other = dataclasses.replace(pipe.model, backbone=backbones.create("unet", size="sd2"))
     with pytest.raises(UserError, match="needs a CLIPTextModel; this run has text encoder 'scratch'"):
         pipelines.kind_of(dataclasses.replace(pipe, model=other))
+    widened = dataclasses.replace(other, conditions=(types.SimpleNamespace(name="inpaint"),))
+    with pytest.raises(
+        UserError, match="StableDiffusionPipeline reads no image conditions, and this run reads inpaint"
+    ):
+        pipelines.kind_of(dataclasses.replace(pipe, model=widened))
     config = pipe.config.copy_and_resolve_references()
     config.diffusion.update({"schedule": "flow", "prediction": "flow"})
     with pytest.raises(UserError, match="which no pipeline of diffusers"):

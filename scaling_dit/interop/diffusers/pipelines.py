@@ -75,6 +75,11 @@ def kind_of(pipe: Pipeline) -> Kind:
             f"no pipeline of diffusers samples with backbone {name!r} from CLIP or T5; --to=diffusers or "
             "--to=safetensors writes its weights alone"
         )
+    if model.conditions:
+        raise UserError(
+            f"{kind.class_name} reads no image conditions, and this run reads "
+            f"{', '.join(one.name for one in model.conditions)}; --to=diffusers writes the backbone alone"
+        )
     encoder, class_name, _ = kind.text_encoder
     if not isinstance(model.text_encoder, encoder):
         raise UserError(

@@ -6,6 +6,7 @@ The published code of the transformers reads no image conditions, so their table
 
 diffusers' inpainting and editing UNets have a first convolution with more input channels: those of the noise, then for
 each condition its masks and its image, 4 + 1 + 4 for inpainting. That is the sum of ours, whose image comes first.
+InstructPix2Pix's has latents of another scale, which no weight says; see `interop.diffusers.pipelines.check_latents`.
 """
 
 from typing import Any

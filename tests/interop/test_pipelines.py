@@ -343,6 +343,14 @@ def test_parts_that_are_missing(tmp_path, missing, capsys):
     assert f"is a pipeline without the folder {missing!r}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_a_pipeline_whose_condition_has_other_latents_is_refused(tmp_path, part, capsys):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInstructPix2PixPipeline"}')
+    assert cli.main(["import", f"--from={tmp_path / part}", SMOKE, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "whose backbone reads unscaled latents of the image to edit" in capsys.readouterr().err
+
+
 def test_text_encoders_that_are_not_here(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     file = tmp_path / "text_encoder" / "config.json"

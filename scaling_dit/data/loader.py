@@ -212,8 +212,11 @@ def stack_images(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def stream_of(name: str) -> int:
-    """The stream of a condition, in [2, 2**64): 0 are captions, and 1 is `TinyShuffle`'s."""
-    return max(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"), 2)
+    """The stream of a condition, in [4, 2**64).
+
+    0 are captions, 1 is `TinyShuffle`'s, 2 and 3 are those of the order and the seeds of buckets (`buckets.py`).
+    """
+    return max(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"), 4)
 
 
 class TinyShuffle(grain.MapDataset[int]):

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from scaling_dit.data import loader
 from scaling_dit.data.conditions.edit import Edit
 from scaling_dit.data.conditions.inpaint import Inpaint
 from scaling_dit.data.loader import KeyedGenerator, make_loader
@@ -131,3 +132,10 @@ def test_conditions_of_held_out_records_have_streams_of_their_own():
     both = made("second", "inpaint")
     assert (both["second"] != both["inpaint"]).any()
     np.testing.assert_array_equal(both["inpaint"], made("inpaint")["inpaint"])
+
+
+def test_no_name_gets_the_stream_of_an_order(monkeypatch):
+    """Captions have 0, `TinyShuffle` 1, buckets 2 and 3."""
+    digest = types.SimpleNamespace(digest=lambda: b"\x02" + bytes(7))
+    monkeypatch.setattr(loader.hashlib, "blake2b", lambda *_, **__: digest)
+    assert loader.stream_of.__wrapped__("any") == 4

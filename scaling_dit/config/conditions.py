@@ -58,6 +58,11 @@ def own_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
     }
 
 
+def classes(config: ConfigDict) -> dict[str, str]:
+    """Section -> the entry of `conditioning.names` that it belongs to."""
+    return {section_of(name): name for name in config.conditioning.names}
+
+
 def chosen(config: ConfigDict) -> tuple[Chosen, ...]:
     """The conditions of a resolved config, in the order of `conditioning.names`.
 

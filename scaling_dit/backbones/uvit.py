@@ -189,13 +189,18 @@ class UViT(nn.Module):
         def placed(tokens: Tokens) -> jax.Array:
             if not tokens.shift:
                 return tokens.x + table[first:].astype(tokens.x.dtype)
-            return tokens.x + self._grid_table(f"condition_pos_{tokens.name}", grid).astype(tokens.x.dtype)
+            return tokens.x + self._grid_table(f"condition_pos_{tokens.name}", grid, tokens.shift).astype(
+                tokens.x.dtype
+            )
 
         return jnp.concatenate([x[:, :first], embedded.before(x[:, first:], placed)], axis=1)
 
     @nn.nowrap
-    def _grid_table(self, name: str, grid: tuple[int, int]) -> jax.Array:
-        """A learned table of positions of a grid of tokens, [rows * columns, hidden], resized as the image's is."""
+    def _grid_table(self, name: str, grid: tuple[int, int], shift: int) -> jax.Array:
+        """A learned table of positions of a grid of tokens, [rows * columns, hidden], resized as the image's is.
+
+        With `sincos_init` it begins as the positions of the `shift`-th further image.
+        """
         hidden, length = self.widths[0], grid[0] * grid[1]
         found = length
         if self.has_variable("params", name):
@@ -210,7 +215,7 @@ class UViT(nn.Module):
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             if self.positions == "learned":
                 return layers.NORMAL_002(key, shape, dtype)
-            return jnp.asarray(layers.sincos_2d(*grid, hidden), dtype)
+            return jnp.asarray(layers.sincos_2d(*grid, hidden, shift=shift), dtype)
 
         boxed = nn.with_logical_partitioning(init, (None, "embed"))
         table: Any = self.param(name, boxed, (found, hidden), jnp.dtype(self.param_dtype))

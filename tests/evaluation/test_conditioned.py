@@ -50,7 +50,13 @@ def test_the_hash_is_of_names_ids_and_pixels():
     base = conditioned.digest([item(0), item(1)])
     assert base == conditioned.digest(Items(2, item)) and len(base) == 64
     assert len({base, conditioned.digest([item(0)]), conditioned.digest([item(1), item(0)])}) == 3
-    assert conditioned.digest([Item("a", "b")]) == ""
+    assert conditioned.digest([Item("a", "b")]) == "" == conditioned.digest([])
+
+
+def test_items_without_conditions_are_not_all_read():
+    made = []
+    items = Items(5, lambda number: made.append(number) or Item(f"i{number}", "p"))
+    assert conditioned.digest(items) == "" and set(made) == {0}
 
 
 def test_a_run_without_the_condition_is_one_line():

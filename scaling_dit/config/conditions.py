@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit.config.named import NamedSections, section_of
 from scaling_dit.data import conditions
+from scaling_dit.errors import UserError
 from scaling_dit.fields import SHARE, Field
 
 CONCAT = ("token", "channel")
@@ -48,6 +49,21 @@ class Chosen:
     def row(self, channels: int) -> tuple[str, int, str, str]:
         """The row of a backbone's field `conditions`, for latents of so many channels."""
         return self.name, channels + self.condition.masks, self.concat, self.positions
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the fields that every condition has.
+
+    Raises:
+      UserError: names the first field at fault, its value and what would be right.
+    """
+    SECTIONS.check(config)
+    for section, fields in config[SECTIONS.group].items():
+        if fields.concat == "channel" and fields.positions != "shared":
+            raise UserError(
+                f"config.conditions.{section}.positions is {fields.positions!r}, but channels have no positions; leave "
+                "it out, or set concat to 'token'"
+            )
 
 
 def own_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:

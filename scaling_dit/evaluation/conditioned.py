@@ -1,5 +1,6 @@
 """Image conditions of the items of a metric: checked, hashed, and given to the sampler batch by batch."""
 
+import contextlib
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,15 @@ from scaling_dit.parallel import rules
 from scaling_dit.sampling.given import Given
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
+
+
+@contextlib.contextmanager
+def own_fields(metric: str, condition: str) -> Iterator[None]:
+    """Mistakes in fields that a metric has as a condition has them are reported as the metric's, which they are."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"conditions.{condition}", f"metrics.{metric}")) from None
 
 
 def stack(items: Sequence[Item], size: int) -> dict[str, np.ndarray]:

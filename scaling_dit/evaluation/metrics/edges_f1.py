@@ -10,6 +10,7 @@ from scipy import ndimage
 from scaling_dit.data.conditions import edges as edges_lib
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.bases import PerImage, held_out_items
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, Skipped, State
 
@@ -109,7 +110,8 @@ class EdgesF1(PerImage):
 
     @property
     def _detector(self) -> edges_lib.Edges:
-        return edges_lib.Edges(self.sigma, self.low, self.high)
+        with conditioned.own_fields(self.NAME, "edges"):
+            return edges_lib.Edges(self.sigma, self.low, self.high)
 
 
 def overlap(found: np.ndarray, wanted: np.ndarray, tolerance: int) -> tuple[float, float, float]:

@@ -227,9 +227,10 @@ class InpaintMetric(Base):
 
     @functools.cached_property
     def _masks(self) -> inpaint.Inpaint:
-        return inpaint.Inpaint(
-            self.boxes, self.strokes, self.objects, self.outpaint, self.smallest, self.largest
-        )
+        with conditioned.own_fields(_NAME, "inpaint"):
+            return inpaint.Inpaint(
+                self.boxes, self.strokes, self.objects, self.outpaint, self.smallest, self.largest
+            )
 
     def _place(self) -> str:
         return published.CLIP_L.find(self.clip_weights, _NAME)

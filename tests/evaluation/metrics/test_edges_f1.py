@@ -86,3 +86,8 @@ def test_items_without_edges_and_images_of_another_size_are_one_line():
         metric.check_items([Item("a", "b")], "prompt set x")
     with pytest.raises(UserError, match="has 24x20 pixels and its edges 16x16"):
         metric.rows(Batch(np.zeros((1, 20, 24, 3), np.uint8), [items[0]]))
+
+
+def test_mistakes_in_the_detector_name_the_metric():
+    with pytest.raises(UserError, match=r"^metrics.edges_f1.sigma is -1.0"):
+        METRICS["edges_f1"](sigma=-1.0)

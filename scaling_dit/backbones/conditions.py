@@ -21,14 +21,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scaling_dit.data.conditions.contract import CONCAT, POSITIONS
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import Dense, Initializer
 
-CONCAT = ("token", "channel")
-POSITIONS = ("shared", "shifted")
+# Modules and parameters that conditions add to a backbone, the former with an entry for each of them by name.
+EMBED = "condition_embed"
 # Name -> (image [B, h, w, Ci], present [B] bool).
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+def position_table(name: str) -> str:
+    """The name of the learned table of positions of a shifted condition, beside EMBED."""
+    return f"condition_pos_{name}"
 
 
 class Row(NamedTuple):
@@ -242,7 +248,7 @@ def embed_conditions(
         bias_init,
         dtype=backbone.dtype,
         param_dtype=backbone.param_dtype,
-        name="condition_embed",
+        name=EMBED,
     )
     return embed(conditions, latents)
 

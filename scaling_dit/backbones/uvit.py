@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions
+from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions, position_table
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import SelfAttention
@@ -189,7 +189,7 @@ class UViT(nn.Module):
         def placed(tokens: Tokens) -> jax.Array:
             if not tokens.shift:
                 return tokens.x + table[first:].astype(tokens.x.dtype)
-            return tokens.x + self._grid_table(f"condition_pos_{tokens.name}", grid, tokens.shift).astype(
+            return tokens.x + self._grid_table(position_table(tokens.name), grid, tokens.shift).astype(
                 tokens.x.dtype
             )
 

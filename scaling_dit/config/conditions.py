@@ -7,11 +7,9 @@ from ml_collections import ConfigDict
 
 from scaling_dit.config.named import NamedSections, section_of
 from scaling_dit.data import conditions
+from scaling_dit.data.conditions.contract import CONCAT, POSITIONS
 from scaling_dit.errors import UserError
 from scaling_dit.fields import SHARE, Field
-
-CONCAT = ("token", "channel")
-POSITIONS = ("shared", "shifted")
 
 # Fields that every condition's section has.
 COMMON: dict[str, Field] = {

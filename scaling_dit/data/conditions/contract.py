@@ -30,6 +30,9 @@ _METHODS = {
 }
 # More would be no image.
 MOST_MASKS = 16
+# How a backbone may read it, and which positions its tokens may have.
+CONCAT = ("token", "channel")
+POSITIONS = ("shared", "shifted")
 
 
 class Condition(Protocol):

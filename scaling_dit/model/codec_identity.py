@@ -67,7 +67,9 @@ def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) 
     check_codec(source.manifest.codec, codec_identity(config, codec, params), source.path)
     held = source.manifest.conditions
     check_conditions(held, conditions.own_fields(config), source.path)
-    made_by = {one.name: {"masks": one.condition.masks} for one in conditions.chosen(config)}
+    made_by: dict[str, dict[str, Any]] = {
+        one.name: {"masks": one.condition.masks} for one in conditions.chosen(config)
+    }
     for name, entry in conditions.classes(config).items():
         made_by[name]["name"] = entry
     check_makers(held, made_by, source.path)

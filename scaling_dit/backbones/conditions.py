@@ -21,16 +21,21 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from scaling_dit.data.conditions.contract import CONCAT, POSITIONS
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.layers import Dense, Initializer
 
-CONCAT = ("token", "channel")
-POSITIONS = ("shared", "shifted")
-# Where the parameters of conditions lie: in modules below the first, and in learned tables of positions.
-_MODULE, _TABLE = "condition_embed", "condition_pos_"
+# Modules and parameters that conditions add to a backbone, the former with an entry for each of them by name, and the
+# beginning of the names of learned tables of positions.
+EMBED, _TABLE = "condition_embed", "condition_pos_"
 # Name -> (image [B, h, w, Ci], present [B] bool).
 Conditions = Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+def position_table(name: str) -> str:
+    """The name of the learned table of positions of a shifted condition, beside EMBED."""
+    return f"{_TABLE}{name}"
 
 
 class Row(NamedTuple):
@@ -53,7 +58,7 @@ def condition_of(path: str) -> str | None:
     if last.startswith(_TABLE):
         return last.removeprefix(_TABLE)
     # The condition's own module follows, and has the parameter.
-    return modules[modules.index(_MODULE) + 1] if _MODULE in modules[:-1] else None
+    return modules[modules.index(EMBED) + 1] if EMBED in modules[:-1] else None
 
 
 def check_rows(backbone: Any) -> None:
@@ -253,7 +258,7 @@ def embed_conditions(
         bias_init,
         dtype=backbone.dtype,
         param_dtype=backbone.param_dtype,
-        name="condition_embed",
+        name=EMBED,
     )
     return embed(conditions, latents)
 

@@ -6,13 +6,14 @@ The published code of the transformers reads no image conditions, so their table
 
 diffusers' inpainting and editing UNets have a first convolution with more input channels: those of the noise, then for
 each condition its masks and its image, 4 + 1 + 4 for inpainting. That is the sum of ours, whose image comes first.
+InstructPix2Pix's has latents of another scale, which no weight says; see `interop.diffusers.pipelines.check_latents`.
 """
 
 from typing import Any
 
 import numpy as np
 
-from scaling_dit.backbones.conditions import rows_of
+from scaling_dit.backbones.conditions import EMBED, position_table, rows_of
 from scaling_dit.errors import UserError
 from scaling_dit.weights.table import Row, Slices, Transform, conv, leading_axis, patch_conv
 
@@ -21,7 +22,7 @@ def token_rows(backbone: Any) -> list[Row]:
     """The rows of a transformer's conditions; none without conditions."""
     table = []
     for row in rows_of(backbone):
-        theirs, ours = f"condition_embed.{row.name}", f"condition_embed/{row.name}"
+        theirs, ours = f"{EMBED}.{row.name}", f"{EMBED}/{row.name}"
         table.append(Row(f"{theirs}.weight", f"{ours}/kernel", patch_conv(backbone.patch)))
         if row.concat == "token":
             table.append(Row(f"{theirs}.bias", f"{ours}/bias"))
@@ -31,7 +32,7 @@ def token_rows(backbone: Any) -> list[Row]:
 def position_rows(backbone: Any) -> list[Row]:
     """The rows of the learned tables of shifted conditions."""
     return [
-        Row(f"condition_pos.{row.name}", f"condition_pos_{row.name}", leading_axis(), free=(0,))
+        Row(f"condition_pos.{row.name}", position_table(row.name), leading_axis(), free=(0,))
         for row in rows_of(backbone)
         if row.concat == "token" and row.positions == "shifted"
     ]
@@ -50,7 +51,7 @@ def first_convolution(backbone: Any) -> list[Row | Slices]:
     for row in conditions:
         masks = max(0, row.channels - backbone.in_channels)
         image = f"{weight}[{row.name}.image]", row.channels - masks
-        ours = f"condition_embed/{row.name}/kernel"
+        ours = f"{EMBED}/{row.name}/kernel"
         if masks:
             mask = f"{weight}[{row.name}.masks]", masks
             parts += [mask, image]
@@ -71,7 +72,7 @@ def refuse(backbone: Any, class_name: str) -> None:
     if rows := rows_of(backbone):
         raise UserError(
             f"diffusers' {class_name} reads no image conditions, and this backbone reads "
-            f"{', '.join(row.name for row in rows)}; use --to=safetensors, whose entries condition_embed.* they are"
+            f"{', '.join(row.name for row in rows)}; use --to=safetensors, whose entries {EMBED}.* they are"
         )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.conditions import ConditionConv, rows_of
+from scaling_dit.backbones.conditions import EMBED, ConditionConv, rows_of
 from scaling_dit.errors import UserError
 from scaling_dit.nn import layers, unet_layers
 from scaling_dit.nn.attention import padded_context
@@ -164,7 +164,7 @@ class UNet(nn.Module):
         axes = (None, None, None, "embed")
         x = conv3x3("conv_in", self.in_channels, channels, axes=axes, **types)(latents)
         if rows := rows_of(self):
-            x = ConditionConv(rows, channels, axes, name="condition_embed", **types)(x, conditions)
+            x = ConditionConv(rows, channels, axes, name=EMBED, **types)(x, conditions)
         x = unet_layers.u_shape(
             unet_layers.whole(x), shape.widths, shape.res_blocks, res=res, attend=attend, down=down, up=up
         )

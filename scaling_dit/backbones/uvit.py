@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.backbones import contract
-from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions, rows_of
+from scaling_dit.backbones.conditions import Embedded, Tokens, embed_conditions, position_table, rows_of
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn import layers
 from scaling_dit.nn.attention import SelfAttention
@@ -82,7 +82,7 @@ class UViT(nn.Module):
         """Tables of positions, see contract.py."""
         here = "scaling_dit.backbones.uvit"
         shifted = [row.name for row in rows_of(self) if row.concat == "token" and row.positions == "shifted"]
-        tables = {f"condition_pos_{name}": f"{here}:resize_condition_table" for name in shifted}
+        tables = {position_table(name): f"{here}:resize_condition_table" for name in shifted}
         return {"pos_embed": f"{here}:resize_table", **tables}
 
     @property
@@ -196,13 +196,18 @@ class UViT(nn.Module):
         def placed(tokens: Tokens) -> jax.Array:
             if not tokens.shift:
                 return tokens.x + table[first:].astype(tokens.x.dtype)
-            return tokens.x + self._grid_table(f"condition_pos_{tokens.name}", grid).astype(tokens.x.dtype)
+            return tokens.x + self._grid_table(position_table(tokens.name), grid, tokens.shift).astype(
+                tokens.x.dtype
+            )
 
         return jnp.concatenate([x[:, :first], embedded.before(x[:, first:], placed)], axis=1)
 
     @nn.nowrap
-    def _grid_table(self, name: str, grid: tuple[int, int]) -> jax.Array:
-        """A learned table of positions of a grid of tokens, [rows * columns, hidden], resized as the image's is."""
+    def _grid_table(self, name: str, grid: tuple[int, int], shift: int) -> jax.Array:
+        """A learned table of positions of a grid of tokens, [rows * columns, hidden], resized as the image's is.
+
+        With `sincos_init` it begins as the positions of the `shift`-th further image.
+        """
         hidden, length = self.widths[0], grid[0] * grid[1]
         made = (self.table_side, self.table_side) if self.table_side else grid
         found = made[0] * made[1]
@@ -225,7 +230,7 @@ class UViT(nn.Module):
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             if self.positions == "learned":
                 return layers.NORMAL_002(key, shape, dtype)
-            return jnp.asarray(layers.sincos_2d(*made, hidden), dtype)
+            return jnp.asarray(layers.sincos_2d(*made, hidden, shift=shift), dtype)
 
         boxed = nn.with_logical_partitioning(init, (None, "embed"))
         table: Any = self.param(name, boxed, (found, hidden), jnp.dtype(self.param_dtype))

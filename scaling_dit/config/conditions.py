@@ -7,10 +7,9 @@ from ml_collections import ConfigDict
 
 from scaling_dit.config.named import NamedSections, section_of
 from scaling_dit.data import conditions
+from scaling_dit.data.conditions.contract import CONCAT, POSITIONS
+from scaling_dit.errors import UserError
 from scaling_dit.fields import SHARE, Field
-
-CONCAT = ("token", "channel")
-POSITIONS = ("shared", "shifted")
 
 # Fields that every condition's section has.
 COMMON: dict[str, Field] = {
@@ -50,12 +49,32 @@ class Chosen:
         return self.name, channels + self.condition.masks, self.concat, self.positions
 
 
+def check(config: ConfigDict) -> None:
+    """Checks the fields that every condition has.
+
+    Raises:
+      UserError: names the first field at fault, its value and what would be right.
+    """
+    SECTIONS.check(config)
+    for section, fields in config[SECTIONS.group].items():
+        if fields.concat == "channel" and fields.positions != "shared":
+            raise UserError(
+                f"config.conditions.{section}.positions is {fields.positions!r}, but channels have no positions; leave "
+                "it out, or set concat to 'token'"
+            )
+
+
 def own_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """What each condition of a resolved config is made with: section -> the fields that its class takes."""
     return {
         section_of(name): SECTIONS.own_fields(name, config.conditions[section_of(name)])
         for name in config.conditioning.names
     }
+
+
+def classes(config: ConfigDict) -> dict[str, str]:
+    """Section -> the entry of `conditioning.names` that it belongs to."""
+    return {section_of(name): name for name in config.conditioning.names}
 
 
 def chosen(config: ConfigDict) -> tuple[Chosen, ...]:

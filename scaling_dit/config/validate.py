@@ -53,7 +53,7 @@ def validate(config: ConfigDict) -> None:
         parse_group(group)
     check_adapter(config)
     metrics.check(config)
-    conditions.SECTIONS.check(config)
+    conditions.check(config)
 
 
 def check_adapter(config: ConfigDict) -> None:

@@ -103,10 +103,24 @@ def reduced(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return np.asarray(cells.mean((1, 3)) / 255, np.float32)
 
 
-def about(making: Making, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a set says of its conditions: name -> its number of masks, the variants, the seed and its own fields."""
+def about(
+    making: Making,
+    fields: Mapping[str, Mapping[str, Any]],
+    classes: Mapping[str, str],
+    own_code: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a set says of its conditions: section -> its name, masks, variants, seed and own fields.
+
+    Args:
+      making: of the set.
+      fields: section -> what its class is made with.
+      classes: section -> the name that the config has for it, of a user's own "package.module:Class".
+      own_code: such a name -> sha256 of its source file, which the set has too.
+    """
     return {
         name: {
+            "name": classes[name],
+            **({"sha256": own_code[classes[name]]} if classes[name] in own_code else {}),
             "masks": condition.masks,
             "variants": making.variants,
             "seed": making.seed,

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import files
 from scaling_dit.config import conditions as conditions_config
+from scaling_dit.config.own_code import source_hashes
 from scaling_dit.curation import conditions, encode, filters, shape, sidecar
 from scaling_dit.curation.progress import Progress
 from scaling_dit.data.damage import DamagedRecord
@@ -88,7 +89,9 @@ def main(config: ConfigDict, out: str, options: Options) -> int:
     conditions.check_square(chosen, selection.sizes)
     moments = {manifest.size_name(size): encoder.moments_shape(size) for size in selection.sizes}
     made_by = codec_identity.codec_identity(config, codec, params)
-    held = conditions.about(making, conditions_config.own_fields(config))
+    held = conditions.about(
+        making, conditions_config.own_fields(config), conditions_config.classes(config), source_hashes(config)
+    )
     asked = request(config, source, options, encoder.batch) | ({"conditions": held} if held else {})
     check_columns(source, options.columns)
     claim(folder, {"codec": made_by, **asked})

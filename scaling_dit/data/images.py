@@ -17,6 +17,9 @@ from scaling_dit.data.damage import DamagedRecord
 from scaling_dit.data.image_header import MAX_PIXELS
 from scaling_dit.errors import UserError
 
+# Of a mask's 255: less is what bicubic resampling adds beside an edge.
+_TOUCHED = 8
+
 
 def decode(data: bytes, where: str, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An encoded image as an upright RGB one, of its own size.
@@ -78,3 +81,11 @@ def fit(image: Image.Image, width: int, height: int) -> np.ndarray:
     Antialiased bicubic resampling; an image of that size already is returned as it is.
     """
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+
+
+def fit_mask(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """bool [height, width]: a mask bool [H, W] scaled and cut as `fit` does an image.
+
+    A pixel that the mask touches is masked, so that no other pixel has anything of a masked one.
+    """
+    return fit(Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))), width, height) > _TOUCHED

@@ -163,7 +163,7 @@ class HostBatches(grain.MapDataset[HostBatch]):
         """The conditions of a batch. Each has a stream of its own, by its name, so none depends on the others."""
         made = {}
         for name, condition in self._conditions.items():
-            stream = _stream_of(name)
+            stream = stream_of(name)
             rows = [
                 conditions_lib.of_record(condition, name, record, keyed.at(step, position, stream))
                 for record, position in zip(records, self._positions, strict=True)
@@ -211,9 +211,12 @@ def stack_images(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _stream_of(name: str) -> int:
-    """The stream of a condition, in [2, 2**64): 0 are captions, and 1 is `TinyShuffle`'s."""
-    return max(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"), 2)
+def stream_of(name: str) -> int:
+    """The stream of a condition, in [4, 2**64).
+
+    0 are captions, 1 is `TinyShuffle`'s, 2 and 3 are those of the order and the seeds of buckets (`buckets.py`).
+    """
+    return max(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"), 4)
 
 
 class TinyShuffle(grain.MapDataset[int]):
@@ -249,7 +252,7 @@ class KeyedGenerator:
     def at(self, step: int, position: int, stream: int = 0) -> np.random.Generator:
         """The generator at the start of a stream for (step, position); valid until the next call.
 
-        `stream` is 0 for captions, else that of a condition, `_stream_of`.
+        `stream` is 0 for captions, else that of a condition, `stream_of`.
         """
         # The lowest word of the counter is left for the numbers within a stream: 2**64 of them.
         self._state["state"]["counter"][:] = (0, stream, position, step)

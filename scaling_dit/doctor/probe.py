@@ -26,7 +26,6 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit._version import __version__
 from scaling_dit.checkpoints.workdir import Workdir
-from scaling_dit.data.loader import make_loader
 from scaling_dit.parallel import processes, rules, topologies
 from scaling_dit.training.program import place_seed
 from scaling_dit.training.start import Run
@@ -193,7 +192,7 @@ def train_steps(config: ConfigDict) -> dict[str, Any]:
 
     Returns:
       "losses", "seconds" of a step without the first, "compile_seconds" of the first, and "attention" as a start prints
-      it; or "error" in words.
+      it; or "error" in words. With buckets each size compiles when it first comes, so "seconds" may hold that.
     """
     with tempfile.TemporaryDirectory(prefix="scaling-dit-doctor-") as folder:
         run, error = None, ""
@@ -222,10 +221,7 @@ def _run_steps(run: Run) -> dict[str, Any]:
     decided = run.program.decisions
     state, mesh = run.fresh_state(), run.program.mesh
     seed = place_seed(run.config.seed, mesh)
-    loader = make_loader(
-        run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=run.config.seed,
-        positions=run.positions,
-    )  # fmt: skip
+    loader = run.loader()
     losses, ends = [], [time.perf_counter()]
     for _ in range(STEPS):
         batch = rules.to_global(next(loader), mesh, run.config.batch) | {"seed": seed}

@@ -1,5 +1,6 @@
 """Image conditions of the items of a metric: checked, hashed, and given to the sampler batch by batch."""
 
+import contextlib
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,18 @@ from scaling_dit.data.conditions.inpaint import GREY
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.parallel import rules
+from scaling_dit.sampling.given import Given
 from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import Params
 
-# Of a mask's 255: less is what bicubic resampling adds beside an edge.
-_TOUCHED = 8
+
+@contextlib.contextmanager
+def own_fields(metric: str, condition: str) -> Iterator[None]:
+    """Mistakes in fields that a metric has as a condition has them are reported as the metric's, which they are."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"conditions.{condition}", f"metrics.{metric}")) from None
 
 
 def stack(items: Sequence[Item], size: int) -> dict[str, np.ndarray]:
@@ -43,10 +51,8 @@ def fitted(condition: np.ndarray, size: int) -> np.ndarray:
     if condition.shape[:2] == (size, size):
         return condition
     image = images_lib.fit(Image.fromarray(condition[..., :3]), size, size)
-    masks = [
-        images_lib.fit(Image.fromarray(condition[..., i]), size, size) for i in range(3, condition.shape[-1])
-    ]
-    hidden = [mask > _TOUCHED for mask in masks]
+    masks = np.moveaxis(condition[..., 3:] > 127, -1, 0)
+    hidden = [images_lib.fit_mask(mask, size, size) for mask in masks]
     if hidden:
         image = np.where(np.any(hidden, axis=0)[..., None], np.uint8(GREY), image)
     channels = [np.where(mask, np.uint8(255), np.uint8(0))[..., None] for mask in hidden]
@@ -55,14 +61,15 @@ def fitted(condition: np.ndarray, size: int) -> np.ndarray:
 
 def digest(items: Sequence[Item]) -> str:
     """The sha256 of all conditions of some items; "" where they have none."""
+    # All items have the same ones (`stack`); those of most metrics none, which would be read for nothing.
+    if not items or not items[0].conditions:
+        return ""
     held = hashlib.sha256()
-    some = False
     for item in items:
         for name, condition in sorted(item.conditions.items()):
-            some = True
             held.update(f"{item.id} {name} {condition.shape}\n".encode())
             held.update(np.ascontiguousarray(condition).tobytes())
-    return held.hexdigest() if some else ""
+    return held.hexdigest()
 
 
 def check(items: Sequence[Item], names: Collection[str], metric: str) -> None:
@@ -81,6 +88,15 @@ def check(items: Sequence[Item], names: Collection[str], metric: str) -> None:
                 f"metric {metric!r} gives condition {name!r}, and the run {reads}; train with it in "
                 f"config.conditioning.names, or set config.metrics.{metric}.condition"
             )
+
+
+def check_options(items: Sequence[Item], sampler: Sampler) -> None:
+    """Makes sure that what a sampler is asked for acts on a metric's items: nothing is kept of an item without a mask.
+
+    Raises:
+      UserError: as `Given.check`.
+    """
+    Given().check(sampler.options, sampler.model, items[0].conditions if items else ())
 
 
 def sampled(

@@ -83,6 +83,7 @@ class InTraining:
             if ready := getattr(one.metric, "ready", None):
                 ready()
             conditioned.check(prompts.items, reads, one.section)
+            conditioned.check_options(prompts.items, self._sampler)
             scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
             self._metrics.append((scoring, list(prompts.texts), one.fields["every"] or config.eval.every))
         self._ema = find_ema(config, config.sample.ema)

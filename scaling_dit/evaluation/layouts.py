@@ -118,7 +118,9 @@ def _brushbench(pairs: Pairs, out: epath.Path, model: str) -> None:
         _png(out / name, truth) if name.endswith(".png") else _jpeg(out / name, truth)
         place = out / "inpainted" / name
         _png(place, image) if name.endswith(".png") else _jpeg(place, image)
-        entries[item.meta.get("key", item.id)] = inpainting.entry(name, item.prompt, mask)
+        # The file has the mask of the object first, whichever of both the images were made with.
+        of_object = ~mask if item.meta.get("mask") == inpainting.MASKS[1] else mask
+        entries[item.meta.get("key", item.id)] = inpainting.entry(name, item.prompt, of_object)
     (out / inpainting.MAPPING).write_text(json.dumps(entries))
 
 

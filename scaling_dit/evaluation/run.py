@@ -175,6 +175,7 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
             ) -> Shown:
                 folder = root / f"images-{job.prompts_hash[:8]}"
                 conditioned.check(job.items, reads, job.one.section)
+                conditioned.check_options(job.items, sampler)
                 asked = {"conditions": job.conditions_hash} if job.conditions_hash else {}
 
                 def inputs(numbers: Sequence[int]) -> dict[str, Any]:

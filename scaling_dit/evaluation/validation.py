@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from scaling_dit.data.conditions.records import of_record
-from scaling_dit.data.loader import KeyedGenerator, stack_images
+from scaling_dit.data.loader import KeyedGenerator, stack_images, stream_of
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.diffusion import objectives, schedules
 from scaling_dit.model.model import Model
@@ -109,11 +109,17 @@ class ValidationLoss:
 
 
 def held_out_conditions(model: Model, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The image conditions of some records, as batches hold them; record i has the same ones in every run."""
+    """The image conditions of some records, as batches hold them; record i has the same ones in every run.
+
+    Each has a stream of its own, by its name: two masks of an image do not coincide.
+    """
     keyed = KeyedGenerator(_SEED)
     return {
         one.name: np.stack(
-            [of_record(one.condition, one.name, record, keyed.at(0, i)) for i, record in enumerate(records)]
+            [
+                of_record(one.condition, one.name, record, keyed.at(0, i, stream_of(one.name)))
+                for i, record in enumerate(records)
+            ]
         )
         for one in model.conditions
     }

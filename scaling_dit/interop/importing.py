@@ -76,6 +76,7 @@ def main(source: str, workdir: str, spec: str, overrides: Sequence[str] = (), ba
         return import_adapters(path, folder, experiment, overrides, base)
     if base is not None:
         raise UserError(f"--base is for a file of adapters, and {source} holds none; leave it out")
+    pipelines.check_latents(path)
     if pipelines.is_pipeline(path):
         chosen = "sample.sampler" in map(config_lib.override_key, overrides)
         pipelines.set_components(experiment, path, sampling=not chosen)

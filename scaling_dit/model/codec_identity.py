@@ -65,7 +65,14 @@ def check_source(source: Source, config: ConfigDict, codec: Codec, params: Any) 
     if not isinstance(source, PreparedSource):
         return
     check_codec(source.manifest.codec, codec_identity(config, codec, params), source.path)
-    check_conditions(source.manifest.conditions, conditions.own_fields(config), source.path)
+    held = source.manifest.conditions
+    check_conditions(held, conditions.own_fields(config), source.path)
+    made_by: dict[str, dict[str, Any]] = {
+        one.name: {"masks": one.condition.masks} for one in conditions.chosen(config)
+    }
+    for name, entry in conditions.classes(config).items():
+        made_by[name]["name"] = entry
+    check_makers(held, made_by, source.path)
     right = codec.moments_shape(source.image_size)
     if source.moments_shape != right:
         raise UserError(f"{source.path} holds moments of {source.moments_shape}; the codec's are {right}")
@@ -94,6 +101,27 @@ def check_conditions(held: Mapping[str, Any], wanted: Mapping[str, Mapping[str, 
                 raise UserError(
                     f"{place} was prepared with conditions.{name}.{field} {then!r}; the run has {now!r}; set "
                     f"config.conditions.{name}.{field} so"
+                )
+
+
+def check_makers(held: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]], place: str) -> None:
+    """Makes sure that classes of the run made the conditions of a prepared set, which has all of the run's.
+
+    Args:
+      held: as in `check_conditions`; of a set that does not say it any name is right.
+      wanted: section -> name of the class and number of masks.
+      place: as in `check_conditions`.
+
+    Raises:
+      UserError: another class made one, or one has another number of masks.
+    """
+    for section, own in wanted.items():
+        for what, now in own.items():
+            then = held[section].get(what, now)
+            if then != now:
+                raise UserError(
+                    f"{place} was prepared with a condition {section!r} of {what} {then!r}; the run's has {now!r}; set "
+                    "config.conditioning.names to those it was prepared with, or prepare it again"
                 )
 
 

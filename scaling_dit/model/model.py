@@ -117,7 +117,11 @@ class Model:
             # Of any size: buckets have several.
             height, width = moments.shape[1:3]
             masks = given[..., 3:].astype(jnp.float32) / 255
-            masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
+            if masks.shape[-1]:
+                masks = reduce(masks, "b (h p) (w q) m -> b h w m", "mean", h=height, w=width)
+            else:
+                # A codec of a user's own may have sides that do not divide, which masks alone need.
+                masks = jnp.zeros((*moments.shape[:3], 0))
         return jnp.concatenate([self.codec.mean(params, moments), masks], axis=-1)
 
     def noise(self, key: jax.Array, numbers: jax.Array) -> jax.Array:

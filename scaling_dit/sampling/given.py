@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -45,11 +46,13 @@ class Given:
             raise UserError(
                 f"conditions is a {type(conditions).__name__}; it must be a mapping from names to images"
             )
-        masks = {one.name: one.condition.masks for one in model.conditions}
+        known = {one.name: one.condition for one in model.conditions}
         checked = {}
         for name, array in (conditions or {}).items():
             check_name(name, model)
-            checked[name] = _check(array, model.image_size, masks[name], count, f"condition {name!r}")
+            where = f"condition {name!r}"
+            checked[name] = _check(array, model.image_size, known[name].masks, count, where)
+            checked[name] = contract.hidden(known[name], checked[name], where)
         if image is not None:
             image = _check(image, model.image_size, 0, count, "image")
         return cls(checked, image)
@@ -97,23 +100,67 @@ class Given:
             found["image"] = _digest(self.image)
         return found
 
-    def check(self, options: SamplingOptions, model: Model) -> None:
-        """Makes sure that the options have what they act on.
+    def check(self, options: SamplingOptions, model: Model, more: Collection[str] = ()) -> None:
+        """Makes sure that the options have what they act on, before anything is sampled or written.
+
+        Args:
+          options: of the request.
+          model: that samples.
+          more: names of conditions that each prompt has for itself.
 
         Raises:
-          UserError: guidance on a condition, or a region to keep, without one; an image that nothing reads.
+          UserError: guidance on a condition, or a region to keep, without one; a strength below 1 without an image; an
+            image that nothing reads, or that the codec cannot encode without random numbers.
         """
-        if options.condition_guidance != 1 and not self.conditions:
+        names = {*self.conditions, *more}
+        if options.condition_guidance != 1 and not names:
             raise UserError(
                 f"condition_guidance is {options.condition_guidance}, but no condition is given; give one, "
                 "or leave it 1"
             )
         masked = [one.name for one in model.conditions if one.condition.masks]
-        if options.keep and not set(masked) & set(self.conditions):
+        if options.keep and not names.intersection(masked):
             known = f"give {' or '.join(masked)}" if masked else "this run has none"
             raise UserError(f"keep needs a condition with a mask, which says what is kept; {known}")
         if self.image is not None and options.strength == 1 and not options.keep:
             raise UserError("an image to start from is given, but strength is 1, all noise; set it below 1")
+        check_start(options, self.image is not None)
+        if self.image is not None and not callable(getattr(model.codec, "mean", None)):
+            raise UserError(
+                f"codec {type(model.codec).__name__} has no mean(params, moments), the latents of an image without "
+                "random numbers, so no image can be started from"
+            )
+
+
+def check_start(options: SamplingOptions, has_image: bool) -> None:
+    """Raises UserError for a strength below 1 without an image to start from."""
+    if options.strength < 1 and not has_image:
+        raise UserError(
+            f"strength is {options.strength}, but no image is given to start from; give one, or leave it 1"
+        )
+
+
+def split_stored(
+    model: Model, conditions: Mapping[str, Any], count: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Conditions as (those of a prepared set, checked; the others).
+
+    Those of a prepared set are bfloat16 [count, h, w, moments + masks], as batches hold them.
+
+    Raises:
+      UserError: one of them that the model does not read, or of another shape.
+    """
+    masks = {one.name: one.condition.masks for one in model.conditions}
+    stored = {name: one for name, one in conditions.items() if getattr(one, "dtype", None) == jnp.bfloat16}
+    for name, array in stored.items():
+        check_name(name, model)
+        height, width, depth = model.codec.moments_shape(model.image_size)
+        right = (count, height, width, depth + masks[name])
+        if array.shape != right:
+            raise UserError(
+                f"condition {name!r} of a prepared set is bfloat16 {list(array.shape)}; it must be {list(right)}"
+            )
+    return stored, {name: one for name, one in conditions.items() if name not in stored}
 
 
 def check_name(name: str, model: Model) -> None:

@@ -98,7 +98,7 @@ class Sampling:
         several = len(scales) * len(self.seed) > 1
         for scale in scales:
             sampler = pipe.sampler(**{**self.changes, **({} if scale is None else {"guidance": scale})})
-            images_given.check(sampler.options, pipe.model)
+            images_given.check(sampler.options, pipe.model, own.names if own else ())
             about = {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
             for seed in self.seed:
                 name = f"{tag(about, seed)}-{asked}"

@@ -16,10 +16,9 @@ from jax.experimental import multihost_utils
 
 from scaling_dit.diffusion import samplers
 from scaling_dit.diffusion.guidance import Guidance, create_guidance, guided
-from scaling_dit.errors import UserError
 from scaling_dit.model.model import Model
 from scaling_dit.parallel import rules, xla_flags
-from scaling_dit.sampling.given import Given
+from scaling_dit.sampling.given import Given, check_start, split_stored
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.trees import Params
 
@@ -54,7 +53,8 @@ class Sampler:
         `batch` are the images of the compiled program, by default the options' or, if there are fewer, N. With the same
         one an image has the same bits, whatever else is sampled with it.
 
-        `conditions` are image conditions of the model, name -> uint8 [N, H, W, 3 + masks]; those left out are absent.
+        `conditions` are image conditions of the model, name -> uint8 [N, H, W, 3 + masks], or as a prepared set holds
+        them, bfloat16 [N, h, w, moments + masks]; those left out are absent.
         `image` uint8 [N, H, W, 3] is what a strength below 1 starts from.
 
         Raises:
@@ -149,13 +149,13 @@ class Sampler:
     ) -> dict[str, Any]:
         """Conditions and image as inputs of the program, checked; only those that there are."""
         found: dict[str, Any] = {}
+        stored: dict[str, np.ndarray] = {}
+        if isinstance(conditions, Mapping):
+            stored, conditions = split_stored(self.model, conditions, count)
         checked = Given.of(self.model, conditions, image, count)
-        if checked.conditions:
-            found["conditions"] = checked.rows(range(count))["conditions"]
-        if self.options.strength < 1 and image is None:
-            raise UserError(
-                f"strength is {self.options.strength}, but no image is given to start from; give one, or leave it 1"
-            )
+        if stored or checked.conditions:
+            found["conditions"] = stored | checked.rows(range(count)).get("conditions", {})
+        check_start(self.options, image is not None)
         if image is not None and (self.options.strength < 1 or self.options.keep):
             found["image"] = checked.rows(range(count))["image"]
         return found
@@ -214,7 +214,8 @@ class Sampler:
             known=None if kept is None else known_latents(present[kept][0], image, model),
         )
         decoded = model.decode(frozen, latents)
-        if kept is None:
+        # Latents of a prepared set have no pixels to paste.
+        if kept is None or inputs["conditions"][kept].dtype != jnp.uint8:
             return decoded
         given = inputs["conditions"][kept]
         return jnp.where(

@@ -206,15 +206,20 @@ class Run:
             if self.base is not None:
                 check_base(self.base, extra, str(store.directory))
             notice_changed_code(self.config, extra, int(state.step))
-        loader = make_loader(
+        loader = self.loader(int(state.step), rewinds)
+        return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
+
+    def loader(self, start_step: int = 0, rewinds: Sequence[Rewind] = ()) -> Any:
+        """The batches of this process from a step on."""
+        config = self.config
+        return make_loader(
             self.source, self.model.text_encoder.tokenize, batch=config.batch, seed=config.seed,
-            positions=self.positions, start_step=int(state.step),
+            positions=self.positions, start_step=start_step,
             data_step=functools.partial(rewind.data_step, rewinds=tuple(rewinds)),
             captions=CaptionPolicy(**config.captions),
             conditions={one.name: one.condition for one in self.model.conditions},
             threads=config.loader.threads, prefetch=config.loader.prefetch, buckets=self.buckets,
         )  # fmt: skip
-        return state, SpikeDetector(config.rewind, extra.get("losses", ())), loader
 
     def fresh_state(self) -> TrainState:
         """The state of step 0, in its shardings: initialised from the seed, but for pretrained weights."""

@@ -169,6 +169,17 @@ def test_shifted_positions_are_those_of_the_next_image():
         np.testing.assert_array_equal(table, right[jnp.array([4, 0, 6])])
 
 
+def test_learned_tables_that_begin_with_sincos_begin_shifted():
+    rows = ("a", 4, "token", "shifted"), ("b", 4, "token", "shifted")
+    backbone = small("uvit", *rows, patch=1, positions="sincos_init")
+    inputs = parity.example(backbone, 2, 3)
+    params = run(functools.partial(backbone.init, jax.random.key(0)), *inputs)["params"]
+    for name, shift in (("a", 1), ("b", 2)):
+        np.testing.assert_allclose(
+            trees.unbox(params[f"condition_pos_{name}"]), layers.sincos_2d(2, 3, 32, shift=shift), atol=1e-6
+        )
+
+
 def test_a_learned_table_of_a_shifted_condition_is_resized_from_a_square():
     backbone = small("uvit", ("a", 4, "token", "shifted"), patch=1)
     inputs = parity.example(backbone, 2, 2)

@@ -58,6 +58,10 @@ def test_renaming_drops_the_sections_of_others():
             "config.conditions.edit.positions is 'own'; known: shared, shifted",
         ),
         (
+            [NAMED, "--config.conditions.edit.concat=channel", "--config.conditions.edit.positions=shifted"],
+            "config.conditions.edit.positions is 'shifted', but channels have no positions; leave it out",
+        ),
+        (
             [NAMED, "--config.conditions.edit.drop=1.5"],
             "config.conditions.edit.drop is 1.5; it must be from 0 to 1",
         ),

@@ -107,6 +107,7 @@ def test_a_prepared_set_has_the_conditions_of_its_images(tmp_path):
     source = create_source(f"latents:{tmp_path / 'one'}", image_size=SIDE)
     held = source.manifest.conditions
     assert held["inpaint"]["variants"] == 2 and held["inpaint"]["masks"] == 1
+    assert held["inpaint"]["name"] == "inpaint" and "sha256" not in held["inpaint"]
     assert held["inpaint"]["fields"]["boxes"] == 0.4 and source.manifest.format == 2
     codec = create_codec(name="dct")
     raw = create_source(
@@ -131,3 +132,15 @@ def test_buckets_have_no_conditions(tmp_path):
     write_folder(tmp_path / "raw")
     with pytest.raises(UserError, match="prepare --buckets makes no conditions"):
         prepare(tmp_path / "raw", tmp_path / "out", buckets=True)
+
+
+def test_two_classes_of_one_name_are_two_requests():
+    making = conditions.Making({"Grey": Edges()}, 1, 0)
+    found = [
+        conditions.about(making, {"Grey": {}}, {"Grey": name}, {name: digest})["Grey"]
+        for name, digest in (("a:Grey", "1"), ("b:Grey", "1"), ("a:Grey", "2"))
+    ]
+    assert found[0]["name"] == "a:Grey" and found[0]["sha256"] == "1"
+    assert all(found.count(one) == 1 for one in found)
+    built_in = conditions.about(making, {"Grey": {}}, {"Grey": "edges"}, {})["Grey"]
+    assert built_in["name"] == "edges" and "sha256" not in built_in

@@ -141,8 +141,20 @@ def test_they_are_scaled_and_cropped_as_their_image(tmp_path):
     }
     record = create_source(write_folder(tmp_path, spoil), **FIELDS)[0]
     np.testing.assert_array_equal(record["image"], record["conditions"]["edit"])
-    # The centre 20x20 is shown, of which the right half is masked.
-    np.testing.assert_array_equal(record["conditions"]["inpaint"][..., 3], array(0, "inpaint.mask")[:, ::-1])
+    # The centre 20x20 is shown, of which the right half is masked, and the column that has anything of it.
+    wanted = array(0, "inpaint.mask")[:, ::-1].copy()
+    wanted[:, SIDE // 2 - 1] = 255
+    np.testing.assert_array_equal(record["conditions"]["inpaint"][..., 3], wanted)
+
+
+def test_a_scaled_mask_covers_every_pixel_that_it_touches(tmp_path):
+    mask = np.zeros((36, 36), np.uint8)
+    # A third of one row and column of the smaller image.
+    mask[13, :], mask[:, 25] = 255, 255
+    spoil = {(0, part): png(np.zeros((36, 36, 3), np.uint8)) for part in ("image", "edit", "inpaint")}
+    record = create_source(write_folder(tmp_path, spoil | {(0, "inpaint.mask"): png(mask)}), **FIELDS)[0]
+    found = record["conditions"]["inpaint"][..., 3] > 0
+    assert found[4].all() and found[:, 8].all() and not found[:3, :7].any()
 
 
 def test_the_index_of_a_tar_is_kept_apart_for_each_choice(tmp_path):

@@ -5,14 +5,18 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from scaling_dit.doctor import probe
+from scaling_dit.model.build import build_model, make_tokenizer, open_source
+from scaling_dit.training.start import Run
 from tests.support import xla
 from tests.support.paths import ROOT, SUPPORT
+from tests.support.runs import tiny
 
 
 def test_sums_of_the_devices_here():
@@ -55,6 +59,24 @@ def test_hosts_that_do_not_see_the_same_folder(tmp_path, monkeypatch):
     # It lies here, with other contents.
     (tmp_path / f".doctor-{'0' * 32}").write_text("another")
     assert "reads other contents from" in probe.storage(str(tmp_path), probe.Machine())["error"]
+
+
+def test_batches_of_a_run_have_its_conditions():
+    """What training and the doctor's steps both read."""
+    config = tiny(conditioning__names=("inpaint",))
+    source = open_source(config)
+    model = build_model(config, make_tokenizer(config, source), source)
+    run = types.SimpleNamespace(config=config, source=source, model=model, positions=np.arange(8), buckets=())
+    loader = Run.loader(run)
+    batch = next(loader)
+    loader.close()
+    assert batch["conditions"]["inpaint"].shape == (8, 16, 16, 4)
+
+
+@pytest.mark.slow
+def test_steps_of_a_run_with_conditions():
+    steps = probe.train_steps(tiny(conditioning__names=("inpaint",)))
+    assert "error" not in steps and len(steps["losses"]) == probe.STEPS
 
 
 def test_versions_are_those_installed():

@@ -10,6 +10,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Item, Items
 from scaling_dit.parallel.mesh import make_mesh
+from scaling_dit.sampling.options import SamplingOptions
 
 SIDE = 8
 
@@ -49,7 +50,13 @@ def test_the_hash_is_of_names_ids_and_pixels():
     base = conditioned.digest([item(0), item(1)])
     assert base == conditioned.digest(Items(2, item)) and len(base) == 64
     assert len({base, conditioned.digest([item(0)]), conditioned.digest([item(1), item(0)])}) == 3
-    assert conditioned.digest([Item("a", "b")]) == ""
+    assert conditioned.digest([Item("a", "b")]) == "" == conditioned.digest([])
+
+
+def test_items_without_conditions_are_not_all_read():
+    made = []
+    items = Items(5, lambda number: made.append(number) or Item(f"i{number}", "p"))
+    assert conditioned.digest(items) == "" and set(made) == {0}
 
 
 def test_a_run_without_the_condition_is_one_line():
@@ -61,6 +68,17 @@ def test_a_run_without_the_condition_is_one_line():
         conditioned.check([item(0)], ("edges",), "edits")
     with pytest.raises(UserError, match="the run reads none"):
         conditioned.check([item(0)], (), "edits")
+
+
+def test_options_that_act_on_no_item_are_one_line():
+    masked = types.SimpleNamespace(name="inpaint", condition=types.SimpleNamespace(masks=1))
+    sampler = types.SimpleNamespace(
+        model=types.SimpleNamespace(conditions=(masked,)), options=SamplingOptions(keep=True)
+    )
+    conditioned.check_options([item(0, inpaint=np.zeros((SIDE, SIDE, 4), np.uint8))], sampler)
+    for items in ([item(0)], []):
+        with pytest.raises(UserError, match="keep needs a condition with a mask.*; give inpaint"):
+            conditioned.check_options(items, sampler)
 
 
 class _Sampler:

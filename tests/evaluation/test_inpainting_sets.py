@@ -114,6 +114,19 @@ def test_the_layout_of_brushbench_holds_images_masks_and_results(folder, tmp_pat
     ]
 
 
+def test_the_layout_of_brushbench_has_the_mask_of_the_object_first_whichever_was_sampled_with(
+    folder, tmp_path
+):
+    items = open_prompt_set(f"brushbench_outside:{folder}").items
+    out = epath.Path(tmp_path / "out")
+    write_layout("brushbench", ((item, item.truth[None]) for item in items), out)
+    given = json.loads((folder / "mapping_file.json").read_text())
+    for key, entry in json.loads((out / "mapping_file.json").read_text()).items():
+        assert {name: entry[name] for name in inpainting.MASKS} == {
+            n: given[key][n] for n in inpainting.MASKS
+        }
+
+
 def test_the_layout_of_editbench_names_the_sizes_of_masks(folder, tmp_path):
     items = open_prompt_set(f"brushbench:{folder}").items
     made = np.zeros((3, 2, SIDE, SIDE, 3), np.uint8)

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import json
+import types
 import warnings
 
 import diffusers
@@ -320,6 +321,11 @@ def test_runs_that_no_pipeline_draws(smoke_run):
     other = dataclasses.replace(pipe.model, backbone=backbones.create("unet", size="sd2"))
     with pytest.raises(UserError, match="needs a CLIPTextModel; this run has text encoder 'scratch'"):
         pipelines.kind_of(dataclasses.replace(pipe, model=other))
+    widened = dataclasses.replace(other, conditions=(types.SimpleNamespace(name="inpaint"),))
+    with pytest.raises(
+        UserError, match="StableDiffusionPipeline reads no image conditions, and this run reads inpaint"
+    ):
+        pipelines.kind_of(dataclasses.replace(pipe, model=widened))
     config = pipe.config.copy_and_resolve_references()
     config.diffusion.update({"schedule": "flow", "prediction": "flow"})
     with pytest.raises(UserError, match="which no pipeline of diffusers"):
@@ -335,6 +341,14 @@ def test_parts_that_are_missing(tmp_path, missing, capsys):
     arguments = ["import", f"--from={tmp_path}", SMOKE, f"--workdir={tmp_path / 'run'}"]
     assert cli.main(arguments) == 2
     assert f"is a pipeline without the folder {missing!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_a_pipeline_whose_condition_has_other_latents_is_refused(tmp_path, part, capsys):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInstructPix2PixPipeline"}')
+    assert cli.main(["import", f"--from={tmp_path / part}", SMOKE, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "whose backbone reads unscaled latents of the image to edit" in capsys.readouterr().err
 
 
 def test_text_encoders_that_are_not_here(tmp_path):

@@ -1,5 +1,7 @@
 """Image conditions of a model: encoding without randomness, dropping, shapes of a batch, and mistakes of a config."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,21 @@ def test_an_image_is_encoded_and_a_mask_averaged(pixels):
     stored = jnp.concatenate([wanted, jnp.asarray(mask)[..., None]], axis=-1).astype(jnp.bfloat16)
     again = model.encode_conditions({"codec": {}}, {"inpaint": stored})["inpaint"]
     np.testing.assert_array_equal(again, stored.astype(jnp.float32))
+
+
+def test_an_image_without_masks_needs_no_sides_that_divide(pixels):
+    class Thirds:
+        """Latents of 5x5 for images of 16x16."""
+
+        def moments(self, params, images):
+            return images[:, :15:3, :15:3].astype(jnp.float32)
+
+        def mean(self, params, moments):
+            return moments
+
+    model = dataclasses.replace(pixels[1], codec=Thirds())
+    found = model.encode_conditions({"codec": {}}, {"edit": given(masks=0)})["edit"]
+    np.testing.assert_array_equal(found, given(masks=0)[:, :15:3, :15:3])
 
 
 def dct():

@@ -1,8 +1,10 @@
 """Sampling with image conditions: they act, options act on them, what is kept is kept, and mistakes are one line."""
 
 import dataclasses
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.given import Given
+from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.pipeline import Pipeline
 from scaling_dit.trees import unbox
 from tests.support.runs import tiny
@@ -56,6 +59,41 @@ def test_conditions_act_and_what_is_given_is_kept(pipe):
     assert (kept[:, :8] != IMAGE[:8]).any()
 
 
+def test_conditions_of_a_prepared_set_are_sampled_as_the_pixels_they_were_made_of(pipe):
+    """As the grid of a run from a prepared set is, which has no pixels."""
+    # The codec's latents are pixels; both ends of the scale and 0 and 1 of masks are exact in bfloat16.
+    assert pipe.model.codec.moments_shape(16) == (16, 16, 3)
+    pixels = np.stack([np.where(CONDITION > 127, np.uint8(255), np.uint8(0))] * 2)
+    pixels[..., :3][pixels[..., 3] > 0] = 128
+    stored = np.concatenate([pixels[..., :3] / 127.5 - 1, pixels[..., 3:] / 255], axis=-1)
+    sampler = pipe.sampler()
+    wanted = sampler(pipe.params, pipe.frozen, PROMPTS, conditions={"inpaint": pixels})
+    found = sampler(pipe.params, pipe.frozen, PROMPTS, conditions={"inpaint": stored.astype(jnp.bfloat16)})
+    # Grey, 128, is 0.0039 and rounded.
+    assert np.abs(found.astype(int) - wanted).max() <= 2
+    assert (found != sampler(pipe.params, pipe.frozen, PROMPTS)).any()
+    for name, array, message in (
+        (
+            "edit",
+            stored,
+            r"condition 'edit' of a prepared set is bfloat16 \[2, 16, 16, 4\]; it must be \[2, 16, 16, 3\]",
+        ),
+        ("other", stored, "the run reads no condition 'other'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampler(pipe.params, pipe.frozen, PROMPTS, conditions={name: array.astype(jnp.bfloat16)})
+
+
+def test_latents_of_a_prepared_set_are_not_pasted_as_pixels(pipe):
+    sampler = pipe.sampler(keep=True)
+    length = pipe.model.text_encoder.length
+    shapes = {"ids": ((2, length), jnp.int32), "mask": ((2, length), bool), "numbers": ((2,), jnp.int32)}
+    inputs = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    inputs["conditions"] = {"inpaint": jax.ShapeDtypeStruct((2, 16, 16, 4), jnp.bfloat16)}
+    found = jax.eval_shape(sampler._images, pipe.params, pipe.frozen, inputs, jnp.uint32(0))
+    assert (found.shape, found.dtype) == ((2, 16, 16, 3), np.uint8)
+
+
 @pytest.mark.slow
 def test_guidance_on_the_condition_and_a_start_from_an_image_act(pipe):
     given = {"inpaint": CONDITION}
@@ -90,6 +128,30 @@ def test_mistakes_are_one_line(pipe, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         pipe.sample(PROMPTS, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_asked_for_must_act_on_something_before_a_folder_is_made(pipe):
+    options = SamplingOptions()
+    # Prompts may have conditions of their own, as those of a prompt set do.
+    Given().check(options.replace(keep=True, condition_guidance=2.0), pipe.model, ("inpaint",))
+    Given().check(options.replace(condition_guidance=2.0), pipe.model, ("edit",))
+    for changes, more, message in (
+        ({"keep": True}, ("edit",), "keep needs a condition with a mask"),
+        ({"condition_guidance": 2.0}, (), "condition_guidance is 2.0, but no condition is given"),
+        ({"strength": 0.5}, ("inpaint",), "strength is 0.5, but no image is given to start from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Given().check(options.replace(**changes), pipe.model, more)
+    bare = dataclasses.replace(pipe.model, codec=types.SimpleNamespace())
+    with pytest.raises(UserError, match=r"codec SimpleNamespace has no mean\(params, moments\)"):
+        Given(image=IMAGE).check(options.replace(strength=0.5), bare)
+
+
+def test_arrays_show_nothing_of_what_is_to_be_generated(pipe):
+    whole = np.concatenate([IMAGE, MASK], axis=-1)
+    for array, count in ((whole, None), (np.stack([whole] * 2), 2)):
+        found = Given.of(pipe.model, {"inpaint": array}, None, count).conditions["inpaint"]
+        np.testing.assert_array_equal(found, np.broadcast_to(CONDITION, array.shape))
 
 
 def test_files_are_read_and_hashed(pipe, tmp_path):

@@ -5,7 +5,11 @@ plain config values, each with a default. In data and in a user's files it is ui
 in which 255 marks what is to be generated and 0 what is given.
 
 A record may carry its conditions itself, as paired data do: `record["conditions"]` maps a name to such an array, which
-is used as it is.
+is used as it is. If the condition has a method
+
+    hide(image) -> image                  uint8 [..., H, W, 3 + M]: the same, with nothing to see of what its masks hide
+
+arrays that it did not make, of records or of users, go through that first.
 """
 
 import inspect
@@ -26,6 +30,9 @@ _METHODS = {
 }
 # More would be no image.
 MOST_MASKS = 16
+# How a backbone may read it, and which positions its tokens may have.
+CONCAT = ("token", "channel")
+POSITIONS = ("shared", "shifted")
 
 
 class Condition(Protocol):
@@ -112,10 +119,26 @@ def make(
     """
     where = f"condition {name!r} of record {record.get('key')!r}"
     if name in record.get("conditions", {}):
-        return check_image(record["conditions"][name], size, condition.masks, where)
+        return hidden(condition, check_image(record["conditions"][name], size, condition.masks, where), where)
     with one_line(f"{where}: make()"):
         made = condition.make(record, generator)
     return check_image(made, size, condition.masks, where)
+
+
+def hidden(condition: Condition, image: np.ndarray, where: str) -> np.ndarray:
+    """A condition uint8 [..., H, W, 3 + M] that was given, without what its masks hide.
+
+    Raises:
+      UserError: the condition's `hide` fails, or gives another array.
+    """
+    hide = getattr(condition, "hide", None)
+    if hide is None:
+        return image
+    with one_line(f"{where}: hide()"):
+        found = hide(image)
+    if not isinstance(found, np.ndarray) or found.shape != image.shape or found.dtype != np.uint8:
+        raise UserError(f"{where}: hide() must return an array as it was given, uint8 {list(image.shape)}")
+    return found
 
 
 def read(condition: Condition, name: str, files: Sequence[str], size: int) -> np.ndarray:

@@ -95,12 +95,15 @@ class Inpaint:
         Raises:
           UserError: the mask is missing, or of another size than the image; a file that is no image.
         """
-        found = contract.read_files(files, self.masks)
-        return masked(found[..., :3], found[..., 3] > 127)
+        return self.hide(contract.read_files(files, self.masks))
+
+    def hide(self, image: np.ndarray) -> np.ndarray:
+        """An image and a mask uint8 [..., H, W, 4] as a condition: grey where the mask is more white than black."""
+        return masked(image[..., :3], image[..., 3] > 127)
 
 
 def masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The condition of an image uint8 [H, W, 3] and a mask bool [H, W], True = missing: uint8 [H, W, 4]."""
+    """The condition uint8 [..., H, W, 4] of an image [..., H, W, 3] and a mask bool [..., H, W], True = missing."""
     shown = np.where(mask[..., None], np.uint8(GREY), image)
     return np.concatenate([shown, np.where(mask, np.uint8(255), np.uint8(0))[..., None]], axis=-1)
 

@@ -87,7 +87,7 @@ class Manifest:
       records: split -> number of records.
       left_out: reason -> {"count", "examples"}; examples only of what was damaged.
       shards: the files, in the order of the raw shards.
-      conditions: name -> what the records hold of it: masks, variants, seed, and the fields that it was made with.
+      conditions: name -> what the records hold of it: masks, variants, seed, class and fields.
     """
 
     codec: Mapping[str, Any]

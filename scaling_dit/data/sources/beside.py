@@ -103,6 +103,5 @@ def _fitted(image: Image.Image, size: tuple[int, int], is_mask: bool) -> np.ndar
     height, width = size
     if not is_mask:
         return images.fit(image, width, height)
-    return np.where(images.fit(image.convert("L"), width, height) > 127, np.uint8(255), np.uint8(0))[
-        ..., None
-    ]
+    mask = images.fit_mask(np.asarray(image.convert("L")) > 127, width, height)
+    return np.where(mask, np.uint8(255), np.uint8(0))[..., None]

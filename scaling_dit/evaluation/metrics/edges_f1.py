@@ -10,6 +10,7 @@ from scipy import ndimage
 from scaling_dit.data.conditions import edges as edges_lib
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.bases import PerImage, held_out_items
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, Skipped, State
 
@@ -69,11 +70,28 @@ class EdgesF1(PerImage):
 
         return Items(count, make)
 
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that items of a prompt set have edges; raises UserError."""
+        if items and self.condition not in items[0].conditions:
+            raise UserError(
+                f"{where} has no condition {self.condition!r}; metric 'edges_f1' takes the run's data: leave out "
+                "prompt_set"
+            )
+
     def rows(self, batch: Batch) -> Sequence[Row]:
-        """For each image F1 as `score`, `precision`, `recall` and `ssim`."""
+        """For each image F1 as `score`, `precision`, `recall` and `ssim`.
+
+        Raises:
+          UserError: an image of another size than its edges.
+        """
         rows = []
         for image, item in zip(batch.images, batch.items, strict=True):
             wanted = item.conditions[self.condition][..., 0] > 127
+            if image.shape[:2] != wanted.shape:
+                size, right = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, wanted.shape))
+                raise UserError(
+                    f"the image of {item.id!r} has {size} pixels and its edges {right}; give images of that size"
+                )
             found = self._detector.find(image)
             precision, recall, f1 = overlap(found, wanted, self.tolerance)
             rows.append({"score": f1, "precision": precision, "recall": recall, "ssim": ssim(found, wanted)})
@@ -92,7 +110,8 @@ class EdgesF1(PerImage):
 
     @property
     def _detector(self) -> edges_lib.Edges:
-        return edges_lib.Edges(self.sigma, self.low, self.high)
+        with conditioned.own_fields(self.NAME, "edges"):
+            return edges_lib.Edges(self.sigma, self.low, self.high)
 
 
 def overlap(found: np.ndarray, wanted: np.ndarray, tolerance: int) -> tuple[float, float, float]:

@@ -64,6 +64,14 @@ class Edits(Base):
 
         return Items(count, make)
 
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that items of a prompt set are edits with their scenes; raises UserError."""
+        if items and not isinstance(items[0], EditItem):
+            raise UserError(
+                f"{where} has no edits whose pixels can be read; metric 'edits' takes the run's data, source "
+                "shapes_edits: leave out prompt_set"
+            )
+
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: `kind`, `success`, `kept`, and their product as `score`."""
         rows = []

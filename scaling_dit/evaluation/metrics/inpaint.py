@@ -24,7 +24,7 @@ from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State
 
 # PSNR of a given part that is equal in every bit, in dB.
 MOST_DB = 100.0
-# Masks that are tried until one hides an object.
+# Masks that are tried until one hides an object; the last is taken in any case.
 _TRIES = 50
 # Share of an object's pixels that a mask must cover to hide it.
 _HIDDEN = 0.5
@@ -77,7 +77,9 @@ class InpaintMetric(Base):
             )
 
     def items(self, source: Source, count: int) -> Sequence[Item]:
-        """Held-out records with a mask each; of `shapes` distinct scenes, of whose objects a mask hides at least one.
+        """Held-out records with a mask each; of `shapes` distinct scenes.
+
+        Of a scene the first mask that hides an object is taken, or the last of `_TRIES`, whatever that hides.
 
         Raises:
           UserError: fewer records are held out, or they are of a prepared set.
@@ -227,9 +229,10 @@ class InpaintMetric(Base):
 
     @functools.cached_property
     def _masks(self) -> inpaint.Inpaint:
-        return inpaint.Inpaint(
-            self.boxes, self.strokes, self.objects, self.outpaint, self.smallest, self.largest
-        )
+        with conditioned.own_fields(_NAME, "inpaint"):
+            return inpaint.Inpaint(
+                self.boxes, self.strokes, self.objects, self.outpaint, self.smallest, self.largest
+            )
 
     def _place(self) -> str:
         return published.CLIP_L.find(self.clip_weights, _NAME)

@@ -27,6 +27,8 @@ _CONFIG = "config.json"
 _SCHEDULER_CONFIG = "scheduler_config.json"
 # Their folders.
 _BACKBONES = ("unet", "transformer")
+# It gives the backbone the mode of the autoencoder's posterior as it is.
+_UNSCALED = "StableDiffusionInstructPix2PixPipeline"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,11 @@ def kind_of(pipe: Pipeline) -> Kind:
         raise UserError(
             f"no pipeline of diffusers samples with backbone {name!r} from CLIP or T5; --to=diffusers or "
             "--to=safetensors writes its weights alone"
+        )
+    if model.conditions:
+        raise UserError(
+            f"{kind.class_name} reads no image conditions, and this run reads "
+            f"{', '.join(one.name for one in model.conditions)}; --to=diffusers writes the backbone alone"
         )
     encoder, class_name, _ = kind.text_encoder
     if not isinstance(model.text_encoder, encoder):
@@ -154,6 +161,20 @@ def write(
 def is_pipeline(path: epath.Path) -> bool:
     """Whether a place is the folder of a whole pipeline."""
     return path.is_dir() and (path / INDEX).exists()
+
+
+def check_latents(path: epath.Path) -> None:
+    """Makes sure that a pipeline, or the one that the folder of a backbone is part of, scales latents as is done here.
+
+    Raises:
+      UserError: one whose conditions are latents of another scale, so that its weights would compute something else.
+    """
+    for folder in (path, path.parent):
+        if is_pipeline(folder) and files.read_json(folder / INDEX).get("_class_name") == _UNSCALED:
+            raise UserError(
+                f"{folder} is a {_UNSCALED}, whose backbone reads unscaled latents of the image to edit; here they "
+                "are scaled as those of the noise, so its weights would compute something else and are not read"
+            )
 
 
 def backbone_folder(path: epath.Path) -> epath.Path:

@@ -1,15 +1,19 @@
 """Conditions in host batches: keyed by (seed, step, position) and their own name, and nothing else changes by them."""
 
+import types
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from scaling_dit.data import loader
 from scaling_dit.data.conditions.edit import Edit
 from scaling_dit.data.conditions.inpaint import Inpaint
 from scaling_dit.data.loader import KeyedGenerator, make_loader
 from scaling_dit.data.shapes.edit_source import ShapesEditsSource
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation.validation import held_out_conditions
 
 
 def tokenize(captions):
@@ -114,3 +118,24 @@ def test_streams_of_one_place_are_independent_of_each_other():
     captions = keyed.at(2, 3).random(4)
     assert (keyed.at(2, 3, 9).random(4) != captions).all()
     np.testing.assert_array_equal(keyed.at(2, 3).random(4), captions)
+
+
+def test_conditions_of_held_out_records_have_streams_of_their_own():
+    """As in training: two masks of an image do not coincide, and one does not depend on the others."""
+    source = ShapesSource(preset="grid8")
+    records = [source[i] for i in range(4)]
+
+    def made(*names):
+        chosen = [types.SimpleNamespace(name=name, condition=Inpaint()) for name in names]
+        return held_out_conditions(types.SimpleNamespace(conditions=chosen), records)
+
+    both = made("second", "inpaint")
+    assert (both["second"] != both["inpaint"]).any()
+    np.testing.assert_array_equal(both["inpaint"], made("inpaint")["inpaint"])
+
+
+def test_no_name_gets_the_stream_of_an_order(monkeypatch):
+    """Captions have 0, `TinyShuffle` 1, buckets 2 and 3."""
+    digest = types.SimpleNamespace(digest=lambda: b"\x02" + bytes(7))
+    monkeypatch.setattr(loader.hashlib, "blake2b", lambda *_, **__: digest)
+    assert loader.stream_of.__wrapped__("any") == 4

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from scaling_dit.data.conditions import contract, create
+from scaling_dit.data.conditions.inpaint import Inpaint
 from scaling_dit.errors import UserError
 
 
@@ -25,6 +26,28 @@ class Noise:
 
 
 RECORD = {"image": np.zeros((4, 4, 3), np.uint8), "key": "k", "captions": ["x"]}
+
+
+def test_what_the_mask_of_an_inpainting_condition_hides_never_shows():
+    """The natural file beside a mask is the whole photo, whose hidden part is the answer."""
+    photo = np.random.default_rng(0).integers(0, 100, (4, 4, 3), np.uint8)
+    mask = np.zeros((4, 4, 1), np.uint8)
+    mask[:2], mask[2] = 255, 100
+    given = np.concatenate([photo, mask], axis=-1)
+    record = RECORD | {"conditions": {"inpaint": given}}
+    found = contract.make(Inpaint(), "inpaint", record, np.random.default_rng(0), 4)
+    assert (found[:2, :, :3] == 128).all() and (found[..., 3] == np.where(mask > 127, 255, 0)[..., 0]).all()
+    np.testing.assert_array_equal(found[2:, :, :3], photo[2:])
+    np.testing.assert_array_equal(contract.hidden(Inpaint(), np.stack([given] * 2), "x"), [found] * 2)
+
+    class Cut(Noise):
+        def hide(self, image):
+            return image[..., :3]
+
+    with pytest.raises(
+        UserError, match=r"condition 'mine'.*: hide\(\) must return an array as it was given, uint8 .4, 4, 4"
+    ):
+        contract.make(Cut(), "mine", RECORD | {"conditions": {"mine": given}}, np.random.default_rng(0), 4)
 
 
 def test_a_condition_is_made_or_carried_by_the_record():

@@ -9,7 +9,7 @@ from etils import epath
 
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.errors import UserError
-from scaling_dit.model.codec_identity import check_conditions
+from scaling_dit.model.codec_identity import check_conditions, check_makers
 from tests.support.prepared_records import CODEC, prepared
 
 
@@ -80,3 +80,18 @@ def test_a_run_gets_the_conditions_it_asks_for_or_one_line():
         check_conditions({}, {"edges": {}}, "set")
     with pytest.raises(UserError, match=r"conditions.inpaint.boxes 0.4; the run has 0.5; set config"):
         check_conditions(held, {"inpaint": {"boxes": 0.5, "sides": ("top",)}}, "set")
+
+
+def test_a_set_says_which_class_made_its_conditions():
+    held = {
+        "Grey": {"name": "a:Grey", "sha256": "0" * 64, "masks": 0, "variants": 1, "seed": 0, "fields": {}}
+    }
+    check_makers(held, {"Grey": {"name": "a:Grey", "masks": 0}}, "set")
+    # Sets of earlier versions do not.
+    check_makers({"Grey": {"masks": 0, "fields": {}}}, {"Grey": {"name": "b:Grey", "masks": 0}}, "set")
+    for wrong, message in (
+        ({"name": "b:Grey", "masks": 0}, "a condition 'Grey' of name 'a:Grey'; the run's has 'b:Grey'"),
+        ({"name": "a:Grey", "masks": 1}, "a condition 'Grey' of masks 0; the run's has 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_makers(held, {"Grey": wrong}, "set")

@@ -7,7 +7,7 @@ from skimage.metrics import structural_similarity
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS
-from scaling_dit.evaluation.metric import Skipped
+from scaling_dit.evaluation.metric import Batch, Item, Skipped
 from scaling_dit.evaluation.metrics import edges_f1
 from scaling_dit.evaluation.scoring import Scoring, score
 
@@ -76,3 +76,18 @@ def test_what_is_missing_skips_and_mistakes_are_one_line(monkeypatch):
         METRICS["edges_f1"]().items(ShapesSource(), 2)
     with pytest.raises(UserError, match="tolerance is -1"):
         METRICS["edges_f1"](tolerance=-1)
+
+
+def test_items_without_edges_and_images_of_another_size_are_one_line():
+    metric = METRICS["edges_f1"]()
+    items = metric.items(ShapesSource(preset="grid16"), 2)
+    metric.check_items(items, "x")
+    with pytest.raises(UserError, match="prompt set x has no condition 'edges'; .*leave out prompt_set"):
+        metric.check_items([Item("a", "b")], "prompt set x")
+    with pytest.raises(UserError, match="has 24x20 pixels and its edges 16x16"):
+        metric.rows(Batch(np.zeros((1, 20, 24, 3), np.uint8), [items[0]]))
+
+
+def test_mistakes_in_the_detector_name_the_metric():
+    with pytest.raises(UserError, match=r"^metrics.edges_f1.sigma is -1.0"):
+        METRICS["edges_f1"](sigma=-1.0)

@@ -11,6 +11,7 @@ from scaling_dit.data.shapes.scenes import render
 from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS
+from scaling_dit.evaluation.metric import Item
 from scaling_dit.evaluation.scoring import Scoring, score
 
 
@@ -66,3 +67,11 @@ def test_another_source_is_one_line():
         UserError, match="metric 'edits' needs edits .* source shapes_edits, not compositional"
     ):
         METRICS["edits"]().items(ShapesSource(), 3)
+
+
+def test_items_of_a_prompt_set_are_one_line(items):
+    METRICS["edits"]().check_items(items, "x")
+    with pytest.raises(
+        UserError, match="prompt set x has no edits whose pixels can be read; .*leave out prompt_set"
+    ):
+        METRICS["edits"]().check_items([Item("a", "b")], "prompt set x")

@@ -147,3 +147,12 @@ def test_clip_scores_the_crop(items, monkeypatch):
     result, rows = scored(METRICS["inpaint"](clip=True), white, items)
     assert result["scalars"]["inpaint_clip"] == pytest.approx(100)
     assert all(row["clip"] == pytest.approx(100) for row in rows)
+
+
+def test_mistakes_in_the_masks_name_the_metric():
+    for fields, message in (
+        ({"boxes": -1.0}, r"^metrics.inpaint.boxes is -1.0"),
+        ({"smallest": 0.7}, r"^metrics.inpaint.smallest and largest are 0.7 and 0.6"),
+    ):
+        with pytest.raises(UserError, match=message):
+            METRICS["inpaint"](**fields)

@@ -158,7 +158,7 @@ def load(
             a, b, split = a[entry.layer], b[entry.layer], _inner(split)
         _fill(entry, present, names, a, b, split)
         given = [present.get(name.removesuffix(_WEIGHT)) for name in entry.names]
-        pairs = [one and (one.a, one.scale * one.b) for one in given]
+        pairs = [None if one is None else (one.a, one.scale * one.b) for one in given]
         _check(entry, pairs, np.asarray(delta(split, jnp.asarray(a), jnp.asarray(b))))
     if modules:
         shown = ", ".join(sorted(modules)[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")

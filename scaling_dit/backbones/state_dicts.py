@@ -64,7 +64,9 @@ def held_conditions(
     names: dict[str | None, list[str]] = {}
     for row in rows:
         if isinstance(row, Row):
-            names.setdefault(condition_of(row.ours), []).extend(row.names)
+            # Of several layers the first stands for all.
+            first = (name.replace("{i}", "0") for name in row.names)
+            names.setdefault(condition_of(row.ours), []).extend(first)
     return tuple(tuple(one) for one in wanted if one.name not in names or any(map(has, names[one.name])))
 
 

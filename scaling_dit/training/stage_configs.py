@@ -69,8 +69,9 @@ def check_configs(base: RunBase | FileBase, config: ConfigDict, model: Model) ->
         )
     found += _of_conditions(base.config, config)
     if config.adapter.rank:
+        fixed = (*_MEANING, *_position_fields(base.config.backbone))
         different = changed(base.config, config)
-        found += [_line(key, *both) for key, both in different.items() if _is_of(key, _MEANING)]
+        found += [_line(key, *both) for key, both in different.items() if _is_of(key, fixed)]
     # The grid of another model would be of no use.
     found = found or _of_base_size(base.config, config, model)
     if found:
@@ -125,6 +126,15 @@ def _read(config: ConfigDict) -> dict[str, dict[str, Any]]:
         place = count if positions == "shifted" else 0
         found[name] = {"concat": fields.concat, "positions": positions, "place": place}
     return found
+
+
+def _position_fields(backbone: ConfigDict) -> tuple[str, ...]:
+    """Fields that move the positions which a base was trained with; one that counts on is scaled beyond them alone."""
+    if backbone.name not in backbones.BACKBONES or "base_size" not in backbone:
+        return ()
+    if "rope_scaling" not in backbone:
+        return ("backbone.base_size",)
+    return () if backbone.rope_scaling == "none" else ("backbone.rope_scaling",)
 
 
 def _of_base_size(there: ConfigDict, here: ConfigDict, model: Model) -> list[str]:

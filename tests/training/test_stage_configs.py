@@ -83,13 +83,14 @@ def test_other_differences_are_counted_and_allowed_for_adapters():
     assert stage_configs.in_words({}, "start.json") == ""
 
 
-def rope(side, *changes):
-    """Next-DiT on scenes of `side` px, in patches of 8."""
+def rope(side, *changes, name="next_dit"):
+    """A family, Next-DiT by default, on scenes of `side` px in patches of 8."""
     config = config_of()
     with config.unlocked():
-        config.backbone = ConfigDict({"name": "next_dit", "hidden": 32, "depth": 1, "heads": 2, "patch": 8})
+        config.backbone = ConfigDict({"name": name, "hidden": 32, "depth": 1, "heads": 2, "patch": 8})
         config.source.preset = f"grid{side}"
-    return config_lib.resolve(config, [f"--config.backbone.{change}" for change in changes])
+    dotted = (change if "adapter" in change else f"backbone.{change}" for change in changes)
+    return config_lib.resolve(config, [f"--config.{change}" for change in dotted])
 
 
 def test_scaled_rotary_positions_begin_from_the_grid_of_the_base():
@@ -105,3 +106,15 @@ def test_scaled_rotary_positions_begin_from_the_grid_of_the_base():
         UserError, match="base_size is 8, and 3 in the base, whose positions are scaled already"
     ):
         check(scaled, rope(48, "rope_scaling=ntk", "base_size=8"))
+
+
+def test_adapters_leave_the_positions_of_their_base_where_they_are():
+    base = rope(24, "base_size=3", name="pixart")
+    check(base, rope(48, "base_size=6", name="pixart"))
+    with pytest.raises(UserError, match="config.backbone.base_size is 3 there and 6 here"):
+        check(base, rope(48, "base_size=6", "adapter.rank=2", name="pixart"))
+    # Scaled from the base's grid on, they are the base's there.
+    check(rope(24), rope(48, "rope_scaling=ntk", "base_size=3", "adapter.rank=2"))
+    scaled = rope(48, "rope_scaling=ntk", "base_size=3")
+    with pytest.raises(UserError, match="config.backbone.rope_scaling is 'ntk' there and 'linear' here"):
+        check(scaled, rope(48, "rope_scaling=linear", "base_size=3", "adapter.rank=2"))

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 from scaling_dit import config as config_lib
+from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.curation import conditions, job
 from scaling_dit.data.conditions.edges import Edges
 from scaling_dit.data.conditions.inpaint import Inpaint
 from scaling_dit.data.sources import create_source
 from scaling_dit.encoders.codec import create_codec
 from scaling_dit.errors import UserError
+from scaling_dit.training import loop
 from tests.support.prepared_sets import contents
 
 SIDE = 16
@@ -144,3 +146,19 @@ def test_two_classes_of_one_name_are_two_requests():
     assert all(found.count(one) == 1 for one in found)
     built_in = conditions.about(making, {"Grey": {}}, {"Grey": "edges"}, {})["Grey"]
     assert built_in["name"] == "edges" and "sha256" not in built_in
+
+
+@pytest.mark.slow
+def test_a_run_from_such_a_set_is_evaluated_while_it_trains(tmp_path):
+    """Its grid and validation loss read moments in place of pixels."""
+    write_folder(tmp_path / "raw")
+    assert prepare(tmp_path / "raw", tmp_path / "set") == 0
+    overrides = [
+        f"--config.source.name=latents:{tmp_path / 'set'}", "--config.codec.name=dct",
+        "--config.conditioning.names=('inpaint','edit')", "--config.steps=2", "--config.batch=8",
+        "--config.eval.every=2", "--config.eval.metrics=()", "--config.eval.grid=2", "--config.eval.loss_images=2",
+        "--config.sample.steps=2", "--config.sample.keep=true", "--config.backbone.patch=4",
+        f"--config.source.image_size={SIDE}",
+    ]  # fmt: skip
+    loop.train(config_lib.load("shapes:smoke", overrides), tmp_path / "run")
+    assert any("validation/loss" in row for row in read_metrics(tmp_path / "run"))

@@ -118,7 +118,7 @@ def board(monkeypatch):
             return lambda *args: calls.append((name, args))
 
     writer = writers.TensorBoardWriter.__new__(writers.TensorBoardWriter)
-    writer._writer, writer._off, writer._directory = Summary(), False, "tensorboard"
+    writer._writer, writer.off, writer._directory = Summary(), False, "tensorboard"
     return writer, calls
 
 

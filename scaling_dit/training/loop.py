@@ -166,8 +166,7 @@ def run_steps(
         step += 1
         with watch.part(DATA_WAIT):
             batch = rules.to_global(next(loader), mesh, config.batch) | {"seed": seed}
-        if run.buckets:
-            note_size(run, batch, sizes)
+        note_size(run, batch, sizes)
         dispatched = watcher.times.clock()
         with rules.activate(mesh), profiler.step(step):
             state, metrics = run.program.step(state, run.frozen, batch)
@@ -245,11 +244,13 @@ def go_back(
 
 
 def note_size(run: Run, batch: Mapping[str, jax.Array], sizes: set[tuple[int, ...]]) -> None:
-    """Says that the step is compiled for the size of a batch, the first time that there is one of it.
+    """Says, of a run on buckets, that the step is compiled for the size of a batch when the first of it comes.
 
     Args:
       sizes: shapes of images or latents met so far; added to in place.
     """
+    if not run.buckets:
+        return
     found = batch.get("images", batch.get("latents"))
     assert found is not None
     if found.shape in sizes:

@@ -117,9 +117,7 @@ class Run:
         # A microbatch must split over the devices as well.
         rules.local_positions(mesh, config.batch // config.optim.accumulate)
         source = open_source(config)
-        given = None if base is None else base.tokenizer()
-        if fresh and beside is not None:
-            given = load_tokenizer(config, beside.workdir)
+        given = tokenizer_of(config, base, beside if fresh else None)
         tokenizer = open_workdir(workdir, config, source, given)
         model = build_model(config, tokenizer, source)
         if start is not None and (base or beside):
@@ -135,8 +133,7 @@ class Run:
         frozen = {name: lent[name] for name in program.boxed_frozen if name != BASE}
         check_source(source, config, model.codec, frozen["codec"])
         evaluator = InTraining(model, source, mesh, config, program.adapters)
-        digest = frozen_hash(frozen, *model.encoders)
-        words = tokenizer_hash(workdir, tokenizer)
+        digest, words = frozen_hash(frozen, *model.encoders), tokenizer_hash(workdir, tokenizer)
         whole = dict(frozen)
         if beside is not None:
             whole[BASE], beside = read_base(beside, mesh, program.boxed_frozen[BASE], digest, words)
@@ -156,18 +153,16 @@ class Run:
             base=beside,
             buckets=buckets,
         )
-        begun = None
         if base is not None:
             # Read before anything is written, for what does not fit must leave no trace.
             begun = stages.first_state(base, program, run.random_state(), lent, config, model)
         take(lease, workdir, fresh)
-        if base is not None and begun is not None:
+        if base is not None:
             stages.save(workdir, base, config, begun, run.extra((), SpikeDetector(config.rewind)))
         if first is not None:
             first(run)
-        storage.patiently(
-            functools.partial(claim, run, tokenizer, fresh), f"to {workdir}", config.checkpoint.retry
-        )
+        claiming = functools.partial(claim, run, tokenizer, fresh)
+        storage.patiently(claiming, f"to {workdir}", config.checkpoint.retry)
         return run
 
     def begin(
@@ -248,6 +243,13 @@ class Run:
             "own_code_sha256": source_hashes(self.config),
         }
         return hashes if self.base is None else hashes | {SHA256: self.base.sha256}
+
+
+def tokenizer_of(config: ConfigDict, base: Any, beside: FrozenBase | None) -> Any:
+    """The tokenizer that a new run takes over from what it begins from or is trained beside; None if from neither."""
+    if beside is not None:
+        return load_tokenizer(config, beside.workdir)
+    return None if base is None else base.tokenizer()
 
 
 def claim(run: Run, tokenizer: Tokenizer, fresh: bool) -> None:

@@ -47,9 +47,6 @@ def test_a_new_condition_leaves_the_others_where_they_are():
     check(base, config_of("conditioning.names=('edit','inpaint')", *shifted))
     with pytest.raises(UserError, match="puts edit beside the image as number 1 there and 2 here"):
         check(base, config_of(TWO, *shifted))
-    # As channels they have no positions.
-    channel = ("conditioning.names=('edit',)", "conditions.edit.concat=channel")
-    check(config_of(*channel), config_of(*channel, "conditions.edit.positions=shifted"))
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,33 @@ def check_methods(part: Any, where: str, methods: Mapping[str, str]) -> None:
             ) from None
 
 
+def check_class_methods(
+    candidate: type, where: str, kind: str, methods: Mapping[str, tuple[int, str]]
+) -> None:
+    """Makes sure that a class has the methods of its contract, and that they take as many arguments.
+
+    Args:
+      candidate: the class.
+      where: what names it in the error line.
+      kind: what it is to be, such as "source".
+      methods: name -> (number of arguments with self, how the contract writes it).
+
+    Raises:
+      UserError: a method that is missing or cannot be called so.
+    """
+    for method, (arguments, form) in methods.items():
+        found = getattr(candidate, method, None)
+        if not callable(found):
+            raise UserError(f"{kind} {where} has no {method}; a {kind} needs {form}")
+        try:
+            inspect.signature(found).bind(*[None] * arguments)
+        except TypeError as error:
+            raise UserError(f"{kind} {where}: a {kind} needs {form}, its own takes {error}") from None
+        except ValueError:
+            # A method written in C has no signature.
+            continue
+
+
 def describe(thing: Any) -> str:
     """Describes an object, for an error line: "the class UViT", "a float"."""
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"

@@ -12,14 +12,13 @@ is used as it is. If the condition has a method
 arrays that it did not make, of records or of users, go through that first.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
-from scaling_dit.components import one_line
+from scaling_dit.components import check_class_methods, one_line
 from scaling_dit.errors import UserError
 from scaling_dit.files import expand
 
@@ -62,17 +61,7 @@ def check_class(candidate: Any, where: str) -> None:
         raise UserError(
             f"condition {where} has no masks, the number of its mask channels; 0 for an image alone"
         )
-    for method, (arguments, form) in _METHODS.items():
-        found = getattr(candidate, method, None)
-        if not callable(found):
-            raise UserError(f"condition {where} has no {method}; a condition needs {form}")
-        try:
-            inspect.signature(found).bind(*[None] * arguments)
-        except TypeError as error:
-            raise UserError(f"condition {where}: a condition needs {form}, its own takes {error}") from None
-        except ValueError:
-            # A method written in C has no signature.
-            continue
+    check_class_methods(candidate, where, "condition", _METHODS)
 
 
 def check_condition(condition: Any, where: str) -> None:

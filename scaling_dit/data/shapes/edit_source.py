@@ -19,6 +19,7 @@ from scaling_dit.data.shapes.scenes import (
     UNLIMITED,
     Draws,
     ShapesSpec,
+    distinct_held_out,
     render,
 )
 from scaling_dit.data.shapes.text import RELATIONS, SYNONYMS, Captions
@@ -112,19 +113,13 @@ class ShapesEditsSource(ShapesSpec):
 
     def distinct(self, count: int) -> list[int]:
         """The first `count` indices of the held-out split whose edits all differ; UserError if there are fewer."""
-        held_out, seen, found = self.held_out(), set[tuple[str, str]](), list[int]()
-        for index in range(20 * count + 500):
-            if len(found) == count:
-                return found
+        held_out = self.held_out()
+
+        def scenes(index: int) -> tuple[str, str]:
             edit = held_out.edit(index)
-            pair = edit.source.canonical(), edit.target.canonical()
-            if pair not in seen:
-                seen.add(pair)
-                found.append(index)
-        raise UserError(
-            f"{count} held-out edits wanted, but preset {self.preset!r} with held_out_fraction "
-            f"{self.held_out_fraction} gave {len(found)}; ask for fewer, or raise source.held_out_fraction"
-        )
+            return edit.source.canonical(), edit.target.canonical()
+
+        return distinct_held_out(self, count, "edits", scenes, 20 * count + 500)
 
     def describe(self) -> str:
         """One line for logs."""

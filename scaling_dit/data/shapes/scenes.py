@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar, overload
 
 import numpy as np
@@ -359,17 +359,38 @@ def distinct_held_out_scenes(spec: ShapesSpec, count: int) -> list[int]:
     Raises:
       UserError: the held-out split has too few scenes.
     """
-    seen: set[str] = set()
+    return distinct_held_out(
+        spec,
+        count,
+        "scenes",
+        lambda index: make_scene(spec, "held_out", index).canonical(),
+        20 * count + 2000,
+    )
+
+
+def distinct_held_out(
+    spec: ShapesSpec, count: int, what: str, content: Callable[[int], Hashable], tries: int
+) -> list[int]:
+    """The first `count` of `tries` indices of the held-out split with different content.
+
+    Args:
+      what: the records hold, for the error line.
+      content: index -> what is compared.
+
+    Raises:
+      UserError: there are fewer.
+    """
+    seen: set[Hashable] = set()
     found: list[int] = []
-    for index in range(20 * count + 2000):
+    for index in range(tries):
         if len(found) == count:
             return found
-        text = make_scene(spec, "held_out", index).canonical()
-        if text not in seen:
-            seen.add(text)
+        one = content(index)
+        if one not in seen:
+            seen.add(one)
             found.append(index)
     raise UserError(
-        f"{count} held-out scenes wanted, but preset {spec.preset!r} with held_out_fraction "
+        f"{count} held-out {what} wanted, but preset {spec.preset!r} with held_out_fraction "
         f"{spec.held_out_fraction} gave {len(found)}; ask for fewer, or raise source.held_out_fraction"
     )
 

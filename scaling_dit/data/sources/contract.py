@@ -14,12 +14,12 @@ A source may also offer
     buckets(sizes) -> list[Bucket]        its records by the aspect ratio of their images (`data/buckets.py`)
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
+from scaling_dit.components import check_class_methods
 from scaling_dit.errors import UserError
 
 
@@ -87,17 +87,7 @@ def check_class(candidate: Any, where: str) -> None:
         and not _sets_image_size(candidate)
     ):
         raise UserError(f"source {where} has no image_size, the height and width of its images in pixels")
-    for method, (arguments, form) in _METHODS.items():
-        found = getattr(candidate, method, None)
-        if not callable(found):
-            raise UserError(f"source {where} has no {method}; a source needs {form}")
-        try:
-            inspect.signature(found).bind(*[None] * arguments)
-        except TypeError as error:
-            raise UserError(f"source {where}: a source needs {form}, its own takes {error}") from None
-        except ValueError:
-            # A method written in C has no signature.
-            continue
+    check_class_methods(candidate, where, "source", _METHODS)
 
 
 def _sets_image_size(candidate: type) -> bool:

@@ -40,9 +40,7 @@ def kernel(
 ) -> np.ndarray:
     """psi of a squared MMD: 2 scale (mean_j k(x, x_j) - mean_j k(x, y_j)), for at most SEEN images."""
     rng = np.random.default_rng(seed)
-    x, y = (
-        table.take(np.sort(rng.permutation(len(table))[:SEEN])).astype(np.float64) for table in (one, other)
-    )
+    x, y = _some(one, rng), _some(other, rng)
     own = similarity(x, x)
     # Not an image with itself.
     alike = (own.sum(1) - np.diagonal(own)) / max(len(x) - 1, 1)
@@ -59,7 +57,11 @@ def gaussian(ours: FeatureTable, one: Gaussian, real: Gaussian, seed: int) -> np
     kept = values > _ROUNDING * values[-1]
     half = real.root @ vectors[:, kept]
     derivative = np.eye(len(values)) - (half / np.sqrt(values[kept])) @ half.T
-    rng = np.random.default_rng(seed)
-    x = ours.take(np.sort(rng.permutation(len(ours))[:SEEN])).astype(np.float64) - one.mean
+    x = _some(ours, np.random.default_rng(seed)) - one.mean
     bent = np.einsum("nd,nd->n", x @ derivative, x) - np.trace(derivative @ one.covariance)
     return 2 * x @ (one.mean - real.mean) + bent
+
+
+def _some(table: FeatureTable, rng: np.random.Generator) -> np.ndarray:
+    """At most SEEN random rows in their order: float64 [m, D]."""
+    return table.take(np.sort(rng.permutation(len(table))[:SEEN])).astype(np.float64)

@@ -46,19 +46,21 @@ demo: .venv/.installed-demo
 	@echo "  $(BIN)/scaling-dit sample --workdir=$(RUN) 'a small red circle above a large blue square'"
 	@echo 'Curves and sample grids over time: $(BIN)/tensorboard --logdir=$(RUN), then open http://localhost:6006'
 
-# Killed or stopped, the same command resumes.
+# Killed or stopped, the same command resumes. Two members at once on CPUs: on an accelerator, make study-full AT_ONCE=
+AT_ONCE ?= --at_once=2
+study-large: AT_ONCE =
 study: STUDY ?= runs/shapes_core
 study-full: STUDY ?= runs/shapes_full
 study-large: STUDY ?= runs/shapes_large
 study study-full study-large: .venv/.installed-study
-	$(BIN)/scaling-dit study --config=$(subst study-,shapes_,$(patsubst study,study-core,$@)) --workdir=$(STUDY)
+	$(BIN)/scaling-dit study --config=$(subst study-,shapes_,$(patsubst study,study-core,$@)) --workdir=$(STUDY) $(AT_ONCE)
 	$(BIN)/scaling-dit report $(STUDY)
 
 study-emoji: STUDY ?= runs/emoji_core
 study-emoji: .venv/.installed-emoji
 	$(BIN)/python -m scaling_dit.data.emoji data/emoji
 	$(BIN)/python -m scaling_dit.data.emoji data/emoji-wrong --wrong=0.3
-	$(BIN)/scaling-dit study --config=emoji_core --workdir=$(STUDY)
+	$(BIN)/scaling-dit study --config=emoji_core --workdir=$(STUDY) $(AT_ONCE)
 	$(BIN)/scaling-dit report $(STUDY)
 
 test: .venv/.installed-test

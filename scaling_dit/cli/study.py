@@ -6,7 +6,7 @@ import sys
 from scaling_dit.cli.options import flag
 from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
-from scaling_dit.fields import COUNT, FROM_0, POSITIVE
+from scaling_dit.fields import COUNT, FEW, FROM_0, POSITIVE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,22 +21,37 @@ class Study(Verb):
         required=True,
         path=True,
     )
+    at_once: int = flag(
+        "members trained at the same time, each on its share of the CPU cores: small models gain little from many",
+        1,
+        FEW,
+    )
+    member: str | None = flag(
+        "train and evaluate this member of the study in --workdir alone, and leave its tables to a later start"
+    )
     own_code: bool = own_code_flag()
 
     def run(self) -> int:
         """Runs the study, and returns the exit codes of `train`."""
         trust_if(self.own_code)
 
-        from scaling_dit.scaling import spec, study
+        from scaling_dit.scaling import members_at_once, spec, study
         from scaling_dit.training.loop import Stopped
 
         if self.config is None and not study.StudyFolder(self.workdir).study.exists():
             raise UserError(
                 f"{self.workdir} holds no study, so study needs --config; for example: {self.EXAMPLE}"
             )
-        chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+        if self.member is not None and (self.config is not None or self.at_once != 1):
+            raise UserError("--member goes with --workdir alone: the folder holds the study's members")
         try:
-            found = study.study(chosen, self.workdir)
+            if self.member is not None:
+                members_at_once.settle()
+                done = study.member(self.member, self.workdir)
+                print(f"{done} runs of {self.member} are over; `scaling-dit study` writes the tables")
+                return 0
+            chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+            found = study.study(chosen, self.workdir, at_once=self.at_once, own_code=self.own_code)
         except Stopped as stop:
             print(f"scaling-dit: {stop}", file=sys.stderr)
             return stop.code

@@ -1,11 +1,11 @@
-"""Runs a study: trains and evaluates its members one after another, resumes after a kill, and keeps its table.
+"""Runs a study: trains and evaluates its members, resumes after a kill, and keeps its table.
 
 A study is a folder (`folder.py`). Its spec is written there before the first run, with the claims, so that a reader
 sees which claims came before the results. The same command resumes a killed study; a spec with more members, seeds or
-claims extends it. All seeds of a member run in one process and share its compiled programs.
+claims extends it. All seeds of a member run in one process and share its compiled programs. Members run one after
+another, or several at once on the cores of one host (`members_at_once.py`).
 """
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -15,21 +15,15 @@ from typing import Any
 import jax
 from etils import epath
 
-from scaling_dit import files, signals
-from scaling_dit.checkpoints.frozen_base import absolute
-from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit import files
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation import run as evaluation
-from scaling_dit.parallel import processes
-from scaling_dit.scaling import ladder, machine, table
+from scaling_dit.scaling import ladder, machine, member_runs, members_at_once, table
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import tensorboard as curves
-from scaling_dit.scaling.folder import StudyFolder, scores_folder
+from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
 from scaling_dit.scaling.table import DONE, STOPPED, WAITING, Row
-from scaling_dit.training import loop
-from scaling_dit.training.base import Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +52,18 @@ class Study:
         return len(self.spec.members) * len(self.spec.seeds)
 
 
-def study(spec: StudySpec | str, workdir: str | epath.Path) -> Study:
+def study(
+    spec: StudySpec | str, workdir: str | epath.Path, *, at_once: int = 1, own_code: bool = False
+) -> Study:
     """Runs a study to its end, from wherever it is, and returns it.
 
     Args:
       spec: of the study, or the place of its file as `spec.load` takes it.
       workdir: folder of the study, local or gs://. One that holds the study is resumed; a spec that has more members,
         seeds, claims or scores extends it.
+      at_once: members that are trained at the same time, each in a process with its share of the CPU cores: programs
+        of small models gain little from more than one. CPUs only.
+      own_code: whether these processes run the code outside of the package that the spec names.
 
     Raises:
       UserError: a mistake in the spec, a folder of another study, or a member that cannot run.
@@ -72,13 +71,33 @@ def study(spec: StudySpec | str, workdir: str | epath.Path) -> Study:
     """
     spec = spec_lib.load(spec) if isinstance(spec, str) else spec
     table.check_installed()
+    if at_once > 1:
+        members_at_once.check(at_once)
     folder = StudyFolder(workdir)
     runner = _Runner(spec, folder)
     registered = register(spec, folder, runner.finished)
     if jax.process_index() == 0:
         machine.note(folder.machines)
-    runner.work()
+    if at_once > 1:
+        runner.work_at_once(at_once, own_code)
+    else:
+        runner.work()
     return runner.study(registered)
+
+
+def member(name: str, workdir: str | epath.Path) -> int:
+    """Trains and evaluates one member of the study in a folder, and leaves the tables to `study`; returns its runs.
+
+    Raises:
+      UserError: no study in the folder, no such member, or it cannot run.
+      Stopped: SIGTERM arrived; the same call resumes.
+    """
+    spec, folder = read_spec(workdir), StudyFolder(workdir)
+    if name not in (names := [one.name for one in spec.members]):
+        raise UserError(f"the study in {folder} has no member {name!r}; it has {', '.join(names)}")
+    chosen = spec.member(name)
+    _Runner(spec, folder, (chosen,)).work_on(chosen)
+    return len(spec.seeds)
 
 
 def read_spec(workdir: str | epath.Path) -> StudySpec:
@@ -170,9 +189,9 @@ def _read_saved(folder: StudyFolder) -> dict[str, Any] | None:
 class _Runner:
     """The work of one start: which runs are left, doing them, and keeping the tables."""
 
-    def __init__(self, spec: StudySpec, folder: StudyFolder) -> None:
+    def __init__(self, spec: StudySpec, folder: StudyFolder, members: Sequence[Member] | None = None) -> None:
         self._spec, self._folder = spec, folder
-        # Asked once: nobody else works in the folder, and a remote store answers slowly.
+        # Asked once, and of a member after its run: a remote store answers slowly.
         self._status = {
             (member.name, seed): table.status_of(spec, folder, member, seed)
             for member in spec.members
@@ -180,7 +199,7 @@ class _Runner:
         }
         # Rows of runs that are over: they are read once.
         self._over: dict[tuple[str, int], tuple[list[Row], list[Row], list[Row]]] = {}
-        self._progress = _Progress(spec, self._is_over)
+        self._progress = _Progress(spec, spec.members if members is None else members, self._is_over)
 
     def finished(self) -> int:
         """How many runs are over."""
@@ -188,23 +207,55 @@ class _Runner:
 
     def work(self) -> None:
         """Trains and evaluates what is left, and writes the tables after each run."""
-        spec, folder = self._spec, self._folder
-        for member in spec.members:
-            left = [seed for seed in spec.seeds if not self._is_over(member, seed)]
-            for seed in left:
-                self._progress.begin(member, seed)
-                self._train(member, seed)
-                self._status[member.name, seed] = table.status_of(spec, folder, member, seed)
-                self._progress.end(member)
-                self.study({})
-            for seed in spec.seeds:
-                # A start may have been killed before it wrote them.
-                if seed in left or not curves.place(folder, member, seed).exists():
-                    curves.write(spec, folder, member, seed)
-            if left:
-                # Programs of one member are of no use to the next.
-                jax.clear_caches()
+        for member in self._spec.members:
+            self.work_on(member, lambda: self.study({}))
         self.study({})
+
+    def work_on(self, member: Member, after_each: Callable[[], object] = lambda: None) -> None:
+        """Trains and evaluates what is left of a member."""
+        spec, folder = self._spec, self._folder
+        left = self._left(member)
+        for seed in left:
+            self._progress.begin(member, seed)
+            base_stopped = bool(member.base) and self._status[member.base, seed] == STOPPED
+            member_runs.finish(spec, folder, member, seed, base_stopped=base_stopped)
+            self._ask(member, seed)
+            self._progress.end(member)
+            after_each()
+        for seed in spec.seeds:
+            # A start may have been killed before it wrote them.
+            if seed in left or not curves.place(folder, member, seed).exists():
+                curves.write(spec, folder, member, seed)
+        if left:
+            # Programs of one member are of no use to the next.
+            jax.clear_caches()
+
+    def work_at_once(self, at_once: int, own_code: bool) -> None:
+        """Has what is left trained and evaluated by several processes, and writes the tables after each member."""
+
+        def ended(member: Member, seconds: float) -> None:
+            runs = len(self._left(member))
+            for seed in self._spec.seeds:
+                self._ask(member, seed)
+            self._progress.end(member, runs, seconds / at_once)
+            self.study({})
+            self._progress.ended(member)
+
+        # Beside members with runs left, those of which a killed start left no curves.
+        waiting = [
+            member
+            for member in self._spec.members
+            if self._left(member)
+            or not all(curves.place(self._folder, member, seed).exists() for seed in self._spec.seeds)
+        ]
+        members_at_once.run(waiting, self._folder, at_once, ended, own_code=own_code)
+
+    def _left(self, member: Member) -> list[int]:
+        """The seeds of which something is left to do."""
+        return [seed for seed in self._spec.seeds if not self._is_over(member, seed)]
+
+    def _ask(self, member: Member, seed: int) -> None:
+        self._status[member.name, seed] = table.status_of(self._spec, self._folder, member, seed)
 
     def study(self, registered: dict[str, int]) -> Study:
         """The study with its rows so far; the tables are written."""
@@ -235,122 +286,57 @@ class _Runner:
     def _is_over(self, member: Member, seed: int) -> bool:
         return self._status[member.name, seed] in (DONE, STOPPED)
 
-    def _note_stop(self, member: Member, seed: int, code: int, reason: str) -> None:
-        """Writes down that a run is over before its last step."""
-        path = self._folder.stopped(member.name, seed)
-        # A run that never began has no folder.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, files.to_json({"code": code, "reason": reason}).encode())
-
-    def _train(self, member: Member, seed: int) -> None:
-        """Trains one run to its end and evaluates it at every point.
-
-        A run whose loss is not finite, or keeps spiking, is over: it has that status in the table, and the study goes
-        on.
-        """
-        spec, folder = self._spec, self._folder
-        run = folder.run(member.name, seed)
-        config = spec.run_config(member, seed, str(folder.compile_cache))
-        start = None
-        # A run that exists has its base's weights. One of adapters reads them at each start, wherever they lie now.
-        if member.base and (config.adapter.rank or not run.config.exists()):
-            start = Start(absolute(str(folder.run(member.base, seed))))
-        if member.base and self._status[member.base, seed] == STOPPED:
-            self._note_stop(member, seed, loop.NONFINITE, f"{member.base}, which it begins from, has stopped")
-            return
-        try:
-            loop.train(config, run.folder, start=start)
-        except loop.Stopped as stop:
-            if stop.code == loop.PREEMPTED:
-                raise
-            self._note_stop(member, seed, stop.code, str(stop))
-            return
-        _note_memory(folder.memory(member.name, seed))
-        with processes.preemption() as preempted:
-            for step in spec_lib.point_steps(config.steps, spec.points):
-                wanted = table.results(spec, run, step)
-                for (_, generation, scale), path in wanted.items():
-                    if path.exists():
-                        continue
-                    if preempted():
-                        raise loop.Stopped(
-                            signals.exit_code(), f"{signals.name()}: the same command resumes the study"
-                        )
-                    _evaluate(spec, run, step, generation, scale)
-                    if not path.exists():
-                        raise UserError(
-                            f"evaluating step {step} of {run} left no {path}; the line above says why a metric was "
-                            "skipped: install what it needs and give the same command again"
-                        )
-        _keep_last(run.checkpoints)
-
-
-def _evaluate(spec: StudySpec, run: Any, step: int, generation: int, scale: float | None) -> None:
-    """Scores one checkpoint by all metrics, as `scaling-dit evaluate` does."""
-    out = scores_folder(run, step, generation, spec.items, scale)
-    # What it prints is for people who wait; a program reads what this command prints.
-    with contextlib.redirect_stdout(sys.stderr):
-        evaluation.main(
-            str(run),
-            str(out),
-            metrics=spec.metrics,
-            items=spec.items,
-            seed=generation,
-            step=step,
-            changes={} if scale is None else {"guidance": scale},
-        )
-
-
-def _note_memory(path: epath.Path) -> None:
-    """Writes what the devices' driver says of the most memory in use; nothing where it does not count."""
-    used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    counted = [value for value in used if value is not None]
-    if counted and jax.process_index() == 0:
-        files.write_whole(path, files.to_json({"peak_bytes": max(counted)}).encode())
-
-
-def _keep_last(folder: epath.Path) -> None:
-    """Removes the checkpoints of a run that is evaluated, all but the last: they take most of a study's disk."""
-    with Checkpoints(folder) as store:
-        for step in store.all_steps()[:-1]:
-            store.remove(step)
-
 
 class _Progress:
-    """Prints which run of how many begins, and when the study will end.
+    """Prints which run of how many begins, and when all will have ended.
 
     The rest is estimated from the training FLOPs that are left, at the mean rate of this start's runs of each family,
     or of all where a family has none yet.
+
+    Args:
+      members: those that this process works on.
     """
 
     def __init__(
         self,
         spec: StudySpec,
+        members: Sequence[Member],
         is_over: Callable[[Member, int], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._spec, self._is_over, self._clock = spec, is_over, clock
+        self._spec, self._members, self._is_over, self._clock = spec, members, is_over, clock
         self._spent: dict[str, list[float]] = {}
         self._began = clock()
 
+    @property
+    def _left(self) -> list[Member]:
+        """The member of each run that is not over."""
+        return [m for m in self._members for seed in self._spec.seeds if not self._is_over(m, seed)]
+
+    @property
+    def _total(self) -> int:
+        return len(self._members) * len(self._spec.seeds)
+
     def begin(self, member: Member, seed: int) -> None:
         """Prints a line before a run."""
-        left = [(m, s) for m in self._spec.members for s in self._spec.seeds if not self._is_over(m, s)]
-        total = len(self._spec.members) * len(self._spec.seeds)
+        left = self._left
         self._began = self._clock()
-        print(
-            f"scaling-dit: study: run {total - len(left) + 1} of {total}: {member.name}, seed {seed}; "
-            f"{self.eta_text([m for m, _ in left])}",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._say(f"run {self._total - len(left) + 1} of {self._total}: {member.name}, seed {seed}", left)
 
-    def end(self, member: Member) -> None:
-        """Notes how long the run took."""
+    def end(self, member: Member, runs: int = 1, seconds: float | None = None) -> None:
+        """Notes how long some runs took; without `seconds`, the one that began last."""
         family = str(member.config.backbone.name)
         spent = self._spent.setdefault(family, [0.0, 0.0])
-        spent[0] += ladder.cost(member.config).train_flops()
-        spent[1] += self._clock() - self._began
+        spent[0] += runs * ladder.cost(member.config).train_flops()
+        spent[1] += self._clock() - self._began if seconds is None else seconds
+
+    def ended(self, member: Member) -> None:
+        """Prints a line after all runs of a member."""
+        left = self._left
+        self._say(f"{self._total - len(left)} of {self._total} runs are over, {member.name} is", left)
+
+    def _say(self, what: str, left: Sequence[Member]) -> None:
+        print(f"scaling-dit: study: {what}; {self.eta_text(left)}", file=sys.stderr, flush=True)
 
     def eta_text(self, left: Sequence[Member]) -> str:
         """The time for these runs, in words."""

@@ -12,7 +12,7 @@ from scaling_dit import config as config_lib
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.planning.plan import abstract_model
-from scaling_dit.scaling import ladder, report, table
+from scaling_dit.scaling import ladder, member_runs, report, table
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling import tensorboard as curves
@@ -94,16 +94,15 @@ def test_a_stage_begins_from_the_run_of_its_seed_and_not_from_one_that_stopped(s
 
     def train(config, workdir, start=None):
         begun.append((workdir.name, start and start.place))
-        raise study_lib.loop.Stopped(study_lib.loop.SPIKE, "no training here")
+        raise member_runs.loop.Stopped(member_runs.loop.SPIKE, "no training here")
 
-    monkeypatch.setattr(study_lib.loop, "train", train)
-    runner = study_lib._Runner(spec, folder)
-    runner._train(stage, 1)
+    monkeypatch.setattr(member_runs.loop, "train", train)
+    member_runs.finish(spec, folder, stage, 1)
     assert begun == [(folder.run("stage", 1).folder.name, str(folder.run("uvit-000", 1)))]
     # Its base has stopped: it is over too, and nothing is trained.
-    runner._train(spec.members[0], 0)
-    study_lib._Runner(spec, folder)._train(stage, 0)
-    assert len(begun) == 2
+    member_runs.finish(spec, folder, spec.members[0], 0)
+    study_lib._Runner(spec, folder).work_on(stage)
+    assert begun[1:] == [("seed0", None)]
     note = json.loads(folder.stopped("stage", 0).read_text())
     assert note["reason"] == "uvit-000, which it begins from, has stopped"
 
@@ -118,20 +117,19 @@ def test_a_stage_that_has_begun_needs_its_base_no_more_where_the_study_lies_now(
 
     def train(config, workdir, start=None):
         begun.append(start and start.place)
-        raise study_lib.loop.Stopped(study_lib.loop.SPIKE, "no training here")
+        raise member_runs.loop.Stopped(member_runs.loop.SPIKE, "no training here")
 
-    monkeypatch.setattr(study_lib.loop, "train", train)
+    monkeypatch.setattr(member_runs.loop, "train", train)
     monkeypatch.chdir(tmp_path)
     # Given once from its parent, and once from elsewhere.
     for folder in (StudyFolder("here"), StudyFolder(tmp_path / "here")):
-        study_lib._Runner(spec, folder)._train(spec.members[-1], 1)
+        member_runs.finish(spec, folder, spec.members[-1], 1)
         place = str(tmp_path / "here/runs/uvit-000/seed1")
         assert begun.pop() == place
     run = folder.run("stage", 1)
     run.folder.mkdir(parents=True)
     run.config.write_text("{}")
-    monkeypatch.setattr(study_lib.table, "status_of", lambda *args: table.RUNNING)
-    study_lib._Runner(spec, folder)._train(spec.members[-1], 1)
+    member_runs.finish(spec, folder, spec.members[-1], 1)
     # Adapters read their base at each start.
     assert begun == [place if rank else None]
 
@@ -181,7 +179,7 @@ def test_studies_merge_into_one(tmp_path):
 
 def test_the_time_to_go_follows_the_flops_that_are_left(spec):
     moments = iter((0.0, 0.0, 10.0))
-    progress = study_lib._Progress(spec, lambda member, seed: False, lambda: next(moments))
+    progress = study_lib._Progress(spec, spec.members, lambda member, seed: False, lambda: next(moments))
     assert progress.eta_text(spec.members) == "time to go is known after the first run"
     progress.begin(spec.members[0], 0)
     progress.end(spec.members[0])

@@ -1,0 +1,112 @@
+"""One run of a study: trained to its end and evaluated at every point, whatever of that is left to do."""
+
+import contextlib
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+
+from scaling_dit import files, signals
+from scaling_dit.checkpoints.frozen_base import absolute
+from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.errors import UserError
+from scaling_dit.evaluation import run as evaluation
+from scaling_dit.parallel import processes
+from scaling_dit.scaling import spec as spec_lib
+from scaling_dit.scaling import table
+from scaling_dit.scaling.folder import StudyFolder, scores_folder
+from scaling_dit.scaling.ladder import Member
+from scaling_dit.scaling.spec import StudySpec
+from scaling_dit.training import loop
+from scaling_dit.training.base import Start
+
+
+def finish(
+    spec: StudySpec, folder: StudyFolder, member: Member, seed: int, *, base_stopped: bool = False
+) -> None:
+    """Trains one run to its end and evaluates it at every point.
+
+    A run whose loss is not finite, or keeps spiking, is over: it has that status in the table, and the study goes on.
+
+    Args:
+      base_stopped: whether the run that this one begins from ended early.
+
+    Raises:
+      Stopped: a signal arrived; the same call resumes.
+      UserError: a metric cannot be computed here.
+    """
+    run = folder.run(member.name, seed)
+    config = spec.run_config(member, seed, str(folder.compile_cache))
+    start = None
+    # A run that exists has its base's weights. One of adapters reads them at each start, wherever they lie now.
+    if member.base and (config.adapter.rank or not run.config.exists()):
+        start = Start(absolute(str(folder.run(member.base, seed))))
+    if member.base and base_stopped:
+        reason = f"{member.base}, which it begins from, has stopped"
+        _note_stop(folder, member, seed, loop.NONFINITE, reason)
+        return
+    try:
+        loop.train(config, run.folder, start=start)
+    except loop.Stopped as stop:
+        if stop.code == loop.PREEMPTED:
+            raise
+        _note_stop(folder, member, seed, stop.code, str(stop))
+        return
+    _note_memory(folder.memory(member.name, seed))
+    with processes.preemption() as preempted:
+        for step in spec_lib.point_steps(config.steps, spec.points):
+            wanted = table.results(spec, run, step)
+            for (_, generation, scale), path in wanted.items():
+                if path.exists():
+                    continue
+                if preempted():
+                    raise loop.Stopped(
+                        signals.exit_code(), f"{signals.name()}: the same command resumes the study"
+                    )
+                _evaluate(spec, run, step, generation, scale)
+                if not path.exists():
+                    raise UserError(
+                        f"evaluating step {step} of {run} left no {path}; the line above says why a metric was "
+                        "skipped: install what it needs and give the same command again"
+                    )
+    _keep_last(run.checkpoints)
+
+
+def _note_stop(folder: StudyFolder, member: Member, seed: int, code: int, reason: str) -> None:
+    """Writes down that a run is over before its last step."""
+    path = folder.stopped(member.name, seed)
+    # A run that never began has no folder.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(path, files.to_json({"code": code, "reason": reason}).encode())
+
+
+def _evaluate(spec: StudySpec, run: Any, step: int, generation: int, scale: float | None) -> None:
+    """Scores one checkpoint by all metrics, as `scaling-dit evaluate` does."""
+    out = scores_folder(run, step, generation, spec.items, scale)
+    # What it prints is for people who wait; a program reads what this command prints.
+    with contextlib.redirect_stdout(sys.stderr):
+        evaluation.main(
+            str(run),
+            str(out),
+            metrics=spec.metrics,
+            items=spec.items,
+            seed=generation,
+            step=step,
+            changes={} if scale is None else {"guidance": scale},
+        )
+
+
+def _note_memory(path: epath.Path) -> None:
+    """Writes what the devices' driver says of the most memory in use; nothing where it does not count."""
+    used = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    counted = [value for value in used if value is not None]
+    if counted and jax.process_index() == 0:
+        files.write_whole(path, files.to_json({"peak_bytes": max(counted)}).encode())
+
+
+def _keep_last(folder: epath.Path) -> None:
+    """Removes the checkpoints of a run that is evaluated, all but the last: they take most of a study's disk."""
+    with Checkpoints(folder) as store:
+        for step in store.all_steps()[:-1]:
+            store.remove(step)

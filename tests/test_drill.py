@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tools import drill
+from tools import drill, marked
 from tools.drill import BEGIN, END, Row, Table
 from tools.drill_commands import Ended, changed_environment, files_of
 
@@ -32,11 +32,11 @@ def test_the_table_stands_between_its_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     for text in ("new", "newer"):
-        drill.write(page, f"{BEGIN}\n{text}\n{END}")
+        marked.write(page, f"{BEGIN}\n{text}\n{END}", BEGIN, END)
     assert page.read_text() == f"before\n\n{BEGIN}\nnewer\n{END}\n\nafter\n"
     page.write_text("a page without them")
     with pytest.raises(SystemExit, match="has no lines"):
-        drill.write(page, "x")
+        marked.write(page, "x", BEGIN, END)
 
 
 @pytest.mark.parametrize("kind", ["flip", "cut", "empty", "remove"])

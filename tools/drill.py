@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+from tools import marked
 from tools.drill_commands import (
     OF_ALL,
     OF_TRAIN,
@@ -117,7 +118,7 @@ class Table:
         if self._kept is not None:
             rows = [vars(one) | {"codes": dict(one.codes)} for one in self.rows]
             self._kept.write_text(json.dumps(rows, indent=1) + "\n")
-        write(self._page, as_text([row for row in self.rows if row.tries], self._seed))
+        marked.write(self._page, as_text([row for row in self.rows if row.tries], self._seed), BEGIN, END)
 
     def add(self, row: Row, code: int, fault: str = "") -> None:
         """Counts a try, see `Row.count`, and saves the table."""
@@ -488,17 +489,6 @@ def as_text(rows: list[Row], seed: int) -> str:
     head = ["| what | of | tries | lost | exit codes (how often) |", "|---|---|---|---|---|"]
     total = f"{sum(row.tries for row in rows)} tries, {sum(row.lost for row in rows)} lost ({about})."
     return "\n".join([BEGIN, total, "", *head, *(row.line() for row in rows), END])
-
-
-def write(page: pathlib.Path, text: str) -> None:
-    """Puts the table between the markers of a page, or makes a page of it."""
-    if not page.exists():
-        page.write_text(text + "\n")
-        return
-    before, found, rest = page.read_text().partition(BEGIN)
-    if not found or END not in rest:
-        raise SystemExit(f"{page} has no lines {BEGIN} and {END}")
-    page.write_text(before + text + rest.partition(END)[2])
 
 
 def main(arguments: list[str] | None = None) -> int:

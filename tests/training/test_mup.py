@@ -23,8 +23,9 @@ BASE = 32
 # The largest of 1e-2 and 3e-3 at which the loss falls at every step; each is above what a run would take. Beyond such a
 # rate widths differ in when and how far they overshoot, which says nothing of how their activations scale. Large-DiT
 # does so at 1e-2: its gates, modulations and time embedding all grow from about nothing and multiply each other, its
-# blocks' activations double within two steps, and at the width 64 the loss then rises from 0.68 to 0.76.
-RATES = {"uvit": 1e-2, "pixart": 1e-2, "large_dit": 3e-3}
+# blocks' activations double within two steps, and at the width 64 the loss then rises from 0.68 to 0.76. PixArt's rises
+# once from 0.79 to 0.83, and its widths stay within 1.15x all the same.
+RATES = {"uvit": 1e-2, "pixart": 3e-3, "large_dit": 3e-3}
 
 
 def create(name, width):
@@ -137,10 +138,11 @@ def test_activations_are_flat_in_width_under_mup_and_fan_out_without_it(name):
         for with_mup in (True, False)
     }
     flat, without = (found[256, kind][0] / found[64, kind][0] for kind in (True, False))
-    print(name, "with", flat.min(), flat.max(), "without", without.min(), without.max())
+    print(name, "with", flat.min(), flat.max(), "without", without[0].max(), without.max())
     for width in (64, 256):
         assert (np.diff(found[width, True][1]) < 0).all(), (
             "unstable at this rate, so the widths do not compare"
         )
     assert flat.min() >= 1 / 1.2 and flat.max() <= 1.2
-    assert without.max() > 1.5
+    # Without muP sizes differ before training as well: by initial values whose spread does not follow the table.
+    assert (without / without[0]).max() > 1.5

@@ -32,7 +32,7 @@ from scaling_dit.scaling.spec import StudySpec
 
 ARGUMENTS = ("small",)
 # Training FLOPs of every member.
-BUDGET, SMALL_BUDGET = 2e13, 2e12
+BUDGET, SMALL_BUDGET = 2e13, 1e12
 # Transformers have 16 tokens of 8 px; the UNets' levels have 32, 16 and 8 px, with attention at the last.
 PATCH = 8
 ROWS = {

@@ -21,7 +21,7 @@ ALONE_test := open_clip_torch torch-fidelity
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
-.PHONY: help demo study study-full study-large study-emoji test test-all lint format golden docs figures clean
+.PHONY: help demo study study-full study-large study-emoji study-emoji-small test test-all lint format golden docs figures clean
 
 help:
 	@echo 'make demo      train on shapes for some minutes, generate images, score them (RUN=runs/demo)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make study-full   four sizes of every family, data, skips, rates: a night or two (STUDY=...)'
 	@echo 'make study-large  10M to 100M parameters, for a GPU or a TPU slice (STUDY=...)'
 	@echo 'make study-emoji  families and captions on drawings of people and things: a night (STUDY=...)'
+	@echo 'make study-emoji-small  two families and captions on drawings of people: half an hour (STUDY=...)'
 	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
 	@echo 'make test-all  the slow tests, which make test leaves out'
 	@echo 'make lint      ruff, mypy, and the layers of the package (import-linter)'
@@ -61,6 +62,13 @@ study-emoji: .venv/.installed-emoji
 	$(BIN)/python -m scaling_dit.data.emoji data/emoji
 	$(BIN)/python -m scaling_dit.data.emoji data/emoji-wrong --wrong=0.3
 	$(BIN)/scaling-dit study --config=emoji_core --workdir=$(STUDY) $(AT_ONCE)
+	$(BIN)/scaling-dit report $(STUDY)
+
+study-emoji-small: STUDY ?= runs/emoji_small
+study-emoji-small: .venv/.installed-emoji
+	$(BIN)/python -m scaling_dit.data.emoji data/emoji-people --people
+	$(BIN)/python -m scaling_dit.data.emoji data/emoji-people-wrong --people --wrong=0.3
+	$(BIN)/scaling-dit study --config=emoji_core:small --workdir=$(STUDY)
 	$(BIN)/scaling-dit report $(STUDY)
 
 test: .venv/.installed-test

@@ -10,6 +10,7 @@ each of which may be missing. Some combinations of the three are held out: their
 
 Captions are sparse ("woman artist"; of kind alt) and dense (with tone and other names; of kind long), so that
 `config.captions` chooses between them. `--wrong=0.3` gives this share of the images the captions of another one.
+`--people` writes only the 1,200 or so that have all three parts, for small runs.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def parse(names: Iterable[str]) -> list[tuple[str, str, str]]:
     return [(who or ("person" if what in of_people else ""), what, tone) for who, what, tone in found]
 
 
-def every(names: Mapping[str, tuple[str, Sequence[str]]]) -> list[Emoji]:
+def every(names: Mapping[str, tuple[str, Sequence[str]]], people: bool = False) -> list[Emoji]:
     """The emoji of these names, with the held-out combinations chosen.
 
     A combination is held out by a hash of its words alone, and only where other emoji show each of its parts: so a
@@ -105,11 +106,13 @@ def every(names: Mapping[str, tuple[str, Sequence[str]]]) -> list[Emoji]:
 
     Args:
       names: key -> (Unicode's name, other names).
+      people: only those that have all of who, what and tone.
     """
     parsed = parse(name for name, _ in names.values())
     made = [
         Emoji(key, *parts, tuple(aliases))
         for (key, (_, aliases)), parts in zip(names.items(), parsed, strict=True)
+        if not people or all(parts)
     ]
     chosen = [one for one in made if one.who and one.what and one.tone and _draw(one) < HELD_OUT_SHARE]
     held = set(chosen)
@@ -130,8 +133,11 @@ def _draw(one: Emoji) -> float:
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") / 2**64
 
 
-def installed() -> tuple[list[Emoji], Callable[[str], str]]:
+def installed(people: bool = False) -> tuple[list[Emoji], Callable[[str], str]]:
     """(all emoji that have a name and a drawing, key -> its SVG).
+
+    Args:
+      people: see `every`.
 
     Raises:
       UserError: a package is missing.
@@ -153,7 +159,7 @@ def installed() -> tuple[list[Emoji], Callable[[str], str]]:
         if about["status"] == full and key is not None:
             aliases = [alias.strip(":").replace("_", " ") for alias in about.get("alias", ())]
             names[key] = about["en"].strip(":"), aliases
-    return every(names), lambda key: (folder / f"{key}.svg").read_text()
+    return every(names, people), lambda key: (folder / f"{key}.svg").read_text()
 
 
 def render(svg: str, size: int) -> np.ndarray:
@@ -278,9 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out_dir", help="folder to write, local or gs://")
     parser.add_argument("--size", type=int, default=32, help="pixels of a side")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of images captioned as another one")
+    parser.add_argument(
+        "--people", action="store_true", help="only people of a skin tone who are or do something"
+    )
     given = parser.parse_args(arguments)
     try:
-        folder = write(given.out_dir, given.size, given.wrong)
+        folder = write(given.out_dir, given.size, given.wrong, installed(given.people))
     except (UserError, OSError) as error:
         print(f"scaling_dit.data.emoji: error: {error}", file=sys.stderr)
         return 2

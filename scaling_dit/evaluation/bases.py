@@ -66,6 +66,17 @@ class PerImage(Base):
         }
 
 
+def no_prompt_set(where: str, lacks: str, name: str, source: str) -> UserError:
+    """The error of prompts from a set, for a metric that scores the data it knows alone; for `check_items`.
+
+    Args:
+      where: the prompts are from. lacks: what they do not have. name: of the metric. source: whose data it takes.
+    """
+    return UserError(
+        f"{where} has no {lacks}; metric {name!r} takes the run's data, {source}: leave out prompt_set"
+    )
+
+
 def held_out_items(source: Source, count: int) -> Sequence[Item]:
     """The first captions of the first `count` held-out records, with their images as truth.
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base
-from scaling_dit.evaluation.metric import Batch
+from scaling_dit.evaluation.metric import Batch, Item
 from scaling_dit.evaluation.vqa import Asked, fill
 from scaling_dit.evaluation.vqa.agreement import agreement
 from scaling_dit.evaluation.vqa.answers import Answers
@@ -82,13 +82,13 @@ class Judged(Base):
         return self.template or panel.template
 
 
-def check_questions(batch: Batch, name: str, keys: Sequence[str]) -> None:
+def check_questions(items: Sequence[Item], name: str, keys: Sequence[str]) -> None:
     """Makes sure that every prompt has questions with these keys.
 
     Raises:
-      UserError: it has none.
+      UserError: one has none.
     """
-    for item in batch.items:
+    for item in items:
         if not item.questions:
             raise UserError(
                 f"metric {name!r}: prompt {item.id!r} has no questions; name a set that has them, such as "

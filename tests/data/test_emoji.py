@@ -57,6 +57,14 @@ def test_every_part_of_a_held_out_combination_is_in_training():
     assert {one.key for one in turned if one.held_out} == {one.key for one in held}
 
 
+def test_people_alone_have_all_three_parts_and_hold_out_the_same():
+    names = drawn_emoji.NAMES | {"cat": ("cat", ()), "plain": ("woman", ())}
+    found = emoji.every(names, people=True)
+    assert len(found) == 150 and all(one.who and one.what and one.tone for one in found)
+    whole = {one.key for one in emoji.every(names) if one.held_out}
+    assert {one.key for one in found if one.held_out} == whole
+
+
 def test_a_part_that_only_one_emoji_shows_is_not_held_out():
     lonely = {f"{i}": (f"woman_{what}_dark_skin_tone", ()) for i, what in enumerate(map(str, range(60)))}
     assert not any(one.held_out for one in emoji.every(lonely))
@@ -122,9 +130,17 @@ def test_drawings_of_the_package(tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     few = emoji.every(dict(list(drawn_emoji.NAMES.items())[:12]))
-    monkeypatch.setattr(emoji, "installed", lambda: (few, drawn_emoji.svg))
+    monkeypatch.setattr(
+        emoji,
+        "installed",
+        lambda people: ([one for one in few if one.tone or not people], drawn_emoji.svg),
+    )
     assert emoji.main([str(tmp_path / "out"), "--size=16"]) == 0
     assert "CC BY-SA 4.0" in capsys.readouterr().out
+    assert emoji.main([str(tmp_path / "people"), "--size=16", "--people"]) == 0
+    capsys.readouterr()
+    counts = [len(list((tmp_path / name / "images").iterdir())) for name in ("out", "people")]
+    assert counts == [12, sum(bool(one.tone) for one in few)] and counts[1] < 12
     for flag, line in (
         ("--size=7", "--size is 7; it must be from 8"),
         ("--wrong=1.5", "--wrong is 1.5; it must be"),

@@ -6,11 +6,14 @@ import json
 
 import pytest
 
+from scaling_dit import config as config_lib
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.evaluation.prompt_sets import SETS, open_prompt_set
 from scaling_dit.evaluation.prompt_sets.plain import HPS_STYLES
 from scaling_dit.evaluation.prompt_sets.transform import transform
+from scaling_dit.evaluation.registry import choose
 from tests.support.paths import DOCS
 from tests.support.prompt_files import DPG, GENEVAL, GENEVAL2, write_dpg, write_geneval2, write_tifa
 
@@ -146,6 +149,42 @@ def test_parti_and_drawbench(tmp_path):
         csv.writer(file).writerows([["Prompts", "Category"], ["a red, car", "Colors"]])
     (item,) = open_prompt_set(f"drawbench:{path}").items
     assert (item.id, item.prompt, item.meta) == ("drawbench-000", "a red, car", {"category": "Colors"})
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("digits", "has no digits; metric 'digits' takes the run's data, the images of"),
+        ("edges_f1", "has no condition 'edges'; metric 'edges_f1' takes the run's data"),
+        ("edits", "has no edits whose pixels can be read; metric 'edits' takes the run's data"),
+        ("emoji", "has no emoji of the run's folder; metric 'emoji' takes the run's data"),
+        ("shapes_tifa", "has no scenes whose pixels can be read; metric 'shapes_tifa' takes the run's data"),
+        ("inpaint", "has no images and masks; metric 'inpaint' takes brushbench:FOLDER, or the run's data"),
+        ("tifa", "has no questions; name a set that has them"),
+        ("soft_tifa", "has no questions; name a set that has them"),
+        ("dpg", "has no questions; name a set that has them"),
+    ],
+)
+def test_a_set_that_a_metric_cannot_score_is_refused_before_anything_is_sampled(name, message, tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("Prompts,Category\na red car,Colors\n")
+    config = config_lib.defaults()
+    config.eval.metrics = (name,)
+    config = config_lib.resolve(config, [f"--config.metrics.{name}.prompt_set=drawbench:{path}"])
+    (one,) = choose(config, (name,))
+
+    def no_source():
+        raise AssertionError("prompts of a set need no data")
+
+    with pytest.raises(UserError) as error:
+        one.prompts(no_source, 0)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_metric_with_items_of_its_own_checks_those_of_a_set():
+    """The others score any image by its prompt, or by real images that they ask for."""
+    any_prompt = {"vqa_score", "clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic"}
+    assert {name for name in METRICS if not hasattr(METRICS[name], "check_items")} == any_prompt
 
 
 def test_dpg(tmp_path):

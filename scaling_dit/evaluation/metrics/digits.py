@@ -11,7 +11,7 @@ from scaling_dit.data.sources import Source
 from scaling_dit.data.sources.folder import FolderSource
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import tifa
-from scaling_dit.evaluation.bases import Base
+from scaling_dit.evaluation.bases import Base, no_prompt_set
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State
 
 CLASSIFIER = "scikit-learn SVC (RBF kernel) on the bundled digits"
@@ -34,6 +34,10 @@ class DigitAccuracy(Base):
                 f"got {source.image_size} px from {source.describe()}"
             )
         return Items(count, _item)
+
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Refuses every prompt set, for none is about the ten digits; raises UserError."""
+        raise no_prompt_set(where, "digits", "digits", "the images of `python -m scaling_dit.data.digits`")
 
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """TIFA's rows, each with the one question that the classifier answers.

@@ -16,12 +16,13 @@ import numpy as np
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.intervals import mean_interval
 from scaling_dit.evaluation.judged import Judged, check_questions, second_opinion, split, unanswered
-from scaling_dit.evaluation.metric import Batch, Row, Rows, Skipped, State
+from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, Skipped, State
 from scaling_dit.evaluation.metrics.tifa import agreement_lines
 from scaling_dit.evaluation.vqa.choices import literal
 
 TEMPLATE = "{question} Answer yes or no."
 CHOICES = ("yes", "no")
+_KEYS = ("question", "number", "parents", "element_type", "choices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Dpg(Judged):
             "github.com/TencentQQGYLab/ELLA, folder dpg_bench"
         )
 
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that items of a prompt set have questions that can be asked; raises UserError."""
+        check_questions(items, "dpg", _KEYS)
+
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: `score`, and each question with its answer, and whether it counts."""
-        check_questions(batch, "dpg", ("question", "number", "parents", "element_type", "choices"))
+        check_questions(batch.items, "dpg", _KEYS)
         found = [split(batch, panel.answers(self.asked(panel, batch, "choices"))) for panel in self.panels]
         seconds = found[1] if len(found) > 1 else [[None] * len(item.questions) for item in batch.items]
         return state, [

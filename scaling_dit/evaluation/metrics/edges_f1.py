@@ -11,7 +11,7 @@ from scaling_dit.data.conditions import edges as edges_lib
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import conditioned
-from scaling_dit.evaluation.bases import PerImage, held_out_items
+from scaling_dit.evaluation.bases import PerImage, held_out_items, no_prompt_set
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, Skipped, State
 
 # Of SSIM (Wang et al., 2004) for values in [0, 1].
@@ -73,10 +73,7 @@ class EdgesF1(PerImage):
     def check_items(self, items: Sequence[Item], where: str) -> None:
         """Makes sure that items of a prompt set have edges; raises UserError."""
         if items and self.condition not in items[0].conditions:
-            raise UserError(
-                f"{where} has no condition {self.condition!r}; metric 'edges_f1' takes the run's data: leave out "
-                "prompt_set"
-            )
+            raise no_prompt_set(where, f"condition {self.condition!r}", "edges_f1", "any images")
 
     def rows(self, batch: Batch) -> Sequence[Row]:
         """For each image F1 as `score`, `precision`, `recall` and `ssim`.

@@ -11,7 +11,7 @@ from scaling_dit.data.shapes.edit_source import ShapesEditsSource
 from scaling_dit.data.shapes.edits import Edit
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation.bases import Base
+from scaling_dit.evaluation.bases import Base, no_prompt_set
 from scaling_dit.evaluation.intervals import mean_interval
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State
 
@@ -67,10 +67,7 @@ class Edits(Base):
     def check_items(self, items: Sequence[Item], where: str) -> None:
         """Makes sure that items of a prompt set are edits with their scenes; raises UserError."""
         if items and not isinstance(items[0], EditItem):
-            raise UserError(
-                f"{where} has no edits whose pixels can be read; metric 'edits' takes the run's data, source "
-                "shapes_edits: leave out prompt_set"
-            )
+            raise no_prompt_set(where, "edits whose pixels can be read", "edits", "source shapes_edits")
 
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: `kind`, `success`, `kept`, and their product as `score`."""

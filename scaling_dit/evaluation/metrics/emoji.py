@@ -21,7 +21,7 @@ from scaling_dit.data.sources.folder import METADATA, FolderSource
 from scaling_dit.data.sources.image_files import key_hash
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import tifa
-from scaling_dit.evaluation.bases import Base
+from scaling_dit.evaluation.bases import Base, no_prompt_set
 from scaling_dit.evaluation.intervals import mean_interval
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State
 
@@ -80,6 +80,12 @@ class EmojiAccuracy(Base):
             return self._item(lines[place], meta)
 
         return Items(count, make)
+
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Refuses every prompt set, for none is about the emoji of the run's folder; raises UserError."""
+        raise no_prompt_set(
+            where, "emoji of the run's folder", "emoji", "what `python -m scaling_dit.data.emoji` writes"
+        )
 
     def _item(self, line: Mapping[str, Any], meta: Mapping[str, Any]) -> Item:
         sparse, dense = line["own"]

@@ -11,7 +11,7 @@ from scaling_dit.data.shapes.source import ShapesSource
 from scaling_dit.data.sources import Source
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import tifa
-from scaling_dit.evaluation.bases import Base
+from scaling_dit.evaluation.bases import Base, no_prompt_set
 from scaling_dit.evaluation.metric import Batch, Item, Items, Row, Rows, State
 
 
@@ -44,6 +44,11 @@ class ShapesTifa(Base):
                 f"metric 'shapes_tifa' needs scenes whose pixels can be read: source shapes, not {source.describe()}"
             )
         return scene_items(source, count)
+
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that items of a prompt set are scenes; raises UserError."""
+        if items and not isinstance(items[0], SceneItem):
+            raise no_prompt_set(where, "scenes whose pixels can be read", "shapes_tifa", "source shapes")
 
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """TIFA's rows; `baseline` in a row are the marks of the wrong scene's image."""

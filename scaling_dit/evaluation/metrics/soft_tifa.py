@@ -14,12 +14,13 @@ import numpy as np
 
 from scaling_dit.evaluation.intervals import mean_interval
 from scaling_dit.evaluation.judged import Judged, check_questions, second_opinion, split, unanswered
-from scaling_dit.evaluation.metric import Batch, Row, Rows, Skipped, State
+from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, Skipped, State
 from scaling_dit.evaluation.metrics.tifa import agreement_lines, shapes_items
 from scaling_dit.evaluation.vqa import Likelihood
 from scaling_dit.evaluation.vqa.forms import accepted_forms
 
 TEMPLATE = "{question} Answer in one word."
+_KEYS = ("question", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,13 @@ class SoftTifa(Judged):
         """
         return shapes_items(source, count, "soft_tifa")
 
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that items of a prompt set have questions that can be asked; raises UserError."""
+        check_questions(items, "soft_tifa", _KEYS)
+
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: `score`, its AM, `gm`, and each question with its `log_p`."""
-        check_questions(batch, "soft_tifa", ("question", "answer"))
+        check_questions(batch.items, "soft_tifa", _KEYS)
         batch = Batch(batch.images, [_with_forms(item) for item in batch.items])
         found = [
             split(batch, panel.likelihoods(self.asked(panel, batch, "accepted"))) for panel in self.panels

@@ -69,6 +69,26 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Runs are opened, and imported, on one device: for files of which layouts are not the subject."""
+    from tests.support.runs import open_on_one_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        open_on_one_device(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def opened_once():
+    """A run is read once for all tests of a file, on one device: for files of which reading is not the subject."""
+    from tests.support.runs import open_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        open_once(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only.

@@ -161,10 +161,11 @@ def test_the_counts_and_plans_of_the_readme_run(command, tmp_path):
     assert next(text for word, text in wanted.items() if word in " ".join(command)) in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page, first",
     [
-        pytest.param("api.md", "scaling_dit.train(run", marks=pytest.mark.slow),
+        ("api.md", "scaling_dit.train(run"),
         ("weights.md", "to_state_dict("),
     ],
 )

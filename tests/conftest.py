@@ -37,17 +37,18 @@ LONGEST = (
     "planning/test_plan.py",
     "evaluation/test_run.py",
     "training/test_rewind.py",
-    "training/test_precision.py",
-    "interop/test_diffusers_folders.py",
-    "backbones/test_unet.py",
-    "nn/test_short_attention.py",
-    "interop/test_pipelines.py",
-    "backbones/test_extending_family.py",
+    "model/test_frozen.py",
     "sampling/test_sample.py",
+    "interop/test_import_export.py",
+    "interop/test_diffusers_folders.py",
+    "nn/test_short_attention.py",
     # Of the slow suite.
     "planning/test_tpu_programs.py",
     "scaling/test_study.py",
     "training/test_kill.py",
+    "training/test_precision.py",
+    "backbones/test_unet.py",
+    "interop/test_pipelines.py",
 )
 
 

@@ -264,6 +264,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert 'src="http' not in html and 'stylesheet" href="http' not in html, page
 
 
+@pytest.mark.slow
 def test_the_papers_example_counts_what_the_paper_prints(capsys):
     (example,) = [block for block in blocks("python") if "h2048-d42-n16" in block]
     exec(example, {})

@@ -16,7 +16,7 @@ CHOICES = [
     ("uvit", {}, {"table_side": 4}),
     pytest.param("pixart", {"base_size": 4, "caption_embedding": True}, {}, marks=pytest.mark.slow),
     pytest.param("large_dit", {}, {"base_size": 4, "rope_scaling": "grid"}, marks=pytest.mark.slow),
-    ("next_dit", {}, {"base_size": 4, "rope_scaling": "ntk"}),
+    pytest.param("next_dit", {}, {"base_size": 4, "rope_scaling": "ntk"}, marks=pytest.mark.slow),
     *(
         pytest.param(name, {}, {"base_size": 4, "rope_scaling": scaling}, marks=pytest.mark.slow)
         for name in ("large_dit", "next_dit")

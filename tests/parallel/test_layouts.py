@@ -79,6 +79,7 @@ def test_only_transformers_run_with_their_tokens_split():
     assert shapes["unet"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_as_its_mesh_and_the_table_of_options_say(monkeypatch):
     """Neither gathering by hand nor XLA's options change a loss, so only the program shows that they are there."""
     config, plain = program("uvit", "DP2xFSDP4")

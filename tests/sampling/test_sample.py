@@ -64,6 +64,7 @@ def test_guidance_steps_and_sampler_are_used(pipe):
     np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:2], guidance=pipe.config.sample.guidance))
 
 
+@pytest.mark.slow
 def test_every_option_of_guidance_reaches_the_images(pipe):
     base = pipe.sample(PROMPTS[:2], steps=2, guidance=40.0)
     # Of the timesteps 501 and 1 the interval holds the second.

@@ -70,10 +70,7 @@ def step_program(name, **modes):
 @pytest.fixture(
     scope="module",
     # Of a family each one's norms and attention are its own, so all are traced, most by the slow tests.
-    params=[
-        pytest.param((name, {}), marks=[pytest.mark.slow] * (name not in ("uvit", "next_dit")))
-        for name in FIELDS
-    ]
+    params=[pytest.param((name, {}), marks=[pytest.mark.slow] * (name != "uvit")) for name in FIELDS]
     + [pytest.param(("uvit", {"scan_layers": True, "remat": "full"}), marks=pytest.mark.slow)],
     ids=lambda case: "-".join([case[0], *case[1]]),
 )

@@ -69,7 +69,7 @@ def step_program(name, **modes):
 
 @pytest.fixture(
     scope="module",
-    # Of a family each one's norms and attention are its own, so all are traced, most by the slow tests.
+    # Each family's norms and attention are its own, so all are traced, most of them by the slow tests.
     params=[pytest.param((name, {}), marks=[pytest.mark.slow] * (name != "uvit")) for name in FIELDS]
     + [pytest.param(("uvit", {"scan_layers": True, "remat": "full"}), marks=pytest.mark.slow)],
     ids=lambda case: "-".join([case[0], *case[1]]),

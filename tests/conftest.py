@@ -37,17 +37,18 @@ LONGEST = (
     "planning/test_plan.py",
     "evaluation/test_run.py",
     "training/test_rewind.py",
-    "training/test_precision.py",
-    "interop/test_diffusers_folders.py",
-    "backbones/test_unet.py",
-    "nn/test_short_attention.py",
-    "interop/test_pipelines.py",
-    "backbones/test_extending_family.py",
+    "model/test_frozen.py",
     "sampling/test_sample.py",
+    "interop/test_import_export.py",
+    "interop/test_diffusers_folders.py",
+    "nn/test_short_attention.py",
     # Of the slow suite.
     "planning/test_tpu_programs.py",
     "scaling/test_study.py",
     "training/test_kill.py",
+    "training/test_precision.py",
+    "backbones/test_unet.py",
+    "interop/test_pipelines.py",
 )
 
 
@@ -67,6 +68,26 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     gc.enable()
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Runs are opened, and imported, on one device: for files of which layouts are not the subject."""
+    from tests.support.runs import open_on_one_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        open_on_one_device(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def opened_once():
+    """A run is read once for all tests of a file, on one device: for files of which reading is not the subject."""
+    from tests.support.runs import open_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        open_once(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

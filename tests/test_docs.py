@@ -161,10 +161,11 @@ def test_the_counts_and_plans_of_the_readme_run(command, tmp_path):
     assert next(text for word, text in wanted.items() if word in " ".join(command)) in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page, first",
     [
-        pytest.param("api.md", "scaling_dit.train(run", marks=pytest.mark.slow),
+        ("api.md", "scaling_dit.train(run"),
         ("weights.md", "to_state_dict("),
     ],
 )
@@ -263,6 +264,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert 'src="http' not in html and 'stylesheet" href="http' not in html, page
 
 
+@pytest.mark.slow
 def test_the_papers_example_counts_what_the_paper_prints(capsys):
     (example,) = [block for block in blocks("python") if "h2048-d42-n16" in block]
     exec(example, {})

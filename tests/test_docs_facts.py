@@ -122,7 +122,9 @@ def test_defaults_on_the_pages(name):
     assert {field: str(known[field]) for field in compared} == compared
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("unet")) for name in NAMES]
+)
 def test_the_example_of_a_backbone_prints_what_it_says(name, capsys):
     (example,) = blocks("python", f"backbones/{name}.md")
     exec(example, {})

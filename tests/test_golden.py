@@ -20,8 +20,18 @@ def get_config(arg=""):
 """
 
 
-# Full-size UNets, which take seconds each to trace: of their rows one is compared at once, the others by a slow test.
-UNTRACED = {"unet_scaling", "unet_scaling-if-xl-c512", "unet_scaling-sdxl-td4_4,pretrained"}
+# Parameters that take a second or more each to trace and are of a kind with others: full-size UNets, beside the small
+# ones of `backbones`, and stages that begin from one another. A slow test compares them as well.
+UNTRACED = {
+    "unet_scaling",
+    "unet_scaling-sd2",
+    "unet_scaling-if-xl-c512",
+    "unet_scaling-sdxl-td4_4,pretrained",
+    "stages-512",
+    "stages-long",
+    "stages-text",
+    "stages-shapes-24",
+}
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_options_of_sampling(option, value):
 
 
 @pytest.fixture(scope="module")
-def pipe(smoke_run):
+def pipe(smoke_run, on_one_device):
     return scaling_dit.load(smoke_run)
 
 

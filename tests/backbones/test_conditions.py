@@ -28,8 +28,11 @@ class Plain(nn.Module):
         return nn.Dense(latents.shape[-1])(latents)
 """
 TRANSFORMERS = ("uvit", "pixart", "large_dit", "next_dit")
-CASES = [*((name, "token") for name in TRANSFORMERS), ("uvit", "channel")]
-SLOW = [(name, "channel") for name in FIELDS if name != "uvit"]
+CASES = [("uvit", "token"), ("uvit", "channel")]
+SLOW = [
+    *((name, "token") for name in TRANSFORMERS if name != "uvit"),
+    *((name, "channel") for name in FIELDS if name != "uvit"),
+]
 
 
 def small(name, *rows, **fields):

@@ -1,5 +1,6 @@
 """A family added as docs/extending.md says: three files, and it is created, counted, trained and exported."""
 
+import pytest
 from safetensors.numpy import load_file
 
 from tests.support import extending
@@ -11,8 +12,12 @@ print(scaling_dit.__file__, scaling_dit.count(backbone, latents=(8, 8, 4), text=
 """
 
 
-def test_the_page_adds_a_family(tmp_path):
-    copy = extending.carry_out("A family of backbones", tmp_path)
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return extending.carry_out("A family of backbones", tmp_path_factory.mktemp("copy"))
+
+
+def test_the_page_adds_a_family(copy):
     assert copy.touched == {
         "scaling_dit/backbones/convnet.py",
         "scaling_dit/backbones/convnet_weights.py",
@@ -23,7 +28,11 @@ def test_the_page_adds_a_family(tmp_path):
     conv = 9 * width * width + width
     expected = 32 * width + width + depth * (conv + width * width + width) + 2 * 9 * 4 * width + width + 4
     place, params = copy.python(COUNT).split()
-    assert place == str(tmp_path / "scaling_dit/__init__.py") and int(params) == expected
+    assert place == str(copy.folder / "scaling_dit/__init__.py") and int(params) == expected
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_train_and_export_it(copy, tmp_path):
     train, export = copy.commands
     copy.run(train, tmp_path, *extending.TINY)
     copy.run(export, tmp_path)

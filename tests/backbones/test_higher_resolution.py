@@ -14,9 +14,9 @@ TINY = {"size": "h16-d1-n2", "text_dim": 6}
 # The base has 4 x 4 tokens. What each family's larger run may set.
 CHOICES = [
     ("uvit", {}, {"table_side": 4}),
-    ("pixart", {"base_size": 4, "caption_embedding": True}, {}),
-    ("large_dit", {}, {"base_size": 4, "rope_scaling": "grid"}),
-    ("next_dit", {}, {"base_size": 4, "rope_scaling": "ntk"}),
+    pytest.param("pixart", {"base_size": 4, "caption_embedding": True}, {}, marks=pytest.mark.slow),
+    pytest.param("large_dit", {}, {"base_size": 4, "rope_scaling": "grid"}, marks=pytest.mark.slow),
+    pytest.param("next_dit", {}, {"base_size": 4, "rope_scaling": "ntk"}, marks=pytest.mark.slow),
     *(
         pytest.param(name, {}, {"base_size": 4, "rope_scaling": scaling}, marks=pytest.mark.slow)
         for name in ("large_dit", "next_dit")

@@ -12,9 +12,11 @@ from scaling_dit.backbones import contract, lumina_layers
 from scaling_dit.errors import UserError
 from scaling_dit.nn import rotary as rotary_tables
 from tests.support import parity
-from tests.support.uvit_golden import fill, relative_error, run
+from tests.support.uvit_golden import FAST_KEY, fill, relative_error, run
 
 BOTH = pytest.mark.parametrize("name", ["large_dit", "next_dit"])
+# What they share and takes seconds to compile: of one of them at once.
+ONE_AT_ONCE = pytest.mark.parametrize("name", [pytest.param("large_dit", marks=pytest.mark.slow), "next_dit"])
 
 
 def small(name, **fields):
@@ -43,13 +45,14 @@ def test_scanned_rematerialised_compiled_and_eager_are_the_same(name):
     parity.check_scan_remat_jit(make, parity.example(make(), 4, 8), modes)
 
 
+@pytest.mark.slow
 @BOTH
 def test_bfloat16_is_close_to_float32(name):
     make = functools.partial(small, name, depth=4, hidden=64, scan_layers=True)
     parity.check_bf16(make, parity.example(make(), 4, 8))
 
 
-@BOTH
+@ONE_AT_ONCE
 def test_padded_text_has_no_influence_and_a_row_may_be_all_padding(name):
     backbone, (latents, timesteps, text) = small(name), inputs(batch=3)
     variables = variables_of(backbone, (latents, timesteps, text))
@@ -90,11 +93,11 @@ def test_a_mask_of_numpy_stays_as_it_was_and_may_be_of_integers():
     np.testing.assert_array_equal(mask, kept)
 
 
-@BOTH
+@ONE_AT_ONCE
 def test_initial_values(name):
     backbone = small(name, hidden=128, kv_heads=None, depth=2, scan_layers=True)
     args = inputs()
-    params = trees.unbox(run(backbone.init, jax.random.key(0), *args))["params"]
+    params = trees.unbox(run(backbone.init, FAST_KEY, *args))["params"]
     attention = params["layers"]["attention"]
     # Gates, modulations, the caption's share and the head start at zero, so the prediction does.
     for zero in (

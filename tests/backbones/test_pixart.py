@@ -12,7 +12,7 @@ from scaling_dit.backbones import contract, pixart
 from scaling_dit.errors import UserError
 from scaling_dit.nn import layers
 from tests.support import parity
-from tests.support.uvit_golden import fill, relative_error, run
+from tests.support.uvit_golden import FAST_KEY, fill, relative_error, run
 
 
 def small(**fields):
@@ -46,6 +46,7 @@ CASES = [
         (4, 12),
         True,
         id="wide-sigma-scanned-remat",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         {"caption_embedding": False, "text_dim": 32, "patch": 4}, (24, 16), False, id="tall-no-caption-patch4"
@@ -100,6 +101,7 @@ def test_modes_compute_the_same():
     parity.check_scan_remat_jit(small, parity.example(small(), 4, 8))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     def deep(**fields):
         return small(size="h64-d4-n4", scan_layers=True, **fields)
@@ -157,7 +159,7 @@ def test_the_size_decides_about_the_caption_embedding_unless_told():
 
 def test_initial_values():
     backbone = small(size="h128-d2-n4", text_dim=64)
-    variables = run(backbone.init, jax.random.key(0), *parity.example(backbone, 8, 8))
+    variables = run(backbone.init, FAST_KEY, *parity.example(backbone, 8, 8))
     params = trees.unbox(variables)["params"]
     block = params["blocks_1"]
     for zero in (block["cross_attn"]["proj"], params["head"]["linear"]):

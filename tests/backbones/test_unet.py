@@ -25,10 +25,10 @@ from tests.support.unet_reference import (
     inputs,
     small,
 )
-from tests.support.uvit_golden import fill, run
+from tests.support.uvit_golden import FAST_KEY, fill, run
 
 CASES = [
-    pytest.param(SDXL_CUT | TEXT_TIME | SCANNED, (8, 8), id="official_cut"),
+    pytest.param(SDXL_CUT | TEXT_TIME | SCANNED, (8, 8), id="official_cut", marks=pytest.mark.slow),
     pytest.param(SD2 | {"remat": "full"}, (8, 16), id="sd2", marks=pytest.mark.slow),
     pytest.param(TD | SCANNED_DOTS | {"out_channels": 3}, (12, 4), id="td", marks=pytest.mark.slow),
     pytest.param(SDXL | TEXT_TIME, (8, 8), id="official", marks=pytest.mark.slow),
@@ -71,10 +71,8 @@ def test_scanned_parameters_are_stacked_and_every_parameter_names_its_axes():
 
 def test_initial_values_are_pytorchs():
     x, text = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 5, 12))
-    # Compiles fast.
-    key = jax.random.key(0, impl="rbg")
     transformer, res = (
-        trees.unbox(run(module.init, key, *args))["params"]
+        trees.unbox(run(module.init, FAST_KEY, *args))["params"]
         for module, args in (
             (unet_layers.Transformer2D(1, 16), (x, text, None)),
             (unet_layers.ResBlock(32), (x, jnp.zeros((1, 256)))),

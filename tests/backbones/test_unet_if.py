@@ -27,6 +27,7 @@ def test_outputs_equal_diffusers():
     unet_reference.check(small_if(**IF_CUT), 4, 8, gradients=False)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     backbone, half = (small_if(**IF_ONE_LEVEL, dtype=dtype) for dtype in ("float32", "bfloat16"))
     unet_reference.check_bfloat16(backbone, half)

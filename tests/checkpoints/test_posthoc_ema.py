@@ -175,7 +175,11 @@ def walk(tmp_path_factory):
     return workdir, values
 
 
-@pytest.mark.parametrize(("step", "wanted"), [(1000, "0.99"), (2000, "0.999"), (2000, "power-0.2")])
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [(1000, "0.99")]
+    + [pytest.param(2000, wanted, marks=pytest.mark.slow) for wanted in ("0.999", "power-0.2")],
+)
 def test_any_average_is_rebuilt_from_two(walk, wanted, step, capsys):
     workdir, values = walk
     with Checkpoints(Workdir(workdir).checkpoints, read_only=True) as store:

@@ -289,7 +289,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02])
+@pytest.mark.parametrize("delay", [pytest.param(0.0, marks=pytest.mark.slow), 0.02])
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path, delay):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), tmp_path, str(delay)],

@@ -299,6 +299,7 @@ def test_a_process_of_several_is_started_again_with_the_same_command(monkeypatch
     assert settings.to_dict() == config_lib.defaults().processes.to_dict()
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_config_is_resolved_once_a_command(monkeypatch, tmp_path, smoke_run):
     resolved = []
     module = sys.modules["scaling_dit.config.resolve"]

@@ -30,6 +30,7 @@ def tars(tmp_path_factory):
     return f"--source=webdataset:{folder}/*.tar"
 
 
+@pytest.mark.slow
 def test_scenes_are_captioned_filtered_and_counted(tars, tmp_path, capsys):
     made, kept, stats = (str(tmp_path / name) for name in ("made", "kept", "stats"))
     caption = ["caption", tars, "--captioner=shapes", f"--out={made}", "--option=captions=2", "--kind=long"]

@@ -60,6 +60,7 @@ def test_it_is_a_flag_that_is_checked(copy, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_uses_it(copy):
     two, three = (
         tuple(map(int, line.split()[1:])) for line in copy.python(USE).splitlines() if line.startswith("grid")

@@ -12,7 +12,12 @@ from scaling_dit.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "fields", [{"remat": "full"}, {"scan_layers": True}, {"scan_layers": True, "remat": "dots"}]
+    "fields",
+    [
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"scan_layers": True}, marks=pytest.mark.slow),
+        {"scan_layers": True, "remat": "dots"},
+    ],
 )
 def test_modes_cost_the_same(fields):
     plain = backbones.create("uvit", size="h64-d5-n2", text_dim=16)

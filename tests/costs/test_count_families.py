@@ -93,7 +93,7 @@ def test_convolutions_and_attention_of_a_unet():
             1.05,
             marks=pytest.mark.slow,
         ),
-        ("unet_if", {**UNET, "attention_levels": (0, 1)}, 0.97, 1.05),
+        pytest.param("unet_if", {**UNET, "attention_levels": (0, 1)}, 0.97, 1.05, marks=pytest.mark.slow),
     ],
 )
 def test_against_xla(name, fields, low, high):

@@ -38,9 +38,9 @@ def test_a_unet_has_channels_of_its_own(capsys):
     """Its field of that name is no clash with the channels of latents."""
     fields = {
         "channels": 32,
-        "channel_mult": "(1,2)",
+        "channel_mult": "(1,)",
         "res_blocks": 1,
-        "transformer_depth": "(0,1)",
+        "transformer_depth": "(1,)",
         "head_dim": 32,
     }
     overrides = [f"--config.backbone.{name}={value}" for name, value in fields.items()]

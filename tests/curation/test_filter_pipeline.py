@@ -145,6 +145,7 @@ def test_a_large_image_is_too_large_whether_or_not_it_is_decoded(near, side):
         reader._examine(sample, 10_000)
 
 
+@pytest.mark.slow
 def test_more_workers_write_the_same_bytes(tars, tmp_path):
     for name, options in (
         ("one", []),

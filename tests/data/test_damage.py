@@ -134,6 +134,7 @@ def test_counts_by_kind_are_exact(folders):
     assert source.damage.check(source.damage.counts())["data/damaged_too_large"] == 3.0
 
 
+@pytest.mark.slow
 def test_training_is_unaffected_otherwise(folders):
     """An epoch of the damaged folder: each sound record once at its place, each damaged one replaced by a sound one."""
     mixed = open_mixed(folders)

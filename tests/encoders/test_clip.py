@@ -188,6 +188,7 @@ def test_a_long_caption_is_read_window_by_window(pipeline_folder, tokenizer):
         np.testing.assert_allclose(pooled[number], theirs.pooler_output.numpy()[0], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bfloat16_drifts_little(pipeline_folder, ids, expected):
     encoder = ClipText(weights=str(pipeline_folder), size="tiny", dtype="bfloat16", param_dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(encoder.load())} == {"bfloat16"}

@@ -36,7 +36,10 @@ def fails(message, check, *arguments):
     assert str(error.value).startswith(WHERE) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, fields", [("pixels", {}), ("dct", {}), ("vae", {"weights": "random"})])
+@pytest.mark.parametrize(
+    "name, fields",
+    [("pixels", {}), ("dct", {}), pytest.param("vae", {"weights": "random"}, marks=pytest.mark.slow)],
+)
 def test_built_in_codecs_pass(name, fields):
     contract.check_codec(create_codec(name, **fields), 64, WHERE)
 

@@ -13,6 +13,7 @@ from scaling_dit.encoders import scratch
 from scaling_dit.encoders.scratch import BOS, EOS, PAD, UNK, WordTokenizer
 from scaling_dit.errors import UserError
 from scaling_dit.nn import attention
+from tests.support.uvit_golden import FAST_KEY
 
 CAPTIONS = ["a red circle", "A red square, left of a blue circle.", "a Triangle"]
 
@@ -165,11 +166,11 @@ def test_attention_goes_through_the_one_function(encoder, params, monkeypatch):
 
 def test_branches_start_small(tokenizer):
     encoder = encoders.create_text_encoder(
-        "scratch", tokenizer=tokenizer, dim=256, depth=4, heads=4, length=12
+        "scratch", tokenizer=tokenizer, dim=128, depth=4, heads=4, length=12
     )
-    block = nn.unbox(jax.jit(encoder.init)(jax.random.key(0)))["blocks_3"]
+    block = nn.unbox(jax.jit(encoder.init)(FAST_KEY))["blocks_3"]
     for name, layer, fan_in, variance in (
-        ("attn", "qkv", 256, 1), ("attn", "proj", 256, 1 / 8), ("mlp", "fc1", 256, 1), ("mlp", "fc2", 1024, 1 / 8)
+        ("attn", "qkv", 128, 1), ("attn", "proj", 128, 1 / 8), ("mlp", "fc1", 128, 1), ("mlp", "fc2", 512, 1 / 8)
     ):  # fmt: skip
         assert np.var(block[name][layer]["kernel"]) * fan_in == pytest.approx(variance, rel=0.05)
 

@@ -15,6 +15,7 @@ from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.encoders.t5 import T5Text
 from scaling_dit.errors import UserError
 from tests.support import text_towers
+from tests.support.uvit_golden import FAST_KEY, run
 
 TINY = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 32_128}
 LENGTH = 40
@@ -144,9 +145,9 @@ def test_sizes(size, count):
 
 def test_fresh_weights_give_tokens_of_one_scale():
     encoder = T5Text(size="tiny", length=12)
-    params = trees.unbox(jax.jit(encoder.init)(jax.random.key(0)))
+    params = trees.unbox(run(encoder.init, FAST_KEY))
     ids = np.arange(24).reshape(2, 12) + 100
-    tokens, _, _ = encoder.apply(params, ids, np.ones(ids.shape, bool))
+    tokens, _, _ = run(encoder.apply, params, ids, np.ones(ids.shape, bool))
     # The last norm's.
     assert float(np.std(tokens)) == pytest.approx(1.0, abs=0.05)
     assert len({round(float(x), 4) for x in tokens[:, 0, 0]}) == 2

@@ -44,7 +44,8 @@ def vocabulary(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("kind", [ClipText, pytest.param(T5Text, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ClipText, T5Text])
 def test_tokens_and_gradients_on_a_mesh_are_those_of_one_device(kind):
     # No axis of the mesh divides 11.
     encoder = kind(size="tiny", length=11)

@@ -197,6 +197,7 @@ def test_half_precision_files_are_widened(folder, model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, stored, rounded)
 
 
+@pytest.mark.slow
 def test_bfloat16_drifts_little(folder, images):
     _, params, moments_of, decode = opened(folder)
     _, _, low_moments, low_decode = opened(folder, dtype="bfloat16")

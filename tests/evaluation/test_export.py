@@ -10,6 +10,8 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation.export import sample_prompts
 from tests.support.prompt_files import GENEVAL
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 
 @pytest.fixture
 def geneval(tmp_path):

@@ -15,6 +15,8 @@ from scaling_dit.evaluation.metric import METHODS
 from scaling_dit.evaluation.scoring import Scoring, score
 from tests.support.pages import blocks, commands, first_column
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 PAGE = "own_metric.md"
 
 

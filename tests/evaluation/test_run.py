@@ -5,9 +5,11 @@ import json
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_config, read_metrics
@@ -24,12 +26,8 @@ from scaling_dit.model.model import Model
 from scaling_dit.monitor import writers
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
-from tests.support.runs import open_on_one_device
 
-
-@pytest.fixture
-def opened_on_one_device(monkeypatch):
-    open_on_one_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("opened_once")
 
 
 def test_the_verb_writes_results_images_rows_and_tifa_files(smoke_run, tmp_path, capsys):
@@ -54,7 +52,6 @@ def test_the_verb_writes_results_images_rows_and_tifa_files(smoke_run, tmp_path,
     assert not (folder / "parts").exists()
 
 
-@pytest.mark.usefixtures("opened_on_one_device")
 def test_a_killed_evaluation_gives_the_same_files(smoke_run, tmp_path, monkeypatch):
     workdir, changed = smoke_run, {"overrides": ["--config.metrics.shapes_tifa.batch=2"]}
     whole, broken = tmp_path / "whole" / "shapes_tifa", tmp_path / "broken" / "shapes_tifa"
@@ -111,9 +108,8 @@ def test_validation_loss_does_not_depend_on_batches_layout_or_the_prediction_kin
     source = open_source(config)
 
     def measure(batch, mesh=pipe.mesh):
-        return ValidationLoss(pipe.model, source, mesh, images=20, bins=4, batch=batch)(
-            pipe.params, pipe.frozen
-        )
+        weights = jax.device_put((pipe.params, pipe.frozen), NamedSharding(mesh, PartitionSpec()))
+        return ValidationLoss(pipe.model, source, mesh, images=20, bins=4, batch=batch)(*weights)
 
     whole, parts = measure(24), measure(8)
     assert whole.keys() == parts.keys() and len(whole) == 5
@@ -181,7 +177,6 @@ class Grey:
         return self
 
 
-@pytest.mark.usefixtures("opened_on_one_device")
 def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -223,7 +218,6 @@ def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_
         run.main(str(smoke_run), str(tmp_path / "x"), metrics=["shapes_tifa"], reference=str(built))
 
 
-@pytest.mark.usefixtures("opened_on_one_device")
 def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run, tmp_path, capsys):
     fields = {"shared": {"judge": "shapes"}, "store": "tar", "metrics": ["tifa", "soft_tifa", "shapes_tifa"]}
     changes = {"guidance": (1.0, 7.5), "seed": (0, 1), "items": 6}
@@ -253,7 +247,6 @@ def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run,
     assert all((tmp_path / row["folder"] / "rows.jsonl").exists() for row in rows)
 
 
-@pytest.mark.usefixtures("opened_on_one_device")
 def test_other_fields_have_another_folder_and_a_missing_judge_skips_its_metric(smoke_run, tmp_path, capsys):
     def evaluate(*overrides, **more):
         return run.main(str(smoke_run), str(tmp_path), items=2, overrides=overrides, **more)
@@ -369,7 +362,6 @@ def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
     assert "metric judged is skipped at step 2: the judge is out of reach" in caplog.text
 
 
-@pytest.mark.usefixtures("opened_on_one_device")
 def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeypatch):
     """The smoke run has checkpoints at 2 and 4, its last step; the second appears only while the first is scored."""
     shown = [[2], [2, 4]]

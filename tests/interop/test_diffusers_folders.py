@@ -22,6 +22,7 @@ from scaling_dit.interop import exporting
 from scaling_dit.interop.diffusers import config as diffusers_config
 from scaling_dit.weights import files as weight_files
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 FAMILIES = built_in_diffusers()
 SMOKE = "experiments/shapes.py:smoke"
 # Of that run: pixels, and the width of the text.
@@ -221,6 +222,7 @@ def test_channels_that_the_class_cannot_have_are_told():
         diffusers_config.write_config("next_dit", backbone, (32, 32))
 
 
+@pytest.mark.slow
 def test_a_halved_sharded_folder_is_read(tmp_path, capsys):
     model = published("next_dit", tmp_path / "published", torch.bfloat16)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")

@@ -20,6 +20,7 @@ from scaling_dit.model.build import build_model
 from scaling_dit.training import optim
 from scaling_dit.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 SMOKE = "experiments/shapes.py:smoke"
 
 

@@ -35,6 +35,8 @@ from tests.support import unet_reference
 from tests.support.parity import randomise_
 from tests.support.runs import tiny
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 TEXT, SIZE, CHANNELS = 12, 8, 3
 TOLERANCE = 1e-5
 SMOKE = "experiments/shapes.py:smoke"
@@ -360,6 +362,8 @@ def test_an_import_that_is_killed_before_its_checkpoint_is_no_run(smoke_run, tmp
 @pytest.mark.slow
 def test_export_and_import_of_a_run(smoke_run, tmp_path, capsys):
     settings = {
+        # As that of `smoke_run`.
+        "backbone__depth": 2,
         "adapter__rank": 2,
         "adapter__alpha": 4.0,
         "optim__learning_rate": 0.05,

@@ -19,6 +19,8 @@ from scaling_dit.weights import files
 from scaling_dit.weights.table import Row, Transform
 from tests.support.uvit_golden import fill
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 BACKBONES = '''
 import flax.linen as nn
 

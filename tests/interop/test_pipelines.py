@@ -32,6 +32,7 @@ from scaling_dit.sampling.sampler import Sampler
 from tests.support import text_towers
 from tests.support.parity import randomise_
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
 PIXELS, STEPS, GUIDANCE = 16, 10, 3.0
 PROMPTS = ["a red circle left of a blue square", "", "two small green triangles, quite far apart " * 12]
 SMOKE = "--config=experiments/shapes.py:smoke"
@@ -158,7 +159,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("unet", marks=pytest.mark.slow), "pixart"])
+@pytest.fixture(scope="module", params=["unet", "pixart"])
 def case(request, tmp_path_factory):
     """(folder that diffusers saved, workdir it was imported to, options of diffusers' call)."""
     make, options, fields = CASES[request.param]
@@ -169,6 +170,7 @@ def case(request, tmp_path_factory):
     return saved, folder / "run", options
 
 
+@pytest.mark.slow
 def test_an_imported_pipeline_gives_the_same_images(case):
     saved, workdir, options = case
     images, noise = ours(workdir)

@@ -62,7 +62,7 @@ def by_hand(kernel, a, b, scale, split):
     return changed
 
 
-FAST = [("uvit", {}), ("unet_if", {}), ("next_dit", {"scan_layers": True})]
+FAST = [("uvit", {}), ("next_dit", {"scan_layers": True})]
 CASES = FAST + [
     pytest.param(name, fields, marks=pytest.mark.slow)
     for name in FIELDS

@@ -240,6 +240,7 @@ def tensorboard_apart():
         del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tensorboard_apart")
 def test_tensorboard_reads_back_what_was_written(written, monkeypatch):
     # TensorBoard's own switch to read without TensorFlow, which this process then need not load.
@@ -314,6 +315,7 @@ def test_an_error_that_ends_the_run_is_not_hidden_by_closing(tmp_path, monkeypat
         raise KeyError
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tensorboard_apart")
 def test_tensorboard_shows_each_step_once(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))

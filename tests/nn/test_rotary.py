@@ -12,7 +12,12 @@ from tests.support.attention_checks import pretend_tpu
 
 
 @pytest.mark.parametrize(
-    "length, heads, size, into", [(20, 4, 64, "float32"), (7, 16, 72, "bfloat16"), (9, 6, 128, "bfloat16")]
+    "length, heads, size, into",
+    [
+        pytest.param(20, 4, 64, "float32", marks=pytest.mark.slow),
+        (7, 16, 72, "bfloat16"),
+        pytest.param(9, 6, 128, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernel_turns_as_xla_does_forward_and_back(length, heads, size, into, monkeypatch):
     x, gradient = (jax.random.normal(jax.random.key(i), (2, length, heads, size)) for i in (0, 1))

@@ -127,6 +127,7 @@ def test_an_explicit_splash_never_falls_back(monkeypatch):
             attention(*qkv, implementation="splash")
 
 
+@pytest.mark.slow
 def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatch):
     fields = {"hidden": 32, "depth": 2, "heads": 2, "text_dim": 12}
     args = (jnp.ones((2, 4, 4, 4)), jnp.ones(2), jnp.ones((2, 5, 12)), jnp.ones((2, 5), bool))

@@ -19,10 +19,9 @@ SCANNED = [name for name in FIELDS if name != "unet_if"]
 QUICK = [("uvit", "FSDP2xCTX2xTP2", {})]
 # Image conditions: tokens before those of the image, and channels; UNets have channels alone.
 CONDITIONS = {"conditions": (("tokens", 5, "token", "shared"), ("channels", 4, "channel", "shared"))}
-QUICK += [("large_dit", "FSDP2xCTX2xTP2", CONDITIONS)]
 SLOW = [(name, layout, {}) for name in FIELDS for layout in LAYOUTS]
 SLOW += [("uvit", layout, CONDITIONS) for layout in LAYOUTS]
-SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in ("pixart", "next_dit")]
+SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in ("pixart", "large_dit", "next_dit")]
 SLOW += [("unet", "DP2xFSDP2xTP2", {"conditions": CONDITIONS["conditions"][1:]})]
 SLOW += [(name, "DP2xFSDP2xTP2", {"scan_layers": True}) for name in SCANNED]
 

@@ -30,7 +30,7 @@ def mean_loss(backbone):
     "axes, torus, sparse_core",
     [
         pytest.param({"fsdp": 8, "data": 1}, (8,), False, marks=pytest.mark.slow),
-        ({"data": 2, "fsdp": 4}, (4,), False),
+        pytest.param({"data": 2, "fsdp": 4}, (4,), False, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8, "data": 1}, (2, 2, 2), False, marks=pytest.mark.slow),
         ({"fsdp": 8, "data": 1}, (2, 2, 2), True),
         pytest.param({"fsdp": 8, "data": 1}, (4, 2), True, marks=pytest.mark.slow),

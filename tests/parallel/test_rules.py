@@ -138,7 +138,14 @@ def one_device():
     return params, *jax.jit(jax.value_and_grad(loss))(params, batch_of())
 
 
-@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "sizes",
+    # Those that have every axis between them; the others are parts of them.
+    [
+        pytest.param(sizes, id=name, marks=[pytest.mark.slow] * (len(sizes) < 2 or sizes["fsdp"] == 8))
+        for name, sizes in LAYOUTS.items()
+    ],
+)
 def test_sharded_loss_and_gradients_equal_one_device(sizes, one_device):
     params, expected, expected_grads = one_device
     mesh = make_mesh(**sizes)

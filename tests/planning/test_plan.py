@@ -109,7 +109,8 @@ def quick():
     return found
 
 
-@pytest.mark.parametrize("kind", ["quick", pytest.param("verb", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["quick", "verb"])
 def test_the_verb_compiles_for_a_tpu_that_is_not_there(kind, request):
     found = request.getfixturevalue(kind)
     assert found["chips"] == 4 and found["mesh"]["data"] * found["mesh"]["fsdp"] == 4
@@ -328,7 +329,8 @@ allocation 8: size 9, color 5, page 0, parameter 13, shape |f32[9]| at ShapeInde
     assert plan_compile.allocated(text) == (4196, 30, 10)
 
 
-@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.slow), ["--quick"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--quick"]])
 def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1(flags):
     done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", *flags, code=1)
     assert "does not fit" in done.stdout and "of 15.75 GiB" in done.stdout

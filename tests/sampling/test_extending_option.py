@@ -54,6 +54,7 @@ def test_it_touches_two_files_and_the_page_of_fields(copy):
     }
 
 
+@pytest.mark.slow
 def test_it_is_a_field_a_flag_and_noted_where_it_is_used(copy):
     (command,) = copy.commands
     of_run, about, name, plain = json.loads(copy.python(f"COMMAND = {command!r}\n{USE}"))

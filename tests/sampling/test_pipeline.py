@@ -1,5 +1,6 @@
 """A run's model and its weights: load, encode_text, predict; and what a workdir must hold."""
 
+import functools
 import json
 import shutil
 
@@ -20,6 +21,8 @@ from scaling_dit.model import frozen
 from scaling_dit.model.build import abstract_params, build_model, open_source
 from scaling_dit.training.rewind import SpikeDetector
 from scaling_dit.training.start import Run
+
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +153,9 @@ def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
     model = build(name="tests.sampling.test_pipeline:Returning", out=out)
     latents, text = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 4, 32))
     params, _ = model.init(jax.random.key(0))
-    assert model.predict(params, latents, jnp.zeros(2), text).shape == (2, 16, 16, out)
-    trained = [
-        model.predict(params, latents + 1, jnp.zeros(2), text, train=True, rng=jax.random.key(k))
-        for k in (0, 1)
-    ]
+    assert jax.eval_shape(model.predict, params, latents, jnp.zeros(2), text).shape == (2, 16, 16, out)
+    predict = jax.jit(functools.partial(model.predict, train=True))
+    trained = [predict(params, latents + 1, jnp.zeros(2), text, rng=jax.random.key(k)) for k in (0, 1)]
     # Dropout has its key.
     assert (trained[0] != trained[1]).any()
 

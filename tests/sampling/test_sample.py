@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 import scaling_dit
@@ -15,7 +16,6 @@ from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.folder import sample_to_folder
 from scaling_dit.sampling.sample import Sampling
 from scaling_dit.sampling.sampler import Sampler
-from tests.support.runs import open_on_one_device
 
 PROMPTS = [
     "a large red circle",
@@ -26,33 +26,25 @@ PROMPTS = [
 ]
 
 
+# Reading a run is the subject of tests/sampling/test_pipeline.py.
+pytestmark = pytest.mark.usefixtures("opened_once")
+
+
 @pytest.fixture(scope="module")
-def pipe(smoke_run):
+def pipe(smoke_run, opened_once):
     return scaling_dit.load(smoke_run)
 
 
-@pytest.fixture(scope="module")
-def alone(smoke_run):
-    """The same on one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        open_on_one_device(patch)
-        return scaling_dit.load(smoke_run)
-
-
-@pytest.fixture
-def opened_on_one_device(monkeypatch):
-    open_on_one_device(monkeypatch)
-
-
 def test_images_depend_neither_on_the_batch_nor_on_the_mesh(pipe):
-    whole = pipe.sample(PROMPTS, seed=3)
+    mesh = make_mesh()
+    weights = jax.device_put((pipe.params, pipe.frozen), NamedSharding(mesh, PartitionSpec()))
+    whole = Sampler(pipe.model, mesh, pipe.sampler().options)(*weights, PROMPTS, seed=3)
     assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8
-    one = Sampler(pipe.model, make_mesh(devices=jax.devices()[:1]), pipe.sampler(batch=2).options)
-    params, frozen = jax.device_put((pipe.params, pipe.frozen), jax.devices()[0])
-    by_two = one(params, frozen, PROMPTS, seed=3)
+    one = pipe.sampler(batch=2)
+    by_two = one(pipe.params, pipe.frozen, PROMPTS, seed=3)
     # Rounding to 8 bits.
     assert np.abs(whole.astype(int) - by_two).max() <= 1
-    alone = one(params, frozen, PROMPTS[3:4], seed=3, numbers=[3])
+    alone = one(pipe.params, pipe.frozen, PROMPTS[3:4], seed=3, numbers=[3])
     assert np.abs(whole[3].astype(int) - alone[0]).max() <= 1
 
 
@@ -64,19 +56,20 @@ def test_seed_prompt_and_number_all_matter(pipe):
     np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:1] * 2, seed=0))
 
 
-def test_guidance_steps_and_sampler_are_used(alone):
-    base = alone.sample(PROMPTS[:2])
-    assert (base != alone.sample(PROMPTS[:2], sampler="dpmpp_2m")).any()
-    assert (base != alone.sample(PROMPTS[:2], guidance=1.0)).any()
-    assert (base != alone.sample(PROMPTS[:2], steps=2)).any()
-    np.testing.assert_array_equal(base, alone.sample(PROMPTS[:2], guidance=alone.config.sample.guidance))
+def test_guidance_steps_and_sampler_are_used(pipe):
+    base = pipe.sample(PROMPTS[:2])
+    assert (base != pipe.sample(PROMPTS[:2], sampler="dpmpp_2m")).any()
+    assert (base != pipe.sample(PROMPTS[:2], guidance=1.0)).any()
+    assert (base != pipe.sample(PROMPTS[:2], steps=2)).any()
+    np.testing.assert_array_equal(base, pipe.sample(PROMPTS[:2], guidance=pipe.config.sample.guidance))
 
 
-def test_every_option_of_guidance_reaches_the_images(alone):
-    base = alone.sample(PROMPTS[:2], steps=2, guidance=40.0)
+@pytest.mark.slow
+def test_every_option_of_guidance_reaches_the_images(pipe):
+    base = pipe.sample(PROMPTS[:2], steps=2, guidance=40.0)
     # Of the timesteps 501 and 1 the interval holds the second.
     for changes in ({"guidance_rescale": 0.7}, {"guidance_interval": (0.0, 400.0)}):
-        assert (alone.sample(PROMPTS[:2], steps=2, guidance=40.0, **changes) != base).any()
+        assert (pipe.sample(PROMPTS[:2], steps=2, guidance=40.0, **changes) != base).any()
 
 
 def test_the_batch_changes_no_image(pipe):
@@ -189,7 +182,6 @@ def test_the_verb_makes_several_of_each_and_says_where(smoke_run, tmp_path, caps
     ]
 
 
-@pytest.mark.usefixtures("opened_on_one_device")
 def test_another_request_gets_its_own_folder_and_the_same_one_is_found_again(smoke_run, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(smoke_run, workdir)

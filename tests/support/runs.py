@@ -1,5 +1,6 @@
 """Runs of a few seconds, and comparisons of what they leave."""
 
+import functools
 import pathlib
 
 import jax
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_metrics
+from scaling_dit.interop import importing
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import program
@@ -21,7 +23,9 @@ program.KEPT = 6
 def tiny(steps: int = STEPS, **changes) -> ConfigDict:
     """A run of seconds; `changes` are dotted keys with __ for the dot.
 
-    The learning rate is constant after warm-up, so that runs of any number of steps share one compiled step.
+    The learning rate is constant after warm-up, so that runs of any number of steps share one compiled step. The
+    backbone has one block: what is traced, compiled and saved takes the time. `smoke_run` has three, and so must what
+    begins with its weights.
     """
     config = config_lib.load("experiments/shapes.py:smoke")
     overrides = {
@@ -31,6 +35,7 @@ def tiny(steps: int = STEPS, **changes) -> ConfigDict:
         "log.every": 1,
         "log.tensorboard": False,
         "optim.decay": "constant",
+        "backbone.depth": 1,
     }
     overrides |= {key.replace("__", "."): value for key, value in changes.items()}
     with config.unlocked():
@@ -42,8 +47,28 @@ def tiny(steps: int = STEPS, **changes) -> ConfigDict:
 
 
 def open_on_one_device(patch: pytest.MonkeyPatch) -> None:
-    """Until the patch ends, runs are opened on one device: where layouts are not the subject, it compiles faster."""
+    """Until the patch ends, runs are opened, and imported, on one device: it compiles faster, and writes less."""
     patch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices=devices[:1]))
+    patch.setattr(importing, "run_mesh", functools.partial(program.run_mesh, devices=jax.devices()[:1]))
+
+
+def open_once(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch ends, a run is read, and what samples from it compiled, once for all that open it alike.
+
+    On one device. For runs that do not change: what is asked for is its folder, the step and the average, and those
+    sections of the config that say how images are made.
+    """
+    open_on_one_device(patch)
+    real, found = pipeline.open_run, dict[tuple, pipeline.Pipeline]()
+
+    def open_run(config, workdir, step=None, ema=None):
+        known = {name: value for name, value in config.to_dict().items() if name not in ("eval", "metrics")}
+        key = str(workdir), step, ema, repr(known)
+        if key not in found:
+            found[key] = real(config, workdir, step, ema)
+        return found[key]
+
+    patch.setattr(pipeline, "open_run", open_run)
 
 
 def leaves(state):

@@ -22,7 +22,14 @@ from scaling_dit.training.base import Start
 from tests.support.layouts import LAYOUTS
 from tests.support.runs import assert_same_bits, leaves, tiny
 
-ADAPTED = {"adapter__rank": 2, "adapter__alpha": 4.0, "optim__learning_rate": 0.01, "optim__warmup_steps": 0}
+# As deep as `smoke_run`, which they adapt.
+ADAPTED = {
+    "backbone__depth": 2,
+    "adapter__rank": 2,
+    "adapter__alpha": 4.0,
+    "optim__learning_rate": 0.01,
+    "optim__warmup_steps": 0,
+}
 
 
 def adapted(steps, **changes):

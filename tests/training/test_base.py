@@ -86,7 +86,7 @@ def test_another_tokenizer_than_the_checkpoint_s_is_refused(smoke_run, tmp_path)
         ("uvit", (), ()),
         ("uvit", ("b",), ("b",)),
         ("uvit", ("a", "b"), ("a", "b")),
-        ("unet", (), ()),
+        pytest.param("unet", (), (), marks=pytest.mark.slow),
         pytest.param("unet", ("a", "b"), ("a", "b"), marks=pytest.mark.slow),
     ],
 )

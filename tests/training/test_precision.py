@@ -69,9 +69,9 @@ def step_program(name, **modes):
 
 @pytest.fixture(
     scope="module",
-    # The UNet of SD takes the longest to trace.
-    params=[pytest.param((name, {}), marks=[pytest.mark.slow] * (name == "unet")) for name in FIELDS]
-    + [("uvit", {"scan_layers": True, "remat": "full"})],
+    # Each family's norms and attention are its own, so all are traced, most of them by the slow tests.
+    params=[pytest.param((name, {}), marks=[pytest.mark.slow] * (name != "uvit")) for name in FIELDS]
+    + [pytest.param(("uvit", {"scan_layers": True, "remat": "full"}), marks=pytest.mark.slow)],
     ids=lambda case: "-".join([case[0], *case[1]]),
 )
 def traced(request):

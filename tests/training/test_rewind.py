@@ -226,6 +226,7 @@ def test_a_run_that_went_back_is_the_same_wherever_it_is_killed(whole, tmp_path,
     assert recorded(tmp_path) == recorded(whole[0])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_undone_updates_are_replaced(tmp_path, poison):
     # From 11 back to 4, so that 8 is of undone updates.
     state = run(tmp_path, rewind__back=4)

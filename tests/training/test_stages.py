@@ -1,5 +1,6 @@
 """Runs that begin with another's weights: what is taken, what is refused, and what a kill leaves."""
 
+import functools
 import json
 import shutil
 import types
@@ -19,9 +20,14 @@ from scaling_dit.training import stages
 from scaling_dit.training.base import Start
 from scaling_dit.training.loop import open_checkpoints, train
 from scaling_dit.training.start import Run
-from tests.support.runs import assert_same_bits, leaves, tiny
+from tests.support import runs
+from tests.support.runs import assert_same_bits, leaves
+
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 ONE = jax.devices()[:1]
+# As deep as `smoke_run`.
+tiny = functools.partial(runs.tiny, backbone__depth=2)
 
 
 def begun(config, workdir, start, devices=ONE):

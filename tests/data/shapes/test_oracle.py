@@ -19,6 +19,8 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation import tifa
 
 ALL = sorted(PRESETS)
+# On a grid and freely placed; what takes longer on larger images is looked at by a slow test.
+SMALL = ("free32", "grid16")
 SCENES = 40
 
 
@@ -59,7 +61,9 @@ def test_true_images_score_one_also_when_damaged_a_little(preset):
     assert average(preset, lambda image, rng: (0.7 * image + 0.3 * 128).astype(np.uint8)) == 1.0
 
 
-@pytest.mark.parametrize("preset", ALL)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in ALL]
+)
 def test_blank_and_noise_images_score_nothing(preset):
     for value in (0, 128, 255):
         assert average(preset, lambda image, rng, value=value: np.full_like(image, value)) < 0.05

@@ -61,13 +61,14 @@ def fid(ours, seed):
     return result["scalars"]["fid"], result["interval"]
 
 
-@pytest.mark.parametrize("distance", [cmmd, mind, fid])
+@pytest.mark.parametrize("distance", [pytest.param(cmmd, marks=pytest.mark.slow), mind, fid])
 def test_the_width_is_the_spread_over_other_images(distance):
     real, told = spread(distance)
     # Sixty trials know a standard deviation to a tenth.
     assert told == pytest.approx(real, rel=0.3)
 
 
+@pytest.mark.slow
 def test_the_width_of_kid_is_its_spread(monkeypatch):
     # Of a larger reference its random subset would move it too.
     monkeypatch.setitem(globals(), "REAL", REAL[:COUNT])

@@ -128,6 +128,7 @@ def test_weights_of_image_reward_that_do_not_fit(tmp_path):
         blip.Words(str(words))
 
 
+@pytest.mark.slow
 def test_the_sizes_of_published_networks():
     """Millions of parameters: ImageReward.pt has 1.79 GB in float32, DINOv2 ViT-L/14 is a network of 304M."""
     import jax

@@ -141,6 +141,7 @@ def test_what_is_missing_is_one_line():
         run([Item("a", "x", [{"question": "q"}])], judge="shapes")
 
 
+@pytest.mark.slow
 def test_the_questions_of_4081_prompts_take_seconds_without_the_judge(tmp_path, judges):
     _, questions = write_tifa(tmp_path, captions=4081)
     assert len(questions) > 20_000

@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special
 
 from scaling_dit.errors import UserError
 from scaling_dit.scaling import bootstrap
@@ -168,26 +168,20 @@ def _polish(
     ).x
 
 
-def _terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Logarithms of the three terms, [3, points]: a fit on its way may pass vectors whose terms overflow."""
     e, a, b, alpha, beta = vector
-    return np.full_like(n, np.exp(e)), np.exp(a - alpha * np.log(n)), np.exp(b - beta * np.log(d))
+    return np.stack([np.full_like(n, e), a - alpha * np.log(n), b - beta * np.log(d)])
 
 
 def _log_residuals(vector: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.log(sum(_terms(vector, n, d))) - np.log(y)
+    return special.logsumexp(_terms(vector, n, d), axis=0) - np.log(y)
 
 
 def _jacobian(vector: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
-    floor, by_params, by_samples = _terms(vector, n, d)
-    total = floor + by_params + by_samples
+    floor, by_params, by_samples = special.softmax(_terms(vector, n, d), axis=0)
     return np.stack(
-        [
-            floor / total,
-            by_params / total,
-            by_samples / total,
-            -np.log(n) * by_params / total,
-            -np.log(d) * by_samples / total,
-        ],
+        [floor, by_params, by_samples, -np.log(n) * by_params, -np.log(d) * by_samples],
         axis=1,
     )
 

@@ -209,7 +209,8 @@ def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_
     assert first["fields"]["reference"] == str(built) and "fid" in capsys.readouterr().out
     count = len(calls)
     assert result("second", reference=f"{__name__}:Grey")["scalars"] == first["scalars"]
-    assert len(calls) == count + 1, "the statistics were built again"
+    # The images are those of the first call, whose features are still at hand.
+    assert len(calls) == count, "the statistics were built again"
     # By default the real images of the prompts.
     own = result("own")
     assert own["n_reference"] == 5 and own["scalars"] != first["scalars"]
@@ -221,6 +222,58 @@ def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_
         result("set", shared={"prompt_set": f"drawbench:{prompts}"})
     with pytest.raises(UserError, match="--reference: none of shapes_tifa compares with real images"):
         run.main(str(smoke_run), str(tmp_path / "x"), metrics=["shapes_tifa"], reference=str(built))
+
+
+@pytest.mark.usefixtures("opened_on_one_device")
+def test_metrics_of_one_network_compute_its_features_once(smoke_run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def features(images):
+        calls.append(len(images))
+        if len(calls) == 4 and dying:
+            raise KeyboardInterrupt
+        return images.mean((1, 2)).astype(np.float32)
+
+    known = networks.INCEPTION["tensorflow1"].weights
+    names, dying = ["fid", "kid", "mind"], False
+    monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
+    (tmp_path / known.names[0]).write_bytes(b"weights")
+
+    def evaluate(metrics, name):
+        # A network of its own, which has seen nothing yet.
+        small = networks.Network("inception", 3, known, "means", lambda place, batch: lambda x: features(x))
+        monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
+        calls.clear()
+        fields = {"items": 5, "shared": {"batch": "2"}}
+        assert run.main(str(smoke_run), str(tmp_path / name), metrics=metrics, **fields) == 0
+        return sorted(path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".jsonl"))
+
+    for name in names:
+        evaluate([name], "alone")
+        # Three batches of generated and of real images.
+        assert calls == [2, 2, 2, 2, 1, 1]
+    whole = evaluate([*names[:2], "shapes_tifa", names[2]], "whole")
+    assert calls == [2, 2, 2, 2, 1, 1]
+    said = capsys.readouterr().out
+    assert all(f"{name} of" in said for name in names)
+    dying = True
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(names, "broken")
+    assert {path.parents[1].name for path in (tmp_path / "broken").rglob("parts/*.npz")} == set(names)
+    dying = False
+    evaluate(names, "broken")
+    # The batch that died, and the last one.
+    assert calls == [2, 2, 1, 1]
+    compared = 0
+    for name in ("alone", "broken"):
+        for path in whole:
+            place = path.relative_to(tmp_path / "whole")
+            if place.parts[0].partition("-")[0] in names:
+                assert (tmp_path / name / place).read_bytes() == path.read_bytes(), (name, place)
+                compared += 1
+        assert not list((tmp_path / name).rglob("parts"))
+    # result.json and rows.jsonl of three metrics, twice.
+    assert compared == 12
 
 
 @pytest.mark.usefixtures("opened_on_one_device")
@@ -355,7 +408,7 @@ def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
     evaluator._sampler, evaluator._ema, evaluator._adapters = Sampled(), None, None
     evaluator._captions, evaluator._conditions = ["a"] * 3, None
     evaluator._metrics = [
-        (Scoring(name, metric(), items, 3), ["a circle"] * 3, 2)
+        ([Scoring(name, metric(), items, 3)], ["a circle"] * 3, 2)
         for name, metric in (("judged", Judged), ("bright", Bright))
     ]
     shown = Shown()

@@ -283,9 +283,9 @@ def together() -> Iterator[None]:
         raise Skipped(found[0])
 
 
-def _check_count(found: int, items: int, wanted: int | None = None) -> None:
-    """Makes sure that there are as many images as are wanted, by default one for each item."""
-    if found != (items if wanted is None else wanted):
+def _check_count(found: int, items: int, wanted: int) -> None:
+    """Makes sure that there were as many images so far as there are items up to this one."""
+    if found != wanted:
         raise ValueError(f"{items} items, but {found} images")
 
 

@@ -422,6 +422,43 @@ def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
     assert "metric judged is skipped at step 2: the judge is out of reach" in caplog.text
 
 
+def test_metrics_of_one_network_are_sampled_for_once_in_training(smoke_run, tmp_path, monkeypatch):
+    known, asked = networks.INCEPTION["tensorflow1"].weights, []
+
+    def means(images):
+        return images.mean((1, 2)).astype(np.float32)
+
+    small = networks.Network("inception", 3, known, "means", lambda place, batch: means)
+    monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
+    monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
+    (tmp_path / known.names[0]).write_bytes(b"weights")
+    chosen = ["--config.eval.metrics=('fid', 'shapes_tifa', 'kid')", "--config.eval.prompts=4"]
+    config = config_lib.load("experiments/shapes.py:smoke", chosen)
+    pipe = pipeline.load(smoke_run)
+    evaluator = in_training.InTraining(pipe.model, open_source(config), pipe.mesh, config)
+    side = pipe.model.image_size
+    groups = [[scoring.name for scoring in scorings] for scorings, _, _ in evaluator._metrics]
+    assert groups == [["fid", "kid"], ["shapes_tifa"]]
+
+    class Sampled:
+        def __call__(self, params, frozen, captions, **_):
+            return np.zeros((len(captions), side, side, 3), np.uint8)
+
+        def batches(self, params, frozen, prompts, **_):
+            asked.append(len(prompts))
+            yield np.random.default_rng(0).integers(0, 256, (len(prompts), side, side, 3), np.uint8)
+
+    evaluator._loss = lambda params, frozen: {"loss": 1.0}
+    evaluator._sampler, evaluator._ema = Sampled(), None
+    written = {}
+    writer = types.SimpleNamespace(
+        scalars=lambda step, values: written.update(values), images=lambda *_: None, flush=lambda: None
+    )
+    assert evaluator.write(writer, config.steps, types.SimpleNamespace(params={}), {})
+    assert asked == [4, 4] and written["evaluation/fid"] > 0
+    assert {"evaluation/kid", "evaluation/shapes_tifa"} <= written.keys()
+
+
 @pytest.mark.usefixtures("opened_on_one_device")
 def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeypatch):
     """The smoke run has checkpoints at 2 and 4, its last step; the second appears only while the first is scored."""

@@ -244,7 +244,8 @@ def test_metrics_of_one_network_compute_its_features_once(smoke_run, tmp_path, m
         small = networks.Network("inception", 3, known, "means", lambda place, batch: lambda x: features(x))
         monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
         calls.clear()
-        fields = {"items": 5, "shared": {"batch": "2"}}
+        small_subsets = ["--config.metrics.kid.subset_size=4"] if "kid" in metrics else []
+        fields = {"items": 5, "shared": {"batch": "2"}, "overrides": small_subsets}
         assert run.main(str(smoke_run), str(tmp_path / name), metrics=metrics, **fields) == 0
         return sorted(path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".jsonl"))
 
@@ -433,6 +434,7 @@ def test_metrics_of_one_network_are_sampled_for_once_in_training(smoke_run, tmp_
     monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
     (tmp_path / known.names[0]).write_bytes(b"weights")
     chosen = ["--config.eval.metrics=('fid', 'shapes_tifa', 'kid')", "--config.eval.prompts=4"]
+    chosen.append("--config.metrics.kid.subset_size=4")
     config = config_lib.load("experiments/shapes.py:smoke", chosen)
     pipe = pipeline.load(smoke_run)
     evaluator = in_training.InTraining(pipe.model, open_source(config), pipe.mesh, config)

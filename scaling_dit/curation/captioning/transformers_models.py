@@ -174,11 +174,11 @@ def _processor(folder: str, config: type) -> Any:
         known = config in transformers.PROCESSOR_MAPPING
         whole: Any = transformers.PROCESSOR_MAPPING[config] if known else None
         # The parts that it loads; older versions of transformers do not say.
-        parts = getattr(whole, "get_attributes", list)()
+        parts: list[str] = getattr(whole, "get_attributes", list)()
         if parts != ["image_processor", "tokenizer", "video_processor"]:
             raise
 
-    class WithoutVideos(whole):  # type: ignore[misc, valid-type]
+    class WithoutVideos(whole):
         def __init__(
             self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
         ) -> None:

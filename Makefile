@@ -16,8 +16,9 @@ EXTRAS_demo := [tensorboard]
 EXTRAS_study := [study,tensorboard]
 EXTRAS_emoji := [emoji,study,tensorboard]
 EXTRAS_test := [docs,eval,tensorboard,test]
-# For its vocabulary, and as the reference of FID; the torchvision they ask for does not load beside torch's CPU build.
-ALONE_test := open_clip_torch torch-fidelity
+# Of tests only: CLIP's vocabulary, and the reference of FID. The torchvision they ask for does not load beside torch's
+# CPU build, so they lie by themselves where only tests look (tests/support/references.py), and `pip check` stays clean.
+REFERENCES_test := open_clip_torch torch-fidelity
 EXTRAS_lint := [lint]
 EXTRAS_docs := [docs]
 
@@ -114,5 +115,5 @@ clean:
 .venv/.installed-%: setup.py pyproject.toml constraints.txt | .venv/.created
 	@echo 'installing scaling-dit$(EXTRAS_$*) into .venv'
 	@$(PIP) -e '.$(EXTRAS_$*)'
-	@$(if $(ALONE_$*),$(PIP) --no-deps $(ALONE_$*))
+	@$(if $(REFERENCES_$*),$(PIP) --no-deps --upgrade --target=.venv/references $(REFERENCES_$*))
 	@touch $@

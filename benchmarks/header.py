@@ -1,10 +1,11 @@
-"""The dated first lines of a benchmark's note. Needs only the standard library."""
+"""The dated first lines of a benchmark's note. Needs no other package than this one."""
 
 import datetime
 import importlib.metadata
 import os
-import pathlib
 import platform
+
+from scaling_dit.monitor.host import processor
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -22,11 +23,3 @@ def header(title: str, script: str, how: str = "") -> list[str]:
         f"Python {platform.python_version()}, {versions}.",
         f"Written by `{script}`{' ' if how else ''}{how}.",
     ]
-
-
-def processor() -> str:
-    """The CPU's name as the kernel gives it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

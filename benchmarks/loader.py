@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -86,10 +87,13 @@ def write_set(folder: pathlib.Path, count: int) -> None:
 
 def clip_tokenizer() -> Callable[[list[str]], Any]:
     """Captions -> ids, mask [B, 77], with the vocabulary in the open_clip_torch wheel."""
+    # Where `make test` puts it.
+    sys.path.append(str(pathlib.Path(sys.prefix) / "references"))
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.submodule_search_locations is None:
         raise SystemExit(
-            "CLIP's vocabulary comes with open_clip_torch: pip install open_clip_torch --no-deps"
+            "CLIP's vocabulary comes with open_clip_torch, which `make test` fetches: "
+            "pip install --no-deps --target=.venv/references open_clip_torch"
         )
     path = pathlib.Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     tokenizer = SubwordTokenizer.read({"tokenizer_files": str(path)})

@@ -2,16 +2,20 @@
 
 import ast
 import importlib
+import importlib.metadata
 import os
+import pathlib
 import re
 import subprocess
 import sys
 import types
 
 import pytest
+from packaging.requirements import Requirement
 
 import scaling_dit
 from scaling_dit.cli import main as cli
+from tests.support import references
 from tests.support.paths import ROOT
 
 
@@ -203,6 +207,59 @@ def test_core_requires_what_is_imported_and_nothing_else(setup_arguments):
     core = {normal(requirement) for requirement in setup_arguments["install_requires"]}
     # An extra may add to a package that core requires.
     assert core == needed - (optional - core)
+
+
+def missing_or_unfit(requirements):
+    """What `pip check` would say of distributions and all that they ask for."""
+    left, seen, faults = [(Requirement(text), "scaling-dit") for text in requirements], set(), []
+    while left:
+        wanted, asking = left.pop()
+        try:
+            found = importlib.metadata.distribution(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            faults.append(f"{asking} requires {wanted}, which is not installed")
+            continue
+        if not wanted.specifier.contains(found.version, prereleases=True):
+            faults.append(f"{asking} requires {wanted}, but {found.version} is installed")
+        for extra in ("", *wanted.extras):
+            if (wanted.name, extra) in seen:
+                continue
+            seen.add((wanted.name, extra))
+            asked = map(Requirement, found.requires or ())
+            left += [
+                (one, wanted.name)
+                for one in asked
+                if one.marker is None or one.marker.evaluate({"extra": extra})
+            ]
+    return faults
+
+
+def test_core_eval_and_test_ask_for_nothing_that_is_missing_or_unfit(setup_arguments):
+    extras = setup_arguments["extras_require"]
+    wanted = [
+        text
+        for text in (*setup_arguments["install_requires"], *extras["eval"], *extras["test"])
+        if Requirement(text).marker is None or Requirement(text).marker.evaluate()
+    ]
+    assert missing_or_unfit(wanted) == []
+    # It sees what is wrong.
+    (fault,) = missing_or_unfit(["numpy<1"])
+    assert fault.startswith("scaling-dit requires numpy<1, but ")
+    assert missing_or_unfit(["no-such-thing"]) == [
+        "scaling-dit requires no-such-thing, which is not installed"
+    ]
+
+
+def test_nothing_is_installed_without_what_it_asks_for():
+    """The references of tests lie where `pip check` and programs do not look, and no extra names them."""
+    makefile = (ROOT / "Makefile").read_text()
+    (names,) = re.findall(r"^REFERENCES_test := (.+)$", makefile, re.MULTILINE)
+    for line in makefile.splitlines():
+        assert "--no-deps" not in line or "--target=.venv/references $(REFERENCES_$*)" in line
+    setup = (ROOT / "setup.py").read_text()
+    for name in names.split():
+        assert normal(name) in {normal(line) for line in pinned()} and name not in setup
+    assert pathlib.Path(sys.prefix, "references") == references.FOLDER
 
 
 def test_torch_is_always_the_exact_version(setup_arguments):

@@ -140,11 +140,7 @@ class Clip:
         Raises:
           UserError: the size is unknown, or the files are missing, damaged or of another architecture.
         """
-        if size not in SIZES:
-            raise UserError(f"there is no CLIP of the size {size!r}; {nearest(size, SIZES)}")
-        fields: dict[str, Any] = {"weights": weights, "tokenizer_files": tokenizer_files}
-        tokenizer = ClipText.Tokenizer.read(fields)
-        text = ClipText(tokenizer, size=size, layer="last", project=True, dtype=dtype, **fields)
+        text = open_text(weights, size, tokenizer_files, dtype)
         params = {"text": text.load(), "image": load_vision(weights, SIZES[size])}
         return cls(text, SIZES[size], params, dtype)
 
@@ -157,6 +153,15 @@ class Clip:
         tower = VisionTower(self.size, jnp.dtype(self.dtype))
         embedded: Any = tower.apply({"params": params["image"]}, normalise(resize(images, self.size.image)))
         return unit(embedded)
+
+
+def open_text(weights: str, size: str, tokenizer_files: str = "", dtype: str = "float32") -> ClipText:
+    """The text tower with its projection to the shared space; arguments and errors as of `Clip.load`."""
+    if size not in SIZES:
+        raise UserError(f"there is no CLIP of the size {size!r}; {nearest(size, SIZES)}")
+    fields: dict[str, Any] = {"weights": weights, "tokenizer_files": tokenizer_files}
+    tokenizer = ClipText.Tokenizer.read(fields)
+    return ClipText(tokenizer, size=size, layer="last", project=True, dtype=dtype, **fields)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The evaluations of a run while it trains: validation loss, a captioned sample grid, and metrics on few prompts."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
-from scaling_dit.evaluation.scoring import Scoring, score
+from scaling_dit.evaluation.scoring import Scoring, score_together
 from scaling_dit.evaluation.validation import ValidationLoss, held_out_conditions
 from scaling_dit.model.adapters import BASE, Adapters
 from scaling_dit.model.model import Model
@@ -75,8 +75,9 @@ class InTraining:
         shown = [contract.read(held_out, i % len(held_out)) for i in range(config.eval.grid)]
         self._captions = [record["captions"][0] for record in shown]
         self._conditions = held_out_conditions(model, shown) or None
-        # With the prompts to sample, and the steps between evaluations of each.
-        self._metrics: list[tuple[Scoring, list[str], int]] = []
+        # Metrics that score the same images (`Metric.tower`), the prompts to sample, and steps between evaluations.
+        self._metrics: list[tuple[list[Scoring], list[str], int]] = []
+        places: dict[Hashable, int] = {}
         reads = [section_of(name) for name in config.conditioning.names]
         for one in choose(config, config.eval.metrics):
             prompts = one.prompts(source, one.fields["prompts"] or config.eval.prompts)
@@ -85,7 +86,15 @@ class InTraining:
             conditioned.check(prompts.items, reads, one.section)
             conditioned.check_options(prompts.items, self._sampler)
             scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
-            self._metrics.append((scoring, list(prompts.texts), one.fields["every"] or config.eval.every))
+            texts, every = list(prompts.texts), one.fields["every"] or config.eval.every
+            tower = getattr(one.metric, "tower", None)
+            key: Hashable = one.name
+            if tower and not prompts.items[0].conditions:
+                key = (tower(), scoring.batch, tuple(texts), every)
+            if key not in places:
+                places[key] = len(self._metrics)
+                self._metrics.append(([], texts, every))
+            self._metrics[places[key]][0].append(scoring)
         self._ema = find_ema(config, config.sample.ema)
 
     def due(self, step: int) -> bool:
@@ -112,17 +121,21 @@ class InTraining:
         scalars = {f"validation/{name}": value for name, value in losses.items()}
         params = self._whole(state.params if self._ema is None else state.emas[self._ema], frozen)
         seed = self._config.seed
-        for scoring, prompts, every in self._metrics:
-            if self._at(step, every):
-                images = conditioned.sampled(self._sampler, params, frozen, scoring.items, prompts, seed)
-                try:
-                    found = score(scoring, _until(stop, images), seed)[0]["scalars"]
-                except _Ended:
-                    return False
-                except Skipped as missing:
+        for scorings, prompts, every in self._metrics:
+            if not self._at(step, every):
+                continue
+            items = scorings[0].items
+            images = conditioned.sampled(self._sampler, params, frozen, items, prompts, seed)
+            try:
+                results = score_together(scorings, _until(stop, images), seed)
+            except _Ended:
+                return False
+            for scoring, result in zip(scorings, results, strict=True):
+                if isinstance(result, Skipped):
                     # Such as a judge that is out of reach for now: no reason to stop training.
-                    logging.warning("metric %s is skipped at step %d: %s", scoring.name, step, missing)
+                    logging.warning("metric %s is skipped at step %d: %s", scoring.name, step, result)
                     continue
+                found = result[0]["scalars"]
                 twice = [name for name in found if f"evaluation/{name}" in scalars]
                 if twice:
                     raise UserError(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -84,6 +84,19 @@ def open_jobs(
             continue
         jobs.append(Job(one, prompts.items, prompts.named, about))
     return jobs, skipped
+
+
+def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups that score the same images in one go, since they run one network over them (`Metric.tower`).
+
+    A job is in the group of the first one like it; one that shares nothing is alone.
+    """
+    groups: dict[Hashable, list[Job]] = {}
+    for number, job in enumerate(jobs):
+        tower = getattr(job.one.metric, "tower", None)
+        key = (tower(), job.one.fields["batch"], job.prompts_hash) if tower else number
+        groups.setdefault(key, []).append(job)
+    return list(groups.values())
 
 
 class _Late:

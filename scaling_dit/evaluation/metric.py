@@ -110,6 +110,10 @@ class Metric(Protocol):
     """Prompts and a score of the images made of them. `bases.py` has classes that do most of it.
 
     `init`, `update`, `merge` and `result` are pure: they change neither their arguments nor the metric.
+
+    Besides, a metric may have a method `tower()`: the network that it runs over the images, with weights and batch, as
+    a value to compare. `update` of metrics of one command with equal ones, prompts and `batch` is called in turn for
+    each batch, so that a function with `features.sharded.Latest` around it computes features once for all of them.
     """
 
     def items(self, source: Source, count: int) -> Sequence[Item]:

@@ -5,9 +5,10 @@ numbers with their interval. A skipped metric has a row too, with the reason. Ro
 last one counts.
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from etils import epath
 from scaling_dit import files
 from scaling_dit._version import __version__
 from scaling_dit.evaluation import tifa
+from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.parts import InFolder
-from scaling_dit.evaluation.scoring import Scoring, together
+from scaling_dit.evaluation.scoring import Scoring, together, update_together
 
 RESULT = "result.json"
 ROWS = "rows.jsonl"
@@ -31,49 +33,77 @@ DONE, SKIPPED = "done", "skipped"
 Read = Callable[[range], Iterable[np.ndarray]]
 
 
-def score_to_folder(
-    scoring: Scoring,
-    images: Iterable[np.ndarray] | Read,
-    folder: epath.Path,
-    head: Mapping[str, Any],
-    seed: int,
-    image_paths: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """The result of a metric, `head` first, which is written to `folder` with the rows and what TIFA's tools read.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """What is scored, and the folder that its result is written to.
 
-    A call that was killed scores only the missing images when it is repeated.
+    Attributes:
+      scoring: a metric with its items.
+      folder: of the result, the rows, and what TIFA's tools read.
+      head: JSON values that say what was scored and how; parts of a call with another one are not taken up.
+      image_paths: id -> image file, relative to `folder`, for TIFA's tools; None for `ID.png`; {} for no such list.
+    """
+
+    scoring: Scoring
+    folder: epath.Path
+    head: Mapping[str, Any]
+    image_paths: Mapping[str, str] | None = None
+
+
+def score_to_folders(targets: Sequence[Target], read: Read, seed: int) -> Iterator[dict[str, Any] | Skipped]:
+    """The results of metrics of the same images, `head` first, each of which is also written to its folder.
+
+    A call that was killed scores only the missing images when it is repeated: parts are kept until all metrics have
+    their results.
 
     Args:
-      images: uint8 [some, H, W, 3], any number at a time, in the order of the items; or what reads some by number.
-      head: JSON values that say what was scored and how; parts of a call with another one are not taken up.
-      image_paths: id -> image file, relative to `folder`, for TIFA's tools; by default `ID.png`; {} for no such list.
+      targets: metrics as `update_together` takes them.
+      read: gives the images of some items, by their numbers: uint8 [some, H, W, 3], any number at a time.
+
+    Yields:
+      A metric's result, or why it must be skipped.
 
     Raises:
-      UserError: the metric breaks its contract, or cannot read the images.
+      UserError: a metric breaks its contract, or cannot read the images.
     """
-    parts = InFolder(folder / _PARTS, dict(head))
-    with together():
-        if callable(images):
-            scoring.update_from(images, parts)
+    kept = [InFolder(target.folder / _PARTS, dict(target.head)) for target in targets]
+    scored = [(target.scoring, parts) for target, parts in zip(targets, kept, strict=True)]
+    skipped = update_together(scored, read)
+    for place, (target, parts) in enumerate(zip(targets, kept, strict=True)):
+        try:
+            with together():
+                if place in skipped:
+                    raise skipped[place]
+            parts.share()
+            result = _finish(target, parts, seed)
+        except Skipped as missing:
+            skipped[place] = missing
+            yield missing
         else:
-            scoring.update(images, parts)
-    parts.share()
+            yield result
+    for place, parts in enumerate(kept):
+        if place not in skipped:
+            parts.remove()
+
+
+def _finish(target: Target, parts: InFolder, seed: int) -> dict[str, Any]:
+    """The result of all parts, written to the folder with the rows."""
+    scoring, folder, paths = target.scoring, target.folder, target.image_paths
     found, rows = scoring.result(parts, seed)
-    result = {**head, **found}
-    if jax.process_index() == 0:
-        with files.staged(folder / ROWS) as local, local.open("w") as file:
-            for row in rows:
-                plain = {key: value for key, value in row.items() if not isinstance(value, np.ndarray)}
-                file.write(json.dumps(plain, ensure_ascii=False) + "\n")
-        if scoring.items[0].questions:
-            tifa.write_questions(folder / "questions.json", (item.questions for item in scoring.items))
-            paths = (
-                {item.id: f"{item.id}.png" for item in scoring.items} if image_paths is None else image_paths
-            )
-            if paths:
-                tifa.write_image_map(folder / "images.json", paths)
-        files.write_whole(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
-    parts.remove()
+    result = {**target.head, **found}
+    if jax.process_index() != 0:
+        return result
+    with files.staged(folder / ROWS) as local, local.open("w") as file:
+        for row in rows:
+            plain = {key: value for key, value in row.items() if not isinstance(value, np.ndarray)}
+            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    if scoring.items[0].questions:
+        tifa.write_questions(folder / "questions.json", (item.questions for item in scoring.items))
+        if paths is None:
+            paths = {item.id: f"{item.id}.png" for item in scoring.items}
+        if paths:
+            tifa.write_image_map(folder / "images.json", paths)
+    files.write_whole(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

@@ -3,7 +3,6 @@
 Metrics with the same prompts share images. Each process of several makes and scores its part of them.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -22,7 +21,7 @@ from scaling_dit.errors import UserError, printable
 from scaling_dit.evaluation import conditioned, sweep
 from scaling_dit.evaluation.features.set_metric import compared_with
 from scaling_dit.evaluation.given import GivenImages, image_size
-from scaling_dit.evaluation.jobs import Job, open_jobs
+from scaling_dit.evaluation.jobs import Job, grouped, open_jobs
 from scaling_dit.evaluation.jobs import as_json as plain_fields
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import Chosen, choose
@@ -34,10 +33,10 @@ from scaling_dit.evaluation.results import (
     SKIPPED,
     Read,
     Results,
-    score_to_folder,
+    Target,
+    score_to_folders,
     write_curves,
 )
-from scaling_dit.evaluation.scoring import Scoring
 from scaling_dit.model.build import open_source
 from scaling_dit.sampling.folder import GRID, sample_to_folder
 from scaling_dit.sampling.options import tag
@@ -99,9 +98,14 @@ def evaluate(request: Request, *, quiet: bool = False) -> Outcome:
     settings = _given(request) if request.images else _sampled(request, config)
     for root, head, images_of in settings:
         rows = []
-        for job in jobs:
-            with _skips(results, job.one.name, request, outcome):
-                row = _score(job, root, head, images_of, results, outcome)
+        for group in grouped(jobs):
+            for job, row in _score(group, root, head, images_of):
+                if isinstance(row, Skipped):
+                    outcome.incomplete = True
+                    _say_skipped(results, job.one.name, str(row), request)
+                    continue
+                results.add({"status": DONE, **row}, root / job.one.folder)
+                outcome.incomplete |= bool(row["left_out"] or row.get("unanswered"))
                 rows.append(row)
                 outcome.results.setdefault(job.one.name, []).append(row)
                 if not quiet:
@@ -135,13 +139,13 @@ class Shown:
     """The images of a job.
 
     Attributes:
-      scoring: of the items that have an image.
-      read: gives the images of some items, by their numbers.
+      numbers: of the items that have an image; None for all.
+      read: gives the images of some of these items, by their numbers among them.
       paths: id -> file, from the metric's folder, where images are files.
       faults: id -> why its image is left out.
     """
 
-    scoring: Scoring
+    numbers: Sequence[int] | None
     read: Read
     paths: Mapping[str, str]
     faults: Mapping[str, str]
@@ -189,7 +193,7 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
                 paths = {row["id"]: f"../{folder.name}/{row['path']}" for row in made.rows}
                 batch = job.one.fields["batch"]
                 files = paths if made.store == PNG else {}
-                return Shown(job.scoring(), lambda numbers: made.read(numbers, batch), files, {})
+                return Shown(None, lambda numbers: made.read(numbers, batch), files, {})
 
             yield root, head, images_of
 
@@ -201,7 +205,7 @@ def _given(request: Request) -> Iterator[Setting]:
         found = GivenImages(request.images, job.items)
         kept = [job.items[number].id for number in found.sound]
         paths = {key: str(found.folder.resolve() / found.path(key)) for key in kept}
-        return Shown(job.scoring(found.sound), found.read, paths, found.faults)
+        return Shown(found.sound, found.read, paths, found.faults)
 
     yield (
         request.root,
@@ -211,22 +215,21 @@ def _given(request: Request) -> Iterator[Setting]:
 
 
 def _score(
-    job: Job,
-    root: epath.Path,
-    head: Mapping[str, Any],
-    images_of: Callable[[Job], Shown],
-    results: Results,
-    outcome: Outcome,
-) -> dict[str, Any]:
-    """The result of one metric in one setting, written to its folder and added to the results."""
-    shown = images_of(job)
-    about = {"metric": job.one.name, **head, "n": len(shown.scoring.items), **job.about}
-    about |= {"prompts_sha256": job.prompts_hash, "left_out": dict(shown.faults)}
-    folder = root / job.one.folder
-    row = score_to_folder(shown.scoring, shown.read, folder, about, head["seed"], shown.paths)
-    results.add({"status": DONE, **row}, folder)
-    outcome.incomplete |= bool(shown.faults or row.get("unanswered"))
-    return row
+    jobs: Sequence[Job], root: epath.Path, head: Mapping[str, Any], images_of: Callable[[Job], Shown]
+) -> Iterator[tuple[Job, dict[str, Any] | Skipped]]:
+    """The results of metrics of the same images in one setting, each written to its folder, or why one is skipped."""
+    try:
+        shown = images_of(jobs[0])
+    except Skipped as missing:
+        yield from ((job, missing) for job in jobs)
+        return
+    targets = []
+    for job in jobs:
+        scoring = job.scoring(shown.numbers)
+        about = {"metric": job.one.name, **head, "n": len(scoring.items), **job.about}
+        about |= {"prompts_sha256": job.prompts_hash, "left_out": dict(shown.faults)}
+        targets.append(Target(scoring, root / job.one.folder, about, shown.paths))
+    yield from zip(jobs, score_to_folders(targets, shown.read, head["seed"]), strict=True)
 
 
 def _print(job: Job, row: Mapping[str, Any], root: epath.Path) -> None:
@@ -251,16 +254,6 @@ def _print(job: Job, row: Mapping[str, Any], root: epath.Path) -> None:
         print(f"images left out: {len(row['left_out'])}, such as {next(iter(row['left_out'].items()))}")
     page = f"images: {root / f'images-{job.prompts_hash[:8]}' / GRID}\n" if "images" not in row else ""
     print(f"{page}scores of each: {folder / ROWS}\nresult: {folder / RESULT}")
-
-
-@contextlib.contextmanager
-def _skips(results: Results, name: str, request: Request, outcome: Outcome) -> Iterator[None]:
-    """Reports a metric that turns out to be impossible, and lets the others go on."""
-    try:
-        yield
-    except Skipped as missing:
-        outcome.incomplete = True
-        _say_skipped(results, name, str(missing), request)
 
 
 def _say_skipped(results: Results, name: str, why: str, request: Request) -> None:

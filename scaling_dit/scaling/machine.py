@@ -3,7 +3,6 @@
 import datetime
 import os
 import pathlib
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from etils import epath
 from scaling_dit import files
 from scaling_dit.doctor.probe import installed
 from scaling_dit.errors import UserError
+from scaling_dit.monitor.host import processor
 
 _REMEDY = "remove it; it says what earlier starts ran on"
 
@@ -33,14 +33,6 @@ def about() -> dict[str, Any]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "versions": installed(),
     }
-
-
-def processor() -> str:
-    """The CPU's name as the kernel gives it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def note(path: epath.Path) -> None:

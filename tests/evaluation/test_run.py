@@ -204,7 +204,8 @@ def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_
     assert first["fields"]["reference"] == str(built) and "fid" in capsys.readouterr().out
     count = len(calls)
     assert result("second", reference=f"{__name__}:Grey")["scalars"] == first["scalars"]
-    assert len(calls) == count + 1, "the statistics were built again"
+    # The images are those of the first call, whose features are still at hand.
+    assert len(calls) == count, "the statistics were built again"
     # By default the real images of the prompts.
     own = result("own")
     assert own["n_reference"] == 5 and own["scalars"] != first["scalars"]
@@ -216,6 +217,58 @@ def test_statistics_of_a_source_are_built_once_and_compared_with(smoke_run, tmp_
         result("set", shared={"prompt_set": f"drawbench:{prompts}"})
     with pytest.raises(UserError, match="--reference: none of shapes_tifa compares with real images"):
         run.main(str(smoke_run), str(tmp_path / "x"), metrics=["shapes_tifa"], reference=str(built))
+
+
+def test_metrics_of_one_network_compute_its_features_once(smoke_run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def features(images):
+        calls.append(len(images))
+        if len(calls) == 4 and dying:
+            raise KeyboardInterrupt
+        return images.mean((1, 2)).astype(np.float32)
+
+    known = networks.INCEPTION["tensorflow1"].weights
+    names, dying = ["fid", "kid", "mind"], False
+    monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
+    (tmp_path / known.names[0]).write_bytes(b"weights")
+
+    def evaluate(metrics, name):
+        # A network of its own, which has seen nothing yet.
+        small = networks.Network("inception", 3, known, "means", lambda place, batch: lambda x: features(x))
+        monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
+        calls.clear()
+        small_subsets = ["--config.metrics.kid.subset_size=4"] if "kid" in metrics else []
+        fields = {"items": 5, "shared": {"batch": "2"}, "overrides": small_subsets}
+        assert run.main(str(smoke_run), str(tmp_path / name), metrics=metrics, **fields) == 0
+        return sorted(path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".jsonl"))
+
+    for name in names:
+        evaluate([name], "alone")
+        # Three batches of generated and of real images.
+        assert calls == [2, 2, 2, 2, 1, 1]
+    whole = evaluate([*names[:2], "shapes_tifa", names[2]], "whole")
+    assert calls == [2, 2, 2, 2, 1, 1]
+    said = capsys.readouterr().out
+    assert all(f"{name} of" in said for name in names)
+    dying = True
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(names, "broken")
+    assert {path.parents[1].name for path in (tmp_path / "broken").rglob("parts/*.npz")} == set(names)
+    dying = False
+    evaluate(names, "broken")
+    # The batch that died, and the last one.
+    assert calls == [2, 2, 1, 1]
+    compared = 0
+    for name in ("alone", "broken"):
+        for path in whole:
+            place = path.relative_to(tmp_path / "whole")
+            if place.parts[0].partition("-")[0] in names:
+                assert (tmp_path / name / place).read_bytes() == path.read_bytes(), (name, place)
+                compared += 1
+        assert not list((tmp_path / name).rglob("parts"))
+    # result.json and rows.jsonl of three metrics, twice.
+    assert compared == 12
 
 
 def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run, tmp_path, capsys):
@@ -348,7 +401,7 @@ def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
     evaluator._sampler, evaluator._ema, evaluator._adapters = Sampled(), None, None
     evaluator._captions, evaluator._conditions = ["a"] * 3, None
     evaluator._metrics = [
-        (Scoring(name, metric(), items, 3), ["a circle"] * 3, 2)
+        ([Scoring(name, metric(), items, 3)], ["a circle"] * 3, 2)
         for name, metric in (("judged", Judged), ("bright", Bright))
     ]
     shown = Shown()
@@ -360,6 +413,44 @@ def test_a_metric_that_is_skipped_while_training_leaves_the_others(caplog):
         (4, {"validation/loss": 1.0, "evaluation/Judged": 0.5, "evaluation/Bright": 7.0}),
     ]
     assert "metric judged is skipped at step 2: the judge is out of reach" in caplog.text
+
+
+def test_metrics_of_one_network_are_sampled_for_once_in_training(smoke_run, tmp_path, monkeypatch):
+    known, asked = networks.INCEPTION["tensorflow1"].weights, []
+
+    def means(images):
+        return images.mean((1, 2)).astype(np.float32)
+
+    small = networks.Network("inception", 3, known, "means", lambda place, batch: means)
+    monkeypatch.setitem(networks.INCEPTION, "tensorflow1", small)
+    monkeypatch.setenv("SCALING_DIT_WEIGHTS", str(tmp_path))
+    (tmp_path / known.names[0]).write_bytes(b"weights")
+    chosen = ["--config.eval.metrics=('fid', 'shapes_tifa', 'kid')", "--config.eval.prompts=4"]
+    chosen.append("--config.metrics.kid.subset_size=4")
+    config = config_lib.load("experiments/shapes.py:smoke", chosen)
+    pipe = pipeline.load(smoke_run)
+    evaluator = in_training.InTraining(pipe.model, open_source(config), pipe.mesh, config)
+    side = pipe.model.image_size
+    groups = [[scoring.name for scoring in scorings] for scorings, _, _ in evaluator._metrics]
+    assert groups == [["fid", "kid"], ["shapes_tifa"]]
+
+    class Sampled:
+        def __call__(self, params, frozen, captions, **_):
+            return np.zeros((len(captions), side, side, 3), np.uint8)
+
+        def batches(self, params, frozen, prompts, **_):
+            asked.append(len(prompts))
+            yield np.random.default_rng(0).integers(0, 256, (len(prompts), side, side, 3), np.uint8)
+
+    evaluator._loss = lambda params, frozen: {"loss": 1.0}
+    evaluator._sampler, evaluator._ema = Sampled(), None
+    written = {}
+    writer = types.SimpleNamespace(
+        scalars=lambda step, values: written.update(values), images=lambda *_: None, flush=lambda: None
+    )
+    assert evaluator.write(writer, config.steps, types.SimpleNamespace(params={}), {})
+    assert asked == [4, 4] and written["evaluation/fid"] > 0
+    assert {"evaluation/kid", "evaluation/shapes_tifa"} <= written.keys()
 
 
 def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeypatch):

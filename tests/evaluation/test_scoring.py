@@ -11,8 +11,8 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base, PerImage
 from scaling_dit.evaluation.metric import Item, Items, Skipped
 from scaling_dit.evaluation.parts import InFolder, InMemory
-from scaling_dit.evaluation.results import score_to_folder
-from scaling_dit.evaluation.scoring import Scoring, score
+from scaling_dit.evaluation.results import Target, score_to_folders
+from scaling_dit.evaluation.scoring import Scoring, score, score_together
 
 N = 100
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 4, 4, 3), np.uint8)
@@ -89,6 +89,15 @@ def test_several_processes_give_the_same_bits(tmp_path, processes):
     assert result == expected and [row["score"] for row in rows] == expected_rows
 
 
+def to_folder(scoring, folder, head):
+    (found,) = score_to_folders([Target(scoring, folder, head)], read, 0)
+    return found
+
+
+def read(numbers):
+    return [IMAGES[numbers.start : numbers.stop]]
+
+
 def test_an_evaluation_that_was_killed_scores_only_what_is_missing(tmp_path):
     class Dies(Moments):
         seen = 0
@@ -103,12 +112,12 @@ def test_an_evaluation_that_was_killed_scores_only_what_is_missing(tmp_path):
     head = {"metric": "m", "n": N}
     whole, broken = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "broken")
     plain = Scoring("m", Moments(), items(), batch=8)
-    assert score_to_folder(plain, [IMAGES], whole, head, 0)["metric"] == "m"
+    assert to_folder(plain, whole, head)["metric"] == "m"
     dying = Scoring("m", Dies(), items(), batch=8)
     with pytest.raises(KeyboardInterrupt):
-        score_to_folder(dying, [IMAGES], broken, head, 0)
+        to_folder(dying, broken, head)
     assert not (broken / "result.json").exists()
-    score_to_folder(dying, [IMAGES], broken, head, 0)
+    to_folder(dying, broken, head)
     # 5 batches before the kill, one that died, and the 8 that were missing.
     assert Dies.seen == 14
     for name in ("result.json", "rows.jsonl"):
@@ -247,6 +256,81 @@ def test_a_metric_that_must_be_skipped_lets_the_sampling_of_others_end():
     with pytest.raises(Skipped, match="no weights"):
         score(Scoring("m", Missing(), items(), batch=8), stream, 0)
     assert len(seen) == 10
+
+
+class Halves(Moments):
+    """Dies, or must be skipped, at its second batch; notes the images it was given."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.error, self.given = error, []
+
+    def update(self, state, batch):
+        self.given.append(batch.items[0].id)
+        if self.error and len(self.given) == 2:
+            raise self.error
+        return super().update(state, batch)
+
+
+def test_metrics_of_the_same_images_read_each_once(tmp_path):
+    """Alone, together, with one that must be skipped, and after a kill: the same bytes."""
+    folder, numbers = epath.Path(tmp_path), []
+
+    def counted(wanted):
+        numbers.extend(wanted)
+        return read(wanted)
+
+    def together(place, *metrics):
+        targets = [
+            Target(Scoring("m", metric, items(), 8), folder / place / str(i), {"metric": "m"})
+            for i, metric in enumerate(metrics)
+        ]
+        return list(score_to_folders(targets, counted, 0))
+
+    alone = to_folder(Scoring("m", Moments(), items(), 8), folder / "alone", {"metric": "m"})
+    first, last, missing = Halves(), Halves(), Halves(Skipped("no judge"))
+    found = together("together", first, missing, last)
+    assert found[0] == found[2] == alone and str(found[1]) == "no judge"
+    # The one that is skipped is not asked again.
+    assert numbers == list(range(N)) and first.given == last.given == [f"i{i:05d}" for i in range(0, N, 8)]
+    assert len(missing.given) == 2 and not (folder / "together" / "1" / "result.json").exists()
+    numbers.clear()
+    with pytest.raises(KeyboardInterrupt):
+        together("killed", Moments(), Halves(KeyboardInterrupt()), Moments())
+    numbers.clear()
+    again = [Halves() for _ in range(3)]
+    assert together("killed", *again) == [alone] * 3
+    assert numbers == list(range(8, N)) and {len(metric.given) for metric in again} == {12}
+    for place in ("together/0", "together/2", "killed/0", "killed/1", "killed/2"):
+        for name in ("result.json", "rows.jsonl"):
+            assert (folder / place / name).read_bytes() == (folder / "alone" / name).read_bytes()
+        assert not (folder / place / "parts").exists()
+
+
+def test_a_kill_between_two_results_costs_no_image(tmp_path):
+    class Ends(Moments):
+        def result(self, state, rows, seed):
+            raise KeyboardInterrupt
+
+    def targets(*metrics):
+        return [
+            Target(Scoring("m", metric, items(), 8), epath.Path(tmp_path / str(i)), {})
+            for i, metric in enumerate(metrics)
+        ]
+
+    with pytest.raises(KeyboardInterrupt):
+        list(score_to_folders(targets(Moments(), Ends()), read, 0))
+    assert (tmp_path / "0" / "result.json").exists()
+    first, second = score_to_folders(targets(Moments(), Moments()), lambda numbers: 1 / 0, 0)
+    assert first == second
+
+
+def test_metrics_of_one_stream(tmp_path):
+    stream = (IMAGES[i : i + 7] for i in range(0, N, 7))
+    scorings = [Scoring("m", metric, items(), 8) for metric in (Moments(), Halves(Skipped("x")), Halves())]
+    one, missing, other = score_together(scorings, stream, 3)
+    assert one[0] == other[0] == score(scorings[0], [IMAGES], 3)[0] and isinstance(missing, Skipped)
+    assert next(stream, None) is None
 
 
 def test_only_the_images_of_missing_parts_are_read(tmp_path):

@@ -1,16 +1,21 @@
 """Runs a script as if only jax, flax, optax, numpy, einops, absl and what these require were installed.
 
 python tests/support/few_packages.py SCRIPT [ARGUMENT ...]
+
+The environment variable FEW_PACKAGES may name others, as requirements separated by spaces.
 """
 
 import importlib.abc
 import importlib.metadata
+import os
 import pathlib
 import re
 import runpy
 import sys
 
-PACKAGES = ("jax", "flax", "optax", "numpy", "einops", "absl-py")
+from packaging.requirements import Requirement
+
+PACKAGES = os.environ.get("FEW_PACKAGES", "jax flax optax numpy einops absl-py").split()
 
 
 def normal(name):
@@ -20,19 +25,21 @@ def normal(name):
 
 def required(names):
     """The distributions that are installed with those of these names, themselves included."""
-    found, left = set(), [normal(name) for name in names]
+    found, left = set(), [Requirement(name) for name in names]
     while left:
-        name = left.pop()
-        if name in found:
-            continue
+        one = left.pop()
         try:
-            lines = importlib.metadata.requires(name) or []
+            asked = [Requirement(line) for line in importlib.metadata.requires(one.name) or ()]
         # For another Python or system.
         except importlib.metadata.PackageNotFoundError:
             continue
-        found.add(name)
-        left += [normal(re.match(r"[\w.-]+", line)[0]) for line in lines if "extra ==" not in line]
-    return found
+        for extra in ("", *one.extras):
+            if (normal(one.name), extra) not in found:
+                found.add((normal(one.name), extra))
+                left += [
+                    each for each in asked if each.marker is None or each.marker.evaluate({"extra": extra})
+                ]
+    return {name for name, _ in found}
 
 
 class Refuse(importlib.abc.MetaPathFinder):

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.support import references
+
 _NEEDED = (
     "torchvision",
     "torchvision.datasets",
@@ -57,6 +59,7 @@ def _without_torchvision() -> Iterator[None]:
                 sys.modules[name] = module
 
 
+references.look()
 with _without_torchvision():
     from torch_fidelity import calculate_metrics, metric_fid, metric_kid
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -10,7 +10,7 @@ from scaling_dit.training import loop
 # Moments of a study, by a name: the module and the function called there.
 MOMENTS = {
     "log": (loop, "write_log"),
-    "score": (evaluation, "score_to_folder"),
+    "score": (evaluation, "score_to_folders"),
     "table": (table, "write_parquet"),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from tests.support import references
 from tests.support.parity import randomise_
 
 HEAD = {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
@@ -51,6 +52,7 @@ HARD = (
 
 def clip_vocabulary() -> pathlib.Path:
     """CLIP's merges in the open_clip_torch wheel, which need not be importable."""
+    references.look()
     (folder,) = importlib.util.find_spec("open_clip").submodule_search_locations
     return pathlib.Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
 

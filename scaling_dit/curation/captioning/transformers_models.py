@@ -148,12 +148,59 @@ def load_model(kind: str, folder: str, dtype: str, device: str) -> tuple[Any, An
         model = getattr(transformers, kind).from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
         )
-        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    # ImportError: a processor that needs another package.
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        processor = _processor(folder, type(model.config))
+    except ImportError as error:
+        raise UserError(f"{kind} of {folder!r}: {_missing(error)}") from error
+    except (OSError, ValueError, KeyError) as error:
         why = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder!r} holds no {kind} with its processor: {why}") from error
     return model.to(device or default_device()).eval(), processor
+
+
+def _processor(folder: str, config: type) -> Any:
+    """The processor or tokenizer of a model whose config has this class, for images and text.
+
+    Processors that read videos too, such as those of Qwen's models, load a part for them that needs torchvision. They
+    are loaded without it where that is missing; then transformers prepares images by Pillow.
+
+    Raises:
+      ImportError: it needs a package besides.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError:
+        known = config in transformers.PROCESSOR_MAPPING
+        whole: Any = transformers.PROCESSOR_MAPPING[config] if known else None
+        # The parts that it loads; older versions of transformers do not say.
+        parts: list[str] = getattr(whole, "get_attributes", list)()
+        if parts != ["image_processor", "tokenizer", "video_processor"]:
+            raise
+
+    class WithoutVideos(whole):
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+        ) -> None:
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
+    return WithoutVideos.from_pretrained(folder, local_files_only=True)
+
+
+def _missing(error: BaseException) -> str:
+    """What must be installed, or installed anew, so that transformers can load a part of a model."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "torchvision" in str(cause) and not isinstance(cause, ImportError):
+            why = str(cause).strip().partition("\n")[0]
+            return (
+                f"the torchvision here does not load ({why}); install the build that fits torch, or remove it"
+            )
+        cause = cause.__cause__
+    text = str(error).strip()
+    if "requires the Torchvision library" in text:
+        return f"{text.split()[0]} needs torchvision; pip install torchvision, in the build that fits torch"
+    return text.partition("\n")[0]
 
 
 def default_device() -> str:

@@ -5,24 +5,24 @@ tokens keeps its end token, as in the code of OpenAI and open_clip.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from scaling_dit.encoders import clip_vision
-from scaling_dit.encoders.clip_vision import Clip, VisionTower
+from scaling_dit.encoders.clip_vision import VisionTower
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.features import pixels
-from scaling_dit.evaluation.features.sharded import Sharded
+from scaling_dit.evaluation.features.sharded import Latest, Sharded, placed
 from scaling_dit.weights import places
 
 RESIZE = "shorter side to {side}, Pillow bicubic, centre crop"
 
 
 class ClipPairs:
-    """Cosines between images and captions, and embeddings of images.
+    """Cosines between images and captions.
 
     Args:
       weights: place of both towers, with transformers' or open_clip's names.
@@ -35,21 +35,19 @@ class ClipPairs:
     """
 
     def __init__(self, weights: str, size: str, tokenizer_files: str, batch: int) -> None:
-        self._clip = Clip.load(weights, size, tokenizer_files=tokenizer_files)
-        self.side = self._clip.size.image
-        self._cosines = Sharded(self._compared, self._clip.params, batch)
+        self._text = clip_vision.open_text(weights, size, tokenizer_files)
+        self._texts = Sharded(self._embedded, self._text.load(), batch)
+        self._images = open_tower(weights, size, batch)
+        # Of an image that the tower takes as it is.
+        self.side = clip_vision.SIZES[size].image
 
     def cosines(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """Images uint8 [B, H, W, 3] and their captions -> float32 [B]."""
-        ids, mask = self._clip.text.tokenize(captions)
-        return self._cosines(prepare(images, self.side), ids, mask)
+        # Row by row, so that no cosine depends on the others of its batch.
+        return (self._images(images) * self._texts(*self._text.tokenize(captions))).sum(-1)
 
-    def _compared(
-        self, params: Mapping[str, Any], images: jax.Array, ids: jax.Array, mask: jax.Array
-    ) -> jax.Array:
-        return (
-            embed(self._clip.size, params["image"], images) * self._clip.embed_text(params, ids, mask)
-        ).sum(-1)
+    def _embedded(self, params: Mapping[str, Any], ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return clip_vision.unit(self._text.apply(params, ids, mask)[2])
 
 
 def embed(size: clip_vision.Size, params: Any, images: jax.Array) -> jax.Array:
@@ -64,6 +62,31 @@ def prepare(images: np.ndarray, side: int) -> np.ndarray:
 
 
 # Of the metrics of one command; each holds its parameters on the devices.
+@functools.lru_cache(maxsize=2)
+def open_tower(weights: str, size: str, batch: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Images uint8 [B, H, W, 3] -> embeddings float32 [B, P] of length 1.
+
+    Metrics that name the same weights share it, and its last results.
+
+    Args:
+      weights: place of the image tower.
+      size: a name in `clip_vision.SIZES`.
+      batch: images at once.
+
+    Raises:
+      UserError: the files are missing, damaged or of another architecture.
+    """
+    shape = clip_vision.SIZES[size]
+    params = placed(clip_vision.load_vision, weights, shape)
+    run = Sharded(functools.partial(embed, shape), params, batch)
+    return Latest(lambda images: run(prepare(images, shape.image)))
+
+
+def tower(weights: str, size: str, batch: int) -> tuple[Hashable, ...]:
+    """What `Metric.tower` says of metrics that `open_tower` gives the same function."""
+    return "clip", size, weights, batch
+
+
 @functools.lru_cache(maxsize=2)
 def open_pairs(weights: str, size: str, tokenizer_files: str, batch: int) -> ClipPairs:
     """As `ClipPairs`; metrics that name the same weights share it."""

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling_dit.encoders import clip_vision
-from scaling_dit.evaluation.features import dinov2, inception, pixels, published
+from scaling_dit.evaluation.features import clip_pairs, dinov2, inception, pixels, published
 from scaling_dit.evaluation.features.published import Published
-from scaling_dit.evaluation.features.sharded import Sharded
+from scaling_dit.evaluation.features.sharded import Latest, Sharded, placed
 from scaling_dit.weights import places
 
 # Images uint8 [B, H, W, 3] of any size -> features float32 [B, D].
@@ -41,7 +41,7 @@ class Network:
     build: Callable[[str, int], Features]
 
     def open(self, place: str, batch: int) -> Features:
-        """The function with the weights of a place; metrics that name the same ones share it.
+        """The function with the weights of a place; metrics that name the same ones share it, and its last results.
 
         Raises:
           UserError: the weights are damaged or of another network.
@@ -52,13 +52,11 @@ class Network:
 # Of the metrics of one command; each holds its parameters on the devices.
 @functools.lru_cache(maxsize=3)
 def _opened(network: Network, place: str, batch: int) -> Features:
-    return network.build(place, batch)
+    return Latest(network.build(place, batch))
 
 
 def _inception(resize: str) -> Callable[[str, int], Features]:
     def build(place: str, batch: int) -> Features:
-        opened = places.open_weights(place, part="inception", classes=(), field="weights")
-
         def features(params: Any, images: jax.Array) -> jax.Array:
             # Sizes below are known when this is traced.
             if images.shape[1:3] != (inception.SIDE, inception.SIDE) or images.dtype == jnp.uint8:
@@ -66,7 +64,7 @@ def _inception(resize: str) -> Callable[[str, int], Features]:
             found: Any = inception.Inception().apply({"params": params}, pixels.minus_one_to_one(images))
             return found
 
-        run = Sharded(features, inception.load(opened), batch)
+        run = Sharded(features, placed(_inception_weights, place), batch)
         if resize == "clean":
             return lambda images: run(pixels.clean(images, inception.SIDE))
         return run
@@ -74,16 +72,16 @@ def _inception(resize: str) -> Callable[[str, int], Features]:
     return build
 
 
+def _inception_weights(place: str) -> dict[str, Any]:
+    """The parameters of either rule of resizing."""
+    return inception.load(places.open_weights(place, part="inception", classes=(), field="weights"))
+
+
 def _clip(size: str) -> Callable[[str, int], Features]:
     def build(place: str, batch: int) -> Features:
         shape = clip_vision.SIZES[size]
-        tower = clip_vision.VisionTower(shape)
-
-        def features(params: Any, images: jax.Array) -> jax.Array:
-            found: Any = tower.apply({"params": params}, images)
-            return clip_vision.unit(found)
-
-        run = Sharded(features, clip_vision.load_vision(place, shape), batch)
+        params = placed(clip_vision.load_vision, place, shape)
+        run = Sharded(functools.partial(clip_pairs.embed, shape), params, batch)
         mean, std = clip_vision.MEAN, clip_vision.STD
         return lambda images: run(pixels.standardise(pixels.centre_square(images, shape.image), mean, std))
 
@@ -99,7 +97,7 @@ def _dinov2(size: str) -> Callable[[str, int], Features]:
             found: Any = tower.apply({"params": params}, images)
             return found
 
-        run = Sharded(features, dinov2.load(place, shape), batch)
+        run = Sharded(features, placed(dinov2.load, place, shape), batch)
         return lambda images: run(
             pixels.standardise(pixels.squash(images, shape.image), dinov2.MEAN, dinov2.STD)
         )

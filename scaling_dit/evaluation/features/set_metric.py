@@ -6,7 +6,7 @@ on disk, so that memory does not grow with the number of images. On disk an imag
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -107,6 +107,10 @@ class SetMetric(Base):
             raise UserError(
                 f"metric {self.NAME!r}: {where} holds no images to compare with; give --reference"
             )
+
+    def tower(self) -> tuple[Hashable, ...]:
+        """The network with its weights, see `Metric`."""
+        return self.network.name, self._place(), self.batch
 
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """Rows with `features`, and with `real` where there is no reference; nothing is accumulated."""

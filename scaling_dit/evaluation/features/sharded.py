@@ -1,5 +1,7 @@
 """Runs a network over the devices of this process: rows are split, parameters whole on each, one compilation."""
 
+import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ class Sharded:
         mesh = Mesh(np.array(devices), ("rows",))
         self._rows = NamedSharding(mesh, PartitionSpec("rows"))
         self._batch = -(-batch // len(devices)) * len(devices)
+        # Parameters that are there already, of `placed`, are not copied.
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._run = jax.jit(function, out_shardings=self._rows)
 
@@ -43,3 +46,41 @@ class Sharded:
             with jax.default_matmul_precision("float32"):
                 pieces.append(np.asarray(self._run(self._params, *placed))[:count])
         return np.concatenate(pieces)
+
+
+# Of the towers of one command.
+@functools.lru_cache(maxsize=3)
+def placed(load: Callable[..., Any], *arguments: Any) -> Any:
+    """What `load` reads from a file of weights, whole on each device of this process, read once for all its users."""
+    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
+    return jax.device_put(load(*arguments), NamedSharding(mesh, PartitionSpec()))
+
+
+class Latest:
+    """A function of images that keeps its last two results: metrics that share it are given the same images in turn.
+
+    Two, for a metric asks for the generated images of a batch and then for the real ones. Images are recognised by a
+    hash of their pixels, so that results are the function's, whoever calls.
+
+    Args:
+      function: images [B, H, W, 3] -> rows [B, ...].
+    """
+
+    _KEPT = 2
+
+    def __init__(self, function: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._function = function
+        self._results: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The function's rows, which must not be changed."""
+        pixels = hashlib.sha256(np.ascontiguousarray(images).data).digest()
+        key = (images.shape, images.dtype.str, pixels)
+        found = self._results.pop(key, None)
+        if found is None:
+            found = self._function(images)
+            found.flags.writeable = False
+        self._results[key] = found
+        while len(self._results) > self._KEPT:
+            del self._results[next(iter(self._results))]
+        return found

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
 from scaling_dit.data.sources import Source
@@ -13,7 +12,6 @@ from scaling_dit.encoders import clip_vision
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import PerImage
 from scaling_dit.evaluation.features import clip_pairs, linear_head, published
-from scaling_dit.evaluation.features.sharded import Sharded
 from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, State
 from scaling_dit.weights import places
 
@@ -43,6 +41,10 @@ class Aesthetic(PerImage):
         self._places()
         return super().items(source, count)
 
+    def tower(self) -> tuple[Hashable, ...]:
+        """CLIP's image tower, see `Metric`."""
+        return clip_pairs.tower(self._places()[1], _SIZE, self.batch)
+
     def rows(self, batch: Batch) -> Sequence[Row]:
         """The score of each image."""
         scores = open_predictor(*self._places(), _SIZE, self.batch)(batch.images)
@@ -68,9 +70,8 @@ class Aesthetic(PerImage):
         return head, published.CLIP_L.find(self.clip_weights, self.NAME)
 
 
-# The last one; it holds its parameters on the devices.
 @functools.lru_cache(maxsize=1)
-def open_predictor(head: str, tower: str, size: str, batch: int) -> Any:
+def open_predictor(head: str, tower: str, size: str, batch: int) -> Callable[[np.ndarray], np.ndarray]:
     """Images uint8 [B, H, W, 3] -> scores float32 [B].
 
     Args:
@@ -82,15 +83,10 @@ def open_predictor(head: str, tower: str, size: str, batch: int) -> Any:
     Raises:
       UserError: files that are damaged or of something else.
     """
-    shape = clip_vision.SIZES[size]
-    params = {"image": clip_vision.load_vision(tower, shape), "head": load_head(head, shape.projection)}
-
-    def score(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        kernel, bias = params["head"]
-        return clip_pairs.embed(shape, params["image"], images) @ kernel + bias
-
-    run = Sharded(score, params, batch)
-    return lambda images: run(clip_pairs.prepare(images, shape.image))
+    kernel, bias = load_head(head, clip_vision.SIZES[size].projection)
+    embed = clip_pairs.open_tower(tower, size, batch)
+    # Row by row, so that no score depends on the others of its batch.
+    return lambda images: (embed(images) * kernel).sum(-1) + bias
 
 
 def load_head(place: str, width: int) -> tuple[np.ndarray, np.ndarray]:

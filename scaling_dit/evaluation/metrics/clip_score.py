@@ -1,7 +1,7 @@
 """The metric `clip_score`: the cosine between CLIP's embeddings of an image and of its prompt."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 from scaling_dit.data.sources import Source
@@ -42,6 +42,10 @@ class ClipScore(PerImage):
         """Held-out captions, once the weights are found; raises Skipped if they are missing."""
         self._place()
         return super().items(source, count)
+
+    def tower(self) -> tuple[Hashable, ...]:
+        """CLIP's image tower, see `Metric`."""
+        return clip_pairs.tower(self._place(), self.size, self.batch)
 
     def rows(self, batch: Batch) -> Sequence[Row]:
         """The score of each image."""

@@ -64,7 +64,10 @@ class TransformersJudge:
     @property
     def identity(self) -> str:
         """The architecture with the hash of its weights, and what else changes its answers."""
-        return f"{self._kind} {weights_hash(self.folder)[:12]}, {self.dtype}, {self.max_tokens} tokens"
+        # By Pillow or by torchvision, which resize differently.
+        pixels = type(self._processor.image_processor).__name__
+        weights = weights_hash(self.folder)[:12]
+        return f"{self._kind} {weights}, {pixels}, {self.dtype}, {self.max_tokens} tokens"
 
     def answer(self, image: np.ndarray, question: str, choices: Sequence[str]) -> str:
         """See `Judge`."""

@@ -10,12 +10,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import CLIPImageProcessor
 
+from scaling_dit.encoders import clip_vision
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS
 from scaling_dit.evaluation.features import blip, clip_pairs, published
 from scaling_dit.evaluation.metric import Item, Skipped
 from scaling_dit.evaluation.metrics import aesthetic, hpsv2, image_reward, pickscore
-from scaling_dit.evaluation.scoring import Scoring, score
+from scaling_dit.evaluation.scoring import Scoring, score, score_together
 from tests.support import blip_reference, text_towers
 from tests.support.own_sources import Counted
 
@@ -41,8 +42,8 @@ def theirs(folder):
     pixels = CLIPImageProcessor(**size)(list(map(Image.fromarray, IMAGES)), return_tensors="pt")[
         "pixel_values"
     ]
-    tokenizer = clip_pairs.open_pairs(str(folder), "tiny", str(folder), BATCH)._clip.text.tokenize
-    ids = torch.tensor(tokenizer(PROMPTS)[0]).long()
+    text = clip_vision.open_text(str(folder), "tiny", str(folder))
+    ids = torch.tensor(text.tokenize(PROMPTS)[0]).long()
     with torch.no_grad():
         found = text_towers.clip()(input_ids=ids, pixel_values=pixels)
     return (found.image_embeds * found.text_embeds).sum(-1).numpy(), found.image_embeds.numpy()
@@ -103,6 +104,34 @@ def test_aesthetic_is_its_linear_layers_one_after_the_other(folder, theirs, tmp_
     save_file(state | {"layers.4.weight": np.zeros((64, 9), np.float32)}, path)
     with pytest.raises(UserError, match=r"layers.4.weight is \(64, 9\), its bias \(64,\); it has 128 inputs"):
         aesthetic.load_head(str(path), 16)
+
+
+def test_metrics_of_one_clip_run_its_image_tower_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(aesthetic, "_SIZE", "tiny")
+    loaded, load = [], clip_vision.load_vision
+    monkeypatch.setattr(clip_vision, "load_vision", lambda *where: loaded.append(where) or load(*where))
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    state, sides = {}, (16, 1024, 128, 64, 16, 1)
+    for i, (inputs, outputs) in zip(aesthetic.LAYERS, itertools.pairwise(sides), strict=True):
+        state |= {f"layers.{i}.weight": np.full((outputs, inputs), 0.1, np.float32)}
+        state |= {f"layers.{i}.bias": np.ones(outputs, np.float32)}
+    save_file(state, tmp_path / "head.safetensors")
+    metrics = (
+        METRICS["clip_score"](size="tiny", **clip_fields(copy)),
+        METRICS["aesthetic"](weights=str(tmp_path / "head.safetensors"), clip_weights=str(copy), batch=BATCH),
+    )
+    assert metrics[0].tower() == metrics[1].tower()
+    alone = [scores(metric) for metric in metrics]
+    tower = clip_pairs.open_tower(str(copy), "tiny", BATCH)
+    calls, run = [], tower._function
+    monkeypatch.setattr(tower, "_function", lambda images: calls.append(len(images)) or run(images))
+    # What it has seen last is forgotten.
+    tower._results.clear()
+    both = score_together([Scoring("m", metric, ITEMS, BATCH) for metric in metrics], [IMAGES], 0)
+    for (result, rows), (other, column) in zip(both, alone, strict=True):
+        assert result == other and rows.column("score").tolist() == column.tolist()
+    assert calls == [3, 2] and len(loaded) == 1
 
 
 def test_image_reward_of_a_folder_of_weights(tmp_path, monkeypatch):

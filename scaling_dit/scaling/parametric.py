@@ -13,6 +13,9 @@ from scaling_dit.scaling.points import Interval, Runs, Values, positive
 
 # Of log residuals, as in Hoffmann et al. 2022, appendix D.3.
 HUBER_DELTA = 1e-3
+# A term that makes less of every loss than this is not seen in the points; an exponent beyond the other is no power law
+# of a loss that anyone has measured, but a step between two sizes.
+LEAST_SHARE, LARGEST_EXPONENT = 1e-4, 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,8 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
       runs: the run each point belongs to, [N]; intervals draw whole runs. Each point is a run by itself if None.
 
     Raises:
-      UserError: fewer than six points, fewer than two sizes or sample counts, or values that are not positive numbers.
+      UserError: fewer than six points, fewer than two sizes or sample counts, values that are not positive numbers, or
+        points that do not depend on one of both.
     """
     n, d, y = positive(params=params, samples=samples, losses=losses)
     if len(y) < 6:
@@ -99,6 +103,7 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
                 f"add runs of other {name}"
             )
     vector = _polish(_search(n, d, y), n, d, y)
+    _check_terms(vector, n, d)
     fitted = _from_vector(vector)
     residuals = _log_residuals(vector, n, d, y)
     law = ParametricLaw(
@@ -109,6 +114,20 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
         _data=(n, d, y, None if runs is None else np.asarray(runs).astype(str)),
     )
     return law
+
+
+def _check_terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> None:
+    """Raises UserError unless both terms fall with their axis and make a part of some loss.
+
+    Where the points do not depend on an axis, the optimizer leaves its exponent anywhere.
+    """
+    shares = special.softmax(_terms(vector, n, d), axis=0).max(axis=1)
+    for name, exponent, share in (("params", vector[3], shares[1]), ("samples", vector[4], shares[2])):
+        if share < LEAST_SHARE or not 0 < exponent < LARGEST_EXPONENT:
+            raise UserError(
+                f"fit_parametric: the points do not show how the loss falls with {name} (exponent {exponent:.3g}, "
+                f"which makes at most {share:.1g} of a loss); add runs of other {name}, or more seeds"
+            )
 
 
 def _parametric_warnings(fitted: dict[str, float], n: np.ndarray, d: np.ndarray) -> list[str]:

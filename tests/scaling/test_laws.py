@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import laws
+from scaling_dit.scaling import laws, parametric
 from scaling_dit.scaling.bootstrap import resample_runs
 
 # Besiroglu et al. 2024 (arXiv 2404.10102), their refit of the points of Hoffmann et al. 2022.
@@ -85,6 +85,24 @@ def test_runs_are_drawn_whole():
 def test_what_cannot_be_fitted_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         laws.fit_parametric(*map(list, arguments))
+
+
+@pytest.mark.parametrize("missing", ["params", "samples"])
+@pytest.mark.parametrize("against", [0.0, 0.3])
+def test_points_that_do_not_fall_with_an_axis_give_no_law(missing, against):
+    """Losses that stay on one axis, or rise along it, as those of too short runs of larger models do."""
+    n, d = np.repeat([4e5, 1e6], 8), np.tile(np.geomspace(1e3, 6e4, 8), 2)
+    other, own = (d, n) if missing == "params" else (n, d)
+    losses = (0.01 + 30 * other**-0.5) * (own / own.min()) ** against
+    with pytest.raises(UserError, match=f"do not show how the loss falls with {missing}"):
+        laws.fit_parametric(n, d, losses)
+
+
+def test_a_fit_that_passes_terms_that_overflow_is_silent():
+    start = np.array([0.0, 5000.0, 1.0, 0.5, 0.5])
+    with np.errstate(over="raise"):
+        found = parametric._polish(start, *np.array([[1e5, 1e6, 1e7], [1e3, 1e4, 1e5], [3.0, 2.0, 1.0]]))
+    assert np.isfinite(found).all()
 
 
 def test_few_sizes_are_warned_of():

@@ -2,12 +2,14 @@
 
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 
 from tools import drill, marked
 from tools.drill import BEGIN, END, Row, Table
-from tools.drill_commands import Ended, changed_environment, files_of
+from tools.drill_commands import Command, Ended, changed_environment, files_of
 
 
 def test_what_counts_as_lost():
@@ -92,3 +94,16 @@ def test_the_drill_in_small(tmp_path):
     ]
     assert [row[3].strip() for row in rows] == ["tries", "1", "1", "1", "1"]
     assert {row[4].strip() for row in rows[1:]} == {"0"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the kernel does not say")
+def test_a_handler_is_seen_once_it_is_installed(tmp_path):
+    code = "import signal, sys; sys.stdin.read(1); signal.signal(15, lambda *a: None); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as process:
+        command = Command(process, tmp_path / "errors")
+        assert not command.handles_signals()
+        process.stdin.write(b"xx")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert command.handles_signals()
+        process.stdin.close()

@@ -282,8 +282,9 @@ def signals(drill: Drill, counts: Counts, table: Table) -> None:
         row = table.row(f"{number.name}, in the first second", "train")
         for _ in range(row.tries, counts.signals):
             command = drill.start(drill.train(drill.root / "never"), fresh=True)
-            # Python itself takes some hundredths of a second to begin.
-            command.kill_later(drill.random.uniform(0.2, 1.0), number)
+            # Python itself takes some hundredths of a second to begin, and longer on a busy machine.
+            command.wait_for(command.handles_signals)
+            command.kill_later(drill.random.uniform(0.0, 0.8), number)
             ended = command.end()
             table.add(row, ended.code, ended.fault(code))
         row = table.row(f"{number.name}, random steps", "train")

@@ -62,6 +62,15 @@ class Command:
         """Its exit code, negative after a signal; None while it runs."""
         return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
 
+    def handles_signals(self) -> bool:
+        """Whether it has a handler for SIGTERM, as far as the kernel says; where it does not, True."""
+        try:
+            status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text()
+        except OSError:
+            return True
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
     def send(self, number: int) -> None:
         """Sends a signal, unless it has ended."""
         if self.poll() is None and self._process.pid:

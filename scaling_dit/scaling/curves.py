@@ -105,7 +105,9 @@ def power_law(x: Values, y: Values, runs: Runs = None) -> Curve:
         if len(np.unique(x[indices])) < 2:
             return None
         b, a = np.polyfit(log_x[indices], log_y[indices], 1)
-        return {"a": float(np.exp(a)), "b": float(b)}
+        # It may overflow in a bootstrap sample: the end of its interval is then infinite.
+        with np.errstate(over="ignore"):
+            return {"a": float(np.exp(a)), "b": float(b)}
 
     values = fit(np.arange(len(x)))
     assert values is not None

@@ -126,7 +126,7 @@ def _check_terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> None:
         if share < LEAST_SHARE or not 0 < exponent < LARGEST_EXPONENT:
             raise UserError(
                 f"fit_parametric: the points do not show how the loss falls with {name} (exponent {exponent:.3g}, "
-                f"which makes at most {share:.1g} of a loss); add runs of other {name}, or more seeds"
+                f"a share of the loss of at most {share:.1g}); add runs of other {name}, or more seeds"
             )
 
 
@@ -212,5 +212,7 @@ def _to_vector(e: float, a: float, b: float, alpha: float, beta: float) -> np.nd
 
 
 def _from_vector(vector: np.ndarray) -> dict[str, float]:
-    e, a, b, alpha, beta = map(float, vector)
-    return {"E": float(np.exp(e)), "A": float(np.exp(a)), "B": float(np.exp(b)), "alpha": alpha, "beta": beta}
+    # A factor of a bootstrap sample may overflow: the end of its interval is then infinite.
+    with np.errstate(over="ignore"):
+        e, a, b = map(float, np.exp(vector[:3]))
+    return {"E": e, "A": a, "B": b, "alpha": float(vector[3]), "beta": float(vector[4])}

@@ -98,7 +98,10 @@ def test_the_drill_in_small(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the kernel does not say")
 def test_a_handler_is_seen_once_it_is_installed(tmp_path):
-    code = "import signal, sys; sys.stdin.read(1); signal.signal(15, lambda *a: None); print(flush=True); sys.stdin.read()"
+    code = (
+        "import signal, sys; sys.stdin.read(1); signal.signal(15, lambda *a: None); print(flush=True); "
+        "sys.stdin.read()"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as process:
         command = Command(process, tmp_path / "errors")
         assert not command.handles_signals()

@@ -5,12 +5,16 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
 
 from tests.support import xla
 
+# Started with nohup or in the background of a script these are ignored, in the commands that tests start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Until all tests are collected: what is imported stays, and the collector would walk through it again and again.
 gc.disable()
 # Read once, when jax makes its backend, so they stand before any test module imports it.

@@ -44,13 +44,6 @@ def text(study: Study, report_at: str, scores: Sequence[str], samples: str = "")
     """
     answered = findings.answers(study)
     done = len({(row["member"], row["seed"]) for row in study.rows if row["endpoint"]})
-    metric = scores[0] if scores else findings.LOSS
-    figures = {
-        f"{metric} of every member: seeds, and their mean": "members.svg",
-        "Each claim with its interval": "claims.svg",
-        f"{metric} against training FLOPs": f"{metric}-train_flops.svg",
-        "Score by element type": "types.svg",
-    }
     there = study.folder.report
     return "\n\n".join(
         [
@@ -66,10 +59,25 @@ def text(study: Study, report_at: str, scores: Sequence[str], samples: str = "")
             _members(study, scores),
             _claims(answered),
             *([f"![Samples]({samples})"] if samples else []),
-            *(f"![{what}]({report_at}/{name})" for what, name in figures.items() if (there / name).exists()),
+            *(
+                f"![{what}]({report_at}/{name})"
+                for what, name in figures(scores).items()
+                if (there / name).exists()
+            ),
             END,
         ]
     )
+
+
+def figures(scores: Sequence[str]) -> dict[str, str]:
+    """What figures show, and their files in a report; not every report has each."""
+    metric = scores[0] if scores else findings.LOSS
+    return {
+        f"{metric} of every member: seeds, and their mean": "members.svg",
+        "Each claim with its interval": "claims.svg",
+        f"{metric} against training FLOPs": f"{metric}-train_flops.svg",
+        "Score by element type": "types.svg",
+    }
 
 
 def _wrapped(words: str) -> str:
@@ -182,13 +190,17 @@ def main(arguments: list[str] | None = None) -> int:
     report.write(study)
     name = pathlib.Path(given.study).name
     reports = given.page.parent / "reports" / name
+    scores = [one for one in given.scores.split(",") if one] or list(study.spec.metrics)
     shutil.rmtree(reports, ignore_errors=True)
-    shutil.copytree(str(study.folder.report), reports)
+    reports.mkdir(parents=True)
+    # What the page shows or links; the page of the report holds the other figures.
+    for path in ("index.html", "members.csv", "members.tex", *figures(scores).values()):
+        if (found := study.folder.report / path).exists():
+            shutil.copy(found, reports / path)
     shown = ""
     if given.samples:
         write_png(epath.Path(reports) / "samples.png", samples(study, given.samples))
         shown = f"reports/{name}/samples.png"
-    scores = [one for one in given.scores.split(",") if one] or list(study.spec.metrics)
     section = text(study, f"reports/{name}", scores, shown)
     marked.write(given.page, section, BEGIN, END, f"# {given.title}\n\n")
     return 0

@@ -36,7 +36,7 @@ _QUESTIONS = {
 _PRESET, _PATCH = "grid16", 4
 # An instruction names one of two or three squares by its colour and says what becomes of it: which one is meant has to
 # be found in the condition, and nothing else needs learning. Twice the blocks for it, and small images in exchange.
-_EDIT_PRESET, _EDIT_STEPS, _EDIT_DEPTH = "grid8", 4000, 4
+_EDIT_PRESET, _EDIT_STEPS, _EDIT_DEPTH = "grid8", 2000, 4
 _EDIT_SCENES = {"shapes": ("square",), "min_objects": 2, "held_out_fraction": 0.35, "paraphrases": 1}
 
 

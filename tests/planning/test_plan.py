@@ -62,6 +62,7 @@ def local():
     return plan.make(config_lib.load(SMOKE, FSDP), parse(LOCAL))
 
 
+@pytest.mark.slow
 def test_argument_bytes_are_those_of_the_real_state(local, tmp_path):
     run = Run.open(config_lib.load(SMOKE, FSDP), Workdir(tmp_path / "run"))
     state = run.program.init(jax.random.key(run.config.seed))

@@ -98,6 +98,7 @@ def test_all_members_end_and_what_they_print_has_their_name(members, tmp_path, c
     assert all(f": begins on {os.getpid()} " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_process_keeps_to_its_cores_and_dies_with_its_parent(monkeypatch):
     """In a process of its own, whose parent is this one, and in one whose parent has died before."""
     code = (

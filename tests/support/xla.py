@@ -9,6 +9,8 @@ QUICK = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",
+        # Threads that compile parts of a small program cost more than they save beside another worker.
+        "--xla_cpu_parallel_codegen_split_count=1",
     )
 )
 # A simulated device that waits its turn on a busy machine is not a dead one: by default XLA ends the process after 40

@@ -11,23 +11,27 @@ import time
 
 import pytest
 
-from tests.support import xla
+from tests.support import tiny_distances, xla
+from tests.support.paths import ROOT
+
+METRICS = ("--metrics=tifa,shapes_tifa", "--judge=shapes", "--config.metrics.shapes_tifa.batch=2")
 
 
-def start(smoke_run, out, count):
+def start(smoke_run, out, count, metrics=METRICS, environment=None):
     """`evaluate` by `count` processes with two devices each: the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "scaling_dit", "evaluate", f"--workdir={smoke_run}", f"--out={out}", "--items=40",
-        "--batch=4", "--metrics=tifa,shapes_tifa", "--judge=shapes", "--config.metrics.shapes_tifa.batch=2",
+        "--batch=4", *metrics,
     ]  # fmt: skip
     joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
     return [
         subprocess.Popen(
             [*command, *joined, *([f"--process={index}"] if joined else [])],
-            env={**os.environ, "XLA_FLAGS": xla.flags(devices=2)},
+            env={**os.environ, "XLA_FLAGS": xla.flags(devices=2), **(environment or {})},
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -90,3 +94,20 @@ def test_processes_killed_at_any_moment_are_resumed(smoke_run, tmp_path, alone):
             process.communicate(timeout=60)
     finish(start(smoke_run, tmp_path, 2))
     assert files(tmp_path) == alone
+
+
+@pytest.mark.slow
+def test_metrics_of_one_network_have_the_features_of_all_processes(smoke_run, tmp_path):
+    """Two of real and generated images, by one process and by two; features of an image do not depend on its batch."""
+    metrics = (f"--metrics={tiny_distances.Nearer.NAME},{tiny_distances.Wider.NAME}", "--batch=4")
+    (tmp_path / "colours").touch()
+    environment = {"SCALING_DIT_WEIGHTS": str(tmp_path)}
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        finish(start(smoke_run, out, count, metrics, environment))
+        rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        assert all(row["n"] == 40 for row in rows)
+        found.append({name: value for row in rows for name, value in row["scalars"].items()})
+    assert set(found[0]) == {"nearer", "wider"} and found[0]["nearer"] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-6)

@@ -184,8 +184,8 @@ def of_fields():
     }
     for key, field in schema.FIELDS.items():
         for value in others.get(type(field.default), ()):
-            # A regular expression for any of its letters.
-            if (key, value) != ("adapter.targets", "[nan]"):
+            # Regular expressions, which a run that adapts nothing does not look for.
+            if key != "adapter.targets" or value not in ("word", "{", "[nan]"):
                 yield key, value
         if field.choices:
             yield from ((key, value) for value in ("nothing", "", "no_module_of_this_name:Part"))

@@ -7,6 +7,7 @@ The environment variable FEW_PACKAGES may name others, as requirements separated
 
 import importlib.abc
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -58,7 +59,18 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r} among few packages", name=name)
 
 
+def find_spec(name, package=None, real=importlib.util.find_spec):
+    """Of `importlib.util`: None, and no error, for a module that is refused."""
+    try:
+        return real(name, package)
+    except ModuleNotFoundError as error:
+        if "among few packages" in str(error):
+            return None
+        raise
+
+
 if __name__ == "__main__":
+    importlib.util.find_spec = find_spec
     sys.meta_path.insert(0, Refuse())
     for module in [name for name in sys.modules if name.partition(".")[0] in sys.meta_path[0].others]:
         # Of what a start-up file imported.

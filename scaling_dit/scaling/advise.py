@@ -8,6 +8,7 @@ bootstraps over the study's runs. Nothing is said beyond what the laws' audit su
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,10 +88,11 @@ def _of_family(family: str, rows: Sequence[Row], flops: float, study: Study) -> 
     limit = largest * audit.factor
     if flops > limit * (1 + 1e-9):
         last = audit.held[-1]
+        reached = f"reached {last.compute_beyond:.3g} x beyond the rest and was off by {last.error:+.1%}"
+        found = "cannot be fitted" if math.isinf(last.error) else reached
         raise UserError(
             f"its runs end at {largest:.3g} FLOPs, and its audit supports {limit:.3g}: without the largest size, the "
-            f"law reached {last.compute_beyond:.3g} x beyond the rest and was off by {last.error:+.1%}; "
-            "add members with more compute"
+            f"law {found}; add members with more compute"
         )
     # FLOPs for each parameter and sample: constant where size is width, and the median of the members otherwise.
     per = float(np.median([row["train_flops"] / (row["params"] * row["samples"]) for row in rows]))

@@ -1,11 +1,12 @@
 """How far a fitted law may be trusted beyond its points: each size is left out, and predicted from the others."""
 
 import dataclasses
+import math
 
 import numpy as np
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling.parametric import fit_parametric
+from scaling_dit.scaling.parametric import NoDependence, fit_parametric
 from scaling_dit.scaling.points import Runs, Values, positive
 
 # A prediction of a held-out size may be off by this share of its loss.
@@ -20,7 +21,8 @@ class Held:
       params: of the size.
       beyond: its parameters over the largest of the others; at most 1 for a size within their range.
       compute_beyond: its largest params x samples over the largest of the others.
-      error: predicted over measured loss minus 1, at its most samples, the mean over runs.
+      error: predicted over measured loss minus 1, at its most samples, the mean over runs; infinite where the
+        others show no law.
     """
 
     params: float
@@ -50,7 +52,7 @@ def leave_one_size_out(params: Values, samples: Values, losses: Values, runs: Ru
       params, samples, losses, runs: as in `fit_parametric`.
 
     Raises:
-      UserError: fewer than three sizes, or the rest cannot be fitted without one of them.
+      UserError: fewer than three sizes, or too few points.
     """
     n, d, y = positive(params=params, samples=samples, losses=losses)
     sizes = np.unique(n)
@@ -62,9 +64,13 @@ def leave_one_size_out(params: Values, samples: Values, losses: Values, runs: Ru
     held = []
     for size in sizes:
         out = n == size
-        law = fit_parametric(n[~out], d[~out], y[~out], None if names is None else names[~out])
         last = out & (d == d[out].max())
-        error = float(law(n[last], d[last]).mean() / y[last].mean() - 1)
+        try:
+            law = fit_parametric(n[~out], d[~out], y[~out], None if names is None else names[~out])
+        except NoDependence:
+            error = math.inf
+        else:
+            error = float(law(n[last], d[last]).mean() / y[last].mean() - 1)
         compute = float((n[out] * d[out]).max() / (n[~out] * d[~out]).max())
         held.append(Held(float(size), float(size / n[~out].max()), compute, error))
     largest = held[-1]

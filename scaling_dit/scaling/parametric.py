@@ -18,6 +18,10 @@ HUBER_DELTA = 1e-3
 LEAST_SHARE, LARGEST_EXPONENT = 1e-4, 5.0
 
 
+class NoDependence(UserError):
+    """The points do not show how the loss falls with parameters, or with samples."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ParametricLaw:
     """loss = E + A / params^alpha + B / samples^beta (Hoffmann et al. 2022, equation 2).
@@ -90,8 +94,8 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
       runs: the run each point belongs to, [N]; intervals draw whole runs. Each point is a run by itself if None.
 
     Raises:
-      UserError: fewer than six points, fewer than two sizes or sample counts, values that are not positive numbers, or
-        points that do not depend on one of both.
+      UserError: fewer than six points, fewer than two sizes or sample counts, or values that are not positive numbers.
+      NoDependence: the loss does not fall with one of both.
     """
     n, d, y = positive(params=params, samples=samples, losses=losses)
     if len(y) < 6:
@@ -117,14 +121,14 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
 
 
 def _check_terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> None:
-    """Raises UserError unless both terms fall with their axis and make a part of some loss.
+    """Raises NoDependence unless both terms fall with their axis and make a part of some loss.
 
     Where the points do not depend on an axis, the optimizer leaves its exponent anywhere.
     """
     shares = special.softmax(_terms(vector, n, d), axis=0).max(axis=1)
     for name, exponent, share in (("params", vector[3], shares[1]), ("samples", vector[4], shares[2])):
         if share < LEAST_SHARE or not 0 < exponent < LARGEST_EXPONENT:
-            raise UserError(
+            raise NoDependence(
                 f"fit_parametric: the points do not show how the loss falls with {name} (exponent {exponent:.3g}, "
                 f"a share of the loss of at most {share:.1g}); add runs of other {name}, or more seeds"
             )

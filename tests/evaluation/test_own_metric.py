@@ -81,7 +81,9 @@ def test_the_commands(beside_my_metric, capsys):
     assert 0 < row["evaluation/Brightness"] < 1 and "evaluation/shapes_tifa" not in row
     saved = json.loads((beside_my_metric / "runs/bright/config.json").read_text())
     # Its own field beside those that every metric has.
-    assert saved["metrics"]["Brightness"].items() >= {"every": 0, "prompts": 0, "batch": 64, "margin": 4}.items()
+    assert (
+        saved["metrics"]["Brightness"].items() >= {"every": 0, "prompts": 0, "batch": 64, "margin": 4}.items()
+    )
     assert list(saved["metrics"]) == ["Brightness"]
     (result,) = (beside_my_metric / "runs/bright/evaluation").glob("*-n20/Brightness/result.json")
     assert json.loads(result.read_text())["fields"]["margin"] == 4

@@ -85,7 +85,7 @@ def test_the_commands(beside_my_metric, capsys):
         saved["metrics"]["Brightness"].items() >= {"every": 0, "prompts": 0, "batch": 64, "margin": 4}.items()
     )
     assert list(saved["metrics"]) == ["Brightness"]
-    (result,) = (beside_my_metric / "runs/bright/evaluation").glob("*-n20/Brightness/result.json")
+    (result,) = (beside_my_metric / "runs/bright/evaluation").glob("*-n20/Brightness-*/result.json")
     assert json.loads(result.read_text())["fields"]["margin"] == 4
 
 

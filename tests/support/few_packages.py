@@ -47,7 +47,7 @@ class Refuse(importlib.abc.MetaPathFinder):
     """Finds no module that comes of another distribution."""
 
     def __init__(self):
-        allowed = required(PACKAGES) | {"scaling-dit"}
+        self.allowed = allowed = required(PACKAGES) | {"scaling-dit"}
         self.others = {
             module
             for module, owners in importlib.metadata.packages_distributions().items()
@@ -69,9 +69,21 @@ def find_spec(name, package=None, real=importlib.util.find_spec):
         raise
 
 
+def hide_others(allowed, real=importlib.metadata.Distribution.from_name):
+    """Makes `importlib.metadata` know no other distribution, for packages that ask it before they import one."""
+
+    def from_name(name):
+        if normal(name) not in allowed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    importlib.metadata.Distribution.from_name = from_name
+
+
 if __name__ == "__main__":
     importlib.util.find_spec = find_spec
     sys.meta_path.insert(0, Refuse())
+    hide_others(sys.meta_path[0].allowed)
     for module in [name for name in sys.modules if name.partition(".")[0] in sys.meta_path[0].others]:
         # Of what a start-up file imported.
         del sys.modules[module]

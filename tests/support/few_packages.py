@@ -77,7 +77,11 @@ def hide_others(allowed, real=importlib.metadata.Distribution.from_name):
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
+    every = importlib.metadata.distributions
     importlib.metadata.Distribution.from_name = from_name
+    importlib.metadata.distributions = lambda **how: (
+        one for one in every(**how) if normal(one.name) in allowed
+    )
 
 
 if __name__ == "__main__":

@@ -59,17 +59,13 @@ study study-full study-large: .venv/.installed-study
 	$(BIN)/scaling-dit report $(STUDY)
 
 study-emoji: STUDY ?= runs/emoji_core
-study-emoji: .venv/.installed-emoji
-	$(BIN)/python -m scaling_dit.data.emoji data/emoji
-	$(BIN)/python -m scaling_dit.data.emoji data/emoji-wrong --wrong=0.3
-	$(BIN)/scaling-dit study --config=emoji_core --workdir=$(STUDY) $(AT_ONCE)
-	$(BIN)/scaling-dit report $(STUDY)
-
 study-emoji-small: STUDY ?= runs/emoji_small
-study-emoji-small: .venv/.installed-emoji
-	$(BIN)/python -m scaling_dit.data.emoji data/emoji-people --people
-	$(BIN)/python -m scaling_dit.data.emoji data/emoji-people-wrong --people --wrong=0.3
-	$(BIN)/scaling-dit study --config=emoji_core:small --workdir=$(STUDY)
+study-emoji-small: FORM := :small
+study-emoji-small: WHICH := -people
+study-emoji study-emoji-small: .venv/.installed-emoji
+	$(BIN)/python -m scaling_dit.data.emoji data/emoji$(WHICH) $(WHICH:-%=--%)
+	$(BIN)/python -m scaling_dit.data.emoji data/emoji$(WHICH)-wrong $(WHICH:-%=--%) --wrong=0.3
+	$(BIN)/scaling-dit study --config=emoji_core$(FORM) --workdir=$(STUDY) $(AT_ONCE)
 	$(BIN)/scaling-dit report $(STUDY)
 
 test: .venv/.installed-test

@@ -29,6 +29,7 @@ import transformers
 from header import header
 
 from scaling_dit.cli import main as cli
+from scaling_dit.monitor.host import cores
 from scaling_dit.sampling import pipeline
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
@@ -93,15 +94,6 @@ def main() -> None:
         print("| " + " | ".join(rows[-1]) + " |", flush=True)
     if args.note:
         args.note.write_text(note(rows, args))
-
-
-def cores() -> list[int]:
-    """The cores that this process may use."""
-    return (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
 
 
 def row(size: str, args: argparse.Namespace) -> list[str]:

@@ -22,7 +22,7 @@ from etils import epath
 from scaling_dit.evaluation import registry
 from scaling_dit.model.build import open_source
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
-from scaling_dit.scaling import findings, machine, report
+from scaling_dit.scaling import findings, machine, report, table
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.findings import Answered
 from scaling_dit.scaling.folder import scores_folder
@@ -43,7 +43,7 @@ def text(study: Study, report_at: str, scores: Sequence[str], samples: str = "")
       samples: image of samples, seen from the page; none without.
     """
     answered = findings.answers(study)
-    done = len({(row["member"], row["seed"]) for row in study.rows if row["endpoint"]})
+    done = len({(row["member"], row["seed"]) for row in table.last_points(study.rows)})
     there = study.folder.report
     return "\n\n".join(
         [
@@ -150,18 +150,20 @@ def _row(cells: Sequence[str]) -> str:
 def samples(study: Study, count: int) -> np.ndarray:
     """Condition, images of each member and true image of the first `count` prompts, uint8 [height, width, 3]."""
     spec, seed = study.spec, study.spec.seeds[0]
-    images, captions = list[np.ndarray](), list[str]()
+    images, captions, items = list[np.ndarray](), list[str](), {}
+    for member in spec.members:
+        config = spec.run_config(member, seed, str(study.folder.compile_cache))
+        chosen = registry.choose(config, spec.metrics[:1])[0]
+        items[member.name] = chosen.prompts(functools.partial(open_source, config), spec.items).items
     for number in range(count):
         for place, member in enumerate(spec.members):
-            config = spec.run_config(member, seed, str(study.folder.compile_cache))
-            chosen = registry.choose(config, spec.metrics[:1])[0]
-            item = chosen.prompts(functools.partial(open_source, config), spec.items).items[number]
+            item = items[member.name][number]
             if not place:
                 for name, given in item.conditions.items():
                     images.append(np.asarray(given)[..., :3])
                     captions.append(f"{name}: {item.prompt}")
             run = study.folder.run(member.name, seed)
-            out = scores_folder(run, config.steps, spec.generation_seeds[0], spec.items, None)
+            out = scores_folder(run, member.config.steps, spec.generation_seeds[0], spec.items, None)
             found = next(iter(out.glob(f"images-*/{item.id}.png")), None)
             if found is None:
                 raise SystemExit(f"{out} has no image of {item.id}: the run of {member.name} has not ended")

@@ -6,7 +6,7 @@ Judges are opened when they are first asked. A question that cannot be answered 
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from etils import epath
 
@@ -80,6 +80,19 @@ class Judged(Base):
 
     def _template(self, panel: Panel) -> str:
         return self.template or panel.template
+
+
+@dataclasses.dataclass(frozen=True)
+class Questioned(Judged):
+    """A metric that asks the questions which its prompts bring; a subclass says what each of them must have."""
+
+    # As it is registered.
+    NAME: ClassVar[str]
+    KEYS: ClassVar[tuple[str, ...]]
+
+    def check_items(self, items: Sequence[Item], where: str) -> None:
+        """Makes sure that items of a prompt set have questions that can be asked; raises UserError."""
+        check_questions(items, self.NAME, self.KEYS)
 
 
 def check_questions(items: Sequence[Item], name: str, keys: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from scaling_dit._version import __version__
 from scaling_dit.evaluation import tifa
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.parts import InFolder
-from scaling_dit.evaluation.scoring import Scoring, together, update_together
+from scaling_dit.evaluation.scoring import Scoring, settle, update_together
 
 RESULT = "result.json"
 ROWS = "rows.jsonl"
@@ -71,10 +71,7 @@ def score_to_folders(targets: Sequence[Target], read: Read, seed: int) -> Iterat
     skipped = update_together(scored, read)
     for place, (target, parts) in enumerate(zip(targets, kept, strict=True)):
         try:
-            with together():
-                if place in skipped:
-                    raise skipped[place]
-            parts.share()
+            settle(parts, skipped.get(place))
             result = _finish(target, parts, seed)
         except Skipped as missing:
             skipped[place] = missing

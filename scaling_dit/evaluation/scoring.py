@@ -260,14 +260,19 @@ def score_together(
     found: list[tuple[dict[str, Any], Rows] | Skipped] = []
     for place, (scoring, parts) in enumerate(zip(scorings, kept, strict=True)):
         try:
-            with together():
-                if place in skipped:
-                    raise skipped[place]
-            parts.share()
+            settle(parts, skipped.get(place))
             found.append(scoring.result(parts, seed))
         except Skipped as missing:
             found.append(missing)
     return found
+
+
+def settle(parts: Parts, skipped: Skipped | None) -> None:
+    """Shares a metric's parts among the processes, or raises Skipped in all of them if one has to skip it."""
+    with together():
+        if skipped is not None:
+            raise skipped
+    parts.share()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What this process runs on, for notes and reports. Needs only the standard library."""
 
+import os
 import pathlib
 import platform
 
@@ -10,3 +11,10 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> list[int]:
+    """The numbers of the CPU cores that this process may use, in rising order."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

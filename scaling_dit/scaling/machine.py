@@ -1,7 +1,6 @@
 """What a study ran on: one line for each start, for its report."""
 
 import datetime
-import os
 import pathlib
 import shlex
 import sys
@@ -14,7 +13,7 @@ from etils import epath
 from scaling_dit import files
 from scaling_dit.doctor.probe import installed
 from scaling_dit.errors import UserError
-from scaling_dit.monitor.host import processor
+from scaling_dit.monitor.host import cores, processor
 
 _REMEDY = "remove it; it says what earlier starts ran on"
 
@@ -29,7 +28,7 @@ def about() -> dict[str, Any]:
         "command": shlex.join(command).replace("__main__.py", "scaling-dit"),
         "processor": processor(),
         # Those that this process may use.
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(cores()),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "versions": installed(),
     }

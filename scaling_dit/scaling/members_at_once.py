@@ -18,6 +18,7 @@ import jax
 
 from scaling_dit import signals
 from scaling_dit.errors import UserError
+from scaling_dit.monitor import host
 from scaling_dit.parallel import supervise
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.ladder import Member
@@ -36,7 +37,7 @@ def check(at_once: int) -> None:
             f"--at_once={at_once} shares the CPU cores of one host, and this start has {jax.device_count()} "
             f"{jax.default_backend()} devices in {jax.process_count()} processes; leave it out"
         )
-    if at_once > (cores := len(_cores())):
+    if at_once > (cores := len(host.cores())):
         raise UserError(f"--at_once={at_once} is more than the {cores} CPU cores that this process may use")
 
 
@@ -52,12 +53,6 @@ def settle() -> None:
         die()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def shares(cores: Sequence[int], at_once: int) -> list[list[int]]:
@@ -123,7 +118,7 @@ def run(
       Stopped: with the exit code of the process that failed, or after a signal.
     """
     waiting, running = list(members), list[_Child]()
-    free = shares(_cores(), at_once)
+    free = shares(host.cores(), at_once)
     # Exit code and message of what went wrong first.
     failure: tuple[int, str] | None = None
     stopping: list[int] = []

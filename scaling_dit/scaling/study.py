@@ -191,15 +191,18 @@ class _Runner:
 
     def __init__(self, spec: StudySpec, folder: StudyFolder, members: Sequence[Member] | None = None) -> None:
         self._spec, self._folder = spec, folder
+        chosen = spec.members if members is None else members
+        asked = {member.name for member in chosen} | {member.base for member in chosen}
         # Asked once, and of a member after its run: a remote store answers slowly.
         self._status = {
             (member.name, seed): table.status_of(spec, folder, member, seed)
             for member in spec.members
+            if member.name in asked
             for seed in spec.seeds
         }
         # Rows of runs that are over: they are read once.
         self._over: dict[tuple[str, int], tuple[list[Row], list[Row], list[Row]]] = {}
-        self._progress = _Progress(spec, spec.members if members is None else members, self._is_over)
+        self._progress = _Progress(spec, chosen, self._is_over)
 
     def finished(self) -> int:
         """How many runs are over."""

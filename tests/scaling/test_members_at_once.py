@@ -55,7 +55,7 @@ def members(monkeypatch):
 
     monkeypatch.setattr(members_at_once, "_command", command)
     # Two, whatever this machine has.
-    monkeypatch.setattr(members_at_once, "_cores", lambda: sorted(os.sched_getaffinity(0))[:1] * 2)
+    monkeypatch.setattr(members_at_once.host, "cores", lambda: sorted(os.sched_getaffinity(0))[:1] * 2)
     return make
 
 
@@ -73,7 +73,7 @@ def test_every_core_belongs_to_one_process(cores, at_once, wanted):
 
 
 def test_more_processes_than_cores_are_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(members_at_once, "_cores", lambda: [0, 1])
+    monkeypatch.setattr(members_at_once.host, "cores", lambda: [0, 1])
     with pytest.raises(UserError, match="--at_once=3 is more than the 2 CPU cores"):
         members_at_once.check(3)
     members_at_once.check(2)

@@ -24,10 +24,9 @@ class Sharded:
     """
 
     def __init__(self, function: Callable[..., jax.Array], params: Any, batch: int) -> None:
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices), ("rows",))
+        mesh = _mesh()
         self._rows = NamedSharding(mesh, PartitionSpec("rows"))
-        self._batch = -(-batch // len(devices)) * len(devices)
+        self._batch = -(-batch // mesh.size) * mesh.size
         # Parameters that are there already, of `placed`, are not copied.
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._run = jax.jit(function, out_shardings=self._rows)
@@ -52,8 +51,11 @@ class Sharded:
 @functools.lru_cache(maxsize=3)
 def placed(load: Callable[..., Any], *arguments: Any) -> Any:
     """What `load` reads from a file of weights, whole on each device of this process, read once for all its users."""
-    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
-    return jax.device_put(load(*arguments), NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(load(*arguments), NamedSharding(_mesh(), PartitionSpec()))
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), ("rows",))
 
 
 class Latest:

@@ -9,24 +9,23 @@ file; this metric has it.
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.intervals import mean_interval
-from scaling_dit.evaluation.judged import Judged, check_questions, second_opinion, split, unanswered
-from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, Skipped, State
+from scaling_dit.evaluation.judged import Questioned, check_questions, second_opinion, split, unanswered
+from scaling_dit.evaluation.metric import Batch, Row, Rows, Skipped, State
 from scaling_dit.evaluation.metrics.tifa import agreement_lines
 from scaling_dit.evaluation.vqa.choices import literal
 
 TEMPLATE = "{question} Answer yes or no."
 CHOICES = ("yes", "no")
-_KEYS = ("question", "number", "parents", "element_type", "choices")
 
 
 @dataclasses.dataclass(frozen=True)
-class Dpg(Judged):
+class Dpg(Questioned):
     """DPG over the questions of `prompt_set=dpg:FOLDER`; a `metric.Metric`.
 
     Attributes:
@@ -36,6 +35,9 @@ class Dpg(Judged):
       second_options: its fields.
       template: of the question; the published mPLUG is asked "{question}".
     """
+
+    NAME: ClassVar[str] = "dpg"
+    KEYS: ClassVar[tuple[str, ...]] = ("question", "number", "parents", "element_type", "choices")
 
     template: str = TEMPLATE
 
@@ -50,13 +52,9 @@ class Dpg(Judged):
             "github.com/TencentQQGYLab/ELLA, folder dpg_bench"
         )
 
-    def check_items(self, items: Sequence[Item], where: str) -> None:
-        """Makes sure that items of a prompt set have questions that can be asked; raises UserError."""
-        check_questions(items, "dpg", _KEYS)
-
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: `score`, and each question with its answer, and whether it counts."""
-        check_questions(batch.items, "dpg", _KEYS)
+        check_questions(batch.items, self.NAME, self.KEYS)
         found = [split(batch, panel.answers(self.asked(panel, batch, "choices"))) for panel in self.panels]
         seconds = found[1] if len(found) > 1 else [[None] * len(item.questions) for item in batch.items]
         return state, [

@@ -8,23 +8,22 @@ ones do not become 0 on the way.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from scaling_dit.evaluation.intervals import mean_interval
-from scaling_dit.evaluation.judged import Judged, check_questions, second_opinion, split, unanswered
-from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, Skipped, State
+from scaling_dit.evaluation.judged import Questioned, check_questions, second_opinion, split, unanswered
+from scaling_dit.evaluation.metric import Batch, Row, Rows, Skipped, State
 from scaling_dit.evaluation.metrics.tifa import agreement_lines, shapes_items
 from scaling_dit.evaluation.vqa import Likelihood
 from scaling_dit.evaluation.vqa.forms import accepted_forms
 
 TEMPLATE = "{question} Answer in one word."
-_KEYS = ("question", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftTifa(Judged):
+class SoftTifa(Questioned):
     """Soft-TIFA over the questions of a prompt set, or of held-out shapes; a `metric.Metric`.
 
     Attributes:
@@ -34,6 +33,9 @@ class SoftTifa(Judged):
       second_options: its fields.
       template: of the question, with {question}.
     """
+
+    NAME: ClassVar[str] = "soft_tifa"
+    KEYS: ClassVar[tuple[str, ...]] = ("question", "answer")
 
     template: str = TEMPLATE
 
@@ -45,13 +47,9 @@ class SoftTifa(Judged):
         """
         return shapes_items(source, count, "soft_tifa")
 
-    def check_items(self, items: Sequence[Item], where: str) -> None:
-        """Makes sure that items of a prompt set have questions that can be asked; raises UserError."""
-        check_questions(items, "soft_tifa", _KEYS)
-
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: `score`, its AM, `gm`, and each question with its `log_p`."""
-        check_questions(batch.items, "soft_tifa", _KEYS)
+        check_questions(batch.items, self.NAME, self.KEYS)
         batch = Batch(batch.images, [_with_forms(item) for item in batch.items])
         found = [
             split(batch, panel.likelihoods(self.asked(panel, batch, "accepted"))) for panel in self.panels

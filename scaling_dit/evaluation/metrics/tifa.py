@@ -8,18 +8,16 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from scaling_dit.evaluation import tifa
-from scaling_dit.evaluation.judged import Judged, check_questions, second_opinion, split, unanswered
-from scaling_dit.evaluation.metric import Batch, Item, Row, Rows, Skipped, State
+from scaling_dit.evaluation.judged import Questioned, check_questions, second_opinion, split, unanswered
+from scaling_dit.evaluation.metric import Batch, Row, Rows, Skipped, State
 from scaling_dit.evaluation.vqa.choices import Matcher, create_matcher
-
-_KEYS = ("question", "choices", "answer", "element_type")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tifa(Judged):
+class Tifa(Questioned):
     """TIFA over the questions of a prompt set, or of held-out shapes; a `metric.Metric`.
 
     Attributes:
@@ -30,6 +28,9 @@ class Tifa(Judged):
       template: of the question, with {question} and {choices}; "" = the judge's own.
       matcher: folder of the sentence encoder that maps free answers to choices; "" = only literal answers count.
     """
+
+    NAME: ClassVar[str] = "tifa"
+    KEYS: ClassVar[tuple[str, ...]] = ("question", "choices", "answer", "element_type")
 
     matcher: str = ""
 
@@ -46,13 +47,9 @@ class Tifa(Judged):
         super().ready()
         _ = self._matcher
 
-    def check_items(self, items: Sequence[Item], where: str) -> None:
-        """Makes sure that items of a prompt set have questions that can be asked; raises UserError."""
-        check_questions(items, "tifa", _KEYS)
-
     def update(self, state: State, batch: Batch) -> tuple[State, Sequence[Row]]:
         """A row for each image: its `score` and `questions`, as `evaluation.tifa` has them."""
-        check_questions(batch.items, "tifa", _KEYS)
+        check_questions(batch.items, self.NAME, self.KEYS)
         marked = [self._answers(panel, batch) for panel in self.panels]
         seconds = marked[1] if len(marked) > 1 else [[None] * len(item.questions) for item in batch.items]
         return state, [

@@ -50,7 +50,7 @@ def get_study(arg: str = "inpaint") -> StudySpec:
         config.text_encoder.update({"dim": 64, "length": 12})
         row["depth"] = _EDIT_DEPTH
     else:
-        config = _shapes.base(_PRESET, steps=2000)
+        config = _shapes.base(_PRESET, steps=1000)
     config.backbone = ConfigDict(_shapes.section("uvit", row, _PATCH))
     return study(config, arg)
 

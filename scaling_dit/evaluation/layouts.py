@@ -113,15 +113,28 @@ def _brushbench(pairs: Pairs, out: epath.Path, model: str) -> None:
     for item, images in pairs:
         (image,) = _exactly(images, 1, "brushbench")
         truth, mask = _inpainted(item, "brushbench")
+        if mask.shape != (inpainting.SIDE, inpainting.SIDE):
+            raise UserError(
+                f"--layout=brushbench: the image of prompt {item.id!r} has {mask.shape[1]}x{mask.shape[0]} pixels; the "
+                f"official tool reads every mask as {inpainting.SIDE}x{inpainting.SIDE}"
+            )
         name = item.meta.get("image", f"images/{item.id}.png")
         # The official tool looks for the result under the name of the image; no lossy format but the image's own.
-        _png(out / name, truth) if name.endswith(".png") else _jpeg(out / name, truth)
+        _in_its_format(out / name, truth)
         place = out / "inpainted" / name
-        _png(place, image) if name.endswith(".png") else _jpeg(place, image)
+        _in_its_format(place, image)
+        # Unless the image without its masked part lies there too, the official tool makes a result of its own.
+        hidden = place.parent / place.name.replace(".jpg", "_masked.jpg")
+        if hidden != place:
+            _in_its_format(hidden, np.where(mask[..., None], np.uint8(0), truth))
         # The file has the mask of the object first, whichever of both the images were made with.
         of_object = ~mask if item.meta.get("mask") == inpainting.MASKS[1] else mask
         entries[item.meta.get("key", item.id)] = inpainting.entry(name, item.prompt, of_object)
     (out / inpainting.MAPPING).write_text(json.dumps(entries))
+
+
+def _in_its_format(place: epath.Path, pixels: np.ndarray) -> None:
+    _png(place, pixels) if place.name.endswith(".png") else _jpeg(place, pixels)
 
 
 def _editbench(pairs: Pairs, out: epath.Path, model: str) -> None:

@@ -15,6 +15,8 @@ from scaling_dit.evaluation.prompt_sets import inpainting, open_prompt_set
 from scaling_dit.evaluation.scoring import Scoring, score
 
 SIDE = 16
+# Of the images in BrushBench; its tool reads masks of no other size.
+PUBLISHED = 512
 
 
 def rle2mask(runs, shape):
@@ -27,18 +29,24 @@ def rle2mask(runs, shape):
     return mask.reshape(shape)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "images").mkdir()
+def written(place, side, ending="png"):
+    """A folder with three images and their masks, as BrushBench has them."""
+    (place / "images").mkdir(parents=True)
     entries = {}
     for number in range(3):
-        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"images/{number}.png")
-        mask = np.zeros((SIDE, SIDE), bool)
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+        name = f"images/{number}.{ending}"
+        Image.fromarray(pixels).save(place / name)
+        mask = np.zeros((side, side), bool)
         mask[2 : 6 + number, 4:9] = True
-        entries[f"00{number}"] = dict(inpainting.entry(f"images/{number}.png", f"a thing {number}", mask))
-    (tmp_path / "mapping_file.json").write_text(json.dumps(entries))
-    return tmp_path
+        entries[f"00{number}"] = dict(inpainting.entry(name, f"a thing {number}", mask))
+    (place / "mapping_file.json").write_text(json.dumps(entries))
+    return place
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return written(tmp_path, SIDE)
 
 
 def test_run_lengths_are_read_as_they_are_written():
@@ -94,8 +102,8 @@ def test_what_is_wrong_with_a_set_is_one_line(folder):
         open_prompt_set(f"brushbench:{folder}")
 
 
-def test_the_layout_of_brushbench_holds_images_masks_and_results(folder, tmp_path):
-    items = open_prompt_set(f"brushbench:{folder}").items
+def test_the_layout_of_brushbench_holds_images_masks_and_results(tmp_path):
+    items = open_prompt_set(f"brushbench:{written(tmp_path / 'set', PUBLISHED)}").items
     made = np.random.default_rng(9).integers(0, 256, (3, 1, SIDE, SIDE, 3), np.uint8)
     out = epath.Path(tmp_path / "out")
     write_layout("brushbench", iter(zip(items, made, strict=True)), out)
@@ -105,22 +113,45 @@ def test_the_layout_of_brushbench_holds_images_masks_and_results(folder, tmp_pat
         source = np.asarray(Image.open(out / entry["image"]))
         np.testing.assert_array_equal(source, item.truth)
         np.testing.assert_array_equal(np.asarray(Image.open(out / "inpainted" / entry["image"])), images[0])
-        mask = rle2mask(entry["inpainting_mask"], (SIDE, SIDE))
+        mask = rle2mask(entry["inpainting_mask"], (PUBLISHED, PUBLISHED))
         np.testing.assert_array_equal(mask * 255, item.conditions["inpaint"][..., 3])
-        np.testing.assert_array_equal(mask, 1 - rle2mask(entry["outpainting_mask"], (SIDE, SIDE)))
+        np.testing.assert_array_equal(mask, 1 - rle2mask(entry["outpainting_mask"], (PUBLISHED, PUBLISHED)))
     # What was written can be read as a set again.
     assert [item.prompt for item in open_prompt_set(f"brushbench:{out}").items] == [
         item.prompt for item in items
     ]
 
 
-def test_the_layout_of_brushbench_has_the_mask_of_the_object_first_whichever_was_sampled_with(
-    folder, tmp_path
-):
-    items = open_prompt_set(f"brushbench_outside:{folder}").items
+def test_the_official_tool_scores_the_results_and_makes_none_of_its_own(tmp_path):
+    """evaluate_brushnet.py samples again wherever the result or its masked image is missing."""
+    items = open_prompt_set(f"brushbench:{written(tmp_path / 'set', PUBLISHED, 'jpg')}").items
     out = epath.Path(tmp_path / "out")
     write_layout("brushbench", ((item, item.truth[None]) for item in items), out)
-    given = json.loads((folder / "mapping_file.json").read_text())
+    for item, entry in zip(items, json.loads((out / "mapping_file.json").read_text()).values(), strict=True):
+        result = str(out / "inpainted" / entry["image"])
+        left = np.asarray(Image.open(result.replace(".jpg", "_masked.jpg"))).astype(int)
+        hidden = rle2mask(entry["inpainting_mask"], (PUBLISHED, PUBLISHED)).astype(bool)
+        # JPEG spreads the edge of a mask over its block of 8 pixels.
+        assert np.abs(left[64:] - np.asarray(Image.open(result)).astype(int)[64:]).max() <= 30
+        assert np.abs(left[3:5, 5:8]).mean() < 60 < item.truth[hidden].mean()
+
+
+def test_the_layout_of_brushbench_refuses_images_whose_masks_the_official_tool_would_misread(
+    folder, tmp_path
+):
+    items = open_prompt_set(f"brushbench:{folder}").items
+    with pytest.raises(
+        UserError, match="prompt '000' has 16x16 pixels; the official tool reads every mask as 512x512"
+    ):
+        write_layout("brushbench", ((item, item.truth[None]) for item in items), epath.Path(tmp_path / "out"))
+
+
+def test_the_layout_of_brushbench_has_the_mask_of_the_object_first_whichever_was_sampled_with(tmp_path):
+    source = written(tmp_path / "set", PUBLISHED)
+    items = open_prompt_set(f"brushbench_outside:{source}").items
+    out = epath.Path(tmp_path / "out")
+    write_layout("brushbench", ((item, item.truth[None]) for item in items), out)
+    given = json.loads((source / "mapping_file.json").read_text())
     for key, entry in json.loads((out / "mapping_file.json").read_text()).items():
         assert {name: entry[name] for name in inpainting.MASKS} == {
             n: given[key][n] for n in inpainting.MASKS

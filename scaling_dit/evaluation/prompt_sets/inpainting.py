@@ -18,6 +18,8 @@ from scaling_dit.evaluation.prompt_sets.plain import load_json, take
 MAPPING = "mapping_file.json"
 # The masks of BrushBench: inside of an object, or all around it.
 MASKS = ("inpainting_mask", "outpainting_mask")
+# Pixels along a side of BrushBench's images: its own tool reads every mask as a square of them.
+SIDE = 512
 
 
 def brushbench(files: Files) -> Sequence[Item]:

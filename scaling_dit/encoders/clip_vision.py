@@ -6,8 +6,7 @@ training does not.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -90,73 +89,18 @@ class VisionTower(nn.Module):
         return to_shared(pooled_BD).astype(jnp.float32)
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """Images uint8 [B, H, W, 3] -> float32, each colour with CLIP's mean and deviation."""
-    scaled = images.astype(jnp.float32) / 255
-    return (scaled - jnp.asarray(MEAN)) / jnp.asarray(STD)
+def open_text(weights: str, size: str, tokenizer_files: str = "", dtype: str = "float32") -> ClipText:
+    """The text tower with its projection to the shared space.
 
-
-def resize(images: jax.Array, side: int) -> jax.Array:
-    """Square images uint8 [B, S, S, 3] -> uint8 [B, side, side, 3], antialiased bicubic as in CLIP's own pipeline.
+    Args:
+      weights: the place of weights (`weights/places.py`), with transformers' or open_clip's names.
+      size: a name in SIZES.
+      tokenizer_files: as the field of `ClipText`.
+      dtype: type of the products.
 
     Raises:
-      UserError: the images are not square.
+      UserError: the size is unknown, or the files are missing, damaged or of another architecture.
     """
-    count, height, width, colours = images.shape
-    if height != width:
-        raise UserError(f"images are {height} x {width} px; CLIP takes square ones, so crop them first")
-    if height == side:
-        return images
-    resized = jax.image.resize(
-        images.astype(jnp.float32), (count, side, side, colours), "cubic", antialias=True
-    )
-    return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """Both towers of a pretrained CLIP, with their projections to the shared space.
-
-    `Clip.load(...)` reads them. `params` is {"text": ..., "image": ...}.
-    """
-
-    text: ClipText
-    size: Size
-    params: Mapping[str, Any]
-    dtype: str = "float32"
-
-    @classmethod
-    def load(
-        cls, weights: str, size: str = "openclip-h", *, tokenizer_files: str = "", dtype: str = "float32"
-    ) -> Self:
-        """Reads both towers from a place of weights (`weights/places.py`) with transformers' or open_clip's names.
-
-        Args:
-          weights: the place, which must hold both towers with their projections.
-          size: size of both towers, a name in SIZES.
-          tokenizer_files: as the field of `ClipText`.
-          dtype: type of the products.
-
-        Raises:
-          UserError: the size is unknown, or the files are missing, damaged or of another architecture.
-        """
-        text = open_text(weights, size, tokenizer_files, dtype)
-        params = {"text": text.load(), "image": load_vision(weights, SIZES[size])}
-        return cls(text, SIZES[size], params, dtype)
-
-    def embed_text(self, params: Mapping[str, Any], ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Ids and mask [B, 77] from `text.tokenize` -> vectors [B, P] of length 1."""
-        return unit(self.text.apply(params["text"], ids, mask)[2])
-
-    def embed_image(self, params: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        """Square images uint8 [B, S, S, 3] of any side -> vectors [B, P] of length 1."""
-        tower = VisionTower(self.size, jnp.dtype(self.dtype))
-        embedded: Any = tower.apply({"params": params["image"]}, normalise(resize(images, self.size.image)))
-        return unit(embedded)
-
-
-def open_text(weights: str, size: str, tokenizer_files: str = "", dtype: str = "float32") -> ClipText:
-    """The text tower with its projection to the shared space; arguments and errors as of `Clip.load`."""
     if size not in SIZES:
         raise UserError(f"there is no CLIP of the size {size!r}; {nearest(size, SIZES)}")
     fields: dict[str, Any] = {"weights": weights, "tokenizer_files": tokenizer_files}

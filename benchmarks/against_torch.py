@@ -13,7 +13,6 @@ Runs on the CPU, or on a GPU if jax and torch both see one.
 import argparse
 import dataclasses
 import importlib.metadata
-import os
 import pathlib
 import statistics
 import time
@@ -29,6 +28,7 @@ from header import header
 
 from scaling_dit import backbones, interop, trees
 from scaling_dit.interop.diffusers import config as diffusers_config
+from scaling_dit.monitor.host import cores
 
 # 256 px through an 8x autoencoder, and CLIP-H text.
 LATENTS, TEXT = (32, 32, 4), (77, 1024)
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch side")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch; XLA takes all cores")
+    parser.add_argument("--threads", type=int, default=len(cores()), help="of PyTorch; XLA takes all cores")
     parser.add_argument("--note", type=pathlib.Path, help="markdown file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -2,10 +2,9 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 
-from scaling_dit.monitor.host import processor
+from scaling_dit.monitor.host import cores, processor
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -19,7 +18,7 @@ def header(title: str, script: str, how: str = "") -> list[str]:
     return [
         f"# {title}",
         "",
-        f"{datetime.date.today()}; {processor()}, {os.cpu_count()} cores; "
+        f"{datetime.date.today()}; {processor()}, {len(cores())} cores; "
         f"Python {platform.python_version()}, {versions}.",
         f"Written by `{script}`{' ' if how else ''}{how}.",
     ]

@@ -31,6 +31,7 @@ from scaling_dit.data.loader import KeyedGenerator, make_loader, stack_images
 from scaling_dit.data.prepared import manifest, records
 from scaling_dit.data.sources import create_source
 from scaling_dit.encoders.subwords import SubwordTokenizer
+from scaling_dit.monitor.host import cores
 
 SHAPE = (32, 32, 8)
 SHARDS = 8
@@ -169,7 +170,7 @@ def note(args: argparse.Namespace, whole: dict[int, float], parts: dict[str, flo
         "",
         f"A v5p-128 slice has {V5P_128_HOSTS} hosts, so a process reads {BATCH // V5P_128_HOSTS} rows of a batch. At "
         f"the best rate above it makes {best / (BATCH / V5P_128_HOSTS):.0f} shares of a batch a second on "
-        f"{os.cpu_count()} cores; training takes a few a second. The network carries "
+        f"{len(cores())} cores; training takes a few a second. The network carries "
         f"{BATCH / V5P_128_HOSTS * 16.4e-3:.1f} MB to each host a step: records of 16.4 KB.",
     ]
     return "\n".join(lines) + "\n"

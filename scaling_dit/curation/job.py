@@ -9,7 +9,6 @@ manifest; if two processes do, they write the same bytes.
 import dataclasses
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,9 +28,10 @@ from scaling_dit.data.sources.image_files import ImageFileSource
 from scaling_dit.encoders.codec import check_own_codec, create_codec
 from scaling_dit.errors import UserError, nearest, printable
 from scaling_dit.model import codec_identity
+from scaling_dit.monitor.host import cores
 
 # Threads that decode images.
-THREADS = max(2, os.cpu_count() or 2)
+THREADS = max(2, len(cores()))
 # The most samples whose metadata are searched for the names to keep.
 _MOST_EXAMINED = 1000
 

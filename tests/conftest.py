@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -72,6 +73,8 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     gc.enable()
+    if "jax" in sys.modules:
+        xla.share_contexts()
 
 
 @pytest.fixture(scope="module")

@@ -28,77 +28,77 @@ def test_the_package_keeps_its_contracts():
     assert code == 0 and "0 broken" in text, text
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A folder with the package, `tpu/` where it installs, and their contracts."""
+def copy_of(folder):
+    """A folder that now has the package, `tpu/` where it installs, and their contracts."""
     ignore = shutil.ignore_patterns("__pycache__", "*.txt")
-    shutil.copytree(ROOT / "scaling_dit", tmp_path / "scaling_dit", ignore=ignore)
-    shutil.copytree(ROOT / "tpu", tmp_path / "scaling_dit" / "tpu", ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    return tmp_path
+    shutil.copytree(ROOT / "scaling_dit", folder / "scaling_dit", ignore=ignore)
+    shutil.copytree(ROOT / "tpu", folder / "scaling_dit" / "tpu", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
 
 
-def test_tpu_keeps_the_contracts_where_it_installs(copy):
-    code, text = lint_imports(copy)
+def test_tpu_keeps_the_contracts_where_it_installs(tmp_path):
+    code, text = lint_imports(copy_of(tmp_path))
     assert code == 0 and "0 broken" in text, text
 
 
-@pytest.mark.parametrize(
-    "file, line, contract, reported",
-    [
-        (
-            "cli/tpu.py",
-            "def late():\n    from scaling_dit.tpu import verbs",
-            "layers",
-            "scaling_dit.cli is not allowed to import scaling_dit.tpu",
-        ),
-        (
-            "nn/layers.py",
-            "from scaling_dit.training import loop",
-            "layers",
-            "scaling_dit.nn is not allowed to import scaling_dit.training",
-        ),
-        (
-            "config/__init__.py",
-            "def late():\n    import scaling_dit.evaluation",
-            "layers",
-            "scaling_dit.config is not allowed to import scaling_dit.evaluation",
-        ),
-        (
-            "errors.py",
-            "from scaling_dit import trees",
-            "layers",
-            "scaling_dit.errors is not allowed to import",
-        ),
-        ("another/__init__.py", "", "layers", "another"),
-        (
-            "data/sources/__init__.py",
-            "def late():\n    from scaling_dit.data import loader",
-            "no cycles",
-            "- .sources -> .loader (1 import)",
-        ),
-        (
-            "training/loop.py",
-            "import orbax.checkpoint",
-            "only checkpoints/store.py knows Orbax",
-            "scaling_dit.training.loop -> orbax",
-        ),
-    ],
-    ids=[
-        "what is on top",
-        "upward",
-        "upward in a function",
-        "upward from the ground",
-        "a new folder",
-        "a cycle",
-        "orbax",
-    ],
-)
-def test_an_import_that_breaks_a_contract_is_reported(copy, file, line, contract, reported):
-    path = copy / "scaling_dit" / file
-    path.parent.mkdir(exist_ok=True)
-    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
-    code, text = lint_imports(copy)
+# What breaks a contract: the file, what stands in it, the contract and what is said of it.
+BREAKING = {
+    "what is on top": (
+        "cli/tpu.py",
+        "def late():\n    from scaling_dit.tpu import verbs",
+        "layers",
+        "scaling_dit.cli is not allowed to import scaling_dit.tpu",
+    ),
+    "upward": (
+        "nn/layers.py",
+        "from scaling_dit.training import loop",
+        "layers",
+        "scaling_dit.nn is not allowed to import scaling_dit.training",
+    ),
+    "upward in a function": (
+        "config/__init__.py",
+        "def late():\n    import scaling_dit.evaluation",
+        "layers",
+        "scaling_dit.config is not allowed to import scaling_dit.evaluation",
+    ),
+    "upward from the ground": (
+        "errors.py",
+        "from scaling_dit import trees",
+        "layers",
+        "scaling_dit.errors is not allowed to import scaling_dit.trees",
+    ),
+    "a new folder": ("another/__init__.py", "", "layers", "another"),
+    "a cycle": (
+        "data/sources/__init__.py",
+        "def late():\n    from scaling_dit.data import loader",
+        "no cycles",
+        "- .sources -> .loader (1 import)",
+    ),
+    "orbax": (
+        "training/loop.py",
+        "import orbax.checkpoint",
+        "only checkpoints/store.py knows Orbax",
+        "scaling_dit.training.loop -> orbax",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """(exit code, what is printed) for a copy in which all contracts are broken: reading the imports takes the time."""
+    folder = copy_of(tmp_path_factory.mktemp("broken"))
+    for file, line, _, _ in BREAKING.values():
+        path = folder / "scaling_dit" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    return lint_imports(folder)
+
+
+@pytest.mark.parametrize("what", BREAKING)
+def test_an_import_that_breaks_a_contract_is_reported(broken, what):
+    code, text = broken
+    _, _, contract, reported = BREAKING[what]
     assert code == 1 and f"{contract} BROKEN" in text, text
     assert reported in text.split("Broken contracts")[1], text
 

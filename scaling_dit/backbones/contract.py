@@ -35,6 +35,7 @@ Attributes of the class say the rest; each may be left out:
                    computes the same, whose folders can then be read and written
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -179,7 +180,30 @@ def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int 
 
 
 def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Shapes and dtypes of the variables, without logical axes; nothing is allocated."""
+    """Shapes and dtypes of the variables, without logical axes; nothing is allocated.
+
+    Tracing a deep backbone takes seconds, and who imports or exports weights asks again and again: an answer is kept
+    for equal backbones on inputs of equal shapes.
+    """
+    given = jax.eval_shape(lambda *inputs: inputs, *inputs)
+    leaves, structure = jax.tree.flatten(given)
+    # Its text too, for True equals 1 but is refused where 1 is not.
+    key = backbone, repr(backbone), tuple(leaves), structure
+    try:
+        hash(key)
+    except TypeError:
+        # A field that is no plain value.
+        return _trace(backbone, given)
+    # A tree of their own for each that asks, who may change it.
+    return jax.tree.map(lambda leaf: leaf, _kept(*key))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(backbone: nn.Module, _: str, leaves: tuple[Any, ...], structure: Any) -> Any:
+    return _trace(backbone, jax.tree.unflatten(structure, leaves))
+
+
+def _trace(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
 
 

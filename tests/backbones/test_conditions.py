@@ -14,7 +14,7 @@ from scaling_dit.nn import layers
 from scaling_dit.nn.rotary import rotary_1d, rotary_2d
 from tests.support import parity
 from tests.support.layouts import FIELDS
-from tests.support.uvit_golden import fill, run
+from tests.support.uvit_golden import fill, initial, run
 
 PLAIN = """
 from flax import linen as nn
@@ -44,8 +44,8 @@ def given(backbone, batch=3, side=4, present=(True, False, True), seed=7):
     rng = np.random.default_rng(seed)
     return {
         name: (
-            jnp.asarray(rng.normal(size=(batch, side, side, channels)), jnp.float32),
-            jnp.asarray(present),
+            rng.normal(size=(batch, side, side, channels)).astype("f4"),
+            np.array(present),
         )
         for name, channels, *_ in backbone.conditions
     }
@@ -107,7 +107,9 @@ def test_a_condition_acts_where_it_is_present_and_the_base_is_the_base(name, con
 
 
 @pytest.mark.parametrize(
-    "name", [*TRANSFORMERS, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet", "unet_if"))]
+    "name",
+    # One with a table of positions and one that computes them.
+    [pytest.param(name, marks=[] if name in ("uvit", "next_dit") else pytest.mark.slow) for name in FIELDS],
 )
 def test_parameters_of_a_condition_change_no_other_initial_value(name):
     """Nor do they depend on whether a condition is given to `init`."""
@@ -156,7 +158,7 @@ def test_channels_are_a_widened_input():
     joined["params"] |= {
         "patch_embed": variables["params"]["patch_embed"] | {"kernel": np.concatenate(kernel)}
     }
-    together = jnp.concatenate([inputs[0], conditions["a"][0]], axis=-1)
+    together = np.concatenate([inputs[0], conditions["a"][0]], axis=-1)
     found = run(backbone.apply, variables, *inputs, conditions)
     np.testing.assert_allclose(found, run(wide.apply, joined, together, *inputs[1:]), atol=1e-5)
 
@@ -176,10 +178,10 @@ def test_learned_tables_that_begin_with_sincos_begin_shifted():
     rows = ("a", 4, "token", "shifted"), ("b", 4, "token", "shifted")
     backbone = small("uvit", *rows, patch=1, positions="sincos_init")
     inputs = parity.example(backbone, 2, 3)
-    params = run(functools.partial(backbone.init, jax.random.key(0)), *inputs)["params"]
+    params = initial(backbone, inputs, "condition_pos_a", "condition_pos_b")
     for name, shift in (("a", 1), ("b", 2)):
         np.testing.assert_allclose(
-            trees.unbox(params[f"condition_pos_{name}"]), layers.sincos_2d(2, 3, 32, shift=shift), atol=1e-6
+            params[f"condition_pos_{name}"], layers.sincos_2d(2, 3, 32, shift=shift), atol=1e-6
         )
 
 

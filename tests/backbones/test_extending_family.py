@@ -14,7 +14,7 @@ print(scaling_dit.__file__, scaling_dit.count(backbone, latents=(8, 8, 4), text=
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    return extending.carry_out("A family of backbones", tmp_path_factory.mktemp("copy"))
+    return extending.carry_out("A family of backbones", tmp_path_factory.mktemp("copy"), lambda _: COUNT)
 
 
 def test_the_page_adds_a_family(copy):
@@ -27,7 +27,8 @@ def test_the_page_adds_a_family(copy):
     width, depth = 128, 8
     conv = 9 * width * width + width
     expected = 32 * width + width + depth * (conv + width * width + width) + 2 * 9 * 4 * width + width + 4
-    place, params = copy.python(COUNT).split()
+    assert copy.code == 0, copy.printed
+    place, params = copy.printed.split()
     assert place == str(copy.folder / "scaling_dit/__init__.py") and int(params) == expected
 
 

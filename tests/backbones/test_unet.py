@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +24,7 @@ from tests.support.unet_reference import (
     inputs,
     small,
 )
-from tests.support.uvit_golden import FAST_KEY, fill, run
+from tests.support.uvit_golden import fill, initial
 
 CASES = [
     pytest.param(SDXL_CUT | TEXT_TIME | SCANNED, (8, 8), id="official_cut", marks=pytest.mark.slow),
@@ -70,12 +69,16 @@ def test_scanned_parameters_are_stacked_and_every_parameter_names_its_axes():
 
 
 def test_initial_values_are_pytorchs():
-    x, text = jnp.zeros((1, 2, 2, 64)), jnp.zeros((1, 5, 12))
+    x, text = np.zeros((1, 2, 2, 64), "f4"), np.zeros((1, 5, 12), "f4")
     transformer, res = (
-        trees.unbox(run(module.init, FAST_KEY, *args))["params"]
-        for module, args in (
-            (unet_layers.Transformer2D(1, 16), (x, text, None)),
-            (unet_layers.ResBlock(32), (x, jnp.zeros((1, 256)))),
+        initial(module, args, *names)
+        for module, args, names in (
+            (unet_layers.Transformer2D(1, 16), (x, text, None), ("norm", "proj_in", "blocks_0")),
+            (
+                unet_layers.ResBlock(32),
+                (x, np.zeros((1, 256), "f4")),
+                ("norm1", "conv1", "time_proj", "shortcut"),
+            ),
         )
     )
     block = transformer["blocks_0"]
@@ -161,9 +164,9 @@ def test_wrong_fields_are_told_when_the_backbone_is_made(fields, message):
 
 
 @functools.cache
-def small_with_variables(text_time):
-    """A backbone that several tests only read, and variables for it."""
-    backbone = small(**(TEXT_TIME if text_time else {}))
+def with_text_time():
+    """A small backbone that reads extras, and variables for it: they are looked at after the first parameters."""
+    backbone = small(**ONE_LEVEL, **TEXT_TIME)
     return backbone, fill(contract.abstract_variables(backbone, inputs(backbone, 8, 8)))
 
 
@@ -185,15 +188,15 @@ POOLED, SIZES = ("pooled", (2, 10)), ("sizes", (2, 6))
     ],
 )
 def test_wrong_inputs_are_told_in_one_line(fields, change, message):
-    backbone, variables = small_with_variables("text_time" in fields)
+    backbone, variables = with_text_time() if "text_time" in fields else (small(), {"params": {}})
     call = {"latents": (2, 8, 8, 3), "text": (2, 5, 12), "conditions": None, "extras": []} | change
-    extras = {name: jnp.zeros(shape) for name, shape in call["extras"]}
+    extras = {name: np.zeros(shape, "f4") for name, shape in call["extras"]}
     with pytest.raises(UserError, match=message) as error:
         backbone.apply(
             variables,
-            jnp.zeros(call["latents"]),
-            jnp.zeros(2),
-            jnp.zeros(call["text"]),
+            np.zeros(call["latents"], "f4"),
+            np.zeros(2, "f4"),
+            np.zeros(call["text"], "f4"),
             None,
             call["conditions"],
             extras or None,

@@ -6,7 +6,18 @@ import pytest
 from scaling_dit import interop
 from scaling_dit.errors import UserError
 from tests.support import unet_reference
-from tests.support.unet_reference import IF, IF_CUT, SD2, SD2_CUT, SDXL_CUT, TD, TEXT_TIME, small, small_if
+from tests.support.unet_reference import (
+    IF,
+    IF_CUT,
+    ONE_LEVEL,
+    SD2,
+    SD2_CUT,
+    SDXL_CUT,
+    TD,
+    TEXT_TIME,
+    small,
+    small_if,
+)
 
 # No shortcut on the way down, since the channels stay.
 EQUAL = {"channel_mult": (1, 1), "transformer_depth": (1, 2)}
@@ -35,30 +46,30 @@ def test_round_trip_is_identical(make, fields):
 
 
 def test_one_error_lists_everything():
-    backbone = small(**SDXL_CUT, scan_layers=True)
+    backbone = small(**ONE_LEVEL, scan_layers=True)
     state_dict = unet_reference.state_dict(unet_reference.model(backbone))
     block = "mid_block.attentions.0.transformer_blocks.1"
     del state_dict["conv_in.bias"], state_dict[f"{block}.attn1.to_k.weight"]
     state_dict["add_embedding.linear_1.bias"] = np.zeros(3)
     state_dict[f"{block}.ff.net.0.proj.bias"] = np.zeros(7)
-    state_dict["down_blocks.1.resnets.0.conv_shortcut.weight"] = np.zeros((64, 32))
+    state_dict["up_blocks.0.resnets.0.conv_shortcut.weight"] = np.zeros((32, 64))
     with pytest.raises(UserError) as error:
         interop.load_state_dict(backbone, state_dict)
     message = str(error.value)
     assert f"missing: conv_in.bias, {block}.attn1.to_k.weight" in message
     assert "unknown: add_embedding.linear_1.bias" in message
-    assert f"{block}.ff.net.0.proj.bias is (7,), it must be (512,)" in message
-    assert "conv_shortcut.weight is (64, 32), it must be (64, 32, 1, 1)" in message
+    assert f"{block}.ff.net.0.proj.bias is (7,), it must be (256,)" in message
+    assert "conv_shortcut.weight is (32, 64), it must be (32, 64, 1, 1)" in message
     assert "\n" not in message
 
 
 def test_wrong_fields_show_in_the_error():
-    state_dict = unet_reference.state_dict(unet_reference.model(small(**SDXL_CUT)))
-    deeper = small(**(SDXL_CUT | {"transformer_depth": (0, 3)}))
-    with pytest.raises(UserError, match=r"missing: down_blocks.1.attentions.0.transformer_blocks.2.attn1"):
+    state_dict = unet_reference.state_dict(unet_reference.model(small(**ONE_LEVEL)))
+    deeper = small(**(ONE_LEVEL | {"transformer_depth": (3,)}))
+    with pytest.raises(UserError, match=r"missing: down_blocks.0.attentions.0.transformer_blocks.2.attn1"):
         interop.load_state_dict(deeper, state_dict)
     with pytest.raises(UserError, match=r"missing: add_embedding.linear_1.bias"):
-        interop.load_state_dict(small(**SDXL_CUT, **TEXT_TIME), state_dict)
+        interop.load_state_dict(small(**ONE_LEVEL, **TEXT_TIME), state_dict)
 
 
 def test_ifs_text_projections_belong_together():

@@ -1,5 +1,7 @@
 """docs/extending.md, "A config field": a copy of the package, changed as the page says, has the field everywhere."""
 
+import shlex
+
 import pytest
 
 from tests.support import extending
@@ -33,7 +35,18 @@ for columns in (2, 3):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    return extending.carry_out("A config field", tmp_path_factory.mktemp("copy"))
+    """In its process the command that is refused, in a folder of its own."""
+    away = tmp_path_factory.mktemp("away")
+
+    def refused(copy):
+        program, *arguments = shlex.split(copy.refused[0])
+        assert program == "scaling-dit"
+        lines = "import os, sys", f"os.chdir({str(away)!r})", "from scaling_dit.cli.main import main"
+        return "\n".join((*lines, f"sys.exit(main({arguments!r}))"))
+
+    made = extending.carry_out("A config field", tmp_path_factory.mktemp("copy"), refused)
+    assert not list(away.iterdir())
+    return made
 
 
 def test_it_touches_two_files_and_the_page_of_fields(copy):
@@ -53,11 +66,9 @@ def test_its_row_is_on_the_page(copy):
     assert row not in (DOCS / "config.md").read_text().splitlines()
 
 
-def test_it_is_a_flag_that_is_checked(copy, tmp_path):
-    command, line = copy.refused
-    done = copy.call(command, tmp_path)
-    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (2, f"scaling-dit: error: {line}")
-    assert not (tmp_path / "runs").exists()
+def test_it_is_a_flag_that_is_checked(copy):
+    line = copy.refused[1]
+    assert (copy.code, copy.printed.strip().splitlines()[-1]) == (2, f"scaling-dit: error: {line}")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from scaling_dit import backbones
 from scaling_dit.backbones import contract
 from scaling_dit.costs.count import count
 
-H, D, TEXT_LENGTH, TEXT_DIM = 48, 3, 9, 20
+H, D, TEXT_LENGTH, TEXT_DIM = 48, 2, 9, 20
 # Of tokens.
 ROWS, COLUMNS = 4, 6
 SHAPES = {"latents": (2 * ROWS, 2 * COLUMNS, 4), "text": (TEXT_LENGTH, TEXT_DIM)}
@@ -83,8 +83,9 @@ def test_convolutions_and_attention_of_a_unet():
     "name, fields, low, high",
     [
         ("uvit", {"size": "h256-d3-n4"}, 1.0, 1.05),
-        ("pixart", {"size": "h256-d2-n4"}, 1.0, 1.02),
-        ("large_dit", {"size": "h256-d2-n4"}, 1.0, 1.02),
+        # These two have closed forms above that need no second trace.
+        pytest.param("pixart", {"size": "h256-d2-n4"}, 1.0, 1.02, marks=pytest.mark.slow),
+        pytest.param("large_dit", {"size": "h256-d2-n4"}, 1.0, 1.02, marks=pytest.mark.slow),
         ("next_dit", {"size": "h256-d2-n4"}, 1.0, 1.02),
         pytest.param(
             "unet",

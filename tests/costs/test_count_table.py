@@ -1,5 +1,6 @@
 """The `count` verb against the function it shows, and its shapes against the run's."""
 
+import functools
 import json
 
 import pytest
@@ -13,6 +14,14 @@ from scaling_dit.errors import UserError
 FIELDS = {"hidden": 32, "depth": 2, "heads": 2, "patch": 2}
 SHAPES = ["--latents=8,8,3", "--text=5,16"]
 OVERRIDES = [f"--config.backbone.{name}={value}" for name, value in FIELDS.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """A backbone is counted once for all tests here: what the verb shows of it is the subject."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scaling_dit.costs.count.count", functools.cache(count))
+        yield
 
 
 def table(*arguments):

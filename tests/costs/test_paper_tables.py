@@ -13,8 +13,8 @@ from tools.model_table import PRINTED, REASONS, T5, Row
 
 # UNets take seconds to trace.
 FAST = {"sdxl-td4_4"}
-# Of PixArt both kinds of text and the largest; of U-ViT the smallest, the largest, and one between.
-FAST |= {"h1152-d28", "h3072-d28", "h512-d12-n8", "h1024-d42-n16", "h3072-d56-n16"}
+# Of PixArt both kinds of text and the largest; of U-ViT the smallest and the largest.
+FAST |= {"h1152-d28", "h3072-d28", "h512-d12-n8", "h3072-d56-n16"}
 
 # Parameters, GMACs of convolutions and linear layers, with the products inside attention, of attention by P1's rule.
 UNETS = [
@@ -69,7 +69,7 @@ LUMINA = [
     ("large_dit", "h4096-d32-n32", 7_562_586_144, 1783.0),
     ("next_dit", "h2304-d24-n32", 1_874_203_168, 400.4),
 ]
-LUMINA_FAST = {"h1024-d16-n16", "h4096-d32-n32", "h2304-d24-n32"}
+LUMINA_FAST = {"h4096-d32-n32", "h2304-d24-n32"}
 
 
 def slow_unless_fast(rows):
@@ -112,7 +112,7 @@ def assert_as_printed(row):
 
 @pytest.mark.parametrize(
     "name, size, params, paper",
-    # The smallest and the largest of the one, and the other.
+    # The largest of the one, and the other.
     [pytest.param(*row, marks=[] if row[1] in LUMINA_FAST else pytest.mark.slow) for row in LUMINA],
 )
 def test_large_dit_and_next_dit(name, size, params, paper):

@@ -76,15 +76,15 @@ def test_every_batch_holds_images_of_one_bucket_and_each_its_own_bucket(folder):
 
 
 def test_a_batch_depends_on_seed_step_and_position_alone(folder):
-    whole = load(open_folder(folder), 12, np.arange(8))
+    whole = load(open_folder(folder), 8, np.arange(8))
     for positions in (np.arange(4), np.array([7, 2]), np.array([3])):
-        for step, part in enumerate(load(open_folder(folder), 12, positions)):
+        for step, part in enumerate(load(open_folder(folder), 8, positions)):
             for name, rows in part.items():
                 np.testing.assert_array_equal(rows, whole[step][name][positions])
-    for step, batch in enumerate(load(open_folder(folder), 4, np.arange(8), start=8), start=8):
+    for step, batch in enumerate(load(open_folder(folder), 3, np.arange(8), start=5), start=5):
         np.testing.assert_array_equal(batch["images"], whole[step]["images"])
-    others = load(open_folder(folder), 12, np.arange(8), seed=6)
-    assert any(a["ids"].tolist() != b["ids"].tolist() for a, b in zip(whole, others, strict=True))
+    others = load(open_folder(folder), 2, np.arange(8), seed=6)
+    assert any(a["ids"].tolist() != b["ids"].tolist() for a, b in zip(whole, others, strict=False))
 
 
 def test_over_an_epoch_of_its_bucket_every_record_comes_equally_often(folder):

@@ -18,7 +18,7 @@ from scaling_dit.encoders.scratch import build_tokenizer
 from scaling_dit.errors import UserError
 from scaling_dit.training.loop import train
 
-COUNT, BATCH, SIZE = 2000, 50, 8
+COUNT, BATCH, SIZE = 800, 50, 8
 PLANNED = {
     "bad_json": 6, "bad_line": 8, "empty_caption": 5, "outside_folder": 4, "duplicate_file": 7,
     "missing_file": 9, "unreadable_image": 12, "too_large": 3,
@@ -64,7 +64,7 @@ def damaged(kind, number, name, folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(a folder of 2,000 lines with all damage, the places of damaged images in it, one of its sound records alone)."""
+    """(a folder of 800 lines with all damage, the places of damaged images in it, one of its sound records alone)."""
     mixed, sound = tmp_path_factory.mktemp("mixed"), tmp_path_factory.mktemp("sound")
     kinds = [kind for kind, count in PLANNED.items() for _ in range(count)]
     places = np.random.default_rng(0).choice(np.arange(1, COUNT), len(kinds), replace=False)

@@ -282,6 +282,7 @@ def test_processes_together_read_what_one_reads(tmp_path, processes):
     assert_processes_read_the_same(tmp_path, processes)
 
 
+@pytest.mark.slow
 def test_a_distributed_job_reads_what_one_process_reads(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

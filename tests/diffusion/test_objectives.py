@@ -16,6 +16,7 @@ from scaling_dit.diffusion.schedules import make_schedule
 from scaling_dit.diffusion.time_sampling import sample_timesteps
 from scaling_dit.diffusion.weightings import loss_weight
 from scaling_dit.errors import UserError
+from tests.support.uvit_golden import run
 
 SCHEDULE = make_schedule("scaled_linear")
 
@@ -24,7 +25,12 @@ def make_batch(seed, batch=4):
     rng = np.random.default_rng(seed)
     latents, noise = rng.normal(size=(2, batch, 2, 2, 3)).astype(np.float32)
     times = rng.integers(0, 1000, batch).astype(np.int32)
-    return jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(times)
+    return latents, noise, times
+
+
+def levels(schedule, times):
+    """Alpha and sigma by one program, of numpy."""
+    return jax.device_get(run(lambda times: (schedule.alpha(times), schedule.sigma(times)), times))
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,9 +49,11 @@ def test_conversions_are_inverse(seed, angle, scale, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_wrong_value_still_explains_the_noisy_latents(prediction):
     x0, eps, times = make_batch(1)
-    alpha, sigma = SCHEDULE.alpha(times), SCHEDULE.sigma(times)
-    noisy = objectives.add_noise(SCHEDULE, x0, eps, times)
-    other_x0, other_eps = to_x0_eps(prediction, x0 * eps, noisy, alpha, sigma)
+    alpha, sigma = levels(SCHEDULE, times)
+    noisy = run(lambda *batch: objectives.add_noise(SCHEDULE, *batch), x0, eps, times)
+    other_x0, other_eps = jax.device_get(
+        run(lambda *given: to_x0_eps(prediction, *given), x0 * eps, noisy, alpha, sigma)
+    )
     expand = (slice(None), None, None, None)
     np.testing.assert_allclose(alpha[expand] * other_x0 + sigma[expand] * other_eps, noisy, atol=2e-5)
 
@@ -54,9 +62,9 @@ def test_noised_latents_and_velocity_equal_diffusers():
     reference = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     x0, eps, times = make_batch(2, batch=16)
     x0_t, eps_t, times_t = (torch.tensor(np.array(a)) for a in (x0, eps, times))
-    noisy = objectives.add_noise(SCHEDULE, x0, eps, times)
+    noisy = run(lambda *batch: objectives.add_noise(SCHEDULE, *batch), x0, eps, times)
     np.testing.assert_allclose(noisy, reference.add_noise(x0_t, eps_t, times_t.long()), atol=1e-5)
-    velocity = from_x0_eps("v", x0, eps, SCHEDULE.alpha(times), SCHEDULE.sigma(times))
+    velocity = run(lambda *given: from_x0_eps("v", *given), x0, eps, *levels(SCHEDULE, times))
     np.testing.assert_allclose(velocity, reference.get_velocity(x0_t, eps_t, times_t.long()), atol=1e-5)
 
 
@@ -64,14 +72,20 @@ def test_min_snr_weights_equal_diffusers():
     reference = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     times = np.arange(1000)
     snr = compute_snr(reference, torch.tensor(times)).numpy()
-    alpha, sigma = SCHEDULE.alpha(jnp.asarray(times)), SCHEDULE.sigma(jnp.asarray(times))
+    alpha, sigma = levels(SCHEDULE, times)
     clipped = np.minimum(snr, 5.0)
     expected = {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}
     for prediction, right in expected.items():
-        weight = loss_weight(alpha, sigma, prediction, "min_snr", 5.0)
+        weight, plain = run(
+            lambda *levels, kind=prediction: (
+                loss_weight(*levels, kind, "min_snr", 5.0),
+                loss_weight(*levels, kind, "none"),
+            ),
+            *(alpha, sigma),
+        )
         # The reference takes 1 - alpha_bar in float32, which costs it digits at small t.
         np.testing.assert_allclose(weight, right, rtol=3e-4)
-        np.testing.assert_array_equal(loss_weight(alpha, sigma, prediction, "none"), 1.0)
+        np.testing.assert_array_equal(plain, 1.0)
 
 
 def test_min_snr_weights_are_finite_without_signal_and_without_noise():
@@ -139,19 +153,24 @@ def test_eps_mse_does_not_depend_on_the_kind_of_prediction(prediction, name):
 
 def test_dropped_rows_hold_the_empty_caption():
     batch, length = 4000, 5
-    ids = jnp.arange(batch)[:, None] + jnp.arange(10, 10 + length)
-    mask = jnp.ones((batch, length), bool)
-    empty_ids, empty_mask = jnp.array([1, 2, 0, 0, 0]), jnp.array([True, True, False, False, False])
-    rng = jax.random.key(0)
-    new_ids, new_mask = objectives.drop_captions(rng, ids, mask, empty_ids, empty_mask, 0.1)
-    dropped = np.asarray((new_ids == empty_ids).all(1))
+    ids = (np.arange(batch)[:, None] + np.arange(10, 10 + length)).astype(np.int32)
+    mask = np.ones((batch, length), bool)
+    empty_ids = np.array([1, 2, 0, 0, 0], np.int32)
+    empty_mask = np.array([True, True, False, False, False])
+
+    def drop(rate):
+        given = jax.random.key(0), ids, mask, empty_ids, empty_mask
+        return jax.device_get(run(lambda *given: objectives.drop_captions(*given, rate), *given))
+
+    new_ids, new_mask = drop(0.1)
+    dropped = (new_ids == empty_ids).all(1)
     # Five standard deviations.
     assert abs(dropped.mean() - 0.1) < 0.025
     np.testing.assert_array_equal(new_ids[~dropped], ids[~dropped])
     np.testing.assert_array_equal(new_mask[dropped], np.broadcast_to(empty_mask, (dropped.sum(), length)))
     assert new_mask[~dropped].all()
     for rate in (0.0, 1.0):
-        none_or_all, _ = objectives.drop_captions(rng, ids, mask, empty_ids, empty_mask, rate)
+        none_or_all, _ = drop(rate)
         assert (none_or_all == (empty_ids if rate else ids)).all()
 
 

@@ -70,19 +70,27 @@ def reference_trajectory(scheduler, steps, clip=False, dtype=torch.float32):
     return np.array(seen), np.stack(trajectory)
 
 
+@functools.cache
+def one_step(sampler, prediction, clip):
+    """The jitted step (latents, carry, row) -> (latents, carry), which is one for any schedule and number of steps."""
+    denoise = make_denoise(model, prediction=prediction, clip=clip)
+    return jax.jit(lambda *held: SAMPLERS[sampler].step(denoise, *held))
+
+
+@functools.cache
+def start_of(sampler):
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(NOISE)))
+    return jnp.asarray(NOISE), SAMPLERS[sampler].init(jnp.asarray(NOISE), keys)
+
+
 def our_trajectory(schedule, sampler, steps, prediction, clip=False):
     """Every latent on the way, from the same table and step that `sample` scans."""
     table = SAMPLERS[sampler].table(schedule, steps)
-    denoise = make_denoise(model, prediction=prediction, clip=clip)
-
-    def step(held, row):
-        held = SAMPLERS[sampler].step(denoise, *held, row)
-        return held, held[0]
-
-    rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table)
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(NOISE)))
-    start = jnp.asarray(NOISE), SAMPLERS[sampler].init(jnp.asarray(NOISE), keys)
-    _, trajectory = jax.jit(lambda start, rows: jax.lax.scan(step, start, rows))(start, rows)
+    rows = jax.tree.map(lambda column: np.asarray(column, np.float32), table)
+    step, held, trajectory = one_step(sampler, prediction, clip), start_of(sampler), []
+    for i in range(steps):
+        held = step(*held, jax.tree.map(lambda column, i=i: column[i], rows))
+        trajectory.append(held[0])
     seen = table.timesteps
     if sampler == "heun":
         seen = np.stack([table.timesteps, table.timesteps_next], axis=1).ravel()[:-1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -84,18 +85,28 @@ def test_a_torn_last_line_is_left_out_and_other_damage_is_not(tmp_path):
         read_scalars(tmp_path / "metrics")
 
 
-def test_a_killed_writer_leaves_every_finished_row(tmp_path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(the folder of a writer that was killed, what its process had loaded by then)."""
+    folder = tmp_path_factory.mktemp("killed")
     code = """
         import os, signal, sys
         from scaling_dit.monitor.writers import JsonlWriter
+        print(*sys.modules, flush=True)
         writer = JsonlWriter(sys.argv[1] + "/metrics")
         for step in range(100):
             writer.scalars(step, {"loss": 1.0})
         os.kill(os.getpid(), signal.SIGKILL)
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], cwd=ROOT, env=env)
-    assert [row["step"] for row in read_scalars(tmp_path / "metrics")] == list(range(100))
+    command = [sys.executable, "-c", textwrap.dedent(code), folder]
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    return folder, set(done.stdout.split())
+
+
+def test_a_killed_writer_leaves_every_finished_row(killed):
+    assert [row["step"] for row in read_scalars(killed[0] / "metrics")] == list(range(100))
 
 
 def test_without_append_the_segment_is_rewritten_whole(tmp_path, monkeypatch):
@@ -172,11 +183,9 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_importing_the_writers_loads_no_tensorflow():
-    code = "import sys, scaling_dit.monitor.writers; assert not {'tensorflow', 'tensorboard', 'clu'} & set(sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
-    )
+def test_importing_the_writers_loads_no_tensorflow(killed):
+    assert "scaling_dit.monitor.writers" in killed[1]
+    assert not {"tensorflow", "tensorboard", "clu"} & killed[1]
 
 
 STARTS = """

@@ -4,20 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from scaling_dit import trees
 from scaling_dit.errors import UserError
 from scaling_dit.nn import attention as attention_lib
 from scaling_dit.nn import per_device
 from scaling_dit.nn.attention import CrossAttention, SelfAttention, attention
-from tests.support.uvit_golden import run
+from tests.support.uvit_golden import FAST_KEY, fill, run
 
 
 def qkv(batch=2, queries=6, keys=5, heads=4, kv_heads=4, size=8, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     shapes = ((batch, queries, heads, size), (batch, keys, kv_heads, size), (batch, keys, kv_heads, size))
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
 
 
 def reference(q, k, v, key_mask=None):
@@ -37,7 +36,7 @@ def reference(q, k, v, key_mask=None):
 )
 def test_values(implementation, kv_heads, size):
     args = qkv(kv_heads=kv_heads, size=size)
-    mask = jnp.asarray([[True, False, True, True, False], [True] * 5])
+    mask = np.array([[True, False, True, True, False], [True] * 5])
     for key_mask in (None, mask):
         found = run(lambda *a, m=key_mask: attention(*a, key_mask=m, implementation=implementation), *args)
         np.testing.assert_allclose(found, reference(*args, key_mask), atol=1e-5)
@@ -45,7 +44,7 @@ def test_values(implementation, kv_heads, size):
 
 def test_hidden_keys_change_nothing_and_get_no_gradient():
     q, k, v = qkv()
-    mask = jnp.asarray([[True, True, False, True, False]] * 2)
+    mask = np.array([[True, True, False, True, False]] * 2)
     grads = run(jax.grad(lambda k, v: (attention(q, k, v, key_mask=mask) ** 2).sum(), (0, 1)), k, v)
     for grad in grads:
         assert not np.asarray(grad)[:, [2, 4]].any()
@@ -58,7 +57,7 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     assert len(before) == 2
     # The type of what exp gives.
     assert ":f32[" in before[0].rsplit("\n", 1)[-1]
-    assert attention(q, k, v).dtype == jnp.bfloat16
+    assert jax.eval_shape(attention, q, k, v).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -115,55 +114,58 @@ def test_auto_on_a_gpu(chosen, shape, implementation):
 
 def test_masks_on_a_gpu(chosen):
     half = {"dtype": jnp.bfloat16}
-    attention(*qkv(keys=5, **half), key_mask=jnp.ones((2, 5), bool))
-    attention(*qkv(keys=4, **half), key_mask=jnp.ones((2, 4), bool))
+    attention(*qkv(keys=5, **half), key_mask=np.ones((2, 5), bool))
+    attention(*qkv(keys=4, **half), key_mask=np.ones((2, 4), bool))
     assert chosen == [("xla", (2, 1, 1, 5)), ("cudnn", (2, 1, 6, 4))]
     with pytest.raises(UserError, match="odd"):
-        attention(*qkv(keys=5, **half), key_mask=jnp.ones((2, 5), bool), implementation="cudnn")
+        attention(*qkv(keys=5, **half), key_mask=np.ones((2, 5), bool), implementation="cudnn")
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
 def test_self_attention_module(qkv_bias):
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, 24)), jnp.float32)
+    x = np.random.default_rng(1).normal(size=(2, 7, 24)).astype("f4")
     module = SelfAttention(heads=3, qkv_bias=qkv_bias)
-    params = jax.tree.map(
-        lambda b: b.value + 0.1, module.init(jax.random.key(0), x)["params"], is_leaf=_boxed
-    )
+    params = fill(trees.unbox(jax.eval_shape(module.init, FAST_KEY, x)))["params"]
     assert ("bias" in params["qkv"]) == qkv_bias
     fused = np.einsum("btd,dkh->kbth", x, params["qkv"]["kernel"])
-    fused = fused + (np.asarray(params["qkv"]["bias"])[:, None, None] if qkv_bias else 0)
+    fused = fused + (params["qkv"]["bias"][:, None, None] if qkv_bias else 0)
     q, k, v = (part.reshape(2, 7, 3, 8) for part in fused)
-    wanted = (
-        reference(q, k, v).reshape(2, 7, 24) @ np.asarray(params["proj"]["kernel"]) + params["proj"]["bias"]
-    )
-    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, rtol=1e-4, atol=1e-4)
-
-
-def _boxed(leaf):
-    return hasattr(leaf, "names")
+    wanted = reference(q, k, v).reshape(2, 7, 24) @ params["proj"]["kernel"] + params["proj"]["bias"]
+    found = run(module.apply, {"params": params}, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_cross_attention_is_each_head_alone():
     rng = np.random.default_rng(0)
     x, context = rng.normal(size=(2, 5, 8)), rng.normal(size=(2, 3, 6))
     mask = np.array([[True, True, False], [True, True, True]])
-    module = CrossAttention(2, qkv_bias=True, kernel_init=nn.initializers.normal(0.5))
-    params = trees.unbox(module.init(jax.random.key(0), x, context, mask))["params"]
+    module = CrossAttention(2, qkv_bias=True)
+    shapes = trees.unbox(jax.eval_shape(module.init, FAST_KEY, x, context, mask))["params"]
+    params = jax.tree.map(lambda kernel: 5 * kernel, fill(shapes))
+    # It is written out without biases.
+    for part in ("q", "kv", "proj"):
+        params[part]["bias"] = np.zeros_like(params[part]["bias"])
     q = x @ params["q"]["kernel"]
     k, v = (context @ params["kv"]["kernel"][i] for i in range(2))
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
-        scores = jnp.where(mask[:, None], q[..., head] @ k[..., head].swapaxes(1, 2) / 2, -jnp.inf)
-        heads.append(jax.nn.softmax(scores) @ v[..., head])
-    expected = jnp.concatenate(heads, axis=-1) @ params["proj"]["kernel"]
-    np.testing.assert_allclose(module.apply({"params": params}, x, context, mask), expected, atol=1e-5)
+        scores = np.where(mask[:, None], q[..., head] @ k[..., head].swapaxes(1, 2) / 2, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        heads.append(weights / weights.sum(axis=-1, keepdims=True) @ v[..., head])
+    expected = np.concatenate(heads, axis=-1) @ params["proj"]["kernel"]
+    found = run(module.apply, {"params": params}, x, context, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_padding_the_context_for_a_tpu_changes_no_value(masked, monkeypatch):
-    q, k, v = (jax.random.normal(jax.random.key(i), (3, 5 + 2 * (i > 0), 2, 8)) for i in range(3))
-    mask = jnp.array([[True] * 4 + [False] * 3, [False] * 7, [True] * 7]) if masked else None
-    wanted = attention(q, k, v, key_mask=mask, implementation="xla")
+    q, k, v = (np.asarray(x) for x in qkv(batch=3, queries=5, keys=7, heads=2, kv_heads=2))
+    mask = np.array([[True] * 4 + [False] * 3, [False] * 7, [True] * 7]) if masked else None
+
+    def attend(q, k, v, mask):
+        return run(lambda *qkv: attention(*qkv, key_mask=mask, implementation="xla"), q, k, v)
+
+    wanted = attend(q, k, v, mask)
     same, none = attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.bfloat16)
     # Not for a TPU.
     assert same.shape == (3, 7, 16) and none is mask
@@ -172,6 +174,6 @@ def test_padding_the_context_for_a_tpu_changes_no_value(masked, monkeypatch):
     assert attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.float32)[0].shape == (3, 7, 16)
     longer, shown = attention_lib.padded_context(k.reshape(3, 7, 16), mask, jnp.bfloat16)
     assert longer.shape == (3, 16, 16) and shown.shape == (3, 16)
-    k, v = (jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=3.0) for x in (k, v))
-    found = attention(q, k, v, key_mask=shown, implementation="xla")
+    k, v = (np.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=3.0) for x in (k, v))
+    found = attend(q, k, v, shown)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)

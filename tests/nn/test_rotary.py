@@ -9,6 +9,7 @@ import pytest
 
 from scaling_dit.nn import rotary
 from tests.support.attention_checks import pretend_tpu
+from tests.support.uvit_golden import run
 
 
 @pytest.mark.parametrize(
@@ -20,17 +21,23 @@ from tests.support.attention_checks import pretend_tpu
     ],
 )
 def test_the_kernel_turns_as_xla_does_forward_and_back(length, heads, size, into, monkeypatch):
-    x, gradient = (jax.random.normal(jax.random.key(i), (2, length, heads, size)) for i in (0, 1))
-    tables = rotary.rotary_1d(length, size)
-    wanted, pull = jax.vjp(lambda x: rotary.rotate(x, tables, into), x)
+    rng = np.random.default_rng(0)
+    x, gradient = (rng.normal(size=(2, length, heads, size)).astype("f4") for _ in range(2))
+    gradient = gradient.astype(jnp.dtype(into))
+
+    def forward_and_back(x, gradient):
+        found, pull = jax.vjp(lambda x: rotary.rotate(x, rotary.rotary_1d(length, size), into), x)
+        return found, pull(gradient)[0]
+
+    wanted, wanted_back = run(forward_and_back, x, gradient)
     pretend_tpu(monkeypatch)
     interpreted = functools.partial(rotary._on_one_device, interpret=True)
     monkeypatch.setattr(rotary, "_on_one_device", interpreted)
-    found, kernel_pull = jax.vjp(lambda x: rotary.rotate(x, tables, into), x)
+    found, back = run(lambda *args: forward_and_back(*args), x, gradient)
     assert found.dtype == jnp.dtype(into)
     near = {"float32": 1e-6, "bfloat16": 2**-7}[into]
-    np.testing.assert_allclose(found.astype("f4"), wanted.astype("f4"), rtol=near, atol=near)
-    (back,), (wanted_back,) = kernel_pull(gradient.astype(into)), pull(gradient.astype(into))
+    found, wanted = (np.asarray(x, "f4") for x in (found, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=near, atol=near)
     assert back.dtype == x.dtype
     np.testing.assert_allclose(back, wanted_back, rtol=1e-5, atol=1e-5)
 

@@ -18,10 +18,13 @@ def layer(params, x, own, shared):
 
 @pytest.fixture
 def inputs():
-    keys = iter(jax.random.split(jax.random.key(0), 4))
-    params = {"w": jax.random.normal(next(keys), (LAYERS, WIDTH, WIDTH))}
-    x, own = jax.random.normal(next(keys), (4, WIDTH)), jax.random.normal(next(keys), (LAYERS, WIDTH))
-    return params, x, own, (jax.random.normal(next(keys), (WIDTH,)), jnp.arange(WIDTH) % 3 > 0)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype("f4")
+
+    params, x, own = {"w": normal(LAYERS, WIDTH, WIDTH)}, normal(4, WIDTH), normal(LAYERS, WIDTH)
+    return params, x, own, (normal(WIDTH), np.arange(WIDTH) % 3 > 0)
 
 
 def loss(run, params, x, own, scale, mask):
@@ -30,7 +33,12 @@ def loss(run, params, x, own, scale, mask):
 
 
 @pytest.mark.parametrize("last_first", [False, True])
-def test_outputs_and_all_gradients_are_those_of_lax_scan(inputs, last_first):
+@pytest.mark.parametrize(
+    "wrap",
+    # Eagerly each operation is a program of its own.
+    [pytest.param(jax.jit, id="jitted"), pytest.param(lambda f: f, id="eager", marks=pytest.mark.slow)],
+)
+def test_outputs_and_all_gradients_are_those_of_lax_scan(inputs, last_first, wrap):
     params, x, own, (scale, mask) = inputs
 
     def plain(params, x, own, shared):
@@ -40,17 +48,16 @@ def test_outputs_and_all_gradients_are_those_of_lax_scan(inputs, last_first):
     def ours(params, x, own, shared):
         return scanning.scan_layers(layer, last_first, params, x, own, shared)
 
-    for left, right in zip(plain(*inputs), ours(*inputs), strict=True):
+    for left, right in zip(jax.jit(plain)(*inputs), jax.jit(ours)(*inputs), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-6)
-    wanted, wanted_grads = jax.value_and_grad(lambda *a: loss(plain, *a, mask), (0, 1, 2, 3))(
+    wanted, wanted_grads = jax.jit(jax.value_and_grad(lambda *a: loss(plain, *a, mask), (0, 1, 2, 3)))(
         params, x, own, scale
     )
-    for wrap in (lambda f: f, jax.jit):
-        found, grads = wrap(jax.value_and_grad(lambda *a: loss(ours, *a, mask), (0, 1, 2, 3)))(
-            params, x, own, scale
-        )
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads, wanted_grads)
+    found, grads = wrap(jax.value_and_grad(lambda *a: loss(ours, *a, mask), (0, 1, 2, 3)))(
+        params, x, own, scale
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads, wanted_grads)
 
 
 def test_what_lies_last_first_is_not_turned_round(inputs):

@@ -103,7 +103,7 @@ def test_auto_takes_the_kernel_on_a_tpu_from_a_length_on(monkeypatch):
     with tpu(monkeypatch, calls), recorded_choices() as chosen:
         for keys in (attention_lib.SPLASH_FROM - 1, attention_lib.SPLASH_FROM):
             (q, k, v), _ = inputs(queries=6, keys=keys, heads=2, kv_heads=2, size=8)
-            attention(q, k, v)
+            jax.eval_shape(attention, q, k, v)
         attention(*inputs(queries=6, keys=5, heads=2, kv_heads=2, size=8)[0], implementation="splash")
     assert [keys for _, keys in calls] == [attention_lib.SPLASH_FROM, 5]
     assert [choice.implementation for choice in sorted(chosen, key=lambda choice: choice.keys)] == [

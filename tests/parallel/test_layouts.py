@@ -18,6 +18,7 @@ from scaling_dit.training.program import StepProgram, run_mesh
 from tests.support.layouts import LAYOUTS
 from tests.support.uvit_golden import fill
 
+QUICK = [("uvit", "DP8"), *((name, "FSDP2xCTX2xTP2") for name in ("uvit", "unet"))]
 MESHES = {name: sizes for name, sizes in LAYOUTS.items() if name != "DP2xFSDP2xTP2"}
 BACKBONES = {
     "uvit": {"hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": True},
@@ -49,8 +50,8 @@ def program(name, layout, accumulate=1):
 @pytest.mark.parametrize(
     "name, layout",
     [
-        # The UNet takes seconds to trace: at once on the layout that another test here has traced as well.
-        pytest.param(name, layout, marks=[pytest.mark.slow] * (name == "unet" and layout != "FSDP2xCTX2xTP2"))
+        # At once on the layout that another test here has traced as well, and without anything split.
+        pytest.param(name, layout, marks=[pytest.mark.slow] * ((name, layout) not in QUICK))
         for name in BACKBONES
         for layout in MESHES
     ],

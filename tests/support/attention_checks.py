@@ -24,7 +24,8 @@ def inputs(queries, keys, heads, kv_heads, size, batch=2, dtype=jnp.float32):
     mask = np.ones((batch, keys), bool)
     mask[0] = rng.random(keys) < 0.5
     mask[-1] = False
-    return [jnp.asarray(x, dtype) for x in (q, k, v)], jnp.asarray(mask)
+    # Of numpy: jax compiles a program for each new shape to make an array, and for what is asked of it.
+    return [x.astype(dtype) for x in (q, k, v)], mask
 
 
 def value_and_grads(attend, qkv, mask):

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 from tests.support import xla
 from tests.support.paths import DOCS, ROOT
@@ -32,6 +33,7 @@ TINY = (
     "--config.eval.metrics=()",
     "--config.log.tensorboard=false",
 )
+_HERE = "here the code begins"
 _COPIED = ("scaling_dit", "experiments", "tools", "docs", "README.md")
 
 
@@ -42,10 +44,14 @@ class Copy:
     Attributes:
       folder: where it lies.
       section: the text of the section.
+      printed: what the code printed that ran in the process of the section's last step, errors last.
+      code: the exit code of that process.
     """
 
     folder: pathlib.Path
     section: str
+    printed: str = ""
+    code: int = 0
 
     @property
     def touched(self) -> set[str]:
@@ -88,8 +94,11 @@ class Copy:
         )
 
 
-def carry_out(heading: str, folder: pathlib.Path) -> Copy:
-    """Copies the repository into a folder and does there what a section says."""
+def carry_out(heading: str, folder: pathlib.Path, then: Callable[[Copy], str] | None = None) -> Copy:
+    """Copies the repository into a folder and does there what a section says.
+
+    `then` gives code that runs in the process of the section's last `python` step: another would load jax again.
+    """
     for name in _COPIED:
         if (ROOT / name).is_dir():
             # With what Python compiled, which holds as long as a file has its time and size.
@@ -103,10 +112,24 @@ def carry_out(heading: str, folder: pathlib.Path) -> Copy:
     for step in steps:
         _edit(folder, step)
     copy = Copy(folder, section)
-    for command in _commands(section):
-        if command.startswith("python "):
-            _output(copy._start(shlex.split(command)[1:], folder))
-    return copy
+    modules = [shlex.split(command)[1:] for command in _commands(section) if command.startswith("python ")]
+    if then is None:
+        for arguments in modules:
+            _output(copy._start(arguments, folder))
+        return copy
+    ((option, module),) = modules
+    assert option == "-m"
+    lines = [
+        "import runpy",
+        f"runpy.run_module({module!r}, run_name='__main__')",
+        f"print({_HERE!r})",
+        then(copy),
+    ]
+    done = copy._start(["-c", "\n".join(lines)], folder)
+    assert _HERE in done.stdout, done.stderr
+    return dataclasses.replace(
+        copy, printed=done.stdout.split(f"{_HERE}\n")[1] + done.stderr, code=done.returncode
+    )
 
 
 def _edit(folder: pathlib.Path, step: re.Match[str]) -> None:

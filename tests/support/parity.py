@@ -37,11 +37,12 @@ def randomise_(module: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.
 def example(backbone, height, width, *, length=5, batch=2, seed=0):
     """Random latents, timesteps, text and a mask that hides the last two tokens of the first caption."""
     rng = np.random.default_rng(seed)
+    # Of numpy: jax compiles a program for each new shape to make an array of its own.
     return (
-        jnp.asarray(rng.normal(size=(batch, height, width, backbone.in_channels)), jnp.float32),
-        jnp.asarray(rng.uniform(0, 1000, batch), jnp.float32),
-        jnp.asarray(rng.normal(size=(batch, length, backbone.text_dim)), jnp.float32),
-        jnp.arange(length) < jnp.where(jnp.arange(batch) == 0, length - 2, length)[:, None],
+        rng.normal(size=(batch, height, width, backbone.in_channels)).astype("f4"),
+        rng.uniform(0, 1000, batch).astype("f4"),
+        rng.normal(size=(batch, length, backbone.text_dim)).astype("f4"),
+        np.arange(length) < np.where(np.arange(batch) == 0, length - 2, length)[:, None],
     )
 
 

@@ -1,12 +1,14 @@
 """Reference tensors of the published U-ViT and Large-DiT code (parameters, inputs, outputs, gradients)."""
 
 import dataclasses
+import functools
 import json
+import operator
 
 import jax
 import numpy as np
 
-from scaling_dit import backbones
+from scaling_dit import backbones, trees
 from tests.support.paths import GOLDEN
 
 NAMES = ("uvit_tiny", "uvit_tiny_noskip_timemlp")
@@ -74,6 +76,17 @@ FAST_KEY = jax.random.key(0, impl="rbg")
 def run(function, *args):
     """The function jitted and run once."""
     return jax.jit(function)(*args)
+
+
+def initial(module, inputs, *names):
+    """Initial values by name, of these parameters (paths with "/") alone: each that is made has to be compiled."""
+
+    def init(key, *inputs):
+        params = trees.unbox(module.init(key, *inputs))["params"]
+        return {name: functools.reduce(operator.getitem, name.split("/"), params) for name in names}
+
+    # Of numpy, for what a test asks of an array of jax is a program as well.
+    return jax.device_get(run(init, FAST_KEY, *inputs))
 
 
 def fill(abstract, seed=0):

@@ -1,6 +1,7 @@
 """The oracle: right on true images, hard on wrong and cluttered ones."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,12 +25,21 @@ SMALL = ("free32", "grid16")
 SCENES = 40
 
 
+@functools.cache
+def scenes_of(preset: str) -> tuple[list[np.ndarray], list[list[dict[str, Any]]]]:
+    """The true images of the first held-out scenes, and the questions on each: read only."""
+    source = ShapesSource(preset=preset, max_objects=3).held_out()
+    images = [source[i]["image"] for i in source.distinct(SCENES)]
+    for image in images:
+        image.setflags(write=False)
+    return images, [source.questions(i) for i in source.distinct(SCENES)]
+
+
 def average(preset: str, change: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> float:
     """TIFA of the first held-out scenes of a preset after something was done to their true images."""
-    source = ShapesSource(preset=preset, max_objects=3).held_out()
+    true, rows = scenes_of(preset)
     rng = np.random.default_rng(0)
-    images = [change(source[i]["image"], rng) for i in source.distinct(SCENES)]
-    rows = [source.questions(i) for i in source.distinct(SCENES)]
+    images = [change(image, rng) for image in true]
     scored = [
         tifa.caption_row(image, asked, oracle.answer) for image, asked in zip(images, rows, strict=True)
     ]

@@ -85,6 +85,16 @@ def on_one_device():
 
 
 @pytest.fixture(scope="module")
+def verbs_on_one_device(on_one_device):
+    """Runs of the verbs `train` and `study`, and of `scaling_dit.train`, are trained on one device as well."""
+    from tests.support.runs import train_on_one_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        train_on_one_device(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
 def opened_once():
     """A run is read once for all tests of a file, on one device: for files of which reading is not the subject."""
     from tests.support.runs import open_once

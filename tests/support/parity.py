@@ -59,7 +59,7 @@ def value_and_grads(backbone, variables, inputs, *, compiled=True):
     return prediction, grads, grad_latents
 
 
-def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4):
+def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4, eager=True):
     """Outputs and all gradients are the same eagerly, compiled, with each way to save memory, and scanned.
 
     Args:
@@ -67,6 +67,7 @@ def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4):
       inputs: positional inputs of its call.
       modes: name -> the fields that make it.
       tolerance: largest difference over the largest value.
+      eager: whether the reference is computed eagerly, and not compiled.
     """
     plain = make_backbone()
     weights = interop.to_state_dict(plain, fill(contract.abstract_variables(plain, inputs)))
@@ -76,10 +77,10 @@ def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4):
         prediction, grads, grad_latents = value_and_grads(backbone, variables, inputs, **options)
         return {"": prediction, "latents": grad_latents} | interop.to_state_dict(backbone, grads)
 
-    wanted = outcome(plain, compiled=False)
+    wanted = outcome(plain, compiled=not eager)
     # A gradient that is nothing but rounding, such as that of a key's bias, is measured by the others.
     floor = 1e-3 * max(np.abs(np.asarray(value)).max() for name, value in wanted.items() if name)
-    for mode, fields in ({"compiled": {}} | modes).items():
+    for mode, fields in (({"compiled": {}} if eager else {}) | modes).items():
         found = outcome(make_backbone(**fields))
         assert set(found) == set(wanted)
         for name, value in wanted.items():

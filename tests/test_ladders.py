@@ -158,7 +158,7 @@ def test_the_recipe_trains_in_miniature(tmp_path):
 
     overrides = [f"--config.{key}={value}" for key, value in MINIATURE.items()]
     config = load("dit_scaling:uvit-h2048-d42-n16", overrides)
-    state = scaling_dit.train(config, tmp_path)
+    state = scaling_dit.train(config, tmp_path, jax.devices()[:1])
     assert int(state.step) == 2
     run = scaling_dit.load(tmp_path)
     assert run.model.latent_shape == (32, 32, 4)

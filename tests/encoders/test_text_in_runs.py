@@ -113,6 +113,7 @@ def test_encoders_without_one_of_their_own_get_words_of_the_captions():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_one_device")
 def test_a_run_with_a_frozen_random_tower(vocabulary, tmp_path):
     """Padding is shown, as Stable Diffusion 2 does; the run can be sampled after the vocabulary is gone."""
     config = tiny(steps=2, text_encoder__weights="random", text_encoder__tokenizer_files=vocabulary)

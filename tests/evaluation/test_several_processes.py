@@ -57,14 +57,17 @@ def results(folder):
 
 
 def files(folder):
-    """name -> bytes of all files but those of the distances; of results.jsonl the rows without their times."""
+    """name -> bytes of all files but those of the distances, whose images are others; results.jsonl as its rows."""
+    rows = results(folder)
+    distances = [row for row in rows if row["metric"] in DISTANCES]
+    apart = {row["folder"] for row in distances}
+    apart |= {f"images-{row['prompts_sha256'][:8]}" for row in distances}
     found = {}
     for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if path.is_file() and not any(one.partition(":")[2] in name for one in DISTANCES):
-            found[name] = path.read_bytes()
-    rows = [row for row in results(folder) if row["metric"] in QUESTIONS]
-    return {**found, "results.jsonl": rows}
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in apart:
+            found[str(name)] = path.read_bytes()
+    return {**found, "results.jsonl": [row for row in rows if row["metric"] in QUESTIONS]}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tools.model_table import PRINTED
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
 ROWS = [f"{name}:{row}" for name, file in FILES.items() for row in file.ARGUMENTS]
 QUICK = ("dit_scaling:uvit-h2048-d42-n16",)
-# UNets are traced block by block, so of most rows each level has one block, at its real width, in place of two or three.
+# UNets are traced block by block, so most rows have one a level, at its real width, in place of two or three alike.
 WHOLE = ("unet_scaling:sd2", "unet_scaling:if-xl", "unet_scaling:sdxl-td4_4")
 
 

@@ -79,7 +79,7 @@ def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4, eag
 
     wanted = outcome(plain, compiled=eager != "gradients")
     if eager == "prediction":
-        found = plain.apply(interop.load_state_dict(plain, weights), *inputs)
+        found = plain.apply(interop.load_state_dict(plain, weights), *jax.tree.map(jnp.asarray, inputs))
         assert np.abs(found - wanted[""]).max() <= tolerance * np.abs(np.asarray(wanted[""])).max()
     # A gradient that is nothing but rounding, such as that of a key's bias, is measured by the others.
     floor = 1e-3 * max(np.abs(np.asarray(value)).max() for name, value in wanted.items() if name)

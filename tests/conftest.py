@@ -48,11 +48,27 @@ LONGEST = (
     "interop/test_diffusers_folders.py",
     "nn/test_short_attention.py",
     # Of the slow suite.
-    "planning/test_tpu_programs.py",
+    "tests/test_ladders.py",
+    "parallel/test_every_backbone.py",
+    "tests/test_docs.py",
+    "parallel/test_several_processes.py",
+    "backbones/test_unet.py",
+    "evaluation/test_several_processes.py",
+    "nn/test_splash.py",
     "scaling/test_study.py",
+    "tpu/test_launch.py",
+    "training/test_stages.py",
+    "costs/test_paper_tables.py",
+    "backbones/test_conditions.py",
+    "curation/test_prepare_runs.py",
+    "training/test_adapters.py",
+    "training/test_conditions.py",
+    "scaling/test_members_at_once.py",
+    "doctor/test_doctor.py",
     "training/test_kill.py",
     "training/test_precision.py",
-    "backbones/test_unet.py",
+    "planning/test_tpu_programs.py",
+    "evaluation/metrics/test_folders_of_images.py",
     "interop/test_pipelines.py",
 )
 
@@ -84,6 +100,16 @@ def on_one_device():
 
     with pytest.MonkeyPatch.context() as patch:
         open_on_one_device(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def verbs_on_one_device(on_one_device):
+    """Runs of the verbs `train` and `study`, and of `scaling_dit.train`, are trained on one device as well."""
+    from tests.support.runs import train_on_one_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        train_on_one_device(patch)
         yield
 
 

@@ -25,6 +25,7 @@ SMALL = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("verbs_on_one_device")
 def test_the_page_runs_as_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -33,6 +33,8 @@ from tests.support import xla
 from tests.support.pages import blocks, commands, first_column, steps
 from tests.support.paths import DOCS, ROOT
 
+pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
+
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 

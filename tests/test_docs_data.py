@@ -119,6 +119,7 @@ def test_a_source_of_ones_own_feeds_the_loader(beside_my_source):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("verbs_on_one_device")
 def test_a_source_of_ones_own_trains(beside_my_source):
     (command,) = commands(PAGE)
     tiny = {"steps": 2, "batch": 8, "optim.warmup_steps": 1, "backbone.hidden": 32, "backbone.depth": 2,

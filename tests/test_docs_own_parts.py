@@ -139,6 +139,7 @@ def test_the_table_has_every_field_that_takes_a_part():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("verbs_on_one_device")
 def test_the_commands_run_one_after_the_other(folder, capsys):
     train, sample, caption, judge = commands(PAGE)
     assert cli.main(train) == 0, capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,9 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation import compare, run
 from scaling_dit.monitor.grid import read_png
 from scaling_dit.training import loop
+
+pytestmark = pytest.mark.usefixtures("on_one_device")
+ONE = jax.devices()[:1]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def tiny(argument, *overrides):
 @pytest.mark.slow
 def test_a_run_of_inpainting_is_evaluated_in_training_and_afterwards(tmp_path, capsys):
     workdir = tmp_path / "run"
-    loop.train(tiny("smoke"), str(workdir))
+    loop.train(tiny("smoke"), str(workdir), ONE)
     curves = [row for row in read_metrics(workdir) if "evaluation/inpaint" in row]
     assert len(curves) == 1
     assert {"evaluation/inpaint_psnr", "evaluation/inpaint_mse", "evaluation/inpaint_counting"} <= set(
@@ -99,7 +103,7 @@ def test_runs_of_edits_are_compared_edit_by_edit(tmp_path):
               "--config.sample.steps=2", "--config.eval.loss_images=8", "--config.eval.grid=4",
               "--config.optim.warmup_steps=1")  # fmt: skip
     for way in ("token", "channel"):
-        loop.train(tiny(f"edit-{way}", *tinier), str(tmp_path / way))
+        loop.train(tiny(f"edit-{way}", *tinier), str(tmp_path / way), ONE)
         assert run.main(str(tmp_path / way), items=12) == 0
     found = compare.compare([str(tmp_path / "token"), str(tmp_path / "channel")])["edits"]
     assert found["scalar"] == "edits" and found["differences"][0]["n"] == 12

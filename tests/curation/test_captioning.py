@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tars, made, tmp_path, capsys):
         f"import sys; sys.path[:0] = {sys.path!r}\n"
         "from scaling_dit.curation.captioning import runner\n"
         "from scaling_dit.curation.raw import RawName\n"
-        "import data.test_captioning as t\n"
+        "import tests.curation.test_captioning as t\n"
         "sys.modules['mean_captioner'] = t\n"
         # An option would be a setting of the captions.
         "t.Mean.__init__.__defaults__ = (3, 8)\n"

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -158,7 +159,8 @@ def test_a_run_from_such_a_set_is_evaluated_while_it_trains(tmp_path):
         "--config.conditioning.names=('inpaint','edit')", "--config.steps=2", "--config.batch=8",
         "--config.eval.every=2", "--config.eval.metrics=()", "--config.eval.grid=2", "--config.eval.loss_images=2",
         "--config.sample.steps=2", "--config.sample.keep=true", "--config.backbone.patch=4",
+        "--config.backbone.depth=1", "--config.log.tensorboard=false",
         f"--config.source.image_size={SIDE}",
     ]  # fmt: skip
-    loop.train(config_lib.load("shapes:smoke", overrides), tmp_path / "run")
+    loop.train(config_lib.load("shapes:smoke", overrides), tmp_path / "run", jax.devices()[:1])
     assert any("validation/loss" in row for row in read_metrics(tmp_path / "run"))

@@ -134,8 +134,8 @@ def test_only_what_the_filter_kept_is_counted(small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_20_000_pairs(tmp_path, capsys):
-    rows = write_set(tmp_path, shards=10, per_shard=2000, seed=1)
+def test_5000_pairs(tmp_path, capsys):
+    rows = write_set(tmp_path, shards=10, per_shard=500, seed=1)
     check(run(tmp_path, tmp_path / "out", capsys, captions=str(tmp_path / "made")), rows)
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import types
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -186,8 +187,13 @@ def test_stand_ins_depend_on_the_index_alone(folders):
                 np.testing.assert_array_equal(found[key], expected[key][list(positions)])
     source = open_mixed(folders)
     backwards = [source[i]["key"] for i in reversed(range(len(source)))][::-1]
-    assert backwards == [open_mixed(folders)[i]["key"] for i in range(len(source))]
-    stand_ins = [key for key, row in zip(backwards, rows_of(source), strict=True) if key != row.file_name]
+    forwards = open_mixed(folders)
+    assert backwards == [forwards[i]["key"] for i in range(len(source))]
+    replaced = [i for i, row in enumerate(rows_of(source)) if backwards[i] != row.file_name]
+    # Opened anew, which reads the whole list, so for some of them alone.
+    for i in replaced[::6]:
+        assert open_mixed(folders)[i]["key"] == backwards[i]
+    stand_ins = [backwards[i] for i in replaced]
     # Spread over the folder.
     assert len(stand_ins) == 24 and len(set(stand_ins)) > 20
 
@@ -313,10 +319,10 @@ def test_a_run_tells_its_damage(folders, tmp_path):
         [
             f"--config.source.name=folder:{folders[0]}", "--config.source.image_size=8", "--config.eval.every=0",
             "--config.source.max_pixels=10000", "--config.source.max_damaged=100", "--config.log.tensorboard=false",
-            "--config.batch=64", "--config.steps=2",
+            "--config.batch=64", "--config.steps=2", "--config.backbone.depth=1",
         ],
     )  # fmt: skip
-    train(config, tmp_path)
+    train(config, tmp_path, jax.devices()[:1])
     row = {name: value for row in read_metrics(tmp_path) for name, value in row.items()}
     assert row["data/damaged_bad_json"] == PLANNED["bad_json"]
     listed = [json.loads(text)["kind"] for text in (tmp_path / "damaged.jsonl").read_text().splitlines()]

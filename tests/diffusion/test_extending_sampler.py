@@ -44,5 +44,11 @@ def test_the_page_adds_a_sampler(tmp_path):
     # With fresh noise the samples do not depend on the initial noise alone, as they do with DDIM.
     assert abs(ours) < 0.2 < 0.8 < float(ddim.split()[2])
     (command,) = copy.commands
-    copy.run(command, tmp_path, "--config.steps=2", "--config.eval.metrics=()", "--config.eval.grid=2")
+    small = (
+        "--config.steps=2",
+        "--config.eval.metrics=()",
+        "--config.eval.grid=2",
+        "--config.backbone.depth=1",
+    )
+    copy.run(command, tmp_path, *small, "--config.log.tensorboard=false")
     assert (tmp_path / "runs/ddpm/checkpoints/2").is_dir()

@@ -113,10 +113,11 @@ def test_encoders_without_one_of_their_own_get_words_of_the_captions():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_one_device")
 def test_a_run_with_a_frozen_random_tower(vocabulary, tmp_path):
     """Padding is shown, as Stable Diffusion 2 does; the run can be sampled after the vocabulary is gone."""
     config = tiny(steps=2, text_encoder__weights="random", text_encoder__tokenizer_files=vocabulary)
-    train(config, tmp_path / "run")
+    train(config, tmp_path / "run", jax.devices()[:1])
     shutil.rmtree(vocabulary)
     pipe = scaling_dit.load(tmp_path / "run")
     assert set(pipe.params) == {"backbone"}
@@ -135,7 +136,8 @@ def test_a_tower_that_is_trained_starts_at_its_weights(tmp_path):
     text_towers.clip_text(2).save_pretrained(tmp_path / "text_encoder")
     text_towers.save_clip_words(tmp_path / "tokenizer")
     places = {"text_encoder__weights": tmp_path, "optim__learning_rate": 1e-9, "optim__warmup_steps": 0}
-    state = train(tiny(steps=1, train_text_encoder=True, **places), tmp_path / "run")
+    config = tiny(steps=1, train_text_encoder=True, **places)
+    state = train(config, tmp_path / "run", jax.devices()[:1])
     loaded = ClipText(weights=str(tmp_path), size="tiny").load()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.params["text_encoder"], loaded

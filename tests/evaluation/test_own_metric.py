@@ -73,6 +73,7 @@ def test_evaluate_takes_it_for_a_run_trained_without_it(beside_my_metric, smoke_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("verbs_on_one_device")
 def test_the_commands(beside_my_metric, capsys):
     for command in commands(PAGE):
         assert cli.main(command) == 0, capsys.readouterr().err

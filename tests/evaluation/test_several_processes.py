@@ -14,17 +14,20 @@ import pytest
 from tests.support import tiny_distances, xla
 from tests.support.paths import ROOT
 
-METRICS = ("--metrics=tifa,shapes_tifa", "--judge=shapes", "--config.metrics.shapes_tifa.batch=2")
+QUESTIONS = ("tifa", "shapes_tifa")
+# Of one network, whose sums may differ in their last bits.
+DISTANCES = (tiny_distances.Nearer.NAME, tiny_distances.Wider.NAME)
+SETTINGS = ("--judge=shapes", "--config.metrics.shapes_tifa.batch=2")
 
 
-def start(smoke_run, out, count, metrics=METRICS, environment=None):
+def start(smoke_run, out, count, metrics=QUESTIONS, environment=None):
     """`evaluate` by `count` processes with two devices each: the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "scaling_dit", "evaluate", f"--workdir={smoke_run}", f"--out={out}", "--items=40",
-        "--batch=4", *metrics,
+        "--batch=4", f"--metrics={','.join(metrics)}", *SETTINGS,
     ]  # fmt: skip
     joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
     return [
@@ -48,30 +51,54 @@ def finish(started):
     return [said for said, _ in output]
 
 
+def results(folder):
+    """The rows of results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
 def files(folder):
-    """name -> bytes of all files; the times in results.jsonl left out."""
+    """name -> bytes of all files but those of the distances, whose images are others; results.jsonl as its rows."""
+    rows = results(folder)
+    distances = [row for row in rows if row["metric"] in DISTANCES]
+    apart = {row["folder"] for row in distances}
+    apart |= {f"images-{row['prompts_sha256'][:8]}" for row in distances}
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    rows = [json.loads(line) for line in found.pop("results.jsonl").splitlines()]
-    return {**found, "results.jsonl": rows}
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in apart:
+            found[str(name)] = path.read_bytes()
+    return {**found, "results.jsonl": [row for row in rows if row["metric"] in QUESTIONS]}
 
 
 @pytest.fixture(scope="module")
-def alone(smoke_run, tmp_path_factory):
+def both(smoke_run, tmp_path_factory):
+    """Folders of all four metrics, by one process and by two: the folders, and what the two processes print."""
+    places = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    weights = tmp_path_factory.mktemp("weights")
+    (weights / "colours").touch()
+    environment = {"SCALING_DIT_WEIGHTS": str(weights)}
+    said = [
+        finish(start(smoke_run, out, count, QUESTIONS + DISTANCES, environment))
+        for count, out in enumerate(places, 1)
+    ]
+    return places, said[1]
+
+
+@pytest.fixture(scope="module")
+def alone(both):
     """The files of one process."""
-    out = tmp_path_factory.mktemp("one")
-    finish(start(smoke_run, out, 1))
-    found = files(out)
+    found = files(both[0][0])
     assert sum(name.endswith(".png") for name in found) == 41 and len(found["results.jsonl"]) == 2
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_make_the_bytes_of_one(smoke_run, tmp_path, alone, count):
-    first, *others = finish(start(smoke_run, tmp_path, count))
+def test_several_processes_make_the_bytes_of_one(smoke_run, tmp_path, both, alone, count):
+    if count == 2:
+        (_, tmp_path), (first, *others) = both
+    else:
+        first, *others = finish(start(smoke_run, tmp_path, count))
     assert "shapes_tifa of" in first and not any("shapes_tifa of" in said for said in others)
     assert files(tmp_path) == alone
 
@@ -97,16 +124,11 @@ def test_processes_killed_at_any_moment_are_resumed(smoke_run, tmp_path, alone):
 
 
 @pytest.mark.slow
-def test_metrics_of_one_network_have_the_features_of_all_processes(smoke_run, tmp_path):
+def test_metrics_of_one_network_have_the_features_of_all_processes(both):
     """Two of real and generated images, by one process and by two; features of an image do not depend on its batch."""
-    metrics = (f"--metrics={tiny_distances.Nearer.NAME},{tiny_distances.Wider.NAME}", "--batch=4")
-    (tmp_path / "colours").touch()
-    environment = {"SCALING_DIT_WEIGHTS": str(tmp_path)}
     found = []
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        finish(start(smoke_run, out, count, metrics, environment))
-        rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for out in both[0]:
+        rows = [row for row in results(out) if row["metric"] in DISTANCES]
         assert all(row["n"] == 40 for row in rows)
         found.append({name: value for row in rows for name, value in row["scalars"].items()})
     assert set(found[0]) == {"nearer", "wider"} and found[0]["nearer"] > 0

@@ -32,7 +32,7 @@ from scaling_dit.sampling.sampler import Sampler
 from tests.support import text_towers
 from tests.support.parity import randomise_
 
-pytestmark = pytest.mark.usefixtures("on_one_device")
+pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
 PIXELS, STEPS, GUIDANCE = 16, 10, 3.0
 PROMPTS = ["a red circle left of a blue square", "", "two small green triangles, quite far apart " * 12]
 SMOKE = "--config=experiments/shapes.py:smoke"

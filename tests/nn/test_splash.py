@@ -147,5 +147,7 @@ def test_a_backbone_of_splash_is_initialised_anywhere_and_runs_as_xla(monkeypatc
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:2x4"])
 def test_forward_and_backward_compile_for_tpus_at_every_head_size(topology):
-    cases = [f"334:77:4:2:{size}" for size in HEAD_SIZES] + ["1101:1101:4:4:128"]
+    # All sizes for one chip; for the other one that is no power of two, and the largest.
+    sizes = HEAD_SIZES if topology.startswith("v5p") else (72, 128)
+    cases = [f"334:77:4:2:{size}" for size in sizes] + ["1101:1101:4:4:128"]
     assert compiled(topology, "splash", cases) == dict.fromkeys(cases, ([0, 0], "splash"))

@@ -21,7 +21,7 @@ START = """
     events = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     overrides = ["--config.compile_cache=workdir", "--config.log.tensorboard=false"]
-    overrides += ["--config.optim.decay=constant", f"--config.steps={sys.argv[2]}"]
+    overrides += ["--config.optim.decay=constant", "--config.backbone.depth=1", f"--config.steps={sys.argv[2]}"]
     loop.train(config.load("experiments/shapes.py:smoke", overrides), sys.argv[1])
     names = ("hits", "misses")
     print(json.dumps({name: events[f"/jax/compilation_cache/cache_{name}"] for name in names}))

@@ -144,6 +144,7 @@ def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
         config.mesh.update({"data": 2, "fsdp": 4})
         config.sharding.gather_once = once
         config.update({"steps": 3, "batch": 16})
+        config.backbone.depth = 1
         config.log.update({"every": 1, "tensorboard": False})
         config.eval.every = 0
         train(config, tmp_path / str(once))

@@ -25,7 +25,7 @@ HEARTBEAT = 20
 COMMAND = [
     sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke", "--config.mesh.data=2",
     "--config.mesh.fsdp=2", "--config.log.every=1", "--config.log.tensorboard=false", "--config.checkpoint.every=5",
-    f"--config.processes.heartbeat={HEARTBEAT}",
+    f"--config.processes.heartbeat={HEARTBEAT}", "--config.backbone.depth=1",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec
 from scaling_dit.training.loop import Stopped
-from tests.support import simulated_study
+from tests.support import simulated_study, xla
 from tests.support.paths import ROOT
 
 SMOKE = "experiments/studies/shapes_core.py:smoke"
@@ -176,7 +176,7 @@ def test_two_at_once_make_the_table_of_one_after_another(tmp_path):
     """Stopped in the middle by SIGTERM and killed once, too."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(devices=1)}
     command = [sys.executable, "-m", "scaling_dit", "study"]
     apart, together = tmp_path / "apart", tmp_path / "together"
 

@@ -23,6 +23,8 @@ from scaling_dit.training.program import StepProgram, run_mesh
 from tests.support import simulated_study
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
+
 SMOKE = "experiments/studies/shapes_core.py:smoke"
 WORKER = "tests/support/study_worker.py"
 

@@ -60,7 +60,7 @@ def value_and_grads(backbone, variables, inputs, *, compiled=True):
     return prediction, grads, grad_latents
 
 
-def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4):
+def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4, eager="gradients"):
     """Outputs and all gradients are the same eagerly, compiled, with each way to save memory, and scanned.
 
     Args:
@@ -68,6 +68,7 @@ def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4):
       inputs: positional inputs of its call.
       modes: name -> the fields that make it.
       tolerance: largest difference over the largest value.
+      eager: what is computed eagerly as well: "gradients", with the prediction; "prediction" alone; or "nothing".
     """
     plain = make_backbone()
     weights = interop.to_state_dict(plain, fill(contract.abstract_variables(plain, inputs)))
@@ -77,10 +78,13 @@ def check_scan_remat_jit(make_backbone, inputs, modes=MODES, tolerance=1e-4):
         prediction, grads, grad_latents = value_and_grads(backbone, variables, inputs, **options)
         return {"": prediction, "latents": grad_latents} | interop.to_state_dict(backbone, grads)
 
-    wanted = outcome(plain, compiled=False)
+    wanted = outcome(plain, compiled=eager != "gradients")
+    if eager == "prediction":
+        found = plain.apply(interop.load_state_dict(plain, weights), *jax.tree.map(jnp.asarray, inputs))
+        assert np.abs(found - wanted[""]).max() <= tolerance * np.abs(np.asarray(wanted[""])).max()
     # A gradient that is nothing but rounding, such as that of a key's bias, is measured by the others.
     floor = 1e-3 * max(np.abs(np.asarray(value)).max() for name, value in wanted.items() if name)
-    for mode, fields in ({"compiled": {}} | modes).items():
+    for mode, fields in (({"compiled": {}} if eager == "gradients" else {}) | modes).items():
         found = outcome(make_backbone(**fields))
         assert set(found) == set(wanted)
         for name, value in wanted.items():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import scaling_dit
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.interop import importing
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling import pipeline
-from scaling_dit.training import program
+from scaling_dit.training import loop, program
 
 STEPS = 20
 # Tests make runs of the same few programs by turns, on one device and on several.
@@ -46,10 +47,20 @@ def tiny(steps: int = STEPS, **changes) -> ConfigDict:
     return config_lib.resolve(config)
 
 
-def open_on_one_device(patch: pytest.MonkeyPatch) -> None:
-    """Until the patch ends, runs are opened, and imported, on one device: it compiles faster, and writes less."""
-    patch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices=devices[:1]))
-    patch.setattr(importing, "run_mesh", functools.partial(program.run_mesh, devices=jax.devices()[:1]))
+def open_on_one_device(patch: pytest.MonkeyPatch, count: int = 1) -> None:
+    """Until the patch ends, runs are opened, and imported, on one device: it compiles faster, and writes less.
+
+    `count` says on how many, for tests of which several devices are the subject but eight are not.
+    """
+    patch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices=devices[:count]))
+    patch.setattr(importing, "run_mesh", functools.partial(program.run_mesh, devices=jax.devices()[:count]))
+
+
+def train_on_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch ends, verbs and `scaling_dit.train` take one device by default, and not all that there are."""
+    alone = functools.partial(loop.train, devices=jax.devices()[:1])
+    for module in (loop, scaling_dit):
+        patch.setattr(module, "train", alone)
 
 
 def open_once(patch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,12 @@
 import os
 import sys
 
+import pytest
+
 from scaling_dit.evaluation import run as evaluation
 from scaling_dit.scaling import spec, study, table
 from scaling_dit.training import loop
+from tests.support.runs import open_on_one_device, train_on_one_device
 
 # Moments of a study, by a name: the module and the function called there.
 MOMENTS = {
@@ -33,7 +36,11 @@ def main() -> None:
     workdir, *rest = sys.argv[1:]
     if rest:
         die_at(rest[0], int(rest[1]))
-    study.study(spec.load("experiments/studies/shapes_core.py:smoke"), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        # As the study that it is compared with.
+        open_on_one_device(patch)
+        train_on_one_device(patch)
+        study.study(spec.load("experiments/studies/shapes_core.py:smoke"), workdir)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ SDXL = {"channel_mult": (1, 2, 4), "transformer_depth": (0, 1, 2), "res_blocks":
 TD = {"channel_mult": (1, 2, 2), "transformer_depth": (0, 2, 3), "res_blocks": 2}
 TEXT_TIME = {"text_time": True, "pooled_dim": 10}
 SD2_CUT = {"channel_mult": (1, 2), "transformer_depth": (1,)}
+TD_CUT = {"channel_mult": (1, 2), "transformer_depth": (0, 3), "res_blocks": 2}
 SDXL_CUT = {"channel_mult": (1, 2), "transformer_depth": (0, 2)}
 IF = {"channel_mult": (1, 2, 3), "attention_levels": (0, 1), "res_blocks": 1}
 IF_CUT = {"channel_mult": (1, 2), "attention_levels": (0,)}

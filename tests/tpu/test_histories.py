@@ -184,7 +184,7 @@ def test_some_random_histories(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["queued", "compute"])
 def test_a_thousand_random_histories(backend):
-    @settings(max_examples=1200, **QUIET)
+    @settings(max_examples=600, **QUIET)
     @given(**ARGUMENTS)
     def histories(**drawn):
         play(backend, **drawn)

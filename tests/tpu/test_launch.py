@@ -115,7 +115,7 @@ def test_a_job_is_preempted_twice_and_ends_as_if_it_was_not(fake, capfd, backend
 TRAIN = (
     "scaling-dit", "train", "--config=shapes:smoke", "--config.mesh.data=2", "--config.mesh.fsdp=2",
     "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=60", "--config.checkpoint.every=10",
-    "--config.log.every=10", "--config.processes.heartbeat=20",
+    "--config.log.every=10", "--config.processes.heartbeat=20", "--config.backbone.depth=1",
 )  # fmt: skip
 
 # Seconds: each look costs as much as many steps of training.
@@ -188,7 +188,7 @@ def test_training_preempted_twice_ends_bit_identical(uninterrupted, tmp_path, mo
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(outside, "LIMITS", QUICK)
     monkeypatch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, POLL)))
-    assert train(fake, tmp_path / "run", backend, slices, preempt_at=(10, 30)) == 0
+    assert train(fake, tmp_path / "run", backend, slices, preempt_at=(10, 20)) == 0
     cloud = fake.cloud()
     assert cloud.created == 3 and not cloud.made
     assert Store(f"{backend}-{slices}").read_state().restarts >= 2

@@ -65,7 +65,7 @@ def test_every_member_is_done_once(seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     slices=st.integers(1, 6),

@@ -22,9 +22,10 @@ from scaling_dit.training.base import Start
 from tests.support.layouts import LAYOUTS
 from tests.support.runs import assert_same_bits, leaves, tiny
 
-# As deep as `smoke_run`, which they adapt.
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
+ONE = jax.devices()[:1]
 ADAPTED = {
-    "backbone__depth": 2,
     "adapter__rank": 2,
     "adapter__alpha": 4.0,
     "optim__learning_rate": 0.01,
@@ -36,15 +37,21 @@ def adapted(steps, **changes):
     return tiny(steps, **ADAPTED, **changes)
 
 
+FOUR = adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=())
+
+
 @pytest.fixture(scope="module")
-def base(smoke_run):
-    return smoke_run
+def base(tmp_path_factory):
+    """The workdir of a run with checkpoints of steps 2 and 4."""
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    loop.train(tiny(4, checkpoint__every=2), workdir, ONE)
+    return workdir
 
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "run"
-    loop.train(adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), folder, start=str(base))
+    loop.train(FOUR, folder, ONE, start=str(base))
     return folder
 
 
@@ -90,17 +97,13 @@ def test_training_changes_the_samples_and_the_loss_from_those_of_the_base(base, 
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(base, trained, tmp_path):
-    whole = loop.train(
-        adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), tmp_path / "whole", start=str(base)
-    )
+    whole = loop.train(FOUR, tmp_path / "whole", ONE, start=str(base))
     with Checkpoints(Workdir(trained).checkpoints, read_only=True) as store:
         there, _ = store.restore(4, whole)
     assert_same_bits(whole, there)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-    resumed = loop.train(
-        adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), tmp_path / "resumed"
-    )
+    resumed = loop.train(FOUR, tmp_path / "resumed", ONE)
     assert_same_bits(whole, resumed)
 
 
@@ -113,10 +116,10 @@ def test_another_base_is_refused_in_one_line_and_a_moved_one_found(base, trained
     shutil.rmtree(other / "checkpoints" / "4")
     (other / "checkpoints" / "2").rename(other / "checkpoints" / "4")
     with pytest.raises(UserError, match=r"trained beside another base than the one in .*other"):
-        loop.train(adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), run, start=str(other))
+        loop.train(FOUR, run, ONE, start=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
-    loop.train(adapted(4, checkpoint__every=2, eval__every=2, eval__metrics=()), run, start=str(moved))
+    loop.train(FOUR, run, ONE, start=str(moved))
     assert FrozenBase.read(Workdir(run).base).place == str(moved)
     # Or with a file that was changed by hand, which the checkpoint contradicts.
     kept = json.loads(Workdir(run).base.read_text()) | {"sha256": "", "place": str(other)}
@@ -128,7 +131,7 @@ def test_another_base_is_refused_in_one_line_and_a_moved_one_found(base, trained
 @pytest.fixture(scope="module")
 def one_device(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return leaves(loop.train(adapted(2, batch=16), folder / "run", jax.devices()[:1], start=str(base)).params)
+    return leaves(loop.train(adapted(2, batch=16), folder / "run", ONE, start=str(base)).params)
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ def bucketed(folder, steps, backbone=None, image_size=32, **changes):
 @pytest.mark.slow
 def test_each_size_has_one_program_and_a_killed_run_ends_with_the_same_bits(folder, tmp_path, capfd):
     config = bucketed(folder, 12, checkpoint__every=5)
-    whole = loop.train(config, tmp_path / "whole")
+    one = jax.devices()[:1]
+    whole = loop.train(config, tmp_path / "whole", one)
     said = capfd.readouterr().err
     assert "scaling-dit: buckets: 20x48 " not in said
     assert all(
@@ -60,10 +61,10 @@ def test_each_size_has_one_program_and_a_killed_run_ends_with_the_same_bits(fold
         assert f"compiled for batches of {size}, program" in said
         assert f"program {number} of 3" in said
     assert len(losses(tmp_path / "whole")) == 12
-    loop.train(bucketed(folder, 5, checkpoint__every=5), tmp_path / "parts")
+    loop.train(bucketed(folder, 5, checkpoint__every=5), tmp_path / "parts", one)
     # The same run with more steps, as if it had been killed at step 5.
     Workdir(tmp_path / "parts").config.write_text(config_lib.to_json(config))
-    parts = loop.train(config, tmp_path / "parts")
+    parts = loop.train(config, tmp_path / "parts", one)
     assert_same_bits(whole, parts)
 
 

@@ -20,6 +20,10 @@ from tests.support.layouts import LAYOUTS
 from tests.support.runs import assert_same_bits, losses, tiny
 from tests.support.uvit_golden import fill
 
+# Its layouts are a test of the step alone.
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
+ONE = jax.devices()[:1]
 RUN = {"conditioning__names": ("inpaint",), "batch": 8}
 SIDE = 16
 
@@ -28,14 +32,14 @@ SIDE = 16
 def run(tmp_path_factory):
     """Of four steps."""
     workdir = tmp_path_factory.mktemp("conditions") / "run"
-    return workdir, loop.train(tiny(steps=4, **RUN), workdir)
+    return workdir, loop.train(tiny(steps=4, **RUN), workdir, ONE)
 
 
 @pytest.mark.slow
 def test_a_run_resumes_bit_by_bit(run, tmp_path):
     workdir, whole = run
-    loop.train(tiny(steps=2, **RUN), tmp_path)
-    resumed = loop.train(tiny(steps=4, **RUN), tmp_path)
+    loop.train(tiny(steps=2, **RUN), tmp_path, ONE)
+    resumed = loop.train(tiny(steps=4, **RUN), tmp_path, ONE)
     assert_same_bits(resumed, whole)
     assert losses(tmp_path) == losses(workdir)
     # The kernel of the condition has left its initial value: it was trained.
@@ -82,24 +86,24 @@ def test_images_of_the_command_line_are_in_the_manifest(run, tmp_path, capsys):
     assert "keep needs a condition with a mask" in capsys.readouterr().err
 
 
-def outcome(layout, name, fields, concat):
-    """Losses and parameters of two steps on a layout; None: one device."""
+def outcome(layout):
+    """Losses, parameters and the rate of two steps on a layout, with a condition of each kind; None: one device."""
+    fields = {"hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": "true"}
     overrides = [f"--config.backbone.{key}={value}" for key, value in fields.items()]
     overrides += [
+        "--config.backbone.name=uvit",
         "--config.conditioning.names=('inpaint','edit')",
-        f"--config.conditions.inpaint.concat={concat}",
-    ]
-    overrides += [
+        "--config.conditions.inpaint.concat=token",
         "--config.conditions.edit.concat=channel",
         "--config.batch=16",
         "--config.optim.accumulate=2",
     ]
-    config = config_lib.load("experiments/shapes.py:smoke", [f"--config.backbone.name={name}", *overrides])
+    config = config_lib.load("experiments/shapes.py:smoke", overrides)
     with config.copy_and_resolve_references().unlocked() as config:
         config.mesh.update(LAYOUTS[layout] if layout else {"data": 1})
     source = open_source(config)
     model = build_model(config, make_tokenizer(config, source), source)
-    made = StepProgram.build(config, model, run_mesh(config, None if layout else jax.devices()[:1]))
+    made = StepProgram.build(config, model, run_mesh(config, None if layout else ONE))
     state = made.init(jax.random.key(config.seed))
     frozen = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), fill(made.frozen), made.frozen)
     rng = np.random.default_rng(0)
@@ -118,13 +122,17 @@ def outcome(layout, name, fields, concat):
     return found, trees.by_path(jax.device_get(state.params)), config.optim.learning_rate
 
 
+@pytest.fixture(scope="module")
+def alone():
+    return outcome(None)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("concat, layout", [("token", "FSDP2xCTX2xTP2"), ("channel", "DP2xFSDP4")])
-def test_a_whole_step_is_that_of_one_device(concat, layout):
+@pytest.mark.parametrize("layout", ["FSDP2xCTX2xTP2", "DP2xFSDP4"])
+def test_a_whole_step_is_that_of_one_device(alone, layout):
     """What is dropped, noise, loss, optimiser and averages included."""
-    fields = {"hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": "true"}
-    wanted_losses, wanted, rate = outcome(None, "uvit", fields, concat)
-    found_losses, found, _ = outcome(layout, "uvit", fields, concat)
+    wanted_losses, wanted, rate = alone
+    found_losses, found, _ = outcome(layout)
     np.testing.assert_allclose(found_losses, wanted_losses, rtol=1e-5)
     # Adam's first steps follow the sign of a gradient, so an entry that is only rounding may move either way.
     for path, value in wanted.items():
@@ -136,7 +144,8 @@ def test_a_plan_has_the_conditions_in_its_step():
     """More FLOPs and memory with them than without, on the devices here."""
     plans = []
     for names in ("()", "('inpaint',)"):
-        config = config_lib.load("experiments/shapes.py:smoke", [f"--config.conditioning.names={names}"])
+        small = ["--config.backbone.depth=1", f"--config.conditioning.names={names}"]
+        config = config_lib.load("experiments/shapes.py:smoke", small)
         plans.append(plan.make(config, parse(LOCAL)))
     without, found = plans
     assert found.model_flops > without.model_flops

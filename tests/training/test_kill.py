@@ -19,6 +19,7 @@ STEPS = 30
 COMMAND = [
     sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke", f"--config.steps={STEPS}",
     "--config.eval.every=0", "--config.checkpoint.every=4", "--config.log.every=1", "--config.log.tensorboard=false",
+    "--config.backbone.depth=1",
 ]  # fmt: skip
 # One device: the quickest layout.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla.flags(devices=1)}

@@ -296,19 +296,27 @@ def test_a_run_continues_without_its_base_and_as_if_never_killed(smoke_run, tmp_
     assert_same_bits(train(config, tmp_path / "new", ONE, start=base), whole)
 
 
+LONGER = {"source__preset": "grid32", "text_encoder__length": 20}
+
+
+@pytest.fixture(scope="module")
+def longer(smoke_run, tmp_path_factory):
+    """(workdir, parameters) of a run of more tokens that began from `smoke_run` on one device."""
+    workdir = tmp_path_factory.mktemp("longer") / "one"
+    return workdir, begun(tiny(**LONGER), workdir, smoke_run)[1].params
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 1, "tensor": 2}], ids=str)
-def test_every_layout_begins_with_the_same_bits(smoke_run, tmp_path, mesh):
-    changes = {"source__preset": "grid32", "text_encoder__length": 20}
-    _, one = begun(tiny(**changes), tmp_path / "one", smoke_run)
-    config = tiny(**changes, **{f"mesh__{axis}": size for axis, size in mesh.items()})
+def test_every_layout_begins_with_the_same_bits(smoke_run, longer, tmp_path, mesh):
+    config = tiny(**LONGER, **{f"mesh__{axis}": size for axis, size in mesh.items()})
     run, many = begun(config, tmp_path / "many", smoke_run, jax.devices()[:4])
-    tables = [state.params["backbone"].pop("pos_embed") for state in (one, many)]
-    assert_same_bits(one.params, many.params)
+    place = "['backbone']['pos_embed']"
+    one, found = leaves(longer[1]), leaves(many.params)
     # Interpolated on another number of devices, so up to rounding.
-    np.testing.assert_allclose(*tables, rtol=1e-5, atol=1e-7)
-    many.params["backbone"]["pos_embed"] = tables[1]
-    records = [json.loads((tmp_path / name / "start.json").read_text()) for name in ("one", "many")]
+    np.testing.assert_allclose(one.pop(place), found.pop(place), rtol=1e-5, atol=1e-7)
+    assert_same_bits(one, found)
+    records = [json.loads((at / "start.json").read_text()) for at in (longer[0], tmp_path / "many")]
     assert records[0]["params_sha256"] == records[1]["params_sha256"]
     assert records[0]["resized"] == ["backbone/pos_embed"]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.program.state.params)
@@ -323,15 +331,22 @@ def test_a_larger_run_with_a_kept_table_is_the_base_at_its_resolution(smoke_run,
     assert_same_bits(state.params, base.params)
 
 
+@pytest.fixture(scope="module")
+def frozen_base(tmp_path_factory):
+    """The workdir of a run whose text encoder is frozen."""
+    workdir = tmp_path_factory.mktemp("frozen") / "base"
+    train(runs.tiny(steps=2, train_text_encoder=False, seed=3), workdir, ONE)
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gather", [False, True])
-def test_a_frozen_text_encoder_becomes_trained(tmp_path, gather):
-    frozen = tiny(steps=2, train_text_encoder=False, seed=3)
-    train(frozen, tmp_path / "base", ONE)
+def test_a_frozen_text_encoder_becomes_trained(frozen_base, tmp_path, gather):
+    shutil.copytree(frozen_base, tmp_path / "base")
     base = pipeline.load(tmp_path / "base")
     mesh = {"mesh__data": 1, "mesh__fsdp": 2, "sharding__gather_once": True} if gather else {}
     # Another seed: neither the backbone nor the text encoder may come from it.
-    config = tiny(steps=1, seed=4, optim__text_encoder_rate=0.1, optim__warmup_steps=0, **mesh)
+    config = runs.tiny(steps=1, seed=4, optim__text_encoder_rate=0.1, optim__warmup_steps=0, **mesh)
     devices = jax.devices()[:2] if gather else ONE
     _, state = begun(config, tmp_path / "new", tmp_path / "base", devices)
     assert_same_bits(state.params, base.params | {"text_encoder": base.frozen["text_encoder"]})

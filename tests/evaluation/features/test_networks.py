@@ -164,10 +164,11 @@ def test_inception_is_torch_fidelity_s(tmp_path):
     model = fidelity.inception(tmp_path)
     path = tmp_path / "inception.safetensors"
     pickles.convert(epath.Path(tmp_path / "inception.pth"), epath.Path(path))
+    network = networks.INCEPTION["tensorflow1"].open(str(path), 2)
     for size in (40, 330):
         images = RNG.integers(0, 256, (2, size, size, 3), np.uint8)
         (theirs,) = model(torch_pixels(images))
-        ours = networks.INCEPTION["tensorflow1"].open(str(path), 2)(images)
+        ours = network(images)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         assert np.std(theirs.numpy()) > 0.05
     clean = networks.INCEPTION["clean"].open(str(path), 2)(images)

@@ -147,6 +147,32 @@ def test_each_figure_is_printed_as_svg_and_png(study):
     assert convert.svg_to_png(svg)[:4] == b"\x89PNG"
 
 
+def test_guidance_is_a_chart_where_several_scales_were_scored(study):
+    def names(made):
+        return {one.name for one in figures.figures(made, figure_data.data_of(made, [], []))}
+
+    assert "guidance" not in names(study)
+    several = [{**row, "guidance": scale} for row in study.scores for scale in (1.5, 3.0)]
+    assert "guidance" in names(dataclasses.replace(study, scores=several))
+
+
+def test_the_laws_in_print_stand_with_what_is_wrong_with_one(page):
+    section = page[page.index("<h2>Laws in print</h2>") :]
+    section = section[: section.index("</section>")]
+    assert "The exponent cannot be right: TIFA is at most 1" in section
+    row = section[section.index("SDXL&#x27;s UNet: 2,392 million parameters") :]
+    assert row.index("<td>1.812</td>") < row.index("<td>0.839</td>")
+    assert "LensArt and SSTK with synthetic captions: 7,300 million image-noun pairs" in section
+
+
+def test_early_signals_are_by_score_loss_and_timestep(page):
+    section = page[page.index("<h2>Early signal</h2>") :]
+    section = section[: section.index("</section>")]
+    for head in ("by shapes_tifa", "by validation loss", "by loss at timesteps 0000-0499"):
+        assert f'<th scope="col">{head}</th>' in section
+    assert "At a lower resolution" not in section
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"report needs vl-convert: pip install 'scaling-dit\[study\]'"):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from scaling_dit.scaling.curves import Curve
 
 
@@ -91,7 +93,7 @@ def points() -> list[Point]:
     found = []
     for unit, (law, at) in _AT.items():
         for name, x in at.items():
-            corrected = float(P1_PARAMS_CORRECTED.law(x)) if law is P1_PARAMS else None
+            corrected = float(P1_PARAMS_CORRECTED.law(np.array(x))) if law is P1_PARAMS else None
             shown = f"{x:.3g}".replace("e+", "e") if x >= 1e6 else f"{x:,}"
-            found.append(Point(law, f"{name}: {shown} {unit}", x, float(law.law(x)), corrected))
+            found.append(Point(law, f"{name}: {shown} {unit}", x, float(law.law(np.array(x))), corrected))
     return found

@@ -2,11 +2,15 @@
 
 import ast
 import importlib
+import types
 
 import pytest
+from scaling_dit.experiments.studies import _shapes
 
+from scaling_dit.model.build import build_model, countable_tokenizer
 from scaling_dit.scaling import ladder
 from scaling_dit.scaling import spec as spec_lib
+from scaling_dit.training import stage_configs
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "experiments" / "studies"
@@ -90,3 +94,33 @@ def test_members_of_the_core_study_are_matched():
     # The deep one has the fewer.
     assert 1 <= ladder.cost(wide.config).params / ladder.cost(deep.config).params < 1.12
     assert ladder.spread((wide, deep), "compute") < 1.01
+
+
+def test_p1_continues_its_narrow_unets_at_512_px():
+    spec = spec_lib.load("p1_resolution")
+    for row in ("sdxl-c128", "sdxl-c192"):
+        base, stage = (spec.member(f"{row}-{side}px") for side in (256, 512))
+        assert stage.base == base.name and stage.config.source.image_size == 2 * base.config.source.image_size
+        there = types.SimpleNamespace(start="base", config=base.config, trains_text=False)
+        model = build_model(stage.config, countable_tokenizer(stage.config))
+        # A stage may begin from it: nothing that it computes with differs.
+        stage_configs.check_configs(there, stage.config, model)
+
+
+def test_mup_has_heads_of_one_size_and_costs_nothing():
+    """As in `shapes_full`, whose other members take their time to resolve."""
+    config = _shapes.base()
+    rows = [{"hidden": width, "depth": 1, "heads": 4} for width in (48, 160)]
+    sizes = [
+        ladder.derive(config, {"backbone": _shapes.section("uvit", row, 4)}, f"s{row['hidden']}")
+        for row in rows
+    ]
+    *made, without = _shapes.by_mup(sizes)
+    assert [one.name for one in (*made, without)] == ["s48-mup", "s160-mup", "s160-h16"]
+    for plain, one in zip(sizes, made, strict=True):
+        assert one.config.optim.mup_base == 48 and one.config.backbone.hidden == plain.config.backbone.hidden
+        assert one.config.backbone.hidden // one.config.backbone.heads == 16
+        assert one.config.optim.learning_rate == plain.config.optim.learning_rate
+        assert ladder.cost(one.config).train_flops() == ladder.cost(plain.config).train_flops()
+    assert without.config.optim.mup_base == 0
+    assert without.config.backbone == made[-1].config.backbone

@@ -252,6 +252,32 @@ def kills_of_others(drill: Drill, counts: Counts, table: Table) -> None:
         chains(drill, table, row, counts.kills, arguments, disturb, finish)
 
 
+def kills_of_studies(drill: Drill, counts: Counts, table: Table) -> None:
+    """Kills of a study of two members and two seeds, whose tables must come out byte for byte."""
+    row = table.row("SIGKILL, random moments", "study")
+    if row.codes[137] >= counts.kills:
+        return
+    command, whole = ["study", "--config=shapes_core:smoke"], drill.root / "study-whole"
+    began = time.monotonic()
+    if fault := drill.run([*command, f"--workdir={whole}"]).fault(0):
+        raise SystemExit(f"study, undisturbed: {fault}")
+    seconds, tables = time.monotonic() - began, ("table.parquet", "scores.parquet")
+
+    def disturb(drill: Drill, command: Command, workdir: pathlib.Path) -> None:
+        # Of a fifth of the study: a chain of kills meets all of it.
+        command.kill_later(drill.random.uniform(0.1, 1.0) * seconds / CHAIN)
+
+    def finish(workdir: pathlib.Path) -> str:
+        if fault := drill.run([*command, f"--workdir={workdir}"]).fault(0):
+            return fault
+        other = [name for name in tables if (workdir / name).read_bytes() != (whole / name).read_bytes()]
+        return f"other tables: {', '.join(other)}" if other else ""
+
+    chains(
+        drill, table, row, counts.kills, lambda workdir: [*command, f"--workdir={workdir}"], disturb, finish
+    )
+
+
 def images_of(root: pathlib.Path) -> pathlib.Path:
     """A folder of small images with captions."""
     import numpy as np
@@ -468,7 +494,10 @@ def small(drill: Drill, counts: Counts, table: Table) -> None:
     table.add(row, ended.code, ended.fault(0) or drill.same_run(workdir))
 
 
-PARTS = {part.__name__: part for part in (signals, writers, disks, damage, kills_of_runs, kills_of_others)}
+PARTS = {
+    part.__name__: part
+    for part in (signals, writers, disks, damage, kills_of_runs, kills_of_others, kills_of_studies)
+}
 
 
 def run(parts: list[str], counts: Counts, seed: int, table: Table) -> None:

@@ -5,7 +5,7 @@ budget; the average of its weights stands in for the decay. Scenes are 8 px wide
 objects and captions that say everything, relations included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,6 +41,8 @@ DEEP = {
     "channels": 32, "channel_mult": (1, 1), "res_blocks": 1, "transformer_depth": (0, 11), "head_dim": 32,
     "scan_layers": True,
 }  # fmt: skip
+# muP scales width with heads of one size, which divides every width of U-ViT in `shapes_full`.
+MUP_HEAD = 16
 
 
 def base(preset: str = "grid8", *, steps: int = 1000, batch: int = 32) -> ConfigDict:
@@ -69,3 +71,21 @@ def families(config: ConfigDict, rows: Rows, size: str, patch: int = 4) -> tuple
     """Every family of `rows`, named family-size."""
     made = {f"{name}-{size}": section(name, row, patch) for name, row in rows.items()}
     return ladder.families(config, made, {"size": size})
+
+
+def by_mup(sizes: Sequence[Member]) -> list[Member]:
+    """Sizes of one family with their rate tuned at the smallest width, and the largest with such heads alone.
+
+    Heads change no cost that is counted, so budgets stay.
+    """
+    smallest = sizes[0].config.backbone.hidden
+    made = []
+    for member in sizes:
+        heads = {"backbone.heads": member.config.backbone.hidden // MUP_HEAD}
+        changes = heads | {"optim.mup_base": smallest}
+        made.append(
+            ladder.derive(member.config, changes, f"{member.name}-mup", {**member.groups, "mup": "on"})
+        )
+    last = sizes[-1]
+    without = ladder.derive(last.config, heads, f"{last.name}-h{MUP_HEAD}", {**last.groups, "mup": "off"})
+    return [*made, without]

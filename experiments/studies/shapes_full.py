@@ -4,8 +4,10 @@
     scaling-dit study --config=shapes_full --workdir=runs/shapes_full
 
 Four sizes of every family at one compute each (0.1M to 3M parameters by width), 300, 3,000 and unlimited scenes for
-U-ViT and PixArt, U-ViT's long skips on and off, U-ViT and IF's UNet at 8 and 16 px, and a learning rate of a half and
-of twice the base's for each size of U-ViT. Twenty points of each run answer what 25 % of training says about its end.
+U-ViT and PixArt, U-ViT's long skips on and off, four families at 8 and 16 px, and a learning rate of a half and
+of twice the base's for each size of U-ViT. U-ViT's four sizes again by muP, with heads of one size and the rate of the
+smallest, beside the largest with such heads and without muP. Twenty points of each run answer what 25 % of training
+says about its end.
 
 Slice: none; 2 CPU cores, a night or two: the study resumes.
 
@@ -58,7 +60,10 @@ def get_study() -> StudySpec:
             by_name["uvit-s2"].config, {"backbone.long_skips": False}, "uvit-s2-noskips", {"skips": "off"}
         )
     )
-    for name, patch in (("uvit-s2", {"backbone.patch": 8}), ("unet_if-s2", {})):
+    # Enough pairs to ask whether the order at 8 px predicts that at 16 px.
+    for family in ("uvit", "pixart", "large_dit", "unet_if"):
+        name = f"{family}-s2"
+        patch = {} if family == "unet_if" else {"backbone.patch": 8}
         wide = ladder.derive(
             by_name[name].config, {"source.preset": "grid16", **patch}, f"{name}-16px", {"pixels": "16"}
         )
@@ -74,6 +79,7 @@ def get_study() -> StudySpec:
             )
             for label, rate in RATES.items()
         ]
+    members += _shapes.by_mup([by_name[f"uvit-s{step + 1}"] for step in range(len(BUDGETS))])
     return StudySpec(
         question="How do all families scale on shapes, and what changes their order?",
         members=tuple(members),
@@ -83,6 +89,12 @@ def get_study() -> StudySpec:
             Claim("unlimited scenes beat 300 for PixArt", "pixart-s2", "pixart-s2-n300"),
             Claim(
                 "half of the rate is better for the largest U-ViT", "uvit-s4-halfrate", "uvit-s4", paired=True
+            ),
+            Claim(
+                "muP at the smallest's rate helps the largest U-ViT",
+                "uvit-s4-mup",
+                "uvit-s4-h16",
+                paired=True,
             ),
             Claim(
                 "IF's UNet beats U-ViT in relations", "unet_if-s4", "uvit-s4", metric="shapes_tifa_spatial"

@@ -1,9 +1,12 @@
 """The verbs of a study: `study` runs one, `advise` asks one."""
 
 import dataclasses
+import json
 import sys
+from typing import TextIO
 
-from scaling_dit.cli.options import flag
+from scaling_dit.cli.options import flag, group
+from scaling_dit.cli.train import Processes
 from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.errors import UserError
 from scaling_dit.fields import COUNT, FEW, FROM_0, POSITIVE
@@ -29,34 +32,69 @@ class Study(Verb):
     member: str | None = flag(
         "train and evaluate this member of the study in --workdir alone, and leave its tables to a later start"
     )
+    queue: bool = flag(
+        "write the study to --workdir and print its members as JSON for `tpu queue add`; train nothing", False
+    )
     own_code: bool = own_code_flag()
+    processes: Processes = group(Processes)
 
     def run(self) -> int:
         """Runs the study, and returns the exit codes of `train`."""
         trust_if(self.own_code)
 
-        from scaling_dit.scaling import members_at_once, spec, study
-        from scaling_dit.training.loop import Stopped
+        from scaling_dit import config as config_lib
+        from scaling_dit.scaling.folder import StudyFolder
 
-        if self.config is None and not study.StudyFolder(self.workdir).study.exists():
+        if self.config is None and not StudyFolder(self.workdir).study.exists():
             raise UserError(
                 f"{self.workdir} holds no study, so study needs --config; for example: {self.EXAMPLE}"
             )
-        if self.member is not None and (self.config is not None or self.at_once != 1):
+        if self.member is not None and (self.config is not None or self.at_once != 1 or self.queue):
             raise UserError("--member goes with --workdir alone: the folder holds the study's members")
+        if self.queue:
+            return self._print_members()
+        if self.member is not None:
+            from scaling_dit.scaling import members_at_once
+
+            members_at_once.settle()
+        # The members' own would need their configs, and what makes those may use jax, which has to join first.
+        return self.processes.run_together(self._train, lambda: config_lib.defaults().processes, self.command)
+
+    def _train(self) -> int:
+        """Trains all members, or one."""
+        from scaling_dit.scaling import spec, study
+        from scaling_dit.training.loop import Stopped
+
         try:
             if self.member is not None:
-                members_at_once.settle()
                 done = study.member(self.member, self.workdir)
-                print(f"{done} runs of {self.member} are over; `scaling-dit study` writes the tables")
+                self._say(f"{done} runs of {self.member} are over; `scaling-dit study` writes the tables")
                 return 0
             chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
             found = study.study(chosen, self.workdir, at_once=self.at_once, own_code=self.own_code)
         except Stopped as stop:
-            print(f"scaling-dit: {stop}", file=sys.stderr)
+            self._say(f"scaling-dit: {stop}", sys.stderr)
             return stop.code
-        print(f"{found.runs} runs, {len(found.rows)} points: {found.folder.table}")
-        print(f"its report: scaling-dit report {self.workdir}")
+        self._say(f"{found.runs} runs, {len(found.rows)} points: {found.folder.table}")
+        self._say(f"its report: scaling-dit report {self.workdir}")
+        return 0
+
+    @staticmethod
+    def _say(line: str, file: TextIO | None = None) -> None:
+        """Prints a line, in process 0 of several."""
+        import jax
+
+        if jax.process_index() == 0:
+            print(line, file=file)
+
+    def _print_members(self) -> int:
+        """Registers the study, and prints what a queue needs to know of it."""
+        from scaling_dit.scaling import queue_members, spec, study
+
+        chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+        folder = study.StudyFolder(self.workdir)
+        study.register(chosen, folder, lambda: study.count_finished(chosen, folder))
+        print(json.dumps(queue_members.of(chosen, folder, own_code=self.own_code), indent=1))
         return 0
 
 

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
-
 from scaling_dit.evaluation.registry import is_lower_better
 from scaling_dit.scaling import claims as claims_lib
-from scaling_dit.scaling import table
+from scaling_dit.scaling import parity, table
 from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Answer, Claim, RankStability
-from scaling_dit.scaling.spec import LOSS, StudySpec, point_steps
+from scaling_dit.scaling.spec import LOSS, StudySpec
 from scaling_dit.scaling.study import Study
 from scaling_dit.scaling.table import Row
 
@@ -127,7 +125,7 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
     metric = study.spec.metrics[0] if study.spec.metrics else LOSS
     ranked = ranking(study, metric)
     if ranked is None:
-        return f"{done} of {study.runs} runs have finished; an order of members needs 2 seeds of 2 members."
+        return f"{done} of {study.runs} runs have finished; an order needs 2 seeds of 2 members that compare."
     low, high = ranked.interval
     return so_far + (
         f"{ranked.order[0]} is best by {metric} of {len(ranked.order)} members, above the next with probability "
@@ -164,49 +162,6 @@ def power_table(study: Study, metric: str) -> tuple[float, list[tuple[float, lis
     return found, rows
 
 
-def early_signal(study: Study) -> list[tuple[float, float | None, float | None]]:
-    """How well the order of members part of the way predicts the order at the end.
-
-    Returns:
-      For each point but the last, (share of the training, Spearman's rank correlation of the members' mean metric there
-      with that at the end, and of minus their mean loss there with the metric at the end); None where a mean is missing
-      or all members are equal. Empty with fewer than three members.
-    """
-    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
-    points = study.spec.points
-    steps_of = {member.name: point_steps(member.config.steps, points) for member in study.spec.members}
-    by: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
-    for row in study.rows:
-        steps = steps_of.get(row["member"], [])
-        if row["step"] in steps:
-            # Counted from the end, for a short run may have fewer points.
-            by[row["member"], len(steps) - 1 - steps.index(row["step"])].append(row)
-    names = [member.name for member in study.spec.members if by.get((member.name, 0))]
-    if len(names) < 3:
-        return []
-    sign = -1.0 if lower_is_better(study.spec, metric) else 1.0
-    final = [_mean(by[name, 0], metric) for name in names]
-    found = []
-    for back in range(points - 1, 0, -1):
-        scores = [_mean(by[name, back], metric) for name in names]
-        losses = [_mean(by[name, back], LOSS) for name in names]
-        minus = [None if loss is None else -sign * loss for loss in losses]
-        found.append((1 - back / points, _spearman(scores, final), _spearman(minus, final)))
-    return found
-
-
-def _mean(rows: Sequence[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return statistics.fmean(values) if values else None
-
-
-def _spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float | None:
-    """Spearman's rank correlation; None where a value is missing, or all of one side are equal."""
-    if None in x or None in y or len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    return float(stats.spearmanr(x, y).statistic)
-
-
 def variance(study: Study) -> tuple[float, float] | None:
     """(variance among training seeds, among generation seeds) of the first metric, the mean over members.
 
@@ -239,16 +194,18 @@ def lower_is_better(spec: StudySpec, column: str) -> bool:
 
 
 def ranking(study: Study, metric: str) -> RankStability | None:
-    """The order of the best RANKED members by a metric; losses are best when low.
+    """The order of the best RANKED members by a metric; losses are best when low, and of members whose losses compare.
 
     None with fewer than two members of two seeds.
     """
     sign = -1.0 if lower_is_better(study.spec, metric) else 1.0
     finals = _finals(study.rows, metric)
+    members = study.spec.members
+    alike = parity.same_losses(members) if metric.startswith(LOSS) else {member.name for member in members}
     values = {
         member.name: [sign * value for value in finals[member.name].values()]
-        for member in study.spec.members
-        if len(finals.get(member.name, ())) >= 2
+        for member in members
+        if member.name in alike and len(finals.get(member.name, ())) >= 2
     }
     # Time and memory of the bootstrap grow with the square of members.
     best = sorted(values, key=lambda name: -statistics.fmean(values[name]))[:RANKED]

@@ -8,7 +8,7 @@ from typing import Any
 
 from scaling_dit.errors import UserError
 from scaling_dit.scaling import audit as audit_lib
-from scaling_dit.scaling import laws
+from scaling_dit.scaling import laws, parity
 from scaling_dit.scaling.audit import Audit
 from scaling_dit.scaling.study import Study
 from scaling_dit.scaling.table import Row
@@ -44,13 +44,15 @@ def endpoints(study: Study) -> list[Row]:
     """The points that stand for runs of their own, with a finite loss; see `table.run_rows`.
 
     Members that begin from another have none: their costs do not count the base's, so a law would find them too cheap.
+    Nor have those of other data than most members, for a law is one of runs that differ in size and length alone.
     """
+    same = parity.same_data(study.spec.members)
     staged = {member.name for member in study.spec.members if member.base}
     return [
         row
         for row in study.rows
         if row["endpoint"]
-        and row["member"] not in staged
+        and row["member"] in same - staged
         and row["loss"] is not None
         and math.isfinite(row["loss"])
     ]

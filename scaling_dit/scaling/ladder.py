@@ -24,6 +24,8 @@ from scaling_dit.errors import UserError, nearest
 _CALLS: dict[str, Callable[[int], int]] = {"heun": lambda steps: 2 * steps - 1}
 # A matched set may differ by this share.
 TOLERANCE = 0.1
+# Shapes of a latent, and of the tokens of a caption, and the image conditions that a backbone reads.
+Inputs = tuple[tuple[int, int, int], tuple[int, int], tuple[Any, ...]]
 # Fewer steps than this round a budget by more than 1 %, and train nothing.
 _FEWEST_STEPS = 50
 
@@ -256,13 +258,18 @@ def cost(config: ConfigDict) -> Cost:
     return _COSTS[text]
 
 
+def latent_side(config: ConfigDict) -> int:
+    """The height of a resolved config's latents: what its resolution is to its backbone."""
+    return _inputs(config)[0][0]
+
+
 # Text of a config -> its cost.
 _COSTS: dict[str, Cost] = {}
-# Text of some sections of a config -> shapes of a latent, and of the tokens of a caption.
-_INPUTS: dict[str, tuple[tuple[int, int, int], tuple[int, int], tuple[Any, ...]]] = {}
+# Text of some sections of a config -> its inputs.
+_INPUTS: dict[str, Inputs] = {}
 
 
-def _cost(config: ConfigDict) -> Cost:
+def _inputs(config: ConfigDict) -> Inputs:
     # The sections that the shapes of a backbone's inputs follow from.
     sections = ("source", "codec", "text_encoder", "conditioning", "conditions")
     key = "\n".join(config_lib.dump(config[name]) for name in sections)
@@ -270,8 +277,12 @@ def _cost(config: ConfigDict) -> Cost:
         # Opens the source where its config does not say how large images are.
         first = count_table.of_experiment(config)
         _INPUTS[key] = first.latents, first.text, tuple(getattr(first.module, "conditions", ()))
+    return _INPUTS[key]
+
+
+def _cost(config: ConfigDict) -> Cost:
     fields = tuple(sorted(config_lib.flatten(config.backbone).items()))
-    latents, text, conditions = _INPUTS[key]
+    latents, text, conditions = _inputs(config)
     params, paper, total = _counted(fields, latents, text, conditions)
     sample = config.sample
     calls: int | None = _CALLS.get(sample.sampler, lambda steps: steps)(sample.steps)

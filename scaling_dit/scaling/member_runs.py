@@ -39,8 +39,9 @@ def finish(
     run = folder.run(member.name, seed)
     config = spec.run_config(member, seed, str(folder.compile_cache))
     start = None
-    # A run that exists has its base's weights. One of adapters reads them at each start, wherever they lie now.
-    if member.base and (config.adapter.rank or not run.config.exists()):
+    # A run that exists has its base's weights. One of adapters reads them at each start, wherever they lie now. Process
+    # 0 answers such questions for all: it writes, and another may look too early.
+    if member.base and (config.adapter.rank or not processes.first_says(run.config.exists())):
         start = Start(absolute(str(folder.run(member.base, seed))))
     if member.base and base_stopped:
         reason = f"{member.base}, which it begins from, has stopped"
@@ -58,14 +59,14 @@ def finish(
         for step in spec_lib.point_steps(config.steps, spec.points):
             wanted = table.results(spec, run, step)
             for (_, generation, scale), path in wanted.items():
-                if path.exists():
+                if processes.first_says(path.exists()):
                     continue
                 if preempted():
                     raise loop.Stopped(
                         signals.exit_code(), f"{signals.name()}: the same command resumes the study"
                     )
                 _evaluate(spec, run, step, generation, scale)
-                if not path.exists():
+                if not processes.first_says(path.exists()):
                     raise UserError(
                         f"evaluating step {step} of {run} left no {path}; the line above says why a metric was "
                         "skipped: install what it needs and give the same command again"
@@ -74,7 +75,9 @@ def finish(
 
 
 def _note_stop(folder: StudyFolder, member: Member, seed: int, code: int, reason: str) -> None:
-    """Writes down that a run is over before its last step."""
+    """Writes down that a run is over before its last step; process 0 does."""
+    if jax.process_index() != 0:
+        return
     path = folder.stopped(member.name, seed)
     # A run that never began has no folder.
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,5 +111,8 @@ def _note_memory(path: epath.Path) -> None:
 def _keep_last(folder: epath.Path) -> None:
     """Removes the checkpoints of a run that is evaluated, all but the last: they take most of a study's disk."""
     with Checkpoints(folder) as store:
-        for step in store.all_steps()[:-1]:
+        steps = store.all_steps()[:-1]
+        # All processes have listed them before the first one is gone.
+        processes.barrier()
+        for step in steps:
             store.remove(step)

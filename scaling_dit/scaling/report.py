@@ -19,7 +19,18 @@ from PIL import Image
 from scaling_dit import config as config_lib
 from scaling_dit import files
 from scaling_dit._version import __version__
-from scaling_dit.scaling import figure_data, figures, findings, fitted, machine, tables, tuned
+from scaling_dit.scaling import (
+    early,
+    figure_data,
+    figures,
+    findings,
+    fitted,
+    machine,
+    parity,
+    published,
+    tables,
+    tuned,
+)
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.figure_data import Data
 from scaling_dit.scaling.figures import Figure
@@ -144,6 +155,7 @@ def _page(
         _section("Figures", f'<div class="charts">{"".join(map(_figure, made))}</div>'),
         _section("Laws", tables.fits_html(found), _endpoint_note(study)) if found else "",
         _section("How far the laws reach", tables.audit_html(fitted.audits(study))) if found else "",
+        _printed() if found else "",
         _samples(holders, points, left_out),
         _section("Costs and goodput", _costs(study)),
         _section("Runs", _runs(study), _RUNS_NOTE),
@@ -202,16 +214,20 @@ def _files_note(study: Study) -> str:
 
 def _endpoint_note(study: Study) -> str:
     used = fitted.endpoints(study)
-    early = sum(row["step"] != row["steps"] for row in used)
-    if not early:
+    before = sum(row["step"] != row["steps"] for row in used)
+    if not before:
         note = "Laws rest on the last points of runs alone: with a decaying rate no earlier point stands for a run."
     else:
         note = (
-            f"Laws rest on {len(used)} points. {early} of them are checkpoints of runs with a constant learning rate, "
+            f"Laws rest on {len(used)} points. {before} of them are checkpoints of runs with a constant learning rate, "
             "each of which is the end of a run with a smaller budget."
         )
-    staged = _staged(study)
-    return f"{note} Left out, for their costs do not count their bases': {staged}." if staged else note
+    if staged := _staged(study):
+        note += f" Left out, for their costs do not count their bases': {staged}."
+    same = parity.same_data(study.spec.members)
+    if others := [member.name for member in study.spec.members if member.name not in same]:
+        note += f" Left out, for they were trained on other data than most: {html.escape(', '.join(others))}."
+    return note
 
 
 def _staged(study: Study) -> str:
@@ -268,20 +284,54 @@ def _power(study: Study) -> str:
 
 
 def _early(study: Study) -> str:
-    rows = findings.early_signal(study)
+    rows = early.signals(study)
     if not rows:
         return ""
-    metric = study.spec.metrics[0] if study.spec.metrics else findings.LOSS
+    metric = html.escape(study.spec.metrics[0] if study.spec.metrics else findings.LOSS)
+    bins = list(rows[0].by_timestep)
     heads = ["share of training", f"by {metric}", "by validation loss"]
+    heads += [f"by loss at timesteps {name.rpartition('_t')[2]}" for name in bins]
     cells = [
-        [f"{share:.0%}", *("-" if value is None else f"{value:.2f}" for value in values)]
-        for share, *values in rows
+        [
+            f"{row.share:.0%}",
+            *map(_correlation, (row.by_score, row.by_loss, *(row.by_timestep[name] for name in bins))),
+        ]
+        for row in rows
     ]
     note = (
-        f"Spearman's rank correlation of the members' order at part of the training with their order by "
-        f"{html.escape(metric)} at the end."
+        f"Spearman's rank correlation of the members' order at part of the training with their order by {metric} at "
+        "the end."
     )
-    return _section("Early signal", tables.cells_html(heads, cells), note)
+    return _section("Early signal", tables.cells_html(heads, cells) + _low_resolution(study, metric), note)
+
+
+def _low_resolution(study: Study, metric: str) -> str:
+    found = early.low_resolution(study)
+    if found is None:
+        return ""
+    cells = [[f"{share:.0%}", _correlation(value)] for share, value in found.shares]
+    pairs = ", ".join(f"{low} and {high}" for low, high in found.members)
+    note = (
+        f"At a lower resolution: the order of {len(found.members)} members by {metric} there, at part of the training, "
+        f"against the order of the same members at the higher resolution at the end ({html.escape(pairs)}). A run at "
+        f"the lower one costs {found.flops:.2g} of the training FLOPs."
+    )
+    return f'<p class="note">{note}</p>' + tables.cells_html(["share of training", "correlation"], cells)
+
+
+def _correlation(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _printed() -> str:
+    """What the laws that P1 printed give at its own points, and why one exponent cannot be right."""
+    heads = ["law", "at", "as printed", "with the exponent 0.011"]
+    cells = []
+    for point in published.points():
+        other = "" if point.corrected is None else f"{point.corrected:.3f}"
+        cells.append([point.law.formula, point.label, f"{point.score:.3f}", other])
+    note = f"TIFA by the laws of {published.P1_PARAMS.source}, to compare with. {published.P1_PARAMS.remark}"
+    return _section("Laws in print", tables.cells_html(heads, cells), html.escape(note))
 
 
 def _costs(study: Study) -> str:

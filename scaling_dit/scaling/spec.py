@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from scaling_dit import config as config_lib
 from scaling_dit.config import experiment_files
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.scaling import parity
 from scaling_dit.scaling.claims import Claim
 from scaling_dit.scaling.ladder import Member
 
@@ -111,8 +112,20 @@ class StudySpec:
             ):
                 known = ", ".join((LOSS, *self.metrics))
                 raise UserError(f"claim {claim.name!r}: no metric {metric!r}; the study measures {known}")
+            self._check_loss(claim, metric)
         if self.claims and len(self.seeds) < 2:
             raise UserError(f"claims need at least 2 training seeds; the study has {len(self.seeds)}")
+
+    def _check_loss(self, claim: Claim, metric: str) -> None:
+        """Losses on other data, or of another codec's latents, do not compare."""
+        if not metric.startswith(LOSS):
+            return
+        sides = [parity.measured_on(self.member(name).config) for name in (claim.a, claim.b)]
+        if found := parity.difference(*sides):
+            raise UserError(
+                f"claim {claim.name!r} compares the losses of {claim.a} and {claim.b}, which are measured on "
+                f"other data: {found}; give it a metric of images"
+            )
 
     def metric_of(self, claim: Claim) -> str:
         """The column of the table that a claim is about."""

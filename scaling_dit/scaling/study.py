@@ -3,10 +3,13 @@
 A study is a folder (`folder.py`). Its spec is written there before the first run, with the claims, so that a reader
 sees which claims came before the results. The same command resumes a killed study; a spec with more members, seeds or
 claims extends it. All seeds of a member run in one process and share its compiled programs. Members run one after
-another, or several at once on the cores of one host (`members_at_once.py`).
+another, several at once on the cores of one host (`members_at_once.py`), or on several slices that share a queue
+(`queue_members.py`). The processes of a slice run one study together: the first one writes, and what it sees in the
+folder counts for all.
 """
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,7 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.errors import UserError
+from scaling_dit.parallel import processes
 from scaling_dit.scaling import ladder, machine, member_runs, members_at_once, table
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import tensorboard as curves
@@ -75,7 +79,12 @@ def study(
         members_at_once.check(at_once)
     folder = StudyFolder(workdir)
     runner = _Runner(spec, folder)
-    registered = register(spec, folder, runner.finished)
+
+    def write() -> None:
+        register(spec, folder, runner.finished)
+
+    processes.first_does(write)
+    registered = _saved(folder)["registered"]
     if jax.process_index() == 0:
         machine.note(folder.machines)
     if at_once > 1:
@@ -98,6 +107,11 @@ def member(name: str, workdir: str | epath.Path) -> int:
     chosen = spec.member(name)
     _Runner(spec, folder, (chosen,)).work_on(chosen)
     return len(spec.seeds)
+
+
+def count_finished(spec: StudySpec, folder: StudyFolder) -> int:
+    """How many runs of a study are over, as they lie in its folder."""
+    return _Runner(spec, folder).finished()
 
 
 def read_spec(workdir: str | epath.Path) -> StudySpec:
@@ -194,12 +208,9 @@ class _Runner:
         chosen = spec.members if members is None else members
         asked = {member.name for member in chosen} | {member.base for member in chosen}
         # Asked once, and of a member after its run: a remote store answers slowly.
-        self._status = {
-            (member.name, seed): table.status_of(spec, folder, member, seed)
-            for member in spec.members
-            if member.name in asked
-            for seed in spec.seeds
-        }
+        runs = [(member, seed) for member in spec.members if member.name in asked for seed in spec.seeds]
+        found = _first_sees([table.status_of(spec, folder, member, seed) for member, seed in runs])
+        self._status = {(member.name, seed): one for (member, seed), one in zip(runs, found, strict=True)}
         # Rows of runs that are over: they are read once.
         self._over: dict[tuple[str, int], tuple[list[Row], list[Row], list[Row]]] = {}
         self._progress = _Progress(spec, chosen, self._is_over)
@@ -258,7 +269,8 @@ class _Runner:
         return [seed for seed in self._spec.seeds if not self._is_over(member, seed)]
 
     def _ask(self, member: Member, seed: int) -> None:
-        self._status[member.name, seed] = table.status_of(self._spec, self._folder, member, seed)
+        (now,) = _first_sees([table.status_of(self._spec, self._folder, member, seed)])
+        self._status[member.name, seed] = now
 
     def study(self, registered: dict[str, int]) -> Study:
         """The study with its rows so far; the tables are written."""
@@ -290,6 +302,12 @@ class _Runner:
         return self._status[member.name, seed] in (DONE, STOPPED)
 
 
+def _first_sees(statuses: list[str]) -> list[str]:
+    """The statuses of runs that process 0 found, in all processes: it writes, so another may have looked too early."""
+    found: list[str] = json.loads(processes.gather_bytes(json.dumps(statuses).encode())[0])
+    return found
+
+
 class _Progress:
     """Prints which run of how many begins, and when all will have ended.
 
@@ -309,6 +327,7 @@ class _Progress:
     ) -> None:
         self._spec, self._members, self._is_over, self._clock = spec, members, is_over, clock
         self._spent: dict[str, list[float]] = {}
+        self._flops: dict[str, int] = {}
         self._began = clock()
 
     @property
@@ -330,7 +349,7 @@ class _Progress:
         """Notes how long some runs took; without `seconds`, the one that began last."""
         family = str(member.config.backbone.name)
         spent = self._spent.setdefault(family, [0.0, 0.0])
-        spent[0] += runs * ladder.cost(member.config).train_flops()
+        spent[0] += runs * self._flops_of(member)
         spent[1] += self._clock() - self._began if seconds is None else seconds
 
     def ended(self, member: Member) -> None:
@@ -339,7 +358,8 @@ class _Progress:
         self._say(f"{self._total - len(left)} of {self._total} runs are over, {member.name} is", left)
 
     def _say(self, what: str, left: Sequence[Member]) -> None:
-        print(f"scaling-dit: study: {what}; {self.eta_text(left)}", file=sys.stderr, flush=True)
+        if jax.process_index() == 0:
+            print(f"scaling-dit: study: {what}; {self.eta_text(left)}", file=sys.stderr, flush=True)
 
     def eta_text(self, left: Sequence[Member]) -> str:
         """The time for these runs, in words."""
@@ -356,10 +376,15 @@ class _Progress:
         flops, seconds = map(sum, zip(*self._spent.values(), strict=True))
         rates = {family: each[0] / each[1] for family, each in self._spent.items()}
         return sum(
-            ladder.cost(member.config).train_flops()
-            / rates.get(str(member.config.backbone.name), flops / seconds)
+            self._flops_of(member) / rates.get(str(member.config.backbone.name), flops / seconds)
             for member in left
         )
+
+    def _flops_of(self, member: Member) -> int:
+        """Training FLOPs of a run, looked up once a member: each look writes its config out to find it."""
+        if member.name not in self._flops:
+            self._flops[member.name] = ladder.cost(member.config).train_flops()
+        return self._flops[member.name]
 
 
 def merge(folders: Sequence[str | epath.Path]) -> Study:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
 from scaling_dit.errors import UserError
 from scaling_dit.monitor import heartbeat
@@ -99,6 +100,32 @@ def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
         (1, "done", 20),
     ]
     assert last["two"]["validation/loss"] == pytest.approx(last["one"]["validation/loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_with_image_conditions(tmp_path):
+    """Each makes the masks and edges of its own rows, which follow from their positions."""
+    changes = [
+        "--config.conditioning.names=('inpaint','edges')",
+        "--config.conditions.edges.concat=channel",
+        "--config.backbone.depth=1",
+        "--config.checkpoint.every=100",
+        "--config.eval.every=0",
+        "--config.steps=3",
+    ]
+    finish(start(tmp_path / "two", 2, *changes))
+    mesh = [word for word in COMMAND if word.startswith("--config.") and "processes" not in word]
+    config = config_lib.load("experiments/shapes.py:smoke", [*mesh, *changes])
+    state = loop.train(config, tmp_path / "one", jax.devices()[:4])
+    reference = losses(tmp_path / "one")
+    assert len(reference) == 3
+    np.testing.assert_allclose(losses(tmp_path / "two"), reference, rtol=0, atol=1e-5)
+    found = pipeline.load(tmp_path / "two").params["backbone"]["condition_embed"]
+    wanted = state.params["backbone"]["condition_embed"]
+    assert set(found) == {"inpaint", "edges"} and np.abs(found["edges"]["kernel"]).max() > 0
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # Adam's first steps follow the sign of a gradient, which rounding may turn.
+        np.testing.assert_allclose(a, b, rtol=0, atol=2 * 3 * config.optim.learning_rate)
 
 
 @pytest.mark.slow

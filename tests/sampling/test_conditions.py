@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from scaling_dit.errors import UserError
@@ -15,6 +16,7 @@ from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.given import Given
 from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.pipeline import Pipeline
+from scaling_dit.sampling.sampler import Sampler
 from scaling_dit.trees import unbox
 from tests.support.runs import tiny
 from tests.support.uvit_golden import fill
@@ -102,6 +104,20 @@ def test_guidance_on_the_condition_and_a_start_from_an_image_act(pipe):
     assert (pipe.sample(PROMPTS, conditions=given, condition_guidance=4.0) != plain).any()
     half = pipe.sample(PROMPTS, image=IMAGE, strength=0.5)
     assert (half != pipe.sample(PROMPTS, image=255 - IMAGE, strength=0.5)).any()
+
+
+@pytest.mark.slow
+def test_conditions_are_sampled_on_a_mesh_as_on_one_device(pipe):
+    """Each row's images lie where its latents do; guided, and kept outside of the mask."""
+    given = {"inpaint": np.stack([CONDITION, CONDITION[::-1]])}
+    one = pipe.sampler(keep=True, condition_guidance=2.0)
+    mesh = make_mesh(data=2, fsdp=4)
+    weights = jax.device_put((pipe.params, pipe.frozen), NamedSharding(mesh, PartitionSpec()))
+    wanted = one(pipe.params, pipe.frozen, PROMPTS, conditions=given)
+    found = Sampler(pipe.model, mesh, one.options)(*weights, PROMPTS, conditions=given)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert (found[0] != found[1]).any()
+    np.testing.assert_array_equal(found[0, 8:], IMAGE[8:])
 
 
 @pytest.mark.parametrize(

@@ -174,19 +174,6 @@ def test_members_have_means_and_deviations_over_seeds(study):
     assert rows[0]["seeds"] == 3
 
 
-def test_how_early_the_order_shows(study):
-    rows = findings.early_signal(study)
-    assert [share for share, _, _ in rows] == [0.25, 0.5, 0.75]
-    # Members differ in size alone, and far more than seeds do; the score falls with the loss.
-    assert all(by_score > 0.9 and by_loss > 0.9 for _, by_score, by_loss in rows)
-    turned = [
-        {**row, "shapes_tifa": -row["shapes_tifa"]} if row["step"] == 250 else row for row in study.rows
-    ]
-    first = findings.early_signal(simulated_study.with_rows(study, turned))[0]
-    assert first[1] < -0.9 and first[2] > 0.9
-    assert findings.early_signal(simulated_study.study("nowhere", count=2)) == []
-
-
 def test_variance_of_training_and_of_generation_seeds(study):
     rng = np.random.default_rng(0)
     spec = dataclasses.replace(study.spec, generation_seeds=tuple(range(6)))
@@ -224,6 +211,15 @@ def test_the_printed_laws_of_p1():
     assert float(params.law(2391.8)) == pytest.approx(1.81, abs=0.005) and "cannot be right" in params.remark
     corrected = published.P1_PARAMS_CORRECTED.law
     assert [round(float(corrected(n)), 3) for n in (424, 2391.8, 4072.6)] == [0.823, 0.839, 0.844]
+    found = published.points()
+    of_params = [point for point in found if point.law is params]
+    # At each size that was trained: impossible as printed, and within the figure's axis with the other exponent.
+    assert len(of_params) == 5 and all(point.score > 1.4 for point in of_params)
+    assert all(0.82 < point.corrected < 0.85 for point in of_params)
+    assert all(
+        0.8 < point.score < 0.84 and point.corrected is None for point in found if point.law is not params
+    )
+    assert len(found) == 10
 
 
 def test_which_columns_are_better_low(study):

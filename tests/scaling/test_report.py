@@ -5,9 +5,11 @@ import dataclasses
 import html
 import io
 import json
+import os
+import pathlib
 import re
+import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.monitor.grid import write_png
 from scaling_dit.scaling import figure_data, figures, findings, fitted, report, tables
 from tests.support import simulated_study
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,6 +150,32 @@ def test_each_figure_is_printed_as_svg_and_png(study):
     assert convert.svg_to_png(svg)[:4] == b"\x89PNG"
 
 
+def test_guidance_is_a_chart_where_several_scales_were_scored(study):
+    def names(made):
+        return {one.name for one in figures.figures(made, figure_data.data_of(made, [], []))}
+
+    assert "guidance" not in names(study)
+    several = [{**row, "guidance": scale} for row in study.scores for scale in (1.5, 3.0)]
+    assert "guidance" in names(dataclasses.replace(study, scores=several))
+
+
+def test_the_laws_in_print_stand_with_what_is_wrong_with_one(page):
+    section = page[page.index("<h2>Laws in print</h2>") :]
+    section = section[: section.index("</section>")]
+    assert "The exponent cannot be right: TIFA is at most 1" in section
+    row = section[section.index("SDXL&#x27;s UNet: 2,392 million parameters") :]
+    assert row.index("<td>1.812</td>") < row.index("<td>0.839</td>")
+    assert "LensArt and SSTK with synthetic captions: 7,300 million image-noun pairs" in section
+
+
+def test_early_signals_are_by_score_loss_and_timestep(page):
+    section = page[page.index("<h2>Early signal</h2>") :]
+    section = section[: section.index("</section>")]
+    for head in ("by shapes_tifa", "by validation loss", "by loss at timesteps 0000-0499"):
+        assert f'<th scope="col">{head}</th>' in section
+    assert "At a lower resolution" not in section
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"report needs vl-convert: pip install 'scaling-dit\[study\]'"):
@@ -159,12 +188,28 @@ def test_a_run_and_a_study_are_not_reported_together(tmp_path, capsys):
     assert "is no study, so it cannot be reported together" in capsys.readouterr().err
 
 
+THOUSAND = """
+import resource, sys, time
+from scaling_dit.scaling import report
+from tests.support import simulated_study
+made = simulated_study.study(sys.argv[1], count=334, seeds=3)
+began = time.process_time()
+page = report.write(made)
+print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, page)
+"""
+
+
 @pytest.mark.slow
-def test_a_thousand_runs_take_less_than_half_a_minute(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitted, "RESAMPLES", 200)
-    made = simulated_study.study(tmp_path, count=334, seeds=3)
-    began = time.process_time()
-    page = report.write(made)
-    assert time.process_time() - began < 60
-    assert page.stat().length < 5_000_000
+def test_a_thousand_runs_take_less_than_half_a_minute_and_two_gib(tmp_path):
+    """In a process of its own, whose memory nothing else has used."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", THOUSAND, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds, kibibytes, page = done.stdout.split()
+    print(f"{float(seconds):.1f} s of the processor, {int(kibibytes) / 2**20:.2f} GiB at most")
+    # Of the processor: what else runs here takes its share of the clock.
+    assert float(seconds) < 30 and int(kibibytes) < 2 * 2**20
+    page = pathlib.Path(page)
+    assert page.stat().st_size < 5_000_000
     assert "the best 40 of 334 members" in page.read_text()

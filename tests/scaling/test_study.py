@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -190,6 +191,31 @@ def test_the_time_to_go_follows_the_flops_that_are_left(spec):
     assert progress.eta(spec.members[:2]) == pytest.approx(10 * (1 + other / one))
 
 
+def test_a_study_of_a_hundred_members_decides_in_less_than_50_ms(tmp_path, capsys):
+    """What it does between two runs: which is next, the time to go, the tables of all that are over."""
+    made = simulated_study.study(tmp_path, count=100, seeds=3)
+    runner = study_lib._Runner(made.spec, made.folder)
+    parts = {}
+    for place, rows in enumerate((made.rows, made.measured, made.scores)):
+        for row in rows:
+            parts.setdefault((row["member"], row["seed"]), ([], [], []))[place].append(row)
+    # All runs but one are over, so the tables are as long as they get.
+    last = made.spec.members[-1]
+    runner._over = {key: found for key, found in parts.items() if key != (last.name, 2)}
+    runner._status = dict.fromkeys(runner._over, table.DONE) | {(last.name, 2): table.WAITING}
+    # The first counts every member.
+    seconds = []
+    for _ in range(6):
+        began = time.process_time()
+        assert runner._left(last) == [2]
+        runner._progress.begin(last, 2)
+        runner._progress.end(last)
+        assert len(runner.study({}).rows) == 299 * 4
+        seconds.append(time.process_time() - began)
+    assert "run 300 of 300: " in capsys.readouterr().err
+    assert min(seconds[1:]) < 0.05, seconds
+
+
 def test_hyperparameters_are_what_members_differ_in(spec):
     found = curves.hparams(spec, spec.members[1], 1)
     assert found["member"] == "pixart-001" and found["seed"] == 1 and found["backbone.name"] == "pixart"
@@ -214,6 +240,19 @@ def finished(tmp_path_factory):
     return folder
 
 
+def of_tensorboard(folder):
+    """The hyperparameters in a log folder, and the steps of each curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    curves = {tag: [event.step for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    summary = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG)
+    fields = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content).hparams
+    return curves | {name: getattr(field, field.WhichOneof("kind")) for name, field in fields.items()}
+
+
 @pytest.mark.slow
 def test_the_core_study_in_miniature(finished, capsys):
     """Two members of two seeds, end to end: table, claim, TensorBoard, report, and nothing left to do."""
@@ -235,6 +274,10 @@ def test_the_core_study_in_miniature(finished, capsys):
     # Seeds differ in what they compute, members in their hash.
     assert len({row["loss"] for row in rows}) == 8 and len({row["config_hash"] for row in rows}) == 2
     assert len(list((finished / "tensorboard").glob("*/events*"))) == 4
+    shown = of_tensorboard(finished / "tensorboard" / "large_dit-tiny-seed1")
+    assert (shown["backbone.name"], shown["member"], shown["seed"]) == ("large_dit", "large_dit-tiny", 1.0)
+    gflops = [round(row["train_flops"] / 1e9) for row in rows[-2:]]
+    assert shown["evaluation/shapes_tifa"] == [3, 6] and shown["by_gflop/shapes_tifa"] == gflops
     before = (finished / "table.parquet").read_bytes()
     capsys.readouterr()
     assert cli.main(["study", f"--workdir={finished}"]) == 0

@@ -1,5 +1,6 @@
 """Training with image conditions: resumed bit by bit, the same on every layout, sampled from its folder."""
 
+import functools
 import json
 
 import jax
@@ -86,15 +87,15 @@ def test_images_of_the_command_line_are_in_the_manifest(run, tmp_path, capsys):
     assert "keep needs a condition with a mask" in capsys.readouterr().err
 
 
-def outcome(layout):
-    """Losses, parameters and the rate of two steps on a layout, with a condition of each kind; None: one device."""
-    fields = {"hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": "true"}
+def outcome(layout, concat="token", gather_once=False):
+    """(losses, parameters, learning rate) of two steps of a tiny U-ViT on a layout; None: one device."""
+    fields = {"name": "uvit", "hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": True}
     overrides = [f"--config.backbone.{key}={value}" for key, value in fields.items()]
     overrides += [
-        "--config.backbone.name=uvit",
         "--config.conditioning.names=('inpaint','edit')",
-        "--config.conditions.inpaint.concat=token",
+        f"--config.conditions.inpaint.concat={concat}",
         "--config.conditions.edit.concat=channel",
+        f"--config.sharding.gather_once={gather_once}",
         "--config.batch=16",
         "--config.optim.accumulate=2",
     ]
@@ -112,7 +113,9 @@ def outcome(layout):
         {key: leaf for key, leaf in made.batch.items() if key != "seed"},
     )
     found = []
-    step = made.lower().compile()
+    lowered = made.lower()
+    assert not gather_once or "all_gather" in lowered.as_text()
+    step = lowered.compile()
     with rules.activate(made.mesh):
         inputs = rules.to_global(batch, made.mesh, config.batch)
         inputs["seed"] = jax.device_put(np.uint32(0), rules.whole(made.mesh))
@@ -122,17 +125,26 @@ def outcome(layout):
     return found, trees.by_path(jax.device_get(state.params)), config.optim.learning_rate
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return outcome(None)
+@functools.cache
+def one_device(concat):
+    return outcome(None, concat)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["FSDP2xCTX2xTP2", "DP2xFSDP4"])
-def test_a_whole_step_is_that_of_one_device(alone, layout):
+@pytest.mark.parametrize(
+    "layout, concat, gather_once",
+    [
+        # One condition as tokens beside one as channels, and both as channels.
+        *((layout, "token", False) for layout in LAYOUTS if layout != "DP2xFSDP2xTP2"),
+        ("DP2xFSDP4", "channel", False),
+        ("DP2xFSDP4", "token", True),
+        ("FSDP8", "token", True),
+    ],
+)
+def test_a_whole_step_is_that_of_one_device(layout, concat, gather_once):
     """What is dropped, noise, loss, optimiser and averages included."""
-    wanted_losses, wanted, rate = alone
-    found_losses, found, _ = outcome(layout)
+    wanted_losses, wanted, rate = one_device(concat)
+    found_losses, found, _ = outcome(layout, concat, gather_once)
     np.testing.assert_allclose(found_losses, wanted_losses, rtol=1e-5)
     # Adam's first steps follow the sign of a gradient, so an entry that is only rounding may move either way.
     for path, value in wanted.items():

@@ -88,8 +88,14 @@ class Copy:
         )
 
 
-def carry_out(heading: str, folder: pathlib.Path) -> Copy:
-    """Copies the repository into a folder and does there what a section says."""
+def carry_out(heading: str, folder: pathlib.Path, *, commands: bool = True) -> Copy:
+    """Copies the repository into a folder and does there what a section says.
+
+    Args:
+      heading: of the section.
+      folder: for the copy.
+      commands: whether commands of `python` are run too, which takes a few seconds each.
+    """
     for name in _COPIED:
         if (ROOT / name).is_dir():
             # With what Python compiled, which holds as long as a file has its time and size.
@@ -103,7 +109,7 @@ def carry_out(heading: str, folder: pathlib.Path) -> Copy:
     for step in steps:
         _edit(folder, step)
     copy = Copy(folder, section)
-    for command in _commands(section):
+    for command in _commands(section) if commands else ():
         if command.startswith("python "):
             _output(copy._start(shlex.split(command)[1:], folder))
     return copy

@@ -1,18 +1,20 @@
 """What docs/index.md says of the package: layers, the way of a command to the jitted step, the working directory."""
 
+import functools
 import pathlib
 import re
 import sys
 import tomllib
 import types
 
+import jax
 import pytest
 
 import scaling_dit
 from scaling_dit.backbones.uvit import UViT
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.cli import main as cli
-from scaling_dit.training import program
+from scaling_dit.training import loop, program
 from scaling_dit.training.program import StepProgram
 from tests.support.paths import DOCS, ROOT
 
@@ -57,6 +59,8 @@ def stacks(monkeypatch):
             raise Arrived
         return call(self, *arguments, train=train, **keywords)
 
+    # Of one device, as `smoke_run`, whose initial state is compiled already.
+    monkeypatch.setattr(loop, "train", functools.partial(loop.train, devices=jax.devices()[:1]))
     # No program of another test takes this one's place.
     monkeypatch.setattr(program, "_last", [])
     monkeypatch.setattr(StepProgram, "build", building)

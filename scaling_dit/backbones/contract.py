@@ -35,16 +35,17 @@ Attributes of the class say the rest; each may be left out:
                    computes the same, whose folders can then be read and written
 """
 
+import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scaling_dit import trees
+from scaling_dit import components, trees
 from scaling_dit.backbones import conditions as image_conditions
 from scaling_dit.backbones.conditions import Conditions
 from scaling_dit.components import one_line
@@ -179,8 +180,24 @@ def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int 
 
 
 def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """Shapes and dtypes of the variables, without logical axes; nothing is allocated."""
-    return trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
+    """Shapes and dtypes of the variables, without logical axes; nothing is allocated.
+
+    Reading and writing weights ask for them again and again; tracing a large backbone takes seconds.
+    """
+    leaves, structure = jax.tree.flatten(inputs)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    trace: Callable[..., Any] = _kept if components.comparable(backbone) else _traced
+    found = trace(backbone, structure, shapes)
+    # Other nodes than those that are kept, for a caller may change its own.
+    return jax.tree.map(lambda leaf: leaf, found)
+
+
+def _traced(backbone: nn.Module, structure: Any, shapes: tuple[tuple[Shape, Any], ...]) -> Any:
+    inputs = structure.unflatten([jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    return trees.unbox(jax.eval_shape(lambda *given: backbone.init(jax.random.key(0), *given), *inputs))
+
+
+_kept = functools.lru_cache(maxsize=8)(_traced)
 
 
 def check_output(backbone: Any, found: Any, latents: Shape) -> None:

@@ -22,6 +22,18 @@ from scaling_dit.files import expand, is_remote
 REQUIRED = dataclasses.MISSING
 
 
+def comparable(*parts: Any) -> bool:
+    """Whether what follows from these parts follows from any that are equal to them.
+
+    It does from built-in ones whose fields have a hash; a user's own may depend on more than its fields.
+    """
+    try:
+        hash(parts)
+    except TypeError:
+        return False
+    return all(type(part).__module__.startswith("scaling_dit.") for part in parts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Registry:
     """The components of one kind.

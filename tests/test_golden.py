@@ -20,17 +20,30 @@ def get_config(arg=""):
 """
 
 
-# Parameters that take a second or more each to trace and are of a kind with others: full-size UNets, beside the small
-# ones of `backbones`, and stages that begin from one another. A slow test compares them as well.
+# Parameters that take long to trace, or are of a kind with others: large UNets, beside the small one of `backbones`;
+# the families of `dit_scaling`, of which `backbones` has each; stages that begin from one another; U-ViT on other data,
+# and with one condition in place of another. A slow test compares them as well.
 UNTRACED = {
-    "unet_scaling",
-    "unet_scaling-sd2",
-    "unet_scaling-if-xl-c512",
-    "unet_scaling-sdxl-td4_4,pretrained",
+    "backbones-unet_if",
+    "digits",
+    "dit_scaling-large_dit-h2048-d28-n16",
+    "dit_scaling-next_dit-h2304-d24-n32",
+    "dit_scaling-pixart-h1536-d28",
+    "editing-edges-channel",
+    "editing-edit-token",
+    "editing-inpaint-channel",
+    "editing-outpaint-token",
+    "emoji",
+    "stages",
     "stages-512",
     "stages-long",
-    "stages-text",
     "stages-shapes-24",
+    "stages-shapes-24-48",
+    "stages-text",
+    "unet_scaling",
+    "unet_scaling-if-xl-c512",
+    "unet_scaling-sd2",
+    "unet_scaling-sdxl-td4_4,pretrained",
 }
 
 

@@ -38,14 +38,14 @@ Attributes of the class say the rest; each may be left out:
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from scaling_dit import trees
+from scaling_dit import components, trees
 from scaling_dit.backbones import conditions as image_conditions
 from scaling_dit.backbones.conditions import Conditions
 from scaling_dit.components import one_line
@@ -182,29 +182,23 @@ def example_inputs(backbone: nn.Module, latents: Shape, text: Shape, batch: int 
 def abstract_variables(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Shapes and dtypes of the variables, without logical axes; nothing is allocated.
 
-    Tracing a deep backbone takes seconds, and who imports or exports weights asks again and again: an answer is kept
-    for equal backbones on inputs of equal shapes.
+    Reading and writing weights ask for them again and again; tracing a large backbone takes seconds.
     """
-    given = jax.eval_shape(lambda *inputs: inputs, *inputs)
-    leaves, structure = jax.tree.flatten(given)
+    leaves, structure = jax.tree.flatten(inputs)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    trace: Callable[..., Any] = _kept if components.comparable(backbone) else _traced
     # Its text too, for True equals 1 but is refused where 1 is not.
-    key = backbone, repr(backbone), tuple(leaves), structure
-    try:
-        hash(key)
-    except TypeError:
-        # A field that is no plain value.
-        return _trace(backbone, given)
-    # A tree of their own for each that asks, who may change it.
-    return jax.tree.map(lambda leaf: leaf, _kept(*key))
+    found = trace(backbone, repr(backbone), structure, shapes)
+    # Other nodes than those that are kept, for a caller may change its own.
+    return jax.tree.map(lambda leaf: leaf, found)
 
 
-@functools.lru_cache(maxsize=64)
-def _kept(backbone: nn.Module, _: str, leaves: tuple[Any, ...], structure: Any) -> Any:
-    return _trace(backbone, jax.tree.unflatten(structure, leaves))
+def _traced(backbone: nn.Module, _: str, structure: Any, shapes: tuple[tuple[Shape, Any], ...]) -> Any:
+    inputs = structure.unflatten([jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    return trees.unbox(jax.eval_shape(lambda *given: backbone.init(jax.random.key(0), *given), *inputs))
 
 
-def _trace(backbone: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    return trees.unbox(jax.eval_shape(backbone.init, jax.random.key(0), *inputs))
+_kept = functools.lru_cache(maxsize=64)(_traced)
 
 
 def check_output(backbone: Any, found: Any, latents: Shape) -> None:

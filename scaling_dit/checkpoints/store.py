@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
@@ -30,6 +31,9 @@ from scaling_dit.parallel import processes
 _SHOWN = 3
 # Bytes of arrays that `verify` reads at once, beside those of the run itself.
 _AT_ONCE = 2**27
+# Bytes below which one replica writes its part of an array alone. To share it, each device compiles a program that
+# cuts it, for each shape: more than it saves for scales, biases, and what a small run has.
+_SLICED = 2**20
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
@@ -126,7 +130,10 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self._orbax_folder,
             # Named handlers let a fresh process read the metadata of a checkpoint that it did not write.
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_array_handlers()),
+                "extra": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 create=not self._read_only,
                 save_root_metadata=False,
@@ -262,9 +269,9 @@ class Checkpoints:
         try:
             self.wait()
             with self._together(step):
-                self._check_same(step, wanted)
+                sealed = self._check_same(step, wanted, self._metadata(step))
                 for part in _parts(wanted):
-                    self._read(step, part)
+                    self._read(step, part, sealed)
         except Damaged as error:
             raise StorageError(f"{error}, as soon as it was written; older checkpoints are kept") from error
         self._policy.verified = True
@@ -287,9 +294,9 @@ class Checkpoints:
         step = self._existing(step)
         wanted = trees.by_path(target)
         with self._together(step):
-            extra = self._check_same(step, wanted)
-            arrays = self._read(step, wanted)
-        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), extra
+            sealed = self._check_same(step, wanted, self._metadata(step))
+            arrays = self._read(step, wanted, sealed)
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), sealed.extra
 
     def restore_newest(
         self, target: Any, aside: epath.Path, *, strict: bool = False
@@ -371,11 +378,12 @@ class Checkpoints:
           UserError, Damaged, StorageError: as `restore`, and a UserError if there is no such average.
         """
         step = self._existing(step)
-        prefix = self._prefix(step, ema)
+        there = self._metadata(step)
+        prefix = self._prefix(step, there, ema)
         wanted = {(*prefix, *path): leaf for path, leaf in trees.by_path(target).items()}
-        extra = self._check_same(step, wanted, prefix)
-        arrays = self._read(step, wanted)
-        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), extra
+        sealed = self._check_same(step, wanted, there, prefix)
+        arrays = self._read(step, wanted, sealed)
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted]), sealed.extra
 
     def describe_params(self, step: int | None, *, ema: str | None = None) -> dict[str, Any]:
         """The parameters of a checkpoint, or one of their averages, as shapes and dtypes; no array is read.
@@ -392,20 +400,21 @@ class Checkpoints:
           Damaged, StorageError: it cannot be read.
         """
         step = self._existing(step)
-        prefix = self._prefix(step, ema)
+        there = self._metadata(step)
+        prefix = self._prefix(step, there, ema)
         return _nested(
             {
                 path[len(prefix) :]: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-                for path, leaf in trees.by_path(self._metadata(step)).items()
+                for path, leaf in trees.by_path(there).items()
                 if path[: len(prefix)] == prefix
             }
         )
 
-    def _prefix(self, step: int, ema: str | None) -> tuple[str, ...]:
-        """Where the parameters of a checkpoint, or one of their averages, lie in its state."""
+    def _prefix(self, step: int, there: Any, ema: str | None) -> tuple[str, ...]:
+        """Where parameters, or one of their averages, lie in the state of a checkpoint with the metadata `there`."""
         if ema is None:
             return ("params",)
-        names = self.ema_names(step)
+        names = _averages(there)
         if ema not in names:
             known = nearest(ema, names) if names else "it has none"
             raise UserError(f"no EMA {ema!r} in checkpoint {self._folder(step)}; {known}")
@@ -417,9 +426,7 @@ class Checkpoints:
         Raises:
           UserError: if there is no such checkpoint or it is damaged.
         """
-        return sorted(
-            {path[1] for path in trees.by_path(self._metadata(self._existing(step))) if path[0] == "emas"}
-        )
+        return _averages(self._metadata(self._existing(step)))
 
     def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
@@ -483,16 +490,16 @@ class Checkpoints:
             return Sealed.from_json(self._manager.restore(step, args=items)["extra"])
 
     def _check_same(
-        self, step: int, wanted: Mapping[Any, Any], prefix: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Makes sure that a checkpoint holds just the arrays of `wanted` below `prefix`; returns its `extra`."""
+        self, step: int, wanted: Mapping[Any, Any], there: Any, prefix: tuple[str, ...] = ()
+    ) -> Sealed:
+        """Makes sure that a checkpoint holds just the arrays of `wanted` below `prefix`; `there` are its metadata."""
         sealed = self._sealed(step)
-        there = {path: _kind(leaf) for path, leaf in trees.by_path(self._metadata(step)).items()}
+        kinds = {path: _kind(leaf) for path, leaf in trees.by_path(there).items()}
         if sealed.arrays is not None:
             listed = {name: kind for name, (kind, _) in sealed.arrays.items()}
-            if listed != {"/".join(path): kind for path, kind in there.items()}:
+            if listed != {"/".join(path): kind for path, kind in kinds.items()}:
                 raise self._damaged(step, ValueError("its state is not the one that was saved"))
-        saved = {path: kind for path, kind in there.items() if path[: len(prefix)] == prefix}
+        saved = {path: kind for path, kind in kinds.items() if path[: len(prefix)] == prefix}
         differences = []
         for path in sorted({*wanted, *saved}):
             name = "/".join(path)
@@ -508,11 +515,10 @@ class Checkpoints:
                 f"checkpoint {self._folder(step)} does not fit this run: {'; '.join(differences[:_SHOWN])}{more};"
                 " use the config it was written with or another workdir"
             )
-        return sealed.extra
+        return sealed
 
-    def _read(self, step: int, wanted: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _read(self, step: int, wanted: Mapping[Any, Any], sealed: Sealed) -> dict[Any, Any]:
         """The arrays at the paths of `wanted`, in its shardings, compared with their checksums."""
-        sealed = self._sealed(step)
         item = _nested({path: _with_sharding(leaf) for path, leaf in wanted.items()})
         restore = ocp.args.PyTreeRestore(
             item=item,
@@ -532,6 +538,14 @@ class Checkpoints:
         return arrays
 
 
+def _array_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """How the arrays of a state are written and read."""
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICED)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    )
+
+
 class _OnceVerified(preservation_policy.PreservationPolicy):
     """Keeps every checkpoint until one of this start has been read back, then what another policy keeps."""
 
@@ -542,6 +556,11 @@ class _OnceVerified(preservation_policy.PreservationPolicy):
         if not self.verified:
             return [True] * len(checkpoints)
         return self._policy.should_preserve(checkpoints, context=context)
+
+
+def _averages(there: Any) -> list[str]:
+    """The keys of `emas` in the metadata of a state."""
+    return sorted({path[1] for path in trees.by_path(there) if path[0] == "emas"})
 
 
 def _parts(wanted: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from scaling_dit.costs.count import Count, count
@@ -28,7 +27,7 @@ def adapters_of(config: ConfigDict, model: Model) -> Adapters | None:
     """The adapters that a run trains, if it does; shapes alone are made."""
     if not config.adapter.rank:
         return None
-    return Adapters.of(config, jax.eval_shape(model.init, jax.random.key(0))[0])
+    return Adapters.of(config, model.shapes()[0])
 
 
 def frozen_macs(counted: Count, adapters: Adapters | None) -> int:

@@ -101,7 +101,7 @@ def export_adapters(pipe: Pipeline, folder: epath.Path, decay: str | None) -> in
     others = set(pipe.adapters) - {"backbone"}
     if others:
         raise UserError(f"the run has adapters of {', '.join(others)} too, which the file has no place for")
-    boxed = jax.eval_shape(pipe.model.init, jax.random.key(0))[0]
+    boxed = pipe.model.shapes()[0]
     chosen = Adapters.of(pipe.config, boxed)
     assert chosen is not None
     forms = {path[1:]: form for path, form in chosen.forms.items()}

@@ -4,6 +4,7 @@ The run is as `train` would start it, at step 0 with a fresh optimizer, but that
 averages are the imported ones. `train` with the same config resumes from there, and every verb opens it.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,7 +123,7 @@ def import_adapters(
     config.adapter.update({"rank": read.rank, "alpha": 0.0, "targets": lora.targets(backbone, read, inputs)})
     # Before the folder is claimed: what does not fit leaves no trace.
     key = jax.random.key(config.seed)
-    adapters = Adapters.of(config, jax.eval_shape(model.init, key)[0])
+    adapters = Adapters.of(config, model.shapes()[0])
     assert adapters is not None
     forms = {kernel[1:]: form for kernel, form in adapters.forms.items()}
     fresh = jax.tree.map(np.asarray, trees.unbox(jax.jit(adapters.init)(key)))["backbone"]
@@ -241,13 +242,15 @@ def start_run(
     backbone: Any = model.backbone
     loaded = interop.load_state_dict(backbone, weights, inputs=model_inputs(model))["params"]
     key = jax.random.key(config.seed)
-    boxed, boxed_frozen = jax.eval_shape(model.init, key)
+    boxed, boxed_frozen = model.shapes()
     _check_shapes(trees.by_path(loaded), trees.by_path(trees.unbox(boxed["backbone"])), model)
 
     frozen = open_frozen(None if fresh else workdir.frozen, model, config.seed, mesh, boxed_frozen)
     placed = rules.param_shardings(mesh, boxed)
     optimizer = optim.make_optimizer(config.optim, config.steps)
 
+    # Traced once, for its shapes and for what is compiled.
+    @functools.partial(jax.jit, inline=True)
     def make(imported: Any) -> TrainState:
         # What is given of the fresh state is never computed.
         return start_from(init_state(model, optimizer, config, key), imported)

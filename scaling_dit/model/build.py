@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from scaling_dit import backbones, encoders, trees
@@ -143,5 +142,5 @@ def countable_tokenizer(config: ConfigDict) -> Any:
 def abstract_params(config: ConfigDict) -> Params:
     """Shapes and dtypes of everything a config trains or holds frozen; nothing is allocated."""
     model = build_model(config, make_tokenizer(config))
-    params, frozen = jax.eval_shape(model.init, jax.random.key(0))
+    params, frozen = model.shapes()
     return trees.unbox({**params, **{name: tree for name, tree in frozen.items() if tree}})

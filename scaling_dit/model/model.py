@@ -6,14 +6,15 @@ rest).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from einops import reduce
 
-from scaling_dit import encoders
+from scaling_dit import components, encoders
 from scaling_dit.backbones import contract
 from scaling_dit.backbones.contract import Backbone
 from scaling_dit.config.conditions import Chosen
@@ -66,6 +67,18 @@ class Model:
         frozen: Params = {"codec": init_codec(self.codec, rng)}
         (params if self.train_text_encoder else frozen)["text_encoder"] = text_params
         return params, frozen
+
+    def shapes(self) -> tuple[Params, Params]:
+        """`init` as shapes and dtypes, boxed alike; nothing is allocated.
+
+        Tracing a large backbone takes seconds, so a process does it once for models whose parts are equal, such as
+        those of a run's checkpoints, opened one after the other.
+        """
+        parts = Parts.of(self, self.image_size, self.train_text_encoder)
+        found = _trace(self) if parts is None else _traced(parts)
+        # Other nodes than those that are kept, for a caller may change its own.
+        copied: tuple[Params, Params] = jax.tree.map(lambda leaf: leaf, found)
+        return copied
 
     def encode_text(
         self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array
@@ -168,3 +181,36 @@ class Model:
     def decode(self, frozen: Params, latents: jax.Array) -> jax.Array:
         """latents [B, h, w, c] -> images uint8 [B, H, W, 3]."""
         return self.codec.decode(frozen["codec"], latents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts of a model that something follows from, to be made once for all models that have them.
+
+    Attributes:
+      made_of: the parts.
+      model: one that has them.
+    """
+
+    made_of: tuple[Any, ...]
+    model: Model = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, model: Model, *more: Any) -> Self | None:
+        """Codec, text encoder, backbone, conditions, and more, which has a hash; None if one is a user's own."""
+        parts = [*model.encoders, model.backbone, *model.conditions]
+        # It may come from a file beside the weights, which may have changed.
+        read = [getattr(part, "architecture", None) for part in model.encoders]
+        # A backbone's text too, for True equals 1 but is refused where 1 is not.
+        made_of = (type(model), *parts, repr(model.backbone), *read, *more)
+        return cls(made_of, model) if components.comparable(*parts) else None
+
+
+def _trace(model: Model) -> tuple[Params, Params]:
+    shapes: tuple[Params, Params] = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return shapes
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(parts: Parts) -> tuple[Params, Params]:
+    return _trace(parts.model)

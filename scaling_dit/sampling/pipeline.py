@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from scaling_dit import config as config_lib
 from scaling_dit import trees
 from scaling_dit.checkpoints import posthoc_ema
 from scaling_dit.checkpoints.ema import find_ema, kept_emas, power_names
@@ -28,7 +29,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.model.adapters import Adapters
 from scaling_dit.model.build import build_model
 from scaling_dit.model.frozen import check_frozen, frozen_hash, open_frozen
-from scaling_dit.model.model import Model
+from scaling_dit.model.model import Model, Parts
 from scaling_dit.parallel import rules
 from scaling_dit.parallel.mesh import make_mesh
 from scaling_dit.sampling.given import Given
@@ -164,9 +165,9 @@ def open_run(
         raise UserError(f"ema is {describe(ema)}; it must be a decay such as 0.999, or 'power-WIDTH'")
     run = Workdir(workdir)
     tokenizer = load_tokenizer(config, run)
-    model = build_model(config, tokenizer)
     mesh = make_mesh(devices=jax.local_devices())
-    boxed, boxed_frozen = jax.eval_shape(model.init, jax.random.key(config.seed))
+    model, samplers = _samplers_of(config, build_model(config, tokenizer), mesh)
+    boxed, boxed_frozen = model.shapes()
     adapted = Adapters.of(config, boxed)
     trained = boxed if adapted is None else jax.eval_shape(adapted.init, jax.random.key(config.seed))
     target = rules.with_shardings(trees.unbox(trained), rules.param_shardings(mesh, trained))
@@ -197,6 +198,7 @@ def open_run(
         step=step,
         ema=name,
         adapters=adapters,
+        _samplers=samplers,
     )
 
 
@@ -222,6 +224,26 @@ def open_for_sampling(
     pipe = open_run(config, workdir, step, config.sample.ema if ema is None else ema)
     sampler = pipe.sampler(**changes)
     return pipe, sampler, {"step": pipe.step, "ema": pipe.ema or "none", **sampler.options.about}
+
+
+def _samplers_of(
+    config: ConfigDict, model: Model, mesh: jax.sharding.Mesh
+) -> tuple[Model, dict[SamplingOptions, Sampler]]:
+    """The samplers, and the model that they have, of a pipeline that was opened before if this one's are the same.
+
+    So checkpoints and averages of a run that are opened one after the other are sampled from by one compiled program.
+    What a user brings by "package.module:Name" may have changed in between, so such a run has its own.
+    """
+    # Schedule and prediction, which cannot be compared, follow from the section.
+    diffusion = repr(config.diffusion.to_dict())
+    more = (model.image_size, model.train_text_encoder, model.text_mask, diffusion, mesh)
+    parts = None if config_lib.own_names(config) else Parts.of(model, *more)
+    return (model, {}) if parts is None else _shared(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared(parts: Parts) -> tuple[Model, dict[SamplingOptions, Sampler]]:
+    return parts.model, {}
 
 
 def _prompts(prompts: str | Sequence[str]) -> list[str]:

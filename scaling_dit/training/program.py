@@ -59,12 +59,18 @@ class StepProgram:
         """
         optimizer, init = optimizer_and_init(config, model)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        boxed_params, boxed_frozen = jax.eval_shape(model.init, key)
+        boxed_params, boxed_frozen = model.shapes()
         adapters = Adapters.of(config, boxed_params, mesh)
         if adapters is not None:
             boxed_frozen = boxed_frozen | {BASE: boxed_params}
             boxed_params = jax.eval_shape(adapters.init, key)
-        abstract = jax.eval_shape(init, key)
+
+        # Traced once, for its shapes and for what is compiled.
+        @functools.partial(jax.jit, inline=True)
+        def fresh_state(key: jax.Array) -> TrainState:
+            return init(key)
+
+        abstract = jax.eval_shape(fresh_state, key)
         shardings = rules.state_shardings(mesh, abstract, rules.param_shardings(mesh, boxed_params))
         frozen_shardings = rules.param_shardings(mesh, boxed_frozen)
         gathered = None
@@ -87,7 +93,7 @@ class StepProgram:
         )
         return cls(
             mesh=mesh,
-            init=jax.jit(init, out_shardings=shardings),
+            init=jax.jit(fresh_state, out_shardings=shardings),
             step=step,
             state=rules.with_shardings(abstract, shardings),
             frozen=rules.with_shardings(trees.unbox(boxed_frozen), frozen_shardings),
@@ -176,7 +182,7 @@ def optimizer_and_init(
         return optimizer, functools.partial(init_state, model, optimizer, config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     base = functools.partial(mup.base_params, model, width)
-    shapes = trees.unbox(jax.eval_shape(model.init, key)[0])
+    shapes = trees.unbox(model.shapes()[0])
     far = jax.eval_shape(functools.partial(mup.base_params, model, mup.FAR * width), key)
     optimizer = optim.make_optimizer(
         config.optim, config.steps, mup.fan_ins(shapes, jax.eval_shape(base, key), far)
@@ -193,7 +199,7 @@ def init_adapters(
     model: Model, optimizer: optax.GradientTransformation, config: ConfigDict, key: jax.Array
 ) -> TrainState:
     """The state of step 0 of a run that trains adapters: they are its parameters; pure."""
-    adapters = Adapters.of(config, jax.eval_shape(model.init, key)[0])
+    adapters = Adapters.of(config, model.shapes()[0])
     assert adapters is not None
     fresh = trees.unbox(adapters.init(key))
     return create_state(fresh, optimizer, config.optim.ema, config.optim.ema_power)

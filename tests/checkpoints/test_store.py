@@ -113,6 +113,21 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
     assert_same(got, jax.tree.map(jnp.asarray, arrays))
 
 
+def test_replicas_share_what_is_large_and_one_writes_the_rest(tmp_path):
+    whole = NamedSharding(make_mesh(devices=jax.devices()[:2]), PartitionSpec())
+    sizes = {"large": 2**19, "small": 2**18}
+    arrays = {name: jax.device_put(np.ones(size, np.float32), whole) for name, size in sizes.items()}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": arrays})
+        saved = checkpoints._metadata(1)["params"]
+        # A half of each has one MiB, and half a MiB.
+        assert {name: leaf.storage.chunk_shape for name, leaf in saved.items()} == {
+            "large": (2**18,),
+            "small": (2**18,),
+        }
+        assert_same(checkpoints.restore(1, {"params": arrays})[0]["params"], arrays)
+
+
 def test_params_and_emas_alone(tmp_path):
     state = make_state()
     target = jax.eval_shape(lambda: state.params)

@@ -181,9 +181,10 @@ def test_one_line_for_a_mistake(arguments, message, capsys, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (
+        pytest.param(
             ["train", "--config=shapes", "--workdir=w", "--config.optim.lerning_rate=1"],
             "'optim.learning_rate'",
+            marks=pytest.mark.slow,
         ),
         (["train", "--config=shape", "--workdir=w"], "did you mean 'shapes'?"),
     ],
@@ -390,8 +391,9 @@ def test_count_prints_json(capsys):
 
 
 def test_remat_true_is_full_rematerialisation(capsys):
-    small = ["--config.backbone.hidden=32", "--config.backbone.depth=2", "--config.backbone.heads=2"]
+    small = ["--config.backbone.hidden=32", "--config.backbone.depth=1", "--config.backbone.heads=2"]
     kept = {}
+    # One block, for each remat is traced with its gradients.
     for remat in ("none", "true", "full"):
         override = f"--config.backbone.remat={remat}"
         command = ["count", "--backbone=uvit", *small, override, "--latents=8,8,3", "--text=5,16", "--json"]

@@ -13,6 +13,8 @@ from tests.support import small_webdataset
 from tests.support.pages import commands, first_column
 from tests.support.paths import DOCS
 
+pytestmark = pytest.mark.usefixtures("inspected_once")
+
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):

@@ -18,6 +18,8 @@ from scaling_dit.data.sources.image_files import RawSample
 from scaling_dit.errors import UserError
 from tests.support import small_webdataset
 
+pytestmark = pytest.mark.usefixtures("inspected_once")
+
 KEEP = "min(width, height) >= 24 and aesthetic > 4.5 and nsfw != 'NSFW'"
 DISTANCE = 6
 

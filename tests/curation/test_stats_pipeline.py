@@ -8,12 +8,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from apache_beam.runners.portability import prism_runner
 
 from scaling_dit.curation import sidecar, statistics, stats_pipeline, words
 from scaling_dit.curation.raw import RawName
 from scaling_dit.curation.sidecar import MadeCaption
 from scaling_dit.errors import UserError
 from tests.support import small_webdataset
+
+pytestmark = pytest.mark.usefixtures("inspected_once")
 
 THINGS = ["dog", "cat", "boy", "box", "cherry", "car", "tree", "horse", "leaf", "puppy"]
 FORMS = {thing: thing for thing in THINGS} | {
@@ -139,7 +142,9 @@ def test_5000_pairs(tmp_path, capsys):
     check(run(tmp_path, tmp_path / "out", capsys, captions=str(tmp_path / "made")), rows)
 
 
-def test_damage_is_counted_and_the_table_says_what_was_used(tmp_path, capsys):
+def test_damage_is_counted_and_the_table_says_what_was_used(tmp_path, capsys, monkeypatch):
+    servers = []
+    monkeypatch.setattr(prism_runner.PrismRunner, "run_pipeline", lambda *_: servers.append("started"))
     samples = [("a", IMAGE, "a dog", None), ("b", None, "no image", None), ("c", IMAGE, " ", None)]
     small_webdataset.write_tar(tmp_path / "0.tar", samples)
     stats_pipeline.main(RawName(f"webdataset:{tmp_path}/*.tar"), str(tmp_path / "out"), nouns="lexicon")
@@ -148,6 +153,8 @@ def test_damage_is_counted_and_the_table_says_what_was_used(tmp_path, capsys):
     assert "no tagging, no proper nouns" in shown and "column 'aesthetic' of 0 images" in shown
     written = json.loads((tmp_path / "out/stats.json").read_text())
     assert written["images"] == 1 and written["aesthetic"]["mean"] is None
+    # Beam would download one first, and run there.
+    assert not servers
 
 
 def test_a_side_car_of_another_set_is_reported(small, tmp_path):

@@ -90,8 +90,8 @@ def test_the_verb_refuses_what_it_does_not_know(smoke_run, tmp_path):
 
 
 def test_json_is_all_that_is_printed(smoke_run, tmp_path, capsys):
-    run.main(str(smoke_run), str(tmp_path), items=2, as_json=True)
-    assert json.loads(capsys.readouterr().out)["shapes_tifa"]["n"] == 2
+    run.main(str(smoke_run), str(tmp_path), items=5, as_json=True)
+    assert json.loads(capsys.readouterr().out)["shapes_tifa"]["n"] == 5
 
 
 def test_training_wrote_validation_loss_by_bin_metrics_and_a_grid(smoke_run):
@@ -303,7 +303,7 @@ def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run,
 
 def test_other_fields_have_another_folder_and_a_missing_judge_skips_its_metric(smoke_run, tmp_path, capsys):
     def evaluate(*overrides, **more):
-        return run.main(str(smoke_run), str(tmp_path), items=2, overrides=overrides, **more)
+        return run.main(str(smoke_run), str(tmp_path), items=5, overrides=overrides, **more)
 
     assert evaluate() == evaluate("--config.metrics.shapes_tifa.baseline=false") == 0
     plain, other = sorted(path.parent for path in tmp_path.glob("shapes_tifa*/result.json"))
@@ -467,11 +467,11 @@ def test_a_running_job_is_followed_to_its_last_step(smoke_run, tmp_path, monkeyp
     monkeypatch.setattr(run.Checkpoints, "all_steps", all_steps)
     sleep = types.SimpleNamespace(sleep=lambda seconds: (slept.append(seconds), shown.pop(0)))
     monkeypatch.setattr(run, "time", sleep)
-    assert run.main(str(smoke_run), str(tmp_path), items=2, watch=7.0) == 0
+    assert run.main(str(smoke_run), str(tmp_path), items=5, watch=7.0) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and slept == [7.0]
     # Nothing is left to do; another field is another result.
-    assert run.main(str(smoke_run), str(tmp_path), items=2, watch=7.0) == 0
+    assert run.main(str(smoke_run), str(tmp_path), items=5, watch=7.0) == 0
     config = run.config_of(run.Request(workdir=str(smoke_run)))
     assert run._evaluated(run.Request(workdir=str(smoke_run), out=str(tmp_path)), config) == {2, 4}
     assert not run._evaluated(run.Request(workdir=str(smoke_run), out=str(tmp_path), seed=(0, 1)), config)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import Workdir
+from scaling_dit.cli import main as cli
 from scaling_dit.data.loader import make_loader
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import rules, topologies
@@ -44,6 +48,8 @@ SMOKE = "experiments/shapes.py:smoke"
 # One block, where no figure of the plan is the subject: what is compiled takes the time.
 SMALL = "--config.backbone.depth=1"
 FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
+# Of one block, wide enough for the text encoder beside it to be small.
+SMALL = [*FSDP, "--config.backbone.depth=1", "--config.backbone.hidden=64"]
 
 
 def command(*flags, code=0):
@@ -58,15 +64,30 @@ def command(*flags, code=0):
     return done
 
 
+@pytest.fixture
+def here(capfd):
+    """Runs `scaling-dit plan --quick` in this process, which compiles nothing: one of its own does.
+
+    A function of flags and the exit code; it returns what both print, (out, err).
+    """
+
+    def run(*flags, code=0):
+        with mock.patch.dict(os.environ, xla.plain_environment(), clear=True):
+            assert cli.main(["plan", *flags, "--quick"]) == code
+        return capfd.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def local():
-    """A plan of the smoke experiment on the eight devices here."""
-    return plan.make(config_lib.load(SMOKE, FSDP), parse(LOCAL))
+    """A plan of the smoke experiment, of one block, on the eight devices here."""
+    return plan.make(config_lib.load(SMOKE, SMALL), parse(LOCAL))
 
 
 @pytest.mark.slow
 def test_argument_bytes_are_those_of_the_real_state(local, tmp_path):
-    run = Run.open(config_lib.load(SMOKE, FSDP), Workdir(tmp_path / "run"))
+    run = Run.open(config_lib.load(SMOKE, SMALL), Workdir(tmp_path / "run"))
     state = run.program.init(jax.random.key(run.config.seed))
     loader = make_loader(
         run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=0, positions=run.positions
@@ -154,15 +175,14 @@ def test_a_quick_plan_is_the_plan_but_for_cycles(verb, quick):
         assert found[name] == verb[name]
 
 
-def test_a_quick_plan_says_what_it_leaves_out_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_quick_plan_says_what_it_leaves_out_and_leaves_nothing_behind(tmp_path, monkeypatch, here):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What is found here is found by the process that compiles.
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    done = command("--config=shapes:smoke", "--topology=v5p:2x2x1", "--step=sample", "--quick")
-    assert "without kernels: no cycles, no estimate" in done.stdout and "  limit " in done.stdout
-    assert (
-        "  estimate " not in done.stdout and "cycles  " not in done.stdout and "estimate:" not in done.stdout
-    )
+    flags = "--config=shapes:smoke", "--config.backbone.depth=1", "--topology=v5p:2x2x1", "--step=sample"
+    shown = here(*flags).out
+    assert "without kernels: no cycles, no estimate" in shown and "  limit " in shown
+    assert "  estimate " not in shown and "cycles  " not in shown and "estimate:" not in shown
     assert not list(tmp_path.iterdir())
 
 
@@ -315,9 +335,9 @@ def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
         (["--topology=v5e:2x2", "--config=shapes:smoke", "--config.batch=6"], "batch 6 cannot be split"),
     ],
 )
-def test_a_mistake_in_a_quick_plan_is_one_line(flags, expected):
-    done = command(*flags, "--quick", code=2)
-    assert expected in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+def test_a_mistake_in_a_quick_plan_is_one_line(flags, expected, here):
+    error = here(*flags, code=2).err
+    assert expected in error.strip().splitlines()[-1] and "Traceback" not in error
 
 
 def test_places_in_memory_are_added_up():

@@ -57,6 +57,8 @@ def test_steps_and_averages_of_a_run_can_be_chosen(smoke_run, pipe):
     assert pipe.step == 4
     early, average = scaling_dit.load(smoke_run, step=2), scaling_dit.load(smoke_run, ema=0.995)
     assert early.step == 2
+    # One program samples from them all.
+    assert early.sampler() is average.sampler() is pipe.sampler()
     for other in (early, average):
         differs = jax.tree.map(
             lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), pipe.params, other.params
@@ -152,7 +154,8 @@ def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
         return
     model = build(name="tests.sampling.test_pipeline:Returning", out=out)
     latents, text = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 4, 32))
-    params, _ = model.init(jax.random.key(0))
+    # Compiled as a whole, for each operation alone takes longer.
+    params, _ = jax.jit(model.init)(jax.random.key(0))
     assert jax.eval_shape(model.predict, params, latents, jnp.zeros(2), text).shape == (2, 16, 16, out)
     predict = jax.jit(functools.partial(model.predict, train=True))
     trained = [predict(params, latents + 1, jnp.zeros(2), text, rng=jax.random.key(k)) for k in (0, 1)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from scaling_dit import config as config_lib
@@ -28,6 +29,12 @@ pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
 
 SMOKE = "experiments/studies/shapes_core.py:smoke"
 WORKER = "tests/support/study_worker.py"
+
+
+@pytest.fixture(autouse=True)
+def programs_stay(monkeypatch):
+    """A study drops the programs of a member that is done, and here those that all other tests compiled as well."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
 def none_finished():
@@ -102,6 +109,8 @@ def test_a_stage_begins_from_the_run_of_its_seed_and_not_from_one_that_stopped(s
     monkeypatch.setattr(member_runs.loop, "train", train)
     member_runs.finish(spec, folder, stage, 1)
     assert begun == [(folder.run("stage", 1).folder.name, str(folder.run("uvit-000", 1)))]
+    # TensorBoard takes longer to import than all of this.
+    monkeypatch.setattr(curves, "write", lambda *_: None)
     # Its base has stopped: it is over too, and nothing is trained.
     member_runs.finish(spec, folder, spec.members[0], 0)
     study_lib._Runner(spec, folder).work_on(stage)

@@ -94,10 +94,16 @@ class Copy:
         )
 
 
-def carry_out(heading: str, folder: pathlib.Path, then: Callable[[Copy], str] | None = None) -> Copy:
+def carry_out(
+    heading: str, folder: pathlib.Path, then: Callable[[Copy], str] | None = None, *, commands: bool = True
+) -> Copy:
     """Copies the repository into a folder and does there what a section says.
 
-    `then` gives code that runs in the process of the section's last `python` step: another would load jax again.
+    Args:
+      heading: of the section.
+      folder: for the copy.
+      then: gives code that runs in the process of the section's last `python` step: another would load jax again.
+      commands: whether commands of `python` are run too, which takes a few seconds each.
     """
     for name in _COPIED:
         if (ROOT / name).is_dir():
@@ -113,6 +119,8 @@ def carry_out(heading: str, folder: pathlib.Path, then: Callable[[Copy], str] | 
         _edit(folder, step)
     copy = Copy(folder, section)
     modules = [shlex.split(command)[1:] for command in _commands(section) if command.startswith("python ")]
+    if not commands:
+        return copy
     if then is None:
         for arguments in modules:
             _output(copy._start(arguments, folder))

@@ -29,16 +29,31 @@ def make_params(seed=0):
 
 
 def make_grads(seed, scale=1.0):
-    return jax.tree.map(lambda p: scale * p, make_params(1000 + seed))
+    return jax.tree.map(lambda p: jnp.asarray(np.float32(scale) * np.asarray(p)), make_params(1000 + seed))
+
+
+# Fields of an optimizer and the steps of its run -> the functions compiled for them.
+_COMPILED = {}
+
+
+def compiled(optim, total_steps):
+    """(parameters -> state, (state, loss, gradients) -> state), compiled once for equal settings."""
+    key = str(optim), total_steps
+    if key not in _COMPILED:
+        optimizer, emas = optim_lib.make_optimizer(optim, total_steps), tuple(optim.ema)
+        _COMPILED[key] = (
+            jax.jit(lambda params: create_state(params, optimizer, emas)),
+            jax.jit(
+                lambda state, loss, grads: optim_lib.apply_gradients(state, loss, grads, optimizer, emas)
+            ),
+        )
+    return _COMPILED[key]
 
 
 def run(optim, gradients, params=None, losses=None, total_steps=100):
     """States before and after each step."""
-    optimizer = optim_lib.make_optimizer(optim, total_steps)
-    states = [create_state(make_params() if params is None else params, optimizer, optim.ema)]
-    step = jax.jit(
-        lambda state, loss, grads: optim_lib.apply_gradients(state, loss, grads, optimizer, optim.ema)
-    )
+    create, step = compiled(optim, total_steps)
+    states = [create(make_params() if params is None else params)]
     for index, grads in enumerate(gradients):
         loss = 1.0 if losses is None else losses[index]
         states.append(step(states[-1], jnp.float32(loss), grads))

@@ -17,8 +17,8 @@ from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop, program
 
 STEPS = 20
-# Tests make runs of the same few programs by turns, on one device and on several.
-program.KEPT = 6
+# Tests make runs of the same programs by turns, on one device and on several: those of one file are those of others.
+program.KEPT = 24
 
 
 def tiny(steps: int = STEPS, **changes) -> ConfigDict:

@@ -15,10 +15,11 @@ def header(title: str, script: str, how: str = "") -> list[str]:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name in installed
     )
+    count = len(cores())
     return [
         f"# {title}",
         "",
-        f"{datetime.date.today()}; {processor()}, {len(cores())} cores; "
+        f"{datetime.date.today()}; {processor()}, {count} core{'s' * (count > 1)}; "
         f"Python {platform.python_version()}, {versions}.",
         f"Written by `{script}`{' ' if how else ''}{how}.",
     ]

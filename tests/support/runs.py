@@ -59,7 +59,8 @@ def open_on_one_device(patch: pytest.MonkeyPatch, count: int = 1) -> None:
 def train_on_one_device(patch: pytest.MonkeyPatch) -> None:
     """Until the patch ends, verbs and `scaling_dit.train` take one device by default, and not all that there are."""
     alone = functools.partial(loop.train, devices=jax.devices()[:1])
-    for module in (loop, scaling_dit):
+    # The package first: it takes its `train` from the loop when it is asked for it.
+    for module in (scaling_dit, loop):
         patch.setattr(module, "train", alone)
 
 

@@ -86,7 +86,13 @@ def test_where_there_is_something_to_save_it_is_noted(number, monkeypatch):
     assert lines == [f"scaling-dit: {number.name}: saving after this step; a second signal stops at once"]
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in CODES if number != signal.SIGTERM),
+    ],
+)
 def test_five_in_a_row_keep_the_code_and_the_save(number, monkeypatch):
     monkeypatch.setenv("SAVE", "1")
     process = start(SAVING)
@@ -136,6 +142,7 @@ def test_what_is_half_done_is_cleaned(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_cleaner_that_hangs_does_not_keep_the_process():
     code = """
         with signals.cleaning(lambda: time.sleep(60)):

@@ -23,7 +23,7 @@ from tests.support.unet_reference import (
 EQUAL = {"channel_mult": (1, 1), "transformer_depth": (1, 2)}
 SCANNED = {"scan_layers": True}
 CASES = [
-    pytest.param(small, SD2_CUT, id="sd2_cut"),
+    pytest.param(small, SD2_CUT, id="sd2_cut", marks=pytest.mark.slow),
     pytest.param(small, SDXL_CUT | TEXT_TIME | SCANNED, id="official_cut"),
     pytest.param(small_if, IF_CUT, id="if_cut"),
     pytest.param(small, EQUAL, id="equal", marks=pytest.mark.slow),

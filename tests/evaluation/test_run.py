@@ -272,6 +272,7 @@ def test_metrics_of_one_network_compute_its_features_once(smoke_run, tmp_path, m
     assert compared == 12
 
 
+@pytest.mark.slow
 def test_a_grid_of_guidance_and_seeds_shares_images_and_fills_results(smoke_run, tmp_path, capsys):
     fields = {"shared": {"judge": "shapes"}, "store": "tar", "metrics": ["tifa", "soft_tifa", "shapes_tifa"]}
     changes = {"guidance": (1.0, 7.5), "seed": (0, 1), "items": 6}

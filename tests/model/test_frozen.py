@@ -162,7 +162,10 @@ def test_the_hash_is_of_what_the_weights_mean(folder, text, tmp_path):
     assert first != digest(moved)
 
 
-@pytest.mark.parametrize(("field", "size"), [("codec", 83_653_863), ("text_encoder", 13_920)])
+@pytest.mark.parametrize(
+    ("field", "size"),
+    [pytest.param("codec", 83_653_863, marks=pytest.mark.slow), ("text_encoder", 13_920)],
+)
 def test_a_run_needs_weights_that_counting_does_not(field, size, folder, tmp_path):
     places = ("", "random") if field == "codec" else (folder, "")
     with pytest.raises(UserError, match=f"config.{field}.weights is empty"):

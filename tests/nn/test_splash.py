@@ -27,7 +27,7 @@ FAST, SLOW = (72,), [size for size in HEAD_SIZES if size != 72]
 
 
 @pytest.mark.parametrize("size", [*FAST, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_values_and_gradients_are_those_of_xla(size, masked):
     """Neither length is a multiple of a block; two blocks of keys; two queries share a key head."""
     qkv, mask = inputs(queries=150, keys=530 if masked else 40, heads=2, kv_heads=1, size=size)

@@ -300,6 +300,7 @@ def test_a_process_that_is_killed_is_one_line(monkeypatch):
         plan_quick.make(config, parse("v5e:2x2"))
 
 
+@pytest.mark.slow
 def test_the_process_of_a_quick_plan_ends_with_its_parent(tmp_path):
     verb = [
         sys.executable,

@@ -146,7 +146,9 @@ def build(**fields):
     return build_model(config, scratch.build_tokenizer(open_source(config)))
 
 
-@pytest.mark.parametrize("out, fits", [(1, False), (3, True), (5, False), (6, True)])
+@pytest.mark.parametrize(
+    "out, fits", [(1, False), (3, True), (5, False), pytest.param(6, True, marks=pytest.mark.slow)]
+)
 def test_a_backbone_that_returns_another_shape_is_refused(out, fits):
     if not fits:
         with pytest.raises(UserError, match=r"Returning returned .* it must return"):

@@ -171,7 +171,7 @@ def _one_after_the_other(monkeypatch):
     monkeypatch.setattr(launcher, "run_all", lambda run, several, seconds=0.0: [run(one) for one in several])
 
 
-@pytest.mark.parametrize("backend", ["queued", "compute"])
+@pytest.mark.parametrize("backend", ["queued", pytest.param("compute", marks=pytest.mark.slow)])
 def test_some_random_histories(backend):
     @settings(max_examples=60, derandomize=True, **QUIET)
     @given(**ARGUMENTS)

@@ -214,7 +214,7 @@ def after_restoring(patch):
     "kill, every",
     [
         pytest.param(before_the_record, 5, marks=pytest.mark.slow),
-        (after_the_record, 1),
+        pytest.param(after_the_record, 1, marks=pytest.mark.slow),
         pytest.param(after_restoring, 1, marks=pytest.mark.slow),
     ],
 )

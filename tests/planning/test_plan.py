@@ -49,7 +49,7 @@ SMOKE = "experiments/shapes.py:smoke"
 SMALL = "--config.backbone.depth=1"
 FSDP = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.batch=16"]
 # Of one block, wide enough for the text encoder beside it to be small.
-SMALL = [*FSDP, "--config.backbone.depth=1", "--config.backbone.hidden=64"]
+ONE_BLOCK = [*FSDP, "--config.backbone.depth=1", "--config.backbone.hidden=64"]
 
 
 def command(*flags, code=0):
@@ -82,12 +82,12 @@ def here(capfd):
 @pytest.fixture(scope="module")
 def local():
     """A plan of the smoke experiment, of one block, on the eight devices here."""
-    return plan.make(config_lib.load(SMOKE, SMALL), parse(LOCAL))
+    return plan.make(config_lib.load(SMOKE, ONE_BLOCK), parse(LOCAL))
 
 
 @pytest.mark.slow
 def test_argument_bytes_are_those_of_the_real_state(local, tmp_path):
-    run = Run.open(config_lib.load(SMOKE, SMALL), Workdir(tmp_path / "run"))
+    run = Run.open(config_lib.load(SMOKE, ONE_BLOCK), Workdir(tmp_path / "run"))
     state = run.program.init(jax.random.key(run.config.seed))
     loader = make_loader(
         run.source, run.model.text_encoder.tokenize, batch=run.config.batch, seed=0, positions=run.positions

@@ -69,6 +69,7 @@ LONGEST = (
     "training/test_kill.py",
     "training/test_precision.py",
     "planning/test_tpu_programs.py",
+    "planning/test_paper_plans.py",
     "evaluation/metrics/test_folders_of_images.py",
     "interop/test_pipelines.py",
 )

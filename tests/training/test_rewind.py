@@ -101,14 +101,14 @@ def test_settings_that_cannot_work_are_refused():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """All runs here are of one model: each takes the first one's compiled functions, and does all else as ever."""
-    real, opened = Run.open, []
+    """All runs here of as many steps are of one model: each takes the first one's compiled functions, no more."""
+    real, opened = Run.open, {}
 
     def open_again(config, workdir, devices=None, lease=None, start=None):
-        if not opened:
-            opened.append(real(config, workdir, devices, lease, start))
-            return opened[0]
-        first = opened[0]
+        if config.steps not in opened:
+            opened[config.steps] = real(config, workdir, devices, lease, start)
+            return opened[config.steps]
+        first = opened[config.steps]
         assert {key: value for key, value in config.items() if key not in schema.FREE_SECTIONS} == {
             key: value for key, value in first.config.items() if key not in schema.FREE_SECTIONS
         }

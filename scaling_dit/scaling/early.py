@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from scipy import stats
 
 from scaling_dit import config as config_lib
-from scaling_dit.scaling import findings, ladder
+from scaling_dit.scaling import findings, ladder, parity
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import LOSS, point_steps
 from scaling_dit.scaling.study import Study
@@ -137,7 +137,7 @@ def _points(study: Study) -> dict[tuple[str, int], list[Row]]:
 
 def _without_resolution(member: Member) -> str:
     fields = config_lib.flatten(member.config)
-    return repr(sorted((key, repr(value)) for key, value in fields.items() if key not in _OF_RESOLUTION))
+    return parity.identity({key: value for key, value in fields.items() if key not in _OF_RESOLUTION})
 
 
 def _is_bin(column: str) -> bool:

@@ -59,8 +59,13 @@ def same_data(members: Sequence[Member]) -> set[str]:
     return _largest({member.name: trained_on(member.config) for member in members})
 
 
+def identity(fields: Fields) -> str:
+    """A text that is the same for equal fields alone, whatever their order and types."""
+    return repr(sorted((key, repr(value)) for key, value in fields.items()))
+
+
 def _largest(fields: dict[str, Fields]) -> set[str]:
     sets: dict[str, set[str]] = collections.defaultdict(set)
     for name, found in fields.items():
-        sets[repr(sorted((key, repr(value)) for key, value in found.items()))].add(name)
+        sets[identity(found)].add(name)
     return max(sets.values(), key=len, default=set())

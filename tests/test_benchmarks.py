@@ -1,5 +1,7 @@
 """The benchmarks' scripts run as their first lines say, each in a process of its own."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +38,19 @@ def test_few_packages_are_few(tmp_path):
 
 def test_step_time_starts_with_few_packages():
     assert "--families" in run(FEW, "benchmarks/step_time.py", "--help")
+
+
+def test_a_page_s_requests_are_told_from_the_browser_s(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report_page = importlib.import_module("report_page")
+    own = {"params": {"initiator": "not an origin", "url": "https://browser.example/update"}}
+    begun = {"params": {"url": "https://page.example/font"}}
+    page = {"params": {"initiator": "null", "url": "https://page.example/font"}}
+    log = json.dumps({"constants": {}, "events": [own, begun, {"type": 1}, page, page]})
+    assert report_page.asked(log) == ["https://page.example/font"]
+    # As a browser leaves it that was ended.
+    assert report_page.asked(log.removesuffix("]}") + ",\n") == ["https://page.example/font"]
+    assert report_page.asked(json.dumps({"events": [own]})) == []
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ help:
 	@echo 'make study-full   four sizes of every family, data, skips, rates: a night or two (STUDY=...)'
 	@echo 'make study-large  10M to 100M parameters, for a GPU or a TPU slice (STUDY=...)'
 	@echo 'make study-emoji  families and captions on drawings of people and things: a night (STUDY=...)'
-	@echo 'make study-emoji-small  two families and captions on drawings of people: half an hour (STUDY=...)'
+	@echo 'make study-emoji-small  two families and captions on drawings of people: a quarter of an hour (STUDY=...)'
 	@echo 'make test      the tests, without the slow ones (ARGS=... goes to pytest)'
 	@echo 'make test-all  the slow tests, which make test leaves out'
 	@echo 'make lint      ruff, mypy, and the layers of the package (import-linter)'

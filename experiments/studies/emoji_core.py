@@ -10,13 +10,14 @@ OpenMoji's emoji at 32 px, three training seeds behind each claim: five families
 deepened, all with equal training FLOPs; captions that are dense, sparse (the name without the tone), or those of
 another emoji for 30 % of the images. Prompts are dense for all.
 
-`:small` asks what two families and captions can answer in half an hour: people of a skin tone alone, at 16 px.
+`:small` asks what two families and captions can answer in a quarter of an hour: people of a skin tone alone, at 16 px.
 
     python -m scaling_dit.data.emoji data/emoji-people --people
     python -m scaling_dit.data.emoji data/emoji-people-wrong --people --wrong=0.3
     scaling-dit study --config=emoji_core:small --workdir=runs/emoji_small
 
-Slice: none; 2 CPU cores, a night. Neither study has been run yet.
+Slice: none; 2 CPU cores, a night, which nobody has spent yet. The small one takes a quarter of an hour: its answers
+are in docs/emoji_study.md.
 
 Expect the tone first and what a person does last, and held-out combinations (emoji_all_held_out) below those in
 training. Whether an order of families on shapes is one on drawings is the question.

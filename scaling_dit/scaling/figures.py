@@ -162,7 +162,7 @@ def _dots(study: Study, value: str) -> Spec:
 def _forest() -> Spec:
     rows: Spec = {"field": "claim", "type": "nominal", "title": None, "axis": {"labelLimit": 210}}
     colour = {
-        "field": "verdict", "type": "nominal", "legend": {"orient": "bottom", "title": None, "columns": 2},
+        "field": "verdict", "type": "nominal", "legend": {"orient": "bottom", "title": None, "columns": 1},
         "scale": {"domain": ["supported", "undecided", "refuted"], "range": [COLOURS[2], COLOURS[6], COLOURS[5]]},
     }  # fmt: skip
     zero = {
@@ -307,7 +307,8 @@ _INK = {"labelColor": "#1a1a1a", "titleColor": "#1a1a1a", "labelFontSize": 12}
 # Of all figures: readable text, thin lines.
 CONFIG: Spec = {
     "font": _FONT,
-    "axis": _INK | {"gridColor": "#e3e3e3", "titleFontSize": 12, "titleFontWeight": 500},
+    "axis": _INK
+    | {"gridColor": "#e3e3e3", "titleFontSize": 12, "titleFontWeight": 500, "labelSeparation": 6},
     "legend": _INK,
     "view": {"stroke": None},
 }

@@ -8,7 +8,7 @@ import pytest
 from scaling_dit.experiments.studies import _shapes
 
 from scaling_dit.model.build import build_model, countable_tokenizer
-from scaling_dit.scaling import ladder
+from scaling_dit.scaling import ladder, member_runs
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.training import stage_configs
 from tests.support.paths import ROOT
@@ -51,6 +51,9 @@ def test_every_member_of_every_study_resolves(name, argument):
     for member in spec.members:
         config = spec.run_config(member, seed)
         assert config.seed == seed and config.eval.every * spec.points >= config.steps
+    # Others at the same data and number of prompts as these; data that a user makes first are not here.
+    if (name, argument) in {*HEAVY, ("p1_batch", "")} - {("emoji_core", "")}:
+        member_runs.check(spec, spec.members)
 
 
 def test_study_files_are_short_and_say_what_they_are():

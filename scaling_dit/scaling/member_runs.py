@@ -1,25 +1,61 @@
-"""One run of a study: trained to its end and evaluated at every point, whatever of that is left to do."""
+"""One run of a study: trained to its end and evaluated at every point, whatever of that is left to do.
+
+What can be known to fail, such as data with too few prompts, fails before anything is trained.
+"""
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from etils import epath
 
+from scaling_dit import config as config_lib
 from scaling_dit import files, signals
 from scaling_dit.checkpoints.frozen_base import absolute
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import run as evaluation
+from scaling_dit.evaluation.registry import choose
+from scaling_dit.evaluation.scoring import together
+from scaling_dit.model.build import open_source
 from scaling_dit.parallel import processes
+from scaling_dit.scaling import parity, table
 from scaling_dit.scaling import spec as spec_lib
-from scaling_dit.scaling import table
 from scaling_dit.scaling.folder import StudyFolder, scores_folder
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
 from scaling_dit.training import loop
 from scaling_dit.training.base import Start
+
+# Sections of a config that its data and the prompts of its metrics depend on.
+_OF_PROMPTS = ("source", "captions", "codec", "eval", "metrics", "conditioning", "conditions")
+
+
+def check(spec: StudySpec, members: Iterable[Member]) -> None:
+    """Makes sure that the data of members are there, and that every metric has its prompts; each data are opened once.
+
+    Networks that a metric needs are not opened: they would lie in memory beside the training.
+
+    Raises:
+      UserError: missing data, or a metric that does not fit them, lacks what it needs, or has fewer prompts than the
+        study asks for.
+    """
+    seen = set()
+    for member in members:
+        fields = config_lib.flatten(member.config).items()
+        data = parity.identity({key: value for key, value in fields if key.partition(".")[0] in _OF_PROMPTS})
+        if data in seen:
+            continue
+        seen.add(data)
+        with together():
+            try:
+                source = open_source(member.config)
+                for one in choose(member.config, spec.metrics):
+                    one.prompts(source, spec.items)
+            except UserError as error:
+                raise UserError(f"member {member.name!r}: {error}") from error
 
 
 def finish(

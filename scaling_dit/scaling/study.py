@@ -70,7 +70,8 @@ def study(
       own_code: whether these processes run the code outside of the package that the spec names.
 
     Raises:
-      UserError: a mistake in the spec, a folder of another study, or a member that cannot run.
+      UserError: a mistake in the spec, a folder of another study, or a member that cannot run or be scored: as far as
+        that can be known, before anything is trained.
       Stopped: SIGTERM arrived; the same call resumes.
     """
     spec = spec_lib.load(spec) if isinstance(spec, str) else spec
@@ -79,6 +80,7 @@ def study(
         members_at_once.check(at_once)
     folder = StudyFolder(workdir)
     runner = _Runner(spec, folder)
+    runner.check()
 
     def write() -> None:
         register(spec, folder, runner.finished)
@@ -105,7 +107,9 @@ def member(name: str, workdir: str | epath.Path) -> int:
     if name not in (names := [one.name for one in spec.members]):
         raise UserError(f"the study in {folder} has no member {name!r}; it has {', '.join(names)}")
     chosen = spec.member(name)
-    _Runner(spec, folder, (chosen,)).work_on(chosen)
+    runner = _Runner(spec, folder, (chosen,))
+    runner.check()
+    runner.work_on(chosen)
     return len(spec.seeds)
 
 
@@ -205,7 +209,7 @@ class _Runner:
 
     def __init__(self, spec: StudySpec, folder: StudyFolder, members: Sequence[Member] | None = None) -> None:
         self._spec, self._folder = spec, folder
-        chosen = spec.members if members is None else members
+        self._members = chosen = spec.members if members is None else members
         asked = {member.name for member in chosen} | {member.base for member in chosen}
         # Asked once, and of a member after its run: a remote store answers slowly.
         runs = [(member, seed) for member in spec.members if member.name in asked for seed in spec.seeds]
@@ -218,6 +222,10 @@ class _Runner:
     def finished(self) -> int:
         """How many runs are over."""
         return sum(status in (DONE, STOPPED) for status in self._status.values())
+
+    def check(self) -> None:
+        """Makes sure that what is left can be trained and scored; raises UserError as `member_runs.check`."""
+        member_runs.check(self._spec, (member for member in self._members if self._left(member)))
 
     def work(self) -> None:
         """Trains and evaluates what is left, and writes the tables after each run."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from scaling_dit.scaling.claims import Claim
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec
 from scaling_dit.training.program import StepProgram, run_mesh
-from tests.support import simulated_study
+from tests.support import image_sets, simulated_study
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
@@ -62,6 +63,45 @@ def test_claims_are_registered_before_the_first_run(spec, tmp_path):
     with pytest.raises(UserError, match="claim 'c' was registered in .* and is another now"):
         study_lib.register(changed, folder, none_finished)
     assert study_lib.read_spec(tmp_path).claims == more.claims
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_trained(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(member_runs, "finish", lambda *_, **__: pytest.fail("a run was trained"))
+    line = "member 'uvit-000': 640 held-out scenes wanted, but preset 'grid16' .* gave 631; ask for fewer"
+    with pytest.raises(UserError, match=line):
+        study_lib.study(dataclasses.replace(spec, items=640), tmp_path / "many")
+    # Not even the study is written, so that it may have another number the next time.
+    assert not (tmp_path / "many").exists()
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(image_sets.picture(number))
+        (images / f"{number}.txt").write_text(f"number {number}")
+    changes = [
+        f"--config.source.name=folder:{images}",
+        "--config.source.image_size=16",
+        "--config.eval.loss_images=8",
+    ]
+    missing = ladder.Member("last", config_lib.load("shapes:smoke", changes), {}, {})
+    shutil.rmtree(images)
+    late = dataclasses.replace(spec, members=(*spec.members, missing), metrics=(), claims=())
+    with pytest.raises(UserError, match="member 'last': .*images"):
+        study_lib.study(late, tmp_path / "late")
+    study_lib.register(late, StudyFolder(tmp_path / "late"), none_finished)
+    with pytest.raises(UserError, match="member 'last': .*images"):
+        study_lib.member("last", tmp_path / "late")
+
+
+def test_data_are_opened_once_and_not_for_runs_that_are_over(spec, tmp_path, monkeypatch):
+    opened, open_source = [], member_runs.open_source
+    monkeypatch.setattr(member_runs, "open_source", lambda config: opened.append(1) or open_source(config))
+    monkeypatch.setattr(study_lib.table, "status_of", lambda *_: table.WAITING)
+    study_lib._Runner(spec, StudyFolder(tmp_path)).check()
+    # Of three members, two of them of one experiment.
+    assert len(opened) == 2
+    monkeypatch.setattr(study_lib.table, "status_of", lambda *_: table.DONE)
+    study_lib._Runner(spec, StudyFolder(tmp_path)).check()
+    assert len(opened) == 2
 
 
 def test_members_and_seeds_extend_a_study(spec, tmp_path):

@@ -15,7 +15,9 @@ from scaling_dit import config as config_lib
 from scaling_dit import files, signals
 from scaling_dit.checkpoints.frozen_base import absolute
 from scaling_dit.checkpoints.store import Checkpoints
+from scaling_dit.config.named import section_of
 from scaling_dit.errors import UserError
+from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation import run as evaluation
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import together
@@ -39,8 +41,8 @@ def check(spec: StudySpec, members: Iterable[Member]) -> None:
     Networks that a metric needs are not opened: they would lie in memory beside the training.
 
     Raises:
-      UserError: missing data, or a metric that does not fit them, lacks what it needs, or has fewer prompts than the
-        study asks for.
+      UserError: missing data, or a metric that does not fit them, lacks what it needs, has fewer prompts than the study
+        asks for, or conditions that the member does not read.
     """
     seen = set()
     for member in members:
@@ -52,8 +54,9 @@ def check(spec: StudySpec, members: Iterable[Member]) -> None:
         with together():
             try:
                 source = open_source(member.config)
+                reads = [section_of(name) for name in member.config.conditioning.names]
                 for one in choose(member.config, spec.metrics):
-                    one.prompts(source, spec.items)
+                    conditioned.check(one.prompts(source, spec.items).items, reads, one.section)
             except UserError as error:
                 raise UserError(f"member {member.name!r}: {error}") from error
 

@@ -70,6 +70,8 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_trained(spec, tmp_p
     line = "member 'uvit-000': 640 held-out scenes wanted, but preset 'grid16' .* gave 631; ask for fewer"
     with pytest.raises(UserError, match=line):
         study_lib.study(dataclasses.replace(spec, items=640), tmp_path / "many")
+    with pytest.raises(UserError, match="member 'uvit-000': metric 'inpaint' .*condition"):
+        study_lib.study(dataclasses.replace(spec, items=4, metrics=("inpaint",)), tmp_path / "many")
     # Not even the study is written, so that it may have another number the next time.
     assert not (tmp_path / "many").exists()
     images = tmp_path / "images"

@@ -131,12 +131,18 @@ def _tips(*fields: str) -> list[Spec]:
     ]
 
 
+def _dot(size: int, opacity: float) -> Spec:
+    """A filled point with a translucent fill; of a point that is translucent as a whole, renderers make a layer."""
+    return {"type": "point", "filled": True, "size": size, "opacity": 1, "fillOpacity": opacity}
+
+
 def _scatter(study: Study, source: str, axis: str, value: str) -> Spec:
-    mark: Spec = {"type": "point", "filled": True, "size": 45, "opacity": 0.8}
+    mark = _dot(45, 0.8)
     if source == "points":
         # Points on many lines take most of the drawing, and hide one another.
         few = len(study.rows) <= _FEW_POINTS
-        mark = {"type": "line", "point": {"size": 22} if few else False, "strokeWidth": 1.5, "opacity": 0.75}
+        points = {"size": 22, "opacity": 1} if few else False
+        mark = {"type": "line", "point": points, "strokeWidth": 1.5, "opacity": 1, "strokeOpacity": 0.75}
     encoding = {
         "x": _x(axis), "y": _y(value), "color": _colour(study), "detail": [{"field": "member"}, {"field": "seed"}],
         "tooltip": _tips("member", "seed", axis, value),
@@ -149,7 +155,7 @@ def _dots(study: Study, value: str) -> Spec:
         "field": "member", "type": "nominal", "title": None, "sort": ranked(study), "axis": {"labelLimit": 180}
     }  # fmt: skip
     seeds = {
-        "mark": {"type": "point", "filled": True, "size": 40, "opacity": 0.7, "color": COLOURS[0]},
+        "mark": _dot(40, 0.7) | {"color": COLOURS[0]},
         "encoding": {"y": rows, "x": _y(value), "tooltip": _tips("member", "seed", value)},
     }
     means = {
@@ -198,7 +204,7 @@ def _frontier_spec(study: Study) -> Spec:
     x, y = _x("train_flops"), _y(LOSS)
     runs = {
         "data": {"name": "points"},
-        "mark": {"type": "point", "filled": True, "size": 30, "opacity": 0.6},
+        "mark": _dot(30, 0.6),
         "encoding": {
             "x": x,
             "y": y,
@@ -213,7 +219,7 @@ def _frontier_spec(study: Study) -> Spec:
     }
     edge = {
         "data": {"name": "frontier"},
-        "mark": {"type": "point", "size": 90, "color": "#1a1a1a"},
+        "mark": {"type": "point", "size": 90, "color": "#1a1a1a", "opacity": 1},
         "encoding": {"x": x, "y": y},
     }
     return _chart("points", layer=[runs, fit, edge])
@@ -223,7 +229,7 @@ def _laws_spec(study: Study, metric: str) -> Spec:
     x, colour = _x("train_flops"), _family_colour(study)
     curves = {"data": {"name": "curves"}}
     band = curves | {
-        "mark": {"type": "area", "opacity": 0.15},
+        "mark": {"type": "area", "opacity": 1, "fillOpacity": 0.15},
         "encoding": {"x": x, "y": _y("low", metric), "y2": {"field": "high"}, "color": colour},
     }
     line = curves | {
@@ -232,7 +238,7 @@ def _laws_spec(study: Study, metric: str) -> Spec:
     }
     runs = {
         "data": {"name": "points"},
-        "mark": {"type": "point", "filled": True, "size": 30, "opacity": 0.7},
+        "mark": _dot(30, 0.7),
         "encoding": {
             "x": x,
             "y": _y(metric),
@@ -287,7 +293,7 @@ def _bars(value: str) -> Spec:
         "x": {"field": value, "type": "quantitative", "title": value},
         "tooltip": _tips("member", "seed", value),
     }
-    mark = {"type": "point", "filled": True, "size": 45, "color": COLOURS[0], "opacity": 0.75}
+    mark = _dot(45, 0.75) | {"color": COLOURS[0]}
     return _chart("measured", mark=mark, encoding=encoding) | {"height": {"step": 22}}
 
 

@@ -152,9 +152,11 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in readme_commands() if c[0] in ALONE], ids=" ".join)
 def test_the_counts_and_plans_of_the_readme_run(command, tmp_path):
+    # The kernels, which take minutes to compile, are the subject of tests/planning.
+    quick = ["--quick"] if command[0] == "plan" else []
     # As a user's process: libtpu ends one whose XLA_FLAGS hold flags of the CPU compiler.
     done = subprocess.run(
-        [sys.executable, "-m", "scaling_dit", *command],
+        [sys.executable, "-m", "scaling_dit", *command, *quick],
         cwd=tmp_path, env=xla.plain_environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

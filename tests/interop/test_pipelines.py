@@ -195,7 +195,13 @@ def case(request, tmp_path_factory):
     make, options, fields = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     saved = make(folder)
-    fields = [f"--config.backbone.name={request.param}", *fields, "--config.log.tensorboard=false"]
+    # Two steps, for the first is one of warm-up: saved once, at the end.
+    fields = [
+        f"--config.backbone.name={request.param}",
+        *fields,
+        "--config.log.tensorboard=false",
+        "--config.steps=2",
+    ]
     run("import", f"--from={saved}", SMOKE, f"--workdir={folder / 'run'}", *fields)
     pipe, imported = load(saved), pipeline.load(folder / "run")
     sampler = sampler_of(imported)

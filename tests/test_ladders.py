@@ -20,9 +20,15 @@ from tools.model_table import PRINTED
 
 FILES = {"unet_scaling": unet_scaling, "dit_scaling": dit_scaling}
 ROWS = [f"{name}:{row}" for name, file in FILES.items() for row in file.ARGUMENTS]
+# Of each ladder of transformers the smallest and the largest, which differ from those between in numbers alone, and of
+# the UNets one for each form. Every row's backbone is traced at its real size where it is counted.
 QUICK = ("dit_scaling:uvit-h2048-d42-n16",)
-# UNets are traced block by block, so most rows have one a level, at its real width, in place of two or three alike.
-WHOLE = ("unet_scaling:sd2", "unet_scaling:if-xl", "unet_scaling:sdxl-td4_4")
+TRACED = [
+    f"dit_scaling:{family}-{ladder[end]}" for family, ladder in dit_scaling.LADDERS.items() for end in (0, -1)
+]
+TRACED += ["unet_scaling:sd2", "unet_scaling:sdxl-td4_4", "unet_scaling:if-xl"]
+# UNets are traced block by block, so the others have one a level, at its real width, in place of two or three alike.
+WHOLE = ("unet_scaling:sdxl-td4_4",)
 
 
 def load(row, overrides=()):
@@ -112,7 +118,7 @@ def test_every_row_of_the_first_papers_tables_is_there():
 
 
 @pytest.mark.parametrize(
-    "row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+    "row", [*QUICK, *(pytest.param(row, marks=pytest.mark.slow) for row in dict.fromkeys(TRACED))]
 )
 def test_a_train_step_of_the_real_size(row):
     """Initial state and one update, optimiser and average included, at the papers' shapes; nothing is allocated."""
@@ -152,6 +158,7 @@ MINIATURE = {
     "batch": 8,
     "eval.every": 0,
     "log.every": 1,
+    "log.tensorboard": False,
 }
 
 
@@ -165,8 +172,10 @@ def test_the_recipe_trains_in_miniature(tmp_path):
     assert int(state.step) == 2
     run = scaling_dit.load(tmp_path)
     assert run.model.latent_shape == (32, 32, 4)
-    before = jax.jit(functools.partial(init_state, run.model, optim.make_optimizer(config.optim, 2), config))
-    started = before(jax.random.key(config.seed)).params
+    optimizer = optim.make_optimizer(config.optim, 2)
+    started = jax.jit(lambda key: init_state(run.model, optimizer, config, key).params)(
+        jax.random.key(config.seed)
+    )
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - np.asarray(b)).max()), started, jax.device_get(state.params)
     )

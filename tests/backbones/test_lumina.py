@@ -42,7 +42,9 @@ def variables_of(backbone, args):
 def test_scanned_rematerialised_compiled_and_eager_are_the_same(name):
     make = functools.partial(small, name, depth=2)
     modes = {mode: parity.MODES[mode] for mode in ("remat full", "scanned, remat dots")}
-    parity.check_scan_remat_jit(make, parity.example(make(), 4, 8), modes)
+    # Eager gradients of one of them: of the other, which has the same layers, the eager prediction.
+    eager = "gradients" if name == "next_dit" else "prediction"
+    parity.check_scan_remat_jit(make, parity.example(make(), 4, 8), modes, eager=eager)
 
 
 @pytest.mark.slow

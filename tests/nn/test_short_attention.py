@@ -234,8 +234,8 @@ TPU_CASES = ["64:64:8:64", "64:77:8:64", "256:256:10:64", "334:334:8:128", "334:
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_forward_and_backward_compile_for_tpus_and_declare_their_cycles(topology):
     cases = []
-    # All shapes for one chip; for the others the smallest, the largest, and heads that are no power of two.
-    for case in TPU_CASES if topology.startswith("v5e") else (TPU_CASES[0], TPU_CASES[4], TPU_CASES[-1]):
+    # All shapes for one chip; for the others the smallest, and the largest, which asks for the most memory.
+    for case in TPU_CASES if topology.startswith("v5e") else (TPU_CASES[0], TPU_CASES[-1]):
         queries, keys, heads, size = case.split(":")
         cases.append(f"{queries}:{keys}:{heads}:{heads}:{size}{':unmasked' if queries == keys else ''}")
     found = compiled(topology, "short", cases, tensor=1)

@@ -15,19 +15,29 @@ from tests.support.layouts import FIELDS, LAYOUTS
 from tests.support.parity import example
 from tests.support.uvit_golden import fill, run
 
-SCANNED = [name for name in FIELDS if name != "unet_if"]
+TRANSFORMERS = ("uvit", "pixart", "large_dit", "next_dit")
 # One block: compiling for eight devices takes the time.
 QUICK = [("uvit", "FSDP2xCTX2xTP2", {"depth": 1})]
 # Image conditions: tokens before those of the image, and channels; UNets have channels alone.
 CONDITIONS = {"conditions": (("tokens", 5, "token", "shared"), ("channels", 4, "channel", "shared"))}
+SCANNED = {"scan_layers": True}
 # A second block compiles for as long as the first and has the same products. Scanned, there are two.
-SMALLER = {name: {"depth": 1} for name in ("pixart", "large_dit", "next_dit")}
-SMALLER["unet"] = {"transformer_depth": (0, 1)}
-SLOW = [(name, layout, {}) for name in FIELDS for layout in LAYOUTS]
-SLOW += [("uvit", layout, CONDITIONS) for layout in LAYOUTS]
-SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in ("pixart", "large_dit", "next_dit")]
-SLOW += [("unet", "DP2xFSDP2xTP2", {"conditions": CONDITIONS["conditions"][1:]})]
-SLOW += [(name, "DP2xFSDP2xTP2", {"scan_layers": True}) for name in SCANNED]
+SMALLER = {name: {"depth": 1} for name in TRANSFORMERS if name != "uvit"}
+SLOW = [("uvit", layout, {}) for layout in LAYOUTS]
+# The layouts with one axis split less than these: what one family shows there is the same for all.
+MIXED = [layout for layout in LAYOUTS if layout not in ("DP8", "FSDP8")]
+SLOW += [(name, layout, {}) for name in SMALLER for layout in MIXED]
+# A whole step with conditions is a test of its own, on every layout.
+SLOW += [("uvit", layout, CONDITIONS) for layout in ("FSDP2xCTX2xTP2", "DP2xFSDP2xTP2")]
+SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in SMALLER]
+SLOW += [(name, "DP2xFSDP2xTP2", SCANNED) for name in TRANSFORMERS]
+# A UNet splits no tokens, so `context` makes no other layout. Scanned and with conditions at once, for one device
+# compiles it for as long as eight do; as it is, a whole step of it is a test of its own.
+SLOW += [
+    ("unet", layout, SCANNED | {"conditions": CONDITIONS["conditions"][1:]})
+    for layout in ("DP2xFSDP4", "FSDP4xTP2", "DP2xFSDP2xTP2")
+]
+SLOW += [("unet_if", layout, {}) for layout in ("DP2xFSDP4", "DP2xFSDP2xTP2")]
 
 
 def outcome(name, modes, mesh=None):

@@ -7,13 +7,15 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.parallel.topologies import GIB
 from scaling_dit.planning import hlo_cost, plan
-from tests.support.plans import command
+from tests.support.plans import command, quickly
 
 # (config, topology, flags, most GiB at the peak)
 PAPER = [
     ("dit_scaling:uvit-h2048-d42-n16", "v5e:16x16", [], 8.0),
     ("dit_scaling:large_dit-h4096-d32-n32", "v5p:4x4x4", ["--config.backbone.remat=full"], 40.0),
 ]
+# Of the stand-in for the text encoder, which is trained along and would be most of a small program.
+ONE_LAYER = "--config.text_encoder.depth=1"
 # Nine images for each of 256 chips, a number that no width has.
 BATCH = 2304
 
@@ -22,10 +24,7 @@ BATCH = 2304
 def paper(request):
     """A plan of a paper's config, and the budget it has."""
     spec, topology, flags, budget = request.param
-    done = command(
-        f"--config={spec}", f"--topology={topology}", f"--config.batch={BATCH}", "--json", "--quick", *flags
-    )
-    return json.loads(done.stdout)[0], budget
+    return quickly(spec, topology, f"--config.batch={BATCH}", *flags), budget
 
 
 @pytest.mark.slow
@@ -61,11 +60,10 @@ def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(paper):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("row", ["uvit-h1024-d20-n16", "pixart-h1024-d28", "large_dit-h1024-d16-n16"])
 def test_without_rematerialisation_the_program_does_the_model_s_flops(row):
-    done = command(
-        f"--config=dit_scaling:{row}", "--topology=v5p:2x2x1", "--config.batch=64", "--config.backbone.remat=none",
-        "--config.backbone.attention=xla", "--json", "--quick",
+    found = quickly(
+        f"dit_scaling:{row}", "v5p:2x2x1", "--config.batch=64", "--config.backbone.remat=none",
+        "--config.backbone.attention=xla", ONE_LAYER,
     )  # fmt: skip
-    (found,) = json.loads(done.stdout)
     assert found["statistics"]["flops"] * found["chips"] == pytest.approx(found["model_flops"], rel=0.05)
 
 
@@ -73,9 +71,12 @@ def test_without_rematerialisation_the_program_does_the_model_s_flops(row):
 def test_sparse_cores_gather_and_sum_beside_the_computation():
     """All kernels are gathered and their gradients summed; what is left are scales, biases and the loss."""
     done = command(
-        "--config=dit_scaling:uvit-h1024-d20-n16", "--topology=v5p:4x4x4", "--config.batch=256", "--json",
+        # Of widths whose kernels compile in half the time.
+        "--config=dit_scaling:uvit-h1024-d20-n16", "--config.backbone.hidden=256", "--config.backbone.heads=4",
+        "--config.text_encoder.dim=256", "--config.text_encoder.heads=4",
+        "--topology=v5p:2x2x2", "--config.batch=32", "--json",
         "--config.backbone.depth=1", "--config.backbone.scan_layers=False", "--config.backbone.remat=none",
-        "--config.sharding.gather_once=True", "--config.sharding.sparse_core=True",
+        "--config.sharding.gather_once=True", "--config.sharding.sparse_core=True", ONE_LAYER,
     )  # fmt: skip
     (found,) = json.loads(done.stdout)
     rows = found["statistics"]["collectives"]
@@ -94,6 +95,7 @@ def test_no_array_of_a_program_holds_the_whole_batch():
 
     config = config_lib.load("experiments/dit_scaling.py:uvit-h1024-d20-n16", [
         "--config.backbone.hidden=128", "--config.backbone.depth=2", "--config.batch=72", "--config.backbone.heads=2",
+        "--config.text_encoder.dim=128", "--config.text_encoder.heads=2", ONE_LAYER,
     ])  # fmt: skip
     mesh = run_mesh(config)
     step = StepProgram.build(config, plan.abstract_model(config), mesh)

@@ -42,7 +42,7 @@ from scaling_dit.planning.roofline import roofline
 from scaling_dit.training.program import place_seed
 from scaling_dit.training.start import Run
 from tests.support import xla
-from tests.support.plans import command
+from tests.support.plans import command, quickly
 
 SMOKE = "experiments/shapes.py:smoke"
 # One block, where no figure of the plan is the subject: what is compiled takes the time.
@@ -117,10 +117,7 @@ def verb():
 @pytest.fixture(scope="module")
 def quick():
     """The same without kernels."""
-    (found,) = json.loads(
-        command("--config=shapes:smoke", SMALL, "--topology=v5e:2x2", "--json", "--quick").stdout
-    )
-    return found
+    return quickly("shapes:smoke", "v5e:2x2", SMALL)
 
 
 @pytest.mark.slow
@@ -346,11 +343,12 @@ allocation 8: size 9, color 5, page 0, parameter 13, shape |f32[9]| at ShapeInde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--quick"]])
-def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1(flags):
-    done = command("--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2", *flags, code=1)
-    assert "does not fit" in done.stdout and "of 15.75 GiB" in done.stdout
-    needed = float(done.stdout.split("needs at least ")[1].split(" ")[0])
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_cannot_fit_says_so_with_numbers_and_exit_code_1(quick, here):
+    flags = "--config=dit_scaling:large_dit-h4096-d32-n32", "--topology=v5e:2x2"
+    said = here(*flags, code=1).out if quick else command(*flags, code=1).stdout
+    assert "does not fit" in said and "of 15.75 GiB" in said
+    needed = float(said.split("needs at least ")[1].split(" ")[0])
     # Parameters, two moments and an average of 7.6B in float32, over 4 chips.
     assert 27 < needed < 30
 

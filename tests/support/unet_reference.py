@@ -1,6 +1,7 @@
 """diffusers' UNet2DConditionModel with the shape of one of our UNets and random weights, and what it computes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
@@ -140,8 +141,11 @@ def forward(reference, args):
     return prediction.detach().numpy().transpose(0, 2, 3, 1), by_input, by_parameter
 
 
-def check(backbone, height, width, *, gradients=True):
-    """Holds outputs and gradients, by inputs and all parameters, against diffusers; mask and extras included."""
+def check(backbone, height, width, *, gradients=True, tolerance=1e-3):
+    """Holds outputs and gradients, by inputs and all parameters, against diffusers; mask and extras included.
+
+    `tolerance` is the largest difference of gradients, over the largest value of each.
+    """
     reference = model(backbone)
     args = inputs(backbone, height, width)
     wanted, by_input, by_parameter = forward(reference, args)
@@ -159,8 +163,8 @@ def check(backbone, height, width, *, gradients=True):
         jax.grad(loss, (0, 1, 2), has_aux=True), variables, args[0], args[2]
     )
     assert relative_error(prediction, wanted) < 1e-4
-    assert relative_error(by_latents, by_input["latents"]) < 1e-3
-    assert relative_error(by_text, by_input["text"]) < 1e-3
+    assert relative_error(by_latents, by_input["latents"]) < tolerance
+    assert relative_error(by_text, by_input["text"]) < tolerance
     # Padded text has no influence.
     assert not np.asarray(by_text)[~args[3]].any()
     assert np.asarray(by_text)[args[3]].all()
@@ -172,17 +176,18 @@ def check(backbone, height, width, *, gradients=True):
         name: np.abs(found[name] - value).max() / max(np.abs(value).max(), floor)
         for name, value in by_parameter.items()
     }
-    assert max(errors.values()) < 1e-3, errors
+    assert max(errors.values()) < tolerance, errors
 
 
 def check_bfloat16(full, half):
-    """Products in bfloat16 change the prediction by less than 2 %; without a mask float32 equals diffusers, too."""
+    """Products in bfloat16 change the prediction by less than 2 %; float32 equals diffusers without a mask, eagerly."""
     reference = model(full)
     args = list(inputs(full, 4, 4))
     args[3] = np.ones_like(args[3])
     wanted = forward(reference, args)[0]
     variables = interop.load_state_dict(full, state_dict(reference))
-    assert relative_error(run(full.apply, variables, *args[:3]), wanted) < 1e-4
+    eager = full.apply(*jax.tree.map(jnp.asarray, (variables, *args[:3])))
+    assert relative_error(eager, wanted) < 1e-4
     found = run(half.apply, variables, *args)
     assert found.dtype == np.float32
     assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.02

@@ -135,7 +135,8 @@ def one_device(base, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "DP2xFSDP2xTP2"])
+# Between them all four axes; that each layout takes a whole step as one device does is a test of conditions.
+@pytest.mark.parametrize("layout", ["DP2xFSDP4", "FSDP2xCTX2xTP2"])
 def test_every_layout_trains_as_one_device_does(layout, base, one_device, tmp_path):
     mesh = {f"mesh__{axis}": size for axis, size in LAYOUTS[layout].items()}
     many = leaves(loop.train(adapted(2, batch=16, **mesh), tmp_path / "run", start=str(base)).params)

@@ -41,7 +41,7 @@ def bucketed(folder, steps, backbone=None, image_size=32, **changes):
     with config.unlocked():
         config.source = ConfigDict({"name": f"folder:{folder}", "image_size": image_size})
         config.backbone = ConfigDict(
-            {"name": "uvit", "hidden": 32, "depth": 2, "heads": 2, "patch": 4} | (backbone or {})
+            {"name": "uvit", "hidden": 32, "depth": 1, "heads": 2, "patch": 4} | (backbone or {})
         )
         del config["metrics"]
     return config_lib.resolve(config, ["--config.buckets=True"])

@@ -87,9 +87,10 @@ def test_images_of_the_command_line_are_in_the_manifest(run, tmp_path, capsys):
     assert "keep needs a condition with a mask" in capsys.readouterr().err
 
 
-def outcome(layout, concat="token", gather_once=False):
-    """(losses, parameters, learning rate) of two steps of a tiny U-ViT on a layout; None: one device."""
-    fields = {"name": "uvit", "hidden": 32, "depth": 2, "heads": 2, "patch": 8, "scan_layers": True}
+@functools.cache
+def program(layout, concat, gather_once=False):
+    """(config, program) of a step of a tiny U-ViT of one block on a layout; None: one device."""
+    fields = {"name": "uvit", "hidden": 32, "depth": 1, "heads": 2, "patch": 8}
     overrides = [f"--config.backbone.{key}={value}" for key, value in fields.items()]
     overrides += [
         "--config.conditioning.names=('inpaint','edit')",
@@ -104,9 +105,23 @@ def outcome(layout, concat="token", gather_once=False):
         config.mesh.update(LAYOUTS[layout] if layout else {"data": 1})
     source = open_source(config)
     model = build_model(config, make_tokenizer(config, source), source)
-    made = StepProgram.build(config, model, run_mesh(config, None if layout else ONE))
-    state = made.init(jax.random.key(config.seed))
-    frozen = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), fill(made.frozen), made.frozen)
+    return config, StepProgram.build(config, model, run_mesh(config, None if layout else ONE))
+
+
+@functools.cache
+def begun(concat):
+    """The state of one device that every layout begins with: to make one compiles as long as half a step."""
+    config, made = program(None, concat)
+    return jax.device_get(made.init(jax.random.key(config.seed)))
+
+
+def outcome(layout, concat, gather_once=False):
+    """(losses, parameters, learning rate) of two steps on a layout; None: one device."""
+    config, made = program(layout, concat, gather_once)
+    values = begun(concat), fill(made.frozen)
+    state, frozen = jax.tree.map(
+        lambda x, leaf: jax.device_put(x, leaf.sharding), values, (made.state, made.frozen)
+    )
     rng = np.random.default_rng(0)
     batch = jax.tree.map(
         lambda leaf: rng.integers(0, 2 if leaf.dtype == bool else 5, leaf.shape).astype(leaf.dtype),

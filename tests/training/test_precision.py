@@ -75,9 +75,10 @@ def step_program(name, **modes):
     ids=lambda case: "-".join([case[0], *case[1]]),
 )
 def traced(request):
-    """(class of the backbone, its program, state, results)."""
+    """(class of the backbone, its program, all scopes and equations of it, state, results)."""
     name, modes = request.param
-    return backbones.backbone_class(name).__name__, *step_program(name, **modes)
+    jaxpr, *rest = step_program(name, **modes)
+    return backbones.backbone_class(name).__name__, jaxpr, list(equations(jaxpr)), *rest
 
 
 def test_every_backbone_is_here():
@@ -85,9 +86,9 @@ def test_every_backbone_is_here():
 
 
 def test_norms_softmax_and_activations_are_float32(traced):
-    _, jaxpr, *_ = traced
+    _, _, everything, *_ = traced
     found = collections.Counter()
-    for scope, eqn in equations(jaxpr):
+    for scope, eqn in everything:
         operation, norm = eqn.primitive.name, re.search(r"norm\w*\)*$", scope)
         found[operation, bool(norm), narrow(eqn)] += 1
         # The gradient of a bias is a sum over what was widened, in the type of the products: XLA's to accumulate.
@@ -104,10 +105,10 @@ def test_norms_softmax_and_activations_are_float32(traced):
 
 def test_only_the_backbone_computes_in_bfloat16(traced):
     """So noise, loss, its mean, clipping, moments, averages and the update do not."""
-    backbone, jaxpr, *_ = traced
+    backbone, _, everything, *_ = traced
     outside = [
         (scope, eqn.primitive.name)
-        for scope, eqn in equations(jaxpr)
+        for scope, eqn in everything
         if narrow(eqn) and f"({backbone})" not in scope and not any(map(is_program, eqn.params.values()))
     ]
     assert not outside
@@ -118,7 +119,7 @@ def is_program(value):
 
 
 def test_gradients_are_added_in_float32_over_microbatches(traced):
-    _, jaxpr, state, _ = traced
+    _, jaxpr, _, state, _ = traced
     # The loss and each gradient.
     wanted = sorted([(), *(leaf.shape for leaf in jax.tree.leaves(state.params))])
     (loop,) = [

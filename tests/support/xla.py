@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from tests.support.paths import ROOT, SUPPORT
+
 # LLVM's optimizations and the fusion emitters take five sixths of compiling a tiny backbone with its gradients. A test
 # compares programs that were all compiled this way, so comparisons of bits mean what they say.
 QUICK = " ".join(
@@ -23,6 +25,12 @@ _COUNT = "--xla_force_host_platform_device_count"
 def flags(devices: int) -> str:
     """XLA_FLAGS of a process with this many simulated devices."""
     return f"{QUICK} {_PATIENT} {_COUNT}={devices}"
+
+
+def one_of_several(devices: int) -> dict[str, str]:
+    """The environment of one of several processes with this many devices: all read what the first one compiled."""
+    paths = str(SUPPORT / "one_of_several"), str(ROOT), os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "XLA_FLAGS": flags(devices), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def prepare(environment) -> None:

@@ -40,6 +40,9 @@ def prepare(environment) -> None:
     environment["XLA_FLAGS"] = " ".join(part for part in (QUICK, _PATIENT, count, given) if part)
     # Filtering a traceback costs at each call of a jitted function, with or without an error.
     environment.setdefault("JAX_TRACEBACK_FILTERING", "off")
+    # XLA splits sums over this many threads, or one a device if there are more of these: so a command on one device
+    # computes the bits that the tests compute on one of their eight, whatever the cores.
+    environment.setdefault("NPROC", "8")
 
 
 def share_contexts(programs: int = 100) -> None:
@@ -62,4 +65,6 @@ def share_contexts(programs: int = 100) -> None:
 
 def plain_environment() -> dict[str, str]:
     """The environment of a process that compiles as a user's does: for TPUs, or for figures of a program."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "NPROC"))
+    }

@@ -71,7 +71,7 @@ class Member:
 
     def encode(self) -> bytes:
         """The contents of its object."""
-        return leases.encode(dataclasses.asdict(self))
+        return leases.encode(vars(self))
 
 
 def decode(data: bytes) -> Member:

@@ -177,7 +177,7 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it."""
-        return {**dataclasses.asdict(self), "stage": self.stage.name, "after": self.after.name}
+        return {**vars(self), "stage": self.stage.name, "after": self.after.name}
 
 
 def from_dict(values: dict[str, Any]) -> State:

@@ -49,7 +49,7 @@ class Doctor(Verb):
             )
             return report.main(fitted, self.workdir, before, chips=chips, as_json=self.json)
 
-        return self.processes.run_together(check, config.processes, self.command)
+        return self.processes.run_together(check, lambda: config.processes, self.command)
 
     def _sized(self) -> bool:
         """Whether the batch is the user's."""

@@ -1,6 +1,7 @@
 """The verb `train`."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,15 +27,13 @@ class Processes:
         """Runs `main` joined with the other processes of the run, if there are any.
 
         Args:
-          settings: gives `config.processes`; called where there are others.
+          settings: gives `config.processes`; called where there are others, and not in the supervisor of this process.
           command: this command, after the program's name.
         """
         from scaling_dit.parallel import processes
 
         membership = processes.from_flags(self.coordinator, self.processes, self.process)
-        alone = membership is None and not processes.on_tpu_host()
-        given = {} if alone else settings()
-        return processes.run_supervised(lambda: report_errors(main), membership, given, command)
+        return processes.run_supervised(lambda: report_errors(main), membership, settings, command)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,8 @@ class Train(Verb):
         began = time.perf_counter()
         if self.from_ema and not self.from_:
             raise UserError(f"train --from_ema={self.from_ema} belongs to --from, which is not given")
-        config = self._config()
+        # Only where it is trained: a supervisor starts its process at once.
+        config = functools.cache(self._config)
 
         def train() -> int:
             from scaling_dit.training.base import Start
@@ -78,9 +78,9 @@ class Train(Verb):
 
             start = Start.parse(self.from_, self.from_ema, own_code=self.own_code) if self.from_ else None
             clock = time.time() - (time.perf_counter() - began)
-            return main(config, self.workdir, clock, strict=self.strict, start=start)
+            return main(config(), self.workdir, clock, strict=self.strict, start=start)
 
-        return self.processes.run_together(train, lambda: config.processes, self.command)
+        return self.processes.run_together(train, lambda: config().processes, self.command)
 
     def _config(self) -> Any:
         """The resolved config: of the experiment, else the workdir's, else that of the run to begin from."""

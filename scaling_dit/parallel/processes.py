@@ -106,7 +106,7 @@ def detected() -> Membership | None:
 def run_supervised(
     main: Callable[[], int],
     membership: Membership | None,
-    settings: Mapping[str, Any],
+    settings: Callable[[], Mapping[str, Any]],
     arguments: Sequence[str],
 ) -> int:
     """Runs `main()` in a child process that joins the other processes of the run; returns the exit code.
@@ -116,7 +116,8 @@ def run_supervised(
     Args:
       main: does the verb's work in one process, reports mistakes itself, and returns an exit code.
       membership: given by flags. None on a TPU host means that jax detects it.
-      settings: `config.processes`, with `heartbeat` and `start_up` in seconds.
+      settings: gives `config.processes`, with `heartbeat` and `start_up` in seconds; called in a child alone, so that
+        the parent imports nothing that a config needs.
       arguments: the command line's arguments, to start this process again as a child.
     """
     if membership is None and not on_tpu_host():
@@ -126,8 +127,9 @@ def run_supervised(
     membership = detected() if membership is None else membership
     if membership is None:
         return main()
-    join(membership, heartbeat=settings["heartbeat"], start_up=settings["start_up"])
-    return together(main, settings["heartbeat"])
+    given = settings()
+    join(membership, heartbeat=given["heartbeat"], start_up=given["start_up"])
+    return together(main, given["heartbeat"])
 
 
 def join(membership: Membership, *, heartbeat: int, start_up: int) -> None:

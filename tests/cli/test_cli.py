@@ -297,7 +297,7 @@ def test_a_process_of_several_is_started_again_with_the_same_command(monkeypatch
     ((_, membership, settings, arguments),) = started
     assert list(arguments) == command
     assert (membership.coordinator, membership.processes, membership.process) == ("localhost:8000", 2, 1)
-    assert settings.to_dict() == config_lib.defaults().processes.to_dict()
+    assert settings().to_dict() == config_lib.defaults().processes.to_dict()
 
 
 @pytest.mark.usefixtures("on_one_device")

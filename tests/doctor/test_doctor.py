@@ -1,5 +1,6 @@
 """`doctor` on this machine and in two processes, healthy and with one fault."""
 
+import functools
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from scaling_dit.cli import main as cli
 from scaling_dit.doctor import probe
 from scaling_dit.model.build import build_model, make_tokenizer, open_source
 from scaling_dit.training.start import Run
@@ -73,7 +75,14 @@ def test_batches_of_a_run_have_its_conditions():
     assert batch["conditions"]["inpaint"].shape == (8, 16, 16, 4)
 
 
+@pytest.fixture
+def steps_on_one_device(monkeypatch):
+    """Their layouts are not the subject."""
+    monkeypatch.setattr(probe.Run, "open", functools.partial(Run.open, devices=jax.devices()[:1]))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("steps_on_one_device")
 def test_steps_of_a_run_with_conditions():
     steps = probe.train_steps(tiny(conditioning__names=("inpaint",)))
     assert "error" not in steps and len(steps["losses"]) == probe.STEPS
@@ -84,19 +93,17 @@ def test_versions_are_those_installed():
     assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__
 
 
-def together(tmp_path, fault, count=2):
-    """The exit codes of `count` processes, and what the first printed."""
+def together(command):
+    """The exit codes of a command by two processes of one device each, and what the first printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(devices=8 // count)}
-    command = [sys.executable, str(SUPPORT / "doctor_worker.py")]
     started = [
         subprocess.Popen(
-            [*command, str(rank), str(count), str(port), str(tmp_path / "w"), fault],
-            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *command, f"--coordinator=localhost:{port}", "--processes=2", f"--process={rank}"],
+            env=xla.one_of_several(devices=1), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(count)
+        for rank in range(2)
     ]  # fmt: skip
     output = [one.communicate(timeout=400) for one in started]
     # Gloo, which joins CPUs, prints lines of its own before.
@@ -111,7 +118,8 @@ def faults(document):
 
 @pytest.mark.slow
 def test_a_healthy_run_of_two_processes(tmp_path):
-    codes, document = together(tmp_path, "none")
+    fields = ["--json", f"--workdir={tmp_path / 'w'}", "--config.backbone.depth=1"]
+    codes, document = together(["-m", "scaling_dit", "doctor", *fields])
     assert codes == [0, 0] and document["healthy"], document
     assert [host["process"] for host in document["hosts"]] == [0, 1]
     assert document["hosts"][0]["steps"]["losses"] == document["hosts"][1]["steps"]["losses"]
@@ -120,7 +128,7 @@ def test_a_healthy_run_of_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_faults_of_one_of_two_processes(tmp_path):
-    codes, document = together(tmp_path, "many")
+    codes, document = together([str(SUPPORT / "doctor_worker.py"), f"--workdir={tmp_path / 'w'}"])
     assert codes == [1, 1], document
     found = faults(document)
     assert found.keys() == {"packages", "clocks", "workdir", "all-reduce"}
@@ -130,10 +138,9 @@ def test_faults_of_one_of_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_verb_on_this_machine(tmp_path):
-    command = [sys.executable, "-m", "scaling_dit", "doctor", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+@pytest.mark.usefixtures("steps_on_one_device")
+def test_the_verb_on_this_machine(tmp_path, capsys):
+    assert cli.main(["doctor", f"--workdir={tmp_path}", "--config.backbone.depth=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "healthy" and len(lines) == 10
     assert any("3 steps, losses" in line for line in lines)

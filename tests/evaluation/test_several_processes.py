@@ -1,8 +1,6 @@
 """`evaluate` by several processes: each samples and scores its part, and no byte of the result depends on it."""
 
 import json
-import os
-import random
 import signal
 import socket
 import subprocess
@@ -11,8 +9,10 @@ import time
 
 import pytest
 
+from scaling_dit.cli import main as cli
 from tests.support import tiny_distances, xla
 from tests.support.paths import ROOT
+from tests.support.runs import open_on_one_device
 
 QUESTIONS = ("tifa", "shapes_tifa")
 # Of one network, whose sums may differ in their last bits.
@@ -20,20 +20,25 @@ DISTANCES = (tiny_distances.Nearer.NAME, tiny_distances.Wider.NAME)
 SETTINGS = ("--judge=shapes", "--config.metrics.shapes_tifa.batch=2")
 
 
+def arguments(smoke_run, out, metrics=QUESTIONS):
+    """Those of `scaling-dit evaluate`."""
+    return [
+        "evaluate", f"--workdir={smoke_run}", f"--out={out}", "--items=40", "--batch=4",
+        f"--metrics={','.join(metrics)}", *SETTINGS,
+    ]  # fmt: skip
+
+
 def start(smoke_run, out, count, metrics=QUESTIONS, environment=None):
     """`evaluate` by `count` processes with two devices each: the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "scaling_dit", "evaluate", f"--workdir={smoke_run}", f"--out={out}", "--items=40",
-        "--batch=4", f"--metrics={','.join(metrics)}", *SETTINGS,
-    ]  # fmt: skip
-    joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
+    command = [sys.executable, "-m", "scaling_dit", *arguments(smoke_run, out, metrics)]
+    joined = [f"--coordinator=localhost:{port}", f"--processes={count}"]
     return [
         subprocess.Popen(
-            [*command, *joined, *([f"--process={index}"] if joined else [])],
-            env={**os.environ, "XLA_FLAGS": xla.flags(devices=2), **(environment or {})},
+            [*command, *joined, f"--process={index}"],
+            env={**xla.one_of_several(devices=2), **(environment or {})},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -76,12 +81,12 @@ def both(smoke_run, tmp_path_factory):
     places = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     weights = tmp_path_factory.mktemp("weights")
     (weights / "colours").touch()
-    environment = {"SCALING_DIT_WEIGHTS": str(weights)}
-    said = [
-        finish(start(smoke_run, out, count, QUESTIONS + DISTANCES, environment))
-        for count, out in enumerate(places, 1)
-    ]
-    return places, said[1]
+    metrics, environment = QUESTIONS + DISTANCES, {"SCALING_DIT_WEIGHTS": str(weights)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALING_DIT_WEIGHTS", str(weights))
+        open_on_one_device(patch, count=2)
+        assert cli.main(arguments(smoke_run, places[0], metrics)) == 0
+    return places, finish(start(smoke_run, places[1], 2, metrics, environment))
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +98,17 @@ def alone(both):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_make_the_bytes_of_one(smoke_run, tmp_path, both, alone, count):
-    if count == 2:
-        (_, tmp_path), (first, *others) = both
-    else:
-        first, *others = finish(start(smoke_run, tmp_path, count))
+def test_two_processes_make_the_bytes_of_one(both, alone):
+    (_, out), (first, *others) = both
     assert "shapes_tifa of" in first and not any("shapes_tifa of" in said for said in others)
-    assert files(tmp_path) == alone
+    assert files(out) == alone
 
 
 @pytest.mark.slow
-def test_processes_killed_at_any_moment_are_resumed(smoke_run, tmp_path, alone):
-    moments = random.Random(4)
-    for attempt in range(3):
+def test_killed_processes_are_resumed_by_four(smoke_run, tmp_path, alone):
+    # One pair dies while it starts, and one among images.
+    for wanted in (0, 15):
         started = start(smoke_run, tmp_path, 2)
-        # Of these, one dies while it starts, one among images, and one at any moment.
-        wanted = (0, 7, moments.randrange(41))[attempt]
         deadline = time.monotonic() + 120
         while len(list(tmp_path.rglob("*.png"))) < wanted and time.monotonic() < deadline:
             if started[0].poll() is not None:
@@ -119,7 +118,8 @@ def test_processes_killed_at_any_moment_are_resumed(smoke_run, tmp_path, alone):
             process.send_signal(signal.SIGKILL)
         for process in started:
             process.communicate(timeout=60)
-    finish(start(smoke_run, tmp_path, 2))
+    first, *others = finish(start(smoke_run, tmp_path, 4))
+    assert "shapes_tifa of" in first and not any("shapes_tifa of" in said for said in others)
     assert files(tmp_path) == alone
 
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
+from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.monitor import heartbeat
 from scaling_dit.parallel import processes
@@ -22,31 +24,45 @@ from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
 from tests.support import xla
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 HEARTBEAT = 20
+# The learning rate is constant after warm-up, so that runs of any number of steps have the same first ones.
+FIELDS = (
+    "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.log.every=1", "--config.log.tensorboard=false",
+    "--config.checkpoint.every=20", "--config.eval.every=0", "--config.backbone.depth=1",
+    "--config.optim.decay=constant",
+)  # fmt: skip
 COMMAND = [
-    sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke", "--config.mesh.data=2",
-    "--config.mesh.fsdp=2", "--config.log.every=1", "--config.log.tensorboard=false", "--config.checkpoint.every=5",
-    f"--config.processes.heartbeat={HEARTBEAT}", "--config.backbone.depth=1",
+    sys.executable, "-m", "scaling_dit", "train", "--config=experiments/shapes.py:smoke",
+    f"--config.processes.heartbeat={HEARTBEAT}", *FIELDS,
 ]  # fmt: skip
+FOR_EVER = "--config.steps=100000"
+# Each process makes the masks and edges of its own rows, which follow from their positions.
+CONDITIONS = ("--config.conditioning.names=('inpaint','edges')", "--config.conditions.edges.concat=channel")
 
 
-def start(workdir: pathlib.Path, count: int, *overrides: str) -> list[subprocess.Popen]:
-    """`count` processes with four devices together."""
+def start(
+    workdir: pathlib.Path, count: int, *overrides: str, missing: int | None = None
+) -> list[subprocess.Popen]:
+    """`count` processes with four devices together, or all of them but one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": xla.flags(devices=4 // count)}
+    # One compiles, also where all begin at the same time.
+    env = {**xla.one_of_several(devices=4 // count), "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
     command = [*COMMAND, f"--workdir={workdir}", *overrides]
-    joined = [f"--coordinator=localhost:{port}", f"--processes={count}"] if count > 1 else []
+    command += [f"--coordinator=localhost:{port}", f"--processes={count}"]
     return [
         subprocess.Popen(
-            [*command, *joined, *([f"--process={process}"] if joined else [])],
+            [*command, f"--process={process}"],
             env=env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for process in range(count)
+        if process != missing
     ]
 
 
@@ -75,106 +91,157 @@ def losses(workdir: pathlib.Path) -> list[float]:
     return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
 
 
+def train_alone(workdir: pathlib.Path, *changes: str, stop: int | None = None):
+    """A run by this process alone, on as many devices as the others have together; its state at the end.
+
+    With `stop` SIGTERM ends it, and this step is saved.
+    """
+    config = config_lib.load("experiments/shapes.py:smoke", [*FIELDS, *changes])
+    if stop is None:
+        return loop.train(config, workdir, jax.devices()[:4])
+    write_log = loop.write_log
+
+    def log_and_stop(run, outputs, watch, progress, step, metrics):
+        write_log(run, outputs, watch, progress, step, metrics)
+        if step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_log", log_and_stop)
+        with pytest.raises(loop.Stopped, match=f"SIGTERM: saved step {stop}"):
+            loop.train(config, workdir, jax.devices()[:4])
+
+
+def assert_losses_of(workdir: pathlib.Path, reference: list[float]) -> None:
+    """20 steps from scratch, and those of the start after them."""
+    assert len(reference) >= 20
+    np.testing.assert_allclose(losses(workdir)[: len(reference)], reference, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of 20 steps by one process."""
+    workdir = tmp_path_factory.mktemp("one")
+    train_alone(workdir, "--config.steps=20")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def one_conditioned(tmp_path_factory):
+    """The losses of 20 steps with image conditions by one process, and its parameters."""
+    workdir = tmp_path_factory.mktemp("one_conditioned")
+    state = train_alone(workdir, "--config.steps=20", *CONDITIONS)
+    return losses(workdir), state.params
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run by two processes with image conditions that SIGTERM at one of them ends; what they said."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    started = start(workdir, 2, FOR_EVER, *CONDITIONS)
+    wait_for_step(workdir, 20, started)
+    started[1].send_signal(signal.SIGTERM)
+    return workdir, finish(started, code=75)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_same_losses_by_one_two_and_four_processes(tmp_path):
-    for name, count in {"one": 1, "two": 2, "two again": 2, "four": 4}.items():
-        finish(start(tmp_path / name, count, "--config.steps=20"))
-    reference = losses(tmp_path / "one")
-    assert len(reference) == 20
-    for name in ("two", "four"):
-        np.testing.assert_allclose(losses(tmp_path / name), reference, rtol=0, atol=1e-5)
-    assert losses(tmp_path / "two") == losses(tmp_path / "two again")
+def test_sigterm_at_one_process_saves_the_same_step_in_all(stopped):
+    workdir, output = stopped
+    steps = [re.findall(r"SIGTERM: saved step (\d+);", said) for said in output]
+    assert len(steps[0]) == 1 and steps[0] == steps[1]
+    assert pipeline.load(workdir).step == int(steps[0][0])
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_with_image_conditions(stopped, one_conditioned):
+    reference, params = one_conditioned
+    assert_losses_of(stopped[0], reference)
+    found = pipeline.load(stopped[0], step=20).params["backbone"]["condition_embed"]
+    wanted = params["backbone"]["condition_embed"]
+    assert set(found) == {"inpaint", "edges"} and np.abs(found["edges"]["kernel"]).max() > 0
+    rate = config_lib.load("experiments/shapes.py:smoke").optim.learning_rate
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # Adam's first steps follow the sign of a gradient, which rounding may turn.
+        np.testing.assert_allclose(a, b, rtol=0, atol=2 * 3 * rate)
+
+
+def lose(workdir: pathlib.Path, count: int, lost: int, *changes: str) -> None:
+    """Kills one of `count` processes after 20 steps; all others end, and name it."""
+    started = start(workdir, count, FOR_EVER, *changes)
+    wait_for_step(workdir, 20, started)
+    os.kill(child(started[lost]), signal.SIGKILL)
+    began = time.monotonic()
+    for other in started[:lost] + started[lost + 1 :]:
+        output = other.communicate(timeout=3 * HEARTBEAT)[1]
+        # Some seconds for what the machine does besides.
+        assert time.monotonic() - began < HEARTBEAT + 10
+        assert other.returncode == 75
+        (line,) = re.findall(r"scaling-dit: .*lost.*", output)
+        assert line.startswith(f"scaling-dit: process {lost} is lost: ")
+        assert "Check failure" not in output and "Traceback" not in output
+    assert "ended by SIGKILL" in started[lost].communicate(timeout=60)[1]
+    assert started[lost].returncode == 137
+
+
+def go_on_alone(workdir: pathlib.Path, *changes: str) -> None:
+    """One process goes on where several were, and its first steps follow from theirs."""
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    before = losses(workdir)
+    train_alone(workdir, FOR_EVER, *changes, stop=step + 5)
+    after = losses(workdir)
+    assert len(after) >= step + 5
+    np.testing.assert_allclose(after[:step], before[:step], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_second_of_two_is_lost_and_another_count_goes_on(stopped, tmp_path):
+    """Up to there it was the run that SIGTERM ended: the same count of processes gives the same bits."""
+    lose(tmp_path, 2, 1, *CONDITIONS)
+    assert losses(tmp_path)[:20] == losses(stopped[0])[:20]
     for ema in (None, 0.995):
-        first, again = (pipeline.load(tmp_path / name, ema=ema).params for name in ("two", "two again"))
+        first, again = (pipeline.load(path, step=20, ema=ema).params for path in (tmp_path, stopped[0]))
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    # Validation loss, sample grid and evaluation are made by all processes together.
+    go_on_alone(tmp_path, *CONDITIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_first_of_four_is_lost_and_another_count_goes_on(one, tmp_path):
+    lose(tmp_path, 4, 0)
+    assert_losses_of(tmp_path, losses(one))
+    go_on_alone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_go_on_where_one_was_and_evaluate_together(one, tmp_path):
+    """Validation loss, sample grid and evaluation are made by all processes together."""
+    shutil.copytree(one, tmp_path / "one")
+    shutil.copytree(one, tmp_path / "two")
+    changes = ("--config.steps=23", "--config.eval.every=23")
+    finish(start(tmp_path / "two", 2, *changes))
+    train_alone(tmp_path / "one", *changes)
+    reference = losses(tmp_path / "one")
+    assert len(reference) == 23
+    assert_losses_of(tmp_path / "two", reference)
     last = {name: read_metrics(tmp_path / name)[-1] for name in ("one", "two")}
     several = {"speed/slowest_process", "speed/slowest_host_wait"}
     assert last["one"].keys() | several == last["two"].keys()
     assert last["two"]["speed/slowest_process"] in (0, 1) and last["two"]["speed/slowest_host_wait"] >= 0
     beats = heartbeat.read(Workdir(tmp_path / "two").heartbeats)
     assert [(beat["process"], beat["state"], beat["step"]) for beat in beats] == [
-        (0, "done", 20),
-        (1, "done", 20),
+        (0, "done", 23),
+        (1, "done", 23),
     ]
     assert last["two"]["validation/loss"] == pytest.approx(last["one"]["validation/loss"], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_with_image_conditions(tmp_path):
-    """Each makes the masks and edges of its own rows, which follow from their positions."""
-    changes = [
-        "--config.conditioning.names=('inpaint','edges')",
-        "--config.conditions.edges.concat=channel",
-        "--config.backbone.depth=1",
-        "--config.checkpoint.every=100",
-        "--config.eval.every=0",
-        "--config.steps=3",
-    ]
-    finish(start(tmp_path / "two", 2, *changes))
-    mesh = [word for word in COMMAND if word.startswith("--config.") and "processes" not in word]
-    config = config_lib.load("experiments/shapes.py:smoke", [*mesh, *changes])
-    state = loop.train(config, tmp_path / "one", jax.devices()[:4])
-    reference = losses(tmp_path / "one")
-    assert len(reference) == 3
-    np.testing.assert_allclose(losses(tmp_path / "two"), reference, rtol=0, atol=1e-5)
-    found = pipeline.load(tmp_path / "two").params["backbone"]["condition_embed"]
-    wanted = state.params["backbone"]["condition_embed"]
-    assert set(found) == {"inpaint", "edges"} and np.abs(found["edges"]["kernel"]).max() > 0
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        # Adam's first steps follow the sign of a gradient, which rounding may turn.
-        np.testing.assert_allclose(a, b, rtol=0, atol=2 * 3 * config.optim.learning_rate)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("lost", [1, 0])
-def test_a_lost_process_ends_the_others_and_another_count_goes_on(tmp_path, lost):
-    started = start(tmp_path, 2, "--config.steps=100000", "--config.eval.every=0")
-    wait_for_step(tmp_path, 5, started)
-    os.kill(child(started[lost]), signal.SIGKILL)
-    began = time.monotonic()
-    other = started[1 - lost]
-    output = other.communicate(timeout=3 * HEARTBEAT)[1]
-    # Some seconds for what the machine does besides.
-    assert time.monotonic() - began < HEARTBEAT + 10
-    assert other.returncode == 75
-    (line,) = re.findall(r"scaling-dit: .*lost.*", output)
-    assert line.startswith(f"scaling-dit: process {lost} is lost: ")
-    assert "Check failure" not in output and "Traceback" not in output
-    assert "ended by SIGKILL" in started[lost].communicate(timeout=60)[1]
-    assert started[lost].returncode == 137
-
-    step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    before = losses(tmp_path)
-    resumed = start(tmp_path, 4 if lost else 1, "--config.steps=100000", "--config.eval.every=0")
-    wait_for_step(tmp_path, step + 5, resumed)
-    resumed[0].send_signal(signal.SIGTERM)
-    finish(resumed, code=75)
-    after = losses(tmp_path)
-    assert len(after) >= step + 5
-    np.testing.assert_allclose(after[:step], before[:step], rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_sigterm_at_one_process_saves_the_same_step_in_all(tmp_path):
-    started = start(tmp_path, 2, "--config.steps=100000", "--config.eval.every=0")
-    wait_for_step(tmp_path, 5, started)
-    started[1].send_signal(signal.SIGTERM)
-    steps = [re.findall(r"SIGTERM: saved step (\d+);", output) for output in finish(started, code=75)]
-    assert len(steps[0]) == 1 and steps[0] == steps[1]
-    assert pipeline.load(tmp_path).step == int(steps[0][0])
-
-
-@pytest.mark.slow
-def test_a_mistake_of_one_process_and_a_missing_process_are_reported(tmp_path):
-    started = start(tmp_path, 2, "--config.processes.start_up=15")
-    started[1].kill()
-    started[1].communicate()
-    output = started[0].communicate(timeout=120)[1]
-    assert started[0].returncode == 75
+def test_a_missing_process_is_reported(tmp_path):
+    (output,) = finish(start(tmp_path, 2, "--config.processes.start_up=3", missing=1), code=75)
     assert (
         output.strip()
         .splitlines()[-1]
@@ -220,7 +287,17 @@ def test_tpu_hosts_are_known_by_their_devices(monkeypatch, tmp_path):
 def test_one_process_agrees_with_itself():
     assert processes.total({"b": 2, "a": 1}) == {"b": 2, "a": 1}
     assert processes.first_says(True) and not processes.first_says(False)
-    assert processes.run_supervised(lambda: 7, None, {"heartbeat": 100, "start_up": 300}, []) == 7
+    assert processes.run_supervised(lambda: 7, None, dict, []) == 7
+
+
+def test_what_watches_a_process_reads_no_config(monkeypatch, tmp_path):
+    """It imports no jax, and starts the process at once, which reports a mistake in the config."""
+    started = []
+    monkeypatch.setattr(processes.supervise, "run", lambda command: started.append(command) or 75)
+    command = ["train", "--config=no_such_experiment", f"--workdir={tmp_path}"]
+    command += ["--coordinator=localhost:8000", "--processes=2", "--process=1"]
+    assert cli.main(command) == 75
+    assert started == [[sys.executable, "-m", "scaling_dit", *command]]
 
 
 def test_sigterm_is_noticed_by_one_process():
@@ -259,8 +336,6 @@ def test_a_process_that_fails_ends_without_jaxs_shutdown(monkeypatch, capsys):
 
 def test_mistakes_are_reported_by_the_process_that_makes_them(monkeypatch, tmp_path, capsys):
     """What the verb hands over to run in company ends in an exit code, not in an exception that all would wait for."""
-    from scaling_dit.cli import main as cli
-
     codes = []
     monkeypatch.setattr(processes, "run_supervised", lambda main, *_: codes.append(main()) or codes[-1])
     for error in (UserError("wrong"), OSError(28, "full", "disk"), KeyboardInterrupt()):

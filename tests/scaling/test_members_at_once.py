@@ -13,6 +13,7 @@ import pytest
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
 from scaling_dit.scaling import members_at_once
+from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec
@@ -172,27 +173,25 @@ def test_members_of_another_study(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("verbs_on_one_device")
 def test_two_at_once_make_the_table_of_one_after_another(tmp_path):
     """Stopped in the middle by SIGTERM and killed once, too."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(devices=1)}
-    command = [sys.executable, "-m", "scaling_dit", "study"]
     apart, together = tmp_path / "apart", tmp_path / "together"
-
-    def start(folder, *flags):
-        return subprocess.Popen(
-            [*command, f"--workdir={folder}", *flags],
+    spec = dataclasses.replace(spec_lib.load(SMOKE), seeds=(0,), claims=(), items=4)
+    study_lib.study(spec, apart)
+    study_lib.register(spec, StudyFolder(together), lambda: 0)
+    command = ["study", f"--workdir={together}", "--at_once=2"]
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
+        two = subprocess.Popen(
+            [sys.executable, "-m", "scaling_dit", *command],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-
-    one = start(apart, f"--config={SMOKE}")
-    assert one.wait(600) == 0, one.stderr.read()
-    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
-        two = start(together, f"--config={SMOKE}", "--at_once=2")
         killer = None
         for line in two.stderr:
             # The first step of either member.
@@ -201,9 +200,11 @@ def test_two_at_once_make_the_table_of_one_after_another(tmp_path):
                 killer.start()
         assert two.wait(300) in (code, 0)
     time.sleep(1)
-    two = start(together, "--at_once=2")
-    shown = two.stderr.read()
-    assert two.wait(600) == 0, shown
+    with pytest.MonkeyPatch.context() as patch:
+        # That of the members' processes.
+        for name in ("PYTHONPATH", "XLA_FLAGS"):
+            patch.setenv(name, environment[name])
+        assert cli.main(command) == 0
     for name in ("table", "scores"):
         assert (apart / f"{name}.parquet").read_bytes() == (together / f"{name}.parquet").read_bytes()
-    assert len(list((together / "tensorboard").glob("*/events*"))) == 4
+    assert len(list((together / "tensorboard").glob("*/events*"))) == 2

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 from scaling_dit.tpu import leases, queue
 
@@ -19,6 +20,9 @@ from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec
 from tests.support import simulated_study, xla
 from tests.support.paths import ROOT
+
+# Several processes have one device each.
+pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
 
 SMOKE = "experiments/studies/shapes_core.py:smoke"
 SLICE = (
@@ -69,15 +73,20 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def plain(small, tmp_path_factory):
+def plain(small, tmp_path_factory, verbs_on_one_device):
     """The study by one process, one member after another."""
-    return study_lib.study(small, tmp_path_factory.mktemp("plain") / "study")
+    with pytest.MonkeyPatch.context() as patch:
+        # Small programs of one member serve the other.
+        patch.setattr(jax, "clear_caches", lambda: None)
+        return study_lib.study(small, tmp_path_factory.mktemp("plain") / "study")
 
 
-def environment(devices):
+def environment(given):
+    """One device, and the commands of this environment."""
     bin_folder = os.path.dirname(sys.executable)
-    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "XLA_FLAGS": xla.flags(devices)}
+    paths = {"PATH": (bin_folder, given["PATH"]), "PYTHONPATH": (str(ROOT), given.get("PYTHONPATH", ""))}
+    found = {name: os.pathsep.join(filter(None, several)) for name, several in paths.items()}
+    return {**given, **found, "XLA_FLAGS": xla.flags(devices=1)}
 
 
 @pytest.mark.slow
@@ -103,7 +112,7 @@ def test_two_slices_of_a_queue_make_the_table_of_one_process(small, plain, tmp_p
         subprocess.Popen(
             [sys.executable, "-c", SLICE, str(tmp_path / "queue"), f"slice-{i}", str(tmp_path / f"logs{i}")],
             cwd=ROOT,
-            env=environment(8),
+            env=environment(os.environ),
         )
         for i in range(2)
     ]
@@ -121,7 +130,7 @@ def test_two_slices_of_a_queue_make_the_table_of_one_process(small, plain, tmp_p
 @pytest.mark.slow
 def test_two_processes_train_and_score_a_member_together(small, plain, tmp_path):
     # Two checkpoints, of which one is removed at the end.
-    one = dataclasses.replace(small, members=small.members[:1], points=2)
+    one = dataclasses.replace(small, members=small.members[:1], points=2, guidances=())
     study_lib.register(one, StudyFolder(tmp_path), lambda: 0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -131,7 +140,7 @@ def test_two_processes_train_and_score_a_member_together(small, plain, tmp_path)
         subprocess.Popen(
             [*command, f"--coordinator=localhost:{port}", "--processes=2", f"--process={process}"],
             cwd=ROOT,
-            env=environment(4),
+            env=environment(xla.one_of_several(devices=1)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

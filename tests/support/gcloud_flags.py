@@ -184,6 +184,7 @@ def parse(command: list[str]) -> Parsed:
     name, spec = _find(track, words)
     given: dict[str, list[str]] = {}
     positional = []
+    values, switches = spec.values | _WIDE_VALUES, spec.switches | _WIDE_SWITCHES
     rest = words[len(name) :]
     while rest:
         word = rest.pop(0)
@@ -191,7 +192,7 @@ def parse(command: list[str]) -> Parsed:
             positional.append(word)
             continue
         flag, equals, value = word.partition("=")
-        if flag in spec.values | _WIDE_VALUES:
+        if flag in values:
             if not equals:
                 if not rest or rest[0].startswith("--"):
                     raise FlagError(f"argument {flag}: expected one argument")
@@ -199,7 +200,7 @@ def parse(command: list[str]) -> Parsed:
             if flag in CHOICES and value not in CHOICES[flag]:
                 raise FlagError(f"argument {flag}: Invalid choice: {value!r}.")
             given.setdefault(flag, []).append(value)
-        elif flag in spec.switches | _WIDE_SWITCHES and not equals:
+        elif flag in switches and not equals:
             given.setdefault(flag, []).append("")
         else:
             raise FlagError(f"unrecognized arguments: {word.partition('=')[0]}")

@@ -1,4 +1,4 @@
-"""Runs the miniature study in a process that dies at a chosen call: python study_worker.py WORKDIR [FUNCTION COUNT]."""
+"""Runs the miniature study in a process that dies at a chosen call: python study_worker.py WORKDIR FUNCTION COUNT."""
 
 import os
 import sys
@@ -33,9 +33,8 @@ def die_at(name: str, count: int) -> None:
 
 
 def main() -> None:
-    workdir, *rest = sys.argv[1:]
-    if rest:
-        die_at(rest[0], int(rest[1]))
+    workdir, moment, count = sys.argv[1:]
+    die_at(moment, int(count))
     with pytest.MonkeyPatch.context() as patch:
         # As the study that it is compared with.
         open_on_one_device(patch)

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from tests.support.paths import ROOT, SUPPORT
+
 # LLVM's optimizations and the fusion emitters take five sixths of compiling a tiny backbone with its gradients. A test
 # compares programs that were all compiled this way, so comparisons of bits mean what they say.
 QUICK = " ".join(
@@ -25,6 +27,12 @@ def flags(devices: int) -> str:
     return f"{QUICK} {_PATIENT} {_COUNT}={devices}"
 
 
+def one_of_several(devices: int) -> dict[str, str]:
+    """The environment of one of several processes with this many devices: all read what the first one compiled."""
+    paths = str(SUPPORT / "one_of_several"), str(ROOT), os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "XLA_FLAGS": flags(devices), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def prepare(environment) -> None:
     """Sets XLA_FLAGS of the tests themselves: eight devices; what a user set stays and wins."""
     given = environment.get("XLA_FLAGS", "")
@@ -32,6 +40,9 @@ def prepare(environment) -> None:
     environment["XLA_FLAGS"] = " ".join(part for part in (QUICK, _PATIENT, count, given) if part)
     # Filtering a traceback costs at each call of a jitted function, with or without an error.
     environment.setdefault("JAX_TRACEBACK_FILTERING", "off")
+    # XLA splits sums over this many threads, or one a device if there are more of these: so a command on one device
+    # computes the bits that the tests compute on one of their eight, whatever the cores.
+    environment.setdefault("NPROC", "8")
 
 
 def share_contexts(programs: int = 100) -> None:
@@ -54,4 +65,6 @@ def share_contexts(programs: int = 100) -> None:
 
 def plain_environment() -> dict[str, str]:
     """The environment of a process that compiles as a user's does: for TPUs, or for figures of a program."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "NPROC"))
+    }

@@ -12,8 +12,10 @@ from scaling_dit.tpu import outside
 from scaling_dit.tpu.state import Limits, Stage
 from scaling_dit.tpu.store import Store
 
+from scaling_dit import config as config_lib
 from scaling_dit.cli import main as cli
 from scaling_dit.sampling import pipeline
+from scaling_dit.training import loop
 from tests.support import fake_gcloud, xla
 
 QUICK = Limits(poll=0.05, back_off=0.05, back_off_most=0.1, again=5.0, delete=20.0, save=20.0)
@@ -111,49 +113,54 @@ def test_a_job_is_preempted_twice_and_ends_as_if_it_was_not(fake, capfd, backend
         assert ssh and all("--node=all" in call and "--worker=all" in call for call in ssh)
 
 
-# The same, with real training: two processes of `jax.distributed` with two devices each.
-TRAIN = (
-    "scaling-dit", "train", "--config=shapes:smoke", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-    "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=60", "--config.checkpoint.every=10",
-    "--config.log.every=10", "--config.processes.heartbeat=20", "--config.backbone.depth=1",
+# The same, with real training on two devices: those of one host, or of two in processes of `jax.distributed`.
+DEVICES = 2
+FIELDS = (
+    "--config.mesh.fsdp=2", "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=200",
+    "--config.checkpoint.every=15", "--config.log.every=15", "--config.processes.heartbeat=20",
+    "--config.backbone.depth=1",
 )  # fmt: skip
+TRAIN = ("scaling-dit", "train", "--config=shapes:smoke", *FIELDS)
 
 # Seconds: each look costs as much as many steps of training.
 POLL = 2.0
 
 
-def training_cloud(folder):
+def training_cloud(folder, hosts):
     """A fake whose workers have what training needs in their environment."""
-    jax_flags = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
-    environment = {
-        **jax_flags,
-        "XLA_FLAGS": xla.flags(devices=2),
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+    # One host reads what this process compiled, of two the second what the first did.
+    several = xla.one_of_several(devices=DEVICES // hosts)
+    given = several if hosts > 1 else {**os.environ, "XLA_FLAGS": xla.flags(DEVICES)}
+    kept = {
+        name: value
+        for name, value in given.items()
+        if name.startswith(("JAX_", "XLA_", "NPROC", "PYTHONPATH"))
     }
-    return fake_gcloud.install(folder, environment)
+    return fake_gcloud.install(folder, {**kept, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
 
 
-def train(fake, workdir, backend, slices, preempt_at=()):
-    """Launches the training; preempts it when the checkpoint of each of the steps is there. Returns the exit code."""
+def train(fake, workdir, backend, slices):
+    """Launches the training; preempts it twice, when it has saved another checkpoint. Returns the exit code."""
+
+    def saved():
+        found = (path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+        return max((int(name) for name in found if name.isdigit()), default=0)
 
     def preempt():
-        for step in preempt_at:
-            while not any(
-                int(path.name) >= step
-                for path in (workdir / "checkpoints").glob("[0-9]*")
-                if path.name.isdigit()
-            ):
+        reached = 0
+        for _ in range(2):
+            while saved() <= reached:
                 time.sleep(0.01)
             with fake.locked():
                 cloud = fake.cloud()
                 cloud.preempt(next(one for one in cloud.made.values() if one.state == "ACTIVE"))
                 fake.write(cloud)
+            reached = saved()
 
     thread = threading.Thread(target=preempt, daemon=True)
     thread.start()
-    shape = "v5p:2x2x2" if slices == 1 else "v5p:2x2x1"
     code = cli.main([
-        "tpu", "launch", f"--name={backend}-{slices}", f"--topology={shape}", f"--slices={slices}",
+        "tpu", "launch", f"--name={backend}-{slices}", "--topology=v5p:2x2x1", f"--slices={slices}",
         f"--backend={backend}", "--zones=us-east5-a", "--hours=5", f"--setup={fake.folder / 'setup.sh'}",
         f"--poll={POLL}", "--",
         *TRAIN, f"--workdir={workdir}",
@@ -166,29 +173,21 @@ def train(fake, workdir, backend, slices, preempt_at=()):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The parameters of a run that nobody preempted, in the same layout."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        fake = training_cloud(folder / "cloud")
-        (fake.folder / "setup.sh").write_text("true\n")
-        patch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
-        patch.setenv("XDG_STATE_HOME", str(folder))
-        patch.setattr(outside, "LIMITS", QUICK)
-        patch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, POLL)))
-        assert train(fake, folder / "run", "queued", 1) == 0
-        assert fake.cloud().created == 1
-    return pipeline.load(folder / "run").params
+    config = config_lib.load("shapes:smoke", list(FIELDS))
+    return loop.train(config, tmp_path_factory.mktemp("uninterrupted"), jax.devices()[:DEVICES]).params
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend, slices", [("queued", 1), ("compute", 1), ("queued", 2)])
+@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.parametrize("backend, slices", [("compute", 1), ("queued", 2)])
 def test_training_preempted_twice_ends_bit_identical(uninterrupted, tmp_path, monkeypatch, backend, slices):
-    fake = training_cloud(tmp_path / "cloud")
+    fake = training_cloud(tmp_path / "cloud", hosts=slices)
     (fake.folder / "setup.sh").write_text("true\n")
     monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(outside, "LIMITS", QUICK)
     monkeypatch.setattr(outside, "SLEEP", lambda seconds: time.sleep(min(seconds, POLL)))
-    assert train(fake, tmp_path / "run", backend, slices, preempt_at=(10, 20)) == 0
+    assert train(fake, tmp_path / "run", backend, slices) == 0
     cloud = fake.cloud()
     assert cloud.created == 3 and not cloud.made
     assert Store(f"{backend}-{slices}").read_state().restarts >= 2

@@ -147,26 +147,50 @@ def inspected_once():
         yield
 
 
+def _made_once(tmp_path_factory, name, make):
+    """The folder that `make` fills. All workers read the same: the first that needs it makes it, others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made, finished = folder / name, folder / f"{name}.finished"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            make(made)
+            finished.touch()
+    return made
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """The workdir of a finished miniature run of experiments/shapes.py: checkpoints at steps 2 and 4; read only.
 
-    All workers read the same run: the first that needs it makes it, and another waits at the lock meanwhile. One
-    device and no TensorBoard, which has tests of its own, take a third of the time.
+    One device and no TensorBoard, which has tests of its own, take a third of the time.
     """
     import jax
 
     from scaling_dit import config
     from scaling_dit.training import loop
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    workdir, finished = folder / "smoke", folder / "smoke.finished"
-    with open(folder / "smoke.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not finished.exists():
-            plain = config.load("experiments/shapes.py:smoke", ["--config.log.tensorboard=False"])
-            loop.train(plain, workdir, devices=jax.devices()[:1])
-            finished.touch()
-    return workdir
+    def make(folder):
+        plain = config.load("experiments/shapes.py:smoke", ["--config.log.tensorboard=False"])
+        loop.train(plain, folder, devices=jax.devices()[:1])
+
+    return _made_once(tmp_path_factory, "smoke", make)
+
+
+@pytest.fixture(scope="session")
+def smoke_study(tmp_path_factory):
+    """The folder of a finished miniature study, experiments/studies/shapes_core.py:smoke, on one device; read only."""
+    from scaling_dit.cli import main as cli
+    from tests.support.runs import open_on_one_device, train_on_one_device
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            train_on_one_device(patch)
+            open_on_one_device(patch)
+            # A study drops the programs of a member that is done, and here those of all other tests as well.
+            patch.setattr("jax.clear_caches", lambda: None)
+            assert cli.main(["study", "--config=shapes_core:smoke", f"--workdir={folder}"]) == 0
+
+    return _made_once(tmp_path_factory, "study", make)

@@ -133,10 +133,11 @@ ALONE = ("count", "plan")
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, capsys):
-    """In miniature, beside a demo that `make demo` would have left; digits has a test of its own."""
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, smoke_study, capsys):
+    """In miniature, beside what `make demo` and `make study` would have left; digits has a test of its own."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(smoke_run, tmp_path / "runs/demo")
+    shutil.copytree(smoke_study, tmp_path / "runs/shapes_core")
     small = {
         "--config=shapes": "--config=shapes:smoke",
         "--config=shapes_core": "--config=shapes_core:smoke",

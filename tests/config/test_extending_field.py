@@ -83,6 +83,11 @@ def test_a_run_uses_it(copy):
 @pytest.mark.slow
 def test_the_command_of_the_page_runs(copy, tmp_path):
     (command,) = copy.commands
-    plain = ("--config.steps=2", "--config.eval.metrics=()", "--config.log.tensorboard=false")
+    plain = (
+        "--config.steps=2",
+        "--config.eval.metrics=()",
+        "--config.log.tensorboard=false",
+        "--config.backbone.depth=1",
+    )
     copy.run(command, tmp_path, *plain)
     assert (tmp_path / "runs/columns/checkpoints/2").is_dir()

@@ -136,11 +136,14 @@ def test_a_whole_step_is_that_of_one_device(name, accumulate):
         batch = {
             key: rng.integers(0, 2 if leaf.dtype == bool else 5, leaf.shape).astype(leaf.dtype)
             for key, leaf in made.batch.items()
+            if key != "seed"
         }
         losses, step = [], made.lower().compile()
         with rules.activate(made.mesh):
             for _ in range(2):
-                state, metrics = step(state, model_frozen, rules.to_global(batch, made.mesh, config.batch))
+                given = rules.to_global(batch, made.mesh, config.batch)
+                given["seed"] = program_lib.place_seed(config.seed, made.mesh)
+                state, metrics = step(state, model_frozen, given)
                 losses.append(float(metrics["loss"]))
         results.append((losses, trees.by_path(jax.device_get(state.params))))
     (losses, params), (wanted_losses, wanted) = results[1], results[0]

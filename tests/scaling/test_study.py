@@ -284,11 +284,9 @@ def test_seeds_of_a_member_are_one_program():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of the miniature study, run through the command line."""
-    folder = tmp_path_factory.mktemp("study")
-    assert cli.main(["study", f"--config={SMOKE}", f"--workdir={folder}"]) == 0
-    return folder
+def finished(smoke_study, tmp_path_factory):
+    """A copy of the miniature study that this file may write to."""
+    return shutil.copytree(smoke_study, tmp_path_factory.mktemp("study"), dirs_exist_ok=True)
 
 
 def of_tensorboard(folder):

@@ -11,7 +11,6 @@ real ones, each in a process of its own: seconds, and the most memory it held be
 import argparse
 import functools
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from header import header
+from peak import peak_mib
 
 SIDE, REAL = 256, 10_000
 # Features of Inception, and of CLIP ViT-L/14.
@@ -84,12 +84,12 @@ def statistic(name: str, count: int) -> tuple[float, float]:
 
     width = WIDTHS[name]
     ours, real = (FeatureTable.spill(made(n, width, seed), width) for seed, n in enumerate((count, REAL)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     metric: Any = METRICS[name](**({"points": 0} if name == "fid" else {}))
     start = time.perf_counter()
     metric.compare(ours, Reference.of_table(real), 0)
     seconds = time.perf_counter() - start
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return seconds, peak_mib() - before
 
 
 def made(count: int, width: int, seed: int) -> Iterator[np.ndarray]:

@@ -11,7 +11,6 @@ import argparse
 import json
 import pathlib
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import time
 from typing import NamedTuple
 
 from header import header
+from peak import peak_mib
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS, SEEDS = (99, 300, 1002), 3
@@ -86,7 +86,7 @@ def write(folder: pathlib.Path, runs: int) -> None:
     began = time.process_time()
     page = report.write(made)
     seconds = time.process_time() - began
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, str(page)]))
+    print(json.dumps([seconds, peak_mib() / 2**10, str(page)]))
 
 
 def measure(folder: pathlib.Path, runs: int, browser: str) -> Row:
@@ -107,7 +107,8 @@ def opened(page: pathlib.Path, browser: str) -> tuple[int, int, list[str]]:
     copy = page.with_name("measured.html")
     # The first is the page's own; vega's code may hold others.
     copy.write_text(page.read_text().replace("<body>", "<body>" + REPORTS, 1))
-    with tempfile.TemporaryDirectory() as profile:
+    # A browser that is ended still writes for a moment.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         log, said = pathlib.Path(profile) / "network.json", pathlib.Path(profile) / "said"
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",

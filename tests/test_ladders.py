@@ -27,8 +27,7 @@ TRACED = [
     f"dit_scaling:{family}-{ladder[end]}" for family, ladder in dit_scaling.LADDERS.items() for end in (0, -1)
 ]
 TRACED += ["unet_scaling:sd2", "unet_scaling:sdxl-td4_4", "unet_scaling:if-xl"]
-# UNets are traced block by block, so the others have one a level, at its real width, in place of two or three alike.
-WHOLE = ("unet_scaling:sdxl-td4_4",)
+# UNets are traced block by block, so these have one a level, at its real width, in place of two or three alike.
 
 
 def load(row, overrides=()):
@@ -122,7 +121,7 @@ def test_every_row_of_the_first_papers_tables_is_there():
 )
 def test_a_train_step_of_the_real_size(row):
     """Initial state and one update, optimiser and average included, at the papers' shapes; nothing is allocated."""
-    thinned = row.startswith("unet") and row not in WHOLE
+    thinned = row.startswith("unet")
     config = load(row, ["--config.backbone.res_blocks=1"]) if thinned else loaded(row)
     model = build_model(config, _tokenizer())
     assert model.latent_shape == count_table.LATENTS

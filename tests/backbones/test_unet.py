@@ -13,7 +13,6 @@ from scaling_dit.nn import unet_layers
 from tests.support import parity, unet_reference
 from tests.support.unet_reference import (
     ONE_LEVEL,
-    SCANNED,
     SCANNED_DOTS,
     SD2_CUT,
     SDXL,
@@ -26,7 +25,6 @@ from tests.support.unet_reference import (
 from tests.support.uvit_golden import fill, initial
 
 CASES = [
-    pytest.param(SDXL_CUT | TEXT_TIME | SCANNED, (8, 8), id="official_cut", marks=pytest.mark.slow),
     pytest.param(SD2_CUT | {"remat": "full"}, (4, 8), id="sd2_cut", marks=pytest.mark.slow),
     pytest.param(TD_CUT | SCANNED_DOTS | {"out_channels": 3}, (12, 4), id="td_cut", marks=pytest.mark.slow),
     pytest.param(SDXL | TEXT_TIME, (8, 8), id="official", marks=pytest.mark.slow),

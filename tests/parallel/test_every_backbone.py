@@ -24,20 +24,14 @@ SCANNED = {"scan_layers": True}
 # A second block compiles for as long as the first and has the same products. Scanned, there are two.
 SMALLER = {name: {"depth": 1} for name in TRANSFORMERS if name != "uvit"}
 SLOW = [("uvit", layout, {}) for layout in LAYOUTS]
-# The layouts with one axis split less than these: what one family shows there is the same for all.
-MIXED = [layout for layout in LAYOUTS if layout not in ("DP8", "FSDP8")]
-SLOW += [(name, layout, {}) for name in SMALLER for layout in MIXED]
-# A whole step with conditions is a test of its own, on every layout.
-SLOW += [("uvit", layout, CONDITIONS) for layout in ("FSDP2xCTX2xTP2", "DP2xFSDP2xTP2")]
-SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in SMALLER]
+# What one family shows on every layout is the same for all: the others take the two that split three axes, layer by
+# layer with conditions on the one, and scanned on the other.
+SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in TRANSFORMERS]
 SLOW += [(name, "DP2xFSDP2xTP2", SCANNED) for name in TRANSFORMERS]
 # A UNet splits no tokens, so `context` makes no other layout. Scanned and with conditions at once, for one device
 # compiles it for as long as eight do; as it is, a whole step of it is a test of its own.
-SLOW += [
-    ("unet", layout, SCANNED | {"conditions": CONDITIONS["conditions"][1:]})
-    for layout in ("DP2xFSDP4", "FSDP4xTP2", "DP2xFSDP2xTP2")
-]
-SLOW += [("unet_if", layout, {}) for layout in ("DP2xFSDP4", "DP2xFSDP2xTP2")]
+SLOW += [("unet", "DP2xFSDP2xTP2", SCANNED | {"conditions": CONDITIONS["conditions"][1:]})]
+SLOW += [("unet_if", "DP2xFSDP2xTP2", {})]
 
 
 def outcome(name, modes, mesh=None):

@@ -12,7 +12,6 @@ from scaling_dit import backbones, trees
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import fsdp, rules
 from scaling_dit.parallel.mesh import make_mesh
-from scaling_dit.training.loop import train
 from tests.support.parity import example
 from tests.support.uvit_golden import fill, run
 
@@ -135,27 +134,3 @@ def test_only_meshes_that_split_nothing_but_the_batch_can_gather_once():
             UserError, match="sharding.gather_once needs fsdp above 1, and context and tensor of 1"
         ):
             fsdp.check_mesh(make_mesh(**axes))
-
-
-@pytest.mark.slow
-def test_a_run_that_gathers_once_has_the_losses_of_one_that_does_not(tmp_path):
-    from scaling_dit.experiments import shapes
-
-    from scaling_dit.checkpoints.workdir import read_metrics
-
-    losses = {}
-    for once in (False, True):
-        config = shapes.get_config("smoke")
-        config.mesh.update({"data": 1, "fsdp": 2})
-        config.sharding.gather_once = once
-        config.update({"steps": 3, "batch": 16})
-        config.backbone.depth = 1
-        config.log.update({"every": 1, "tensorboard": False})
-        config.eval.every = 0
-        # All eight, and a whole step on them, are held against one device elsewhere.
-        train(config, tmp_path / str(once), jax.devices()[:2])
-        losses[once] = [
-            row["train/loss"] for row in read_metrics(tmp_path / str(once)) if "train/loss" in row
-        ]
-    assert len(losses[True]) == 3
-    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)

@@ -93,12 +93,13 @@ if __name__ == "__main__":
     mesh = make_mesh(data=1, fsdp=8, devices=one.devices)
     plain = compile_stack(mesh)
     offloaded = compile_stack(mesh, remat="offload")
-    v6e = topologies.get_topology_desc("v6e:4x4", platform="tpu")
-    many = make_mesh(data=1, fsdp=16, devices=v6e.devices)
+    v6e = topologies.get_topology_desc("v6e:16x16", platform="tpu")
+    many = make_mesh(data=1, fsdp=256, devices=v6e.devices)
+    # Of so many chips and layers that XLA lays the layers of a stack innermost, where a tile holds several.
     cut = []
     for lay_out in (scanning._layer_by_layer, lambda stacks: stacks):
         scanning._layer_by_layer = lay_out
-        cut.append(cutting(compile_stack(many, rows=128, width=1280, depth=6, gather_once=True)))
+        cut.append(cutting(compile_stack(many, rows=256, width=640, depth=10, gather_once=True)))
     results = {
         "slices": [sorted({device.slice_index for device in row.flat}) for row in across.devices],
         "bfloat16": summed_types(plain),

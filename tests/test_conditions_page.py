@@ -21,11 +21,13 @@ SMALL = [
     "--config.eval.every=0",
     "--config.optim.warmup_steps=1",
     "--config.checkpoint.every=2",
+    "--config.backbone.depth=1",
+    "--config.log.tensorboard=false",
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("verbs_on_one_device")
+@pytest.mark.usefixtures("verbs_on_one_device", "opened_once")
 def test_the_page_runs_as_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,12 +1,14 @@
 """The examples of the docs run as they stand, what they list is what the code has, and the site builds."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -36,14 +38,23 @@ from tests.support.paths import DOCS, ROOT
 pytestmark = pytest.mark.usefixtures("verbs_on_one_device")
 
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+# A run that is not the page's subject makes no grid, has no validation and no curves in TensorBoard.
+QUIET = ["--config.eval.every=0", "--config.log.tensorboard=false"]
+
+
+def quieten(monkeypatch):
+    """Runs of the test that Python begins are QUIET too."""
+    load = config.load
+    monkeypatch.setattr(config, "load", lambda spec, overrides=(): load(spec, [*overrides, *QUIET]))
 
 
 @pytest.mark.slow
 def test_the_page_of_an_own_backbone_runs_as_typed_from_top_to_bottom(tmp_path, monkeypatch, capsys):
-    """In one folder; only the first run is shorter than on the page."""
+    """In one folder; the runs are only shorter than on the page, and evaluate nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    small = ["--config.steps=2", "--config.batch=8", "--config.eval.every=0", "--config.optim.warmup_steps=1"]
+    small = ["--config.steps=2", "--config.batch=8", "--config.optim.warmup_steps=1", *QUIET]
+    quieten(monkeypatch)
     names: dict = {}
     for kind, name, text in steps("own_backbone.md"):
         if kind == "file":
@@ -80,9 +91,9 @@ def test_a_folder_of_ones_own_trains(tmp_path, monkeypatch, capsys):
         Image.new("RGB", (40, 30), (20 * number, 0, 90)).save(tmp_path / "data/mine" / row["file_name"])
     (tmp_path / "data/mine/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (command,) = commands("own_images.md")
-    tiny = {"steps": 2, "batch": 8, "optim.warmup_steps": 1, "backbone.hidden": 32, "backbone.depth": 2,
-            "backbone.patch": 8, "eval.every": 0}  # fmt: skip
-    assert cli.main(command + [f"--config.{key}={value}" for key, value in tiny.items()]) == 0
+    tiny = {"steps": 2, "batch": 8, "optim.warmup_steps": 1, "backbone.hidden": 32, "backbone.depth": 1,
+            "backbone.patch": 8}  # fmt: skip
+    assert cli.main(command + [f"--config.{key}={value}" for key, value in tiny.items()] + QUIET) == 0
     assert int(scaling_dit.load("runs/mine").step) == 2
     (example,) = blocks("python", "own_images.md")
     exec(example, {})
@@ -99,12 +110,21 @@ def test_the_kinds_of_damage_are_those_of_the_source():
 
 
 @pytest.mark.slow
-def test_first_run_drawing_and_weights_one_after_the_other(tmp_path, monkeypatch, capsys):
-    """Every command a reader meets on these pages, in the order of the pages."""
+@pytest.mark.usefixtures("opened_once")
+def test_first_run_drawing_and_weights_one_after_the_other(tmp_path, monkeypatch, smoke_run, capsys):
+    """Every command a reader meets on these pages, in the order of the pages, beside what the first one leaves.
+
+    Runs that change something have one block and make no images.
+    """
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke_run, tmp_path / "runs/first")
     for page in ("first_run", "resume_and_determinism", "sampling_and_guidance", "evaluation", "weights"):
         for command in commands(f"{page}.md"):
-            assert cli.main(command) == 0, (page, command, capsys.readouterr().err)
+            more = QUIET if command[0] == "train" else []
+            if more and not {"--workdir=runs/first", "--workdir=runs/imported"} & {*command}:
+                more = [*more, "--config.backbone.depth=1"]
+            command = ["--items=4" if word == "--items=20" else word for word in command]
+            assert cli.main([*command, *more]) == 0, (page, command, capsys.readouterr().err)
     assert "TIFA" in capsys.readouterr().out
     made = json.loads((tmp_path / "runs/imported/config.json").read_text())
     assert made["steps"] == 4 and (tmp_path / "runs/imported/checkpoints/4").is_dir()
@@ -133,6 +153,7 @@ ALONE = ("count", "plan")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("opened_once")
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, smoke_study, capsys):
     """In miniature, beside what `make demo` and `make study` would have left; digits has a test of its own."""
     monkeypatch.chdir(tmp_path)
@@ -146,22 +167,21 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, smoke_run, smoke_
     for command in readme_commands():
         # The miniature study has too few sizes for advice.
         if command[0] not in (*ALONE, "advise") and not any("digits" in word for word in command):
-            assert cli.main([small.get(word, word) for word in command]) == 0, capsys.readouterr().err
+            more = QUIET if command[0] == "train" else []
+            assert cli.main([small.get(word, word) for word in command] + more) == 0, capsys.readouterr().err
     assert (tmp_path / "runs/imported/config.json").exists() and (tmp_path / "exports/demo").is_dir()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in readme_commands() if c[0] in ALONE], ids=" ".join)
-def test_the_counts_and_plans_of_the_readme_run(command, tmp_path):
+def test_the_counts_and_plans_of_the_readme_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     # The kernels, which take minutes to compile, are the subject of tests/planning.
     quick = ["--quick"] if command[0] == "plan" else []
-    # As a user's process: libtpu ends one whose XLA_FLAGS hold flags of the CPU compiler.
-    done = subprocess.run(
-        [sys.executable, "-m", "scaling_dit", *command, *quick],
-        cwd=tmp_path, env=xla.plain_environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = done.stdout
+    # `plan` starts a process: libtpu ends one whose XLA_FLAGS hold flags of the CPU compiler.
+    with mock.patch.dict(os.environ, xla.plain_environment(), clear=True):
+        assert cli.main([*command, *quick]) == 0
+    told = capsys.readouterr().out
     wanted = {"plan": ": fits", "uvit": "2,344,200,356", "sdxl": "1,321,930,244"}
     assert next(text for word, text in wanted.items() if word in " ".join(command)) in told
 
@@ -176,6 +196,7 @@ def test_the_counts_and_plans_of_the_readme_run(command, tmp_path):
 )
 def test_the_python_of_a_page_runs(page, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    quieten(monkeypatch)
     (example,) = [block for block in blocks("python", page) if first in block]
     names: dict = {}
     exec(example, names)

@@ -142,7 +142,8 @@ def test_the_table_has_every_field_that_takes_a_part():
 @pytest.mark.usefixtures("verbs_on_one_device")
 def test_the_commands_run_one_after_the_other(folder, capsys):
     train, sample, caption, judge = commands(PAGE)
-    assert cli.main(train) == 0, capsys.readouterr().err
+    quiet = ["--config.eval.every=0", "--config.log.tensorboard=false", "--config.backbone.depth=1"]
+    assert cli.main(train + quiet) == 0, capsys.readouterr().err
     saved = read_config("runs/parts")
     assert (saved.diffusion.schedule_fields.width, saved.sample.sampler_fields.eta) == (1.0, 0.5)
     assert saved.optim.fields.to_dict() == {"decay": 0.9}

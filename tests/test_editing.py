@@ -13,7 +13,7 @@ from scaling_dit.evaluation import compare, run
 from scaling_dit.monitor.grid import read_png
 from scaling_dit.training import loop
 
-pytestmark = pytest.mark.usefixtures("on_one_device")
+pytestmark = pytest.mark.usefixtures("opened_once")
 ONE = jax.devices()[:1]
 
 
@@ -98,12 +98,13 @@ def test_a_run_of_inpainting_is_evaluated_in_training_and_afterwards(tmp_path, c
 
 @pytest.mark.slow
 def test_runs_of_edits_are_compared_edit_by_edit(tmp_path):
-    tinier = ("--config.backbone.hidden=32", "--config.backbone.depth=2", "--config.backbone.heads=2",
+    tinier = ("--config.backbone.hidden=32", "--config.backbone.depth=1", "--config.backbone.heads=2",
               "--config.text_encoder.dim=32", "--config.text_encoder.heads=2", "--config.batch=8",
-              "--config.sample.steps=2", "--config.eval.loss_images=8", "--config.eval.grid=4",
+              "--config.sample.steps=1", "--config.eval.loss_images=8", "--config.eval.grid=4",
               "--config.optim.warmup_steps=1")  # fmt: skip
-    for way in ("token", "channel"):
-        loop.train(tiny(f"edit-{way}", *tinier), str(tmp_path / way), ONE)
+    for way, every in (("token", 2), ("channel", 0)):
+        run_config = tiny(f"edit-{way}", *tinier, f"--config.eval.every={every}")
+        loop.train(run_config, str(tmp_path / way), ONE)
         assert run.main(str(tmp_path / way), items=12) == 0
     found = compare.compare([str(tmp_path / "token"), str(tmp_path / "channel")])["edits"]
     assert found["scalar"] == "edits" and found["differences"][0]["n"] == 12

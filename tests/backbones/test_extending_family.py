@@ -35,7 +35,7 @@ def test_the_page_adds_a_family(copy):
 @pytest.mark.slow
 def test_the_commands_of_the_page_train_and_export_it(copy, tmp_path):
     train, export = copy.commands
-    copy.run(train, tmp_path, *extending.TINY)
-    copy.run(export, tmp_path)
+    commands = (extending.typed([train], tmp_path, *extending.TINY), extending.typed([export], tmp_path))
+    copy.python("\n".join(commands))
     weights = load_file(tmp_path / "exports/convnet/model.safetensors")
     assert weights["conv_in.weight"].shape == (32, 3, 3, 3) and "blocks.1.shift.bias" in weights

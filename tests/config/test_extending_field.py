@@ -72,22 +72,10 @@ def test_it_is_a_flag_that_is_checked(copy):
 
 
 @pytest.mark.slow
-def test_a_run_uses_it(copy):
-    two, three = (
-        tuple(map(int, line.split()[1:])) for line in copy.python(USE).splitlines() if line.startswith("grid")
-    )
+def test_a_run_uses_it_and_the_command_of_the_page_runs(copy, tmp_path):
+    train = extending.typed(copy.commands, tmp_path, *extending.TINY, "--config.backbone.depth=1")
+    said = copy.python(f"{USE}\n{train}")
+    two, three = (tuple(map(int, line.split()[1:])) for line in said.splitlines() if line.startswith("grid"))
     # 3 rows of 2, then 2 rows of 3.
     assert two[0] > three[0] and two[1] < three[1]
-
-
-@pytest.mark.slow
-def test_the_command_of_the_page_runs(copy, tmp_path):
-    (command,) = copy.commands
-    plain = (
-        "--config.steps=2",
-        "--config.eval.metrics=()",
-        "--config.log.tensorboard=false",
-        "--config.backbone.depth=1",
-    )
-    copy.run(command, tmp_path, *plain)
-    assert (tmp_path / "runs/columns/checkpoints/2").is_dir()
+    assert len(copy.commands) == 1 and (tmp_path / "runs/columns/checkpoints/2").is_dir()

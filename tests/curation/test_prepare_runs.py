@@ -99,18 +99,15 @@ def kill_with_parts(running, out, parts):
 
 @pytest.mark.slow
 def test_three_killed_processes_make_what_one_makes(vae, tmp_path, monkeypatch):
-    """Of four thousand images, so that each does its work many times over; the three are killed twice."""
+    """Of two thousand images, so that each does its work many times over."""
     raw = tmp_path / "raw"
-    made = raw_images.write_webdataset(raw, 40, 101, broken=0.04, seed=1)
-    assert len(made.good) + sum(len(keys) for keys in made.broken.values()) >= 4000
+    made = raw_images.write_webdataset(raw, 20, 101, broken=0.04, seed=1)
+    assert len(made.good) + sum(len(keys) for keys in made.broken.values()) >= 2000
     monkeypatch.setattr(encode.jax, "local_devices", lambda: jax.devices()[:1])
     assert cli.main(arguments(raw, vae, tmp_path / "one")) == 0
     assert_holds(tmp_path / "one", made)
-    for parts in (5, 28):
-        kill_with_parts(
-            [start(raw, vae, tmp_path / "three", i, 3) for i in range(3)], tmp_path / "three", parts
-        )
-        assert not (tmp_path / "three" / manifest.MANIFEST).exists()
+    kill_with_parts([start(raw, vae, tmp_path / "three", i, 3) for i in range(3)], tmp_path / "three", 5)
+    assert not (tmp_path / "three" / manifest.MANIFEST).exists()
     said = finish([start(raw, vae, tmp_path / "three", i, 3) for i in range(3)])
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
     assert "left out, unreadable_image" in said

@@ -32,23 +32,31 @@ for name in ("ddpm", "ddim"):
 
 @pytest.mark.slow
 def test_the_page_adds_a_sampler(tmp_path):
-    copy = extending.carry_out("A sampler", tmp_path)
+    small = (
+        "--config.steps=2",
+        "--config.eval.metrics=()",
+        "--config.eval.grid=2",
+        "--config.eval.loss_images=8",
+        "--config.sample.steps=2",
+        "--config.backbone.depth=1",
+        "--config.log.tensorboard=false",
+    )
+    (tmp_path / "away").mkdir()
+
+    def check_and_train(copy):
+        assert len(copy.commands) == 1
+        return f"{CHECK}\n{extending.typed(copy.commands, tmp_path / 'away', *small)}"
+
+    copy = extending.carry_out("A sampler", tmp_path / "copy", check_and_train)
+    assert copy.code == 0, copy.printed
     assert copy.touched == {
         "scaling_dit/diffusion/samplers.py",
         "scaling_dit/diffusion/sampling_fields.py",
         "docs/config.md",
     }
-    ddpm, ddim = copy.python(CHECK).splitlines()
+    ddpm, ddim = copy.printed.splitlines()[:2]
     mean, deviation, ours = map(float, ddpm.split())
     assert abs(mean - 0.5) < 0.01 and abs(deviation - 0.1) < 0.02
     # With fresh noise the samples do not depend on the initial noise alone, as they do with DDIM.
     assert abs(ours) < 0.2 < 0.8 < float(ddim.split()[2])
-    (command,) = copy.commands
-    small = (
-        "--config.steps=2",
-        "--config.eval.metrics=()",
-        "--config.eval.grid=2",
-        "--config.backbone.depth=1",
-    )
-    copy.run(command, tmp_path, *small, "--config.log.tensorboard=false")
-    assert (tmp_path / "runs/ddpm/checkpoints/2").is_dir()
+    assert (tmp_path / "away/runs/ddpm/checkpoints/2").is_dir()

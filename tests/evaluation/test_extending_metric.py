@@ -38,8 +38,16 @@ CHANGED = {"scaling_dit/config/metrics.py", "scaling_dit/evaluation/metrics/shar
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    return extending.carry_out("A metric", tmp_path_factory.mktemp("copy"))
+def copy(smoke_run, tmp_path_factory):
+    """In its process the command of the page."""
+    away = tmp_path_factory.mktemp("away")
+    shutil.copytree(smoke_run, away / "runs/shapes")
+
+    def evaluate(copy):
+        assert len(copy.commands) == 1
+        return extending.typed(copy.commands, away)
+
+    return extending.carry_out("A metric", tmp_path_factory.mktemp("copy"), evaluate)
 
 
 def test_its_steps_touch_two_files_and_the_copy_has_the_metric(tmp_path):
@@ -62,7 +70,5 @@ def test_the_page_of_the_copy_lists_it(copy):
 
 
 @pytest.mark.slow
-def test_the_command_of_the_page_runs(copy, smoke_run, tmp_path):
-    shutil.copytree(smoke_run, tmp_path / "runs/shapes")
-    (command,) = copy.commands
-    assert "Sharpness" in copy.run(command, tmp_path)
+def test_the_command_of_the_page_runs(copy):
+    assert copy.code == 0 and "Sharpness" in copy.printed, copy.printed

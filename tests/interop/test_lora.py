@@ -369,7 +369,7 @@ def test_export_and_import_of_a_run(smoke_run, tmp_path, capsys):
         "optim__learning_rate": 0.05,
         "optim__warmup_steps": 0,
     }
-    loop.train(tiny(2, **settings), tmp_path / "run", start=str(smoke_run))
+    loop.train(tiny(2, **settings), tmp_path / "run", jax.devices()[:1], start=str(smoke_run))
     run = f"--workdir={tmp_path / 'run'}"
     for argv in (
         ["export", run, f"--out={tmp_path / 'adapter'}", "--to=diffusers", "--adapter"],

@@ -19,7 +19,7 @@ run = config.load("experiments/shapes.py:smoke", ["--config.sample.noise_scale=0
 options = SamplingOptions.of(run.sample)
 changed = options.replace(**VERBS["sample"].parse(shlex.split(COMMAND)[2:]).options)
 about = {"step": 4, "ema": "none"} | changed.about
-print(json.dumps([options.noise_scale, changed.about, tag(about, 0), SamplingOptions().about]))
+print("used", json.dumps([options.noise_scale, changed.about, tag(about, 0), SamplingOptions().about]))
 """
 # Noise of scale 0 is the same for every prompt's number; of scale 1 it is not.
 SAMPLE = """
@@ -31,19 +31,40 @@ from scaling_dit.sampling.options import SamplingOptions
 from scaling_dit.sampling.sampler import Sampler
 import jax
 
-run = config.load("experiments/shapes.py:smoke", ["--config.sample.steps=2"])
+run = config.load("experiments/shapes.py:smoke", ["--config.sample.steps=2", "--config.backbone.depth=1"])
 model, mesh = build_model(run, make_tokenizer(run)), make_mesh(devices=jax.devices()[:1])
 params, frozen = model.init(jax.random.key(0))
 for scale in (0, 1):
     sampler = Sampler(model, mesh, SamplingOptions.of(run.sample, noise_scale=scale))
     first, second = sampler(params, frozen, ["a red circle"] * 2)
-    print("same" if (first == second).all() else "other")
+    print("drawn", "same" if (first == second).all() else "other")
 """
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    return extending.carry_out("A sampling option", tmp_path_factory.mktemp("copy"))
+def away(smoke_run, tmp_path_factory):
+    """Where the command of the page is given."""
+    folder = tmp_path_factory.mktemp("away")
+    shutil.copytree(smoke_run, folder / "runs/shapes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copy(away, tmp_path_factory):
+    """In its process all that the tests ask for."""
+
+    def code(copy):
+        (command,) = copy.commands
+        return "\n".join((f"COMMAND = {command!r}", USE, SAMPLE, extending.typed([command], away)))
+
+    made = extending.carry_out("A sampling option", tmp_path_factory.mktemp("copy"), code)
+    assert made.code == 0, made.printed
+    return made
+
+
+def printed(copy, word):
+    """What follows a word, on each line that begins with it."""
+    return [line.partition(" ")[2] for line in copy.printed.splitlines() if line.startswith(f"{word} ")]
 
 
 CHANGED = {"scaling_dit/diffusion/sampling_fields.py", "scaling_dit/sampling/sampler.py"}
@@ -60,8 +81,8 @@ def test_it_touches_two_files_and_the_page_of_fields(copy):
 
 @pytest.mark.slow
 def test_it_is_a_field_a_flag_and_noted_where_it_is_used(copy):
-    (command,) = copy.commands
-    of_run, about, name, plain = json.loads(copy.python(f"COMMAND = {command!r}\n{USE}"))
+    (used,) = printed(copy, "used")
+    of_run, about, name, plain = json.loads(used)
     assert of_run == 0.9
     assert about["noise_scale"] == 0.8 and "noise_scale" not in plain
     assert "-noise0.8-" in name
@@ -70,12 +91,9 @@ def test_it_is_a_field_a_flag_and_noted_where_it_is_used(copy):
 
 @pytest.mark.slow
 def test_images_depend_on_it(copy):
-    assert copy.python(SAMPLE).split() == ["same", "other"]
+    assert printed(copy, "drawn") == ["same", "other"]
 
 
 @pytest.mark.slow
-def test_the_command_of_the_page_runs(copy, smoke_run, tmp_path):
-    shutil.copytree(smoke_run, tmp_path / "runs/shapes")
-    (command,) = copy.commands
-    copy.run(command, tmp_path)
-    assert list(tmp_path.rglob("*-noise0.8-*"))
+def test_the_command_of_the_page_runs(copy, away):
+    assert list(away.rglob("*-noise0.8-*"))

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
@@ -18,7 +16,7 @@ from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec
 from scaling_dit.training.loop import Stopped
-from tests.support import simulated_study, xla
+from tests.support import simulated_study, study_tables, xla
 from tests.support.paths import ROOT
 
 SMOKE = "experiments/studies/shapes_core.py:smoke"
@@ -174,37 +172,35 @@ def test_members_of_another_study(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("verbs_on_one_device")
-def test_two_at_once_make_the_table_of_one_after_another(tmp_path):
-    """Stopped in the middle by SIGTERM and killed once, too."""
+def test_two_at_once_make_the_table_of_one_after_another(smoke_study, tmp_path):
+    """Stopped in the middle by SIGTERM, too; tests/scaling/test_study.py kills a study, and resumes it."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(devices=1)}
-    apart, together = tmp_path / "apart", tmp_path / "together"
-    spec = dataclasses.replace(spec_lib.load(SMOKE), seeds=(0,), claims=(), items=4)
-    study_lib.study(spec, apart)
+    together = tmp_path / "together"
+    spec = dataclasses.replace(spec_lib.load(SMOKE), seeds=(0,), claims=())
     study_lib.register(spec, StudyFolder(together), lambda: 0)
     command = ["study", f"--workdir={together}", "--at_once=2"]
-    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
-        two = subprocess.Popen(
-            [sys.executable, "-m", "scaling_dit", *command],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        killer = None
-        for line in two.stderr:
-            # The first step of either member.
-            if ": step " in line and killer is None:
-                killer = threading.Timer(0.2, two.send_signal, (number,))
-                killer.start()
-        assert two.wait(300) in (code, 0)
-    time.sleep(1)
+    two = subprocess.Popen(
+        [sys.executable, "-m", "scaling_dit", *command],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stopping = False
+    for line in two.stderr:
+        # The first step of either member.
+        if ": step " in line and not stopping:
+            stopping = True
+            two.send_signal(signal.SIGTERM)
+    assert two.wait(300) == 75
     with pytest.MonkeyPatch.context() as patch:
         # That of the members' processes.
         for name in ("PYTHONPATH", "XLA_FLAGS"):
             patch.setenv(name, environment[name])
         assert cli.main(command) == 0
     for name in ("table", "scores"):
-        assert (apart / f"{name}.parquet").read_bytes() == (together / f"{name}.parquet").read_bytes()
+        wanted = study_tables.written(smoke_study, name, tmp_path, seed=0)
+        assert (together / f"{name}.parquet").read_bytes() == wanted
     assert len(list((together / "tensorboard").glob("*/events*"))) == 2

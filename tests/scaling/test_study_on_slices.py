@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from scaling_dit.errors import UserError
 from scaling_dit.scaling import queue_members
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import study as study_lib
+from scaling_dit.scaling import tensorboard as curves
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec
-from tests.support import simulated_study, xla
+from tests.support import simulated_study, study_tables, xla
 from tests.support.paths import ROOT
 
 # Several processes have one device each.
@@ -66,19 +68,8 @@ def test_the_command_registers_the_study_and_trains_nothing(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def small():
-    """Two members of one seed, scored at their end with two guidance scales."""
-    return dataclasses.replace(
-        spec_lib.load(SMOKE), seeds=(0,), claims=(), points=1, items=4, guidances=(3.0,)
-    )
-
-
-@pytest.fixture(scope="module")
-def plain(small, tmp_path_factory, verbs_on_one_device):
-    """The study by one process, one member after another."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Small programs of one member serve the other.
-        patch.setattr(jax, "clear_caches", lambda: None)
-        return study_lib.study(small, tmp_path_factory.mktemp("plain") / "study")
+    """Two members of one seed, which `smoke_study` has by one process, one member after another."""
+    return dataclasses.replace(spec_lib.load(SMOKE), seeds=(0,), claims=())
 
 
 def environment(given):
@@ -90,7 +81,12 @@ def environment(given):
 
 
 @pytest.mark.slow
-def test_guidance_is_an_axis_of_the_scores_alone(small, plain):
+def test_guidance_is_an_axis_of_the_scores_alone(small, smoke_study, tmp_path, monkeypatch):
+    """Runs that are trained are scored at their end with another scale."""
+    shutil.copytree(smoke_study / "runs", tmp_path / "runs")
+    monkeypatch.setattr(curves, "write", lambda *_: None)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    plain = study_lib.study(dataclasses.replace(small, points=1, guidances=(3.0,)), tmp_path)
     found = {
         (row["member"], row["guidance"]): row["value"]
         for row in plain.scores
@@ -103,7 +99,7 @@ def test_guidance_is_an_axis_of_the_scores_alone(small, plain):
 
 
 @pytest.mark.slow
-def test_two_slices_of_a_queue_make_the_table_of_one_process(small, plain, tmp_path):
+def test_two_slices_of_a_queue_make_the_table_of_one_process(small, smoke_study, tmp_path):
     folder = StudyFolder(tmp_path / "study")
     study_lib.register(small, folder, lambda: 0)
     store = leases.open_store(str(tmp_path / "queue"))
@@ -112,7 +108,7 @@ def test_two_slices_of_a_queue_make_the_table_of_one_process(small, plain, tmp_p
         subprocess.Popen(
             [sys.executable, "-c", SLICE, str(tmp_path / "queue"), f"slice-{i}", str(tmp_path / f"logs{i}")],
             cwd=ROOT,
-            env=environment(os.environ),
+            env=environment(xla.one_of_several(devices=1)),
         )
         for i in range(2)
     ]
@@ -124,13 +120,13 @@ def test_two_slices_of_a_queue_make_the_table_of_one_process(small, plain, tmp_p
     # Both took one of the members, for neither waits for the other.
     assert {done["pixart-tiny"].finished_by, done["large_dit-tiny"].finished_by} == {"slice-0", "slice-1"}
     for name in ("table", "scores"):
-        assert getattr(folder, name).read_bytes() == getattr(plain.folder, name).read_bytes()
+        assert getattr(folder, name).read_bytes() == study_tables.written(smoke_study, name, tmp_path, seed=0)
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_score_a_member_together(small, plain, tmp_path):
+def test_two_processes_train_and_score_a_member_together(small, smoke_study, tmp_path):
     # Two checkpoints, of which one is removed at the end.
-    one = dataclasses.replace(small, members=small.members[:1], points=2, guidances=())
+    one = dataclasses.replace(small, members=small.members[:1])
     study_lib.register(one, StudyFolder(tmp_path), lambda: 0)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -154,7 +150,11 @@ def test_two_processes_train_and_score_a_member_together(small, plain, tmp_path)
     _, row = study_lib.open_study(tmp_path).rows
     run = StudyFolder(tmp_path).run(one.members[0].name, 0)
     assert [path.name for path in run.checkpoints.iterdir() if path.name.isdigit()] == [str(row["steps"])]
-    (wanted,) = [row for row in plain.rows if row["member"] == one.members[0].name]
+    (wanted,) = [
+        other
+        for other in study_lib.open_study(smoke_study).rows
+        if all(other[name] == row[name] for name in ("member", "seed", "step"))
+    ]
     assert row.keys() == wanted.keys() and row["status"] == "done"
     assert row["loss"] == pytest.approx(wanted["loss"], abs=1e-4)
 

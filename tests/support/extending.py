@@ -73,9 +73,9 @@ class Copy:
         ((command, line),) = re.findall(form, self.section)
         return command, line
 
-    def python(self, code: str) -> str:
+    def python(self, code: str, cwd: pathlib.Path | None = None) -> str:
         """What code prints that imports the copy."""
-        return _output(self._start(["-c", code], self.folder))
+        return _output(self._start(["-c", code], cwd or self.folder))
 
     def run(self, command: str, cwd: pathlib.Path, *more: str) -> str:
         """What a `scaling-dit` command of the copy prints, with more arguments."""
@@ -92,6 +92,16 @@ class Copy:
         return subprocess.run(
             [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
         )
+
+
+def typed(commands: list[str], cwd: pathlib.Path, *more: str) -> str:
+    """Code that gives `scaling-dit` commands in its own process, each with more arguments; it ends where one fails."""
+    lines = ["import os, sys", "from scaling_dit.cli.main import main", f"os.chdir({str(cwd)!r})"]
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "scaling-dit"
+        lines += [f"if code := main({[*arguments, *more]!r}):", "    sys.exit(code)"]
+    return "\n".join(lines)
 
 
 def carry_out(

@@ -51,19 +51,6 @@ def kill_when(workdir: pathlib.Path, moment) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def steps_logged(workdir: pathlib.Path) -> int:
-    return (
-        max((row["step"] for row in read_metrics(workdir)), default=0)
-        if (workdir / "metrics").exists()
-        else 0
-    )
-
-
-def starts_logged(workdir: pathlib.Path) -> int:
-    """How many starts have written metrics."""
-    return sum(path.stat().st_size > 0 for path in (workdir / "metrics").glob("*.jsonl"))
-
-
 def saving(workdir: pathlib.Path) -> bool:
     """Whether a checkpoint is being written: it lies under another name until it is complete."""
     folder = workdir / "checkpoints"
@@ -92,22 +79,8 @@ def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twice_and_stopped_by_sigterm(uninterrupted, tmp_path):
-    """Before the first checkpoint and in the middle of a save; then saved at any step."""
-    rng = np.random.default_rng()
-    first, last = rng.integers(1, 4), rng.integers(10, STEPS - 4)
-    print("killed after step", first, "and stopped after", last)
-    kill_when(tmp_path, lambda: steps_logged(tmp_path) >= first)
+def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
+    """tests/test_drill.py stops a run by SIGTERM too, and tests/scaling/test_study.py kills one before it has saved."""
     kill_when(tmp_path, lambda: saving(tmp_path))
-
-    logged = starts_logged(tmp_path)
-    process = run(tmp_path)
-    while starts_logged(tmp_path) == logged or steps_logged(tmp_path) < last:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
-    assert "SIGTERM: saved step" in errors.strip().splitlines()[-1]
     finish(tmp_path)
     assert_same(tmp_path, uninterrupted)

@@ -87,7 +87,7 @@ def test_it_opens_with_the_very_weights(workdir):
 @pytest.mark.slow
 def test_it_resumes_and_samples_as_the_version_that_wrote_it(workdir):
     train = ["train", "--config=experiments/shapes.py:smoke", f"--workdir={workdir}", "--config.steps=6"]
-    run([sampling(workdir, 3), [*train, *OVERRIDES], sampling(workdir, 6)])
+    run([sampling(workdir, 3), [*train, *OVERRIDES], sampling(workdir, 6)], workdir.parent / "compiled")
     losses = {row["step"]: row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row}
     assert losses == pytest.approx({int(step): loss for step, loss in RECORDED["losses"].items()}, rel=1e-5)
     for label, ema in (("params", None), ("ema", EMA)):
@@ -112,11 +112,13 @@ def sampling(workdir, step):
     return ["sample", f"--workdir={workdir}", "--steps=4", "--guidance=3", "--seed=7", f"--out={out}", PROMPT]
 
 
-def run(commands):
+def run(commands, cache):
     """Runs commands as the recorded ones were: on one device, compiled with all of XLA's optimizations."""
     code = f"from scaling_dit.cli import main as cli; assert not any(map(cli.main, {commands!r}))"
     # Those of the tests (conftest.py) are others, and what they compiled has other rounding.
-    environment = xla.plain_environment() | {"JAX_PLATFORMS": "cpu"}
+    environment = xla.plain_environment() | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    # Both samples are of one program.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

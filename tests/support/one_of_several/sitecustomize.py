@@ -3,6 +3,8 @@
 Of several processes the first alone writes to the cache of compiled programs. On CPUs the others would never find what
 it wrote: the key of a program holds which process asks. Here it holds the kinds of the devices instead; their numbers
 stand in the options of the compiler, which are part of the key as well.
+
+Nor is TensorFlow there, which TensorBoard takes seconds to load: what several processes do is not shown by its curves.
 """
 
 import gc
@@ -28,6 +30,20 @@ class _Finder:
         return spec
 
 
+class _NoTensorFlow:
+    """An installed TensorFlow whose import fails as if it were not there."""
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == "tensorflow" else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise ModuleNotFoundError(f"no module {module.__name__}", name=module.__name__)
+
+
 sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, _NoTensorFlow())
 # As for the tests themselves: the collector would walk through all that is imported and traced, again and again.
 gc.set_threshold(50_000, 20, 50)

@@ -127,8 +127,12 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
     if ranked is None:
         return f"{done} of {study.runs} runs have finished; an order needs 2 seeds of 2 members that compare."
     low, high = ranked.interval
+    count = f"{len(ranked.order)} members"
+    if len(ranked.order) < len({row["member"] for row in table.last_points(study.rows)}):
+        # The best of all may be among the others.
+        count = f"the {count} that compare and have 2 seeds or more"
     return so_far + (
-        f"{ranked.order[0]} is best by {metric} of {len(ranked.order)} members, above the next with probability "
+        f"{ranked.order[0]} is best by {metric} of {count}, above the next with probability "
         f"{ranked.above[0, 1]:.2f}; Kendall's tau of the order over seeds is {ranked.tau:.2f} "
         f"(90 % interval {low:.2f} to {high:.2f})."
     )

@@ -105,6 +105,11 @@ def test_without_claims_the_order_is_the_answer(study):
     plain = dataclasses.replace(study, spec=dataclasses.replace(study.spec, claims=()))
     line = findings.headline(plain, [])
     assert "is best by shapes_tifa of 10 members" in line and "Kendall's tau" in line
+    # Of one member a single run is over.
+    last = plain.spec.members[-1].name
+    rows = [row for row in plain.rows if row["member"] != last or row["seed"] == 0]
+    line = findings.headline(simulated_study.with_rows(plain, rows), [])
+    assert "is best by shapes_tifa of the 9 members that compare and have 2 seeds or more" in line
     assert findings.ranking(plain, "loss").order[0] in ("uvit-008", "pixart-009")
 
 

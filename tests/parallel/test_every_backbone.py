@@ -29,7 +29,7 @@ SLOW = [("uvit", layout, {}) for layout in LAYOUTS]
 SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in TRANSFORMERS]
 SLOW += [(name, "DP2xFSDP2xTP2", SCANNED) for name in TRANSFORMERS]
 # A UNet splits no tokens, so `context` makes no other layout. Scanned and with conditions at once, for one device
-# compiles it for as long as eight do; as it is, a whole step of it is a test of its own.
+# compiles it for as long as eight do.
 SLOW += [("unet", "DP2xFSDP2xTP2", SCANNED | {"conditions": CONDITIONS["conditions"][1:]})]
 SLOW += [("unet_if", "DP2xFSDP2xTP2", {})]
 

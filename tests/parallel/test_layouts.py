@@ -101,19 +101,19 @@ def test_a_step_is_compiled_as_its_mesh_and_the_table_of_options_say(monkeypatch
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_checkpoint_of_any_layout_is_read_on_any_other(tmp_path):
-    """Around all five, then across to the one before: each is written once, and read twice."""
-    names = [*MESHES, *MESHES]
+    """Around all five: each is written once, and read on the next."""
+    names = [*MESHES, next(iter(MESHES))]
     values = fill(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state_of("DP8")))
-    for written, *readers in itertools.islice(zip(names, names[1:], names[4:], strict=False), len(MESHES)):
+    wanted = trees.by_path(values)
+    for written, reader in itertools.pairwise(names):
         state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), values, state_of(written))
         with Checkpoints(tmp_path / written) as store:
             store.save(3, state, {}, wait=True)
-            for reader in readers:
-                target = state_of(reader)
-                found, _ = store.restore(3, target)
-                for path, leaf in trees.by_path(found).items():
-                    assert leaf.sharding == trees.by_path(target)[path].sharding
-                    np.testing.assert_array_equal(leaf, trees.by_path(values)[path])
+            target = trees.by_path(state_of(reader))
+            found, _ = store.restore(3, state_of(reader))
+        for path, leaf in trees.by_path(found).items():
+            assert leaf.sharding == target[path].sharding
+            np.testing.assert_array_equal(leaf, wanted[path])
 
 
 def state_of(layout):
@@ -122,15 +122,22 @@ def state_of(layout):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name, accumulate", [("uvit", 2), ("unet", 1)])
-def test_a_whole_step_is_that_of_one_device(name, accumulate):
-    """Noise, loss, optimiser and averages included; with both encoders in the program."""
+def test_a_whole_step_is_that_of_one_device():
+    """Noise, loss, optimiser and averages included; with both encoders in the program.
+
+    The step is the same code for all backbones, whose gradients have a test of their own.
+    """
     results = []
     for layout in (None, "FSDP2xCTX2xTP2"):
-        config, made = program(name, layout, accumulate)
-        state = made.init(jax.random.key(config.seed))
-        model_frozen = jax.tree.map(
-            lambda x, leaf: jax.device_put(x, leaf.sharding), fill(made.frozen), made.frozen
+        config, made = program("uvit", layout, accumulate=2)
+        # To make one compiles for as long as half a step.
+        params = fill(made.state.params)
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), made.state)
+        state = state.replace(params=params, emas=dict.fromkeys(state.emas, params))
+        state, model_frozen = jax.tree.map(
+            lambda x, leaf: jax.device_put(x, leaf.sharding),
+            (state, fill(made.frozen)),
+            (made.state, made.frozen),
         )
         rng = np.random.default_rng(0)
         batch = {

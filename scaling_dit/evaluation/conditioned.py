@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from scaling_dit.config.named import section_of
 from scaling_dit.data import images as images_lib
 from scaling_dit.data.conditions.inpaint import GREY
 from scaling_dit.errors import UserError
@@ -72,15 +73,16 @@ def digest(items: Sequence[Item]) -> str:
     return held.hexdigest()
 
 
-def check(items: Sequence[Item], names: Collection[str], metric: str) -> None:
+def check(items: Sequence[Item], conditions: Collection[str], metric: str) -> None:
     """Makes sure that a run reads the conditions of a metric's items.
 
     Args:
-      names: of the run's conditions.
+      conditions: of the run, as `config.conditioning.names` has them.
 
     Raises:
       UserError: it does not.
     """
+    names = [section_of(name) for name in conditions]
     for name in items[0].conditions if items else ():
         if name not in names:
             reads = f"reads {_listed(names)}" if names else "reads none"

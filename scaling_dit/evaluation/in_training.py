@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.ema import find_ema
 from scaling_dit.checkpoints.state import TrainState
-from scaling_dit.config.named import section_of
 from scaling_dit.data.sources import Source, contract
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import conditioned
@@ -78,12 +77,11 @@ class InTraining:
         # Metrics that score the same images (`Metric.tower`), the prompts to sample, and steps between evaluations.
         self._metrics: list[tuple[list[Scoring], list[str], int]] = []
         places: dict[Hashable, int] = {}
-        reads = [section_of(name) for name in config.conditioning.names]
         for one in choose(config, config.eval.metrics):
             prompts = one.prompts(source, one.fields["prompts"] or config.eval.prompts)
             if ready := getattr(one.metric, "ready", None):
                 ready()
-            conditioned.check(prompts.items, reads, one.section)
+            conditioned.check(prompts.items, config.conditioning.names, one.section)
             conditioned.check_options(prompts.items, self._sampler)
             scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
             texts, every = list(prompts.texts), one.fields["every"] or config.eval.every

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from scaling_dit.checkpoints.store import Checkpoints
 from scaling_dit.checkpoints.workdir import Workdir
-from scaling_dit.config.named import section_of
 from scaling_dit.errors import UserError, printable
 from scaling_dit.evaluation import conditioned, sweep
 from scaling_dit.evaluation.features.set_metric import compared_with
@@ -160,7 +159,6 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
     changes = dict(request.changes)
     pipe, _, _ = open_for_sampling(config, request.workdir, changes, step=request.step, ema=request.ema)
     scales: Sequence[float | None] = tuple(request.guidance) or (None,)
-    reads = [section_of(name) for name in config.conditioning.names]
     several = request.apart or len(scales) * len(request.seed) > 1
     for scale in scales:
         sampler = pipe.sampler(**changes, **({} if scale is None else {"guidance": scale}))
@@ -178,7 +176,7 @@ def _sampled(request: Request, config: ConfigDict) -> Iterator[Setting]:
                 about: Any = about,
             ) -> Shown:
                 folder = root / f"images-{job.prompts_hash[:8]}"
-                conditioned.check(job.items, reads, job.one.section)
+                conditioned.check(job.items, config.conditioning.names, job.one.section)
                 conditioned.check_options(job.items, sampler)
                 asked = {"conditions": job.conditions_hash} if job.conditions_hash else {}
 

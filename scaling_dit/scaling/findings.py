@@ -111,7 +111,8 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
 
     It begins with what has run, where the study has not ended.
     """
-    done = len({(row["member"], row["seed"]) for row in table.last_points(study.rows)})
+    ended = {(row["member"], row["seed"]) for row in table.last_points(study.rows)}
+    done = len(ended)
     if not done:
         return f"No run of {study.runs} has finished yet."
     over = done + sum(row["status"] == table.STOPPED for row in study.measured)
@@ -128,7 +129,7 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
         return f"{done} of {study.runs} runs have finished; an order needs 2 seeds of 2 members that compare."
     low, high = ranked.interval
     count = f"{len(ranked.order)} members"
-    if len(ranked.order) < len({row["member"] for row in table.last_points(study.rows)}):
+    if len(ranked.order) < len({member for member, _ in ended}):
         # The best of all may be among the others.
         count = f"the {count} that compare and have 2 seeds or more"
     return so_far + (

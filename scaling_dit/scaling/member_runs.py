@@ -15,7 +15,6 @@ from scaling_dit import config as config_lib
 from scaling_dit import files, signals
 from scaling_dit.checkpoints.frozen_base import absolute
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.config.named import section_of
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation import run as evaluation
@@ -54,9 +53,9 @@ def check(spec: StudySpec, members: Iterable[Member]) -> None:
         with together():
             try:
                 source = open_source(member.config)
-                reads = [section_of(name) for name in member.config.conditioning.names]
                 for one in choose(member.config, spec.metrics):
-                    conditioned.check(one.prompts(source, spec.items).items, reads, one.section)
+                    items = one.prompts(source, spec.items).items
+                    conditioned.check(items, member.config.conditioning.names, one.section)
             except UserError as error:
                 raise UserError(f"member {member.name!r}: {error}") from error
 

@@ -107,9 +107,10 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
                 f"add runs of other {name}"
             )
     vector = _polish(_search(n, d, y), n, d, y)
-    _check_terms(vector, n, d)
+    predicted, shares = _surface(vector, np.log(n), np.log(d))
+    _check_terms(vector, shares.max(axis=1))
     fitted = _from_vector(vector)
-    residuals = _surface(vector, np.log(n), np.log(d))[0] - np.log(y)
+    residuals = predicted - np.log(y)
     law = ParametricLaw(
         **fitted,
         points=len(y),
@@ -120,12 +121,11 @@ def fit_parametric(params: Values, samples: Values, losses: Values, runs: Runs =
     return law
 
 
-def _check_terms(vector: np.ndarray, n: np.ndarray, d: np.ndarray) -> None:
+def _check_terms(vector: np.ndarray, shares: np.ndarray) -> None:
     """Raises NoDependence unless both terms fall with their axis and make a part of some loss.
 
     Where the points do not depend on an axis, the optimizer leaves its exponent anywhere.
     """
-    shares = _surface(vector, np.log(n), np.log(d))[1].max(axis=1)
     for name, exponent, share in (("params", vector[3], shares[1]), ("samples", vector[4], shares[2])):
         if share < LEAST_SHARE or not 0 < exponent < LARGEST_EXPONENT:
             raise NoDependence(

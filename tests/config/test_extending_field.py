@@ -1,7 +1,5 @@
 """docs/extending.md, "A config field": a copy of the package, changed as the page says, has the field everywhere."""
 
-import shlex
-
 import pytest
 
 from tests.support import extending
@@ -37,14 +35,11 @@ for columns in (2, 3):
 def copy(tmp_path_factory):
     """In its process the command that is refused, in a folder of its own."""
     away = tmp_path_factory.mktemp("away")
-
-    def refused(copy):
-        program, *arguments = shlex.split(copy.refused[0])
-        assert program == "scaling-dit"
-        lines = "import os, sys", f"os.chdir({str(away)!r})", "from scaling_dit.cli.main import main"
-        return "\n".join((*lines, f"sys.exit(main({arguments!r}))"))
-
-    made = extending.carry_out("A config field", tmp_path_factory.mktemp("copy"), refused)
+    made = extending.carry_out(
+        "A config field",
+        tmp_path_factory.mktemp("copy"),
+        lambda copy: extending.typed([copy.refused[0]], away),
+    )
     assert not list(away.iterdir())
     return made
 

@@ -11,9 +11,12 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+import pytest
 import torch
 
+from scaling_dit.evaluation.features import sharded
 from tests.support import references
 
 _NEEDED = (
@@ -109,6 +112,11 @@ def of_folders(
     fixed = {"cuda": False, "fid": True, "kid": True, "cache": False, "verbose": False, "save_cpu_ram": True}
     fixed |= {"feature_extractor_weights_path": str(weights), "batch_size": 8}
     return calculate_metrics(input1=str(one), input2=str(other), **fixed, **options)
+
+
+def on_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch ends, networks run on one device: each of eight would compute at least one image."""
+    patch.setattr(sharded, "_mesh", lambda: jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("rows",)))
 
 
 def inception(folder: pathlib.Path, seed: int = 0) -> FeatureExtractorInceptionV3:

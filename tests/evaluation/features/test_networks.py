@@ -160,7 +160,8 @@ def test_rows_are_filled_up_to_one_shape():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_inception_is_torch_fidelity_s(tmp_path):
+def test_inception_is_torch_fidelity_s(tmp_path, monkeypatch):
+    fidelity.on_one_device(monkeypatch)
     model = fidelity.inception(tmp_path)
     path = tmp_path / "inception.safetensors"
     pickles.convert(epath.Path(tmp_path / "inception.pth"), epath.Path(path))

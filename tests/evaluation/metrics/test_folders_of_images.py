@@ -33,7 +33,8 @@ def write(folder, seed):
 
 
 @pytest.mark.slow
-def test_two_folders_of_pngs_have_torch_fidelity_s_fid_and_kid(tmp_path):
+def test_two_folders_of_pngs_have_torch_fidelity_s_fid_and_kid(tmp_path, monkeypatch):
+    fidelity.on_one_device(monkeypatch)
     ours, _ = write(tmp_path / "ours", 1), write(tmp_path / "real", 3)
     fidelity.inception(tmp_path)
     weights = tmp_path / "inception.safetensors"

@@ -11,6 +11,7 @@ import pytest
 from scaling_dit import backbones, trees
 from scaling_dit.errors import UserError
 from scaling_dit.training import mup
+from tests.support.uvit_golden import FAST_KEY
 
 LATENTS, TEXT = (8, 8, 4), (6, 16)
 FAMILIES = {
@@ -82,23 +83,31 @@ def test_a_backbone_that_mup_does_not_cover_is_refused():
         mup.base_backbone(create("uvit", 64), 40)
 
 
+def data():
+    """Latents, timesteps, text and what to predict: one batch."""
+    rng = np.random.default_rng(1)
+    latents, text, target = (rng.normal(size=(8, *shape)).astype("f4") for shape in (LATENTS, TEXT, LATENTS))
+    return latents, np.linspace(0, 999, 8, dtype="f4"), text, target
+
+
+def initial(backbone):
+    return trees.unbox(backbone.init(FAST_KEY, *data()[:3])["params"])
+
+
+@functools.cache
+def first(backbone):
+    return jax.jit(functools.partial(initial, backbone))()
+
+
 def activations(name, width):
     """After each of STEPS steps of Adam on one batch, with muP and without: mean |activation| of each block.
 
     [steps, blocks] each. One program trains both, for they differ in initial values and rates alone.
     """
     module = create(name, width)
-    keys = jax.random.split(jax.random.key(1), 4)
-    latents, target = (jax.random.normal(key, (8, *LATENTS)) for key in keys[:2])
-    text, times = jax.random.normal(keys[2], (8, *TEXT)), jnp.linspace(0, 999, 8)
-
-    def init(backbone):
-        return trees.unbox(backbone.init(keys[3], latents, times, text)["params"])
-
-    plain, base = (
-        jax.jit(functools.partial(init, one))() for one in (module, mup.base_backbone(module, BASE))
-    )
-    far = jax.eval_shape(functools.partial(init, mup.base_backbone(module, mup.FAR * BASE)))
+    latents, times, text, target = data()
+    plain, base = first(module), first(mup.base_backbone(module, BASE))
+    far = jax.eval_shape(functools.partial(initial, mup.base_backbone(module, mup.FAR * BASE)))
     optimizer = optax.scale_by_adam()
     blocks = lambda mdl, _: "Block" in type(mdl).__name__  # noqa: E731
 
@@ -123,8 +132,10 @@ def activations(name, width):
         params = jax.tree.map(lambda p, u, f: p - RATES[name] * u / f, params, updates, m)
         return params, state, sizes
 
+    fresh = jax.jit(optimizer.init)(plain)
+
     def trained(params, m):
-        state, seen = jax.jit(optimizer.init)(params), []
+        state, seen = fresh, []
         for _ in range(STEPS + 1):
             params, state, sizes = step(params, state, m)
             seen.append(np.asarray(sizes))

@@ -301,7 +301,6 @@ def test_an_evaluation_lost_to_a_kill_is_run_again(tmp_path, monkeypatch):
 def test_rectified_flow_trains_and_samples(tmp_path):
     flow = {"schedule": "flow", "prediction": "flow", "time_sampling": "logit_normal", "time_shift": 2.0}
     config = tiny(
-        backbone__depth=2,
         **{f"diffusion__{name}": value for name, value in flow.items()},
         optim__learning_rate=5e-3, optim__decay="constant",
         eval__every=STEPS, eval__metrics=(), eval__grid=1, sample__sampler="heun", sample__steps=3,

@@ -46,8 +46,8 @@ def test_evaluating_again_needs_the_old_numbers(script, capsys):
 def test_a_saved_program_gives_the_same_numbers_again(tmp_path, script):
     numbers, program = tmp_path / "numbers.json", tmp_path / "program.gz"
     command = [
-        sys.executable, str(SCRIPT), "--backbone=uvit", "--size=h1024-d20-n16", "--topology=v5e:2x4", "--batch=64",
-        # Without kernels, which compile for longer than all the rest.
+        sys.executable, str(SCRIPT), "--backbone=uvit", "--size=h1024-d20-n16", "--topology=v5e:2x4", "--batch=8",
+        # A small batch, and no kernels of attention: both compile for longer than all the rest.
         f"--json={numbers}", "--set", "hidden=128", "depth=2", "heads=2", "attention=xla",
     ]  # fmt: skip
     environment = xla.plain_environment()
@@ -57,4 +57,4 @@ def test_a_saved_program_gives_the_same_numbers_again(tmp_path, script):
     assert first["wire_sync_gb"] > 0 and 0 < first["mfu_estimate"] < 1
     subprocess.run([*command, f"--again={program}"], check=True, capture_output=True, env=environment)
     assert json.loads(numbers.read_text()) == first
-    assert script.table([numbers]).splitlines()[2].startswith("| uvit h1024-d20-n16 | v5e:2x4, batch 64 | ")
+    assert script.table([numbers]).splitlines()[2].startswith("| uvit h1024-d20-n16 | v5e:2x4, batch 8 | ")

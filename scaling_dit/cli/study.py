@@ -1,6 +1,7 @@
 """The verbs of a study: `study` runs one, `advise` asks one."""
 
 import dataclasses
+import functools
 import json
 import sys
 from typing import TextIO
@@ -30,7 +31,10 @@ class Study(Verb):
         FEW,
     )
     member: str | None = flag(
-        "train and evaluate this member of the study in --workdir alone, and leave its tables to a later start"
+        "train and evaluate this member of the study in --workdir alone; --tables or a later start writes the tables"
+    )
+    tables: bool = flag(
+        "write the tables of the runs so far of the study in --workdir, for `report`; train nothing", False
     )
     queue: bool = flag(
         "write the study to --workdir and print its members as JSON for `tpu queue add`; train nothing", False
@@ -49,29 +53,41 @@ class Study(Verb):
             raise UserError(
                 f"{self.workdir} holds no study, so study needs --config; for example: {self.EXAMPLE}"
             )
-        if self.member is not None and (self.config is not None or self.at_once != 1 or self.queue):
-            raise UserError("--member goes with --workdir alone: the folder holds the study's members")
+        alone = ["--member"] * (self.member is not None) + ["--tables"] * self.tables
+        if len(alone) > 1 or (alone and (self.config is not None or self.at_once != 1 or self.queue)):
+            raise UserError(f"{alone[0]} goes with --workdir alone: the folder holds the study's members")
         if self.queue:
             return self._print_members()
+        noted = False
         if self.member is not None:
             from scaling_dit.scaling import members_at_once
 
-            members_at_once.settle()
+            noted = members_at_once.settle()
         # The members' own would need their configs, and what makes those may use jax, which has to join first.
-        return self.processes.run_together(self._train, lambda: config_lib.defaults().processes, self.command)
+        train = functools.partial(self._train, noted)
+        return self.processes.run_together(train, lambda: config_lib.defaults().processes, self.command)
 
-    def _train(self) -> int:
-        """Trains all members, or one."""
+    def _train(self, noted: bool) -> int:
+        """Trains all members, or one, or writes the tables.
+
+        Args:
+          noted: whether the start of this process stands in the study's folder already.
+        """
         from scaling_dit.scaling import spec, study
         from scaling_dit.training.loop import Stopped
 
         try:
             if self.member is not None:
-                done = study.member(self.member, self.workdir)
-                self._say(f"{done} runs of {self.member} are over; `scaling-dit study` writes the tables")
+                done = study.member(self.member, self.workdir, noted=noted)
+                self._say(
+                    f"{done} runs of {self.member} are over; `scaling-dit study --tables` writes the tables"
+                )
                 return 0
-            chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
-            found = study.study(chosen, self.workdir, at_once=self.at_once, own_code=self.own_code)
+            if self.tables:
+                found = study.write_tables(self.workdir)
+            else:
+                chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+                found = study.study(chosen, self.workdir, at_once=self.at_once, own_code=self.own_code)
         except Stopped as stop:
             self._say(f"scaling-dit: {stop}", sys.stderr)
             return stop.code

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 from flax import linen as nn
 
-from scaling_dit.backbones import contract
+from scaling_dit.backbones import BACKBONES, contract
 from scaling_dit.costs.trace import Walker
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.nn.attention import IMPLEMENTATIONS
@@ -124,9 +124,10 @@ def count(
         backbone = backbone.clone(attention="xla")
     inputs = contract.example_inputs(backbone, latents, text)
     name = type(backbone).__name__
+    traced = _scanned(backbone)
     try:
-        variables = contract.abstract_variables(backbone, inputs)
-        forward, out = jax.make_jaxpr(backbone.apply, return_shape=True)(variables, *inputs)
+        variables = contract.abstract_variables(traced, inputs)
+        forward, out = jax.make_jaxpr(traced.apply, return_shape=True)(variables, *inputs)
     except UserError:
         raise
     except Exception as error:
@@ -153,8 +154,17 @@ def count(
     return Count(
         **dataclasses.asdict(total),
         tree=tree,
-        measure_activations=functools.partial(_activation_bytes, backbone, variables, inputs),
+        measure_activations=functools.partial(_activation_bytes, backbone, inputs),
     )
+
+
+def _scanned(backbone: nn.Module) -> nn.Module:
+    """The backbone, one of a family's with scanned layers: they cost the same, and one layer is traced in place of all."""
+    place = f"{type(backbone).__module__}:{type(backbone).__name__}"
+    # What a user's own class does with such a field is not known.
+    if place in BACKBONES.values() and getattr(backbone, "scan_layers", True) is False:
+        return backbone.clone(scan_layers=True)
+    return backbone
 
 
 def _is_shape(value: Any, sides: int) -> bool:
@@ -162,7 +172,7 @@ def _is_shape(value: Any, sides: int) -> bool:
     return integers and len(value) == sides
 
 
-def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ...]) -> int:
+def _activation_bytes(backbone: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Bytes of the arrays that `jax.vjp` stores and that depend on an input, unlike parameters and casts of them."""
 
     def stored(variables: Any, *inputs: Any) -> list[Any]:
@@ -170,6 +180,7 @@ def _activation_bytes(backbone: nn.Module, variables: Any, inputs: tuple[Any, ..
         call = lambda weights: backbone.apply(weights, *inputs, train=True, rngs=rngs)  # noqa: E731
         return jax.tree.leaves(jax.vjp(call, variables)[1])
 
+    variables = contract.abstract_variables(backbone, inputs)
     try:
         jaxpr = jax.make_jaxpr(stored)(variables, *inputs).jaxpr
     except Exception as error:

@@ -26,7 +26,9 @@ class StudyFolder(os.PathLike[str]):
         self.measured = self.folder / "measured.parquet"
         # One row for each score: run, point, generation seed, guidance, metric.
         self.scores = self.folder / "scores.parquet"
-        # When the study was started, by which commands, on what machines.
+        # A file for each start: when, by which command, on what machine. Slices that share a study start side by side.
+        self.starts = self.folder / "starts"
+        # All starts of a study that an earlier version began.
         self.machines = self.folder / "machines.json"
         # Of all runs: TensorBoard opens this one.
         self.tensorboard = self.folder / "tensorboard"

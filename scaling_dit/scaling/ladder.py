@@ -302,9 +302,6 @@ def _counted(
     conditions: tuple[Any, ...],
 ) -> tuple[int, int, int]:
     section = dict(fields)
-    if section["name"] in backbones.BACKBONES and "scan_layers" in section:
-        # One layer of a stack is traced in place of all, and costs the same.
-        section["scan_layers"] = True
     module = backbones.create_for(in_channels=latents[2], text_dim=text[1], conditions=conditions, **section)
     found = count(module, latents, text)
     return found.params, found.macs_paper, found.macs_total

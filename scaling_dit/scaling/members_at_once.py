@@ -41,18 +41,20 @@ def check(at_once: int) -> None:
         raise UserError(f"--at_once={at_once} is more than the {cores} CPU cores that this process may use")
 
 
-def settle() -> None:
+def settle() -> bool:
     """Keeps this process to the cores that `run` in its parent chose, and lets it die with it; else does nothing.
 
-    Called before jax starts: a fork of a process with jax's threads must not do it on the way.
+    Called before jax starts: a fork of a process with jax's threads must not do it on the way. Returns whether `run`
+    has started this process.
     """
     parent, _, cores = os.environ.pop(_CHILD, "").partition(" ")
     if not parent:
-        return
+        return False
     if (die := supervise.die_with(int(parent))) is not None:
         die()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
+    return True
 
 
 def shares(cores: Sequence[int], at_once: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ from scaling_dit.scaling import (
     findings,
     fitted,
     machine,
+    merging,
     parity,
     published,
     tables,
@@ -53,7 +54,7 @@ _RUNS_NOTE = (
 
 def main(workdirs: Sequence[str], *, as_json: bool = False) -> int:
     """The `report` verb for a study, or for several merged: writes the report below the first and prints the answer."""
-    study = study_lib.open_study(workdirs[0]) if len(workdirs) == 1 else study_lib.merge(workdirs)
+    study = study_lib.open_study(workdirs[0]) if len(workdirs) == 1 else merging.merge(workdirs)
     page = write(study)
     answered = findings.answers(study)
     if as_json:
@@ -162,6 +163,7 @@ def _page(
     ]
     used = {name for figure in made for name in figure.data}
     drawn = [{"name": one.name, "spec": one.spec, "data": one.data} for one in made]
+    starts = [start for folder in study.folders for start in machine.read(folder)]
     finished = len({(row["member"], row["seed"]) for row in study.rows if row["status"] == "done"})
     filled = {
         "title": html.escape(study.spec.question),
@@ -169,7 +171,7 @@ def _page(
             f"A study of {len(study.spec.members)} members and {len(study.spec.seeds)} training seeds; "
             f"{finished} of {study.runs} runs have finished. scaling_dit {__version__}."
         ),
-        "machine": html.escape(" ".join(machine.lines(machine.read(study.folder.machines)))),
+        "machine": html.escape(" ".join(machine.lines(starts))),
         "question": html.escape(study.spec.question),
         "answer": html.escape(findings.headline(study, answered)),
         "body": "\n".join(filter(None, parts)),
@@ -367,8 +369,8 @@ def _costs(study: Study) -> str:
 
 def _runs(study: Study) -> str:
     """The config of the first member whole, and what differs in the others, with the commands."""
-    folder = html.escape(str(study.folder))
-    shown = [f"<pre>scaling-dit study --workdir={folder}</pre>"]
+    all_ = "\n".join(f"scaling-dit study --workdir={folder}" for folder in study.folders)
+    shown = [f"<pre>{html.escape(all_)}</pre>"]
     base: dict[str, Any] = {}
     for member in study.spec.members:
         fields = {key: repr(value) for key, value in config_lib.flatten(member.config).items()}
@@ -380,7 +382,7 @@ def _runs(study: Study) -> str:
         title = "the whole config" if not base else f"what differs from {study.spec.members[0].name}"
         title += f"; begins from {member.base}" if member.base else ""
         commands = "\n".join(
-            f"scaling-dit train --workdir={folder}/runs/{member.name}/seed{seed}" for seed in study.spec.seeds
+            f"scaling-dit train --workdir={study.run(member.name, seed)}" for seed in study.seeds(member.name)
         )
         shown.append(
             f"<details><summary>{html.escape(member.name)}: {title}</summary>"
@@ -430,8 +432,8 @@ def _grids(study: Study) -> tuple[list[str], list[str], int, int]:
 
 def _grids_of(study: Study, member: str) -> list[tuple[int, str]]:
     """(step, PNG as base64) of the sample grids of a member's first seed that has some."""
-    for seed in study.spec.seeds:
-        folder = study.folder.run(member, seed).metrics
+    for seed in study.seeds(member):
+        folder = study.run(member, seed).metrics
         steps = sorted({row["step"] for row in study.rows if row["member"] == member and row["seed"] == seed})
         paths = [(step, folder / f"samples-{step:08d}.png") for step in steps]
         found = [(step, _small_png(path)) for step, path in paths if path.exists()]

@@ -12,13 +12,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from scaling_dit import files
+from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError
 from scaling_dit.parallel import processes
 from scaling_dit.scaling import ladder, machine, member_runs, members_at_once, table
@@ -41,6 +42,7 @@ class Study:
       measured: one for each run: wall time, speed, memory, goodput.
       scores: one for each score, see `table.run_scores`.
       registered: claim -> how many runs had finished when it was registered; 0 for those made beforehand.
+      homes: (member, seed) -> the study's folder with that run, where several studies are merged into one.
     """
 
     spec: StudySpec
@@ -49,11 +51,25 @@ class Study:
     measured: list[Row]
     scores: list[Row]
     registered: dict[str, int]
+    homes: dict[tuple[str, int], StudyFolder] = dataclasses.field(default_factory=dict)
 
     @property
     def runs(self) -> int:
-        """Runs that the spec asks for."""
-        return len(self.spec.members) * len(self.spec.seeds)
+        """Runs that the spec asks for; of a merged study, those that one of its studies does."""
+        return len(self.homes) or len(self.spec.members) * len(self.spec.seeds)
+
+    @property
+    def folders(self) -> tuple[StudyFolder, ...]:
+        """The folders with the runs, `folder` first."""
+        return tuple(dict.fromkeys((self.folder, *self.homes.values())))
+
+    def seeds(self, member: str) -> tuple[int, ...]:
+        """The training seeds of a member."""
+        return tuple(seed for seed in self.spec.seeds if not self.homes or (member, seed) in self.homes)
+
+    def run(self, member: str, seed: int) -> Workdir:
+        """The workdir of one run, where it lies."""
+        return self.homes.get((member, seed), self.folder).run(member, seed)
 
 
 def study(
@@ -88,7 +104,7 @@ def study(
     processes.first_does(write)
     registered = _saved(folder)["registered"]
     if jax.process_index() == 0:
-        machine.note(folder.machines)
+        machine.note(folder)
     if at_once > 1:
         runner.work_at_once(at_once, own_code)
     else:
@@ -96,8 +112,11 @@ def study(
     return runner.study(registered)
 
 
-def member(name: str, workdir: str | epath.Path) -> int:
+def member(name: str, workdir: str | epath.Path, *, noted: bool = False) -> int:
     """Trains and evaluates one member of the study in a folder, and leaves the tables to `study`; returns its runs.
+
+    Args:
+      noted: whether the study has noted the start and the machine already.
 
     Raises:
       UserError: no study in the folder, no such member, or it cannot run.
@@ -109,8 +128,26 @@ def member(name: str, workdir: str | epath.Path) -> int:
     chosen = spec.member(name)
     runner = _Runner(spec, folder, (chosen,))
     runner.check()
+    if not noted and jax.process_index() == 0:
+        machine.note(folder)
     runner.work_on(chosen)
     return len(spec.seeds)
+
+
+def write_tables(workdir: str | epath.Path) -> Study:
+    """Writes the tables of the runs so far of the study in a folder, as `study` would; trains nothing.
+
+    Raises:
+      UserError: no study in the folder, no pyarrow, or a run in the tables whose folder is gone: its row would be lost.
+    """
+    folder, saved = StudyFolder(workdir), _saved(StudyFolder(workdir))
+    table.check_installed()
+    for row in table.read_parquet(folder.table) if folder.table.exists() else []:
+        if not (run := folder.run(row["member"], row["seed"])).config.exists():
+            raise UserError(
+                f"{folder.table} has results of {run}, which is gone; the tables stay as they are"
+            )
+    return _Runner(spec_lib.from_json(saved), folder).study(saved["registered"])
 
 
 def count_finished(spec: StudySpec, folder: StudyFolder) -> int:
@@ -393,54 +430,3 @@ class _Progress:
         if member.name not in self._flops:
             self._flops[member.name] = ladder.cost(member.config).train_flops()
         return self._flops[member.name]
-
-
-def merge(folders: Sequence[str | epath.Path]) -> Study:
-    """Several studies as one, in memory: their members and rows side by side, for a report over all.
-
-    Members of one name must have one config; a run that two studies have is taken from the first.
-
-    Raises:
-      UserError: folders without a study, members that differ, or evaluations that do not compare.
-    """
-    studies = [open_study(folder) for folder in folders]
-    first = studies[0]
-    members: dict[str, Member] = {}
-    for one in studies:
-        for key in ("metrics", "items", "points", "generation_seeds"):
-            if getattr(one.spec, key) != getattr(first.spec, key):
-                raise UserError(
-                    f"{one.folder} and {first.folder} differ in {key}, so their runs do not compare"
-                )
-        for member in one.spec.members:
-            known = members.setdefault(member.name, member)
-            if spec_lib.member_hash(known) != spec_lib.member_hash(member):
-                raise UserError(
-                    f"member {member.name!r} of {one.folder} has another config than in {first.folder}"
-                )
-    claims = {claim.name: claim for one in studies for claim in one.spec.claims}
-    registered: dict[str, int] = {}
-    for one in studies:
-        for name, done in one.registered.items():
-            registered[name] = max(done, registered.get(name, 0))
-    spec = dataclasses.replace(
-        first.spec,
-        question=" / ".join(dict.fromkeys(one.spec.question for one in studies)),
-        members=tuple(members.values()),
-        seeds=tuple(dict.fromkeys(seed for one in studies for seed in one.spec.seeds)),
-        claims=tuple(claims.values()),
-        guidances=tuple(dict.fromkeys(scale for one in studies for scale in one.spec.guidances)),
-    )
-    rows, measured, scores = (
-        list(_first_of_each(part))
-        for part in zip(*((one.rows, one.measured, one.scores) for one in studies), strict=True)
-    )
-    return Study(spec, first.folder, rows, measured, scores, registered)
-
-
-def _first_of_each(parts: Sequence[list[Row]]) -> Iterator[Row]:
-    """The rows of all parts; a (member, seed) that an earlier part has is skipped in later ones."""
-    seen: set[tuple[str, int]] = set()
-    for part in parts:
-        yield from (row for row in part if (row["member"], row["seed"]) not in seen)
-        seen |= {(row["member"], row["seed"]) for row in part}

@@ -249,7 +249,7 @@ def read_parquet(path: epath.Path) -> list[Row]:
     """
     arrow, parquet = _pyarrow()
     if not path.exists():
-        raise UserError(f"no table {path}; `scaling-dit study` writes it")
+        raise UserError(f"no table {path}; `scaling-dit study --workdir={path.parent} --tables` writes it")
     try:
         return parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
     except arrow.ArrowException as error:

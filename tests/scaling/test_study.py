@@ -199,17 +199,10 @@ def test_a_folder_without_a_study(tmp_path, capsys):
             study_lib.read_spec(tmp_path)
 
 
-def write(made, folder):
-    """A made study as `study` leaves it in a folder."""
-    study_lib.register(made.spec, StudyFolder(folder), none_finished)
-    for name, rows in (("table", made.rows), ("measured", made.measured), ("scores", made.scores)):
-        table.write_parquet(getattr(StudyFolder(folder), name), rows)
-
-
 def test_tables_are_read_back_and_equal_rows_are_equal_bytes(tmp_path):
     made = simulated_study.study(tmp_path / "a", count=4, seeds=2)
     for name in "ab":
-        write(made, tmp_path / name)
+        simulated_study.write(dataclasses.replace(made, folder=StudyFolder(tmp_path / name)))
     again = study_lib.open_study(tmp_path / "a")
     assert again.rows == made.rows and again.scores == made.scores
     assert (tmp_path / "a/table.parquet").read_bytes() == (tmp_path / "b/table.parquet").read_bytes()
@@ -218,17 +211,26 @@ def test_tables_are_read_back_and_equal_rows_are_equal_bytes(tmp_path):
         study_lib.open_study(tmp_path / "a")
 
 
-def test_studies_merge_into_one(tmp_path):
-    for name, claims in (("a", None), ("b", (Claim("other", "uvit-000", "pixart-001"),))):
-        write(simulated_study.study(tmp_path / name, count=4, seeds=2, claims=claims), tmp_path / name)
-    merged = study_lib.merge([tmp_path / "a", tmp_path / "b"])
-    # The same runs are in both, and counted once.
-    assert len(merged.rows) == 4 * 2 * 4 and len(merged.spec.members) == 4
-    assert set(merged.registered) == {"the larger is better", "other"}
-    other = simulated_study.study(tmp_path / "c", count=2, seeds=2, points=2)
-    write(other, tmp_path / "c")
-    with pytest.raises(UserError, match="differ in points, so their runs do not compare"):
-        study_lib.merge([tmp_path / "a", tmp_path / "c"])
+def test_tables_of_the_runs_so_far(spec, tmp_path, monkeypatch, capsys):
+    """By hand, for a study whose members run by themselves."""
+    assert cli.main(["study", f"--workdir={tmp_path}", "--tables"]) == 2
+    assert "holds no study, so study needs --config" in capsys.readouterr().err
+    study_lib.register(spec, StudyFolder(tmp_path), none_finished)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"`scaling-dit study --workdir={tmp_path} --tables` writes it" in capsys.readouterr().err
+    assert cli.main(["study", f"--workdir={tmp_path}", "--tables"]) == 0
+    assert "6 runs, 0 points" in capsys.readouterr().out
+    folder = StudyFolder(tmp_path)
+    assert study_lib.open_study(tmp_path).rows == [] and not folder.starts.exists()
+    # A table is all that is left of a run that was removed.
+    made = simulated_study.study(tmp_path, count=2, seeds=1)
+    table.write_parquet(folder.table, made.rows)
+    assert cli.main(["study", f"--workdir={tmp_path}", "--tables"]) == 2
+    assert "uvit-000/seed0, which is gone; the tables stay as they are" in capsys.readouterr().err
+    assert study_lib.open_study(tmp_path).rows == made.rows
+    for more in ("--member=uvit-000", "--at_once=2", "--config=shapes_core"):
+        assert cli.main(["study", f"--workdir={tmp_path}", "--tables", more]) == 2
+        assert "goes with --workdir alone" in capsys.readouterr().err
 
 
 def test_the_time_to_go_follows_the_flops_that_are_left(spec):

@@ -14,7 +14,7 @@ from scaling_dit.tpu import leases, queue
 
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import queue_members
+from scaling_dit.scaling import machine, queue_members
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling import tensorboard as curves
@@ -60,8 +60,9 @@ def test_the_command_registers_the_study_and_trains_nothing(tmp_path, capsys):
     names = [one["name"] for one in json.loads(capsys.readouterr().out)]
     assert names == ["uvit-000", "pixart-001", "tables"]
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
-    assert cli.main(["study", f"--workdir={tmp_path}", "--queue", "--member=uvit-000"]) == 2
-    assert "--member goes with --workdir alone" in capsys.readouterr().err
+    for flag in ("--member=uvit-000", "--tables"):
+        assert cli.main(["study", f"--workdir={tmp_path}", "--queue", flag]) == 2
+        assert f"{flag.partition('=')[0]} goes with --workdir alone" in capsys.readouterr().err
     assert cli.main(["study", f"--workdir={tmp_path / 'none'}", "--queue"]) == 2
     assert "holds no study, so study needs --config" in capsys.readouterr().err
 
@@ -119,6 +120,11 @@ def test_two_slices_of_a_queue_make_the_table_of_one_process(small, smoke_study,
     assert {one.state for one in done.values()} == {queue.DONE}, said
     # Both took one of the members, for neither waits for the other.
     assert {done["pixart-tiny"].finished_by, done["large_dit-tiny"].finished_by} == {"slice-0", "slice-1"}
+    # The report names the machines of all jobs: two members and the tables.
+    commands = [one["command"].rpartition(" ")[2] for one in machine.read(folder)]
+    assert sorted(commands) == sorted(
+        (f"--workdir={folder}", "--member=pixart-tiny", "--member=large_dit-tiny")
+    )
     for name in ("table", "scores"):
         assert getattr(folder, name).read_bytes() == study_tables.written(smoke_study, name, tmp_path, seed=0)
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from scaling_dit import config as config_lib
-from scaling_dit.scaling import ladder
+from scaling_dit.scaling import ladder, table
+from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.claims import Claim
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.spec import StudySpec, config_hash, point_steps
@@ -32,6 +33,13 @@ def members(count, steps=1000):
         ladder.Member(f"{family}-{i:03d}", config, {}, {"family": family})
         for i, (family, config) in ((i, families[i % 2]) for i in range(count))
     )
+
+
+def write(made):
+    """Writes a made study as `study` leaves it in its folder, without the runs."""
+    study_lib.register(made.spec, made.folder, lambda: 0)
+    for name, rows in (("table", made.rows), ("measured", made.measured), ("scores", made.scores)):
+        table.write_parquet(getattr(made.folder, name), rows)
 
 
 def study(folder, count=10, seeds=3, *, points=4, noise=NOISE, claims=None, seed=0, law=LAW):

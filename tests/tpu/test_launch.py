@@ -116,7 +116,7 @@ def test_a_job_is_preempted_twice_and_ends_as_if_it_was_not(fake, capfd, backend
 # The same, with real training on two devices: those of one host, or of two in processes of `jax.distributed`.
 DEVICES = 2
 FIELDS = (
-    "--config.mesh.fsdp=2", "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=90",
+    "--config.mesh.fsdp=2", "--config.log.tensorboard=false", "--config.eval.every=0", "--config.steps=45",
     "--config.checkpoint.every=15", "--config.log.every=15", "--config.processes.heartbeat=20",
     "--config.backbone.depth=1",
 )  # fmt: skip

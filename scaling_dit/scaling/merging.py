@@ -64,7 +64,7 @@ def merge(folders: Sequence[str | epath.Path]) -> Study:
 
 
 def _homes(studies: Sequence[Study]) -> dict[tuple[str, int], StudyFolder]:
-    """(member, seed) -> the folder of the first study with results of that run, or else of the first that asks for it."""
+    """(member, seed) -> the folder of the first study with results of that run, else of the first that asks for it."""
     homes: dict[tuple[str, int], StudyFolder] = {}
     for one in studies:
         # One that stopped early may have no point.

@@ -14,15 +14,14 @@ from scaling_dit.scaling.folder import StudyFolder
 def test_each_start_is_noted(tmp_path, monkeypatch):
     folder = StudyFolder(tmp_path)
     assert machine.read(folder) == [] and machine.lines([]) == []
-    began = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    monkeypatch.setattr(machine, "_now", lambda: moment[0])
+    moment = [datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)]
     for config in ("a", "b"):
         monkeypatch.setattr(
             sys, "argv", ["/somewhere/bin/scaling-dit", "study", f"--config={config}", "--workdir=x y"]
         )
-        with monkeypatch.context() as patch:
-            patch.setattr(machine, "_now", lambda: began)
-            machine.note(folder)
-        began += datetime.timedelta(minutes=70)
+        machine.note(folder)
+        moment[0] += datetime.timedelta(minutes=70)
     starts = machine.read(folder)
     assert [one["command"] for one in starts] == [
         f"scaling-dit study --config={config} '--workdir=x y'" for config in "ab"
@@ -31,7 +30,6 @@ def test_each_start_is_noted(tmp_path, monkeypatch):
         starts[0]["devices"].endswith("x cpu") and {"jax", "numpy", "python"} <= starts[0]["versions"].keys()
     )
     # Two that start at the same time have a file each.
-    monkeypatch.setattr(machine, "_now", lambda: began)
     machine.note(folder)
     machine.note(folder)
     assert len(machine.read(folder)) == 4

@@ -39,7 +39,9 @@ def test_every_run_is_shown_where_it_lies(tmp_path, monkeypatch):
     """Of two folders: one has two members with two seeds, the other more members and a third seed of all."""
     simulated_study.write(simulated_study.study(tmp_path / "a", count=2, seeds=2, claims=()))
     more = simulated_study.study(tmp_path / "b", count=4, seeds=3, claims=())
-    simulated_study.write(dataclasses.replace(more, spec=dataclasses.replace(more.spec, seeds=(1, 2))))
+    spec = dataclasses.replace(more.spec, seeds=(1, 2))
+    tables = ([row for row in part if row["seed"]] for part in (more.rows, more.measured, more.scores))
+    simulated_study.write(study_lib.Study(spec, more.folder, *tables, {}))
     monkeypatch.setattr(machine, "cores", lambda: [0] * 7)
     machine.note(StudyFolder(tmp_path / "b"))
     merged = merging.merge([tmp_path / "a", tmp_path / "b"])

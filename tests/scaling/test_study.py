@@ -223,7 +223,7 @@ def test_tables_of_the_runs_so_far(spec, tmp_path, monkeypatch, capsys):
     folder = StudyFolder(tmp_path)
     assert study_lib.open_study(tmp_path).rows == [] and not folder.starts.exists()
     # A table is all that is left of a run that was removed.
-    made = simulated_study.study(tmp_path, count=2, seeds=1)
+    made = simulated_study.study(tmp_path, count=2, seeds=2)
     table.write_parquet(folder.table, made.rows)
     assert cli.main(["study", f"--workdir={tmp_path}", "--tables"]) == 2
     assert "uvit-000/seed0, which is gone; the tables stay as they are" in capsys.readouterr().err

@@ -97,6 +97,7 @@ def pytest_collection_finish():
     gc.enable()
     if "jax" in sys.modules:
         xla.share_contexts()
+        xla.remember_shapes_of_parameters()
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,14 @@ SCANNED = {"scan_layers": True}
 # A second block compiles for as long as the first and has the same products. Scanned, there are two.
 SMALLER = {name: {"depth": 1} for name in TRANSFORMERS if name != "uvit"}
 SLOW = [("uvit", layout, {}) for layout in LAYOUTS]
-# What one family shows on every layout is the same for all: the others take the two that split three axes, layer by
-# layer with conditions on the one, and scanned on the other.
+# Layer by layer with conditions on the layout that splits tokens, and scanned on all others: what one device computes
+# of a mode is compiled once.
 SLOW += [(name, "FSDP2xCTX2xTP2", CONDITIONS) for name in TRANSFORMERS]
-SLOW += [(name, "DP2xFSDP2xTP2", SCANNED) for name in TRANSFORMERS]
-# A UNet splits no tokens, so `context` makes no other layout. Scanned and with conditions at once, for one device
-# compiles it for as long as eight do.
-SLOW += [("unet", "DP2xFSDP2xTP2", SCANNED | {"conditions": CONDITIONS["conditions"][1:]})]
-SLOW += [("unet_if", "DP2xFSDP2xTP2", {})]
+SLOW += [(name, layout, SCANNED) for name in TRANSFORMERS for layout in LAYOUTS if layout != "FSDP2xCTX2xTP2"]
+# A UNet takes the layout that splits three axes and the one that most runs have. It splits no tokens, so `context`
+# makes no other. Scanned and with conditions at once, for one device compiles it for as long as eight do.
+for layout in ("DP2xFSDP2xTP2", "FSDP8"):
+    SLOW += [("unet", layout, SCANNED | {"conditions": CONDITIONS["conditions"][1:]}), ("unet_if", layout, {})]
 
 
 def outcome(name, modes, mesh=None):

@@ -159,7 +159,7 @@ def count(
 
 
 def _scanned(backbone: nn.Module) -> nn.Module:
-    """The backbone, scanned if it is a family's: its layers cost the same, and one of them is traced in place of all."""
+    """The backbone, scanned if it is a family's: they cost the same, and one layer is traced in place of all."""
     place = f"{type(backbone).__module__}:{type(backbone).__name__}"
     # What a user's own class does with such a field is not known.
     if place in BACKBONES.values() and getattr(backbone, "scan_layers", True) is False:

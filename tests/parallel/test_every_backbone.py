@@ -32,7 +32,10 @@ SLOW += [(name, layout, SCANNED) for name in TRANSFORMERS[1:] for layout in ("FS
 # A UNet takes the layout that splits three axes and the one that most runs have. It splits no tokens, so `context`
 # makes no other. Scanned and with conditions at once, for one device compiles it for as long as eight do.
 for layout in ("DP2xFSDP2xTP2", "FSDP8"):
-    SLOW += [("unet", layout, SCANNED | {"conditions": CONDITIONS["conditions"][1:]}), ("unet_if", layout, {})]
+    SLOW += [
+        ("unet", layout, SCANNED | {"conditions": CONDITIONS["conditions"][1:]}),
+        ("unet_if", layout, {}),
+    ]
 
 
 def outcome(name, modes, mesh=None):

@@ -173,7 +173,7 @@ def test_members_of_another_study(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("verbs_on_one_device")
 def test_two_at_once_make_the_table_of_one_after_another(smoke_study, tmp_path):
-    """Stopped in the middle by SIGTERM, too; tests/scaling/test_study.py kills a study, and resumes it."""
+    """Stopped in the middle by SIGTERM, and killed with its processes, too."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.flags(devices=1)}
@@ -181,20 +181,22 @@ def test_two_at_once_make_the_table_of_one_after_another(smoke_study, tmp_path):
     spec = dataclasses.replace(spec_lib.load(SMOKE), seeds=(0,), claims=())
     study_lib.register(spec, StudyFolder(together), lambda: 0)
     command = ["study", f"--workdir={together}", "--at_once=2"]
-    two = subprocess.Popen(
-        [sys.executable, "-m", "scaling_dit", *command],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    stopping = False
-    for line in two.stderr:
-        # The first step of either member.
-        if ": step " in line and not stopping:
-            stopping = True
-            two.send_signal(signal.SIGTERM)
-    assert two.wait(300) == 75
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        two = subprocess.Popen(
+            [sys.executable, "-m", "scaling_dit", *command],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        stopping = False
+        # Until its processes have ended as well.
+        for line in two.stderr:
+            # The first step of either member.
+            if ": step " in line and not stopping:
+                stopping = True
+                two.send_signal(number)
+        assert stopping and two.wait(300) == code
     with pytest.MonkeyPatch.context() as patch:
         # That of the members' processes.
         for name in ("PYTHONPATH", "XLA_FLAGS"):

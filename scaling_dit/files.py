@@ -84,12 +84,14 @@ def check_scheme(path: epath.PathLike) -> None:
     """Makes sure that the store of a remote path can be read here; no request is sent.
 
     Raises:
-      UserError: an unknown scheme, or one whose package is not installed.
+      UserError: an unknown scheme, one whose package is not installed, or a path without a bucket.
     """
     scheme, separator, _ = os.fspath(path).partition("://")
     if not separator:
         return
     check_known(path)
+    if not os.fspath(path).partition("://")[2].strip("/"):
+        raise UserError(f"{path}: it names no bucket; write {scheme}://BUCKET/FOLDER")
     package, extra = _SCHEMES[scheme]
     # Where TensorFlow is installed, etils reads gs:// with it.
     others = ("tensorflow",) if scheme == "gs" else ()

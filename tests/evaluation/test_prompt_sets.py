@@ -18,6 +18,10 @@ from tests.support.paths import DOCS
 from tests.support.prompt_files import DPG, GENEVAL, GENEVAL2, write_dpg, write_geneval2, write_tifa
 
 
+def prompts_of(items):
+    return [(item.id, item.prompt) for item in items]
+
+
 def refused(text, message):
     with pytest.raises(UserError) as error:
         open_prompt_set(text)
@@ -204,11 +208,11 @@ def test_dpg(tmp_path):
 
 def test_transforms_of_prompts(tmp_path):
     items = [Item("a", "one"), Item("b", "two")]
-    assert transform(items, "none") == (["one", "two"], "none")
-    assert transform(items, "repeat:3") == (["one one one", "two two two"], "repeat:3")
+    assert transform(prompts_of(items), "none") == (["one", "two"], "none")
+    assert transform(prompts_of(items), "repeat:3") == (["one one one", "two two two"], "repeat:3")
     path = tmp_path / "longer.jsonl"
     path.write_text('{"id": "b", "prompt": "two cats"}\n{"id": "a", "prompt": "one cat"}\n')
-    prompts, done = transform(items, f"rewrite:{path}")
+    prompts, done = transform(prompts_of(items), f"rewrite:{path}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     assert (prompts, done) == (["one cat", "two cats"], f"rewrite:longer.jsonl ({digest})")
     for text, message in (
@@ -217,12 +221,12 @@ def test_transforms_of_prompts(tmp_path):
         (f"rewrite:{tmp_path}/none", "no file"),
     ):
         with pytest.raises(UserError, match=message):
-            transform(items, text)
+            transform(prompts_of(items), text)
     with pytest.raises(UserError, match=r"has no prompt for 'c' \(1 missing\)"):
-        transform([*items, Item("c", "x")], f"rewrite:{path}")
+        transform([*prompts_of(items), ("c", "x")], f"rewrite:{path}")
     path.write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is not"):
-        transform(items, f"rewrite:{path}")
+        transform(prompts_of(items), f"rewrite:{path}")
 
 
 def test_the_page_lists_every_set_as_it_is():

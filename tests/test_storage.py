@@ -123,14 +123,14 @@ REMOTE = {
     "study --config": ["--config=shapes_core:smoke", "--workdir=s3://bucket/x"],
     "report": ["s3://bucket/x"],
     "evaluate": ["--workdir=s3://bucket/x"],
-    "evaluate --images": ["--images=s3://bucket/x", "--items=2"],
+    "evaluate --images": ["--images=s3://bucket/x", "--metrics=fid", "--reference=w"],
     "evaluate --compare": ["--compare", "s3://bucket/x", "s3://bucket/y"],
     "sample": ["--workdir=s3://bucket/x", "a red circle"],
     "sample --prompts_file": ["--workdir=w", "--prompts_file=s3://bucket/x.txt"],
     "export": ["--workdir=s3://bucket/x", "--out=o", "--to=safetensors"],
     "advise": ["--workdir=s3://bucket/x", "--budget=1e18"],
-    "caption": ["--source=folder:d", "--captioner=shapes", "--out=s3://bucket/x"],
-    "prepare": ["--config=shapes:smoke", "--out=s3://bucket/x"],
+    "caption": ["--source=folder:s3://bucket/x", "--captioner=shapes", "--out=o"],
+    "prepare": ["--config=shapes:smoke", "--config.source.name=folder:s3://bucket/x", "--out=o"],
     "import": ["--from=s3://bucket/x", "--config=shapes:smoke", "--workdir=w"],
 }
 

@@ -107,7 +107,7 @@ class Skipped(UserError):
 
 
 class NotFinite(Skipped):
-    """A result that is no score: a number in it is not finite. Its rows count for nothing and are computed again."""
+    """A result is no score: a number in it is not finite. Its images are scored again by the next call."""
 
 
 class Metric(Protocol):
@@ -266,7 +266,7 @@ def check_result(result: Any, name: str) -> dict[str, Any]:
     for key, value in [*((f"scalar {key!r}", value) for key, value in scalars.items()), *_others(checked)]:
         if not _is_finite(value):
             raise NotFinite(
-                f"metric {name!r}: {key} is {value}, and must be finite; rows without a score are left out"
+                f"metric {name!r}: {key} is {value}, which is no score; every number must be finite"
             )
     return checked
 

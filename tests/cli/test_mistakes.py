@@ -171,7 +171,7 @@ def test_values_that_are_empty(verb, capsys):
             line = refused(capsys, verb, *rest, *words)
             assert f"--{one.name}" in line, line
         if one.type is str and not one.choices and not one.required:
-            says = f"{verb.split()[-1]}: --{one.name} is given an empty value"
+            says = f"{verb}: --{one.name} is given an empty value"
             assert refused(capsys, verb, *rest, f"--{one.name}= ").startswith(says)
             if one.repeat:
                 assert "(one of several)" in refused(capsys, verb, *rest, f"--{one.name}=a", f"--{one.name}=")

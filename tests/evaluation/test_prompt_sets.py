@@ -9,6 +9,7 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS
+from scaling_dit.evaluation.bases import PerImage
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.evaluation.prompt_sets import SETS, open_prompt_set
 from scaling_dit.evaluation.prompt_sets.plain import HPS_STYLES
@@ -183,6 +184,37 @@ def test_a_set_that_a_metric_cannot_score_is_refused_before_anything_is_sampled(
     with pytest.raises(UserError) as error:
         one.prompts(no_source, 0)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+class NoItems(PerImage):
+    """A metric of a user's own whose items are prompts."""
+
+    def items(self, source, count):
+        return ["a red circle", "a blue square"]
+
+
+@pytest.mark.parametrize("done", ["none", "repeat:2", "rewrite:none.jsonl"])
+def test_items_are_checked_before_anything_is_done_to_their_prompts(done):
+    name = f"{__name__}:NoItems"
+    config = config_lib.resolve(
+        config_lib.defaults(),
+        [f"--config.eval.metrics=('{name}',)", f"--config.metrics.NoItems.prompt_transform={done}"],
+    )
+    (one,) = choose(config, (name,))
+    with pytest.raises(UserError, match="metric 'NoItems': items must return Items, got str"):
+        one.prompts(None, 2)
+
+
+def test_paths_in_names_are_expanded(tmp_path, monkeypatch):
+    write_tifa(tmp_path)
+    monkeypatch.setenv("SETS", str(tmp_path))
+    assert len(open_prompt_set("tifa:$SETS").items) == len(open_prompt_set(f"tifa:{tmp_path}").items)
+    (tmp_path / "longer.jsonl").write_text('{"id": "a", "prompt": "one cat"}\n')
+    assert transform([("a", "one")], "rewrite:${SETS}/longer.jsonl")[0] == ["one cat"]
+    monkeypatch.delenv("SETS")
+    refused("tifa:$SETS/x", "--prompt_set: $SETS/x: the environment variable SETS is not set")
+    with pytest.raises(UserError, match="^prompt_transform: .* variable SETS is not set"):
+        transform([("a", "one")], "rewrite:$SETS/longer.jsonl")
 
 
 def test_every_metric_with_items_of_its_own_checks_those_of_a_set():

@@ -1,4 +1,4 @@
-"""Faults of disks and buckets: told from mistakes, tried again, reported in one line with a code of their own."""
+"""Faults of disks and buckets: separated from mistakes, tried again, reported in one line with a code of their own."""
 
 import errno
 import os

@@ -237,3 +237,15 @@ def test_a_bucket_that_refuses_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "open", lambda path, mode: (_ for _ in ()).throw(HttpError("Forbidden, 403")))
     with pytest.raises(StorageError, match="cannot write s3://bucket/file: Forbidden, 403"):
         files.write_whole(epath.Path("s3://bucket/file"), b"")
+    with (
+        pytest.raises(StorageError, match="cannot write s3://bucket/file: Forbidden, 403; files finished"),
+        files.staged(epath.Path("s3://bucket/file")) as local,
+    ):
+        local.write_bytes(b"some")
+
+
+@pytest.mark.parametrize("path", ["gs://", "s3:///", "gs:///x"])
+def test_a_remote_path_names_a_bucket(path, tmp_path, monkeypatch):
+    fake_store.install(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match=f"^{path}: it names no bucket; write {path[:2]}://BUCKET/FOLDER$"):
+        files.expand(path)

@@ -159,7 +159,7 @@ def count(
 
 
 def _scanned(backbone: nn.Module) -> nn.Module:
-    """The backbone, one of a family's with scanned layers: they cost the same, and one layer is traced in place of all."""
+    """The backbone, of a family with its layers scanned: they cost the same, and one is traced in place of all."""
     place = f"{type(backbone).__module__}:{type(backbone).__name__}"
     # What a user's own class does with such a field is not known.
     if place in BACKBONES.values() and getattr(backbone, "scan_layers", True) is False:

@@ -87,6 +87,7 @@ format: .venv/.installed-lint
 golden: .venv/.installed-test
 	$(BIN)/python tools/update_golden.py
 	$(BIN)/python -m tools.config_page
+	$(BIN)/python -m tools.model_table
 	$(BIN)/python -m tools.image_modes
 	$(BIN)/python -m tools.tpu_states
 

@@ -53,7 +53,7 @@ EXTRAS = {
     "text": ["huggingface_hub"],
     # `caption` with a model of transformers; the endpoint back-end needs nothing.
     "caption": ["torch==2.13.0", "transformers"],
-    # `stats`: histograms as pictures.
+    # `stats`: histograms as images.
     "plots": ["matplotlib"],
     # `plan` compiles for TPUs with it where none is; on a TPU machine it drives them.
     "tpu": [LIBTPU],

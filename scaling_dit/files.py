@@ -84,12 +84,14 @@ def check_scheme(path: epath.PathLike) -> None:
     """Makes sure that the store of a remote path can be read here; no request is sent.
 
     Raises:
-      UserError: an unknown scheme, or one whose package is not installed.
+      UserError: an unknown scheme, one whose package is not installed, or a path without a bucket.
     """
     scheme, separator, _ = os.fspath(path).partition("://")
     if not separator:
         return
     check_known(path)
+    if not os.fspath(path).partition("://")[2].partition("/")[0]:
+        raise UserError(f"{path}: it names no bucket; write {scheme}://BUCKET/FOLDER")
     package, extra = _SCHEMES[scheme]
     # Where TensorFlow is installed, etils reads gs:// with it.
     others = ("tensorflow",) if scheme == "gs" else ()
@@ -270,13 +272,18 @@ def staged(target: epath.Path) -> Iterator[pathlib.Path]:
             local.replace(os.fspath(target))
     except OSError as error:
         raise unwritten(target, error) from error
+    except Exception as error:
+        # Clients of buckets have exceptions of their own.
+        if isinstance(error, UserError) or not storage.is_fault(error):
+            raise
+        raise unwritten(target, error) from error
     finally:
         # A disk that fails may refuse this as well.
         with contextlib.suppress(OSError):
             local.unlink(missing_ok=True)
 
 
-def unwritten(target: epath.Path, error: OSError) -> UserError:
+def unwritten(target: epath.Path, error: Exception) -> UserError:
     """The error of a file that cannot be written: a StorageError if its disk or network refuses."""
     kind = StorageError if storage.is_fault(error) else UserError
     return kind(f"cannot write {target}: {storage.reason(error)}; files finished before are whole")

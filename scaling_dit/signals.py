@@ -20,7 +20,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which further signals count as the first one.
 SAME = 0.5
-# EX_TEMPFAIL: the same command goes on. And that of a command that Ctrl-C ended.
+# EX_TEMPFAIL: the same command resumes. And that of a command that Ctrl-C ended.
 AGAIN, INTERRUPTED = 75, 130
 # Seconds that what is left to clean may take.
 _CLEANING = 3.0

@@ -1,4 +1,4 @@
-"""What a run does when a disk or bucket refuses: tells such faults from mistakes, and tries again for a while."""
+"""What a run does when a disk or bucket refuses: separates such faults from mistakes, and tries again for a while."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"os_error_code='(\d+)'")
 # How TensorStore's messages and those of clients of buckets say the same.
 _SAID = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large|"
-    r"Stale file handle|Transport endpoint|Permission denied|No such file or directory|"
+    r"Stale file handle|Transport endpoint|Permission denied|No such file or directory|\blibcurl code \d+|"
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|"
     r"Forbidden|Unauthorized|Service Unavailable|Too Many Requests)\b|\b(401|403|429|50[0234])\b"
 )
@@ -39,8 +39,16 @@ _CLIENTS = (
     "huggingface_hub",
     "requests",
 )
+# Where TensorFlow is installed, etils reads gs:// with it. Its errors are of storage but for these kinds, which
+# networks and input pipelines raise. They are known by name, so TensorFlow is not imported here.
+_OF_TENSORFLOW = "tensorflow.python.framework.errors"
+_NOT_OF_STORAGE = ("InvalidArgumentError", "UnimplementedError", "InternalError", "CancelledError")
+# What etils does not turn into a FileNotFoundError, as of a listing.
+_MISSING = "NotFoundError"
 # Seconds between tries: the first pause, and the longest one.
 _FIRST, _LONGEST = 0.5, 15.0
+# Characters of a reason: a client's message names the path at its end.
+_LONGEST_REASON = 300
 
 
 def is_fault(error: BaseException) -> bool:
@@ -51,7 +59,14 @@ def is_fault(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno in _FAULTS or (error.errno is None and bool(_SAID.search(str(error))))
+    if _is_of_tensorflow(error):
+        return type(error).__name__ not in _NOT_OF_STORAGE
     return type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _is_of_tensorflow(error: BaseException) -> bool:
+    """Whether TensorFlow raised it."""
+    return type(error).__module__.startswith(_OF_TENSORFLOW)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -75,6 +90,8 @@ def is_unreachable(error: BaseException) -> bool:
     """Whether a read failed for a reason that says nothing about the file: it may be sound."""
     if isinstance(error, FileNotFoundError):
         return False
+    if _is_of_tensorflow(error) and type(error).__name__ == _MISSING:
+        return False
     return is_fault(error) or isinstance(error, PermissionError) or bool(_CUT_OFF.search(str(error)))
 
 
@@ -86,7 +103,7 @@ def reason(error: BaseException) -> str:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
     said = _NUMBER.search(text)
-    return os.strerror(int(said[1])) if said else text[:200]
+    return os.strerror(int(said[1])) if said else text[:_LONGEST_REASON]
 
 
 def patiently(
@@ -109,7 +126,7 @@ def patiently(
     Raises:
       StorageError: the last try was refused as well.
     """
-    began, pause, told = clock(), _FIRST, False
+    began, pause, is_reported = clock(), _FIRST, False
     while True:
         try:
             return work()
@@ -118,10 +135,10 @@ def patiently(
                 raise
             left = seconds - (clock() - began)
             if left <= 0:
-                tried = f" after {clock() - began:.0f} s" if told else ""
+                tried = f" after {clock() - began:.0f} s" if is_reported else ""
                 raise StorageError(f"cannot write {what}{tried}: {reason(error)}") from error
-            if not told:
-                told = True
+            if not is_reported:
+                is_reported = True
                 print(
                     f"scaling-dit: cannot write {what}: {reason(error)}; trying again for {seconds:.0f} s",
                     file=sys.stderr,

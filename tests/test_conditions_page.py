@@ -45,7 +45,7 @@ def test_the_page_runs_as_typed(tmp_path, monkeypatch, capsys):
             exec(text, names)
         elif kind == "sh":
             command = shlex.split(text)[1:]
-            # As in a process of its own, which was told of nothing.
+            # As in a process of its own, in which nothing was named.
             monkeypatch.setattr(own_code, "_TRUSTED", set())
             found = cli.main(command + (SMALL if command[0] == "train" else []))
             assert found == 0, (command, capsys.readouterr().err)

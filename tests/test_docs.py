@@ -64,7 +64,7 @@ def test_the_page_of_an_own_backbone_runs_as_typed_from_top_to_bottom(tmp_path, 
             exec(text, names)
         else:
             command = shlex.split(text)[1:]
-            # As in a process of its own, which was told of nothing.
+            # As in a process of its own, in which nothing was named.
             monkeypatch.setattr(own_code, "_TRUSTED", set())
             assert cli.main(command + (small if command[0] == "train" else [])) == 0, capsys.readouterr().err
     assert names["images"].shape == (1, 16, 16, 3) and names["images"].dtype == np.uint8

@@ -51,7 +51,8 @@ def test_every_member_of_every_study_resolves(name, argument):
     for member in spec.members:
         config = spec.run_config(member, seed)
         assert config.seed == seed and config.eval.every * spec.points >= config.steps
-    # Others at the same data and number of prompts as these; data that a user makes first are not here.
+    # The other studies use the same data and as many prompts, so these are enough. The emoji, which a user makes first,
+    # are not here.
     if (name, argument) in {*HEAVY, ("p1_batch", "")} - {("emoji_core", "")}:
         member_runs.check(spec, spec.members)
 

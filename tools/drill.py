@@ -1,7 +1,7 @@
 """The drill: kills, signals, damage and full disks over real commands, and the table of what they cost.
 
     python -m tools.drill                             # the table in docs/errors_and_exit_codes.md; takes its time
-    python -m tools.drill --kept=rows.json --only=signals,disks       # some of it; it goes on where it was stopped
+    python -m tools.drill --kept=rows.json --only=signals,disks       # some of it; it resumes where it was stopped
     python -m tools.drill --small --page=out.md       # one run that meets one fault of most kinds
 
 Every try disturbs one command, and the same command is then given again, undisturbed; up to five kills come in a row
@@ -89,7 +89,7 @@ class Row:
 
 
 class Table:
-    """The rows of a drill. With a file it is made in pieces, and goes on where it was stopped.
+    """The rows of a drill. With a file it is made in pieces, and resumes where it was stopped.
 
     Args:
       kept: the file, or None.
@@ -505,7 +505,7 @@ def run(parts: list[str], counts: Counts, seed: int, table: Table) -> None:
     if not parts:
         return
     with tempfile.TemporaryDirectory(prefix="drill") as folder:
-        # A drill that goes on meets other moments.
+        # A drill that resumes meets other moments.
         moments = seed + sum(row.tries for row in table.rows)
         drill = Drill(pathlib.Path(folder), moments, OF_TRAIN if parts == ["small"] else OF_ALL)
         for name in parts:

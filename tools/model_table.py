@@ -1,6 +1,6 @@
 """Writes docs/models.md: the cost of every named size beside the numbers that the papers print.
 
-    python tools/model_table.py
+    python -m tools.model_table
 
 Our numbers come from `scaling_dit.count`; the papers' numbers are copied from their tables. Counts do not depend on the
 machine. A test compares the file with the script's current output.
@@ -83,7 +83,7 @@ PRINTED: dict[Row, Printed] = {
 
 HEAD = """# Named sizes and their cost
 
-Written by `python tools/model_table.py` from `scaling_dit.count`; a test keeps it up to date.
+Written by `python -m tools.model_table` from `scaling_dit.count`; a test keeps it up to date.
 
 One forward pass on one latent of {latents} (256 px through an 8x autoencoder) and {text} text. G = 10^9
 multiply-accumulates (MACs).

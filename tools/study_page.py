@@ -55,7 +55,7 @@ def text(study: Study, report_at: str, scores: Sequence[str], samples: str = "")
                 "every curve, sample grids over training, costs, configs and commands; its table is there as "
                 f"[CSV]({report_at}/members.csv) and [LaTeX]({report_at}/members.tex)."
             ),
-            _wrapped(" ".join(machine.lines(machine.read(study.folder.machines)))),
+            _wrapped(" ".join(machine.lines(machine.read(study.folder)))),
             _members(study, scores),
             _claims(answered),
             *([f"![Samples]({samples})"] if samples else []),

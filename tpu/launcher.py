@@ -1,7 +1,7 @@
 """The launcher of a job: it observes, asks the state machine, keeps its answer, and acts.
 
 The state is written before an action, never after: a launcher that is killed at any moment and started again looks for
-the resource by name and goes on. What it may do twice, it can do twice.
+the resource by name and continues. What it may do twice, it can do twice.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Launcher:
         self.runner, self._clock, self._startup = runner, clock, startup
         self._ask: Runner = functools.partial(runner, seconds=_ASK)
         self._answer, self._reason = Answer.NONE, ""
-        self._say_line, self._told, self._told_at = say, "", 0.0
+        self._say_line, self._said, self._said_at = say, "", 0.0
 
     def secrets(self) -> dict[str, str]:
         """The values of the job's secrets. Raises UserError if one is not in the environment."""
@@ -93,7 +93,7 @@ class Launcher:
         old = self.state
         self.state, actions = step(self.job, old, seen, self.limits)
         self.store.write_state(self.state)
-        self._tell(old)
+        self._say_state(old)
         if self.state.stage in ENDS:
             self.say(f"{self.job.name}: {self.state.verdict}; used {self.job.cost(self.state.used)}")
             return True
@@ -193,9 +193,9 @@ class Launcher:
             result = self.runner(command)
             if clears(command):
                 continue
-            told, reason = answer(result)
-            if told is not Answer.OK:
-                return told, reason
+            answered, reason = answer(result)
+            if answered is not Answer.OK:
+                return answered, reason
         return Answer.OK, ""
 
     def _delete(self, zone: str) -> tuple[Answer, str]:
@@ -250,9 +250,9 @@ class Launcher:
         commands += [self._backend.copy(self.job, zone, nodes, local, target) for local, target in copies]
         return [*commands, self._backend.on_workers(self.job, zone, nodes, remote.setup(self.job, stamp))]
 
-    # Telling.
+    # Lines for the user.
 
-    def _tell(self, old: State) -> None:
+    def _say_state(self, old: State) -> None:
         state, parts = self.state, []
         if state.stage in (Stage.RUN, Stage.SETUP, Stage.WAIT, Stage.DELETE):
             normal = self.resource.phase is Phase.READY or not self.resource.detail
@@ -266,10 +266,10 @@ class Launcher:
         if state.stage is Stage.CREATE and old.stage is not Stage.CREATE:
             parts.append(f"next request in {self.zone} in {max(0.0, state.until - state.seen):.0f} s")
         line = "; ".join([f"{self.job.name}: {state.stage.value}", *parts])
-        # A job that runs is told of every ten minutes.
-        if line == self._told and state.seen - self._told_at < _OFTEN:
+        # The line of a job that runs is printed again every ten minutes.
+        if line == self._said and state.seen - self._said_at < _OFTEN:
             return
-        self._told, self._told_at = line, state.seen
+        self._said, self._said_at = line, state.seen
         self.say(f"{line}, step {self.report.step}" if self.report.step >= 0 else line)
 
     def what_runs(self) -> str:
@@ -286,8 +286,8 @@ class Launcher:
         return (
             f"{job.name} {words} running in {zones} and costs {cost} until it is deleted; used so far "
             f"{job.cost(state.used)}, {left_hours:.2f} h of its budget are left.\n"
-            f"  end it:       scaling-dit tpu delete --name={job.name}\n"
-            f"  go on with it: scaling-dit tpu babysit --name={job.name}"
+            f"  end it:      scaling-dit tpu delete --name={job.name}\n"
+            f"  continue it: scaling-dit tpu babysit --name={job.name}"
         )
 
 
@@ -297,23 +297,23 @@ def exit_code(state: State) -> int:
 
 
 def begin(job: Job, store: Store, *, say: Say) -> None:
-    """Takes a job over: a new one, or one of that name that goes on.
+    """Takes a job over: a new one, or one of that name that has not ended.
 
     Raises:
-      UserError: a job of that name goes on with other settings.
+      UserError: a job of that name has other settings and has not ended.
     """
     kept, state = store.read_job(), store.read_state()
-    going_on = state is not None and state.stage not in ENDS
-    if going_on and kept is not None and kept != job:
+    is_running = state is not None and state.stage not in ENDS
+    if is_running and kept is not None and kept != job:
         old, new = dataclasses.asdict(kept), dataclasses.asdict(job)
         differs = ", ".join(name for name in old if old[name] != new[name])
         raise UserError(
             f"a job {job.name} was launched with other settings ({differs}) and has not ended; end it with "
-            f"`scaling-dit tpu delete --name={job.name}`, go on with `scaling-dit tpu babysit --name={job.name}`, "
-            "or give another --name"
+            f"`scaling-dit tpu delete --name={job.name}`, continue it with "
+            f"`scaling-dit tpu babysit --name={job.name}`, or give another --name"
         )
-    if going_on:
-        say(f"{job.name}: goes on; used so far {job.cost(state.used if state else 0.0)}")
+    if is_running:
+        say(f"{job.name}: continues; used so far {job.cost(state.used if state else 0.0)}")
         return
     store.forget_stop()
     store.write_state(State())

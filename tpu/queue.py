@@ -197,7 +197,7 @@ def ended(member: Member, code: int, now: float, stopped: bool = False) -> Membe
       member: running.
       code: of the command; negative if a signal ended it.
       now: seconds since 1970.
-      stopped: whether the slice itself ended the command, because it was told to stop.
+      stopped: whether the slice itself ended the command, because it had to stop.
     """
     assert member.lease is not None
     owner, left = member.lease.owner, dataclasses.replace(member, lease=None, code=code, changed=now)

@@ -160,7 +160,7 @@ class Worker:
             if taken is not None and taken.member.state == queue_lib.RUNNING:
                 self.held = taken
                 self.runner.start(taken.member.command, taken.member.name)
-                self._tell(taken)
+                self._publish(taken)
                 return True
         return not queue_lib.finished([held.member for held in every])
 
@@ -192,13 +192,13 @@ class Worker:
         """The slice runs nothing, and looks for work at once."""
         self.held = self._result = None
         self._looked = float("-inf")
-        self._tell(None)
+        self._publish(None)
 
-    def _tell(self, held: Held | None) -> None:
+    def _publish(self, held: Held | None) -> None:
         try:
             self._leads(held)
         except OSError as error:
-            # Hosts that were not told leave the run, which then ends with a code that counts as a preemption.
+            # Hosts that do not know of it leave the run, which then ends with a code that counts as a preemption.
             _complain(error)
 
     def _mine(self) -> bool:
@@ -256,7 +256,7 @@ def run(
             worker = Follower(store, owner, runner)
         else:
             worker = Worker(
-                store, owner, runner, _Lead(store, owner).tell if hosts > 1 else lambda held: None
+                store, owner, runner, _Lead(store, owner).publish if hosts > 1 else lambda held: None
             )
         while worker.tick(clock(), stopping.is_set()):
             sleep(POLL)
@@ -264,12 +264,12 @@ def run(
 
 
 class _Lead:
-    """Tells the other hosts of a slice what to run, by one object that only the first host writes."""
+    """Publishes what the other hosts of a slice run, in one object that only the first host writes."""
 
     def __init__(self, store: Store, owner: str) -> None:
         self._store, self._name = store, f"{SLICES}{owner}"
 
-    def tell(self, held: Held | None) -> None:
+    def publish(self, held: Held | None) -> None:
         lease = held.member.lease if held else None
         value = {"name": held.member.name, "token": lease.token} if held and lease else {}
         for _ in range(10):
@@ -297,29 +297,29 @@ class Follower:
         """Does what is due; returns whether there may be more to do."""
         try:
             found = self._store.read(self._name)
-            told = _told(found[0], self._name) if found else {}
-            if self._token is not None and told.get("token") != self._token:
+            published = _published(found[0], self._name) if found else {}
+            if self._token is not None and published.get("token") != self._token:
                 self._stop()
             if now - self._looked >= IDLE:
                 self._looked = now
                 if self._token is not None:
-                    self._look(told, now)
+                    self._look(published, now)
                 elif queue_lib.finished([held.member for held in queue_lib.read_all(self._store)]):
                     return False
-            if self._token is None and told and not stopping:
-                self._look(told, now)
+            if self._token is None and published and not stopping:
+                self._look(published, now)
         except OSError as error:
             _complain(error)
         if self._token is not None and (stopping or now >= self._until - leases.STOPPING):
             self._stop()
         return not stopping
 
-    def _look(self, told: dict[str, Any], now: float) -> None:
+    def _look(self, published: dict[str, Any], now: float) -> None:
         """Reads the member that the first host holds; starts its command unless it runs already."""
-        found = self._store.read(queue_lib.MEMBERS + told["name"])
+        found = self._store.read(queue_lib.MEMBERS + published["name"])
         member = queue_lib.decode(found[0]) if found else None
-        # What an earlier slice of this name was told is over.
-        if member is None or member.lease is None or member.lease.token != told["token"]:
+        # What was published for an earlier slice of this name is over.
+        if member is None or member.lease is None or member.lease.token != published["token"]:
             return
         if not leases.valid(member.lease, now):
             return
@@ -397,17 +397,23 @@ def _show_commands(members: Sequence[queue_lib.Member]) -> int:
     return 0
 
 
-def _told(data: bytes, name: str) -> dict[str, Any]:
-    """What the first host of a slice told the others; empty if it runs nothing. Raises UserError if it is damaged."""
+def _published(data: bytes, name: str) -> dict[str, Any]:
+    """What the first host of a slice published for the others; empty if it runs nothing.
+
+    Raises:
+      UserError: it is damaged.
+    """
     try:
-        told = files.parse_json(data)
+        published = files.parse_json(data)
     except ValueError:
-        told = None
-    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in ("name", "token")):
+        published = None
+    if not isinstance(published, dict) or not all(
+        isinstance(published.get(key, ""), str) for key in ("name", "token")
+    ):
         raise UserError(
             f"{name} in the queue's store is damaged; delete it: the first host of the slice writes it again"
         )
-    return told
+    return published
 
 
 def read_members(path: pathlib.Path) -> list[queue_lib.Member]:

@@ -190,7 +190,7 @@ Step = tuple[State, tuple[Action, ...]]
 
 
 def resumed(state: State) -> State:
-    """The state with which another launcher goes on: it looks for the resource, unless it was deleting it."""
+    """The state with which another launcher continues: it looks for the resource, unless it was deleting it."""
     if state.stage in (*ENDS, Stage.DELETE):
         return state
     return dataclasses.replace(state, stage=Stage.FIND)
@@ -296,7 +296,7 @@ def _vanished(job: Job, state: State) -> State:
     return _left_alone(
         state,
         Stage.STOPPED,
-        f"{job.name} in {job.zones[state.zone]} was deleted from outside; launch it again to go on",
+        f"{job.name} in {job.zones[state.zone]} was deleted from outside; launch it again to resume",
     )
 
 
@@ -505,7 +505,7 @@ def _ended(job: Job, state: State, seen: Observation) -> Step:
         verdict = f"{what}; the same command would end in the same way (tpu logs shows why)"
         return _end(state, seen, verdict, failed=True)
     if code == INTERRUPTED_CODE:
-        verdict = f"{what}: a user interrupted it on a worker, after it had saved; launch it again to go on"
+        verdict = f"{what}: a user interrupted it on a worker, after it had saved; launch it again to resume"
         return _end(state, seen, verdict, failed=True)
     if state.failed_at == at:
         return _end(state, seen, f"{what}, for the second time (tpu logs shows why)", failed=True)

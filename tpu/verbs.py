@@ -67,8 +67,8 @@ class Setup(_Known):
             for several in one.preparation(one.zone, "STAMP"):
                 commands.run_all(one.runner, several)
             return 0
-        told, reason = one.set_up(one.zone)
-        if told is not Answer.OK:
+        answered, reason = one.set_up(one.zone)
+        if answered is not Answer.OK:
             raise UserError(f"the set-up of {job.name} failed: {reason}")
         outside.say(f"{job.name}: all {job.workers} workers are prepared")
         return 0
@@ -94,10 +94,10 @@ class Run(_Known):
             return 0
         bad = [result for result in results if result.code]
         one.state = dataclasses.replace(one.state, attempt=attempt, out=True, billed=True)
-        told = one.ask_workers().work
-        if bad or told in (Work.SILENT, Work.NONE):
+        work = one.ask_workers().work
+        if bad or work in (Work.SILENT, Work.NONE):
             raise UserError(
-                f"{job.name} was not started on all workers: {bad[0].reason if bad else told.value}; "
+                f"{job.name} was not started on all workers: {bad[0].reason if bad else work.value}; "
                 f"`tpu babysit --name={job.name}` starts it again, `tpu delete` ends it"
             )
         outside.say(one.what_runs())
@@ -120,7 +120,7 @@ class Babysit(_Known):
             return 0
         state = kept.read_state()
         if state is not None and state.stage in ENDS:
-            raise UserError(f"{job.name} has ended: {state.verdict}; launch it again to go on")
+            raise UserError(f"{job.name} has ended: {state.verdict}; launch it again to resume")
         with outside.alone(kept):
             return outside.watch(job, kept, None, self.poll)
 
@@ -182,7 +182,7 @@ class Logs(_Known):
 
     worker: int = flag("worker, counted over all slices", 0, FROM_0)
     lines: int = flag("lines from the end", 100, COUNT)
-    follow: bool = flag("go on as the job writes", False)
+    follow: bool = flag("continue to print as the job writes", False)
 
     def run(self) -> int:
         """Prints them; with --follow it becomes the command, until Ctrl-C."""

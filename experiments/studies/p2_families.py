@@ -11,7 +11,7 @@ Slice: v5p:4x4x8; a run of U-ViT 2.3B is 600,000 steps of 2048 images.
 
 Expect, as in the paper on its data: U-ViT converges faster and ends higher than PixArt and LargeDiT at both sizes, and
 at 2.3B it reaches sdxl. arXiv 2410.08184 finds that cross-attention gains most from compute, and arXiv 2606.11289 that
-two streams do: the compute-matched study is where these can be told apart.
+two streams do: the compute-matched study separates these.
 """
 
 from scaling_dit.experiments.studies import _papers

@@ -116,7 +116,7 @@ def read_config(
       workdir: of the run.
       overrides: as in `config.resolve`.
       own_code: whether code outside of this package that it names may run: parts of a user's own, which may also be a
-        stranger's. What this process was told of otherwise may run in any case.
+        stranger's. What the user of this process has named otherwise may run in any case.
 
     Raises:
       UserError: the folder holds no run, one with fields this version does not know, or one that names such code.

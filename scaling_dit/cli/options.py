@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from absl import flags
 
+from scaling_dit.errors import UserError
 from scaling_dit.fields import Rule, each
 
 _FLAG, _GROUP = "flag", "group"
@@ -36,6 +37,8 @@ class Flag:
     repeat: bool = False
     # It names a file or folder: ~ and $VARIABLES in it are expanded.
     path: bool = False
+    # An empty value means something.
+    empty: bool = False
 
     def define(self, values: flags.FlagValues) -> None:
         """Adds the flag to `values`."""
@@ -47,6 +50,20 @@ class Flag:
             flags.DEFINE_multi_string(self.name, list(self.default), self.help, flag_values=values)
         else:
             flags.DEFINE(_Parser(self), self.name, self.default, self.help, flag_values=values)
+
+    def check_given(self, value: Any) -> None:
+        """Makes sure that a value which was typed is not empty, as that of a shell variable that is not set.
+
+        Raises:
+          UserError: it, or one of several, is.
+        """
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if not self.empty and (not parts or any(isinstance(one, str) and not one.strip() for one in parts)):
+            many = " (one of several)" if len(parts) > 1 else ""
+            raise UserError(
+                f"--{self.name} is given an empty value{many}; write a value (is a shell variable not set?), or leave "
+                f"--{self.name} out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +82,7 @@ def flag(
     required: bool = False,
     repeat: bool = False,
     path: bool = False,
+    empty: bool = False,
 ) -> Any:
     """A field that is a flag.
 
@@ -75,8 +93,11 @@ def flag(
       required: the verb cannot run without it.
       repeat: a tuple of words, one each time that the flag is given.
       path: it names a file or folder, in which ~ and $VARIABLES are expanded (`files.expand`).
+      empty: `--name=` means something; it is refused otherwise, also where the default is "".
     """
-    settings = {"help": help, "rule": rule, "required": required, "repeat": repeat, "path": path}
+    settings = {
+        "help": help, "rule": rule, "required": required, "repeat": repeat, "path": path, "empty": empty,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata={_FLAG: settings})
 
 
@@ -97,7 +118,11 @@ def changes(options: type, several: Collection[str] = ()) -> Any:
     for field in dataclasses.fields(options):
         one = field.metadata["declared"]
         made = _flag_of(
-            field.name, hints[field.name], help=f"{one.doc}; the run's by default", rule=one.check
+            field.name,
+            hints[field.name],
+            help=f"{one.doc}; the run's by default",
+            rule=one.check,
+            empty=one.default in ("", ()),
         )
         if field.name in several:
             rule = each(made.rule) if made.rule else None

@@ -43,7 +43,9 @@ class Sample(Verb):
     workdir: str = flag("folder of the trained run", required=True, path=True)
     request: Request = group(Request)
     options: dict[str, Any] = changes(SamplingFields, several=_GRID)
-    prompt: tuple[str, ...] = flag("a prompt; repeat it, or give prompts as arguments", (), repeat=True)
+    prompt: tuple[str, ...] = flag(
+        "a prompt; repeat it, or give prompts as arguments", (), repeat=True, empty=True
+    )
     prompts_file: str | None = flag("file of prompts: one a line, or .jsonl with id and prompt", path=True)
     prompt_set: str | None = flag(_PROMPT_SET)
     condition: tuple[str, ...] = flag(

@@ -85,7 +85,7 @@ class Verb:
           arguments: what follows the verb.
 
         Raises:
-          UserError: an unknown flag, a value that a flag cannot take, or a required flag that is missing.
+          UserError: an unknown flag, an empty value or one that a flag cannot take, or a required flag is missing.
         """
         if below := cls.verbs():
             return cast(Self, find_verb(f"{cls.name()} ", below, arguments).parse(arguments[1:]))
@@ -110,6 +110,11 @@ class Verb:
         given = {flag: _field_value(values[flag].value) for flag in values}
         cls.check_given({one.name: given[one.name] for one in declared(cls) if one.required})
         for one in declared(cls):
+            if values[one.name].present:
+                try:
+                    one.check_given(given[one.name])
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from None
             if one.path and given[one.name]:
                 given[one.name] = _expanded(one.name, given[one.name])
         return cls(

@@ -1,8 +1,8 @@
 """Code of users' own that a config names, "package.module:Name", and whether this process may run it.
 
 A config is resolved by importing what it names. What a user names on the command line, in an experiment or in a call is
-theirs to run. The `config.json` of a workdir may come from a stranger: it runs only what this process was told of
-otherwise, or what a flag allows.
+theirs to run. The `config.json` of a workdir may come from a stranger: it runs only what the user of this
+process has named otherwise, or what a flag allows.
 """
 
 import pathlib
@@ -57,7 +57,7 @@ def trust_folder() -> None:
 
 
 def check_trusted(saved: Mapping[str, Any] | ConfigDict, where: str) -> None:
-    """Makes sure that a saved config names no code that this process was not told of.
+    """Makes sure that a saved config names only code that the user of this process has named too.
 
     Args:
       saved: not resolved, for that would import it.

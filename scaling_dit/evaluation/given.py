@@ -10,6 +10,7 @@ from etils import epath
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Item
+from scaling_dit.files import expand
 from scaling_dit.monitor.grid import read_png
 from scaling_dit.sampling.folder import GRID, MANIFEST
 from scaling_dit.sampling.shards import ARRAY_RECORD, TAR, read_shard
@@ -33,7 +34,7 @@ class GivenImages:
     """
 
     def __init__(self, folder: str, items: Sequence[Item]) -> None:
-        self.folder = epath.Path(folder).expanduser()
+        self.folder = epath.Path(expand(folder))
         if not self.folder.is_dir():
             raise UserError(f"--images={folder}: no such folder")
         self._paths = _listed(self.folder)
@@ -88,7 +89,7 @@ def image_size(folder: str) -> int:
     Raises:
       UserError: there is none.
     """
-    place = epath.Path(folder).expanduser()
+    place = epath.Path(expand(folder))
     for path in sorted(place.iterdir()) if place.is_dir() else []:
         try:
             if path.suffix in _ENDINGS and path.name != GRID:

@@ -84,7 +84,7 @@ class InTraining:
             conditioned.check(prompts.items, config.conditioning.names, one.section)
             conditioned.check_options(prompts.items, self._sampler)
             scoring = Scoring(one.section, one.metric, prompts.items, one.fields["batch"])
-            texts, every = list(prompts.texts), one.fields["every"] or config.eval.every
+            texts, every = prompts.texts, one.fields["every"] or config.eval.every
             tower = getattr(one.metric, "tower", None)
             key: Hashable = one.name
             if tower and not prompts.items[0].conditions:

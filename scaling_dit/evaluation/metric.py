@@ -106,6 +106,10 @@ class Skipped(UserError):
     """
 
 
+class NotFinite(Skipped):
+    """A result is no score: a number in it is not finite. Its images are scored again by the next call."""
+
+
 class Metric(Protocol):
     """Prompts and a score of the images made of them. `bases.py` has classes that do most of it.
 
@@ -137,7 +141,8 @@ class Metric(Protocol):
         """The result as JSON values.
 
         `scalars` maps names to the numbers worth a curve, the most important one first; it is required. `interval` is
-        [low, high] of the first. `seed` is the seed of the bootstrap or of random subsets.
+        [low, high] of the first. `seed` is the seed of the bootstrap or of random subsets. All numbers are finite: a
+        result with NaN is skipped, with its name.
         """
 
     def about(self) -> dict[str, Any]:
@@ -180,6 +185,10 @@ def check_items(items: Any, name: str) -> list[tuple[str, str]]:
     for item in items:
         if not isinstance(item, Item):
             raise UserError(f"metric {name!r}: items must return Items, got {type(item).__name__}")
+        if not isinstance(item.id, str) or not isinstance(item.prompt, str):
+            raise UserError(
+                f"metric {name!r}: id and prompt of an Item must be text, got {item.id!r}, {item.prompt!r}"
+            )
         if item.id in prompts:
             raise UserError(
                 f"metric {name!r}: two items have the id {item.id!r}; ids name files and must differ"
@@ -230,6 +239,7 @@ def check_result(result: Any, name: str) -> dict[str, Any]:
 
     Raises:
       UserError: it is something else.
+      NotFinite: a number in it is NaN or infinite, as the mean of no scores is.
     """
     if (
         not isinstance(result, Mapping)
@@ -253,4 +263,23 @@ def check_result(result: Any, name: str) -> dict[str, Any]:
         json.dumps(checked)
     except (TypeError, ValueError) as error:
         raise UserError(f"metric {name!r}: result must hold JSON values: {error}") from None
+    for key, value in [*((f"scalar {key!r}", value) for key, value in scalars.items()), *_others(checked)]:
+        if not _is_finite(value):
+            raise NotFinite(
+                f"metric {name!r}: {key} is {value}, which is no score; every number must be finite"
+            )
     return checked
+
+
+def _others(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a result holds besides its scalars, with names for error lines."""
+    return ((repr(key), value) for key, value in result.items() if key != "scalars")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in a JSON value are finite."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from scaling_dit.components import Guarded
 from scaling_dit.config import metrics
 from scaling_dit.config.named import section_of
 from scaling_dit.data.sources import Source
-from scaling_dit.evaluation.metric import Item, Metric, check_metric
+from scaling_dit.evaluation.metric import Item, Metric, check_items, check_metric
 from scaling_dit.evaluation.prompt_sets import open_prompt_set
 from scaling_dit.evaluation.prompt_sets.transform import transform
 
@@ -96,7 +96,7 @@ class Chosen:
           count: how many; 0 for all of a prompt set. A set with fewer gives all it has.
 
         Raises:
-          UserError: as `open_prompt_set`, `transform`, and `Metric.items`.
+          UserError: as `open_prompt_set`, `check_items`, `transform`, and `Metric.items`.
           Skipped: something that the metric needs is missing.
         """
         about: dict[str, Any] = {"prompt_set": ""}
@@ -108,8 +108,10 @@ class Chosen:
                 check(items, f"prompt set {found.name}")
         else:
             items = self.metric.items(source() if callable(source) else source, count)
-        texts, done = transform(items, self.fields["prompt_transform"])
-        return Prompts(items, texts, {**about, "prompt_transform": done})
+        originals = check_items(items, self.section)
+        texts, done = transform(originals, self.fields["prompt_transform"])
+        ids = (id_ for id_, _ in originals)
+        return Prompts(items, list(zip(ids, texts, strict=True)), {**about, "prompt_transform": done})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,18 +120,18 @@ class Prompts:
 
     Attributes:
       items: with the original prompts, by which images are scored.
-      texts: the prompt that is sampled for each.
+      named: (id, prompt to sample) of each.
       about: the set, the hashes of its files, and the transform.
     """
 
     items: Sequence[Item]
-    texts: Sequence[str]
+    named: Sequence[tuple[str, str]]
     about: Mapping[str, Any]
 
     @property
-    def named(self) -> list[tuple[str, str]]:
-        """(id, prompt to sample) of each."""
-        return [(item.id, text) for item, text in zip(self.items, self.texts, strict=True)]
+    def texts(self) -> list[str]:
+        """The prompt that is sampled for each."""
+        return [text for _, text in self.named]
 
 
 def is_lower_better(name: str) -> bool:

@@ -18,7 +18,7 @@ from etils import epath
 from scaling_dit import files
 from scaling_dit._version import __version__
 from scaling_dit.evaluation import tifa
-from scaling_dit.evaluation.metric import Skipped
+from scaling_dit.evaluation.metric import NotFinite, Skipped
 from scaling_dit.evaluation.parts import InFolder
 from scaling_dit.evaluation.scoring import Scoring, settle, update_together
 
@@ -74,7 +74,8 @@ def score_to_folders(targets: Sequence[Target], read: Read, seed: int) -> Iterat
             settle(parts, skipped.get(place))
             result = _finish(target, parts, seed)
         except Skipped as missing:
-            skipped[place] = missing
+            if not isinstance(missing, NotFinite):
+                skipped[place] = missing
             yield missing
         else:
             yield result

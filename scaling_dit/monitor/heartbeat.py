@@ -74,7 +74,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._told = False
+        self._is_reported = False
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +118,8 @@ class Heartbeat:
         try:
             files.write_whole(self._path, text.encode())
         except Exception as error:
-            if not self._told:
-                self._told = True
+            if not self._is_reported:
+                self._is_reported = True
                 print(f"scaling-dit: no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def _beat(self) -> None:

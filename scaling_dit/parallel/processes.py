@@ -237,9 +237,9 @@ def first_does(work: Callable[[], None]) -> None:
         except UserError as error:
             fault = error
     if jax.process_count() > 1:
-        told = gather_bytes(f"{fault.exit_code} {fault}".encode() if fault else b"")[0].decode()
-        if told and fault is None:
-            code, _, text = told.partition(" ")
+        said = gather_bytes(f"{fault.exit_code} {fault}".encode() if fault else b"")[0].decode()
+        if said and fault is None:
+            code, _, text = said.partition(" ")
             fault = StorageError(text) if int(code) == StorageError.exit_code else UserError(text)
     if fault is not None:
         raise fault

@@ -86,13 +86,16 @@ class Sampling:
         pipe, _, _ = open_for_sampling(config, self.workdir, self.changes, step=self.step, ema=self.ema)
         items = self.items(prompts)
         images_given = Given.read(pipe.model, self.condition, self.image)
-        pictures = images_given.about()
+        given_about = images_given.about()
         inputs: Inputs = images_given.rows
         if own:
             for name in own.names:
                 check_name(name, pipe.model)
-            pictures, inputs = pictures | {"conditions": own.sha256}, self._with_own(own, inputs, pipe.model)
-        request = [items, pictures] if pictures else items
+            given_about, inputs = (
+                given_about | {"conditions": own.sha256},
+                self._with_own(own, inputs, pipe.model),
+            )
+        request = [items, given_about] if given_about else items
         asked = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]
         scales: Sequence[float | None] = tuple(self.guidance) or (None,)
         several = len(scales) * len(self.seed) > 1
@@ -108,7 +111,7 @@ class Sampling:
                     folder = Workdir(self.workdir).samples / name
                 images = sample_to_folder(
                     sampler, pipe, items, folder,
-                    seed=seed, about=about | pictures, store=self.store, inputs=inputs,
+                    seed=seed, about=about | given_about, store=self.store, inputs=inputs,
                 )  # fmt: skip
                 if jax.process_index() == 0:
                     settings = ", ".join(f"{name} {value}" for name, value in about.items())

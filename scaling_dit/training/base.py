@@ -268,7 +268,7 @@ def read_fixed(run: Workdir, *, own_code: bool) -> ConfigDict:
     """The resolved config of a run, in which fields that may change between starts have their defaults.
 
     Raises:
-      UserError: a damaged config, or one that names code which this process was not told of.
+      UserError: a damaged config, or one that names code that the user of this process has not named.
     """
     saved = read_saved(run)
     for section in config_lib.FREE_SECTIONS:

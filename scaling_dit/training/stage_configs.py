@@ -34,7 +34,7 @@ _MEANING = (
     "diffusion.schedule_fields", "diffusion.zero_snr", "diffusion.resolution_shift",
 )  # fmt: skip
 # Differences that a stage names when it begins: what step 0 computes, or at which noise, may follow from them.
-_TOLD = (*_MEANING, "diffusion.time_shift", "backbone.base_size", "backbone.rope_scaling")
+_SAID = (*_MEANING, "diffusion.time_shift", "backbone.base_size", "backbone.rope_scaling")
 # Differences that an error names.
 _SHOWN = 3
 
@@ -170,14 +170,14 @@ def in_words(different: dict[str, list[Any]], record: str) -> str:
       different: as `changed` gives it.
       record: name of the file that has them all.
     """
-    told = [
+    said = [
         f"; {key} is {before!r} there and {now!r} here"
         for key, (before, now) in different.items()
-        if _is_of(key, _TOLD)
+        if _is_of(key, _SAID)
     ]
-    if rest := len(different) - len(told):
-        told.append(f"; {rest} {'more ' if told else ''}fields differ, see {record}")
-    return "".join(told)
+    if rest := len(different) - len(said):
+        said.append(f"; {rest} {'more ' if said else ''}fields differ, see {record}")
+    return "".join(said)
 
 
 def _is_of(key: str, fields: tuple[str, ...]) -> bool:

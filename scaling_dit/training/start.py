@@ -121,7 +121,7 @@ class Run:
         tokenizer = open_workdir(workdir, config, source, given)
         model = build_model(config, tokenizer, source)
         if start is not None and (base or beside):
-            # Shapes alone do not tell how many heads a kernel has.
+            # Shapes alone do not say how many heads a kernel has.
             check_configs(base or open_base(start), config, model)
 
         # Shapes first, then straight into their shardings.

@@ -22,7 +22,7 @@ class Watcher:
     """The metrics of a start beside the losses, and its heartbeat.
 
     Attributes:
-      times: of steps, told by the loop.
+      times: of steps, given by the loop.
       heart: of this process.
       work: of one step.
     """

@@ -181,7 +181,7 @@ def test_the_report_of_a_strangers_run_needs_no_code(workdir, capsys, monkeypatc
     assert "stranger:Part, batch 8, step 0 of 20" in capsys.readouterr().out
 
 
-def test_what_a_process_was_told_of_it_may_run(workdir, monkeypatch):
+def test_what_its_user_named_a_process_may_run(workdir, monkeypatch):
     monkeypatch.setattr(own_code, "_TRUSTED", set())
     saved = json.loads(workdir.config.read_text())
     saved["optim"]["name"] = "optax:scale_by_lion"

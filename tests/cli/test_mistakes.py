@@ -155,6 +155,28 @@ def test_paths_that_name_nothing(verb, flag, value, capsys):
     assert line.startswith(f"--{flag}: ")
 
 
+# Flags of which an empty value means something.
+MEANT = {("sample", "prompt")}
+
+
+@pytest.mark.parametrize("verb", WORK)
+def test_values_that_are_empty(verb, capsys):
+    """As of a shell variable that is not set; a flag that is left out has its default."""
+    for one in flags_of(verb):
+        assert one.empty == ((verb, one.name) in MEANT), one.name
+        if one.type is bool or one.empty:
+            continue
+        rest = [word for word in RIGHT[verb] if not word.startswith(f"--{one.name}=")]
+        for words in ([f"--{one.name}="], [f"--{one.name}", ""]):
+            line = refused(capsys, verb, *rest, *words)
+            assert f"--{one.name}" in line, line
+        if one.type is str and not one.choices and not one.required:
+            says = f"{verb}: --{one.name} is given an empty value"
+            assert refused(capsys, verb, *rest, f"--{one.name}= ").startswith(says)
+            if one.repeat:
+                assert "(one of several)" in refused(capsys, verb, *rest, f"--{one.name}=a", f"--{one.name}=")
+
+
 @pytest.mark.parametrize("verb", WORK)
 def test_flags_that_are_missing_unknown_or_too_many(verb, capsys):
     for one in flags_of(verb):

@@ -42,6 +42,7 @@ class Work(Verb):
     kind: Literal["long", "short"] = flag("a kind", "long")
     maybe: Literal["x"] | None = flag("only x")
     words: tuple[str, ...] = flag("words", ())
+    note: str = flag("a note", "none", empty=True)
     shape: tuple[int, ...] | None = flag("a shape", None, Rule("two numbers", lambda xs: len(xs) == 2))
     often: tuple[str, ...] = flag("repeat it", (), repeat=True)
     shared: Shared = group(Shared)
@@ -87,6 +88,17 @@ def test_a_mistake_says_what_would_be_right(arguments, message):
     with pytest.raises(UserError) as caught:
         Work.parse(arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["--words=", "--words=a,", "--often= ", "--runner="])
+def test_an_empty_value_is_refused(value):
+    name = value.partition("=")[0]
+    with pytest.raises(UserError, match=f"^work: {name} is given an empty value"):
+        Work.parse(["--from=a", value])
+
+
+def test_an_empty_value_that_means_something_is_taken():
+    assert Work.parse(["--from=a", "--note="]).note == ""
 
 
 def test_flags_come_in_the_order_of_the_fields():

@@ -150,4 +150,4 @@ def test_the_page_has_the_rows(row):
 
 @pytest.mark.slow
 def test_the_page_is_up_to_date():
-    assert model_table.PAGE.read_text() == model_table.page(), "run python tools/model_table.py"
+    assert model_table.PAGE.read_text() == model_table.page(), "run python -m tools.model_table"

@@ -82,7 +82,7 @@ def test_three_processes_make_the_same_files(raw, whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("moment", ["in a part", "between a part's files", "before the manifest"])
-def test_going_on_after_a_kill_gives_the_same_files(raw, whole, tmp_path, monkeypatch, moment):
+def test_resuming_after_a_kill_gives_the_same_files(raw, whole, tmp_path, monkeypatch, moment):
     class Killed(BaseException):
         pass
 

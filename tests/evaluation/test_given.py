@@ -9,7 +9,7 @@ from PIL import Image
 
 from scaling_dit.cli import main as cli
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation.given import GivenImages
+from scaling_dit.evaluation.given import GivenImages, image_size
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.evaluation.run import INCOMPLETE
 from scaling_dit.sampling.shards import write_shard
@@ -103,3 +103,15 @@ def test_flags_that_do_not_fit_are_refused(tmp_path, capsys):
         assert cli.main(["evaluate", *arguments]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_a_variable_in_the_folder_is_expanded(tmp_path, monkeypatch):
+    save(tmp_path / "images")
+    monkeypatch.setenv("ROOT_OF_IMAGES", str(tmp_path))
+    assert image_size("$ROOT_OF_IMAGES/images") == 8
+    items = [Item(f"coco_{i}", "x") for i in range(6)]
+    assert len(GivenImages("${ROOT_OF_IMAGES}/images", items).sound) == 6
+    monkeypatch.delenv("ROOT_OF_IMAGES")
+    for read in (image_size, lambda folder: GivenImages(folder, items)):
+        with pytest.raises(UserError, match="variable ROOT_OF_IMAGES is not set"):
+            read("$ROOT_OF_IMAGES/images")

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.cli import main as cli
@@ -122,3 +123,40 @@ def test_what_is_no_metric_is_refused_in_one_line(beside_my_metric, smoke_run, t
     with pytest.raises(UserError) as error:
         run.main(str(smoke_run), str(tmp_path / "out"), metrics=[name], items=2)
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+NO_SCORE = """
+import numpy as np
+from scaling_dit.evaluation.bases import PerImage
+from scaling_dit.evaluation.metric import Item
+
+class NoScore(PerImage):
+    def items(self, source, count):
+        return [Item("a", "x"), Item("b", "y")]
+
+    def rows(self, batch):
+        return [{"score": np.nan} for _ in batch.images]
+
+class NoItems(NoScore):
+    def items(self, source, count):
+        return ["x", "y"]
+"""
+
+
+def test_no_nan_is_written_and_no_traceback_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_no_score.py").write_text(NO_SCORE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+    command = ["evaluate", "--images=images", "--out=out"]
+    assert cli.main([*command, "--metrics=my_no_score:NoScore"]) == run.INCOMPLETE
+    line = "metric 'NoScore': scalar 'NoScore' is nan, which is no score; every number must be finite"
+    assert f"my_no_score:NoScore: skipped: {line}\n" in capsys.readouterr().err
+    (row,) = [json.loads(text) for text in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert row["status"] == "skipped" and row["reason"] == line and "scalars" not in row
+    assert cli.main([*command, "--metrics=my_no_score:NoItems"]) == 2
+    assert capsys.readouterr().err == (
+        "scaling-dit: error: metric 'NoItems': items must return Items, got str\n"
+    )

@@ -9,6 +9,7 @@ import pytest
 from scaling_dit import config as config_lib
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS
+from scaling_dit.evaluation.bases import PerImage
 from scaling_dit.evaluation.metric import Item
 from scaling_dit.evaluation.prompt_sets import SETS, open_prompt_set
 from scaling_dit.evaluation.prompt_sets.plain import HPS_STYLES
@@ -16,6 +17,10 @@ from scaling_dit.evaluation.prompt_sets.transform import transform
 from scaling_dit.evaluation.registry import choose
 from tests.support.paths import DOCS
 from tests.support.prompt_files import DPG, GENEVAL, GENEVAL2, write_dpg, write_geneval2, write_tifa
+
+
+def prompts_of(items):
+    return [(item.id, item.prompt) for item in items]
 
 
 def refused(text, message):
@@ -181,6 +186,37 @@ def test_a_set_that_a_metric_cannot_score_is_refused_before_anything_is_sampled(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+class NoItems(PerImage):
+    """A metric of a user's own whose items are prompts."""
+
+    def items(self, source, count):
+        return ["a red circle", "a blue square"]
+
+
+@pytest.mark.parametrize("done", ["none", "repeat:2", "rewrite:none.jsonl"])
+def test_items_are_checked_before_anything_is_done_to_their_prompts(done):
+    name = f"{__name__}:NoItems"
+    config = config_lib.resolve(
+        config_lib.defaults(),
+        [f"--config.eval.metrics=('{name}',)", f"--config.metrics.NoItems.prompt_transform={done}"],
+    )
+    (one,) = choose(config, (name,))
+    with pytest.raises(UserError, match="metric 'NoItems': items must return Items, got str"):
+        one.prompts(None, 2)
+
+
+def test_paths_in_names_are_expanded(tmp_path, monkeypatch):
+    write_tifa(tmp_path)
+    monkeypatch.setenv("SETS", str(tmp_path))
+    assert len(open_prompt_set("tifa:$SETS").items) == len(open_prompt_set(f"tifa:{tmp_path}").items)
+    (tmp_path / "longer.jsonl").write_text('{"id": "a", "prompt": "one cat"}\n')
+    assert transform([("a", "one")], "rewrite:${SETS}/longer.jsonl")[0] == ["one cat"]
+    monkeypatch.delenv("SETS")
+    refused("tifa:$SETS/x", "--prompt_set: $SETS/x: the environment variable SETS is not set")
+    with pytest.raises(UserError, match="^prompt_transform: .* variable SETS is not set"):
+        transform([("a", "one")], "rewrite:$SETS/longer.jsonl")
+
+
 def test_every_metric_with_items_of_its_own_checks_those_of_a_set():
     """The others score any image by its prompt, or by real images that they ask for."""
     any_prompt = {"vqa_score", "clip_score", "hpsv2", "pickscore", "image_reward", "aesthetic"}
@@ -204,11 +240,11 @@ def test_dpg(tmp_path):
 
 def test_transforms_of_prompts(tmp_path):
     items = [Item("a", "one"), Item("b", "two")]
-    assert transform(items, "none") == (["one", "two"], "none")
-    assert transform(items, "repeat:3") == (["one one one", "two two two"], "repeat:3")
+    assert transform(prompts_of(items), "none") == (["one", "two"], "none")
+    assert transform(prompts_of(items), "repeat:3") == (["one one one", "two two two"], "repeat:3")
     path = tmp_path / "longer.jsonl"
     path.write_text('{"id": "b", "prompt": "two cats"}\n{"id": "a", "prompt": "one cat"}\n')
-    prompts, done = transform(items, f"rewrite:{path}")
+    prompts, done = transform(prompts_of(items), f"rewrite:{path}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     assert (prompts, done) == (["one cat", "two cats"], f"rewrite:longer.jsonl ({digest})")
     for text, message in (
@@ -217,12 +253,12 @@ def test_transforms_of_prompts(tmp_path):
         (f"rewrite:{tmp_path}/none", "no file"),
     ):
         with pytest.raises(UserError, match=message):
-            transform(items, text)
+            transform(prompts_of(items), text)
     with pytest.raises(UserError, match=r"has no prompt for 'c' \(1 missing\)"):
-        transform([*items, Item("c", "x")], f"rewrite:{path}")
+        transform([*prompts_of(items), ("c", "x")], f"rewrite:{path}")
     path.write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is not"):
-        transform(items, f"rewrite:{path}")
+        transform(prompts_of(items), f"rewrite:{path}")
 
 
 def test_the_page_lists_every_set_as_it_is():

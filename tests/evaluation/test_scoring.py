@@ -212,6 +212,7 @@ def broken(**methods):
         (broken(items=lambda self, source, count: []), "at least one Item, got none"),
         (broken(items=lambda self, source, count: ["a"]), "items must return Items, got str"),
         (broken(items=lambda self, source, count: [Item("a", "x")] * 2), "two items have the id 'a'"),
+        (broken(items=lambda self, source, count: [Item("a", 3)]), "id and prompt of an Item must be text, got 'a', 3"),
         (broken(init=lambda self: None), "a state must be a dict of arrays by name, got NoneType"),
         (broken(init=lambda self: {"a": object()}), "'a' of its state is no array of numbers"),
         (broken(update=lambda self, state, batch: None), "update must return (state, rows), got NoneType"),
@@ -235,6 +236,15 @@ def broken(**methods):
             broken(result=lambda self, state, rows, seed: {"scalars": {"a": 1}, "b": {1}}),
             "result must hold JSON values",
         ),
+        (broken(rows=lambda self, batch: [{"score": np.nan}] * 2), "scalar 'Broken' is nan, which is no score"),
+        (
+            broken(result=lambda self, state, rows, seed: {"scalars": {"a": 1, "b": -np.inf}}),
+            "scalar 'b' is -inf, which is no score",
+        ),
+        (
+            broken(result=lambda self, state, rows, seed: {"scalars": {"a": 1}, "interval": [0.0, np.nan]}),
+            "'interval' is [0.0, nan], which is no score",
+        ),
     ],
 )  # fmt: skip
 def test_a_metric_that_breaks_the_contract_is_told_apart_in_one_line(metric, message):
@@ -256,6 +266,41 @@ def test_a_metric_that_must_be_skipped_lets_the_sampling_of_others_end():
     with pytest.raises(Skipped, match="no weights"):
         score(Scoring("m", Missing(), items(), batch=8), stream, 0)
     assert len(seen) == 10
+
+
+class Faulty(Dark):
+    """Gives no number for the first image until `mended`."""
+
+    def __init__(self, mended=False):
+        self.mended = mended
+
+    def rows(self, batch):
+        return [
+            {"score": 0.5 if self.mended or item.id != "i00000" else np.nan, "id": item.id}
+            for item in batch.items
+        ]
+
+
+def test_a_result_that_is_not_finite_is_skipped_and_computed_again(tmp_path):
+    """The others have their results, and nothing of its parts stays: its code may be mended meanwhile."""
+
+    def scored(*metrics):
+        targets = [
+            Target(Scoring(f"m{i}", metric, items(), batch=8), epath.Path(tmp_path / f"m{i}"), {})
+            for i, metric in enumerate(metrics)
+        ]
+        return list(score_to_folders(targets, lambda numbers: IMAGES[None, numbers], 0))
+
+    first, second = scored(Faulty(), Dark())
+    assert isinstance(first, Skipped) and "scalar 'Faulty' is nan" in str(first)
+    assert second["scalars"]["Dark"] > 0 and not (tmp_path / "m0" / "result.json").exists()
+    assert scored(Faulty(mended=True), Dark())[0]["scalars"] == {"Faulty": 0.5}
+
+
+def test_the_part_of_a_result_that_may_be_missing():
+    """No interval, or none that is known."""
+    metric = broken(result=lambda self, state, rows, seed: {"scalars": {"a": 1}, "interval": None})
+    assert score(Scoring("m", metric, items()), [IMAGES], 0)[0] == {"scalars": {"a": 1.0}, "interval": None}
 
 
 class Halves(Moments):

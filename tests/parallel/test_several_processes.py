@@ -177,7 +177,7 @@ def lose(workdir: pathlib.Path, count: int, lost: int) -> None:
 
 
 def go_on_alone(workdir: pathlib.Path) -> None:
-    """One process goes on where several were, and its first steps follow from theirs."""
+    """One process continues where several were, and its first steps follow from theirs."""
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     before = losses(workdir)
     train_alone(workdir, FOR_EVER, stop=step + 5)

@@ -96,7 +96,7 @@ def test_mistakes_are_told_in_one_line(smoke_run, tmp_path):
 
 
 def test_the_newest_checkpoint_may_be_replaced_while_a_run_is_opened(smoke_run, tmp_path, monkeypatch):
-    """As by training that goes on: the newest at the first look is gone when it is read, and there is a newer one."""
+    """As by training that continues: the newest at the first look is gone when it is read, and there is a newer one."""
     shutil.copytree(smoke_run, tmp_path / "run")
     folder = tmp_path / "run/checkpoints"
     real, asked = Checkpoints.restore_params, []

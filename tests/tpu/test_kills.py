@@ -144,7 +144,7 @@ def test_ctrl_c_says_what_still_runs_and_the_command_that_ends_it(cloud, monkeyp
     assert "nothing runs" not in said or cloud.created == 0
 
 
-def test_ctrl_c_while_it_waits_and_going_on(cloud, monkeypatch, capsys):
+def test_ctrl_c_while_it_waits_and_resumes(cloud, monkeypatch, capsys):
     turns = [0]
 
     def sleep(seconds):
@@ -164,7 +164,7 @@ def test_ctrl_c_while_it_waits_and_going_on(cloud, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_launchers_ended_by_sigkill(tmp_path):
-    """Real processes: each launcher is killed after a random time, the next one goes on."""
+    """Real processes: each launcher is killed after a random time, the next one continues."""
     from tests.support import fake_gcloud
 
     fake = fake_gcloud.install(tmp_path / "cloud", {"PATH": os.environ["PATH"]})

@@ -126,7 +126,7 @@ def test_launching_again_goes_on_or_begins_anew(cloud, capsys):
     assert cli.main(launch(hours=5)) == 2
     assert "with other settings (budget" in said(capsys)
     assert cli.main(launch()) == 0 and cloud.created == 1
-    assert "goes on; used so far" in said(capsys)
+    assert "continues; used so far" in said(capsys)
     cloud.workers.saved = 0
     assert cli.main(launch(hours=5)) == 0 and cloud.created == 2
 

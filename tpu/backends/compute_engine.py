@@ -1,7 +1,7 @@
 """Compute Engine: an instance template, a workload policy, and a managed instance group with both.
 
 The way that Google names for v5p, v6e and TPU7x. All hosts of a slice are made together by one group, or none is. The
-group is told not to repair: machines that were taken away stay away until the launcher deletes the group and asks
+group is set not to repair: machines that were taken away stay away until the launcher deletes the group and asks
 again. A group that repairs nevertheless is noticed by the new ids of its machines.
 """
 
@@ -198,8 +198,8 @@ class ComputeEngine:
         group = parsed(result)
         if result.code or not isinstance(group, dict):
             return Resource(Phase.UNKNOWN, result.reason)
-        told = labels_of(str(group.get("description", "")))
-        if told.get(JOB) != job.name or told.get(OWNER, "") != job.owner:
+        labels = labels_of(str(group.get("description", "")))
+        if labels.get(JOB) != job.name or labels.get(OWNER, "") != job.owner:
             return Resource(Phase.FOREIGN, "its description is not this job's")
         created = seconds_of(str(group.get("creationTimestamp", "")))
         for key in ("targetStoppedSize", "targetSuspendedSize"):

@@ -43,7 +43,7 @@ class Row:
       name, zone: of the resource.
       labels: see `Job.labels`.
       state: in the control plane's words.
-      phase: as far as the listing tells.
+      phase: as far as the listing says.
       created: seconds since the epoch; 0 = not known.
       shape: such as "v5e:4x8"; "" = the listing does not say.
       slices: how many.

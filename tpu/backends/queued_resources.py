@@ -149,17 +149,17 @@ class QueuedResources:
         machines, phases, details = [], [], []
         for node in nodes:
             answer = runner(_command(job, zone, *_NODES, "describe", node, "--format=json"))
-            told = parsed(answer)
+            described = parsed(answer)
             if is_absent(answer):
                 phases.append(Phase.PREEMPTED)
                 details.append("a node is gone")
-            elif answer.code or not isinstance(told, dict):
+            elif answer.code or not isinstance(described, dict):
                 return Resource(Phase.UNKNOWN, answer.reason, nodes=nodes, created=created)
             else:
-                phase, detail = _node(told)
+                phase, detail = _node(described)
                 phases.append(phase)
                 details.append(detail)
-                machines.append(str(told.get("id", "")))
+                machines.append(str(described.get("id", "")))
         worst = min(phases, key=_WORST.index, default=Phase.UNKNOWN)
         # The nodes of an ACTIVE resource cost money as long as one is left.
         return Resource(worst, counted(details), ",".join(machines), nodes, created, partly=bool(machines))
@@ -271,18 +271,18 @@ def _by_number(name: str) -> tuple[str, int]:
 
 def _state(found: dict[str, Any]) -> tuple[str, Phase, str]:
     """(state, phase, details for the user); the phase of ACTIVE is STARTING until its nodes are asked."""
-    told = found.get("state", {})
-    told = {"state": told} if isinstance(told, str) else told
-    state, who = str(told.get("state", "")), str(told.get("stateInitiator", ""))
-    error = told.get("failedData", {}).get("error", {}).get("message", "")
+    described = found.get("state", {})
+    described = {"state": described} if isinstance(described, str) else described
+    state, who = str(described.get("state", "")), str(described.get("stateInitiator", ""))
+    error = described.get("failedData", {}).get("error", {}).get("message", "")
     detail = ": ".join(filter(None, (state, error))) + (f", by {who}" if who else "")
     if state == "ACTIVE":
         return state, Phase.STARTING, detail
     return state, QUEUED_STATES.get((state, who), QUEUED_STATES.get((state, ""), Phase.UNKNOWN)), detail
 
 
-def _node(told: dict[str, Any]) -> tuple[Phase, str]:
-    state, health = str(told.get("state", "")), str(told.get("health", ""))
+def _node(described: dict[str, Any]) -> tuple[Phase, str]:
+    state, health = str(described.get("state", "")), str(described.get("health", ""))
     phase = NODE_STATES.get(state, Phase.UNKNOWN)
     if phase is Phase.READY and health not in _HEALTHY:
         return Phase.SICK, f"{state}, {health}"

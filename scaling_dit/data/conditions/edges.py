@@ -21,7 +21,7 @@ class Edges:
 
     Attributes:
       sigma: of the Gaussian that smooths the image first, in pixels.
-      low: threshold of the gradient of the luma in [0, 1] above which an edge goes on.
+      low: threshold of the gradient of the luma in [0, 1] above which an edge continues.
       high: threshold above which an edge begins.
     """
 
@@ -51,7 +51,7 @@ class Edges:
         return found
 
     def read(self, files: Sequence[str]) -> np.ndarray:
-        """A picture of edges as it is, uint8 [H, W, 3]: white lines on black.
+        """An image of edges as it is, uint8 [H, W, 3]: white lines on black.
 
         Raises:
           UserError: more than one file, or no image.

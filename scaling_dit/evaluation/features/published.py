@@ -41,14 +41,18 @@ class Published:
           Skipped: there are none.
         """
         if places.is_place(given):
-            if not given.startswith("hub:") and not epath.Path(given).exists():
+            if given.startswith("hub:"):
+                return given
+            given = files.expand(given)
+            if not epath.Path(given).exists():
                 raise Skipped(f"metric {metric!r}: no file or folder {given}; get it from {self._how()}")
             return given
         if given:
             raise UserError(
                 f"metric {metric!r}: weights is {given!r}; it must be a file or folder of weights"
             )
-        folder = os.path.expanduser(os.environ.get(FOLDER, ""))
+        folder = os.environ.get(FOLDER, "")
+        folder = files.expand(folder) if folder else ""
         for name in self.names:
             if folder and (epath.Path(folder) / name).exists():
                 return str(epath.Path(folder) / name)

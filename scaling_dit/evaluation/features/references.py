@@ -95,7 +95,7 @@ def open_reference(place: str, network: Network, weights: str) -> Reference:
     Raises:
       UserError: no such file, damage, or statistics of something else.
     """
-    path = epath.Path(place)
+    path = epath.Path(files.expand(place))
     if path.is_dir():
         path = path / f"{network.name}{SUFFIX}"
     if not path.exists():

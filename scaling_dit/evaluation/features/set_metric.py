@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from etils import epath
 
+from scaling_dit import files
 from scaling_dit.data.sources import Source, create_source, source_fields
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base
@@ -66,6 +67,9 @@ class SetMetric(Base):
           Skipped: the weights are missing.
           UserError: no such statistics or source, or statistics of something else.
         """
+        # A source expands the path in its name itself.
+        if ":" not in reference.partition("://")[0]:
+            reference = files.expand(reference)
         path = epath.Path(reference)
         if path.exists() and not references.is_folder_of_images(path):
             return dataclasses.replace(self, reference=reference)

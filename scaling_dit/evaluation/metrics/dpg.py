@@ -111,7 +111,7 @@ class Dpg(Questioned):
 def _row(
     questions: Sequence[Mapping[str, Any]], first: Sequence[str | None], second: Sequence[str | None]
 ) -> Row:
-    """A prompt with a question that has no answer has no score: what depends on it cannot be told."""
+    """A prompt with a question that has no answer has no score: what depends on it is not known."""
     details, missing = [], []
     for question, reply, other in zip(questions, first, second, strict=True):
         if reply is None:

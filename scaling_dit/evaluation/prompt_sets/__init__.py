@@ -15,6 +15,7 @@ from etils import epath
 
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation.metric import Item
+from scaling_dit.files import expand
 
 # Ids name files.
 _ID = re.compile(r"[\w.-]+")
@@ -150,7 +151,7 @@ class Files:
     """
 
     def __init__(self, name: str, path: str) -> None:
-        self.name, self.path = name, epath.Path(path).expanduser()
+        self.name, self.path = name, epath.Path(expand(path))
         self.hashes: dict[str, str] = {}
 
     def read(self, file: str = "") -> str:
@@ -202,7 +203,10 @@ def open_prompt_set(text: str) -> PromptSet:
     read: Callable[[Files], Sequence[Item]] = getattr(
         importlib.import_module(f"{__name__}.{module}"), function
     )
-    files = Files(name, path)
+    try:
+        files = Files(name, path)
+    except UserError as error:
+        raise UserError(f"--prompt_set: {error}") from None
     items = read(files)
     seen = set()
     for item in items:

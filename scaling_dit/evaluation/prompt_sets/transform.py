@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from etils import epath
 
 from scaling_dit.errors import UserError
-from scaling_dit.evaluation.metric import Item
+from scaling_dit.files import expand
 
 NONE = "none"
 
 
-def transform(items: Sequence[Item], text: str) -> tuple[list[str], str]:
-    """The prompt to sample for each item, and what was done in words.
+def transform(prompts: Sequence[tuple[str, str]], text: str) -> tuple[list[str], str]:
+    """The prompt to sample for each (id, prompt), and what was done in words.
 
     Args:
       text: "none", "repeat:N" (the prompt N times, with blanks between), or "rewrite:FILE", a .jsonl file of {"id",
@@ -28,35 +28,39 @@ def transform(items: Sequence[Item], text: str) -> tuple[list[str], str]:
       UserError: another text, or a file without one of the prompts.
     """
     if text == NONE:
-        return [item.prompt for item in items], NONE
+        return [prompt for _, prompt in prompts], NONE
     kind, _, value = text.partition(":")
     if kind == "repeat" and re.fullmatch("[2-9]|[1-9][0-9]+", value):
-        return [" ".join([item.prompt] * int(value)) for item in items], text
+        return [" ".join([prompt] * int(value)) for _, prompt in prompts], text
     if kind == "rewrite" and value:
-        return _rewritten(items, epath.Path(value).expanduser())
+        try:
+            path = epath.Path(expand(value))
+        except UserError as error:
+            raise UserError(f"prompt_transform: {error}") from None
+        return _rewritten(prompts, path)
     raise UserError(
         f"prompt_transform is {text!r}; it must be none, repeat:N with N from 2, or rewrite:FILE.jsonl"
     )
 
 
-def _rewritten(items: Sequence[Item], path: epath.Path) -> tuple[list[str], str]:
+def _rewritten(prompts: Sequence[tuple[str, str]], path: epath.Path) -> tuple[list[str], str]:
     if not path.is_file():
         raise UserError(
             f"prompt_transform: no file {path}; it must hold a line of id and prompt for each prompt"
         )
     data = path.read_bytes()
-    prompts = {}
+    rewritten = {}
     for number, line in enumerate(data.decode().split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
-                prompts[str(row["id"])] = str(row["prompt"])
+                rewritten[str(row["id"])] = str(row["prompt"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f'prompt_transform: {path}, line {number} is not {{"id", "prompt"}}'
                 ) from None
-    missing = [item.id for item in items if item.id not in prompts]
+    missing = [id_ for id_, _ in prompts if id_ not in rewritten]
     if missing:
         raise UserError(f"prompt_transform: {path} has no prompt for {missing[0]!r} ({len(missing)} missing)")
     digest = hashlib.sha256(data).hexdigest()[:12]
-    return [prompts[item.id] for item in items], f"rewrite:{path.name} ({digest})"
+    return [rewritten[id_] for id_, _ in prompts], f"rewrite:{path.name} ({digest})"

@@ -7,7 +7,6 @@ an answer that is no choice, but for case, blanks and a full stop, is then wrong
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.vqa.hashes import weights_hash
+from scaling_dit.files import expand
 
 LITERAL = "literal: equal to a choice but for case, blanks and a final full stop; else none"
 
@@ -104,4 +104,4 @@ class NearestSentence:
 
 def create_matcher(folder: str) -> Matcher:
     """The whole rule with the encoder in a folder; the literal half of it for ""."""
-    return NearestSentence(os.path.expanduser(folder)) if folder else Literal()
+    return NearestSentence(expand(folder)) if folder else Literal()

@@ -6,7 +6,6 @@ the sum over the first tokens of the accepted forms, each id once, because two f
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.vqa import MULTIPLE_CHOICE, Asked, Likelihood
 from scaling_dit.evaluation.vqa.hashes import weights_hash
+from scaling_dit.files import expand
 
 # The architecture whose answers come from a decoder of their own, and which is asked plainly.
 _BLIP_VQA = "BlipForQuestionAnswering"
@@ -50,7 +50,7 @@ class TransformersJudge:
         if self.max_tokens < 1 or self.batch < 1:
             raise UserError("judge transformers needs max_tokens and batch from 1")
         check_dtype(self.dtype)
-        self.folder = os.path.expanduser(self.folder)
+        self.folder = expand(self.folder)
         self._kind = _architecture(self.folder)
         plain = self._kind == _BLIP_VQA
         try:

@@ -12,13 +12,14 @@ from safetensors.numpy import load_file
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import METRICS
-from scaling_dit.evaluation.features import kernels, moments, networks, references
+from scaling_dit.evaluation.features import kernels, moments, networks, published, references
 from scaling_dit.evaluation.features.moments import Gaussian
 from scaling_dit.evaluation.features.networks import Network
 from scaling_dit.evaluation.features.tables import FeatureTable
 from scaling_dit.evaluation.metric import Item, Items
 from scaling_dit.evaluation.parts import InFolder
 from scaling_dit.evaluation.scoring import Scoring, score
+from scaling_dit.evaluation.vqa.choices import create_matcher
 
 COUNT, WIDTH = 60, 12
 RNG = np.random.default_rng(0)
@@ -245,3 +246,18 @@ def test_mistakes(weights, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             METRICS[name](**fields)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda place: METRICS["fid"]().with_reference(place, 4, epath.Path("kept")),
+        lambda place: references.open_reference(place, METRICS["fid"]().network, ""),
+        lambda place: published.CLIP_L.find(place, "clip_score"),
+        create_matcher,
+    ],
+)
+def test_a_variable_that_is_not_set_is_refused_wherever_a_place_is_named(read, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(UserError, match="variable NOWHERE is not set"):
+        read("$NOWHERE/x")

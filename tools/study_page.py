@@ -57,7 +57,7 @@ def text(study: Study, report_at: str, scores: Sequence[str], samples: str = "")
                 "every curve, sample grids over training, costs, configs and commands; its table is there as "
                 f"[CSV]({report_at}/members.csv) and [LaTeX]({report_at}/members.tex)."
             ),
-            _wrapped(" ".join(machine.lines(machine.read(study.folder.machines)))),
+            _wrapped(" ".join(machine.lines(machine.read(study.folder)))),
             _members(study, scores),
             _claims(answered),
             *([f"![Samples]({samples})"] if samples else []),
@@ -126,7 +126,18 @@ def _claims(answered: Sequence[Answered]) -> str:
     lines = [_row(["claim", "of", "answer", "difference", "95 % interval", "p (Holm)"]), _row(["---"] * 6)]
     for one in answered:
         if one.answer is None:
-            lines.append(_row([one.claim.name, one.metric, "not answered yet", "", "", ""]))
+            lines.append(
+                _row(
+                    [
+                        one.claim.name,
+                        one.metric,
+                        "no such score" if one.lacks else "not answered yet",
+                        "",
+                        "",
+                        "",
+                    ]
+                )
+            )
             continue
         low, high = one.answer.interval
         late = f", registered after {one.after} runs" if one.after else ""

@@ -28,6 +28,7 @@ class Answered:
       answer: None where too few of its runs have finished.
       sentence: the answer in words.
       after: runs that had finished when the claim was registered; 0 for one made beforehand.
+      lacks: whether runs have points, and none of them the score that the claim is about.
     """
 
     claim: Claim
@@ -35,6 +36,7 @@ class Answered:
     answer: Answer | None
     sentence: str
     after: int
+    lacks: bool = False
 
 
 def answers(study: Study) -> list[Answered]:
@@ -79,7 +81,7 @@ def _answered(study: Study, claim: Claim, answer: Answer | None, waiting: str) -
     metric = study.columns.named(study.spec.metric_of(claim))
     after = study.registered.get(claim.name, 0)
     if answer is None:
-        return Answered(claim, metric, None, waiting, after)
+        return Answered(claim, metric, None, waiting, after, study.columns.lacks(metric))
     answer = dataclasses.replace(answer, claim=claim)
     said = sentence(answer, metric)
     if stopped := _stopped(study, claim):

@@ -8,7 +8,7 @@ import pytest
 
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.bases import Base
-from scaling_dit.scaling import early, figure_data, figures, findings, fitted, report, table, tuned
+from scaling_dit.scaling import early, figure_data, figures, findings, fitted, report, table, tables, tuned
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.claims import SUPPORTED, Claim
 from scaling_dit.scaling.columns import Columns
@@ -133,9 +133,12 @@ def test_a_score_that_no_run_has_is_not_a_run_that_has_not_finished(simulated):
     for one, asked in zip(findings.answers(made), claims, strict=True):
         assert one.answer is None
         assert one.sentence == f"Not answered: no run has a score {asked.metric!r}; {there}."
+    assert ">no such score</td>" in tables.claims_html(findings.answers(made), {})
     # Before the first point nobody knows.
     (one, _) = findings.answers(simulated_study.with_rows(made, []))
-    assert one.sentence.startswith(f"Not answered yet: 0 of {A} and 0 of {B} have finished, ")
+    assert not one.lacks and one.sentence.startswith(
+        f"Not answered yet: 0 of {A} and 0 of {B} have finished, "
+    )
     # Runs that have finished without a number have finished all the same.
     rows = [row | {"shapes_tifa": float("nan")} if row["member"] == B else row for row in simulated.rows]
     plain = dataclasses.replace(simulated.spec, claims=(Claim("a", A, B),))

@@ -98,7 +98,7 @@ def study(
         that can be known, before anything is trained.
       Stopped: SIGTERM arrived; the same call resumes.
     """
-    spec = spec_lib.load(spec) if isinstance(spec, str) else spec
+    spec = spec if isinstance(spec, StudySpec) else spec_lib.load(spec)
     table.check_installed()
     if at_once > 1:
         members_at_once.check(at_once)

@@ -23,13 +23,14 @@ from scaling_dit.cli import exit_codes
 from scaling_dit.cli import main as cli
 from scaling_dit.cli.options import declared
 from scaling_dit.config import own_code
+from scaling_dit.config.experiment_files import installed_names
 from scaling_dit.config.schema import FREE_FIELDS, FREE_SECTIONS
 from scaling_dit.data.sources import folder
 from scaling_dit.errors import StorageError
 from scaling_dit.evaluation import run as evaluation
 from scaling_dit.monitor import goodput
 from scaling_dit.planning import report as plan_report
-from scaling_dit.scaling.spec import installed
+from scaling_dit.scaling.spec import STUDY
 from scaling_dit.training import loop
 from tests.support import xla
 from tests.support.pages import blocks, commands, first_column, steps
@@ -143,7 +144,7 @@ def test_the_commands_of_the_readme_are_understood():
         command = cli.VERBS[verb].parse(arguments)
         if verb == "study":
             # Reading its members counts them, which tests/test_studies.py does.
-            assert command.config in installed()
+            assert command.config in installed_names(STUDY)
         elif spec := getattr(command, "config", None):
             config.load(spec, command.overrides)
 

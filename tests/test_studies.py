@@ -7,6 +7,7 @@ import types
 import pytest
 from scaling_dit.experiments.studies import _shapes
 
+from scaling_dit.config import experiment_files
 from scaling_dit.model.build import build_model, countable_tokenizer
 from scaling_dit.scaling import ladder, member_runs
 from scaling_dit.scaling import spec as spec_lib
@@ -29,8 +30,8 @@ HEAVY = {
 
 def arguments():
     found = []
-    for name in spec_lib.installed():
-        module = importlib.import_module(f"{spec_lib.INSTALLED}.{name}")
+    for name in experiment_files.installed_names(spec_lib.STUDY):
+        module = importlib.import_module(f"{spec_lib.STUDY.package}.{name}")
         first = [""] if name != "p2_ablations" else []
         found += [(name, argument) for argument in (*first, *getattr(module, "ARGUMENTS", ()))]
     return found

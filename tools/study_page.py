@@ -22,10 +22,12 @@ from etils import epath
 from scaling_dit.evaluation import registry
 from scaling_dit.model.build import open_source
 from scaling_dit.monitor.grid import captioned_grid, read_png, write_png
+from scaling_dit.scaling import figures as figures_lib
 from scaling_dit.scaling import findings, machine, report, table
 from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.findings import Answered
 from scaling_dit.scaling.folder import scores_folder
+from scaling_dit.scaling.spec import LOSS
 from scaling_dit.scaling.study import Study
 from tools import marked
 
@@ -71,11 +73,11 @@ def text(study: Study, report_at: str, scores: Sequence[str], samples: str = "")
 
 def figures(scores: Sequence[str]) -> dict[str, str]:
     """What figures show, and their files in a report; not every report has each."""
-    metric = scores[0] if scores else findings.LOSS
+    metric = scores[0] if scores else LOSS
     return {
         f"{metric} of every member: seeds, and their mean": "members.svg",
         "Each claim with its interval": "claims.svg",
-        f"{metric} against training FLOPs": f"{metric}-train_flops.svg",
+        f"{metric} against training FLOPs": f"{figures_lib.file_name(metric, 'train_flops')}.svg",
         "Score by element type": "types.svg",
     }
 
@@ -90,7 +92,7 @@ def _members(study: Study, scores: Sequence[str]) -> str:
     for row in study.measured:
         if row.get("wall_seconds") is not None:
             seconds.setdefault(row["member"], []).append(row["wall_seconds"])
-    shown = [findings.LOSS, *scores]
+    shown = [LOSS, *scores]
     head = ["member", "parameters", "steps", "images", "training FLOPs", "seconds a run", *shown, "seeds"]
     lines = [_row(head), _row(["---"] * len(head))]
     for one in findings.by_member(study):
@@ -116,7 +118,7 @@ def _score(one: dict[str, Any], name: str) -> str:
     if one.get(name) is None:
         return ""
     spread = one.get(f"{name}_sd")
-    digits = 4 if name == findings.LOSS else 3
+    digits = 4 if name == LOSS else 3
     return f"{one[name]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
@@ -124,7 +126,18 @@ def _claims(answered: Sequence[Answered]) -> str:
     lines = [_row(["claim", "of", "answer", "difference", "95 % interval", "p (Holm)"]), _row(["---"] * 6)]
     for one in answered:
         if one.answer is None:
-            lines.append(_row([one.claim.name, one.metric, "not answered yet", "", "", ""]))
+            lines.append(
+                _row(
+                    [
+                        one.claim.name,
+                        one.metric,
+                        "no such score" if one.lacks else "not answered yet",
+                        "",
+                        "",
+                        "",
+                    ]
+                )
+            )
             continue
         low, high = one.answer.interval
         late = f", registered after {one.after} runs" if one.after else ""
@@ -192,7 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
     report.write(study)
     name = pathlib.Path(given.study).name
     reports = given.page.parent / "reports" / name
-    scores = [one for one in given.scores.split(",") if one] or list(study.spec.metrics)
+    scores = [one for one in given.scores.split(",") if one] or [
+        study.columns.of_metric(metric) for metric in study.spec.metrics
+    ]
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
     # What the page shows or links; the page of the report holds the other figures.

@@ -6,6 +6,7 @@ file has them, may follow an argument after a comma.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -26,6 +27,29 @@ from scaling_dit.files import expand
 INSTALLED = "scaling_dit.experiments"
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a file that `--config` names may be.
+
+    Attributes:
+      word: what it is, such as "experiment".
+      function: what the file must define; it is called with the argument, if there is one.
+      returns: the class of what that must return.
+      package: where those that are installed lie. folder: where others of a name are looked for.
+      example: the name of one that is installed.
+    """
+
+    word: str
+    function: str
+    returns: type
+    package: str
+    folder: str
+    example: str
+
+
+EXPERIMENT = Kind("experiment", "get_config", ConfigDict, INSTALLED, "experiments", "shapes")
+
+
 def read_experiment(spec: str) -> ConfigDict:
     """Calls the `get_config` of an experiment.
 
@@ -33,25 +57,40 @@ def read_experiment(spec: str) -> ConfigDict:
       spec: `path/to/file.py`, the name of an installed experiment such as `shapes`, or either with `:argument`.
 
     Raises:
-      UserError: no such experiment, no `get_config` in it, an unknown argument, or whatever the file raises, such as
-        for a field that does not exist or is of another type; the original error is its cause.
+      UserError: as `read`.
     """
-    if not isinstance(spec, str):
-        raise UserError(f"an experiment is named by a text such as 'shapes:smoke', not by {describe(spec)}")
-    place, _, argument = spec.partition(":")
-    module = load_file(pathlib.Path(expand(place))) if _is_path(place) else _load_named(place)
-    where = getattr(module, "__file__", None) or place
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise UserError(f"{where} has no get_config(arg='') function; an experiment file must define one")
-    with faults_of(where):
-        _check_argument(module, get_config, argument, where)
-        config = get_config(argument) if argument else get_config()
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"get_config of {where} returned {type(config).__name__}; it must return a ConfigDict"
-        )
+    config: ConfigDict = read(spec, EXPERIMENT)
     return config
+
+
+def read(spec: str, kind: Kind) -> Any:
+    """Calls the function of a file, and returns what it gives.
+
+    Args:
+      spec: `path/to/file.py`, the name of an installed file, or either with `:argument`.
+      kind: what the file is.
+
+    Raises:
+      UserError: no such file, no such function in it, an unknown argument, or whatever the file raises, such as for a
+        field that does not exist or is of another type; the original error is its cause.
+    """
+    a = f"{'an' if kind.word[0] in 'aeiou' else 'a'} {kind.word}"
+    if not isinstance(spec, str):
+        raise UserError(f"{a} is named by a text such as '{kind.example}:smoke', not by {describe(spec)}")
+    place, _, argument = spec.partition(":")
+    module = load_file(pathlib.Path(expand(place)), kind.word) if _is_path(place) else _named(place, kind, a)
+    where = getattr(module, "__file__", None) or place
+    function = getattr(module, kind.function, None)
+    if not callable(function):
+        raise UserError(f"{where} has no {kind.function}(arg='') function; {a} file must define one")
+    with faults_of(where):
+        _check_argument(module, function, argument, where, kind)
+        found = function(argument) if argument else function()
+    if not isinstance(found, kind.returns):
+        raise UserError(
+            f"{kind.function} of {where} returned {type(found).__name__}; it must return a {kind.returns.__name__}"
+        )
+    return found
 
 
 def experiment_arguments(module: types.ModuleType) -> tuple[str, ...]:
@@ -63,7 +102,7 @@ def _is_path(place: str) -> bool:
     return place.endswith(".py") or os.sep in place
 
 
-def load_file(path: pathlib.Path) -> types.ModuleType:
+def load_file(path: pathlib.Path, word: str = EXPERIMENT.word) -> types.ModuleType:
     """The module of a Python file that `--config` names.
 
     Raises:
@@ -71,7 +110,7 @@ def load_file(path: pathlib.Path) -> types.ModuleType:
     """
     if not path.is_file():
         beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        hint = nearest(str(path), beside) if beside else "its folder holds no experiment"
+        hint = nearest(str(path), beside) if beside else f"its folder holds no {word}"
         raise UserError(f"--config: no file {path}; {hint}")
     name = f"scaling_dit_experiment_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -109,39 +148,40 @@ def _fault(where: str, error: Exception | SystemExit) -> UserError:
     return UserError(f"{where}, line {line}: {error if known else f'{type(error).__name__}: {error}'}")
 
 
-def _load_named(name: str) -> types.ModuleType:
-    """An installed experiment, else the file of that name in `experiments/` of the working directory."""
-    here = pathlib.Path("experiments") / f"{name}.py"
+def _named(name: str, kind: Kind, a: str) -> types.ModuleType:
+    """An installed file, else the one of that name in the kind's folder of the working directory."""
+    here = pathlib.Path(kind.folder) / f"{name}.py"
     if not name.isidentifier():
         raise UserError(
-            f"--config={name}: not an experiment; give a name such as shapes, or path/to/file.py[:argument]"
+            f"--config={name}: not {a}; give a name such as {kind.example}, or path/to/file.py[:argument]"
         )
     try:
-        return importlib.import_module(f"{INSTALLED}.{name}")
+        return importlib.import_module(f"{kind.package}.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in (INSTALLED, f"{INSTALLED}.{name}"):
+        # A checkout that is not installed has no such package.
+        if not f"{kind.package}.{name}.".startswith(f"{error.name}."):
             raise
     if here.is_file():
-        return load_file(here)
-    known = _installed_names()
-    hint = nearest(name, known) if known else "none is installed or lies in experiments/"
-    raise UserError(f"--config: no experiment {name!r}; {hint} (or give path/to/file.py)")
+        return load_file(here, kind.word)
+    known = installed_names(kind)
+    hint = nearest(name, known) if known else f"none is installed or lies in {kind.folder}/"
+    raise UserError(f"--config: no {kind.word} {name!r}; {hint} (or give path/to/file.py)")
 
 
-def _installed_names() -> list[str]:
-    """Experiments that can be given by name, installed or in the working directory."""
-    folders = [pathlib.Path("experiments")]
+def installed_names(kind: Kind) -> list[str]:
+    """Those that can be given by name, installed or in the working directory."""
+    folders = [pathlib.Path(kind.folder)]
     # A checkout that is not installed has no such package.
     with contextlib.suppress(ModuleNotFoundError):
-        folders += map(pathlib.Path, importlib.import_module(INSTALLED).__path__)
-    return [path.stem for folder in folders for path in folder.glob("[!_]*.py")]
+        folders += map(pathlib.Path, importlib.import_module(kind.package).__path__)
+    return sorted({path.stem for folder in folders for path in folder.glob("[!_]*.py")})
 
 
-def _check_argument(module: types.ModuleType, get_config: Any, argument: str, where: str) -> None:
+def _check_argument(module: types.ModuleType, function: Any, argument: str, where: str, kind: Kind) -> None:
     if not argument:
         return
-    if not inspect.signature(get_config).parameters:
-        raise UserError(f"get_config of {where} takes no argument; leave out ':{argument}'")
+    if not inspect.signature(function).parameters:
+        raise UserError(f"{kind.function} of {where} takes no argument; leave out ':{argument}'")
     known = [name for name in experiment_arguments(module) if name]
     options = getattr(module, "OPTIONS", ())
     row, comma, option = argument.partition(",") if options else (argument, "", "")

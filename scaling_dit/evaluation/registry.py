@@ -46,6 +46,8 @@ METRICS = Metrics()
 _NO_DIFFERENCE = ("every", "prompts", "batch")
 # Built-in distances between distributions.
 _LOWER_IS_BETTER = ("fid", "kid", "mind", "cmmd", "fd_dinov2")
+# Built-in metrics whose scalars do not begin with the metric's name, and what they begin with.
+_SCALARS = {"digits": "digit_accuracy"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +141,12 @@ def is_lower_better(name: str) -> bool:
     if ":" not in name:
         return name in _LOWER_IS_BETTER
     return bool(getattr(metrics.REGISTRY.resolve(name), "LOWER_IS_BETTER", False))
+
+
+def may_have(name: str, scalar: str) -> bool:
+    """Whether a metric may have a scalar of this name, or has this name itself; a user's own may have any."""
+    first = _SCALARS.get(name, name)
+    return ":" in name or scalar in (name, first) or scalar.startswith(f"{first}_")
 
 
 def choose(config: ConfigDict, names: Iterable[str]) -> list[Chosen]:

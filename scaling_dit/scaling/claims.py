@@ -30,7 +30,11 @@ class Claim:
       margin: what the difference must exceed, in units of the metric; 0 claims that A is better at all.
       paired: whether run i of `a` and run i of `b` share their seed and data order, so that what the seed changes in
         both cancels. Only then are the two compared run by run.
-      metric: the column of the study's table that is compared; "" is the study's first metric.
+      metric: the column of the study's table that is compared, or a metric, which stands for its first scalar; "" is
+        the study's first metric.
+
+    Raises:
+      UserError: a field of another type, no name, or a margin that is not finite.
     """
 
     name: str
@@ -39,6 +43,18 @@ class Claim:
     margin: float = 0.0
     paired: bool = False
     metric: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise UserError(f"a claim has the name {self.name!r}; give what it claims, in words")
+        for field in ("a", "b", "metric"):
+            if not isinstance(value := getattr(self, field), str):
+                raise UserError(f"claim {self.name!r}: {field} is {value!r}; give a text")
+        margin = self.margin
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise UserError(f"claim {self.name!r}: margin is {margin!r}; give a finite number")
+        if not isinstance(self.paired, bool):
+            raise UserError(f"claim {self.name!r}: paired is {self.paired!r}; give True or False")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from scipy import stats
 
 from scaling_dit import config as config_lib
-from scaling_dit.scaling import findings, ladder, parity
+from scaling_dit.scaling import ladder, parity
 from scaling_dit.scaling.ladder import Member
-from scaling_dit.scaling.spec import LOSS, point_steps
+from scaling_dit.scaling.spec import LOSS, is_loss, point_steps
 from scaling_dit.scaling.study import Study
 from scaling_dit.scaling.table import Row
 
@@ -118,8 +118,8 @@ def low_resolution(study: Study) -> Pairs | None:
 
 def _metric(study: Study) -> tuple[str, float]:
     """The study's own metric, and -1.0 where a lower one is better, else 1.0."""
-    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
-    return metric, -1.0 if findings.lower_is_better(study.spec, metric) else 1.0
+    metric = study.columns.own
+    return metric, -1.0 if study.columns.lower_is_better(metric) else 1.0
 
 
 def _points(study: Study) -> dict[tuple[str, int], list[Row]]:
@@ -141,7 +141,7 @@ def _without_resolution(member: Member) -> str:
 
 
 def _is_bin(column: str) -> bool:
-    return column.startswith(f"{LOSS}_t")
+    return column != LOSS and is_loss(column)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:

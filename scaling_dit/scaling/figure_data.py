@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from scaling_dit.scaling import findings, fitted, table
+from scaling_dit.scaling import fitted, table
 from scaling_dit.scaling.curves import Curve
 from scaling_dit.scaling.findings import Answered
 from scaling_dit.scaling.fitted import Fit
-from scaling_dit.scaling.spec import LOSS
+from scaling_dit.scaling.spec import LOSS, is_loss
 from scaling_dit.scaling.study import Study
 
 Data = dict[str, list[dict[str, Any]]]
@@ -19,26 +19,32 @@ SHOWN = 40
 
 def ranked(study: Study) -> list[str]:
     """The members of figures with a row for each, the best first: SHOWN of them by the study's score at most."""
-    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
+    metric = study.columns.own
     means = _means(table.last_points(study.rows), (metric,))
-    sign = 1 if findings.lower_is_better(study.spec, metric) else -1
+    sign = 1 if study.columns.lower_is_better(metric) else -1
     scored = [one for one in means if one[metric] is not None]
     best = [one["member"] for one in sorted(scored, key=lambda one: sign * one[metric])]
     # Those without a score yet come last.
     return list(dict.fromkeys([*best, *(member.name for member in study.spec.members)]))[:SHOWN]
 
 
+def scored(study: Study) -> list[str]:
+    """The column of each metric that has values, in the order of the metrics."""
+    columns = [study.columns.of_metric(metric) for metric in study.spec.metrics]
+    return [name for name in columns if any(row.get(name) is not None for row in study.rows)]
+
+
 def data_of(study: Study, answered: Sequence[Answered], laws: Sequence[Fit]) -> Data:
     """All data that the figures name, numbers rounded to six digits."""
     rows, chosen = study.rows, set(ranked(study))
-    metrics = [m for m in study.spec.metrics if any(row.get(m) is not None for row in rows)]
+    metrics = scored(study)
     kept = ("member", "seed", "family", "step", "train_flops", "params", "inference_flops", LOSS, *metrics)
     points = [{name: row.get(name) for name in kept} for row in rows]
     last = table.last_points(rows)
     ends = [{name: row.get(name) for name in kept} for row in last]
     best = [row for row in ends if row["member"] in chosen]
     last = [row for row in last if row["member"] in chosen]
-    bins = sorted({name for row in last for name in row if name.startswith("loss_t")})
+    bins = sorted({name for row in last for name in row if name != LOSS and is_loss(name)})
     by_bin = [
         {
             "member": one["member"],
@@ -50,9 +56,7 @@ def data_of(study: Study, answered: Sequence[Answered], laws: Sequence[Fit]) -> 
         for name in bins
         if (value := one[name]) is not None
     ]
-    kinds = [
-        name for m in metrics for name in findings.score_columns(study.spec, last) if name.startswith(f"{m}_")
-    ]
+    kinds = [name for name in study.columns.scores(last) if name not in (LOSS, *metrics)]
     by_type = [
         {"member": one["member"], "type": name, "score": one[name]}
         for one in _means(last, kinds)
@@ -71,7 +75,7 @@ def data_of(study: Study, answered: Sequence[Answered], laws: Sequence[Fit]) -> 
         {name: row[name] for name in ("member", "seed", "guidance", "scalar", "value")}
         for row in study.scores
         if row["member"] in chosen
-        and row["scalar"] in metrics
+        and (row["metric"], row["scalar"]) == (study.spec.metrics[0], study.columns.own)
         and row["step"] == study.spec.member(row["member"]).config.steps
     ]
     measured = [

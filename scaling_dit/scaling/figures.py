@@ -5,10 +5,11 @@ figures.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling.figure_data import SHOWN, Data, ranked
+from scaling_dit.scaling.figure_data import SHOWN, Data, ranked, scored
 from scaling_dit.scaling.spec import LOSS
 from scaling_dit.scaling.study import Study
 
@@ -42,8 +43,8 @@ class Figure:
 
 def figures(study: Study, data: Data) -> list[Figure]:
     """The figures that have something to show, in the order of the page."""
-    scored = [m for m in study.spec.metrics if any(row.get(m) is not None for row in data["points"])]
-    metric, members = scored[0] if scored else None, len(study.spec.members)
+    found = scored(study)
+    metric, members = found[0] if found else None, len(study.spec.members)
     cut = f" (the best {SHOWN} of {members} members)" if members > SHOWN else ""
     main = metric or LOSS
     made = [
@@ -57,7 +58,9 @@ def figures(study: Study, data: Data) -> list[Figure]:
             source = "points" if axis in ("step", "train_flops") else "ends"
             if any(row.get(axis) is not None and row.get(value) is not None for row in data[source]):
                 title = f"{value} against {words}"
-                made.append(Figure(f"{value}-{axis}", title, _scatter(study, source, axis, value), (source,)))
+                made.append(
+                    Figure(file_name(value, axis), title, _scatter(study, source, axis, value), (source,))
+                )
     edge = "Loss against training FLOPs, with the frontier"
     made.append(Figure("frontier", edge, _frontier_spec(study), ("frontier", "points")))
     if metric:
@@ -76,6 +79,17 @@ def figures(study: Study, data: Data) -> list[Figure]:
     ]
     # The first set is the one a figure is about; without it there is no figure.
     return [figure for figure in made if data[figure.data[0]]]
+
+
+def file_name(value: str, axis: str) -> str:
+    """The name of the figure of a column over an axis; a metric of the user's own names its scalars as it likes."""
+    safe = re.sub(r"[^\w.+-]", "_", value)
+    return f"{safe}-{axis}"
+
+
+def _field(name: str) -> str:
+    """A column as Vega names it: without backslashes, dots and brackets reach into objects."""
+    return re.sub(r"""([\\.\[\]'"])""", r"\\\1", name)
 
 
 def _colour(study: Study) -> Spec:
@@ -117,7 +131,8 @@ def _x(axis: str) -> Spec:
 
 
 def _y(field: str, title: str = "") -> Spec:
-    return {"field": field, "type": "quantitative", "scale": {"zero": False}, "title": title or field}
+    shown = {"field": _field(field), "type": "quantitative", "scale": {"zero": False}}
+    return shown | {"title": title or field}
 
 
 def _chart(data: str, **parts: Any) -> Spec:
@@ -126,9 +141,13 @@ def _chart(data: str, **parts: Any) -> Spec:
 
 def _tips(*fields: str) -> list[Spec]:
     return [
-        {"field": name, "type": "nominal" if name in ("member", "family", "claim") else "quantitative"}
-        for name in fields
+        _tip(name, "nominal" if name in ("member", "family", "claim") else "quantitative") for name in fields
     ]
+
+
+def _tip(name: str, kind: str) -> Spec:
+    titled = {} if _field(name) == name else {"title": name}
+    return {"field": _field(name), "type": kind} | titled
 
 
 def _dot(size: int, opacity: float) -> Spec:
@@ -274,7 +293,7 @@ def _heat(source: str, column: str, value: str) -> Spec:
 def _guidance(study: Study) -> Spec:
     encoding = {
         "x": {"field": "guidance", "type": "quantitative", "title": "guidance scale"},
-        "y": _y("value", study.spec.metrics[0]) | {"aggregate": "mean"},
+        "y": _y("value", study.columns.own) | {"aggregate": "mean"},
         "color": _colour(study) | {"field": "member"},
     }
     return _chart("guided", mark={"type": "line", "point": True}, encoding=encoding)

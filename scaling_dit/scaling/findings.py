@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scaling_dit.evaluation.registry import is_lower_better
 from scaling_dit.scaling import claims as claims_lib
 from scaling_dit.scaling import parity, table
 from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Answer, Claim, RankStability
-from scaling_dit.scaling.spec import LOSS, StudySpec
+from scaling_dit.scaling.spec import is_loss
 from scaling_dit.scaling.study import Study
 from scaling_dit.scaling.table import Row
 
@@ -29,6 +28,7 @@ class Answered:
       answer: None where too few of its runs have finished.
       sentence: the answer in words.
       after: runs that had finished when the claim was registered; 0 for one made beforehand.
+      lacks: whether runs have points, and none of them the score that the claim is about.
     """
 
     claim: Claim
@@ -36,6 +36,7 @@ class Answered:
     answer: Answer | None
     sentence: str
     after: int
+    lacks: bool = False
 
 
 def answers(study: Study) -> list[Answered]:
@@ -43,15 +44,24 @@ def answers(study: Study) -> list[Answered]:
     spec = study.spec
     ready, waiting = [], dict[str, str]()
     values: dict[str, list[float]] = {}
+    ended = collections.Counter(row["member"] for row in table.last_points(study.rows))
     for claim in spec.claims:
-        metric = spec.metric_of(claim)
+        metric = study.columns.named(spec.metric_of(claim))
+        if study.columns.lacks(metric):
+            there = ", ".join(study.columns.known)
+            waiting[claim.name] = f"Not answered: no run has a score {metric!r}; there are {there}."
+            continue
         finals = _finals(study.rows, metric)
         by_seed = {side: finals.get(side, {}) for side in (claim.a, claim.b)}
         shared = set(by_seed[claim.a]) & set(by_seed[claim.b])
         few = {side: found for side, found in by_seed.items() if len(found) < 2}
         if few or (claim.paired and len(shared) < 2):
             counts = " and ".join(f"{len(found)} of {side}" for side, found in by_seed.items())
-            waiting[claim.name] = f"Not answered yet: {counts} have finished, and it needs 2 seeds of each."
+            without = any(ended[side] > len(found) for side, found in by_seed.items())
+            number = f" with a finite {metric}" if without else ""
+            waiting[claim.name] = (
+                f"Not answered yet: {counts} have finished{number}, and it needs 2 seeds of each."
+            )
             continue
         keys = {}
         for side, found in by_seed.items():
@@ -68,9 +78,10 @@ def answers(study: Study) -> list[Answered]:
 
 
 def _answered(study: Study, claim: Claim, answer: Answer | None, waiting: str) -> Answered:
-    metric, after = study.spec.metric_of(claim), study.registered.get(claim.name, 0)
+    metric = study.columns.named(study.spec.metric_of(claim))
+    after = study.registered.get(claim.name, 0)
     if answer is None:
-        return Answered(claim, metric, None, waiting, after)
+        return Answered(claim, metric, None, waiting, after, study.columns.lacks(metric))
     answer = dataclasses.replace(answer, claim=claim)
     said = sentence(answer, metric)
     if stopped := _stopped(study, claim):
@@ -123,18 +134,20 @@ def headline(study: Study, answered: Sequence[Answered]) -> str:
         tail = f" Of {len(answered)} claims {of} are supported." if len(answered) > 1 else ""
         name = first.claim.name
         return f"{so_far}{name[0].upper()}{name[1:]}: {first.sentence}{tail}"
-    metric = study.spec.metrics[0] if study.spec.metrics else LOSS
+    metric = study.columns.own
     ranked = ranking(study, metric)
     if ranked is None:
         return f"{done} of {study.runs} runs have finished; an order needs 2 seeds of 2 members that compare."
     low, high = ranked.interval
-    count = f"{len(ranked.order)} members"
-    if len(ranked.order) < len({member for member, _ in ended}):
+    compared = len(comparable(study, metric))
+    count = f"{compared} members"
+    if compared < len({member for member, _ in ended}):
         # The best of all may be among the others.
         count = f"the {count} that compare and have 2 seeds or more"
+    order = "order" if len(ranked.order) == compared else f"order of the best {len(ranked.order)}"
     return so_far + (
         f"{ranked.order[0]} is best by {metric} of {count}, above the next with probability "
-        f"{ranked.above[0, 1]:.2f}; Kendall's tau of the order over seeds is {ranked.tau:.2f} "
+        f"{ranked.above[0, 1]:.2f}; Kendall's tau of the {order} over seeds is {ranked.tau:.2f} "
         f"(90 % interval {low:.2f} to {high:.2f})."
     )
 
@@ -174,13 +187,13 @@ def variance(study: Study) -> tuple[float, float] | None:
     """
     if not study.spec.metrics or len(study.spec.generation_seeds) < 2:
         return None
-    metric, parts = study.spec.metrics[0], []
+    metric, scalar, parts = study.spec.metrics[0], study.columns.own, []
     for member in study.spec.members:
         panel: dict[int, list[float]] = collections.defaultdict(list)
         own = float(member.config.sample.guidance)
         for row in study.scores:
-            wanted = (member.name, metric, member.config.steps, own)
-            if (row["member"], row["scalar"], row["step"], row["guidance"]) == wanted:
+            wanted = (member.name, metric, scalar, member.config.steps, own)
+            if tuple(row[name] for name in ("member", "metric", "scalar", "step", "guidance")) == wanted:
                 panel[row["seed"]].append(row["value"])
         full = [values for values in panel.values() if len(values) == len(study.spec.generation_seeds)]
         if len(full) >= 2:
@@ -190,31 +203,46 @@ def variance(study: Study) -> tuple[float, float] | None:
     return statistics.fmean(p.training for p in parts), statistics.fmean(p.generation for p in parts)
 
 
-def lower_is_better(spec: StudySpec, column: str) -> bool:
-    """Whether a smaller value of a column is better: of a loss, and of what its metric declares."""
-    if column.startswith(LOSS):
-        return True
-    owners = [name for name in spec.metrics if column == name or column.startswith(f"{name}_")]
-    return any(is_lower_better(name) for name in owners)
+def comparable(study: Study, metric: str) -> dict[str, list[float]]:
+    """Member -> the metric of each of its runs that have finished, of members whose values make an order.
 
-
-def ranking(study: Study, metric: str) -> RankStability | None:
-    """The order of the best RANKED members by a metric; losses are best when low, and of members whose losses compare.
-
-    None with fewer than two members of two seeds.
+    They have two seeds or more; by a loss only those whose losses compare.
     """
-    sign = -1.0 if lower_is_better(study.spec, metric) else 1.0
     finals = _finals(study.rows, metric)
     members = study.spec.members
-    alike = parity.same_losses(members) if metric.startswith(LOSS) else {member.name for member in members}
-    values = {
-        member.name: [sign * value for value in finals[member.name].values()]
+    alike = parity.same_losses(members) if is_loss(metric) else {member.name for member in members}
+    return {
+        member.name: list(finals[member.name].values())
         for member in members
         if member.name in alike and len(finals.get(member.name, ())) >= 2
     }
+
+
+def ranking(study: Study, metric: str) -> RankStability | None:
+    """The order of the best RANKED of the comparable members by a metric; losses are best when low.
+
+    None with fewer than two of them.
+    """
+    sign = -1.0 if study.columns.lower_is_better(metric) else 1.0
+    values = {name: [sign * value for value in found] for name, found in comparable(study, metric).items()}
     # Time and memory of the bootstrap grow with the square of members.
     best = sorted(values, key=lambda name: -statistics.fmean(values[name]))[:RANKED]
     return claims_lib.rank_stability({name: values[name] for name in best}) if len(best) >= 2 else None
+
+
+def left_out(study: Study, metric: str) -> str:
+    """The members that have finished runs and are not in `ranking`, and why, in sentences; "" without any."""
+    compared = comparable(study, metric)
+    ended = {row["member"] for row in table.last_points(study.rows)}
+    said = []
+    if len(compared) > RANKED:
+        said.append(f"Only the best {RANKED} of {len(compared)} members are ordered.")
+    if others := [m.name for m in study.spec.members if m.name in ended and m.name not in compared]:
+        why = "do not compare, or " * is_loss(metric)
+        said.append(
+            f"Left out, for they {why}have fewer than 2 seeds with a finite {metric}: {', '.join(others)}."
+        )
+    return " ".join(said)
 
 
 def _finals(rows: Sequence[Row], metric: str) -> dict[str, dict[int, float]]:
@@ -243,16 +271,9 @@ def by_member(study: Study) -> list[dict[str, Any]]:
         costs = ("family", "params", "macs_total", "steps", "samples", "train_flops", "inference_flops")
         one: dict[str, Any] = {"member": member.name} | {name: rows[0][name] for name in costs}
         one["seeds"] = len(rows)
-        for name in score_columns(study.spec, rows):
+        for name in study.columns.scores(rows):
             values = [row[name] for row in rows if row.get(name) is not None]
             one[name] = statistics.fmean(values) if values else None
             one[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         found.append(one)
     return found
-
-
-def score_columns(spec: StudySpec, rows: Sequence[Row]) -> list[str]:
-    """The columns that hold scores: "loss", and each metric's scalars without their ends."""
-    names = table.columns_of(rows)
-    scalars = [name for name in names if any(name == m or name.startswith(f"{m}_") for m in spec.metrics)]
-    return [LOSS, *(name for name in scalars if not name.endswith(("_low", "_high")))]

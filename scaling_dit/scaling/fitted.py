@@ -72,7 +72,8 @@ def fits(study: Study) -> list[Fit]:
         budgets = [row for row in some if row.get("group_budget") and row["step"] == row["steps"]]
         if budgets:
             found.append(_fit(f"{family}: best size at each budget (approach 2)", budgets, _isoflop, family))
-        for metric in study.spec.metrics[:1]:
+        if study.spec.metrics:
+            metric = study.columns.own
             scored = [row for row in some if row.get(metric) is not None]
             found.append(
                 _fit(f"{family}: {metric} over training FLOPs", scored, _metric_curve(metric), family)

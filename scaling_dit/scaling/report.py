@@ -120,7 +120,7 @@ def write(study: Study, folder: epath.Path | None = None, *, prints: bool = True
     data = figure_data.data_of(study, answered, found)
     made = figures.figures(study, data)
     by_member = findings.by_member(study)
-    scores = findings.score_columns(study.spec, study.rows)[:_METRIC_COLUMNS]
+    scores = study.columns.scores()[:_METRIC_COLUMNS]
     files.write_whole(folder / "members.csv", tables.matched_csv(by_member).encode())
     latex = tables.matched_latex(by_member, scores, study.spec.question)
     files.write_whole(folder / "members.tex", latex.encode())
@@ -238,7 +238,7 @@ def _staged(study: Study) -> str:
 
 
 def _order(study: Study) -> str:
-    metric = study.spec.metrics[0] if study.spec.metrics else findings.LOSS
+    metric = study.columns.own
     ranked = findings.ranking(study, metric)
     if ranked is None:
         return ""
@@ -247,11 +247,13 @@ def _order(study: Study) -> str:
         f"By {html.escape(metric)}. Kendall's tau between this order and the orders of resampled seeds: "
         f"{ranked.tau:.2f} (90 % interval {low:.2f} to {high:.2f})."
     )
+    if others := findings.left_out(study, metric):
+        note += f" {html.escape(others)}"
     return _section("Order", tables.ranking_html(ranked), note)
 
 
 def _rates(study: Study) -> str:
-    metric = study.spec.metrics[0] if study.spec.metrics else findings.LOSS
+    metric = study.columns.own
     found = tuned.places(study, metric)
     if found is None:
         return ""
@@ -266,7 +268,7 @@ def _rates(study: Study) -> str:
 
 
 def _power(study: Study) -> str:
-    metric = study.spec.metrics[0] if study.spec.metrics else findings.LOSS
+    metric = study.columns.own
     found = findings.power_table(study, metric)
     if found is None:
         return ""
@@ -289,7 +291,7 @@ def _early(study: Study) -> str:
     rows = early.signals(study)
     if not rows:
         return ""
-    metric = html.escape(study.spec.metrics[0] if study.spec.metrics else findings.LOSS)
+    metric = study.columns.own
     bins = list(rows[0].by_timestep)
     heads = ["share of training", f"by {metric}", "by validation loss"]
     heads += [f"by loss at timesteps {name.rpartition('_t')[2]}" for name in bins]
@@ -301,8 +303,8 @@ def _early(study: Study) -> str:
         for row in rows
     ]
     note = (
-        f"Spearman's rank correlation of the members' order at part of the training with their order by {metric} at "
-        "the end."
+        f"Spearman's rank correlation of the members' order at part of the training with their order by "
+        f"{html.escape(metric)} at the end."
     )
     return _section("Early signal", tables.cells_html(heads, cells) + _low_resolution(study, metric), note)
 
@@ -314,9 +316,9 @@ def _low_resolution(study: Study, metric: str) -> str:
     cells = [[f"{share:.0%}", _correlation(value)] for share, value in found.shares]
     pairs = ", ".join(f"{low} and {high}" for low, high in found.members)
     note = (
-        f"At a lower resolution: the order of {len(found.members)} members by {metric} there, at part of the training, "
-        f"against the order of the same members at the higher resolution at the end ({html.escape(pairs)}). A run at "
-        f"the lower one costs {found.flops:.2g} of the training FLOPs."
+        f"At a lower resolution: the order of {len(found.members)} members by {html.escape(metric)} there, at part "
+        "of the training, against the order of the same members at the higher resolution at the end "
+        f"({html.escape(pairs)}). A run at the lower one costs {found.flops:.2g} of the training FLOPs."
     )
     return f'<p class="note">{note}</p>' + tables.cells_html(["share of training", "correlation"], cells)
 

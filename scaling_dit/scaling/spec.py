@@ -5,28 +5,44 @@ A study file is Python with `get_study(arg="") -> StudySpec`; `experiments/studi
 
 import dataclasses
 import hashlib
-import importlib
-import inspect
 import math
-import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_dit import config as config_lib
+from scaling_dit.components import describe
 from scaling_dit.config import experiment_files
 from scaling_dit.errors import UserError, nearest
+from scaling_dit.evaluation.registry import may_have
 from scaling_dit.scaling import parity
 from scaling_dit.scaling.claims import Claim
 from scaling_dit.scaling.ladder import Member
 
-INSTALLED = f"{experiment_files.INSTALLED}.studies"
 LOSS = "loss"
 # Sections that may change at a resume, and that results depend on all the same.
 _COUNTED = ("sample.", "eval.loss_")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_LOSS_COLUMN = re.compile(r"loss(_t\d+-\d+)?")
+
+# Fields of a study that are tuples, what each holds, and such a tuple in words.
+_SEQUENCES: tuple[tuple[str, Any, str], ...] = (
+    ("members", Member, "members, as those of scaling_dit.scaling.ladder"),
+    ("seeds", int, "whole numbers, such as (0, 1, 2)"),
+    ("metrics", str, 'names, such as ("shapes_tifa",)'),
+    ("claims", Claim, "claims, as scaling_dit.scaling.claims.Claim"),
+    ("generation_seeds", int, "whole numbers, such as (0,)"),
+    ("guidances", int | float, "numbers, such as (3.0,)"),
+)
+_OF_MEMBERS: tuple[tuple[str, Any, str], ...] = (
+    ("name", str, "a text"),
+    ("config", ConfigDict, "a config, as scaling_dit.config.load returns it"),
+    ("changes", Mapping, "a dict"),
+    ("groups", Mapping, "a dict of labels by axis"),
+    ("base", str, 'the name of a member, or ""'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +53,10 @@ class StudySpec:
       question: one sentence that the report answers.
       members: what is compared; each is trained with every seed.
       seeds: of training. Two members run with the same seed see the same data in the same order.
-      metrics: names of metrics that score generated images; the first is the study's own.
-      claims: registered before the runs. Their metric is one of the table's columns, such as "shapes_tifa",
-        "shapes_tifa_spatial" or "loss"; "" is the first metric.
+      metrics: names of metrics that score generated images; the first is the study's own. A metric is about the first
+        scalar of its results.
+      claims: registered before the runs. Their metric is one of the table's columns, such as "shapes_tifa_spatial" or
+        "loss", or the name of a metric, which stands for its first scalar; "" is the first metric.
       items: prompts that each metric scores.
       points: checkpoints of a run that are evaluated, evenly spread, the last included. With a constant learning rate
         each is an endpoint of a smaller budget.
@@ -61,6 +78,7 @@ class StudySpec:
     guidances: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.question.strip():
             raise UserError("a study needs a question, in one sentence that its report can answer")
         if not self.members:
@@ -78,7 +96,7 @@ class StudySpec:
                     f"member {member.name!r} begins from {member.base!r}, which is no member before it; put that first"
                 )
         for what, values in (("seeds", self.seeds), ("generation_seeds", self.generation_seeds)):
-            if not values or any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):
+            if not values or any(not 0 <= value < 2**32 for value in values):
                 raise UserError(f"{what} is {values!r}; give at least one whole number from 0 to 2**32 - 1")
             _unique(what, values)
         for what, number in (("items", self.items), ("points", self.points)):
@@ -98,6 +116,30 @@ class StudySpec:
         _unique("guidances", self.guidances)
         self._check_claims(names)
 
+    def _check_types(self) -> None:
+        """Makes tuples of lists, and sure that every field is of its type; raises UserError."""
+        for name, kind, right in _SEQUENCES:
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise UserError(f"{name} is {_shown(given)}; give a tuple of {right}")
+            for one in given:
+                if not _is_a(one, kind):
+                    raise UserError(f"{name} holds {_shown(one)}; give a tuple of {right}")
+            object.__setattr__(self, name, tuple(given))
+        for name, kind, right in (
+            ("question", str, "a text"),
+            ("items", int, "a whole number"),
+            ("points", int, "a whole number"),
+        ):
+            if not _is_a(getattr(self, name), kind):
+                raise UserError(f"{name} is {_shown(getattr(self, name))}; give {right}")
+        for member in self.members:
+            for name, kind, right in _OF_MEMBERS:
+                if not isinstance(getattr(member, name), kind):
+                    raise UserError(
+                        f"member {member.name!r}: its {name} is {_shown(getattr(member, name))}; give {right}"
+                    )
+
     def _check_claims(self, names: list[str]) -> None:
         _unique("claim", [claim.name for claim in self.claims])
         for claim in self.claims:
@@ -107,9 +149,7 @@ class StudySpec:
             if claim.a == claim.b:
                 raise UserError(f"claim {claim.name!r} compares {claim.a} with itself")
             metric = self.metric_of(claim)
-            if metric.split("_t")[0] != LOSS and not any(
-                metric == name or metric.startswith(f"{name}_") for name in self.metrics
-            ):
+            if not (is_loss(metric) or any(may_have(name, metric) for name in self.metrics)):
                 known = ", ".join((LOSS, *self.metrics))
                 raise UserError(f"claim {claim.name!r}: no metric {metric!r}; the study measures {known}")
             self._check_loss(claim, metric)
@@ -118,7 +158,7 @@ class StudySpec:
 
     def _check_loss(self, claim: Claim, metric: str) -> None:
         """Losses on other data, or of another codec's latents, do not compare."""
-        if not metric.startswith(LOSS):
+        if not is_loss(metric):
             return
         sides = [parity.measured_on(self.member(name).config) for name in (claim.a, claim.b)]
         if found := parity.difference(*sides):
@@ -128,7 +168,7 @@ class StudySpec:
             )
 
     def metric_of(self, claim: Claim) -> str:
-        """The column of the table that a claim is about."""
+        """What a claim is about, as it says: a column of the table, or a metric, which stands for its first scalar."""
         return claim.metric or self.metrics[0]
 
     def member(self, name: str) -> Member:
@@ -151,6 +191,21 @@ class StudySpec:
         if compile_cache:
             config.compile_cache = compile_cache
         return config_lib.resolve(config)
+
+
+STUDY = experiment_files.Kind(
+    "study",
+    "get_study",
+    StudySpec,
+    f"{experiment_files.INSTALLED}.studies",
+    "experiments/studies",
+    "shapes_core",
+)
+
+
+def is_loss(column: str) -> bool:
+    """Whether a column of the table is the validation loss, or that of some timesteps."""
+    return _LOSS_COLUMN.fullmatch(column) is not None
 
 
 def point_every(steps: int, points: int) -> int:
@@ -194,44 +249,8 @@ def load(place: str) -> StudySpec:
     Raises:
       UserError: no such file, no `get_study` in it, an unknown argument, or whatever the study refuses.
     """
-    path, _, argument = place.partition(":")
-    module = _load_module(path)
-    where = getattr(module, "__file__", None) or path
-    get_study = getattr(module, "get_study", None)
-    if not callable(get_study):
-        raise UserError(f"{where} has no get_study(arg='') function; a study file must define one")
-    if argument:
-        if not inspect.signature(get_study).parameters:
-            raise UserError(f"get_study of {where} takes no argument; leave out ':{argument}'")
-        known = tuple(getattr(module, "ARGUMENTS", ()))
-        if known and argument not in known:
-            raise UserError(f"{where} has no argument {argument!r}; {nearest(argument, known)}")
-    with experiment_files.faults_of(str(where)):
-        spec = get_study(argument) if argument else get_study()
-    if not isinstance(spec, StudySpec):
-        raise UserError(f"get_study of {where} returned {type(spec).__name__}; it must return a StudySpec")
+    spec: StudySpec = experiment_files.read(place, STUDY)
     return spec
-
-
-def _load_module(place: str) -> Any:
-    if place.endswith(".py") or "/" in place:
-        return experiment_files.load_file(pathlib.Path(place))
-    try:
-        return importlib.import_module(f"{INSTALLED}.{place}")
-    except ModuleNotFoundError as error:
-        if error.name not in (experiment_files.INSTALLED, INSTALLED, f"{INSTALLED}.{place}"):
-            raise
-    known = installed()
-    raise UserError(f"--config: no study {place!r}; {nearest(place, known)} (or give path/to/file.py)")
-
-
-def installed() -> list[str]:
-    """The studies that can be given by name."""
-    try:
-        folders = importlib.import_module(INSTALLED).__path__
-    except ModuleNotFoundError:
-        return []
-    return sorted(path.stem for folder in folders for path in pathlib.Path(folder).glob("[!_]*.py"))
 
 
 def to_json(spec: StudySpec) -> dict[str, Any]:
@@ -259,8 +278,11 @@ def to_json(spec: StudySpec) -> dict[str, Any]:
     }
 
 
-def from_json(saved: Mapping[str, Any]) -> StudySpec:
+def from_json(saved: Mapping[str, Any], where: str = "study.json") -> StudySpec:
     """The spec that `to_json` wrote.
+
+    Args:
+      where: the file that it was read from, for error lines.
 
     Raises:
       UserError: a damaged file, or configs of another version that this one cannot read.
@@ -282,16 +304,33 @@ def from_json(saved: Mapping[str, Any]) -> StudySpec:
         return StudySpec(
             question=saved["question"],
             members=members,
-            seeds=tuple(saved["seeds"]),
-            metrics=tuple(saved["metrics"]),
+            seeds=saved["seeds"],
+            metrics=saved["metrics"],
             claims=claims,
             items=saved["items"],
             points=saved["points"],
-            generation_seeds=tuple(saved["generation_seeds"]),
-            guidances=tuple(saved["guidances"]),
+            generation_seeds=saved["generation_seeds"],
+            guidances=saved["guidances"],
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"study.json is damaged or of another version: {error}") from None
+    except UserError as error:
+        if type(error) is not UserError or str(error).startswith("study.json"):
+            raise
+        raise UserError(f"{where}: {error}") from error
+    # Whatever a file may hold in place of what was written.
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{where} is damaged or of another version: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    """A value in an error line: as it is written, if it is short."""
+    return repr(value) if value is None or isinstance(value, str | int | float) else describe(value)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; True and False are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _unique(what: str, values: Any) -> None:

@@ -9,6 +9,7 @@ folder counts for all.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -20,14 +21,16 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir
-from scaling_dit.errors import UserError
+from scaling_dit.errors import UserError, nearest, printable
 from scaling_dit.parallel import processes
 from scaling_dit.scaling import ladder, machine, member_runs, members_at_once, table
 from scaling_dit.scaling import spec as spec_lib
 from scaling_dit.scaling import tensorboard as curves
+from scaling_dit.scaling.claims import Claim
+from scaling_dit.scaling.columns import Columns
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.ladder import Member
-from scaling_dit.scaling.spec import StudySpec
+from scaling_dit.scaling.spec import LOSS, StudySpec
 from scaling_dit.scaling.table import DONE, STOPPED, WAITING, Row
 
 
@@ -57,6 +60,11 @@ class Study:
     def runs(self) -> int:
         """Runs that the spec asks for; of a merged study, those that one of its studies does."""
         return len(self.homes) or len(self.spec.members) * len(self.spec.seeds)
+
+    @functools.cached_property
+    def columns(self) -> Columns:
+        """Which columns of the table are scores, and which one each metric is about."""
+        return Columns(self.spec, self.rows, self.scores)
 
     @property
     def folders(self) -> tuple[StudyFolder, ...]:
@@ -90,7 +98,7 @@ def study(
         that can be known, before anything is trained.
       Stopped: SIGTERM arrived; the same call resumes.
     """
-    spec = spec_lib.load(spec) if isinstance(spec, str) else spec
+    spec = spec if isinstance(spec, StudySpec) else spec_lib.load(spec)
     table.check_installed()
     if at_once > 1:
         members_at_once.check(at_once)
@@ -147,7 +155,7 @@ def write_tables(workdir: str | epath.Path) -> Study:
             raise UserError(
                 f"{folder.table} has results of {run}, which is gone; the tables stay as they are"
             )
-    return _Runner(spec_lib.from_json(saved), folder).study(saved["registered"])
+    return _Runner(_spec_of(saved, folder), folder).study(saved["registered"])
 
 
 def count_finished(spec: StudySpec, folder: StudyFolder) -> int:
@@ -157,7 +165,8 @@ def count_finished(spec: StudySpec, folder: StudyFolder) -> int:
 
 def read_spec(workdir: str | epath.Path) -> StudySpec:
     """The spec of the study in a folder; raises UserError where none is."""
-    return spec_lib.from_json(_saved(StudyFolder(workdir)))
+    folder = StudyFolder(workdir)
+    return _spec_of(_saved(folder), folder)
 
 
 def open_study(workdir: str | epath.Path) -> Study:
@@ -165,7 +174,11 @@ def open_study(workdir: str | epath.Path) -> Study:
     folder = StudyFolder(workdir)
     saved = _saved(folder)
     rows, measured, scores = map(table.read_parquet, (folder.table, folder.measured, folder.scores))
-    return Study(spec_lib.from_json(saved), folder, rows, measured, scores, saved["registered"])
+    return Study(_spec_of(saved, folder), folder, rows, measured, scores, saved["registered"])
+
+
+def _spec_of(saved: dict[str, Any], folder: StudyFolder) -> StudySpec:
+    return spec_lib.from_json(saved, str(folder.study))
 
 
 def _saved(folder: StudyFolder) -> dict[str, Any]:
@@ -185,16 +198,18 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
 
     Raises:
       UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
-        or what every run is evaluated with differs.
+        or what every run is evaluated with differs; or a new claim is about a score that no run so far has.
     """
     saved, now = _read_saved(folder), spec_lib.to_json(spec)
     registered: dict[str, int] = {}
     if saved is not None:
         _check_extends(saved, now, folder)
         registered = dict(saved["registered"])
-    if new := [claim.name for claim in spec.claims if claim.name not in registered]:
+    if new := [claim for claim in spec.claims if claim.name not in registered]:
+        if saved is not None:
+            _check_scores(spec, new, folder)
         done = finished() if saved is not None else 0
-        registered |= dict.fromkeys(new, done)
+        registered |= {claim.name: done for claim in new}
     folder.folder.mkdir(parents=True, exist_ok=True)
     files.write_whole(folder.study, files.to_json(now | {"registered": registered}).encode())
     return registered
@@ -202,7 +217,7 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
 
 def _check_extends(saved: dict[str, Any], now: dict[str, Any], folder: StudyFolder) -> None:
     # Saved configs as this version reads them, for a later one may have more fields.
-    before = spec_lib.from_json(saved).members
+    before = _spec_of(saved, folder).members
     there = {member.name: spec_lib.member_hash(member) for member in before}
     here = {one["name"]: one["hash"] for one in now["members"]}
     for name, digest in there.items():
@@ -231,12 +246,25 @@ def _check_extends(saved: dict[str, Any], now: dict[str, Any], folder: StudyFold
             )
 
 
+def _check_scores(spec: StudySpec, claims: Sequence[Claim], folder: StudyFolder) -> None:
+    """Makes sure that claims are about scores that runs have, as far as the tables show; raises UserError."""
+    asked = [claim for claim in claims if spec.metric_of(claim) not in (LOSS, *spec.metrics)]
+    if not asked or not (folder.table.exists() and folder.scores.exists()):
+        return
+    columns = Columns(spec, *map(table.read_parquet, (folder.table, folder.scores)))
+    for claim in asked:
+        if columns.lacks(metric := spec.metric_of(claim)):
+            there = nearest(metric, columns.known)
+            raise UserError(f"claim {claim.name!r}: no run in {folder} has a score {metric!r}; {there}")
+
+
 def _read_saved(folder: StudyFolder) -> dict[str, Any] | None:
     if not folder.study.exists():
         return None
     remedy = "put it back, or give another --workdir"
     saved: dict[str, Any] = files.read_json(folder.study, dict, remedy)
-    if not isinstance(saved.get("registered"), dict):
+    registered = saved.get("registered")
+    if not isinstance(registered, dict) or any(type(done) is not int for done in registered.values()):
         raise UserError(f"{folder.study} is damaged: its claims are missing; {remedy}")
     return saved
 
@@ -254,6 +282,8 @@ class _Runner:
         self._status = {(member.name, seed): one for (member, seed), one in zip(runs, found, strict=True)}
         # Rows of runs that are over: they are read once.
         self._over: dict[tuple[str, int], tuple[list[Row], list[Row], list[Row]]] = {}
+        # Claims that a line was printed about.
+        self._said: set[str] = set()
         self._progress = _Progress(spec, chosen, self._is_over)
 
     def finished(self) -> int:
@@ -329,7 +359,21 @@ class _Runner:
             for path, part in zip((folder.table, folder.measured, folder.scores), parts, strict=True):
                 table.write_parquet(path, part)
         rows, measured, scores = parts
-        return Study(spec, folder, rows, measured, scores, registered)
+        made = Study(spec, folder, rows, measured, scores, registered)
+        self._say_unknown(made)
+        return made
+
+    def _say_unknown(self, made: Study) -> None:
+        """Prints a line for each claim about a score that runs turn out not to have, once: it will not be answered."""
+        for claim in made.spec.claims:
+            metric = made.spec.metric_of(claim)
+            if claim.name in self._said or not made.columns.lacks(made.columns.named(metric)):
+                continue
+            self._said.add(claim.name)
+            if jax.process_index() == 0:
+                there = nearest(metric, made.columns.known)
+                line = f"claim {claim.name!r}: no run has a score {metric!r}; {there}"
+                print(f"scaling-dit: study: {printable(line)}", file=sys.stderr, flush=True)
 
     def _tables(self, member: Member, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
         key = member.name, seed

@@ -16,6 +16,7 @@ from etils import epath
 
 from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir, read_metrics
+from scaling_dit.config.named import section_of
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.request import Request, config_of
@@ -23,7 +24,7 @@ from scaling_dit.monitor import goodput
 from scaling_dit.scaling import ladder
 from scaling_dit.scaling.folder import RESULT, StudyFolder, scores_folder
 from scaling_dit.scaling.ladder import Member
-from scaling_dit.scaling.spec import StudySpec, config_hash, point_steps
+from scaling_dit.scaling.spec import StudySpec, config_hash, is_loss, point_steps
 
 Row = dict[str, Any]
 DONE, RUNNING, STOPPED, WAITING = "done", "running", "stopped", "waiting"
@@ -46,9 +47,15 @@ COLUMNS = (
     "config_hash",
     "loss",
 )
+# Columns of an axis of the members, and of the ends of a score's interval.
+GROUP = "group_"
+ENDS = ("_low", "_high")
+# Columns that the table by member has besides: the number of seeds, and the deviation of each score.
+_SEEDS, _DEVIATION = "seeds", "_sd"
 _SPEED = "speed/mean_images_per_second"
 _BIN = re.compile(r"validation/(loss_t\d+-\d+)")
 _REMEDY = "put the file back"
+_RENAME = "rename it in its class, and give the study another --workdir"
 _INSTALL = "needs pyarrow for its tables: pip install 'scaling-dit[study]'"
 
 
@@ -92,9 +99,11 @@ def run_rows(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) ->
         }
         bins = {m[1]: value for name, value in by_step[step].items() if (m := _BIN.fullmatch(name))}
         row |= dict(sorted(bins.items()))
-        for metric in spec.metrics:
-            row |= _averaged(spec, run, step, metric)
-        row |= {f"group_{axis}": label for axis, label in sorted(member.groups.items()) if axis != "family"}
+        scores = {metric: _averaged(spec, run, step, metric) for metric in spec.metrics}
+        _check_names({metric: scalars for metric, (scalars, _) in scores.items()})
+        for _, columns in scores.values():
+            row |= columns
+        row |= {f"{GROUP}{axis}": label for axis, label in sorted(member.groups.items()) if axis != "family"}
         found.append(row)
     return found
 
@@ -139,29 +148,66 @@ def _last(run: Workdir) -> int:
     return int(files.read_json(run.config, dict, _REMEDY)["steps"]) if run.config.exists() else -1
 
 
-def _averaged(spec: StudySpec, run: Workdir, step: int, metric: str) -> dict[str, float]:
-    """A metric's scalars at the config's own guidance: means over generation seeds, and means of their intervals."""
+def _averaged(spec: StudySpec, run: Workdir, step: int, metric: str) -> tuple[list[str], dict[str, float]]:
+    """(names of a metric's scalars, their columns) at the config's own guidance.
+
+    Columns are means over generation seeds, and means of their intervals.
+    """
     paths = results(spec, run, step)
-    read = [
-        _scalars(metric, files.read_json(paths[metric, seed, None], dict, _REMEDY))
-        for seed in spec.generation_seeds
-    ]
-    return {
+    found = [files.read_json(paths[metric, seed, None], dict, _REMEDY) for seed in spec.generation_seeds]
+    read = [_flat(metric, one) for one in found]
+    return list(found[0]["scalars"]), {
         name: statistics.fmean(one[name] for one in read) for name in read[0] if all(name in o for o in read)
     }
 
 
-def _scalars(metric: str, result: Mapping[str, Any]) -> dict[str, float]:
+def _flat(metric: str, result: Mapping[str, Any]) -> dict[str, float]:
     """The scalars of a result, and "NAME_low", "NAME_high" of those with an interval."""
-    intervals = {f"{metric}_{kind}": ends for kind, ends in result.get("interval_by_type", {}).items()}
-    if result.get("interval"):
-        intervals[metric] = result["interval"]
+    intervals = _intervals(metric, result)
     flat: dict[str, float] = {}
     for name, value in result["scalars"].items():
         flat[name] = float(value)
         if name in intervals:
-            flat[f"{name}_low"], flat[f"{name}_high"] = map(float, intervals[name])
+            flat |= dict(zip((f"{name}{end}" for end in ENDS), intervals[name], strict=True))
     return flat
+
+
+def _intervals(metric: str, result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Scalar -> (low, high): of the first, whose interval a result has, and of types."""
+    found = {
+        f"{section_of(metric)}_{kind}": ends for kind, ends in result.get("interval_by_type", {}).items()
+    }
+    if result.get("interval"):
+        found[next(iter(result["scalars"]))] = result["interval"]
+    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
+
+def _check_names(scalars: Mapping[str, Sequence[str]]) -> None:
+    """Makes sure that the scalars of the metrics have columns of their own: one would silently stand for another.
+
+    Raises:
+      UserError: two of one name, or one with the name of another column.
+    """
+    owners: dict[str, str] = {}
+    for metric, names in scalars.items():
+        for name in names:
+            if name in owners:
+                raise UserError(
+                    f"metrics {owners[name]!r} and {metric!r} have a scalar {name!r} each, and a study's table one "
+                    f"column of a name; {_RENAME}"
+                )
+            owners[name] = metric
+    for name, metric in owners.items():
+        base = next((name.removesuffix(e) for e in (*ENDS, _DEVIATION) if name.endswith(e)), name)
+        if (
+            name in (*COLUMNS, _SEEDS)
+            or is_loss(name)
+            or name.startswith(GROUP)
+            or (base != name and base in owners)
+        ):
+            raise UserError(
+                f"metric {metric!r} has a scalar {name!r}, which is another column of a study's tables; {_RENAME}"
+            )
 
 
 def run_scores(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -> list[Row]:
@@ -173,7 +219,7 @@ def run_scores(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) 
             if not path.exists():
                 continue
             result = files.read_json(path, dict, _REMEDY)
-            flat = _scalars(metric, result)
+            intervals = _intervals(metric, result)
             about = {
                 "member": member.name,
                 "seed": seed,
@@ -183,9 +229,9 @@ def run_scores(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) 
                 "metric": metric,
                 "n": result["n"],
             }
-            for name in result["scalars"]:
-                ends = {"low": flat.get(f"{name}_low"), "high": flat.get(f"{name}_high")}
-                found.append(about | {"scalar": name, "value": flat[name]} | ends)
+            for name, value in result["scalars"].items():
+                low, high = intervals.get(name, (None, None))
+                found.append(about | {"scalar": name, "value": float(value), "low": low, "high": high})
     return found
 
 
@@ -222,8 +268,8 @@ def columns_of(found: Sequence[Row]) -> list[str]:
     """All columns of some rows: those of COLUMNS first, then the others as they come, groups last."""
     names = dict.fromkeys(name for row in found for name in row)
     rest = [name for name in names if name not in COLUMNS]
-    grouped = [name for name in rest if name.startswith("group_")]
-    plain = [name for name in rest if not name.startswith("group_")]
+    grouped = [name for name in rest if name.startswith(GROUP)]
+    plain = [name for name in rest if not name.startswith(GROUP)]
     return [*(name for name in COLUMNS if name in names), *plain, *sorted(grouped)]
 
 

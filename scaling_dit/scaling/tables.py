@@ -78,7 +78,7 @@ def claims_html(answered: Sequence[Answered], survival: Mapping[str, str]) -> st
     rows = []
     for one in answered:
         verdict = one.answer.verdict if one.answer else "undecided"
-        word = verdict if one.answer else "waiting"
+        word = verdict if one.answer else "no such score" if one.lacks else "waiting"
         when = "before any run" if not one.after else f"after {one.after} runs had finished"
         rows.append(
             f'<tr><td class="text">{_h(one.claim.name)}</td><td class="{verdict}">{word}</td>'

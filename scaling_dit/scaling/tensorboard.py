@@ -15,6 +15,7 @@ from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import read_metrics
 from scaling_dit.monitor.writers import TensorBoardWriter
 from scaling_dit.scaling import ladder, table
+from scaling_dit.scaling.columns import Columns
 from scaling_dit.scaling.folder import StudyFolder
 from scaling_dit.scaling.ladder import Member
 from scaling_dit.scaling.spec import StudySpec
@@ -41,7 +42,7 @@ def write(spec: StudySpec, folder: StudyFolder, member: Member, seed: int) -> No
         if shown:
             writer.scalars(row["step"], shown)
     for row in table.run_rows(spec, folder, member, seed):
-        scores = {name: row[name] for name in scores_of(spec, row)}
+        scores = {name: row[name] for name in Columns(spec, [row], []).scores()}
         writer.scalars(row["step"], {f"evaluation/{name}": value for name, value in scores.items()})
         gflop = round(one.train_flops(row["step"]) / 1e9)
         writer.scalars(gflop, {f"by_gflop/{name}": value for name, value in scores.items()})
@@ -67,9 +68,3 @@ def hparams(spec: StudySpec, member: Member, seed: int) -> dict[str, Any]:
     one = ladder.cost(member.config)
     costs = {"params": one.params, "train_flops": float(one.train_flops())}
     return {"member": member.name, "seed": seed, **costs, **varied}
-
-
-def scores_of(spec: StudySpec, row: table.Row) -> list[str]:
-    """The columns of a row that are worth a curve: the loss, and each metric's scalars without their ends."""
-    names = [name for name in row if any(name == m or name.startswith(f"{m}_") for m in spec.metrics)]
-    return ["loss", *(name for name in names if not name.endswith(("_low", "_high")))]

@@ -131,7 +131,7 @@ def places(study: Study, metric: str) -> tuple[list[Place], float] | None:
     if not found:
         return None
     of = {name: sweep for sweep in found for name in sweep.rates}
-    sign = 1 if findings.lower_is_better(study.spec, metric) else -1
+    sign = 1 if study.columns.lower_is_better(metric) else -1
     means = {
         one["member"]: sign * one[metric] for one in findings.by_member(study) if one.get(metric) is not None
     }

@@ -113,6 +113,27 @@ def test_without_claims_the_order_is_the_answer(study):
     assert findings.ranking(plain, "loss").order[0] in ("uvit-008", "pixart-009")
 
 
+def test_the_order_of_the_best_counts_all_members(study, monkeypatch):
+    plain = dataclasses.replace(study, spec=dataclasses.replace(study.spec, claims=()))
+    whole = report._order(plain)
+    assert findings.left_out(plain, "shapes_tifa") == "" and "nly" not in whole and "eft out" not in whole
+    monkeypatch.setattr(findings, "RANKED", 4)
+    line = findings.headline(plain, [])
+    assert "is best by shapes_tifa of 10 members" in line and "tau of the order of the best 4 over" in line
+    assert len(findings.ranking(plain, "shapes_tifa").order) == 4
+    assert "Only the best 4 of 10 members are ordered.</p>" in report._order(plain)
+    # Of one member a single run is over.
+    last = plain.spec.members[-1].name
+    few = simulated_study.with_rows(
+        plain, [row for row in plain.rows if row["member"] != last or row["seed"] == 0]
+    )
+    assert "of the 9 members that compare and have 2 seeds or more" in findings.headline(few, [])
+    said = (
+        "Only the best 4 of 9 members are ordered. Left out, for they have fewer than 2 seeds with a finite"
+    )
+    assert f"{said} shapes_tifa: {last}.</p>" in report._order(few)
+
+
 def test_laws_recover_what_made_the_points(study):
     fits = {fit.name: fit for fit in fitted.fits(study)}
     surface = fits["uvit: loss over parameters and samples (approach 3)"]
@@ -229,8 +250,8 @@ def test_the_printed_laws_of_p1():
 
 def test_which_columns_are_better_low(study):
     spec = dataclasses.replace(study.spec, metrics=("fid", "shapes_tifa"), claims=())
+    made = dataclasses.replace(study, spec=spec)
     low = [
-        findings.lower_is_better(spec, name)
-        for name in ("loss", "loss_t0000-0199", "fid", "shapes_tifa_color")
+        made.columns.lower_is_better(name) for name in ("loss", "loss_t0000-0199", "fid", "shapes_tifa_color")
     ]
     assert low == [True, True, True, False]

@@ -55,11 +55,101 @@ def made(chosen, **fields):
         ({"claims": (Claim("c", "uvit-000", "pixart-001"),), "seeds": (0,)}, "at least 2 training seeds"),
         ({"claims": (Claim("c", "uvit-000", "pixart-001"),), "metrics": ()}, 'give its claims metric="loss"'),
         ({"claims": (Claim("c", "uvit-000", "pixart-001"),) * 2}, "claim 'c' is there twice"),
+        ({"question": 3}, "question is 3; give a text"),
+        ({"metrics": "shapes_tifa"}, "metrics is 'shapes_tifa'; give a tuple of names, such as"),
+        ({"metrics": (3,)}, "metrics holds 3; give a tuple of names"),
+        ({"metrics": {"fid": 1}}, "metrics is a dict; give a tuple of names"),
+        ({"items": 4.5}, "items is 4.5; give a whole number"),
+        ({"items": True}, "items is True; give a whole number"),
+        ({"points": 1.5}, "points is 1.5; give a whole number"),
+        ({"points": "4"}, "points is '4'; give a whole number"),
+        ({"seeds": 3}, "seeds is 3; give a tuple of whole numbers"),
+        ({"seeds": (0.5,)}, "seeds holds 0.5; give a tuple of whole numbers"),
+        ({"generation_seeds": (True,)}, "generation_seeds holds True"),
+        ({"guidances": 3.0}, "guidances is 3.0; give a tuple of numbers"),
+        ({"guidances": ("3",)}, "guidances holds '3'; give a tuple of numbers"),
+        ({"guidances": (float("nan"),)}, "guidance scales are 1 or more"),
+        ({"claims": ("a beats b",)}, "claims holds 'a beats b'; give a tuple of claims"),
+        ({"members": ("uvit",)}, "members holds 'uvit'; give a tuple of members"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(members, fields, message):
     with pytest.raises(UserError, match=message):
         made(members, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"name": ""}, "a claim has the name ''; give what it claims"),
+        ({"name": 5}, "a claim has the name 5; give what it claims"),
+        ({"b": None}, "claim 'c': b is None; give a text"),
+        ({"margin": "0.1"}, "claim 'c': margin is '0.1'; give a finite number"),
+        ({"margin": float("nan")}, "claim 'c': margin is nan; give a finite number"),
+        ({"margin": float("inf")}, "margin is inf"),
+        ({"margin": True}, "margin is True"),
+        ({"paired": 1}, "claim 'c': paired is 1; give True or False"),
+        ({"metric": None}, "claim 'c': metric is None; give a text"),
+    ],
+)
+def test_a_mistake_in_a_claim_is_one_line(fields, message):
+    with pytest.raises(UserError, match=message):
+        Claim(**{"name": "c", "a": "x", "b": "y"} | fields)
+
+
+def test_lists_are_taken_for_tuples(members):
+    claims = [Claim("c", "uvit-000", "pixart-001")]
+    spec = made(list(members), seeds=range(2), metrics=["fid"], claims=claims, guidances=[3])
+    assert (spec.seeds, spec.metrics, spec.claims, spec.guidances) == ((0, 1), ("fid",), (claims[0],), (3,))
+    assert spec.members == members and hash(spec.metrics)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("config", {}), ("name", 3), ("base", None), ("groups", "x"), ("changes", 3)]
+)
+def test_a_member_of_other_types_is_one_line(members, field, value):
+    with pytest.raises(UserError, match=f"its {field} is "):
+        made((dataclasses.replace(members[0], **{field: value}),))
+
+
+# What is right by chance.
+RIGHT = (
+    (("question",), "x"), (("generation_seeds",), [3]), (("guidances",), [3]), (("claims", 0, "name"), "x"),
+)  # fmt: skip
+
+
+def _damaged(saved, place, value):
+    *path, last = place
+    for key in path:
+        saved = saved[key]
+    saved[last] = value
+
+
+@pytest.mark.parametrize("value", [None, "x", [3]])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("question",), ("members",), ("seeds",), ("metrics",), ("claims",), ("items",), ("points",),
+        ("generation_seeds",), ("guidances",), ("members", 0), ("members", 0, "config"), ("members", 0, "name"),
+        ("members", 0, "changes"), ("members", 0, "groups"), ("members", 0, "base"), ("claims", 0),
+        ("claims", 0, "margin"), ("claims", 0, "name"), ("members", 0, "config", "steps"),
+    ],
+)  # fmt: skip
+def test_a_damaged_study_file_is_one_line(saved, place, value):
+    changed = json.loads(saved)
+    _damaged(changed, place, value)
+    if (place, value) in RIGHT:
+        assert spec_lib.from_json(changed)
+        return
+    with pytest.raises(UserError, match=r"study\.json") as error:
+        spec_lib.from_json(changed, "there/study.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def saved(members):
+    claims = (Claim("c", "uvit-000", "pixart-001"),)
+    return json.dumps(spec_lib.to_json(made(members, claims=claims)))
 
 
 def test_names_are_folders_and_one_of_a_kind(members):
@@ -126,6 +216,10 @@ def test_a_file_gives_its_study(tmp_path, monkeypatch):
     path.write_text(FILE)
     assert [member.name for member in spec_lib.load(f"{path}:two").members] == ["a", "b"]
     assert len(spec_lib.load(str(path)).members) == 1
+    monkeypatch.setenv("STUDIES", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("$STUDIES/mine.py:two", "${STUDIES}/mine.py:two", "~/mine.py:two"):
+        assert len(spec_lib.load(place).members) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,7 +230,13 @@ def test_a_file_gives_its_study(tmp_path, monkeypatch):
         ("def get_study():\n    return 3", "mine.py", "returned int; it must return a StudySpec"),
         ("def get_study():\n    return 1 / 0", "mine.py", "mine.py, line 2: ZeroDivisionError"),
         ("def get_study():\n    return 3", "mine.py:x", "takes no argument; leave out ':x'"),
+        ("def get_study():\n    return 3", "mine.py", "get_study of .*mine.py returned int"),
         ("", "shapes_cor", "no study 'shapes_cor'; did you mean 'shapes_core'"),
+        ("", "a.b", "--config=a.b: not a study; give a name such as shapes_core, or path/to/file.py"),
+        ("", "..", "--config=..: not a study; give a name"),
+        ("", "", "--config=: not a study; give a name"),
+        ("", "$NOPE_NONE/s.py", r"\$NOPE_NONE/s.py: the environment variable NOPE_NONE is not set"),
+        ("", "~nobody_there/s.py", "there is no home folder of '~nobody_there'"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line(tmp_path, text, place, message):

@@ -94,6 +94,15 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_trained(spec, tmp_p
         study_lib.member("last", tmp_path / "late")
 
 
+def test_what_is_no_study_is_one_line(tmp_path):
+    for wrong, message in (
+        (3, "a study is named by a text such as 'shapes_core:smoke'"),
+        ("..", "not a study"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study_lib.study(wrong, tmp_path)
+
+
 def test_data_are_opened_once_and_not_for_runs_that_are_over(spec, tmp_path, monkeypatch):
     opened, open_source = [], member_runs.open_source
     monkeypatch.setattr(member_runs, "open_source", lambda config: opened.append(1) or open_source(config))

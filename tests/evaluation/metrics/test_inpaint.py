@@ -107,6 +107,12 @@ def test_images_of_files_are_scored_outside_of_their_masks(tmp_path):
     result, rows = scored(metric, [item.truth for item in found], found)
     assert next(iter(result["scalars"])) == "inpaint_psnr" and "inpaint" not in result["scalars"]
     assert [row["score"] for row in rows] == [inpaint.MOST_DB] * len(found)
+    # The interval is that of the first scalar, the PSNR of the mean error, and not of a mean of PSNRs.
+    other = [255 - item.truth if number else item.truth for number, item in enumerate(found)]
+    result, _ = scored(metric, other, found)
+    low, high = result["interval"]
+    assert low <= result["scalars"]["inpaint_psnr"] <= high <= inpaint.MOST_DB
+    assert len(found) > 1 and low < 10
     with pytest.raises(UserError, match="ask for at most"):
         metric.items(source, 50)
 

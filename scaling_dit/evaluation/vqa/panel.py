@@ -11,23 +11,13 @@ import numpy as np
 from absl import logging
 
 from scaling_dit.components import BackEnds, Registry, check_methods, describe, one_line
+from scaling_dit.config import metrics
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.vqa import Asked, Judge, Likelihood
 from scaling_dit.evaluation.vqa.answers import ANSWER, LIKELIHOOD, Answers, keys
 
-BACK_ENDS = BackEnds(
-    Registry(
-        "judge",
-        {
-            "transformers": "scaling_dit.evaluation.vqa.transformers_models:TransformersJudge",
-            "openai": "scaling_dit.evaluation.vqa.endpoint:Endpoint",
-            "shapes": "scaling_dit.evaluation.vqa.scenes:Oracle",
-        },
-    ),
-    {"transformers": "folder", "openai": "url"},
-    "--judge_option",
-)
+BACK_ENDS = BackEnds(Registry("judge", metrics.JUDGES), metrics.JUDGE_PLACES, "--judge_option")
 # Questions that a kill can lose.
 _AT_ONCE = 256
 R = TypeVar("R")

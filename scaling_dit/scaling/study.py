@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from scaling_dit import config as config_lib
 from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError
@@ -187,6 +188,8 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
       UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
         or what every run is evaluated with differs.
     """
+    # The spec is the user's, or was checked when it was read.
+    config_lib.trust_names(spec.metrics)
     saved, now = _read_saved(folder), spec_lib.to_json(spec)
     registered: dict[str, int] = {}
     if saved is not None:

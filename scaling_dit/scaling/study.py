@@ -151,9 +151,15 @@ def write_tables(workdir: str | epath.Path) -> Study:
     return _Runner(spec_lib.from_json(saved), folder).study(saved["registered"])
 
 
-def count_finished(spec: StudySpec, folder: StudyFolder) -> int:
-    """How many runs of a study are over, as they lie in its folder."""
-    return _Runner(spec, folder).finished()
+def prepare(spec: StudySpec, folder: StudyFolder) -> None:
+    """Checks what is left of a study as `study` does, and registers it; trains nothing.
+
+    Raises:
+      UserError: as `study`.
+    """
+    runner = _Runner(spec, folder)
+    runner.check()
+    register(spec, folder, runner.finished)
 
 
 def read_spec(workdir: str | epath.Path) -> StudySpec:
@@ -186,8 +192,10 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
 
     Raises:
       UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
-        or what every run is evaluated with differs.
+        or what every run is evaluated with differs; or the folder holds a run.
     """
+    if folder.holds_run_alone():
+        raise UserError(f"{folder} holds a run, not a study; give another --workdir")
     # The spec is the user's, or was checked when it was read.
     config_lib.trust_names(spec.metrics)
     saved, now = _read_saved(folder), spec_lib.to_json(spec)

@@ -78,7 +78,9 @@ class Study(Verb):
 
             noted = members_at_once.settle()
 
-        from scaling_dit.scaling import spec, study
+        chosen = self._chosen()
+
+        from scaling_dit.scaling import study
         from scaling_dit.training.loop import Stopped
 
         try:
@@ -91,7 +93,7 @@ class Study(Verb):
             if self.tables:
                 found = study.write_tables(self.workdir)
             else:
-                chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+                chosen = chosen or study.read_spec(self.workdir)
                 found = study.study(chosen, self.workdir, at_once=self.at_once, own_code=self.own_code)
         except Stopped as stop:
             self._say(f"scaling-dit: {stop}", sys.stderr)
@@ -99,6 +101,12 @@ class Study(Verb):
         self._say(f"{found.runs} runs, {len(found.rows)} points: {found.folder.table}")
         self._say(f"its report: scaling-dit report {self.workdir}")
         return 0
+
+    def _chosen(self) -> Any:
+        """The spec of --config; first, so that a mistake in it is told before the slow imports."""
+        from scaling_dit.scaling import spec
+
+        return spec.load(self.config) if self.config else None
 
     @staticmethod
     def _say(line: str, file: TextIO | None = None) -> None:
@@ -111,10 +119,11 @@ class Study(Verb):
     def _print_members(self) -> int:
         """Checks and registers the study, and prints what a queue needs to know of it."""
         self._check_folder()
+        chosen = self._chosen()
 
-        from scaling_dit.scaling import queue_members, spec, study
+        from scaling_dit.scaling import queue_members, study
 
-        chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+        chosen = chosen or study.read_spec(self.workdir)
         folder = study.StudyFolder(self.workdir)
         study.prepare(chosen, folder)
         print(json.dumps(queue_members.of(chosen, folder, own_code=self.own_code), indent=1))

@@ -142,7 +142,9 @@ def _is_lower_better(metric: str, entries: Sequence[Entry]) -> bool:
     Raises:
       UserError: rows that differ, or older ones of a metric of a user's own, which may not run here.
     """
-    said = {bool(row["lower_is_better"]) for entry in entries for row in entry.rows if "lower_is_better" in row}
+    said = {
+        bool(row["lower_is_better"]) for entry in entries for row in entry.rows if "lower_is_better" in row
+    }
     if len(said) > 1:
         raise UserError(
             f"metric {metric!r}: by some results lower is better and by others higher; evaluate all runs anew"

@@ -70,7 +70,9 @@ def _check_member(spec: StudySpec, member: Member) -> None:
             except Skipped as missing:
                 # Some name the metric themselves.
                 text = str(missing)
-                raise Skipped(text if text.startswith("metric ") else f"metric {one.name!r}: {text}") from missing
+                raise Skipped(
+                    text if text.startswith("metric ") else f"metric {one.name!r}: {text}"
+                ) from missing
         items = one.prompts(source, spec.items).items
         conditioned.check(items, member.config.conditioning.names, one.section)
 

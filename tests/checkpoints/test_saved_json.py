@@ -204,7 +204,10 @@ def test_samplers_of_the_package_are_no_strangers():
 
 
 def test_a_judge_of_ones_own_counts_where_it_is_asked():
-    sections = {"tifa": {"judge": "openai:http://x", "second_judge": "mine:Judge"}, "dpg": {"judge": "shapes:a"}}
+    sections = {
+        "tifa": {"judge": "openai:http://x", "second_judge": "mine:Judge"},
+        "dpg": {"judge": "shapes:a"},
+    }
     named = {"metrics.tifa.second_judge": "mine:Judge", "metrics.dpg.judge": "shapes:a"}
     assert own_code.judge_names({"metrics": sections}) == named
     # Nothing that is trained depends on it.

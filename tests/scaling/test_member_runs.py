@@ -77,7 +77,9 @@ def test_judges_are_looked_for_and_not_loaded(tmp_path, monkeypatch):
 
 def test_what_one_process_lacks_ends_all_with_one_line(monkeypatch, tmp_path):
     """Weights or data on one host of two: each process is told, as if the gather had come from both."""
-    missing = Member("late", config_lib.load("shapes:smoke", [f"--config.source.name=folder:{tmp_path}/no"]), {}, {})
+    missing = Member(
+        "late", config_lib.load("shapes:smoke", [f"--config.source.name=folder:{tmp_path}/no"]), {}, {}
+    )
     spec = study_of("clip_score")
     for one, line in (
         (spec, "member 'one': metric 'clip_score' lacks weights"),

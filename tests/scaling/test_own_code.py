@@ -39,7 +39,9 @@ def folders(tmp_path, monkeypatch):
         simulated_study.write(simulated_study.with_rows(made, []))
     path = tmp_path / "stranger" / "study.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": ["strange_metric:Score"]}))
-    (tmp_path / "strange_metric.py").write_text("import pathlib\npathlib.Path(__file__).with_name('RAN').touch()\n")
+    (tmp_path / "strange_metric.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('RAN').touch()\n"
+    )
     (tmp_path / "own_study.py").write_text(OWN_FILE)
     yield tmp_path
     sys.modules.pop("strange_metric", None)
@@ -47,7 +49,11 @@ def folders(tmp_path, monkeypatch):
 
 def test_no_verb_runs_a_strangers_metric(folders, capsys):
     for verb in VERBS:
-        words = {"STRANGER": folders / "stranger", "OWN_FILE": folders / "own_study.py", "OWN": folders / "own"}
+        words = {
+            "STRANGER": folders / "stranger",
+            "OWN_FILE": folders / "own_study.py",
+            "OWN": folders / "own",
+        }
         command = list(verb)
         for word, path in words.items():
             command = [one.replace(word, str(path)) for one in command]

@@ -108,7 +108,9 @@ def test_a_folder_holds_a_run_or_a_study(spec, tmp_path, capsys):
     assert not (run / "study.json").exists()
     for config in (["--config=shapes:smoke"], ["--config=shapes:smoke", f"--from={run}"]):
         assert cli.main(["train", f"--workdir={study}", *config]) == 2
-        assert "study holds a study (study.json), not a run; give another --workdir" in capsys.readouterr().err
+        assert (
+            "study holds a study (study.json), not a run; give another --workdir" in capsys.readouterr().err
+        )
     assert sorted(path.name for path in study.iterdir()) == ["study.json"]
     # Where an earlier version has left both, each goes on.
     (study / "config.json").write_text("{}")

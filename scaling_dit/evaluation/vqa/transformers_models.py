@@ -67,7 +67,9 @@ class TransformersJudge:
         """Makes sure that the packages and the folder are there; raises Skipped or UserError."""
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
-                raise Skipped(f"judge transformers: {package} is not installed; pip install 'scaling-dit[eval]'")
+                raise Skipped(
+                    f"judge transformers: {package} is not installed; pip install 'scaling-dit[eval]'"
+                )
         _architecture(os.path.expanduser(folder))
 
     @property

@@ -191,8 +191,9 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
       finished: counts the runs that have finished; asked where claims are new.
 
     Raises:
-      UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
-        or what every run is evaluated with differs; or the folder holds a run.
+      UserError: the folder holds a run; or its study has a member of that name with another config, or a claim that
+        differs or is gone;
+        or what every run is evaluated with differs.
     """
     if folder.holds_run_alone():
         raise UserError(f"{folder} holds a run, not a study; give another --workdir")

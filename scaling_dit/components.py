@@ -12,7 +12,7 @@ import inspect
 import os
 import traceback
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from scaling_dit.errors import UserError, nearest
@@ -110,10 +110,7 @@ class Registry:
           UserError: as `resolve`, an argument the component does not have, or one left out that has no default.
         """
         known = self.arguments(name)
-        for argument in given:
-            if argument not in known:
-                hint = nearest(argument, known) if known else "it has none"
-                raise UserError(f"{self.what} {name!r} has no field {argument!r}; {hint}")
+        self.check_known(name, given)
         for argument, value in given.items():
             if is_plain(known[argument]) and not is_plain(value):
                 right = "a number, text, True, False or None, or a tuple of these"
@@ -130,6 +127,14 @@ class Registry:
             return component(**arguments)
         with one_line(f"{self.what} {name!r}: it"):
             return component(**arguments)
+
+    def check_known(self, name: str, given: Iterable[str]) -> None:
+        """Makes sure that a component has these arguments; raises UserError for the first that it has not."""
+        known = self.arguments(name)
+        for argument in given:
+            if argument not in known:
+                hint = nearest(argument, known) if known else "it has none"
+                raise UserError(f"{self.what} {name!r} has no field {argument!r}; {hint}")
 
     def _takes(self, component: Any, argument: str) -> bool:
         """Whether a component takes an argument that the program fills; those not in `filled` it must take."""
@@ -216,13 +221,23 @@ class BackEnds:
         Raises:
           UserError: the name or a field is unknown, a value has the wrong type, or the component cannot start.
         """
+        kind, given = self._given(name, options)
+        return self.registry.create(kind, given)
+
+    def check(self, name: str, options: Mapping[str, str]) -> None:
+        """Makes sure that `create` will find the component and its fields, and makes none; raises UserError."""
+        kind, given = self._given(name, options)
+        self.registry.check_known(kind, given)
+
+    def _given(self, name: str, options: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+        """(name of the component, its fields with their values)."""
         kind, place = self.split(name)
         known = self.registry.arguments(kind)
-        given: dict[str, Any] = {
+        given = {
             field: self._typed(field, text, known[field]) if field in known else text
             for field, text in options.items()
         }
-        return self.registry.create(kind, given | place)
+        return kind, given | place
 
     def _typed(self, field: str, text: str, default: Any) -> Any:
         """The text of an option, converted to the type of its default."""

@@ -1,6 +1,7 @@
 """The verb `doctor`."""
 
 import dataclasses
+import functools
 
 from scaling_dit.cli.options import flag, group
 from scaling_dit.cli.train import Processes
@@ -35,7 +36,8 @@ class Doctor(Verb):
         from scaling_dit.parallel import supervise, topologies
 
         chips = topologies.parse(self.topology, self.slices).chips if self.topology else None
-        config = config_lib.load(self.config or _SMALLEST, self.overrides)
+        # Where it is needed: it imports jax, which a supervisor has no use for.
+        config = functools.cache(lambda: config_lib.load(self.config or _SMALLEST, self.overrides))
         before = report.held_devices(end=self.end_stale)
         if before.passed is False:
             # jax would wait for the devices, or fail without naming who has them.
@@ -44,12 +46,12 @@ class Doctor(Verb):
             return report.FAULTY
 
         def check() -> int:
-            fitted = (
-                config if self._sized() else config_lib.resolve(config, [f"--config.batch={_least_batch()}"])
-            )
+            fitted = config()
+            if not self._sized():
+                fitted = config_lib.resolve(fitted, [f"--config.batch={_least_batch()}"])
             return report.main(fitted, self.workdir, before, chips=chips, as_json=self.json)
 
-        return self.processes.run_together(check, lambda: config.processes, self.command)
+        return self.processes.run_together(check, lambda: config().processes, self.command)
 
     def _sized(self) -> bool:
         """Whether the batch is the user's."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from scaling_dit.cli.options import changes, flag, group
 from scaling_dit.cli.train import Processes
-from scaling_dit.cli.verb import Verb, json_flag, own_code_flag
+from scaling_dit.cli.verb import Verb, json_flag, own_code_flag, trust_if
 from scaling_dit.diffusion.sampling_fields import SamplingFields
 from scaling_dit.errors import UserError
 from scaling_dit.fields import FROM_0, MANY, SEED, Rule, each
@@ -155,6 +155,7 @@ class Evaluate(Verb):
         if self.compare:
             from scaling_dit.evaluation import compare
 
+            trust_if(self.request.own_code)
             return compare.main(self.arguments, metrics=self.metrics, as_json=self.json)
         if self.arguments:
             raise UserError(f"evaluate takes {self.arguments[0]!r} with --compare only")

@@ -1,10 +1,9 @@
 """The verbs of a study: `study` runs one, `advise` asks one."""
 
 import dataclasses
-import functools
 import json
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from scaling_dit.cli.options import flag, group
 from scaling_dit.cli.train import Processes
@@ -46,34 +45,42 @@ class Study(Verb):
         """Runs the study, and returns the exit codes of `train`."""
         trust_if(self.own_code)
 
+        alone = ["--member"] * (self.member is not None) + ["--tables"] * self.tables
+        if len(alone) > 1 or (alone and (self.config is not None or self.at_once != 1 or self.queue)):
+            raise UserError(f"{alone[0]} goes with --workdir alone: the folder holds the study's members")
+        if self.queue:
+            return self._print_members()
+        # What follows imports jax, and a supervisor has no use for that.
+        return self.processes.run_together(self._train, self._settings, self.command)
+
+    def _settings(self) -> Any:
         from scaling_dit import config as config_lib
+
+        self._check_folder()
+        # The members' own would need their configs, and what makes those may use jax, which has to join first.
+        return config_lib.defaults().processes
+
+    def _check_folder(self) -> None:
         from scaling_dit.scaling.folder import StudyFolder
 
         if self.config is None and not StudyFolder(self.workdir).study.exists():
             raise UserError(
                 f"{self.workdir} holds no study, so study needs --config; for example: {self.EXAMPLE}"
             )
-        alone = ["--member"] * (self.member is not None) + ["--tables"] * self.tables
-        if len(alone) > 1 or (alone and (self.config is not None or self.at_once != 1 or self.queue)):
-            raise UserError(f"{alone[0]} goes with --workdir alone: the folder holds the study's members")
-        if self.queue:
-            return self._print_members()
+
+    def _train(self) -> int:
+        """Trains all members, or one, or writes the tables."""
+        self._check_folder()
+        # Whether the start of this process stands in the study's folder already.
         noted = False
         if self.member is not None:
             from scaling_dit.scaling import members_at_once
 
             noted = members_at_once.settle()
-        # The members' own would need their configs, and what makes those may use jax, which has to join first.
-        train = functools.partial(self._train, noted)
-        return self.processes.run_together(train, lambda: config_lib.defaults().processes, self.command)
 
-    def _train(self, noted: bool) -> int:
-        """Trains all members, or one, or writes the tables.
+        chosen = self._chosen()
 
-        Args:
-          noted: whether the start of this process stands in the study's folder already.
-        """
-        from scaling_dit.scaling import spec, study
+        from scaling_dit.scaling import study
         from scaling_dit.training.loop import Stopped
 
         try:
@@ -86,7 +93,7 @@ class Study(Verb):
             if self.tables:
                 found = study.write_tables(self.workdir)
             else:
-                chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+                chosen = chosen or study.read_spec(self.workdir)
                 found = study.study(chosen, self.workdir, at_once=self.at_once, own_code=self.own_code)
         except Stopped as stop:
             self._say(f"scaling-dit: {stop}", sys.stderr)
@@ -94,6 +101,12 @@ class Study(Verb):
         self._say(f"{found.runs} runs, {len(found.rows)} points: {found.folder.table}")
         self._say(f"its report: scaling-dit report {self.workdir}")
         return 0
+
+    def _chosen(self) -> Any:
+        """The spec of --config; first, so that a mistake in it is told before the slow imports."""
+        from scaling_dit.scaling import spec
+
+        return spec.load(self.config) if self.config else None
 
     @staticmethod
     def _say(line: str, file: TextIO | None = None) -> None:
@@ -104,12 +117,15 @@ class Study(Verb):
             print(line, file=file)
 
     def _print_members(self) -> int:
-        """Registers the study, and prints what a queue needs to know of it."""
-        from scaling_dit.scaling import queue_members, spec, study
+        """Checks and registers the study, and prints what a queue needs to know of it."""
+        self._check_folder()
+        chosen = self._chosen()
 
-        chosen = spec.load(self.config) if self.config else study.read_spec(self.workdir)
+        from scaling_dit.scaling import queue_members, study
+
+        chosen = chosen or study.read_spec(self.workdir)
         folder = study.StudyFolder(self.workdir)
-        study.register(chosen, folder, lambda: study.count_finished(chosen, folder))
+        study.prepare(chosen, folder)
         print(json.dumps(queue_members.of(chosen, folder, own_code=self.own_code), indent=1))
         return 0
 

@@ -73,14 +73,26 @@ class Train(Verb):
         config = functools.cache(self._config)
 
         def train() -> int:
+            # First, so that a mistake in it is told before the slow imports.
+            chosen = config()
+            self._check_folder()
+
             from scaling_dit.training.base import Start
             from scaling_dit.training.loop import main
 
             start = Start.parse(self.from_, self.from_ema, own_code=self.own_code) if self.from_ else None
             clock = time.time() - (time.perf_counter() - began)
-            return main(config(), self.workdir, clock, strict=self.strict, start=start)
+            return main(chosen, self.workdir, clock, strict=self.strict, start=start)
 
         return self.processes.run_together(train, lambda: config().processes, self.command)
+
+    def _check_folder(self) -> None:
+        from scaling_dit.scaling.folder import StudyFolder
+
+        if (there := StudyFolder(self.workdir)).holds_study_alone():
+            raise UserError(
+                f"{self.workdir} holds a study ({there.study.name}), not a run; give another --workdir"
+            )
 
     def _config(self) -> Any:
         """The resolved config: of the experiment, else the workdir's, else that of the run to begin from."""

@@ -9,7 +9,7 @@
 
 from scaling_dit.config.experiment_files import experiment_arguments, read_experiment
 from scaling_dit.config.overrides import apply_overrides, component_names, override_key
-from scaling_dit.config.own_code import check_trusted, own_names, trust_folder
+from scaling_dit.config.own_code import check_names, check_trusted, own_names, trust_folder, trust_names
 from scaling_dit.config.resolve import check_same_run, complete, differences, load, resolve
 from scaling_dit.config.schema import FIELDS, FREE_SECTIONS, WIDEST_EMA_POWER, defaults, is_free, section
 from scaling_dit.config.validate import check_choice, check_field, check_range, parse_group, validate
@@ -22,6 +22,7 @@ __all__ = [
     "apply_overrides",
     "check_choice",
     "check_field",
+    "check_names",
     "check_range",
     "check_same_run",
     "check_trusted",
@@ -44,6 +45,7 @@ __all__ = [
     "section",
     "to_json",
     "trust_folder",
+    "trust_names",
     "validate",
     "why_unknown",
 ]

@@ -46,6 +46,14 @@ REGISTRY = Registry(
     kind="class",
 )
 
+# Judges that the fields `judge` and `second_judge` of a metric may name, and the field that follows a name's colon.
+JUDGES: dict[str, str] = {
+    "transformers": "scaling_dit.evaluation.vqa.transformers_models:TransformersJudge",
+    "openai": "scaling_dit.evaluation.vqa.endpoint:Endpoint",
+    "shapes": "scaling_dit.evaluation.vqa.scenes:Oracle",
+}
+JUDGE_PLACES: dict[str, str] = {"transformers": "folder", "openai": "url"}
+
 # Fields that every metric's section has.
 COMMON: dict[str, Field] = {
     "every": Field(

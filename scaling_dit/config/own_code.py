@@ -7,13 +7,13 @@ process has named otherwise, or what a flag allows.
 
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from scaling_dit import files
-from scaling_dit.config import schema
+from scaling_dit.config import metrics, schema
 from scaling_dit.data.sources import SOURCES
 from scaling_dit.diffusion.sampling_fields import PUBLISHED
 from scaling_dit.errors import UserError
@@ -29,9 +29,7 @@ def own_names(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
     found: dict[str, str] = {}
     for section in schema.COMPONENTS:
         name = _value(config, f"{section}.name")
-        # "folder:PATH" is built in.
-        built_in = section == "source" and isinstance(name, str) and name.partition(":")[0] in SOURCES
-        if isinstance(name, str) and ":" in name and not built_in:
+        if isinstance(name, str) and ":" in name and not (section == "source" and _has_a_place(name)):
             found[f"{section}.name"] = name
     for key in schema.OWN_PARTS:
         name = _value(config, key)
@@ -46,9 +44,35 @@ def own_names(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
     return found
 
 
+def _has_a_place(name: str) -> bool:
+    """Whether this is a built-in source with its place, such as "folder:PATH"; `shapes` has none."""
+    row = SOURCES.get(name.partition(":")[0])
+    return row is not None and bool(row.form)
+
+
+def judge_names(config: Mapping[str, Any] | ConfigDict) -> dict[str, str]:
+    """Each judge of a user's own that the metrics of a config ask: by the field that names it.
+
+    They are no `own_names`: nothing that is trained or made depends on who judges it.
+    """
+    sections = _value(config, "metrics")
+    found = {}
+    for section in sections if isinstance(sections, Mapping | ConfigDict) else ():
+        for field in ("judge", "second_judge"):
+            name = _value(config, f"metrics.{section}.{field}")
+            if isinstance(name, str) and ":" in name and name.partition(":")[0] not in metrics.JUDGE_PLACES:
+                found[f"metrics.{section}.{field}"] = name
+    return found
+
+
 def trust(config: Mapping[str, Any] | ConfigDict) -> None:
     """Notes that the user of this process gave this config, and with it what it names."""
-    _TRUSTED.update(own_names(config).values())
+    trust_names([*own_names(config).values(), *judge_names(config).values()])
+
+
+def trust_names(names: Iterable[str]) -> None:
+    """As `trust`, of names that are given without a config, such as the metrics of a study."""
+    _TRUSTED.update(names)
 
 
 def trust_folder() -> None:
@@ -66,9 +90,15 @@ def check_trusted(saved: Mapping[str, Any] | ConfigDict, where: str) -> None:
     Raises:
       UserError: it does.
     """
-    foreign = {key: name for key, name in own_names(saved).items() if name not in _TRUSTED}
+    named = own_names(saved) | judge_names(saved)
+    check_names({f"config.{key}": name for key, name in named.items()}, where)
+
+
+def check_names(names: Mapping[str, str], where: str) -> None:
+    """As `check_trusted`, of each name with a ":" among some: by the field that holds it."""
+    foreign = {key: name for key, name in names.items() if ":" in name and name not in _TRUSTED}
     if foreign and _ANY not in _TRUSTED:
-        named = ", ".join(f"config.{key} {name!r}" for key, name in foreign.items())
+        named = ", ".join(f"{key} {name!r}" for key, name in foreign.items())
         raise UserError(
             f"{where} names code outside of scaling_dit, which would run here: {named}; if you trust it, add "
             "--own_code (own_code=True in Python)"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from scaling_dit import config as config_lib
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError, nearest
 from scaling_dit.evaluation import sweep
@@ -67,7 +68,8 @@ def main(runs: Sequence[str], *, metrics: Sequence[str] | None = None, as_json: 
       metrics: to compare; by default all that every run has.
 
     Raises:
-      UserError: fewer than two runs, no results, or results that were not made alike.
+      UserError: fewer than two runs, no results, or results that were not made alike; or rows of an earlier version
+        that name a metric of a user's own, which this process was not told of.
     """
     found = compare(runs, metrics)
     if as_json:
@@ -99,6 +101,7 @@ def compare(runs: Sequence[str], metrics: Sequence[str] | None = None) -> dict[s
             raise UserError(
                 f"not every run has results of metric {name!r}; {nearest(name, shared or METRICS)}"
             )
+    config_lib.trust_names(metrics or ())
     names = list(metrics or shared)
     if not names:
         raise UserError(f"{', '.join(runs)} have no metric in common")
@@ -133,6 +136,26 @@ def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     return next((key for key in _SAME if one.get(key) != other.get(key)), None)
 
 
+def _is_lower_better(metric: str, entries: Sequence[Entry]) -> bool:
+    """As the rows say, else as the metric does.
+
+    Raises:
+      UserError: rows that differ, or older ones of a metric of a user's own, which may not run here.
+    """
+    said = {
+        bool(row["lower_is_better"]) for entry in entries for row in entry.rows if "lower_is_better" in row
+    }
+    if len(said) > 1:
+        raise UserError(
+            f"metric {metric!r}: by some results lower is better and by others higher; evaluate all runs anew"
+        )
+    if said:
+        return said.pop()
+    # Rows of an earlier version.
+    config_lib.check_names({"metric": metric}, str(entries[0].root / RESULTS))
+    return is_lower_better(metric)
+
+
 def _compared(metric: str, entries: Sequence[Entry]) -> dict[str, Any]:
     first = entries[0]
     for entry in entries[1:]:
@@ -147,7 +170,7 @@ def _compared(metric: str, entries: Sequence[Entry]) -> dict[str, Any]:
             f"metric {metric!r}: the runs have no guidance in common; evaluate both with one --guidance"
         )
     scale = sweep.PROTOCOL if sweep.PROTOCOL in scales else min(scales, key=lambda value: value or 0.0)
-    lower = is_lower_better(metric)
+    lower = _is_lower_better(metric, entries)
     runs = []
     for entry in entries:
         row = entry.at(scale)[-1]

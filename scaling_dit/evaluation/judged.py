@@ -16,7 +16,7 @@ from scaling_dit.evaluation.metric import Batch, Item
 from scaling_dit.evaluation.vqa import Asked, fill
 from scaling_dit.evaluation.vqa.agreement import agreement
 from scaling_dit.evaluation.vqa.answers import Answers
-from scaling_dit.evaluation.vqa.panel import Panel, open_judge
+from scaling_dit.evaluation.vqa.panel import Panel, check_judge_named, open_judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,16 @@ class Judged(Base):
     kept: Answers = dataclasses.field(
         default_factory=Answers, metadata={"config": False}, compare=False, repr=False
     )
+
+    def check_ready(self) -> None:
+        """Makes sure that the judges can be opened, as far as that can be known without their networks.
+
+        Raises:
+          Skipped, UserError: as `ready`.
+        """
+        check_judge_named(self.judge, _options(self.judge_options))
+        if self.second_judge:
+            check_judge_named(self.second_judge, _options(self.second_options))
 
     def ready(self) -> None:
         """Opens the judges.

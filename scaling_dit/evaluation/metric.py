@@ -115,6 +115,9 @@ class Metric(Protocol):
 
     `init`, `update`, `merge` and `result` are pure: they change neither their arguments nor the metric.
 
+    A metric may have a method `check_ready()`, which raises Skipped for weights, packages or a judge that are missing,
+    as far as that can be known without loading a network; a study asks it before it trains.
+
     Besides, a metric may have a method `tower()`: the network that it runs over the images, with weights and batch, as
     a value to compare. `update` of metrics of one command with equal ones, prompts and `batch` is called in turn for
     each batch, so that a function with `features.sharded.Latest` around it computes features once for all of them.

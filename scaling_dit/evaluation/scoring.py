@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from scaling_dit.errors import StorageError, UserError
 from scaling_dit.evaluation.metric import (
     Batch,
     Item,
@@ -277,15 +278,18 @@ def settle(parts: Parts, skipped: Skipped | None) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block in which a process may find that a metric must be skipped; then all raise Skipped at its end."""
-    missing = ""
+    """A block in which a process may find a mistake, or that a metric must be skipped; then all raise it at its end.
+
+    Whatever turns one into the other stands around this block: a process that left it otherwise would leave the others
+    waiting.
+    """
+    fault: UserError | None = None
     try:
         yield
-    except Skipped as error:
-        missing = str(error)
-    found = [text.decode() for text in processes.gather_bytes(missing.encode()) if text]
-    if found:
-        raise Skipped(found[0])
+    except UserError as error:
+        fault = error
+    if (agreed := processes.agree(fault, (StorageError, UserError, Skipped))) is not None:
+        raise agreed
 
 
 def _check_count(found: int, items: int, wanted: int) -> None:

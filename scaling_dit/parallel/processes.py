@@ -236,13 +236,29 @@ def first_does(work: Callable[[], None]) -> None:
             work()
         except UserError as error:
             fault = error
-    if jax.process_count() > 1:
-        said = gather_bytes(f"{fault.exit_code} {fault}".encode() if fault else b"")[0].decode()
-        if said and fault is None:
-            code, _, text = said.partition(" ")
-            fault = StorageError(text) if int(code) == StorageError.exit_code else UserError(text)
-    if fault is not None:
-        raise fault
+    if (agreed := agree(fault)) is not None:
+        raise agreed
+
+
+def agree(
+    fault: UserError | None, kinds: Sequence[type[UserError]] = (StorageError, UserError)
+) -> UserError | None:
+    """The mistake that all processes report, if any has found one; all call this at the same place.
+
+    Args:
+      fault: what this process has found.
+      kinds: of mistakes; the earlier one counts first, then the lower number of a process. One of another kind counts
+        as a UserError.
+    """
+    kind = type(fault) if type(fault) in kinds else UserError
+    found = gather_bytes(f"{kinds.index(kind)} {fault}".encode() if fault else b"")
+    ranks = {number: int(text.partition(b" ")[0]) for number, text in enumerate(found) if text}
+    if not ranks:
+        return None
+    first = min(ranks, key=lambda number: (ranks[number], number))
+    if len(found) == 1:
+        return fault
+    return kinds[ranks[first]](found[first].decode().partition(" ")[2])
 
 
 def first_says(value: bool) -> bool:

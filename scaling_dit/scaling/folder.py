@@ -41,6 +41,18 @@ class StudyFolder(os.PathLike[str]):
     def __str__(self) -> str:
         return str(self.folder)
 
+    def holds_study_alone(self) -> bool:
+        """Whether this is the folder of a study and not of a run."""
+        return self.study.exists() and not self._holds_run()
+
+    def holds_run_alone(self) -> bool:
+        """Whether this is the folder of a run and not of a study."""
+        return self._holds_run() and not self.study.exists()
+
+    def _holds_run(self) -> bool:
+        run = Workdir(self.folder)
+        return run.config.exists() or run.checkpoints.exists()
+
     def run(self, member: str, seed: int) -> Workdir:
         """The workdir of one run."""
         return Workdir(self.folder / "runs" / member / f"seed{seed}")

@@ -15,9 +15,10 @@ from scaling_dit import config as config_lib
 from scaling_dit import files, signals
 from scaling_dit.checkpoints.frozen_base import absolute
 from scaling_dit.checkpoints.store import Checkpoints
-from scaling_dit.errors import UserError
+from scaling_dit.errors import StorageError, UserError
 from scaling_dit.evaluation import conditioned
 from scaling_dit.evaluation import run as evaluation
+from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.registry import choose
 from scaling_dit.evaluation.scoring import together
 from scaling_dit.model.build import open_source
@@ -37,11 +38,12 @@ _OF_PROMPTS = ("source", "captions", "codec", "eval", "metrics", "conditioning",
 def check(spec: StudySpec, members: Iterable[Member]) -> None:
     """Makes sure that the data of members are there, and that every metric has its prompts; each data are opened once.
 
-    Networks that a metric needs are not opened: they would lie in memory beside the training.
+    Networks that a metric needs are not opened: they would lie in memory beside the training. All processes call this,
+    and what one of them lacks ends all of them.
 
     Raises:
-      UserError: missing data, or a metric that does not fit them, lacks what it needs, has fewer prompts than the study
-        asks for, or conditions that the member does not read.
+      UserError: missing data, or a metric that does not fit them, lacks what it needs (weights, a judge, packages), has
+        fewer prompts than the study asks for, or conditions that the member does not read.
     """
     seen = set()
     for member in members:
@@ -50,14 +52,29 @@ def check(spec: StudySpec, members: Iterable[Member]) -> None:
         if data in seen:
             continue
         seen.add(data)
-        with together():
+        try:
+            with together():
+                _check_member(spec, member)
+        # Around `together`, which tells Skipped from other mistakes.
+        except UserError as error:
+            kind = StorageError if isinstance(error, StorageError) else UserError
+            raise kind(f"member {member.name!r}: {error}") from error
+
+
+def _check_member(spec: StudySpec, member: Member) -> None:
+    source = open_source(member.config)
+    for one in choose(member.config, spec.metrics):
+        if check_ready := getattr(one.metric, "check_ready", None):
             try:
-                source = open_source(member.config)
-                for one in choose(member.config, spec.metrics):
-                    items = one.prompts(source, spec.items).items
-                    conditioned.check(items, member.config.conditioning.names, one.section)
-            except UserError as error:
-                raise UserError(f"member {member.name!r}: {error}") from error
+                check_ready()
+            except Skipped as missing:
+                # Some name the metric themselves.
+                text = str(missing)
+                raise Skipped(
+                    text if text.startswith("metric ") else f"metric {one.name!r}: {text}"
+                ) from missing
+        items = one.prompts(source, spec.items).items
+        conditioned.check(items, member.config.conditioning.names, one.section)
 
 
 def finish(

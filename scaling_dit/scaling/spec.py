@@ -290,6 +290,9 @@ def from_json(saved: Mapping[str, Any], where: str = "study.json") -> StudySpec:
     try:
         for one in saved["members"]:
             config_lib.check_trusted(one["config"], f"study.json ({one['name']})")
+        # Whatever `tuple` makes a name of below.
+        metrics = {f"metrics[{number}]": str(name) for number, name in enumerate(saved["metrics"])}
+        config_lib.check_names(metrics, "study.json")
         members = tuple(
             Member(
                 one["name"],

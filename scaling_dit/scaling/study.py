@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from scaling_dit import config as config_lib
 from scaling_dit import files
 from scaling_dit.checkpoints.workdir import Workdir
 from scaling_dit.errors import UserError, nearest, printable
@@ -158,9 +159,15 @@ def write_tables(workdir: str | epath.Path) -> Study:
     return _Runner(_spec_of(saved, folder), folder).study(saved["registered"])
 
 
-def count_finished(spec: StudySpec, folder: StudyFolder) -> int:
-    """How many runs of a study are over, as they lie in its folder."""
-    return _Runner(spec, folder).finished()
+def prepare(spec: StudySpec, folder: StudyFolder) -> None:
+    """Checks what is left of a study as `study` does, and registers it; trains nothing.
+
+    Raises:
+      UserError: as `study`.
+    """
+    runner = _Runner(spec, folder)
+    runner.check()
+    register(spec, folder, runner.finished)
 
 
 def read_spec(workdir: str | epath.Path) -> StudySpec:
@@ -197,9 +204,14 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
       finished: counts the runs that have finished; asked where claims are new.
 
     Raises:
-      UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
-        or what every run is evaluated with differs; or a new claim is about a score that no run so far has.
+      UserError: the folder holds a run; or its study has a member of that name with another config, or a claim that
+        differs or is gone; or what every run is evaluated with differs; or a new claim is about a score that no run so
+        far has.
     """
+    if folder.holds_run_alone():
+        raise UserError(f"{folder} holds a run, not a study; give another --workdir")
+    # The spec is the user's, or was checked when it was read.
+    config_lib.trust_names(spec.metrics)
     saved, now = _read_saved(folder), spec_lib.to_json(spec)
     registered: dict[str, int] = {}
     if saved is not None:

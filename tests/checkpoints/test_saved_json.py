@@ -152,6 +152,7 @@ FOREIGN = {
     "sample.sampler": "stranger:Part",
     "optim.name": "stranger:Part",
     "eval.metrics": ["stranger:Part"],
+    "metrics.tifa": {"second_judge": "stranger:Part"},
 }
 
 
@@ -198,6 +199,19 @@ def test_samplers_of_the_package_are_no_strangers():
     name = "scaling_dit.diffusion.published_samplers:Euler"
     assert own_code.own_names({"sample": {"sampler": name}, "source": {"name": "folder:a:b"}}) == {}
     assert own_code.own_names({"codec": {"name": "scaling_dit.files:write_whole"}}) != {}
+    # This one has no place, so a module of that name would be imported.
+    assert own_code.own_names({"source": {"name": "shapes:a"}}) == {"source.name": "shapes:a"}
+
+
+def test_a_judge_of_ones_own_counts_where_it_is_asked():
+    sections = {
+        "tifa": {"judge": "openai:http://x", "second_judge": "mine:Judge"},
+        "dpg": {"judge": "shapes:a"},
+    }
+    named = {"metrics.tifa.second_judge": "mine:Judge", "metrics.dpg.judge": "shapes:a"}
+    assert own_code.judge_names({"metrics": sections}) == named
+    # Nothing that is trained depends on it.
+    assert own_code.own_names({"metrics": sections}) == {}
 
 
 def test_another_start_of_a_run_imports_what_it_names_itself(workdir, monkeypatch):

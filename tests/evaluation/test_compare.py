@@ -8,6 +8,7 @@ from etils import epath
 from scipy import stats
 
 from scaling_dit.cli import main as cli
+from scaling_dit.config import own_code
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation import compare, sweep
 from scaling_dit.evaluation.differences import Difference, holm, paired_bootstrap
@@ -112,6 +113,33 @@ def test_lower_is_better_where_it_is_and_a_distance_has_no_difference_by_prompt(
     # The smaller FID is that at 1.5, and 7.5 was not sampled.
     assert found["runs"][0]["best_guidance"] == 1.5 and found["runs"][0]["protocol"] is None
     assert found["guidance"] == 1.5
+
+
+def test_a_strangers_results_run_no_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own_code, "_TRUSTED", set())
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strange_score.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('RAN').touch()\nclass Score:\n    LOWER_IS_BETTER = True\n"
+    )
+    places = [str(tmp_path / name) for name in "ab"]
+    for place in places:
+        write_run(place, np.arange(5.0), metric="strange_score:Score", guidance=(1.5,))
+    assert cli.main(["evaluate", "--compare", *places]) == 2
+    said = capsys.readouterr().err
+    line = "a/results.jsonl names code outside of scaling_dit, which would run here: metric 'strange_score:Score'"
+    assert line in said and "--own_code" in said and said.count("\n") == 1
+    assert not (tmp_path / "RAN").exists()
+    assert cli.main(["evaluate", "--compare", "--own_code", "--json", *places]) == 0
+    assert json.loads(capsys.readouterr().out)["strange_score:Score"]["lower_is_better"] is True
+    assert (tmp_path / "RAN").exists()
+
+
+def test_rows_say_what_is_better_and_need_no_class(tmp_path):
+    for name, said in (("a", True), ("b", True), ("c", False)):
+        write_run(tmp_path / name, np.arange(5.0), metric="gone:Score", guidance=(1.5,), lower_is_better=said)
+    assert compare.compare([str(tmp_path / name) for name in "ab"])["gone:Score"]["lower_is_better"] is True
+    with pytest.raises(UserError, match="metric 'gone:Score': by some results lower is better and by others"):
+        compare.compare([str(tmp_path / name) for name in "ac"])
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):

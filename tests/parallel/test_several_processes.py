@@ -23,6 +23,7 @@ from scaling_dit.parallel import processes
 from scaling_dit.sampling import pipeline
 from scaling_dit.training import loop
 from tests.support import xla
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
@@ -289,6 +290,29 @@ def test_what_watches_a_process_reads_no_config(monkeypatch, tmp_path):
     command += ["--coordinator=localhost:8000", "--processes=2", "--process=1"]
     assert cli.main(command) == 75
     assert started == [[sys.executable, "-m", "scaling_dit", *command]]
+
+
+WATCHED = """
+import os, sys
+from scaling_dit.cli import main as cli
+from scaling_dit.parallel import supervise
+supervise.run = lambda command: print(command[3], "jax" in sys.modules) or 75
+joined = ["--coordinator=localhost:8000", "--processes=2", "--process=1"]
+for verb in sys.argv[1:]:
+    assert cli.main([verb, *([] if verb == "doctor" else ["--workdir=nowhere"]), *joined]) == 75
+assert cli.main(["train", "--config=nope", "--workdir=nowhere"]) == 2
+print("loop", "scaling_dit.training.loop" in sys.modules or "jax" in sys.modules)
+"""
+
+
+def test_parents_import_no_jax_and_a_mistake_in_a_config_comes_before_what_is_slow(tmp_path):
+    verbs = ["train", "sample", "evaluate", "study", "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, *verbs], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == [*(f"{verb} False" for verb in verbs), "loop False"], done.stderr
+    assert "no experiment 'nope'" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_sigterm_is_noticed_by_one_process():

@@ -84,6 +84,10 @@ class SetMetric(Base):
         references.build(source, reference, self.network, weights, built, batch=self.batch)
         return dataclasses.replace(self, reference=str(built))
 
+    def check_ready(self) -> None:
+        """Finds the weights; raises Skipped if they are missing."""
+        self._place()
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions with their images, once the weights and the reference are found.
 

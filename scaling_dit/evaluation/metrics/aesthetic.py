@@ -36,6 +36,10 @@ class Aesthetic(PerImage):
     clip_weights: str = ""
     batch: int = 64
 
+    def check_ready(self) -> None:
+        """Finds the weights; raises Skipped if they are missing."""
+        self._places()
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once the weights are found; raises Skipped if they are missing."""
         self._places()

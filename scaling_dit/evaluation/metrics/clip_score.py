@@ -38,6 +38,10 @@ class ClipScore(PerImage):
                 f"metrics.clip_score.size is {self.size!r}; {nearest(self.size, clip_vision.SIZES)}"
             )
 
+    def check_ready(self) -> None:
+        """Finds the weights; raises Skipped if they are missing."""
+        self._place()
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once the weights are found; raises Skipped if they are missing."""
         self._place()

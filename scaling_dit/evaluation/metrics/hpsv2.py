@@ -38,6 +38,10 @@ class Hpsv2(PerImage):
                 f"metrics.hpsv2.version is {self.version!r}; {nearest(self.version, published.HPS)}"
             )
 
+    def check_ready(self) -> None:
+        """Finds the weights; raises Skipped if they are missing."""
+        self._places()
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once weights and vocabulary are found; raises Skipped if they are missing."""
         self._places()

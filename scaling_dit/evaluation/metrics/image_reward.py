@@ -34,6 +34,10 @@ class ImageReward(PerImage):
     vocabulary: str = ""
     batch: int = 32
 
+    def check_ready(self) -> None:
+        """Finds the weights; raises Skipped if they are missing."""
+        self._places()
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once weights and vocabulary are found; raises Skipped if they are missing."""
         self._places()

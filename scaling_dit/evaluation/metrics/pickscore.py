@@ -29,6 +29,10 @@ class Pickscore(PerImage):
     tokenizer_files: str = ""
     batch: int = 64
 
+    def check_ready(self) -> None:
+        """Finds the weights; raises Skipped if they are missing."""
+        self._place()
+
     def items(self, source: Source, count: int) -> Sequence[Item]:
         """Held-out captions, once the weights are found; raises Skipped if they are missing."""
         self._place()

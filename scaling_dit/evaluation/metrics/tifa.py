@@ -42,6 +42,11 @@ class Tifa(Questioned):
         """
         return shapes_items(source, count, "tifa")
 
+    def check_ready(self) -> None:
+        """As `Judged.check_ready`, and of the matcher."""
+        super().check_ready()
+        _ = self._matcher
+
     def ready(self) -> None:
         """As `Judged.ready`; also opens the matcher."""
         super().ready()

@@ -11,23 +11,13 @@ import numpy as np
 from absl import logging
 
 from scaling_dit.components import BackEnds, Registry, check_methods, describe, one_line
+from scaling_dit.config import metrics
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.vqa import Asked, Judge, Likelihood
 from scaling_dit.evaluation.vqa.answers import ANSWER, LIKELIHOOD, Answers, keys
 
-BACK_ENDS = BackEnds(
-    Registry(
-        "judge",
-        {
-            "transformers": "scaling_dit.evaluation.vqa.transformers_models:TransformersJudge",
-            "openai": "scaling_dit.evaluation.vqa.endpoint:Endpoint",
-            "shapes": "scaling_dit.evaluation.vqa.scenes:Oracle",
-        },
-    ),
-    {"transformers": "folder", "openai": "url"},
-    "--judge_option",
-)
+BACK_ENDS = BackEnds(Registry("judge", metrics.JUDGES), metrics.JUDGE_PLACES, "--judge_option")
 # Questions that a kill can lose.
 _AT_ONCE = 256
 R = TypeVar("R")
@@ -108,16 +98,40 @@ def open_judge(name: str, options: Mapping[str, str], kept: Answers) -> Panel:
       Skipped: no name, or the judge's weights or packages are missing.
       UserError: an unknown name or field, or a user's own that is no judge.
     """
-    if not name:
-        raise Skipped(
-            "it needs a judge: --judge=transformers:FOLDER (such as Salesforce/blip2-flan-t5-xl or "
-            "Salesforce/blip-vqa-capfilt-large from huggingface.co), --judge=openai:URL, or package.module:Name"
-        )
+    _check_given(name)
     judge = BACK_ENDS.create(name, options)
     kind = BACK_ENDS.split(name)[0]
     if BACK_ENDS.is_own(kind):
         judge = _Own(check_judge(judge, kind), kind, dict(options))
     return Panel(judge, judge.identity, judge.template, kept)
+
+
+def check_judge_named(name: str, options: Mapping[str, str]) -> None:
+    """Makes sure that `open_judge` will find a judge, as far as that can be known without loading a network.
+
+    Raises:
+      Skipped, UserError: as `open_judge`.
+    """
+    _check_given(name)
+    BACK_ENDS.check(name, options)
+    kind, place = BACK_ENDS.split(name)
+    if BACK_ENDS.is_own(kind):
+        return
+    found = BACK_ENDS.registry.resolve(kind)
+    if check := getattr(found, "check_ready", None):
+        check(**place)
+    else:
+        # It loads nothing.
+        BACK_ENDS.create(name, options)
+
+
+def _check_given(name: str) -> None:
+    if not name:
+        raise Skipped(
+            "it needs a judge: --judge=transformers:FOLDER (such as Salesforce/blip2-flan-t5-xl or "
+            "Salesforce/blip-vqa-capfilt-large from huggingface.co), --judge=openai:URL, or package.module:Name; "
+            "where that flag is not, config.metrics.NAME.judge"
+        )
 
 
 def _source_hash(judge: Any) -> str:

@@ -5,6 +5,7 @@ the sum over the first tokens of the accepted forms, each id once, because two f
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,16 @@ class TransformersJudge:
             raise Skipped(f"judge transformers: {error}") from None
         self.template = "{question}" if plain else MULTIPLE_CHOICE
         self._tokenizer = self._processor.tokenizer
+
+    @staticmethod
+    def check_ready(folder: str) -> None:
+        """Makes sure that the packages and the folder are there; raises Skipped or UserError."""
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise Skipped(
+                    f"judge transformers: {package} is not installed; pip install 'scaling-dit[eval]'"
+                )
+        _architecture(expand(folder))
 
     @property
     def identity(self) -> str:

@@ -21,7 +21,7 @@ from scaling_dit.evaluation.vqa.answers import Answers
 from scaling_dit.evaluation.vqa.choices import create_matcher, literal
 from scaling_dit.evaluation.vqa.endpoint import first_token
 from scaling_dit.evaluation.vqa.forms import accepted_forms
-from scaling_dit.evaluation.vqa.panel import open_judge
+from scaling_dit.evaluation.vqa.panel import check_judge_named, open_judge
 from tests.support.chat_server import running, says
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), np.uint8)
@@ -191,6 +191,9 @@ def test_judges_that_do_not_exist():
         with pytest.raises(UserError, match=message) as error:
             open_judge(name, options, Answers())
         assert not isinstance(error.value, Skipped)
+        # Alike where nothing is loaded.
+        with pytest.raises(UserError, match=message):
+            check_judge_named(name, options)
     with pytest.raises(Skipped, match="it needs a judge: --judge=transformers:FOLDER"):
         open_judge("", {}, Answers())
     with pytest.raises(Skipped, match=r"no model in 'nowhere' .config.json is missing.; download one"):

@@ -112,7 +112,8 @@ def compare(runs: Sequence[str], metrics: Sequence[str] | None = None) -> dict[s
 
 def _read(run: str) -> dict[str, Entry]:
     """Metric -> the results of a run's newest checkpoint that has some."""
-    for root in (epath.Path(run), Workdir(run).evaluation):
+    workdir = Workdir(run)
+    for root in (workdir.folder, workdir.evaluation):
         if (root / RESULTS).exists():
             rows = [row for row in Results(root).read() if row.get("status") == DONE]
             break

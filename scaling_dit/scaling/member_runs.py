@@ -82,7 +82,7 @@ def finish(
 ) -> None:
     """Trains one run to its end and evaluates it at every point.
 
-    A run whose loss is not finite, or keeps spiking, is over: it has that status in the table, and the study goes on.
+    A run whose loss is not finite, or keeps spiking, is over: it has that status in the table, and the study continues.
 
     Args:
       base_stopped: whether the run that this one begins from ended early.

@@ -187,12 +187,13 @@ def _saved(folder: StudyFolder) -> dict[str, Any]:
 def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) -> dict[str, int]:
     """Writes the spec to the folder, or adds to the one there; returns claim -> runs finished when it was registered.
 
+    A folder that holds a run is refused.
+
     Args:
       finished: counts the runs that have finished; asked where claims are new.
 
     Raises:
-      UserError: the folder holds a run; or its study has a member of that name with another config, or a claim that
-        differs or is gone;
+      UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
         or what every run is evaluated with differs.
     """
     if folder.holds_run_alone():

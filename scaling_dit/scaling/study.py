@@ -196,8 +196,7 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
       UserError: the folder's study has a member of that name with another config, or a claim that differs or is gone;
         or what every run is evaluated with differs.
     """
-    if folder.holds_run_alone():
-        raise UserError(f"{folder} holds a run, not a study; give another --workdir")
+    folder.check_is_no_run()
     # The spec is the user's, or was checked when it was read.
     config_lib.trust_names(spec.metrics)
     saved, now = _read_saved(folder), spec_lib.to_json(spec)

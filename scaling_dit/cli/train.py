@@ -75,7 +75,10 @@ class Train(Verb):
         def train() -> int:
             # First, so that a mistake in it is told before the slow imports.
             chosen = config()
-            self._check_folder()
+
+            from scaling_dit.scaling.folder import StudyFolder
+
+            StudyFolder(self.workdir).check_is_no_study()
 
             from scaling_dit.training.base import Start
             from scaling_dit.training.loop import main
@@ -85,14 +88,6 @@ class Train(Verb):
             return main(chosen, self.workdir, clock, strict=self.strict, start=start)
 
         return self.processes.run_together(train, lambda: config().processes, self.command)
-
-    def _check_folder(self) -> None:
-        from scaling_dit.scaling.folder import StudyFolder
-
-        if (there := StudyFolder(self.workdir)).holds_study_alone():
-            raise UserError(
-                f"{self.workdir} holds a study ({there.study.name}), not a run; give another --workdir"
-            )
 
     def _config(self) -> Any:
         """The resolved config: of the experiment, else the workdir's, else that of the run to begin from."""

@@ -40,6 +40,10 @@ class Import(Verb):
         self.check_given({"workdir": self.workdir, "config": self.config})
         assert self.workdir and self.config
 
+        from scaling_dit.scaling.folder import StudyFolder
+
+        StudyFolder(self.workdir).check_is_no_study()
+
         from scaling_dit.interop import importing
 
         return importing.main(self.from_, self.workdir, self.config, self.overrides, self.base)

@@ -5,6 +5,7 @@ import os
 from etils import epath
 
 from scaling_dit.checkpoints.workdir import Workdir
+from scaling_dit.errors import UserError
 
 RESULT = "result.json"
 
@@ -41,13 +42,15 @@ class StudyFolder(os.PathLike[str]):
     def __str__(self) -> str:
         return str(self.folder)
 
-    def holds_study_alone(self) -> bool:
-        """Whether this is the folder of a study and not of a run."""
-        return self.study.exists() and not self._holds_run()
+    def check_is_no_study(self) -> None:
+        """Raises UserError for a study's folder, before a run begins in it; one with both is as it may be."""
+        if self.study.exists() and not self._holds_run():
+            raise UserError(f"{self} holds a study ({self.study.name}), not a run; give another --workdir")
 
-    def holds_run_alone(self) -> bool:
-        """Whether this is the folder of a run and not of a study."""
-        return self._holds_run() and not self.study.exists()
+    def check_is_no_run(self) -> None:
+        """The other way round."""
+        if self._holds_run() and not self.study.exists():
+            raise UserError(f"{self} holds a run, not a study; give another --workdir")
 
     def _holds_run(self) -> bool:
         run = Workdir(self.folder)

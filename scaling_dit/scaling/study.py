@@ -200,6 +200,8 @@ def _saved(folder: StudyFolder) -> dict[str, Any]:
 def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) -> dict[str, int]:
     """Writes the spec to the folder, or adds to the one there; returns claim -> runs finished when it was registered.
 
+    A folder that holds a run is refused.
+
     Args:
       finished: counts the runs that have finished; asked where claims are new.
 
@@ -208,8 +210,7 @@ def register(spec: StudySpec, folder: StudyFolder, finished: Callable[[], int]) 
         differs or is gone; or what every run is evaluated with differs; or a new claim is about a score that no run so
         far has.
     """
-    if folder.holds_run_alone():
-        raise UserError(f"{folder} holds a run, not a study; give another --workdir")
+    folder.check_is_no_run()
     # The spec is the user's, or was checked when it was read.
     config_lib.trust_names(spec.metrics)
     saved, now = _read_saved(folder), spec_lib.to_json(spec)

@@ -103,29 +103,6 @@ def test_what_is_no_study_is_one_line(tmp_path):
             study_lib.study(wrong, tmp_path)
 
 
-def test_a_folder_holds_a_run_or_a_study(spec, tmp_path, capsys):
-    run, study = tmp_path / "run", tmp_path / "study"
-    (run / "checkpoints").mkdir(parents=True)
-    study_lib.register(spec, StudyFolder(study), none_finished)
-    for name in ("config.json", None):
-        if name:
-            (run / name).write_text("{}")
-        else:
-            (run / "config.json").unlink()
-        with pytest.raises(UserError, match="run holds a run, not a study; give another --workdir"):
-            study_lib.register(spec, StudyFolder(run), none_finished)
-    assert not (run / "study.json").exists()
-    for config in (["--config=shapes:smoke"], ["--config=shapes:smoke", f"--from={run}"]):
-        assert cli.main(["train", f"--workdir={study}", *config]) == 2
-        assert (
-            "study holds a study (study.json), not a run; give another --workdir" in capsys.readouterr().err
-        )
-    assert sorted(path.name for path in study.iterdir()) == ["study.json"]
-    # Where an earlier version has left both, each goes on.
-    (study / "config.json").write_text("{}")
-    study_lib.register(spec, StudyFolder(study), none_finished)
-
-
 def test_data_are_opened_once_and_not_for_runs_that_are_over(spec, tmp_path, monkeypatch):
     opened, open_source = [], member_runs.open_source
     monkeypatch.setattr(member_runs, "open_source", lambda config: opened.append(1) or open_source(config))

@@ -98,7 +98,8 @@ class Study(Verb):
         except Stopped as stop:
             self._say(f"scaling-dit: {stop}", sys.stderr)
             return stop.code
-        self._say(f"{found.runs} runs, {len(found.rows)} points: {found.folder.table}")
+        runs = f"{found.over} of {found.runs} runs are over" if self.tables else f"{found.runs} runs"
+        self._say(f"{runs}, {len(found.rows)} points: {found.folder.table}")
         self._say(f"its report: scaling-dit report {self.workdir}")
         return 0
 

@@ -68,6 +68,11 @@ class Study:
         return Columns(self.spec, self.rows, self.scores)
 
     @property
+    def over(self) -> int:
+        """Runs that have ended, at their last step or early."""
+        return sum(row["status"] in (DONE, STOPPED) for row in self.measured)
+
+    @property
     def folders(self) -> tuple[StudyFolder, ...]:
         """The folders with the runs, `folder` first."""
         return tuple(dict.fromkeys((self.folder, *self.homes.values())))

@@ -228,7 +228,7 @@ def test_tables_of_the_runs_so_far(spec, tmp_path, monkeypatch, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert f"`scaling-dit study --workdir={tmp_path} --tables` writes it" in capsys.readouterr().err
     assert cli.main(["study", f"--workdir={tmp_path}", "--tables"]) == 0
-    assert "6 runs, 0 points" in capsys.readouterr().out
+    assert "0 of 6 runs are over, 0 points" in capsys.readouterr().out
     folder = StudyFolder(tmp_path)
     assert study_lib.open_study(tmp_path).rows == [] and not folder.starts.exists()
     # A table is all that is left of a run that was removed.

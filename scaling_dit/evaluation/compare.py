@@ -69,7 +69,7 @@ def main(runs: Sequence[str], *, metrics: Sequence[str] | None = None, as_json: 
 
     Raises:
       UserError: fewer than two runs, no results, or results that were not made alike; or rows of an earlier version
-        that name a metric of a user's own, which this process was not told of.
+        that name a metric of a user's own, which the user of this process has not named.
     """
     found = compare(runs, metrics)
     if as_json:

@@ -104,8 +104,8 @@ def evaluate(request: Request, *, quiet: bool = False) -> Outcome:
                     _say_skipped(results, job.one.name, str(row), request)
                     continue
                 # For `compare`, which then needs no class of a user's own.
-                told = {"status": DONE, "lower_is_better": job.one.lower_is_better, **row}
-                results.add(told, root / job.one.folder)
+                written = {"status": DONE, "lower_is_better": job.one.lower_is_better, **row}
+                results.add(written, root / job.one.folder)
                 outcome.incomplete |= bool(row["left_out"] or row.get("unanswered"))
                 rows.append(row)
                 outcome.results.setdefault(job.one.name, []).append(row)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -56,29 +56,26 @@ def merge(folders: Sequence[str | epath.Path]) -> Study:
         claims=tuple(claims.values()),
         guidances=tuple(dict.fromkeys(scale for one in studies for scale in one.spec.guidances)),
     )
+    homes = _homes(studies)
     rows, measured, scores = (
-        list(_first_of_each(part))
-        for part in zip(*((one.rows, one.measured, one.scores) for one in studies), strict=True)
+        [row for one in studies for row in getattr(one, part) if homes.get(_run(row)) is one.folder]
+        for part in ("rows", "measured", "scores")
     )
-    return Study(spec, first.folder, rows, measured, scores, registered, _homes(studies))
+    return Study(spec, first.folder, rows, measured, scores, registered, homes)
 
 
 def _homes(studies: Sequence[Study]) -> dict[tuple[str, int], StudyFolder]:
-    """(member, seed) -> the folder of the first study with results of that run, else of the first that asks for it."""
+    """(member, seed) -> the folder of the first study with points of a run, else a start, else its spec."""
     homes: dict[tuple[str, int], StudyFolder] = {}
-    for one in studies:
-        # One that stopped early may have no point.
-        for row in (*one.rows, *one.measured):
-            homes.setdefault((row["member"], row["seed"]), one.folder)
+    for part in ("rows", "measured"):
+        for one in studies:
+            for row in getattr(one, part):
+                homes.setdefault(_run(row), one.folder)
     for one in studies:
         for member, seed in itertools.product(one.spec.members, one.spec.seeds):
             homes.setdefault((member.name, seed), one.folder)
     return homes
 
 
-def _first_of_each(parts: Sequence[list[Row]]) -> Iterator[Row]:
-    """The rows of all parts; a (member, seed) that an earlier part has is skipped in later ones."""
-    seen: set[tuple[str, int]] = set()
-    for part in parts:
-        yield from (row for row in part if (row["member"], row["seed"]) not in seen)
-        seen |= {(row["member"], row["seed"]) for row in part}
+def _run(row: Row) -> tuple[str, int]:
+    return row["member"], row["seed"]

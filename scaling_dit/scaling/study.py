@@ -156,8 +156,10 @@ def write_tables(workdir: str | epath.Path) -> Study:
     """
     folder, saved = StudyFolder(workdir), _saved(StudyFolder(workdir))
     table.check_installed()
-    for row in table.read_parquet(folder.table) if folder.table.exists() else []:
-        if not (run := folder.run(row["member"], row["seed"])).config.exists():
+    rows = table.read_parquet(folder.table) if folder.table.exists() else []
+    # Each run is looked for once, however many points it has.
+    for member, seed in dict.fromkeys((row["member"], row["seed"]) for row in rows):
+        if not (run := folder.run(member, seed)).config.exists():
             raise UserError(
                 f"{folder.table} has results of {run}, which is gone; the tables stay as they are"
             )

@@ -13,12 +13,7 @@ from scaling_dit.scaling import study as study_lib
 from scaling_dit.scaling.table import last_points
 from tests.support import simulated_study
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advise, "RESAMPLES", 20)
-        yield
+few_resamples = simulated_study.few_resamples(advise, 20)
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,7 @@ METRICS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitted, "RESAMPLES", 30)
-        yield
+few_resamples = simulated_study.few_resamples(fitted, 30)
 
 
 @pytest.fixture(scope="module")

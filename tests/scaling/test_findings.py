@@ -13,12 +13,7 @@ from scaling_dit.scaling.claims import SUPPORTED, UNDECIDED, Claim, power
 from scaling_dit.scaling.table import last_points
 from tests.support import simulated_study
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitted, "RESAMPLES", 30)
-        yield
+few_resamples = simulated_study.few_resamples(fitted, 30)
 
 
 @pytest.fixture(scope="module")

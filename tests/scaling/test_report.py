@@ -21,12 +21,7 @@ from scaling_dit.scaling import figure_data, figures, findings, fitted, report, 
 from tests.support import simulated_study
 from tests.support.paths import ROOT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitted, "RESAMPLES", 20)
-        yield
+few_resamples = simulated_study.few_resamples(fitted, 20)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from scaling_dit import config as config_lib
 from scaling_dit.scaling import ladder, table
@@ -33,6 +34,18 @@ def members(count, steps=1000):
         ladder.Member(f"{family}-{i:03d}", config, {}, {"family": family})
         for i, (family, config) in ((i, families[i % 2]) for i in range(count))
     )
+
+
+def few_resamples(module, count):
+    """A fixture for a file of tests: what a module computes by a bootstrap has so many resamples."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def few():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "RESAMPLES", count)
+            yield
+
+    return few
 
 
 def write(made):

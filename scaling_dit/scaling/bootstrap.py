@@ -1,6 +1,6 @@
 """Resampling by run: intervals of values fitted to the points of several runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -52,20 +52,34 @@ def intervals(
     Raises:
       UserError: more than half of the samples cannot be fitted.
     """
-    rows: list[Mapping[str, float]] = []
-    tried = 0
-    for indices in samples:
-        tried += 1
-        values = fit(indices)
-        if values is not None:
-            rows.append(values)
-    if len(rows) * 2 < tried or not rows:
+    return _percentiles([fit(indices) for indices in samples], level)
+
+
+def intervals_at_once(
+    fit: Callable[[np.ndarray], Sequence[Mapping[str, float] | None]],
+    counts: np.ndarray,
+    level: float = LEVEL,
+) -> dict[str, tuple[float, float]]:
+    """As `intervals`, of a `fit` that takes all samples together, as `counts` gives them, and returns values of each.
+
+    Raises:
+      UserError: more than half of the samples cannot be fitted.
+    """
+    return _percentiles(fit(counts), level)
+
+
+def counts(samples: Iterable[np.ndarray], points: int) -> np.ndarray:
+    """How often each bootstrap sample holds each point, [samples, points]."""
+    return np.stack([np.bincount(indices, minlength=points) for indices in samples])
+
+
+def _percentiles(found: Sequence[Mapping[str, float] | None], level: float) -> dict[str, tuple[float, float]]:
+    rows = [values for values in found if values is not None]
+    if len(rows) * 2 < len(found) or not rows:
         raise UserError(
-            f"{tried - len(rows)} of {tried} bootstrap samples cannot be fitted; add runs of more sizes and budgets"
+            f"{len(found) - len(rows)} of {len(found)} bootstrap samples cannot be fitted; "
+            "add runs of more sizes and budgets"
         )
     tails = [50 * (1 - level), 50 * (1 + level)]
-    found = {}
-    for name in rows[0]:
-        low, high = np.percentile([row[name] for row in rows], tails)
-        found[name] = (float(low), float(high))
-    return found
+    ends = {name: np.percentile([row[name] for row in rows], tails) for name in rows[0]}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import optimize
 
 from scaling_dit.errors import UserError
-from scaling_dit.scaling import bootstrap
+from scaling_dit.scaling import bootstrap, huber
 from scaling_dit.scaling.points import Interval, Runs, Values, positive
 
 # Of log residuals, as in Hoffmann et al. 2022, appendix D.3.
@@ -63,13 +63,14 @@ class ParametricLaw:
         n, d, losses, runs = self._data
         start = _to_vector(self.E, self.A, self.B, self.alpha, self.beta)
 
-        def fit(indices: np.ndarray) -> dict[str, float] | None:
-            if len(np.unique(n[indices])) < 2 or len(np.unique(d[indices])) < 2:
-                return None
-            # The start is the fit of all points, so few evaluations remain.
-            return _from_vector(_polish(start, n[indices], d[indices], losses[indices], tolerance=1e-8))
+        def fit(counts: np.ndarray) -> list[dict[str, float] | None]:
+            can = (_different(n, counts) >= 2) & (_different(d, counts) >= 2)
+            # From the fit of all points.
+            vectors = iter(_refit(start, n, d, losses, counts[can]))
+            return [_from_vector(next(vectors)) if one else None for one in can]
 
-        return bootstrap.intervals(fit, bootstrap.resample_runs(runs, len(n), resamples, seed), level)
+        samples = bootstrap.resample_runs(runs, len(n), resamples, seed)
+        return bootstrap.intervals_at_once(fit, bootstrap.counts(samples, len(n)), level)
 
     def optimum(self, compute: Values, flops_per: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
         """(parameters, samples) of least loss where compute = flops_per x parameters x samples."""
@@ -172,46 +173,70 @@ def _search(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
     )
 
 
-def _polish(
-    start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray, tolerance: float = 1e-12
-) -> np.ndarray:
+def _polish(start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The least summed Huber loss of log residuals from a start; vector (log E, log A, log B, alpha, beta)."""
-    log_n, log_d, log_y = np.log(n), np.log(d), np.log(y)
-
-    def residuals(vector: np.ndarray) -> np.ndarray:
-        return _surface(vector, log_n, log_d)[0] - log_y
-
-    def jacobian(vector: np.ndarray) -> np.ndarray:
-        floor, by_params, by_samples = _surface(vector, log_n, log_d)[1]
-        return np.stack([floor, by_params, by_samples, -log_n * by_params, -log_d * by_samples], axis=1)
-
+    model = _model(n, d, y)
     return optimize.least_squares(
-        residuals,
+        lambda vector: model(vector)[0],
         start,
-        jac=jacobian,
+        jac=lambda vector: model(vector)[1],
         loss="huber",
         f_scale=HUBER_DELTA,
         x_scale="jac",
-        xtol=tolerance,
-        ftol=tolerance,
-        gtol=tolerance,
+        xtol=1e-12,
+        ftol=1e-12,
+        gtol=1e-12,
         max_nfev=200,
     ).x
 
 
+def _refit(start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """As `_polish`, for each of several bootstrap samples, given by how often each holds each point; [R, 5]."""
+    vectors, reached = huber.minimize(_model(n, d, y), start, counts, HUBER_DELTA)
+    for row in np.flatnonzero(~reached):
+        held = np.repeat(np.arange(len(n)), counts[row])
+        vectors[row] = _polish(vectors[row], n[held], d[held], y[held])
+    return vectors
+
+
+def _model(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> huber.Model:
+    """Log residuals at a vector, or at several, and their derivatives."""
+    log_n, log_d, log_y = np.log(n), np.log(d), np.log(y)
+
+    def model(vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        predicted, shares = _surface(vector, log_n, log_d)
+        floor, by_params, by_samples = np.moveaxis(shares, -2, 0)
+        slopes = [floor, by_params, by_samples, -log_n * by_params, -log_d * by_samples]
+        return predicted - log_y, np.stack(slopes, axis=-1)
+
+    return model
+
+
 def _surface(vector: np.ndarray, log_n: np.ndarray, log_d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(logarithm of the loss, [points]; the share that each of the three terms has of it, [3, points]).
+    """(logarithm of the loss, [..., points]; the share that each of the three terms has of it, [..., 3, points]).
 
     In logarithms, for a fit on its way may pass vectors whose terms overflow. scipy's logsumexp and softmax do the same
     in three times the time, which is most of a bootstrap's.
+
+    Args:
+      vector: log E, log A, log B, alpha and beta, [..., 5]. log_n, log_d: of each point, [points].
     """
-    e, a, b, alpha, beta = vector
-    terms = np.empty((3, len(log_n)))
-    terms[0], terms[1], terms[2] = e, a - alpha * log_n, b - beta * log_d
-    largest = terms.max(axis=0)
+    e, a, b, alpha, beta = np.moveaxis(np.asarray(vector)[..., None], -2, 0)
+    terms = np.empty((*np.shape(vector)[:-1], 3, len(log_n)))
+    terms[..., 0, :], terms[..., 1, :], terms[..., 2, :] = e, a - alpha * log_n, b - beta * log_d
+    largest = terms.max(axis=-2, keepdims=True)
     parts = np.exp(terms - largest)
-    total = parts.sum(axis=0)
-    return largest + np.log(total), parts / total
+    total = parts.sum(axis=-2, keepdims=True)
+    return (largest + np.log(total))[..., 0, :], parts / total
+
+
+def _different(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How many different values each sample holds, [R], by how often it holds each point, [R, N]."""
+    kinds, kind = np.unique(values, return_inverse=True)
+    held = np.zeros((len(counts), len(kinds)), bool)
+    rows, places = np.nonzero(counts)
+    held[rows, kind[places]] = True
+    return held.sum(axis=1)
 
 
 def _to_vector(e: float, a: float, b: float, alpha: float, beta: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The command line: help, exit codes, one line per mistake, and what reaches the functions behind the verbs."""
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import types
 
 import pytest
 
+from scaling_dit import __main__ as program
 from scaling_dit import config as config_lib
 from scaling_dit.cli import exit_codes
 from scaling_dit.cli import main as cli
@@ -33,6 +35,19 @@ def real(*arguments, cwd=ROOT):
         env=env,
         timeout=60,
     )
+
+
+def test_a_program_seldom_collects_everything_while_it_starts(monkeypatch):
+    before = gc.get_threshold()
+    monkeypatch.setattr(program.signals, "install", lambda: None)
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            program.run()
+        # The young are collected as before.
+        assert gc.get_threshold() == (*before[:2], 100)
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,6 @@ LONGEST = (
     "parallel/test_several_processes.py",
     "parallel/test_every_backbone.py",
     "planning/test_paper_plans.py",
-    "scaling/test_coverage.py",
     "tpu/test_launch.py",
     "backbones/test_unet.py",
     "costs/test_paper_tables.py",
@@ -74,7 +73,6 @@ LONGEST = (
     "training/test_report.py",
     "planning/test_tpu_programs.py",
     "evaluation/test_several_processes.py",
-    "tests/test_benchmarks.py",
     "metrics/test_folders_of_images.py",
     "tpu/test_histories.py",
     "checkpoints/test_posthoc_ema.py",
@@ -102,6 +100,8 @@ LONGEST = (
     "interop/test_lora.py",
     "training/test_buckets.py",
     "training/test_precision.py",
+    "scaling/test_coverage.py",
+    "tests/test_benchmarks.py",
     "backbones/test_large_dit.py",
     "tests/test_docs_own_parts.py",
     "tests/test_golden.py",
@@ -113,6 +113,19 @@ LONGEST = (
     "data/test_extending_source.py",
     "sampling/test_extending_option.py",
 )
+
+
+# Words of a file that has slow tests: the mark itself, and the helpers that give it to some cases (tests/test_files.py
+# looks that no others do).
+SLOW_WORDS = ("slow", "swept", "on_meshes")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of the slow suite, the files that have none: importing them is a third of what collecting takes."""
+    if config.getoption("markexpr") == "slow" and collection_path.suffix == ".py":
+        text = collection_path.read_text()
+        return True if not any(word in text for word in SLOW_WORDS) else None
+    return None
 
 
 def pytest_collection_modifyitems(items):

@@ -8,12 +8,11 @@ import sys
 
 import pytest
 
+from scaling_dit import backbones
 from tests.support import xla
 from tests.support.paths import ROOT
 
 FEW = ROOT / "tests/support/few_packages.py"
-# One of each kind.
-FAMILIES = ("uvit", "unet_if")
 
 
 def run(*command):
@@ -29,7 +28,9 @@ def run(*command):
 def test_few_packages_are_few(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import einops, jax, scaling_dit\nprint('few')\nimport ml_collections\nprint('others')\n"
+        "import einops, jax\nfrom scaling_dit import backbones\n"
+        "for name in backbones.BACKBONES: backbones.backbone_class(name)\n"
+        "print('few')\nimport ml_collections\nprint('others')\n"
     )
     done = subprocess.run([sys.executable, FEW, script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0 and done.stdout == "few\n", done.stderr
@@ -38,6 +39,15 @@ def test_few_packages_are_few(tmp_path):
 
 def test_step_time_starts_with_few_packages():
     assert "--families" in run(FEW, "benchmarks/step_time.py", "--help")
+
+
+@pytest.mark.parametrize("size", ["tiny", "large"])
+def test_step_time_s_sizes_are_of_every_family_and_can_be_made(size, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    step_time = importlib.import_module("step_time")
+    assert set(step_time.SIZES[size]) == set(backbones.BACKBONES)
+    for name, fields in step_time.SIZES[size].items():
+        backbones.create_for(name, in_channels=4, text_dim=1024, **fields)
 
 
 def test_a_page_s_requests_are_told_from_the_browser_s(monkeypatch):
@@ -56,11 +66,13 @@ def test_a_page_s_requests_are_told_from_the_browser_s(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_step_time_measures_backbones_with_few_packages(tmp_path):
-    flags = [f"--families={','.join(FAMILIES)}", "--steps=1", f"--note={tmp_path / 'note.md'}"]
+    """Of two families, the transformers that compile at once."""
+    families = ("uvit", "pixart")
+    flags = [f"--families={','.join(families)}", "--steps=1", f"--note={tmp_path / 'note.md'}"]
     lines = run(FEW, "benchmarks/step_time.py", *flags).splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"backbone {name}" for name in FAMILIES]
+    assert [line.split(",")[0] for line in lines] == [f"backbone {name}" for name in families]
     rows = [line for line in (tmp_path / "note.md").read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(FAMILIES)
+    assert len(rows) == 1 + len(families)
     for row in rows[1:]:
         _, parameters, batch, milliseconds, *rest = row.strip("| ").split(" | ")
         assert float(parameters.split()[0]) < 3 and batch == "4" and float(milliseconds) > 0

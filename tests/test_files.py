@@ -1,5 +1,6 @@
 """Paths that a user wrote, and JSON files of this program."""
 
+import inspect
 import os
 import pathlib
 
@@ -13,6 +14,20 @@ from scaling_dit.encoders.subwords import SubwordTokenizer
 from scaling_dit.errors import UserError
 from scaling_dit.files import expand, parse_json, read_json
 from scaling_dit.weights import places
+from tests.conftest import SLOW_WORDS
+from tests.support import attention_checks, mistakes
+from tests.support.paths import SUPPORT
+
+
+def test_no_helper_makes_tests_slow_but_the_one_that_collecting_knows():
+    """A file without these words is not read for the slow suite (tests/conftest.py)."""
+    marking = [
+        path.name for path in SUPPORT.rglob("*.py") for _ in range(path.read_text().count("mark.slow"))
+    ]
+    assert sorted(marking) == ["attention_checks.py", "mistakes.py"]
+    assert "mark.slow" in inspect.getsource(mistakes.swept)
+    assert [mark for case in attention_checks.on_meshes.args[1] for mark in getattr(case, "marks", ())]
+    assert {"swept", "on_meshes"} < set(SLOW_WORDS)
 
 
 @pytest.fixture

@@ -206,4 +206,6 @@ def test_a_full_disk_costs_no_checkpoint_and_prints_no_traceback(tmp_path):
         line.startswith("74 cannot write ") and "File too large" in line for line in lines
     )
     assert "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if "trying again" not in line] == []
+    # On a busy machine Orbax says that a save waited for the one before.
+    expected = "trying again", "Waiting for previous save"
+    assert [line for line in done.stderr.splitlines() if not any(text in line for text in expected)] == []

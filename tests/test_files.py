@@ -19,7 +19,7 @@ from tests.support import attention_checks, mistakes
 from tests.support.paths import SUPPORT
 
 
-def test_no_helper_makes_tests_slow_but_the_one_that_collecting_knows():
+def test_no_helper_makes_tests_slow_but_those_that_collecting_knows():
     """A file without these words is not read for the slow suite (tests/conftest.py)."""
     marking = [
         path.name for path in SUPPORT.rglob("*.py") for _ in range(path.read_text().count("mark.slow"))

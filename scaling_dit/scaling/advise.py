@@ -109,7 +109,7 @@ def _of_family(family: str, rows: Sequence[Row], flops: float, study: Study) -> 
             return None
 
     values = best(law)
-    ends = bootstrap.intervals(refit, bootstrap.resample_runs(runs, len(n), RESAMPLES))
+    ends = bootstrap.intervals(map(refit, bootstrap.resample_runs(runs, len(n), RESAMPLES)))
     warnings = list(law.warnings)
     if not n.min() <= values["params"] <= n.max():
         warnings.append(

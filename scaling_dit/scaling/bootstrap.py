@@ -1,6 +1,6 @@
 """Resampling by run: intervals of values fitted to the points of several runs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -40,40 +40,22 @@ def resample_runs(
         yield np.concatenate([members[run] for run in drawn])
 
 
-def intervals(
-    fit: Callable[[np.ndarray], Mapping[str, float] | None],
-    samples: Iterator[np.ndarray],
-    level: float = LEVEL,
-) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of the values that `fit(indices)` returns, by name.
-
-    `fit` returns None for a sample that cannot be fitted, such as one that holds one size only; it is left out.
-
-    Raises:
-      UserError: more than half of the samples cannot be fitted.
-    """
-    return _percentiles([fit(indices) for indices in samples], level)
-
-
-def intervals_at_once(
-    fit: Callable[[np.ndarray], Sequence[Mapping[str, float] | None]],
-    counts: np.ndarray,
-    level: float = LEVEL,
-) -> dict[str, tuple[float, float]]:
-    """As `intervals`, of a `fit` that takes all samples together, as `counts` gives them, and returns values of each.
-
-    Raises:
-      UserError: more than half of the samples cannot be fitted.
-    """
-    return _percentiles(fit(counts), level)
-
-
 def counts(samples: Iterable[np.ndarray], points: int) -> np.ndarray:
     """How often each bootstrap sample holds each point, [samples, points]."""
     return np.stack([np.bincount(indices, minlength=points) for indices in samples])
 
 
-def _percentiles(found: Sequence[Mapping[str, float] | None], level: float) -> dict[str, tuple[float, float]]:
+def intervals(
+    found: Iterable[Mapping[str, float] | None], level: float = LEVEL
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals, by name, of the values that were fitted to each bootstrap sample.
+
+    None stands for a sample that cannot be fitted, such as one that holds one size only; it is left out.
+
+    Raises:
+      UserError: more than half of the samples cannot be fitted.
+    """
+    found = list(found)
     rows = [values for values in found if values is not None]
     if len(rows) * 2 < len(found) or not rows:
         raise UserError(

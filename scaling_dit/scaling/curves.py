@@ -65,7 +65,7 @@ class Curve:
         """Intervals of `values` from `resamples` bootstrap samples of whole runs."""
         assert self._refit is not None
         samples = bootstrap.resample_runs(self._runs, self.points, resamples, seed)
-        return bootstrap.intervals(self._refit, samples, level)
+        return bootstrap.intervals(map(self._refit, samples), level)
 
 
 def power(x: np.ndarray, a: float, b: float) -> np.ndarray:

@@ -63,14 +63,11 @@ class ParametricLaw:
         n, d, losses, runs = self._data
         start = _to_vector(self.E, self.A, self.B, self.alpha, self.beta)
 
-        def fit(counts: np.ndarray) -> list[dict[str, float] | None]:
-            can = (_different(n, counts) >= 2) & (_different(d, counts) >= 2)
-            # From the fit of all points.
-            vectors = iter(_refit(start, n, d, losses, counts[can]))
-            return [_from_vector(next(vectors)) if one else None for one in can]
-
-        samples = bootstrap.resample_runs(runs, len(n), resamples, seed)
-        return bootstrap.intervals_at_once(fit, bootstrap.counts(samples, len(n)), level)
+        counts = bootstrap.counts(bootstrap.resample_runs(runs, len(n), resamples, seed), len(n))
+        can = (_different(n, counts) >= 2) & (_different(d, counts) >= 2)
+        # From the fit of all points.
+        vectors = iter(_refit(start, n, d, losses, counts[can]))
+        return bootstrap.intervals((_from_vector(next(vectors)) if one else None for one in can), level)
 
     def optimum(self, compute: Values, flops_per: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
         """(parameters, samples) of least loss where compute = flops_per x parameters x samples."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -59,6 +60,8 @@ absl_logging.get_absl_logger().addFilter(_not_orbax_chatter)
 # then print a traceback for each of the others, which nobody waits for any more.
 logging.getLogger("asyncio").addFilter(_not_a_second_fault)
 sys.unraisablehook = _not_too_late
+# Nor are parts begun that were to be written after them.
+warnings.filterwarnings("ignore", r"coroutine '[\w.<>]*serialize[\w.<>]*' was never awaited", RuntimeWarning)
 
 
 class Damaged(UserError):

@@ -143,9 +143,10 @@ def count(
     walker = Walker(name)
     walker.run(forward.jaxpr, _reached(forward.jaxpr, variables))
     params = variables.get("params", {})
+    names = _Names(params)
     tree: dict[Path, Cost] = {}
     for scope, macs in walker.macs.items():
-        path = _module_path(scope, params)
+        path = names.of_scope(scope)
         attention = macs.linear if any(map(_ATTENTION.search, path)) else 0
         tree[path] = tree.get(path, Cost()) + Cost(0, macs.linear, attention, macs.all)
     for path, size in _sizes(params).items():
@@ -196,22 +197,31 @@ def _reached(jaxpr: Any, variables: Any) -> list[bool]:
     return [False] * weights + [True] * (len(jaxpr.invars) - weights)
 
 
-def _module_path(scope: str, params: Mapping[str, Any]) -> Path:
-    """The modules with parameters that a scope passes through, under the names of `_stacks`; ("other",) if none."""
-    path: Path = ()
-    for part in scope.split("/"):
-        if part in params:
-            path += (_stacks(params)[part],)
-            params = params[part] if isinstance(params[part], Mapping) else {}
-    return path or ("other",)
+class _Names:
+    """The displayed names of the modules of a tree of parameters (`_stacks`), each looked up once."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._names = _stacks(params)
+        self._below = {key: _Names(value) for key, value in params.items() if isinstance(value, Mapping)}
+
+    def of_scope(self, scope: str) -> Path:
+        """The modules with parameters that a scope passes through; ("other",) if none."""
+        path: Path = ()
+        here = self
+        for part in scope.split("/"):
+            if part in here._names:
+                path += (here._names[part],)
+                here = here._below.get(part, _Names({}))
+        return path or ("other",)
 
 
 def _sizes(params: Mapping[str, Any], path: Path = ()) -> dict[Path, int]:
     """Parameters of each module by its path. A parameter outside of any module has its own name as path."""
     sizes: dict[Path, int] = {}
+    names = _stacks(params)
     for key, value in params.items():
         if isinstance(value, Mapping):
-            found = _sizes(value, (*path, _stacks(params)[key]))
+            found = _sizes(value, (*path, names[key]))
         else:
             found = {path or (key,): math.prod(value.shape)}
         for at, size in found.items():

@@ -142,7 +142,7 @@ def stopped(tmp_path_factory):
 def test_sigterm_at_one_process_saves_the_same_step_in_all(stopped):
     workdir, output = stopped
     steps = [re.findall(r"SIGTERM: saved step (\d+);", said) for said in output]
-    assert len(steps[0]) == 1 and steps[0] == steps[1]
+    assert len(steps[0]) == 1 and steps[0] == steps[1], "\n----\n".join(output)
     assert pipeline.load(workdir).step == int(steps[0][0])
 
 

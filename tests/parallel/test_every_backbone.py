@@ -38,8 +38,10 @@ for layout in ("DP2xFSDP2xTP2", "FSDP8"):
     ]
 
 
-def outcome(name, modes, mesh=None):
-    """Loss, prediction and gradients of parameters and latents as numpy, on a mesh or on one device."""
+@functools.cache
+def backbone_and_inputs(name, modes):
+    """A backbone, its inputs, and its variables as boxed shapes and as numbers."""
+    modes = dict(modes)
     smaller = {} if "scan_layers" in modes else SMALLER.get(name, {})
     backbone = backbones.create(name, text_dim=16, **FIELDS[name] | smaller | modes)
     inputs = example(backbone, 4, 4, batch=8)
@@ -50,7 +52,12 @@ def outcome(name, modes, mesh=None):
         }
         inputs += ({name: (image, present) for name, image in images.items()},)
     boxed = jax.eval_shape(backbone.init, jax.random.key(0), *inputs)
-    variables = fill(trees.unbox(boxed))
+    return backbone, inputs, boxed, fill(trees.unbox(boxed))
+
+
+def outcome(name, modes, mesh=None):
+    """Loss, prediction and gradients of parameters and latents as numpy, on a mesh or on one device."""
+    backbone, inputs, boxed, variables = backbone_and_inputs(name, modes)
 
     def value_and_grads(variables, latents, *rest):
         def loss(variables, latents):
@@ -76,7 +83,7 @@ def flatten(result):
 
 @functools.cache
 def one_device(name, modes):
-    return outcome(name, dict(modes))
+    return outcome(name, modes)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,8 @@ def one_device(name, modes):
     QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
 def test_loss_and_gradients_are_those_of_one_device(name, layout, modes):
-    wanted = one_device(name, tuple(modes.items()))
+    modes = tuple(modes.items())
+    wanted = one_device(name, modes)
     mesh = make_mesh(**LAYOUTS[layout], splits_tokens=backbones.splits_tokens(name))
     found = outcome(name, modes, mesh)
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)

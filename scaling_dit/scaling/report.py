@@ -120,7 +120,7 @@ def write(study: Study, folder: epath.Path | None = None, *, prints: bool = True
     data = figure_data.data_of(study, answered, found)
     made = figures.figures(study, data)
     by_member = findings.by_member(study)
-    scores = study.columns.scores()[:_METRIC_COLUMNS]
+    scores, others = _scores(study, answered)
     files.write_whole(folder / "members.csv", tables.matched_csv(by_member).encode())
     latex = tables.matched_latex(by_member, scores, study.spec.question)
     files.write_whole(folder / "members.tex", latex.encode())
@@ -130,7 +130,8 @@ def write(study: Study, folder: epath.Path | None = None, *, prints: bool = True
             svg = convert.vegalite_to_svg(spec)
             files.write_whole(folder / f"{figure.name}.svg", svg.encode())
             files.write_whole(folder / f"{figure.name}.png", convert.svg_to_png(svg, scale=1.5))
-    page = _page(study, made, data, convert.javascript_bundle(), answered, found, by_member, scores)
+    table = _members(study, by_member, scores, others)
+    page = _page(study, made, data, convert.javascript_bundle(), answered, found, table)
     files.write_whole(folder / PAGE, page.encode())
     return folder / PAGE
 
@@ -142,8 +143,7 @@ def _page(
     vega: str,
     answered: Sequence[findings.Answered],
     found: Sequence[fitted.Fit],
-    by_member: Sequence[dict[str, Any]],
-    scores: Sequence[str],
+    members: str,
 ) -> str:
     grids, holders, points, left_out = _grids(study)
     parts = [
@@ -152,7 +152,7 @@ def _page(
         _rates(study),
         _power(study),
         _early(study),
-        _section("Members", tables.cells_html(*tables.matched_cells(by_member, scores)), _files_note(study)),
+        members,
         _section("Figures", f'<div class="charts">{"".join(map(_figure, made))}</div>'),
         _section("Laws", tables.fits_html(found), _endpoint_note(study)) if found else "",
         _section("How far the laws reach", tables.audit_html(fitted.audits(study))) if found else "",
@@ -201,6 +201,25 @@ def _figure(figure: Figure) -> str:
         f'<figure{wide}><h3>{html.escape(figure.title)}</h3><div class="chart" id="chart-{figure.name}" role="img" '
         f'aria-label="{html.escape(figure.title)}"></div></figure>'
     )
+
+
+def _scores(study: Study, answered: Sequence[findings.Answered]) -> tuple[list[str], list[str]]:
+    """The scores that have a column in the table by member, those of claims before others, and the rest."""
+    names, asked = study.columns.scores(), {one.metric for one in answered}
+    first = sorted(names, key=lambda name: name not in asked)[:_METRIC_COLUMNS]
+    return [name for name in names if name in first], [name for name in names if name not in first]
+
+
+def _members(
+    study: Study, rows: Sequence[dict[str, Any]], scores: Sequence[str], others: Sequence[str]
+) -> str:
+    note = _files_note(study)
+    if others:
+        note += (
+            f" Of {len(scores) + len(others)} scores these are {len(scores)}; members.csv has all, so also "
+        )
+        note += f"{html.escape(', '.join(others))}."
+    return _section("Members", tables.cells_html(*tables.matched_cells(rows, scores)), note)
 
 
 def _files_note(study: Study) -> str:

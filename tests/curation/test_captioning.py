@@ -347,6 +347,15 @@ def test_what_is_no_model_is_reported(tmp_path):
         create_captioner(f"transformers:{tmp_path}", {"dtype": "float8"})
 
 
+def test_code_of_a_folder_is_refused_and_nobody_is_asked(tmp_path, monkeypatch):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with pytest.raises(UserError, match=r"holds no AutoModelForImageTextToText .*contains custom code"):
+        create_captioner(f"transformers:{tmp_path}", {})
+
+
 # --- an endpoint ---
 
 

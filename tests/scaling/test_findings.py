@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -167,6 +168,19 @@ def test_stages_carry_no_laws_and_the_report_says_so(study):
     assert f"do not count their bases': {last.name}." in report._endpoint_note(staged)
     assert f"Those of {last.name} do not count" in report._files_note(staged)
     assert "count" not in report._endpoint_note(study) and "Those of" not in report._files_note(study)
+
+
+def test_scores_without_a_column_are_named_and_those_of_claims_have_one(study, monkeypatch):
+    assert report._scores(study, [])[1] == []
+    last = "shapes_tifa_counting"
+    names = ["loss", *(f"other_{i}" for i in range(9)), last]
+    monkeypatch.setattr(type(study.columns), "scores", lambda *_: names)
+    asked = types.SimpleNamespace(metric=last)
+    shown, left = report._scores(study, [asked])
+    assert (shown, left) == ([*names[:7], last], names[7:10])
+    rows = [row | dict.fromkeys(names, 0.5) for row in findings.by_member(study)]
+    section = report._members(study, rows, shown, left)
+    assert "Of 11 scores these are 8; members.csv has all, so also other_6, other_7, other_8." in section
 
 
 def test_every_size_is_predicted_from_the_others(study):

@@ -15,6 +15,10 @@ from PIL import Image
 from scaling_dit.curation.captioning import Scored
 from scaling_dit.errors import UserError
 
+# Files of the folder, and code of transformers alone: where the second is left out, it asks on the terminal whether to
+# run code that the folder holds.
+FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 
 @dataclasses.dataclass
 class TransformersCaptioner:
@@ -146,7 +150,7 @@ def load_model(kind: str, folder: str, dtype: str, device: str) -> tuple[Any, An
         raise UserError(f"no folder {folder!r} to load {kind} from; download the model and name its folder")
     try:
         model = getattr(transformers, kind).from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, **FROM_FOLDER
         )
         processor = _processor(folder, type(model.config))
     except ImportError as error:
@@ -169,7 +173,7 @@ def _processor(folder: str, config: type) -> Any:
     import transformers
 
     try:
-        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoProcessor.from_pretrained(folder, **FROM_FOLDER)
     except ImportError:
         known = config in transformers.PROCESSOR_MAPPING
         whole: Any = transformers.PROCESSOR_MAPPING[config] if known else None
@@ -184,7 +188,7 @@ def _processor(folder: str, config: type) -> Any:
         ) -> None:
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
-    return WithoutVideos.from_pretrained(folder, local_files_only=True)
+    return WithoutVideos.from_pretrained(folder, **FROM_FOLDER)
 
 
 def _missing(error: BaseException) -> str:

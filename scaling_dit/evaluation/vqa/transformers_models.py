@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scaling_dit.curation.captioning.transformers_models import check_dtype, load_model
+from scaling_dit.curation.captioning.transformers_models import FROM_FOLDER, check_dtype, load_model
 from scaling_dit.errors import UserError
 from scaling_dit.evaluation.metric import Skipped
 from scaling_dit.evaluation.vqa import MULTIPLE_CHOICE, Asked, Likelihood
@@ -176,9 +176,9 @@ class SentenceEncoder:
             import transformers
 
             self._model = transformers.AutoModel.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True
+                folder, use_safetensors=True, **FROM_FOLDER
             ).eval()
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)
         except ImportError as error:
             raise Skipped(f"{error.name} is not installed; pip install 'scaling-dit[eval]'") from None
         except (OSError, ValueError, KeyError) as error:

@@ -9,7 +9,8 @@ import statistics
 import time
 from collections.abc import Sequence
 
-# Turns of the loop, a twentieth of a second; and seconds between two samples, so that sampling takes a three hundredth.
+# Turns of the loop, some hundredths of a second; and seconds between two samples, which then take under a hundredth of
+# a core.
 _TURNS = 500_000
 _EVERY = 15.0
 

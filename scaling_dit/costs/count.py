@@ -143,10 +143,10 @@ def count(
     walker = Walker(name)
     walker.run(forward.jaxpr, _reached(forward.jaxpr, variables))
     params = variables.get("params", {})
-    names = _Names(params)
+    shown = _shown(params)
     tree: dict[Path, Cost] = {}
     for scope, macs in walker.macs.items():
-        path = names.of_scope(scope)
+        path = _module_path(scope, shown)
         attention = macs.linear if any(map(_ATTENTION.search, path)) else 0
         tree[path] = tree.get(path, Cost()) + Cost(0, macs.linear, attention, macs.all)
     for path, size in _sizes(params).items():
@@ -197,22 +197,20 @@ def _reached(jaxpr: Any, variables: Any) -> list[bool]:
     return [False] * weights + [True] * (len(jaxpr.invars) - weights)
 
 
-class _Names:
-    """The displayed names of the modules of a tree of parameters (`_stacks`), each looked up once."""
+def _shown(params: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The displayed name of each entry (`_stacks`), with the same of what lies below it."""
+    below = {key: _shown(value) if isinstance(value, Mapping) else {} for key, value in params.items()}
+    return {key: (name, below[key]) for key, name in _stacks(params).items()}
 
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self._names = _stacks(params)
-        self._below = {key: _Names(value) for key, value in params.items() if isinstance(value, Mapping)}
 
-    def of_scope(self, scope: str) -> Path:
-        """The modules with parameters that a scope passes through; ("other",) if none."""
-        path: Path = ()
-        here = self
-        for part in scope.split("/"):
-            if part in here._names:
-                path += (here._names[part],)
-                here = here._below.get(part, _Names({}))
-        return path or ("other",)
+def _module_path(scope: str, shown: Mapping[str, tuple[str, Any]]) -> Path:
+    """The modules with parameters that a scope passes through, under their displayed names; ("other",) if none."""
+    path: Path = ()
+    for part in scope.split("/"):
+        if part in shown:
+            name, shown = shown[part]
+            path += (name,)
+    return path or ("other",)
 
 
 def _sizes(params: Mapping[str, Any], path: Path = ()) -> dict[Path, int]:

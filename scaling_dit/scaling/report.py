@@ -215,10 +215,9 @@ def _members(
 ) -> str:
     note = _files_note(study)
     if others:
-        note += (
-            f" Of {len(scores) + len(others)} scores these are {len(scores)}; members.csv has all, so also "
-        )
-        note += f"{html.escape(', '.join(others))}."
+        left = html.escape(", ".join(others))
+        count = len(scores) + len(others)
+        note += f" Of {count} scores these are {len(scores)}; members.csv has all, so also {left}."
     return _section("Members", tables.cells_html(*tables.matched_cells(rows, scores)), note)
 
 
